@@ -1,0 +1,1 @@
+"""Training: a base model and a recipe become a flash LoRA."""

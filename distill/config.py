@@ -1,0 +1,74 @@
+"""The recipe of a distillation run."""
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from flashdiff.config import Record
+from flashdiff.schedule import Grid
+
+
+class DataRecipe(Record):
+    source: str
+    """`avatars` for renders of the embedded world, or a folder of images, each with its caption beside it in a .txt file."""
+    images: int = Field(4000, ge=1)
+    """How many images to use at most."""
+
+
+class LoraRecipe(Record):
+    rank: int = Field(ge=1)
+    alpha: float = Field(gt=0)
+
+
+class Phase(Record):
+    """A stretch of training with its own mixture of start times."""
+
+    updates: int = Field(ge=1)
+    mode_weights: tuple[float, ...]
+    """beta_j, one weight a mode, noisiest first; they need not sum to one."""
+
+
+class LossRecipe(Record):
+    distillation: Literal["l2", "pseudo_huber"] = "l2"
+
+
+class Recipe(Record):
+    base: str
+    seed: int = Field(0, ge=0, lt=2**31)
+    data: DataRecipe
+    grid: Grid
+    lora: LoraRecipe
+    loss: LossRecipe = LossRecipe()
+    phases: tuple[Phase, ...] = Field(min_length=1)
+    guidance: tuple[float, float]
+    """The teacher's guidance scale is drawn per sample between these two."""
+    batch_size: int = Field(ge=1)
+    learning_rate: float = Field(gt=0, lt=1)
+    warmup_updates: int = Field(100, ge=0)
+    ema_decay: float = Field(0.99, ge=0, lt=1)
+    """Of the student that is published; 0 publishes the last weights."""
+    target_uses: int = Field(1, ge=1)
+    """How many updates see one target of the teacher. 1 is the paper; more is cheaper where the teacher is most of the cost."""
+    checkpoint_every: int = Field(100, ge=1)
+    preview_prompts: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        for phase in self.phases:
+            if len(phase.mode_weights) != self.grid.modes or min(phase.mode_weights) < 0 or not sum(phase.mode_weights):
+                raise ValueError(f"mode_weights must be {self.grid.modes} numbers, none negative and not all 0, not {phase.mode_weights}")
+        low, high = self.guidance
+        if not 0 < low <= high:
+            raise ValueError(f"guidance must be two rising positive numbers, not {self.guidance}")
+        return self
+
+    @property
+    def updates(self) -> int:
+        """Length of the run in student updates."""
+        return sum(phase.updates for phase in self.phases)
+
+
+def bundled_recipe(name: str) -> Path:
+    """The path of a recipe that ships with flashdiff."""
+    return Path(__file__).parent / "recipes" / name

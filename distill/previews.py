@@ -1,0 +1,30 @@
+"""Sheets to look at: the student at few steps beside the teacher, same prompts and seeds."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from flashdiff.families.base import TorchModel
+from flashdiff.generate import Pixels, check_order, generate
+from flashdiff.sampling import Sampler
+
+TEACHER_STEPS = 50
+
+
+def save_preview(model: TorchModel, student: Sampler, prompts: Sequence[str], path: Path) -> None:
+    """Rows from the top: teacher at 50 steps, student at its most steps, at 2 and at 1; a column a prompt."""
+    model.network.disable_adapters()
+    rows = [_images(model, prompts, TEACHER_STEPS)]
+    model.network.enable_adapters()
+    flash = replace(model, spec=model.spec.model_copy(update={"sampler": student}))
+    rows += [_images(flash, prompts, steps) for steps in sorted({student.max_steps, min(2, student.max_steps), 1}, reverse=True)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.concatenate([np.concatenate(row, axis=1) for row in rows])).save(path)
+
+
+def _images(model: TorchModel, prompts: Sequence[str], steps: int) -> list[Pixels]:
+    orders = [check_order(model.spec, prompt=prompt, seed=seed, steps=steps) for seed, prompt in enumerate(prompts)]
+    return [images[0] for images in generate(model, orders)]

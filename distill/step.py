@@ -1,0 +1,87 @@
+"""One update of distillation: solved targets of the teacher, and the student's loss against them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flashdiff.distill.config import Phase, Recipe
+from flashdiff.distill.curriculum import start_probabilities
+from flashdiff.distill.data import Dataset
+from flashdiff.distill.losses import distillation_loss
+from flashdiff.distill.teacher import solve
+from flashdiff.families.base import TorchModel
+from flashdiff.prediction import to_x0
+from flashdiff.sampling import renoise
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the student learns from: noisy latents and the teacher's solution from each. No gradients."""
+
+    x_t: Tensor  # [N, C, h, w]
+    times: Tensor  # [N]
+    conditioning: Mapping[str, Tensor]  # [N, ...]
+    x0: Tensor  # [N, C, h, w]
+
+    def __getitem__(self, chosen: Tensor) -> "Targets":
+        return Targets(
+            self.x_t[chosen], self.times[chosen], {name: values[chosen] for name, values in self.conditioning.items()}, self.x0[chosen]
+        )
+
+
+def run_network(model: TorchModel, latents: Tensor, times: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+    """The denoiser's raw output, with whatever adapters are on."""
+    output: Tensor = model.denoiser(latents, times, *(conditioning[name] for name in model.conditioning))
+    return output
+
+
+@torch.no_grad()
+def make_targets(
+    model: TorchModel,
+    unconditional: Mapping[str, Tensor],
+    data: Dataset,
+    recipe: Recipe,
+    phase: Phase,
+    count: int,
+    rng: np.random.Generator,
+    generator: torch.Generator,
+) -> Targets:
+    """`count` samples, each with its own image, start time, guidance and noise, solved by the teacher (adapters off)."""
+    grid, schedule = recipe.grid, model.spec.sampler.schedule
+    chosen = rng.integers(0, len(data.captions), count)
+    starts = torch.from_numpy(rng.choice(grid.solver_steps, count, p=start_probabilities(grid, phase.mode_weights)))
+    guidance = torch.from_numpy(rng.uniform(*recipe.guidance, count)).float()
+    times = torch.tensor(grid.solver_times())[starts]
+
+    alpha, sigma = (torch.from_numpy(levels).float().view(-1, 1, 1, 1) for levels in schedule.levels(times.tolist()))
+    noise = torch.randn((count, *data.latents.shape[1:]), generator=generator)
+    # The first grid point is pure noise, without a trace of the image, because inference starts there.
+    pure = (starts == 0).view(-1, 1, 1, 1)
+    x_t = torch.where(pure, noise, renoise(data.latents[torch.from_numpy(chosen)], noise, alpha, sigma))
+
+    conditioning = model.encode_tensors([data.captions[index] for index in chosen])
+    model.network.disable_adapters()
+    x0 = solve(
+        lambda latents, t, condition: run_network(model, latents, t, condition),
+        x_t,
+        starts,
+        guidance,
+        conditioning,
+        unconditional,
+        grid=grid,
+        schedule=schedule,
+        prediction=model.spec.prediction,
+    )
+    model.network.enable_adapters()
+    return Targets(x_t, times, conditioning, x0)
+
+
+def student_loss(model: TorchModel, recipe: Recipe, batch: Targets) -> Tensor:
+    """The distillation loss of the student's single conditional evaluation at each sample's start."""
+    output = run_network(model, batch.x_t, batch.times, batch.conditioning)
+    alpha, sigma = (torch.from_numpy(x).float().view(-1, 1, 1, 1) for x in model.spec.sampler.schedule.levels(batch.times.tolist()))
+    x0 = to_x0(model.spec.prediction, output, batch.x_t, alpha, sigma)
+    return distillation_loss(recipe.loss.distillation, x0, batch.x0)

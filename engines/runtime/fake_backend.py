@@ -1,0 +1,71 @@
+"""Components without a model: an image is one flat colour, made from prompt and seed. For tests and for client authors."""
+
+import time
+import zlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashdiff.components import Conditioning, Costs, ModelSpec, Size
+from flashdiff.errors import BackendError, RequestError
+from flashdiff.sampling import Sampler
+from flashdiff.schedule import Grid, NoiseSchedule
+
+_SCHEDULE = NoiseSchedule(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+FLASH = Sampler(kind="flash", schedule=_SCHEDULE, grid=Grid(solver_steps=16), default_steps=4)
+GUIDED = Sampler(kind="ode", schedule=_SCHEDULE, guidance=3.0, default_steps=10)
+
+
+class FakeComponents:
+    """Implements `Components`. Every call is recorded in `calls` as (part, rows); it can be slow or fail on demand."""
+
+    def __init__(self, sampler: Sampler = FLASH, *, delay_s: float = 0.0, max_batch: int = 4) -> None:
+        self.spec = ModelSpec(
+            name="fake",
+            family="fake",
+            prediction="epsilon",
+            sampler=sampler,
+            latent_channels=3,
+            latent_factor=8,
+            sizes=(Size(64, 64), Size(128, 64)),
+            prompt_tokens=32,
+        )
+        self.max_batch = max_batch
+        self.delay_s = delay_s
+        self.fail_on: str | None = None  # the part that raises BackendError
+        self.calls: list[tuple[str, int]] = []
+
+    @property
+    def costs(self) -> Costs:
+        """What each call takes: the delay, whatever the batch."""
+        return {part: {self.max_batch: 1000 * self.delay_s} for part in ("text_encoder", "denoiser", "decoder")}
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        self._called("text_encoder", len(prompts))
+        for prompt in prompts:
+            if len(prompt.split()) > self.spec.prompt_tokens:
+                raise RequestError("prompt", prompt, f"at most {self.spec.prompt_tokens} words fit")
+        return {"color": np.array([[(zlib.crc32(p.encode()) >> s & 255) / 255 for s in (0, 8, 16)] for p in prompts], dtype=np.float32)}
+
+    def denoise(
+        self, latents: NDArray[np.float32], times: NDArray[np.int64], conditioning: Mapping[str, NDArray[np.float32]]
+    ) -> NDArray[np.float32]:
+        self._called("denoiser", len(latents))
+        alphas, sigmas = self.spec.sampler.schedule.levels(times)
+        x0 = np.broadcast_to(conditioning["color"][:, :, None, None], latents.shape)
+        epsilon: NDArray[np.float32] = ((latents - alphas[:, None, None, None] * x0) / sigmas[:, None, None, None]).astype(np.float32)
+        return epsilon
+
+    def decode(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
+        self._called("decoder", len(latents))
+        factor = self.spec.latent_factor
+        return np.asarray(latents.repeat(factor, axis=2).repeat(factor, axis=3))
+
+    def _called(self, part: str, rows: int) -> None:
+        assert rows <= self.max_batch
+        self.calls.append((part, rows))
+        if self.delay_s:
+            time.sleep(self.delay_s)
+        if self.fail_on == part:
+            raise BackendError(f"the fake {part} failed, as asked")

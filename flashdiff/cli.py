@@ -1,0 +1,178 @@
+"""The command line: one function a command, each importing only what it needs, so that `--help` answers at once."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import flashdiff
+from flashdiff.errors import ConfigError, FlashdiffError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; errors a user can cause are one line on stderr and exit status 1, usage errors 2."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    logging.getLogger("flashdiff").setLevel(logging.INFO)  # libraries keep to warnings
+    try:
+        options.run(options)
+    except FlashdiffError as error:
+        print(f"flashdiff: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("flashdiff: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="flashdiff", description=flashdiff.__doc__)
+    parser.add_argument("--version", action="version", version=f"flashdiff {flashdiff.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    distill = commands.add_parser("distill", help="train a flash LoRA from a recipe", description=_distill.__doc__)
+    distill.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file; 'avatars.toml' alone is the one that ships with flashdiff")
+    distill.add_argument("--out", type=Path, required=True, help="the LoRA folder to make; training state is kept in OUT/training")
+    distill.set_defaults(run=_distill)
+
+    build = commands.add_parser("build-engine", help="fuse, export, compile and check a bundle", description=_build_engine.__doc__)
+    build.add_argument("base", metavar="BASE", help="a diffusers model directory, a hub id, or the embedded model 'avatars'")
+    build.add_argument("--lora", action="append", default=[], metavar="FOLDER[:WEIGHT]", help="fuse this LoRA; may be repeated")
+    build.add_argument("--out", type=Path, required=True, help="the bundle folder to make")
+    build.add_argument("--backend", choices=("openvino", "onnxruntime"), default="openvino", help="default: %(default)s")
+    build.add_argument("--size", metavar="WxH[,WxH...]", help="image sizes; default: the size the base was trained at")
+    build.add_argument("--batch", default="1,2,4,8", metavar="N[,N...]", help="batch sizes; default: %(default)s")
+    build.add_argument("--guidance", type=float, help="guidance scale of a base without a flash LoRA; default: the family's")
+    build.set_defaults(run=_build_engine)
+
+    serve = commands.add_parser("serve", help="serve a bundle over gRPC", description=_serve.__doc__)
+    serve.add_argument("bundle", type=Path, metavar="BUNDLE")
+    serve.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
+    serve.add_argument("--port", type=int, default=50051, help="default: %(default)s; 0 takes a free one")
+    serve.set_defaults(run=_serve)
+
+    generate = commands.add_parser("generate", help="make images without a server", description=_generate.__doc__)
+    generate.add_argument("bundle", type=Path, metavar="BUNDLE")
+    generate.add_argument("prompt", metavar="PROMPT")
+    generate.add_argument("-o", "--out", type=Path, required=True, help="the image file: .png, .jpg or .webp; with --count N: NAME-0 to NAME-(N-1)")
+    generate.add_argument("--steps", type=int, help="default: the model's")
+    generate.add_argument("--seed", type=int, default=0, help="default: %(default)s; image i has seed + i")
+    generate.add_argument("--size", metavar="WxH", help="default: the model's")
+    generate.add_argument("--count", type=int, default=1, help="default: %(default)s")
+    generate.set_defaults(run=_generate)
+    return parser
+
+
+def _distill(options: argparse.Namespace) -> None:
+    """Train a flash LoRA: the base model's guided multi-step result in one to four steps. A killed run goes on with the same command."""
+    _need("distill", "torch", "diffusers", "peft")
+    from flashdiff.config import load_recipe
+    from flashdiff.distill.config import Recipe, bundled_recipe
+
+    bundled = bundled_recipe(options.recipe.name)
+    path = bundled if not options.recipe.exists() and options.recipe.parent == Path() and bundled.exists() else options.recipe
+    recipe = load_recipe(path, Recipe)
+    from flashdiff.distill.loop import distill
+
+    _quiet_libraries()
+    distill(recipe, options.out)
+    print(f"published {options.out}")
+
+
+def _build_engine(options: argparse.Namespace) -> None:
+    """Fuse LoRAs into a base model, export every part, compile it, check it against torch, and publish the bundle."""
+    _need("distill", "torch", "diffusers", "peft", "onnx", "onnxscript")
+    _need("cpu", options.backend)
+    from flashdiff.engines.build import BuildOptions, build_engine, parse_batches, parse_sizes
+
+    build = BuildOptions(
+        base=options.base,
+        out=options.out,
+        loras=tuple(_lora(text) for text in options.lora),
+        backend=options.backend,
+        sizes=parse_sizes(options.size) if options.size else (),
+        batch_sizes=parse_batches(options.batch),
+        guidance=options.guidance,
+    )
+    _quiet_libraries()
+    build_engine(build, lambda line: print(line, flush=True))
+
+
+def _serve(options: argparse.Namespace) -> None:
+    """Serve a bundle over gRPC until SIGTERM or Ctrl-C, then finish what was accepted and stop."""
+    _need("server", "grpc", "grpc_health", "grpc_reflection")
+    if not 0 <= options.port <= 65535:
+        raise ConfigError(f"--port {options.port}: give a number from 0 to 65535")
+    import asyncio
+
+    from flashdiff.engines.runtime.engine import open_bundle
+    from flashdiff.server.app import serve
+    from flashdiff.server.convert import ModelIdentity
+
+    engine = open_bundle(options.bundle)
+    manifest = engine.manifest
+    model = ModelIdentity(
+        name=manifest.model.name,
+        bundle_hash=manifest.bundle_hash,
+        family=manifest.model.family,
+        backend=manifest.backend,
+        precision=manifest.precision,
+    )
+    asyncio.run(serve(engine, engine.measure_costs(), model, host=options.host, port=options.port))
+
+
+def _generate(options: argparse.Namespace) -> None:
+    """Make images with a bundle, in this process: the same pixels that a server with this bundle sends."""
+    from PIL import Image
+
+    from flashdiff.engines.build import parse_sizes
+    from flashdiff.engines.runtime.engine import open_bundle
+    from flashdiff.generate import check_order, generate
+
+    if options.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise ConfigError(f"--out {options.out}: the name must end in .png, .jpg or .webp")
+    engine = open_bundle(options.bundle)
+    size = parse_sizes(options.size)[0] if options.size else None
+    order = check_order(engine.spec, prompt=options.prompt, seed=options.seed, steps=options.steps, size=size, count=options.count)
+    for index, pixels in enumerate(generate(engine, [order])[0]):
+        path = options.out if order.count == 1 else options.out.with_stem(f"{options.out.stem}-{index}")
+        try:
+            Image.fromarray(pixels).save(path)
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot write: {error.strerror or error}") from None
+        print(f"{path}  {order.size}  {order.steps} steps  seed {order.seed + index}")
+
+
+def _lora(text: str) -> tuple[Path, float]:
+    """`FOLDER` or `FOLDER:WEIGHT`."""
+    folder, _, weight = text.rpartition(":")
+    if not folder:
+        return Path(text), 1.0
+    try:
+        return Path(folder), float(weight)
+    except ValueError:
+        raise ConfigError(f"--lora '{text}': the weight after ':' must be a number") from None
+
+
+def _need(extra: str, *modules: str) -> None:
+    """ConfigError with the cure when an optional package is missing."""
+    import importlib.util
+
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise ConfigError(f"this command needs '{module}', which is not installed: pip install 'flashdiff[{extra}]'")
+
+
+def _quiet_libraries() -> None:
+    """No progress bars and advice of the libraries between our own lines."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    for module in (diffusers.utils.logging, transformers.utils.logging):
+        module.set_verbosity_error()  # type: ignore[no-untyped-call]
+        module.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""The seam between whoever makes images and whatever runs the network: three calls and what the model says of itself.
+
+`Components` is implemented by a torch model, by an opened bundle and by the fake backend; generate, the server's
+scheduler, training previews and the benchmarks use nothing else of them. Arrays handed out belong to the caller: an
+implementation never writes to them again.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from flashdiff.config import Record
+from flashdiff.prediction import Prediction
+from flashdiff.sampling import Sampler
+
+Conditioning = dict[str, NDArray[np.float32]]
+"""Named conditioning tensors of a batch, [B, ...] each, such as encoder_hidden_states [B, T, D]."""
+
+
+Costs = dict[str, dict[int, float]]
+"""Milliseconds by part (text_encoder, denoiser, decoder) and batch size."""
+
+
+class Size(NamedTuple):
+    """Pixels."""
+
+    width: int
+    height: int
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}"
+
+
+class ModelSpec(Record):
+    """What there is to know of a model without its weights."""
+
+    name: str
+    family: str
+    prediction: Prediction
+    sampler: Sampler
+    latent_channels: int = Field(ge=1)
+    latent_factor: int = Field(ge=1)
+    """Pixels per latent cell, along each side."""
+    sizes: tuple[Size, ...] = Field(min_length=1)
+    """The default first."""
+    prompt_tokens: int = Field(ge=3)
+    """Longest prompt, in tokens, both end marks included."""
+    unconditional: Literal["empty_prompt"] = "empty_prompt"
+    """What guidance contrasts the prompt with."""
+
+    def latent_shape(self, size: Size) -> tuple[int, int, int]:
+        """[C, h, w] of an image of `size`."""
+        return self.latent_channels, size.height // self.latent_factor, size.width // self.latent_factor
+
+
+class Components(Protocol):
+    """A model that runs. Batches up to `max_batch`; images of the sizes in `spec`."""
+
+    spec: ModelSpec
+    max_batch: int
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Conditioning of the prompts; RequestError for one that is too long."""
+        ...
+
+    def denoise(
+        self, latents: NDArray[np.float32], times: NDArray[np.int64], conditioning: Mapping[str, NDArray[np.float32]]
+    ) -> NDArray[np.float32]:
+        """The network's raw output [B, C, h, w] for latents of that shape, each row at its own time [B]."""
+        ...
+
+    def decode(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Images [B, 3, H, W] in [-1, 1] (not clipped) of latents [B, C, h, w]."""
+        ...

@@ -1,0 +1,70 @@
+"""Recipes: TOML files read into frozen records. Unknown keys are refused; the resolved form has a hash."""
+
+import difflib
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from flashdiff.errors import ConfigError
+
+R = TypeVar("R", bound="Record")
+
+
+class Record(BaseModel):
+    """A frozen value with checked fields; equal content means equal records."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def canonical_json(self) -> str:
+        """One text for one content: sorted keys, no spaces."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 of the canonical JSON, as hex."""
+        return hashlib.sha256(self.canonical_json().encode()).hexdigest()
+
+
+def load_recipe(path: Path, record: type[R]) -> R:
+    """Read a TOML file into `record`; ConfigError names the file, the key and the nearest known one."""
+    try:
+        values = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the recipe: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a TOML file: {error}") from None
+    return parse_record(values, record, source=str(path))
+
+
+def parse_record(values: Mapping[str, Any], record: type[R], *, source: str) -> R:
+    """`values` as a record; ConfigError says in one line all that is wrong, `source` being where the values stood."""
+    try:
+        return record.model_validate(values)
+    except ValidationError as error:
+        problems = "; ".join(_problem(item, record) for item in error.errors(include_url=False))
+        raise ConfigError(f"{source}: {problems}") from None
+
+
+def _problem(item: Any, record: type[Record]) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        nearest = difflib.get_close_matches(str(item["loc"][-1]), _known_keys(record, item["loc"][:-1]), n=1)
+        return f"unknown key '{key}'" + (f", did you mean '{nearest[0]}'?" if nearest else "")
+    if item["type"] == "missing":
+        return f"'{key}' is missing"
+    return f"'{key}' = {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
+
+
+def _known_keys(record: type[Record], path: tuple[int | str, ...]) -> list[str]:
+    for name in path:
+        field = record.model_fields.get(str(name))
+        inner = field.annotation if field else None
+        if not (isinstance(inner, type) and issubclass(inner, Record)):
+            return []
+        record = inner
+    return list(record.model_fields)

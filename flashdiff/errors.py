@@ -1,0 +1,64 @@
+"""What can go wrong, as one tree.
+
+FlashdiffError
+  ConfigError          a recipe or an option that makes no sense
+  ModelError           no such base model, or not what its family needs
+  LoraError            a LoRA that does not fit its base
+  BundleError          a bundle that is damaged, of another version, or cannot be made
+  BackendError         an engine library that is missing or refused its work
+  TrainingError        a training run that cannot go on
+  RequestError         a request that asks for what this model cannot do
+  RefusedError         a sound request that is not served
+    OverloadedError    the queue is full
+    DeadlineError      it cannot be on time
+    CancelledError     its client left
+    DrainingError      the server is shutting down
+
+The command line prints the message in one line and exits with 1; `flashdiff.server.status` maps the classes to gRPC codes.
+"""
+
+
+class FlashdiffError(Exception):
+    """Anything a user can cause or cure; the message says what was wrong, the value, and what to do instead."""
+
+
+class ConfigError(FlashdiffError): ...
+
+
+class ModelError(FlashdiffError): ...
+
+
+class LoraError(FlashdiffError): ...
+
+
+class BundleError(FlashdiffError): ...
+
+
+class BackendError(FlashdiffError): ...
+
+
+class TrainingError(FlashdiffError): ...
+
+
+class RequestError(FlashdiffError):
+    """A field of a request is outside what the model allows."""
+
+    def __init__(self, field: str, value: object, allowed: str) -> None:
+        shown = repr(value)
+        super().__init__(f"{field}: {shown if len(shown) <= 80 else shown[:77] + '...'} is not allowed; {allowed}")
+        self.field = field
+
+
+class RefusedError(FlashdiffError): ...
+
+
+class OverloadedError(RefusedError): ...
+
+
+class DeadlineError(RefusedError): ...
+
+
+class CancelledError(RefusedError): ...
+
+
+class DrainingError(RefusedError): ...

@@ -1,0 +1,56 @@
+"""The model families, and how a base model is found and loaded. Only this folder knows a model's name."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flashdiff.errors import ModelError
+
+if TYPE_CHECKING:
+    from flashdiff.families.base import ModelFamily, TorchModel
+
+_ZOO = Path(__file__).parent.parent / "zoo"
+
+
+def find_base(base: str) -> Path:
+    """The directory of a base model: a path, the name of the embedded model, or a hub id (downloaded)."""
+    folder = Path(base)
+    if folder.is_dir():
+        return folder
+    if (_ZOO / base / "model_index.json").is_file():
+        return _ZOO / base
+    if base.count("/") == 1 and not base.startswith((".", "/")):
+        return _download(base)
+    raise ModelError(f"no base model '{base}': give a diffusers model directory, a hub id (owner/name) or 'avatars'")
+
+
+def _download(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=["*.json", "*.txt", "*/*.safetensors"]))
+    except Exception as error:  # network, authentication and naming errors come as many kinds
+        raise ModelError(
+            f"no base model '{repository}': not a directory, and the hub did not give it ({str(error).splitlines()[0]})"
+        ) from None
+
+
+def family_of(folder: Path) -> "ModelFamily":
+    """The family of a model directory; ModelError when there is none for its pipeline class."""
+    from flashdiff.families import sd15
+
+    families = {family.pipeline_class: family for family in (sd15.FAMILY,)}
+    try:
+        pipeline_class = json.loads((folder / "model_index.json").read_text("utf-8"))["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ModelError(f"{folder} is not a diffusers model directory: it has no readable model_index.json") from None
+    if pipeline_class not in families:
+        raise ModelError(f"{folder}: no family for a {pipeline_class}; supported: {', '.join(families)}")
+    return families[pipeline_class]
+
+
+def load_base(base: str) -> "tuple[ModelFamily, TorchModel]":
+    """Find and load a base model in torch."""
+    folder = find_base(base)
+    family = family_of(folder)
+    return family, family.load(folder, family.read_spec(folder))

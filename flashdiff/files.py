@@ -1,0 +1,59 @@
+"""Files that are whole or absent: write beside, then rename; and the hashes that name their content."""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from flashdiff.errors import ConfigError, FlashdiffError
+
+
+@contextmanager
+def new_folder(target: Path, error: type[FlashdiffError] = ConfigError) -> Iterator[Path]:
+    """A folder to fill, which becomes `target` when the block ends well and vanishes when it does not.
+
+    Refuses (as `error`) a target that exists and a disk that cannot take it.
+    """
+    if target.exists():
+        raise error(f"{target} exists already; choose another place or remove it")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as problem:
+        raise error(f"{target}: cannot write there: {problem.strerror}") from None
+    try:
+        yield beside
+        beside.chmod(0o755)
+        beside.rename(target)
+    except OSError as problem:
+        raise error(f"{target}: cannot write: {problem.strerror or problem}") from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def write_whole(path: Path, content: bytes | str) -> None:
+    """Replace `path` by `content` in one step, so that a reader or a crash never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.part")
+    with open(beside, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of the content, as hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_files(folder: Path, paths: Iterable[Path]) -> str:
+    """One SHA-256 over the relative names and contents of `paths`: it names the content, wherever `folder` lies."""
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        digest.update(f"{path.relative_to(folder).as_posix()} {hash_file(path)}\n".encode())
+    return digest.hexdigest()

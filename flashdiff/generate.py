@@ -1,0 +1,183 @@
+"""Rows to images. A row is one image in progress; everybody who makes an image uses these pieces.
+
+`generate` runs them for one request; the server's worker calls `encode_prompts`, `new_row`, `denoise_rows` and
+`decode_rows` on whatever rows are ready, of any prompt, seed, time and number of steps.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashdiff.components import Components, Conditioning, ModelSpec, Size
+from flashdiff.errors import BackendError, RequestError
+from flashdiff.noise import SEED_LIMIT, image_noise, image_seed
+from flashdiff.prediction import guide, to_x0
+from flashdiff.sampling import extrapolate, ode_step, ode_weights, renoise
+
+MAX_COUNT = 16
+"""Images per request."""
+
+Pixels = NDArray[np.uint8]
+"""[H, W, 3] RGB."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What one request asks for, checked: see `check_order`."""
+
+    prompt: str
+    seed: int
+    steps: int
+    size: Size
+    count: int = 1
+
+
+@dataclass
+class Row:
+    """One image in progress: it starts as noise and is done when `step` reaches the number of its times."""
+
+    seed: int
+    size: Size
+    times: list[int]
+    conditioning: Conditioning  # of this row alone, without the batch dimension
+    unconditional: Conditioning | None  # the same for the empty prompt, where the sampler guides
+    latents: NDArray[np.float32]  # [C, h, w]
+    step: int = 0
+    previous_x0: NDArray[np.float32] | None = field(default=None, repr=False)
+
+    @property
+    def is_done(self) -> bool:
+        return self.step == len(self.times)
+
+    @property
+    def slots(self) -> int:
+        """Network evaluations that one step of this row takes."""
+        return 1 if self.unconditional is None else 2
+
+
+def check_order(
+    spec: ModelSpec, *, prompt: str, seed: int = 0, steps: int | None = None, size: Size | None = None, count: int = 1
+) -> Order:
+    """An order this model can fill, defaults filled in; RequestError names the field, the value and what is allowed."""
+    if not prompt.strip():
+        raise RequestError("prompt", prompt, "it must not be empty")
+    if not 0 <= seed < SEED_LIMIT:
+        raise RequestError("seed", seed, "it must be between 0 and 2^64 - 1")
+    steps = spec.sampler.default_steps if steps is None else steps
+    if not 1 <= steps <= spec.sampler.max_steps:
+        raise RequestError("steps", steps, f"this model takes 1 to {spec.sampler.max_steps}")
+    size = spec.sizes[0] if size is None else size
+    if size not in spec.sizes:
+        raise RequestError("size", str(size), f"this model was built for {', '.join(map(str, spec.sizes))}")
+    if not 1 <= count <= MAX_COUNT:
+        raise RequestError("count", count, f"it must be between 1 and {MAX_COUNT}")
+    return Order(prompt=prompt, seed=seed, steps=steps, size=size, count=count)
+
+
+def encode_prompts(components: Components, prompts: Sequence[str]) -> list[Conditioning]:
+    """One conditioning a prompt, without the batch dimension; at most `max_batch` prompts."""
+    batch = components.encode(prompts)
+    return [{name: values[index] for name, values in batch.items()} for index in range(len(prompts))]
+
+
+def unconditional_of(components: Components) -> Conditioning | None:
+    """What guided rows contrast with, or None where the model's sampler does not guide."""
+    if components.spec.sampler.evaluations_per_step == 1:
+        return None
+    return encode_prompts(components, [""])[0]
+
+
+def new_row(spec: ModelSpec, order: Order, index: int, conditioning: Conditioning, unconditional: Conditioning | None) -> Row:
+    """Image `index` of the order, as pure noise."""
+    seed = image_seed(order.seed, index)
+    return Row(
+        seed=seed,
+        size=order.size,
+        times=spec.sampler.times(order.steps),
+        conditioning=conditioning,
+        unconditional=unconditional,
+        latents=image_noise(seed, 0, spec.latent_shape(order.size)),
+    )
+
+
+def denoise_rows(components: Components, rows: Sequence[Row]) -> None:
+    """Take every row one step further. The rows share a size; their slots fit in one batch."""
+    # Guided rows stand in the batch twice: the prompt's copies first, then the unconditional ones.
+    guided = [row for row in rows if row.unconditional is not None]
+    entries = [*((row, row.conditioning) for row in rows), *((row, row.unconditional or {}) for row in guided)]
+    output = components.denoise(
+        np.stack([row.latents for row, _ in entries]),
+        np.array([row.times[row.step] for row, _ in entries], dtype=np.int64),
+        {name: np.stack([conditioning[name] for _, conditioning in entries]) for name in rows[0].conditioning},
+    )
+    contrast = iter(output[len(rows) :])
+    for row, conditional in zip(rows, output, strict=False):
+        _advance(components.spec, row, conditional, contrast)
+
+
+def _advance(spec: ModelSpec, row: Row, output: NDArray[np.float32], contrast: Iterator[NDArray[np.float32]]) -> None:
+    """One sampler step of one row, alone, so that no other row of the batch can touch its arithmetic."""
+    sampler = spec.sampler
+    if row.unconditional is not None:
+        output = guide(output, next(contrast), np.float32(sampler.guidance))
+    if not np.isfinite(output).all():
+        raise BackendError(f"the network returned values that are not finite at time {row.times[row.step]} (seed {row.seed})")
+    alphas, sigmas = (levels.astype(np.float32) for levels in sampler.schedule.levels([*row.times[row.step :], -1]))
+    x0 = to_x0(spec.prediction, output, row.latents, alphas[0], sigmas[0])
+
+    row.step += 1
+    if sampler.kind == "ode":
+        weight = np.float32(ode_weights(sampler.schedule, row.times)[row.step - 1])
+        estimate = x0 if row.previous_x0 is None else extrapolate(x0, row.previous_x0, weight)
+        row.latents = ode_step(row.latents, estimate, alphas[0], sigmas[0], alphas[1], sigmas[1])
+        row.previous_x0 = x0
+    elif row.is_done:
+        row.latents = x0
+    else:
+        row.latents = renoise(x0, image_noise(row.seed, row.step, x0.shape), alphas[1], sigmas[1])
+
+
+def decode_rows(components: Components, rows: Sequence[Row]) -> list[Pixels]:
+    """The images of finished rows of one size; at most `max_batch` rows."""
+    return to_pixels(components.decode(np.stack([row.latents for row in rows])))
+
+
+def to_pixels(images: NDArray[np.float32]) -> list[Pixels]:
+    """[B, 3, H, W] in [-1, 1] as RGB bytes; BackendError when a value is not finite, never a black image."""
+    if not np.isfinite(images).all():
+        raise BackendError("the decoder returned values that are not finite")
+    pixels = np.clip(images * 127.5 + 127.5, 0, 255).round().astype(np.uint8)
+    return [np.ascontiguousarray(image) for image in pixels.transpose(0, 2, 3, 1)]
+
+
+def generate(components: Components, orders: Sequence[Order], on_step: Callable[[], None] | None = None) -> list[list[Pixels]]:
+    """The images of each order, in order; `on_step` is called after each network call."""
+    unconditional = unconditional_of(components)
+    conditionings = [
+        conditioning
+        for chunk in _chunks([order.prompt for order in orders], components.max_batch)
+        for conditioning in encode_prompts(components, chunk)
+    ]
+    rows = [
+        [new_row(components.spec, order, index, conditioning, unconditional) for index in range(order.count)]
+        for order, conditioning in zip(orders, conditionings, strict=True)
+    ]
+    pending = [row for of_order in rows for row in of_order]
+    images: dict[int, Pixels] = {}
+    while pending:
+        size, slots = pending[0].size, pending[0].slots
+        chunk = [row for row in pending if row.size == size][: components.max_batch // slots]
+        while active := [row for row in chunk if not row.is_done]:
+            denoise_rows(components, active)
+            if on_step:
+                on_step()
+        images |= {id(row): image for row, image in zip(chunk, decode_rows(components, chunk), strict=True)}
+        pending = [row for row in pending if id(row) not in images]
+    return [[images[id(row)] for row in of_order] for of_order in rows]
+
+
+def _chunks(items: Sequence[str], length: int) -> Iterator[Sequence[str]]:
+    for start in range(0, len(items), length):
+        yield items[start : start + length]

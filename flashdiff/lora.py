@@ -1,0 +1,107 @@
+"""LoRA folders: `pytorch_lora_weights.safetensors` in diffusers' form, and `flash.json`, which says what it was trained for.
+
+The weights load with stock diffusers' `load_lora_weights`; alpha stands in the file's metadata. A folder without
+flash.json is an ordinary (style) LoRA.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from flashdiff.config import Record, parse_record
+from flashdiff.errors import ConfigError, LoraError
+from flashdiff.families.base import ModelFamily, TorchModel
+from flashdiff.files import hash_file, write_whole
+from flashdiff.schedule import Grid
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+FLASH = "flash.json"
+
+
+class FlashInfo(Record):
+    """What flash.json holds: enough to serve the student as it was trained, and to refuse another base."""
+
+    family: str
+    base: str
+    base_hash: str
+    recipe_hash: str
+    grid: Grid
+    guidance: tuple[float, float]
+    """Range of the teacher's guidance; the student itself runs without."""
+    updates: int = Field(ge=0)
+    lora_parameters: int
+    network_parameters: int
+    inference: dict[str, list[int]]
+    """Number of steps to the exact timesteps to give a consistency (LCM) scheduler, guidance off."""
+
+
+def add_adapter(model: TorchModel, family: ModelFamily, *, rank: int, alpha: float, seed: int, name: str = "student") -> None:
+    """Put a trainable LoRA into the denoiser: Gaussian A, zero B, so that it starts as the base itself."""
+    import torch
+    from peft import LoraConfig
+
+    torch.manual_seed(seed)
+    config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(family.lora_targets))
+    model.network.add_adapter(config, adapter_name=name)
+
+
+def save_flash_lora(folder: Path, model: TorchModel, family: ModelFamily, info: FlashInfo, adapter: str = "student") -> None:
+    """Write a LoRA folder into `folder`, which exists."""
+    import diffusers
+    from peft.utils import get_peft_model_state_dict
+
+    weights = get_peft_model_state_dict(model.network, adapter_name=adapter)
+    config = model.network.peft_config[adapter].to_dict()
+    config["target_modules"] = sorted(config["target_modules"])
+    getattr(diffusers, family.pipeline_class).save_lora_weights(
+        folder, **{f"{family.lora_prefix}_lora_layers": weights, f"{family.lora_prefix}_lora_adapter_metadata": config}
+    )
+    write_whole(folder / FLASH, info.model_dump_json(indent=2) + "\n")
+
+
+def read_flash_info(folder: Path) -> FlashInfo | None:
+    """The folder's flash.json, None where there is none; LoraError when it cannot be read."""
+    if not (folder / FLASH).exists():
+        return None
+    import json
+
+    try:
+        return parse_record(json.loads((folder / FLASH).read_text("utf-8")), FlashInfo, source=str(folder / FLASH))
+    except (ValueError, ConfigError) as error:
+        raise LoraError(f"{folder / FLASH} is damaged: {error}") from None
+
+
+def lora_hash(folder: Path) -> str:
+    """Hash of the LoRA's weights; LoraError when the folder holds none."""
+    if not (folder / WEIGHTS).is_file():
+        raise LoraError(f"{folder} is not a LoRA folder: it has no {WEIGHTS}")
+    return hash_file(folder / WEIGHTS)
+
+
+def fuse(model: TorchModel, family: ModelFamily, loras: list[tuple[Path, float]]) -> None:
+    """Merge the LoRAs, each by its weight, into the denoiser's own weights, for good.
+
+    LoraError when a flash LoRA was trained on another base or when a file's layers do not fit this network.
+    """
+    for folder, _ in loras:
+        lora_hash(folder)
+        info = read_flash_info(folder)
+        if info and info.base_hash != model.base_hash:
+            raise LoraError(
+                f"{folder} was trained on '{info.base}' with hash {info.base_hash[:12]}, "
+                f"but {model.folder} has hash {model.base_hash[:12]}; build it with its own base"
+            )
+    network: Any = model.network
+    for index, (folder, _) in enumerate(loras):
+        try:
+            network.load_lora_adapter(folder, weight_name=WEIGHTS, adapter_name=f"lora{index}", prefix=family.lora_prefix)
+        except Exception as error:  # peft and safetensors raise many kinds for layers that do not fit
+            raise LoraError(f"{folder} does not fit {model.folder}: {str(error).splitlines()[0]}") from None
+        if f"lora{index}" not in getattr(network, "peft_config", {}):
+            raise LoraError(f"{folder} does not fit {model.folder}: it has no layers for '{family.lora_prefix}'")
+    if loras:
+        names = [f"lora{index}" for index in range(len(loras))]
+        network.set_adapters(names, weights=[weight for _, weight in loras])
+        network.fuse_lora(adapter_names=names)
+        network.unload_lora()

@@ -1,0 +1,20 @@
+"""One random stream per image: a seed gives the same noise alone or in any batch, on any machine."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+SEED_LIMIT = 2**64
+
+
+def image_noise(seed: int, step: int, shape: Sequence[int]) -> NDArray[np.float32]:
+    """Standard normal noise for one image before its denoise step `step` (0 is the starting latent)."""
+    # Philox is counter-based: the key (seed, step) names a stream, so no draw depends on an earlier one.
+    stream = np.random.Generator(np.random.Philox(key=np.array([seed, step], dtype=np.uint64)))
+    return stream.standard_normal(tuple(shape), dtype=np.float32)
+
+
+def image_seed(seed: int, index: int) -> int:
+    """The seed of image `index` of a request: consecutive, so any one image can be made again alone."""
+    return (seed + index) % SEED_LIMIT

@@ -1,0 +1,32 @@
+"""What a network predicts, turned into one meaning: the clean image x_0. Works on numpy arrays and torch tensors alike."""
+
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, assert_never
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+Prediction = Literal["epsilon", "v_prediction"]
+Array = TypeVar("Array", "NDArray[Any]", "Tensor")
+
+
+def to_x0(prediction: Prediction, output: Array, x_t: Array, alpha: Array, sigma: Array) -> Array:
+    """x_0 of the network's output at x_t = alpha x_0 + sigma eps; alpha and sigma broadcast against x_t.
+
+    epsilon: (x_t - sigma eps) / alpha (Ho et al. 2020); v: alpha x_t - sigma v (Salimans & Ho 2022, appendix D).
+    """
+    match prediction:
+        case "epsilon":
+            return (x_t - sigma * output) / alpha
+        case "v_prediction":
+            return alpha * x_t - sigma * output
+        case _:
+            assert_never(prediction)
+
+
+def guide(conditional: Array, unconditional: Array, scale: Array) -> Array:
+    """Classifier-free guidance, the one convention of this project: w cond + (1 - w) uncond (w = 1 is no guidance).
+
+    Ho & Salimans 2022 with w = their w + 1. Network outputs and x_0 may be guided alike, both being linear in the other.
+    """
+    return scale * conditional + (1 - scale) * unconditional

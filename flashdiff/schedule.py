@@ -1,0 +1,78 @@
+"""Noise schedules, and the one `Grid` that training, sampling and the manifest share."""
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+
+from flashdiff.config import Record, parse_record
+
+
+class NoiseSchedule(Record):
+    """A variance-preserving schedule: x_t = alpha_t x_0 + sigma_t eps for t = 0 .. T - 1 (Ho et al. 2020, eq. 4)."""
+
+    num_train_timesteps: int = Field(1000, ge=1)
+    beta_start: float = Field(gt=0, lt=1)
+    beta_end: float = Field(gt=0, lt=1)
+    beta_schedule: Literal["linear", "scaled_linear"]
+
+    @classmethod
+    def from_scheduler_config(cls, config: Mapping[str, Any], source: str) -> Self:
+        """From a diffusers scheduler's config; ConfigError names `source` when it is of another kind."""
+        return parse_record({name: config.get(name) for name in cls.model_fields}, cls, source=source)
+
+    def levels(self, times: NDArray[np.integer[Any]] | list[int]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """alpha_t and sigma_t [len(times)]; t = -1 stands for the clean end, where alpha = 1 and sigma = 0."""
+        alphas, sigmas = _levels(self)
+        return alphas[times], sigmas[times]
+
+
+@cache
+def _levels(schedule: NoiseSchedule) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    power = 0.5 if schedule.beta_schedule == "scaled_linear" else 1.0
+    betas = np.linspace(schedule.beta_start**power, schedule.beta_end**power, schedule.num_train_timesteps) ** (1 / power)
+    alpha_bar = np.append(np.cumprod(1 - betas), 1.0)  # index -1 is the clean end
+    return np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
+
+
+def trailing_times(num_train_timesteps: int, steps: int) -> list[int]:
+    """`steps` times from T - 1 down, evenly spaced: t_i = round(T - i T / steps) - 1 (Lin et al. 2024, "trailing")."""
+    return [round(num_train_timesteps - i * num_train_timesteps / steps) - 1 for i in range(steps)]
+
+
+class Grid(Record):
+    """The times of few-step training and inference.
+
+    The teacher's solver walks K trailing times. M of them, K / M apart, are the modes: the student is trained mostly
+    there, and inference uses nothing else (Flash Diffusion, arXiv 2406.02347, section 3.2).
+    """
+
+    num_train_timesteps: int = Field(1000, ge=1)
+    solver_steps: int = Field(ge=1, le=1000)
+    """K, the steps of the teacher's solver from pure noise to the image."""
+    modes: int = Field(4, ge=1)
+    """M, the largest number of inference steps."""
+
+    @model_validator(mode="after")
+    def _modes_lie_on_the_grid(self) -> Self:
+        if self.solver_steps % self.modes or self.solver_steps > self.num_train_timesteps:
+            raise ValueError(
+                f"solver_steps must be a multiple of modes ({self.modes}) and at most {self.num_train_timesteps}, not {self.solver_steps}"
+            )
+        return self
+
+    def solver_times(self) -> list[int]:
+        """[K], noisiest first."""
+        return trailing_times(self.num_train_timesteps, self.solver_steps)
+
+    def mode_indices(self) -> list[int]:
+        """[M] indices of the modes within `solver_times`: mu_j = j K / M."""
+        return [mode * self.solver_steps // self.modes for mode in range(self.modes)]
+
+    def inference_times(self, steps: int) -> list[int]:
+        """The times of a `steps`-step image, 1 <= steps <= M: every one a mode, spread evenly, noisiest first."""
+        times, indices = self.solver_times(), self.mode_indices()
+        return [times[indices[round(step * self.modes / steps)]] for step in range(steps)]

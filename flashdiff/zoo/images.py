@@ -1,0 +1,38 @@
+"""Renders of the world as one array, drawn once by two processes and kept on disk."""
+
+import json
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashdiff.zoo.world import Scene, scenes
+
+_CHUNK = 1000
+
+
+def rendered(folder: Path, kinds: Sequence[str], first_seed: int, count: int, size: int) -> tuple[NDArray[np.uint8], list[Scene]]:
+    """`count` images [N, size, size, 3] and their scenes; drawn on the first call, read from `folder` afterwards.
+
+    Each chunk of 1000 images starts at its own seed, 10,000 apart, so chunks can be drawn in any order.
+    """
+    name = f"{'+'.join(kinds)}-{first_seed}-{count}-{size}"
+    images_file, scenes_file = folder / f"{name}.npy", folder / f"{name}.json"
+    if not scenes_file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        starts = range(0, count, _CHUNK)
+        with ProcessPoolExecutor() as pool:
+            jobs = [pool.submit(_draw_chunk, tuple(kinds), first_seed + 10 * s, min(_CHUNK, count - s), size) for s in starts]
+            chunks = [job.result() for job in jobs]
+        np.save(images_file, np.concatenate([images for images, _ in chunks]))
+        scenes_file.write_text(json.dumps([asdict(scene) for _, found in chunks for scene in found]))
+    found = json.loads(scenes_file.read_text())
+    return np.load(images_file), [Scene(**{**scene, "parts": tuple(scene["parts"])}) for scene in found]
+
+
+def _draw_chunk(kinds: Sequence[str], first_seed: int, count: int, size: int) -> tuple[NDArray[np.uint8], list[Scene]]:
+    drawn = list(scenes(kinds, first_seed, count, size))
+    return np.stack([image for image, _ in drawn]), [scene for _, scene in drawn]

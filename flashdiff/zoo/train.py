@@ -1,0 +1,348 @@
+"""The recipe of the embedded model: renders -> VAE -> text encoder and UNet -> a Stable Diffusion directory.
+
+    python -m flashdiff.zoo.train flashdiff/zoo/avatars.toml --out runs/avatars
+
+A killed run goes on where it was when the same command is given again. The random numbers of an update depend on the
+seed and the update alone, so a resumed run repeats the unbroken one.
+"""
+
+import argparse
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flashdiff.checkpoint import load_state, save_state, step_generator
+from flashdiff.config import Record, load_recipe
+from flashdiff.files import new_folder, write_whole
+from flashdiff.zoo.images import rendered
+from flashdiff.zoo.world import KINDS, Scene, caption
+
+_CHECKPOINT_EVERY = 250
+_VALIDATION_SEED = 10_000_000  # far beyond any training seed
+
+
+class WorldRecipe(Record):
+    kinds: tuple[str, ...] = tuple(KINDS)
+    image_size: int = 64
+    train_images: int = 40_000
+
+
+class StageRecipe(Record):
+    batch_size: int
+    images: int
+    """Training length: images seen, counting repeats."""
+    learning_rate: float
+    """Peak; linear warm-up over 200 updates, then cosine to 1 % of it."""
+
+
+class VaeRecipe(StageRecipe):
+    channels: int
+    encoder_blocks: tuple[int, ...]
+    decoder_blocks: tuple[int, ...]
+    """Residual blocks per resolution; the decoder runs in every request, the encoder only in training."""
+    latent_channels: int
+    latent_noise: float = 0.1
+    """Noise on the latents while training, the fixed variance of this autoencoder: it keeps the latent space smooth."""
+    crop: int = 32
+    """Side of the random crops seen in the first seven eighths: the network is convolutional and has no norms, so
+    small crops teach it as much per pixel and give four times the updates."""
+
+
+class DenoiserRecipe(StageRecipe):
+    block_out_channels: tuple[int, ...]
+    text_width: int = 128
+    text_layers: int = 2
+    text_tokens: int = 32
+    vocabulary: int = 1000
+    caption_dropout: float = 0.1
+    ema_decay: float = 0.999
+
+
+class Recipe(Record):
+    seed: int = 0
+    world: WorldRecipe
+    vae: VaeRecipe
+    denoiser: DenoiserRecipe
+
+
+def train(recipe: Recipe, out: Path) -> None:
+    """Run every stage that `out` does not hold yet; the model directory is `out/model`."""
+    world = recipe.world
+    cache = out / "renders"
+    images, scenes = rendered(cache, world.kinds, 0, world.train_images, world.image_size)
+    held_back, _ = rendered(cache, world.kinds, _VALIDATION_SEED, 2000, world.image_size)
+    write_whole(out / "recipe.json", recipe.model_dump_json(indent=2) + "\n")
+
+    vae = make_vae(recipe)
+    tokenizer = make_tokenizer(scenes, recipe)
+    train_vae(vae, images, held_back, recipe, out)
+    psnr = reconstruction_psnr(vae, held_back)
+    print(f"VAE: {psnr:.2f} dB PSNR on {len(held_back)} held-back renders", flush=True)
+
+    latents = encode_all(vae, images)
+    unet, text_encoder = make_denoiser(recipe, vocabulary=len(tokenizer))
+    scale = 1.0 / float(latents.std())
+    train_denoiser(unet, text_encoder, tokenizer, latents, scale, scenes, recipe, out)
+    vae.register_to_config(scaling_factor=scale)
+    export(out / "model", vae, unet, text_encoder, tokenizer)
+
+
+# --- the parts -------------------------------------------------------------------------------------------------------
+
+
+def make_vae(recipe: Recipe) -> Any:
+    """AutoencoderTiny, the architecture of TAESD: at two steps a request, the decoder is a third of the time."""
+    from diffusers import AutoencoderTiny
+
+    torch.manual_seed(recipe.seed)
+    vae = recipe.vae
+    return AutoencoderTiny(
+        encoder_block_out_channels=(vae.channels,) * len(vae.encoder_blocks),
+        decoder_block_out_channels=(vae.channels,) * len(vae.decoder_blocks),
+        num_encoder_blocks=vae.encoder_blocks,
+        num_decoder_blocks=vae.decoder_blocks,
+        latent_channels=vae.latent_channels,
+    )
+
+
+def make_denoiser(recipe: Recipe, vocabulary: int) -> tuple[Any, Any]:
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(recipe.seed + 1)
+    denoiser = recipe.denoiser
+    levels = len(denoiser.block_out_channels)
+    unet = UNet2DConditionModel(
+        sample_size=recipe.world.image_size // 2 ** (len(recipe.vae.decoder_blocks) - 1),
+        in_channels=recipe.vae.latent_channels,
+        out_channels=recipe.vae.latent_channels,
+        block_out_channels=denoiser.block_out_channels,
+        down_block_types=("CrossAttnDownBlock2D",) * levels,
+        up_block_types=("CrossAttnUpBlock2D",) * levels,
+        layers_per_block=1,
+        cross_attention_dim=denoiser.text_width,
+        attention_head_dim=4,
+    )
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=vocabulary,
+            hidden_size=denoiser.text_width,
+            intermediate_size=4 * denoiser.text_width,
+            num_hidden_layers=denoiser.text_layers,
+            num_attention_heads=4,
+            max_position_embeddings=denoiser.text_tokens,
+            bos_token_id=vocabulary - 2,
+            eos_token_id=vocabulary - 1,
+            pad_token_id=vocabulary - 1,
+        )
+    )
+    return unet, text_encoder
+
+
+def make_tokenizer(scenes: Sequence[Scene], recipe: Recipe) -> Any:
+    """A CLIP tokenizer whose byte-pair merges are learned from the captions; any other text still has tokens."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+
+    rng = random.Random(recipe.seed)
+    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    learner.normalizer = normalizers.Lowercase()
+    learner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    trainer = trainers.BpeTrainer(
+        vocab_size=recipe.denoiser.vocabulary - 2,
+        end_of_word_suffix="</w>",
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    learner.train_from_iterator((caption(scene, rng).replace(",", " ,") for scene in scenes[:20_000]), trainer)
+    merges = [tuple(merge) for merge in json.loads(learner.to_str())["model"]["merges"]]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [*alphabet, *(symbol + "</w>" for symbol in alphabet), *("".join(merge) for merge in merges)]
+    words = [*dict.fromkeys(words), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(
+        vocab={word: index for index, word in enumerate(words)}, merges=merges, model_max_length=recipe.denoiser.text_tokens
+    )
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def train_vae(vae: Any, images: NDArray[np.uint8], held_back: NDArray[np.uint8], recipe: Recipe, out: Path) -> None:
+    """Reconstruction (L1 + 2 L2) through noisy latents, in place."""
+    stage = recipe.vae
+    full_from = 7 * (stage.images // stage.batch_size) // 8
+
+    def loss_of(step: int) -> Tensor:
+        rng, generator = step_generator(recipe.seed, step)
+        pixels = to_pixels(images[rng.integers(0, len(images), stage.batch_size)])
+        if step < full_from:
+            top, left = rng.integers(0, pixels.shape[-1] - stage.crop + 1, 2)
+            pixels = pixels[:, :, top : top + stage.crop, left : left + stage.crop]
+        latents = vae.encode(pixels).latents
+        noisy = latents + stage.latent_noise * torch.randn(latents.shape, generator=generator)
+        error = vae.decode(noisy).sample - pixels
+        return error.abs().mean() + 2 * error.square().mean() + 1e-3 * latents.square().mean()
+
+    _train("vae", vae, loss_of, stage, out, ema_decay=None, report=lambda: f"{reconstruction_psnr(vae, held_back[:128]):.2f} dB")
+
+
+def train_denoiser(
+    unet: Any,
+    text_encoder: Any,
+    tokenizer: Any,
+    latents: Tensor,
+    scale: float,
+    scenes: Sequence[Scene],
+    recipe: Recipe,
+    out: Path,
+) -> None:
+    """v-prediction (Salimans & Ho 2022, eq. 9) of text-conditioned latents, in place; the weights left are the EMA."""
+    stage = recipe.denoiser
+    alphas, sigmas = (torch.from_numpy(values).float() for values in noise_levels())
+
+    def loss_of(step: int) -> Tensor:
+        rng, generator = step_generator(recipe.seed + 1, step)
+        words = random.Random(int(rng.integers(2**62)))
+        chosen = rng.integers(0, len(scenes), stage.batch_size)
+        texts = ["" if words.random() < stage.caption_dropout else caption(scenes[index], words) for index in chosen]
+        tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+        x0 = latents[torch.from_numpy(chosen)] * scale
+        noise = torch.randn(x0.shape, generator=generator)
+        t = torch.randint(0, len(alphas), (len(chosen),), generator=generator)
+        alpha, sigma = alphas[t][:, None, None, None], sigmas[t][:, None, None, None]
+        x_t, v = alpha * x0 + sigma * noise, alpha * noise - sigma * x0
+        x_t = x_t.contiguous(memory_format=torch.channels_last)
+        return torch.nn.functional.mse_loss(unet(x_t, t, text_encoder(tokens).last_hidden_state).sample, v)
+
+    model = torch.nn.ModuleList([unet, text_encoder])
+    _train("denoiser", model, loss_of, stage, out, ema_decay=stage.ema_decay, report=lambda: "")
+
+
+def _train(
+    name: str,
+    model: torch.nn.Module,
+    loss_of: Callable[[int], Tensor],
+    stage: StageRecipe,
+    out: Path,
+    *,
+    ema_decay: float | None,
+    report: Callable[[], str],
+) -> None:
+    model.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=stage.learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
+    average = {key: value.clone() for key, value in model.state_dict().items()} if ema_decay else {}
+    checkpoint, step = out / f"{name}.pt", 0
+    if checkpoint.exists():
+        state = load_state(checkpoint)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        average, step = state["average"], state["step"]
+
+    total = stage.images // stage.batch_size
+    started, first, running = time.monotonic(), step, 0.0
+    while step < total:
+        for group in optimizer.param_groups:
+            group["lr"] = stage.learning_rate * _schedule(step, total)
+        loss = loss_of(step)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        if ema_decay:  # the average starts as a running mean, so the random start does not linger
+            decay = min(ema_decay, (1 + step) / (10 + step))
+            for key, value in model.state_dict().items():
+                average[key].lerp_(value, 1 - decay)
+        running = loss.item() if not running else 0.98 * running + 0.02 * loss.item()
+        if step % _CHECKPOINT_EVERY == 0 or step == total:
+            save_state(checkpoint, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": step})
+            rate = (step - first) * stage.batch_size / (time.monotonic() - started)
+            left = (total - step) * stage.batch_size / rate / 60
+            print(f"{name} {step}/{total} loss {running:.4f} {rate:.0f} images/s, {left:.1f} min left {report()}", flush=True)
+    if ema_decay:
+        model.load_state_dict(average)
+    model.eval()
+
+
+def _schedule(step: int, total: int) -> float:
+    warm = min(1.0, (step + 1) / 200)
+    return warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / total)))
+
+
+def noise_levels() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """alpha_t and sigma_t [1000] of Stable Diffusion's scaled-linear schedule."""
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    alpha_bar = np.cumprod(1 - betas)
+    return np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
+
+
+# --- images and latents ----------------------------------------------------------------------------------------------
+
+
+def to_pixels(images: NDArray[np.uint8]) -> Tensor:
+    """uint8 [B, H, W, 3] as float [B, 3, H, W] in [-1, 1]."""
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+    return pixels.contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def encode_all(vae: Any, images: NDArray[np.uint8]) -> Tensor:
+    """Unscaled latents [N, C, h, w] of all images."""
+    return torch.cat([vae.encode(to_pixels(images[i : i + 256])).latents for i in range(0, len(images), 256)])
+
+
+@torch.no_grad()
+def reconstruction_psnr(vae: Any, images: NDArray[np.uint8]) -> float:
+    """PSNR in dB of encode and decode, over all pixels of all images."""
+    pixels = to_pixels(images)
+    decoded = torch.cat([vae.decode(vae.encode(part).latents).sample for part in pixels.split(128)])
+    return float(-10 * torch.log10(((decoded.clamp(-1, 1) - pixels) / 2).square().mean()))
+
+
+def export(target: Path, vae: Any, unet: Any, text_encoder: Any, tokenizer: Any) -> None:
+    """Write the Stable Diffusion directory, weights in half precision."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        timestep_spacing="trailing",
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=vae.half(),
+        unet=unet.half(),
+        text_encoder=text_encoder.half(),
+        tokenizer=tokenizer,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    with new_folder(target) as folder:
+        pipeline.save_pretrained(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    train(load_recipe(options.recipe, Recipe), options.out)
+
+
+if __name__ == "__main__":
+    main()
