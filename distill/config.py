@@ -57,7 +57,9 @@ class Recipe(Record):
     def _fits_together(self) -> Self:
         for phase in self.phases:
             if len(phase.mode_weights) != self.grid.modes or min(phase.mode_weights) < 0 or not sum(phase.mode_weights):
-                raise ValueError(f"mode_weights must be {self.grid.modes} numbers, none negative and not all 0, not {phase.mode_weights}")
+                raise ValueError(
+                    f"mode_weights must be {self.grid.modes} numbers, none negative and not all 0, not {phase.mode_weights}"
+                )
         low, high = self.guidance
         if not 0 < low <= high:
             raise ValueError(f"guidance must be two rising positive numbers, not {self.guidance}")

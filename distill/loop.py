@@ -1,10 +1,7 @@
 """The training program: when things happen. What one update is stands in `step`."""
 
 import json
-import os
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +16,7 @@ from flashdiff.distill.publish import publish
 from flashdiff.distill.step import Targets, make_targets, student_loss
 from flashdiff.errors import TrainingError
 from flashdiff.families import load_base
-from flashdiff.families.base import ModelFamily, TorchModel
+from flashdiff.families.base import TorchModel
 from flashdiff.files import write_whole
 from flashdiff.lora import FLASH, add_adapter
 from flashdiff.sampling import Sampler
@@ -69,7 +66,7 @@ class Student:
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.learning_rate * _schedule(self.update, recipe)
         self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
         if not torch.isfinite(loss) or not torch.isfinite(norm):
             raise TrainingError(f"update {self.update}: loss {loss.item()} or gradient norm {norm.item()} is not finite")
@@ -116,7 +113,7 @@ def flash_sampler(model: TorchModel, recipe: Recipe) -> Sampler:
 
 
 def _train(model: TorchModel, student: Student, data: Dataset, recipe: Recipe, work: Path) -> None:
-    unconditional = model.encode_tensors([""])
+    unconditional = model.encode_ids(model.tokenizer([""]))
     checkpoint, log = work / "checkpoint.pt", work / "log.jsonl"
     pool_updates = _POOL_BATCHES * recipe.target_uses
     pool: Targets | None = None
@@ -136,7 +133,9 @@ def _train(model: TorchModel, student: Student, data: Dataset, recipe: Recipe, w
                 student.learn(loss)
             except TrainingError as error:
                 save_state(work / "bad_batch.pt", vars(batch))
-                raise TrainingError(f"{error}; the batch is in {work / 'bad_batch.pt'}, the last checkpoint is untouched") from None
+                raise TrainingError(
+                    f"{error}; the batch is in {work / 'bad_batch.pt'}, the last checkpoint is untouched"
+                ) from None
 
             with log.open("a") as file:
                 file.write(json.dumps({"update": update, "loss": loss.item()}) + "\n")

@@ -28,7 +28,10 @@ class Targets:
 
     def __getitem__(self, chosen: Tensor) -> "Targets":
         return Targets(
-            self.x_t[chosen], self.times[chosen], {name: values[chosen] for name, values in self.conditioning.items()}, self.x0[chosen]
+            self.x_t[chosen],
+            self.times[chosen],
+            {name: values[chosen] for name, values in self.conditioning.items()},
+            self.x0[chosen],
         )
 
 
@@ -62,7 +65,8 @@ def make_targets(
     pure = (starts == 0).view(-1, 1, 1, 1)
     x_t = torch.where(pure, noise, renoise(data.latents[torch.from_numpy(chosen)], noise, alpha, sigma))
 
-    conditioning = model.encode_tensors([data.captions[index] for index in chosen])
+    captions = [data.captions[index] for index in chosen]
+    conditioning = model.encode_ids(model.tokenizer(captions, truncate=True))
     model.network.disable_adapters()
     x0 = solve(
         lambda latents, t, condition: run_network(model, latents, t, condition),
@@ -82,6 +86,8 @@ def make_targets(
 def student_loss(model: TorchModel, recipe: Recipe, batch: Targets) -> Tensor:
     """The distillation loss of the student's single conditional evaluation at each sample's start."""
     output = run_network(model, batch.x_t, batch.times, batch.conditioning)
-    alpha, sigma = (torch.from_numpy(x).float().view(-1, 1, 1, 1) for x in model.spec.sampler.schedule.levels(batch.times.tolist()))
+    alpha, sigma = (
+        torch.from_numpy(x).float().view(-1, 1, 1, 1) for x in model.spec.sampler.schedule.levels(batch.times.tolist())
+    )
     x0 = to_x0(model.spec.prediction, output, batch.x_t, alpha, sigma)
     return distillation_loss(recipe.loss.distillation, x0, batch.x0)

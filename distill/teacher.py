@@ -39,9 +39,13 @@ def solve(
         alpha, next_alpha = (levels[0][i].view(1, 1, 1, 1) for i in (index, index + 1))
         sigma, next_sigma = (levels[1][i].view(1, 1, 1, 1) for i in (index, index + 1))
         x = x_t[active]
-        both = {name: torch.cat([values[active], unconditional[name].expand_as(values[active])]) for name, values in conditioning.items()}
+        both = {
+            name: torch.cat([values[active], unconditional[name].expand_as(values[active])])
+            for name, values in conditioning.items()
+        }
         t = torch.full((2 * len(active),), times[index], dtype=torch.int64, device=x.device)
-        output = guide(*network(torch.cat([x, x]), t, both).chunk(2), guidance[active].view(-1, 1, 1, 1))
+        conditional, contrast = network(torch.cat([x, x]), t, both).chunk(2)
+        output = guide(conditional, contrast, guidance[active].view(-1, 1, 1, 1))
         x0 = to_x0(prediction, output, x, alpha, sigma)
         weight = torch.where(starts[active] < index, weights[index], 0.0).view(-1, 1, 1, 1).to(x)
         x_t[active] = ode_step(x, extrapolate(x0, previous_x0[active], weight), alpha, sigma, next_alpha, next_sigma)

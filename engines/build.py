@@ -77,7 +77,9 @@ def build_engine(options: BuildOptions, report: Callable[[str], None]) -> Manife
         sizes = ", ".join(map(str, model.spec.sizes))
         watch.lap("compile", f"{options.backend}, batch {', '.join(map(str, options.batch_sizes))} at {sizes}")
         errors = verify(model, parts, engine)
-        watch.lap("verify", ", ".join(f"{name} {error:.1e}" for name, error in errors.items()) + f" off torch (allowed {MAX_ERROR:.0e})")
+        watch.lap(
+            "verify", ", ".join(f"{name} {error:.1e}" for name, error in errors.items()) + f" off torch (allowed {MAX_ERROR:.0e})"
+        )
         costs = engine.measure_costs()
         watch.lap("measure", ", ".join(f"{part} {cost[options.batch_sizes[0]]:.1f} ms" for part, cost in costs.items()))
         manifest = manifest.model_copy(update={"max_error": errors, "step_cost_ms": costs})

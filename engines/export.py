@@ -32,7 +32,7 @@ def parts_of(model: TorchModel) -> list[Part]:
     spec = model.spec
     states = [
         TensorSpec(name=name, dtype="float32", shape=("batch", *values.shape[1:]))
-        for name, values in model.encode_tensors([""]).items()
+        for name, values in model.encode_ids(model.tokenizer([""])).items()
     ]
     latents = TensorSpec(name="latents", dtype="float32", shape=("batch", spec.latent_channels, "height", "width"))
     return [
@@ -103,7 +103,9 @@ def _name_dimensions(graph: Any, part: Part) -> None:
         for axis, wanted in enumerate(tensor.shape):
             found = value.shape[axis]
             if isinstance(wanted, str) == isinstance(found, int):
-                raise BackendError(f"{part.name}: the export made dimension {axis} of {tensor.name} {found}, it should be {wanted}")
+                raise BackendError(
+                    f"{part.name}: the export made dimension {axis} of {tensor.name} {found}, it should be {wanted}"
+                )
             if isinstance(wanted, str):
                 names[str(found.value)] = wanted
     values = [*graph.inputs, *(value for node in graph for value in node.outputs)]

@@ -32,11 +32,15 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     distill = commands.add_parser("distill", help="train a flash LoRA from a recipe", description=_distill.__doc__)
-    distill.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file; 'avatars.toml' alone is the one that ships with flashdiff")
-    distill.add_argument("--out", type=Path, required=True, help="the LoRA folder to make; training state is kept in OUT/training")
+    distill.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file; avatars.toml ships with flashdiff")
+    distill.add_argument(
+        "--out", type=Path, required=True, help="the LoRA folder to make; training state is kept in OUT/training"
+    )
     distill.set_defaults(run=_distill)
 
-    build = commands.add_parser("build-engine", help="fuse, export, compile and check a bundle", description=_build_engine.__doc__)
+    build = commands.add_parser(
+        "build-engine", help="fuse, export, compile and check a bundle", description=_build_engine.__doc__
+    )
     build.add_argument("base", metavar="BASE", help="a diffusers model directory, a hub id, or the embedded model 'avatars'")
     build.add_argument("--lora", action="append", default=[], metavar="FOLDER[:WEIGHT]", help="fuse this LoRA; may be repeated")
     build.add_argument("--out", type=Path, required=True, help="the bundle folder to make")
@@ -55,7 +59,9 @@ def _parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", help="make images without a server", description=_generate.__doc__)
     generate.add_argument("bundle", type=Path, metavar="BUNDLE")
     generate.add_argument("prompt", metavar="PROMPT")
-    generate.add_argument("-o", "--out", type=Path, required=True, help="the image file: .png, .jpg or .webp; with --count N: NAME-0 to NAME-(N-1)")
+    generate.add_argument(
+        "-o", "--out", type=Path, required=True, help="a .png, .jpg or .webp file; --count N makes NAME-0, NAME-1, ..."
+    )
     generate.add_argument("--steps", type=int, help="default: the model's")
     generate.add_argument("--seed", type=int, default=0, help="default: %(default)s; image i has seed + i")
     generate.add_argument("--size", metavar="WxH", help="default: the model's")
@@ -65,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _distill(options: argparse.Namespace) -> None:
-    """Train a flash LoRA: the base model's guided multi-step result in one to four steps. A killed run goes on with the same command."""
+    """Train a flash LoRA: the base model's guided result in one to four steps. A killed run goes on with the same command."""
     _need("distill", "torch", "diffusers", "peft")
     from flashdiff.config import load_recipe
     from flashdiff.distill.config import Recipe, bundled_recipe
@@ -134,7 +140,9 @@ def _generate(options: argparse.Namespace) -> None:
         raise ConfigError(f"--out {options.out}: the name must end in .png, .jpg or .webp")
     engine = open_bundle(options.bundle)
     size = parse_sizes(options.size)[0] if options.size else None
-    order = check_order(engine.spec, prompt=options.prompt, seed=options.seed, steps=options.steps, size=size, count=options.count)
+    order = check_order(
+        engine.spec, prompt=options.prompt, seed=options.seed, steps=options.steps, size=size, count=options.count
+    )
     for index, pixels in enumerate(generate(engine, [order])[0]):
         path = options.out if order.count == 1 else options.out.with_stem(f"{options.out.stem}-{index}")
         try:
@@ -170,8 +178,8 @@ def _quiet_libraries() -> None:
     import transformers.utils.logging
 
     for module in (diffusers.utils.logging, transformers.utils.logging):
-        module.set_verbosity_error()  # type: ignore[no-untyped-call]
-        module.disable_progress_bar()  # type: ignore[no-untyped-call]
+        module.set_verbosity_error()
+        module.disable_progress_bar()
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def _advance(spec: ModelSpec, row: Row, output: NDArray[np.float32], contrast: I
     """One sampler step of one row, alone, so that no other row of the batch can touch its arithmetic."""
     sampler = spec.sampler
     if row.unconditional is not None:
-        output = guide(output, next(contrast), np.float32(sampler.guidance))
+        output = guide(output, next(contrast), sampler.guidance)
     if not np.isfinite(output).all():
         raise BackendError(f"the network returned values that are not finite at time {row.times[row.step]} (seed {row.seed})")
     alphas, sigmas = (levels.astype(np.float32) for levels in sampler.schedule.levels([*row.times[row.step :], -1]))

@@ -42,7 +42,12 @@ def add_adapter(model: TorchModel, family: ModelFamily, *, rank: int, alpha: flo
     from peft import LoraConfig
 
     torch.manual_seed(seed)
-    config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(family.lora_targets))
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # a float works and is kept
+        init_lora_weights="gaussian",
+        target_modules=list(family.lora_targets),
+    )
     model.network.add_adapter(config, adapter_name=name)
 
 

@@ -24,7 +24,7 @@ def to_x0(prediction: Prediction, output: Array, x_t: Array, alpha: Array, sigma
             assert_never(prediction)
 
 
-def guide(conditional: Array, unconditional: Array, scale: Array) -> Array:
+def guide(conditional: Array, unconditional: Array, scale: "Array | float") -> Array:
     """Classifier-free guidance, the one convention of this project: w cond + (1 - w) uncond (w = 1 is no guidance).
 
     Ho & Salimans 2022 with w = their w + 1. Network outputs and x_0 may be guided alike, both being linear in the other.

@@ -60,7 +60,7 @@ class Grid(Record):
     def _modes_lie_on_the_grid(self) -> Self:
         if self.solver_steps % self.modes or self.solver_steps > self.num_train_timesteps:
             raise ValueError(
-                f"solver_steps must be a multiple of modes ({self.modes}) and at most {self.num_train_timesteps}, not {self.solver_steps}"
+                f"solver_steps must be a multiple of modes ({self.modes}), <= {self.num_train_timesteps}, not {self.solver_steps}"
             )
         return self
 

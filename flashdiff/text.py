@@ -27,11 +27,17 @@ class PromptTokenizer:
         """The text of a tokenizer.json."""
         return str(self._tokenizer.to_str())
 
-    def __call__(self, prompts: Sequence[str]) -> NDArray[np.int64]:
-        """Ids [B, length]; RequestError for a prompt that does not fit, because cutting it would drop what it asks for."""
+    def __call__(self, prompts: Sequence[str], *, truncate: bool = False) -> NDArray[np.int64]:
+        """Ids [B, length]. RequestError for a prompt that does not fit, because cutting it would drop what it asks for.
+
+        Training captions may be cut (`truncate`): their image is what it is.
+        """
         ids = np.full((len(prompts), self.length), self.pad_id, dtype=np.int64)
         for prompt, row, encoding in zip(prompts, ids, self._tokenizer.encode_batch(list(prompts)), strict=True):
-            if len(encoding.ids) > self.length:
-                raise RequestError("prompt", prompt, f"it has {len(encoding.ids)} tokens, at most {self.length} fit")
-            row[: len(encoding.ids)] = encoding.ids
+            tokens = encoding.ids
+            if len(tokens) > self.length:
+                if not truncate:
+                    raise RequestError("prompt", prompt, f"it has {len(tokens)} tokens, at most {self.length} fit")
+                tokens = [*tokens[: self.length - 1], tokens[-1]]  # the end mark stays
+            row[: len(tokens)] = tokens
         return ids

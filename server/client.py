@@ -1,8 +1,8 @@
 """A small typed client.
 
-    with Client("127.0.0.1:50051") as client:
-        result = client.generate("a green monster with horns", steps=2, seed=7)
-        Path("monster.png").write_bytes(result.images[0])
+with Client("127.0.0.1:50051") as client:
+    result = client.generate("a green monster with horns", steps=2, seed=7)
+    Path("monster.png").write_bytes(result.images[0])
 """
 
 from types import TracebackType
@@ -20,7 +20,7 @@ from flashdiff.server.images import ImageFormat
 class ServerError(FlashdiffError):
     """The server's refusal or failure; `code` is the gRPC status."""
 
-    def __init__(self, code: grpc.StatusCode, message: str) -> None:
+    def __init__(self, code: grpc.StatusCode, message: str | None) -> None:
         super().__init__(f"{code.name}: {message}")
         self.code = code
 
@@ -31,7 +31,7 @@ class Client:
     def __init__(self, address: str) -> None:
         options = [("grpc.max_receive_message_length", 256 * 1024 * 1024)]
         self._channel = grpc.insecure_channel(address, options=options)
-        self._stub = image_pb2_grpc.ImageServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._stub = image_pb2_grpc.ImageServiceStub(self._channel)
 
     def generate(
         self,

@@ -60,7 +60,9 @@ def expected_ms(new: Work, backlog: Sequence[Work], costs: Costs) -> float:
         for work in backlog
     )
     alone = (
-        _cost(costs["text_encoder"], 1) + new.steps * _cost(costs["denoiser"], new.rows * new.slots) + _cost(costs["decoder"], new.rows)
+        _cost(costs["text_encoder"], 1)
+        + new.steps * _cost(costs["denoiser"], new.rows * new.slots)
+        + _cost(costs["decoder"], new.rows)
     )
     return ahead + alone
 

@@ -8,7 +8,15 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from flashdiff.components import Components, Conditioning, Costs
-from flashdiff.errors import BackendError, CancelledError, DeadlineError, DrainingError, FlashdiffError, OverloadedError, RequestError
+from flashdiff.errors import (
+    BackendError,
+    CancelledError,
+    DeadlineError,
+    DrainingError,
+    FlashdiffError,
+    OverloadedError,
+    RequestError,
+)
 from flashdiff.generate import Order, Pixels, Row, decode_rows, denoise_rows, encode_prompts, new_row, unconditional_of
 from flashdiff.server.scheduler import PART_OF, Ready, Stage, Work, choose, expected_ms
 
@@ -76,11 +84,15 @@ class Worker:
                 raise DrainingError("the server is shutting down")
             pending = sum(job.order.count for job in self._jobs)
             if pending + order.count > self._max_pending_images:
-                raise OverloadedError(f"the queue is full: {pending} images are pending, at most {self._max_pending_images} fit; try again later")
+                raise OverloadedError(
+                    f"the queue is full: {pending} images are pending, at most {self._max_pending_images} fit; try again later"
+                )
             if timeout_s is not None:
                 expected = expected_ms(self._work_of(order), [self._work_left(job) for job in self._jobs], self._costs)
                 if expected > 1000 * timeout_s:
-                    raise DeadlineError(f"this would take about {expected:.0f} ms, the deadline is {max(0.0, 1000 * timeout_s):.0f} ms away")
+                    raise DeadlineError(
+                        f"this would take about {expected:.0f} ms, the deadline is {max(0.0, 1000 * timeout_s):.0f} ms away"
+                    )
             self._arrivals += 1
             deadline = math.inf if timeout_s is None else now + timeout_s
             job = Job(order=order, deadline=deadline, arrived=now, arrival=self._arrivals)

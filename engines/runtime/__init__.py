@@ -1,5 +1,6 @@
 """Engines that run. Only this folder knows an engine's library, and each library is imported where it is needed."""
 
+import importlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,11 @@ CompiledPart = Callable[[Mapping[str, NDArray[Any]]], dict[str, NDArray[np.float
 def compile_part(backend: BackendName, file: Path, part: PartSpec, dimensions: Mapping[str, int]) -> CompiledPart:
     """Make a part ready at one bucket's shape; BackendError when the library is missing or refuses."""
     try:
-        if backend == "openvino":
-            from flashdiff.engines.runtime import openvino_backend as module
-        else:
-            from flashdiff.engines.runtime import onnxruntime_backend as module
+        module = importlib.import_module(f"flashdiff.engines.runtime.{backend}_backend")
     except ImportError as error:
-        raise BackendError(f"the backend '{backend}' needs a package that is not here ({error.name}): pip install 'flashdiff[cpu]'") from None
+        raise BackendError(f"backend '{backend}' needs '{error.name}', which is not here: pip install 'flashdiff[cpu]'") from None
     try:
-        return module.compile_part(file, part, dimensions)
-    except RuntimeError as error:
+        compiled: CompiledPart = module.compile_part(file, part, dimensions)
+        return compiled
+    except RuntimeError as error:  # what both raise for a graph they cannot take
         raise BackendError(f"{backend} could not compile {file.name}: {str(error).splitlines()[0]}") from None

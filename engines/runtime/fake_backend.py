@@ -46,7 +46,11 @@ class FakeComponents:
         for prompt in prompts:
             if len(prompt.split()) > self.spec.prompt_tokens:
                 raise RequestError("prompt", prompt, f"at most {self.spec.prompt_tokens} words fit")
-        return {"color": np.array([[(zlib.crc32(p.encode()) >> s & 255) / 255 for s in (0, 8, 16)] for p in prompts], dtype=np.float32)}
+        return {
+            "color": np.array(
+                [[(zlib.crc32(p.encode()) >> s & 255) / 255 for s in (0, 8, 16)] for p in prompts], dtype=np.float32
+            )
+        }
 
     def denoise(
         self, latents: NDArray[np.float32], times: NDArray[np.int64], conditioning: Mapping[str, NDArray[np.float32]]
@@ -54,7 +58,9 @@ class FakeComponents:
         self._called("denoiser", len(latents))
         alphas, sigmas = self.spec.sampler.schedule.levels(times)
         x0 = np.broadcast_to(conditioning["color"][:, :, None, None], latents.shape)
-        epsilon: NDArray[np.float32] = ((latents - alphas[:, None, None, None] * x0) / sigmas[:, None, None, None]).astype(np.float32)
+        epsilon: NDArray[np.float32] = ((latents - alphas[:, None, None, None] * x0) / sigmas[:, None, None, None]).astype(
+            np.float32
+        )
         return epsilon
 
     def decode(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:

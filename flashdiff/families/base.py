@@ -70,12 +70,12 @@ class TorchModel:
         return base_hash(self.folder)
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        return {name: value.numpy() for name, value in self.encode_tensors(prompts).items()}
+        return {name: value.numpy() for name, value in self.encode_ids(self.tokenizer(prompts)).items()}
 
-    def encode_tensors(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """`encode` for callers that go on in torch."""
+    def encode_ids(self, ids: NDArray[np.int64]) -> dict[str, Tensor]:
+        """`encode` of token ids [B, T], for callers that go on in torch."""
         with torch.no_grad():
-            return dict(zip(self.conditioning, self.text_encoder(torch.from_numpy(self.tokenizer(prompts))), strict=True))
+            return dict(zip(self.conditioning, self.text_encoder(torch.from_numpy(ids)), strict=True))
 
     def denoise(
         self, latents: NDArray[np.float32], times: NDArray[np.int64], conditioning: Mapping[str, NDArray[np.float32]]

@@ -156,7 +156,9 @@ def make_tokenizer(scenes: Sequence[Scene], recipe: Recipe) -> Any:
     rng = random.Random(recipe.seed)
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     learner.normalizer = normalizers.Lowercase()
-    learner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    learner.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     trainer = trainers.BpeTrainer(
         vocab_size=recipe.denoiser.vocabulary - 2,
         end_of_word_suffix="</w>",
@@ -169,7 +171,9 @@ def make_tokenizer(scenes: Sequence[Scene], recipe: Recipe) -> Any:
     words = [*alphabet, *(symbol + "</w>" for symbol in alphabet), *("".join(merge) for merge in merges)]
     words = [*dict.fromkeys(words), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(
-        vocab={word: index for index, word in enumerate(words)}, merges=merges, model_max_length=recipe.denoiser.text_tokens
+        vocab={word: index for index, word in enumerate(words)},
+        merges=[" ".join(merge) for merge in merges],
+        model_max_length=recipe.denoiser.text_tokens,
     )
 
 
@@ -265,7 +269,9 @@ def _train(
                 average[key].lerp_(value, 1 - decay)
         running = loss.item() if not running else 0.98 * running + 0.02 * loss.item()
         if step % _CHECKPOINT_EVERY == 0 or step == total:
-            save_state(checkpoint, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": step})
+            save_state(
+                checkpoint, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": step}
+            )
             rate = (step - first) * stage.batch_size / (time.monotonic() - started)
             left = (total - step) * stage.batch_size / rate / 60
             print(f"{name} {step}/{total} loss {running:.4f} {rate:.0f} images/s, {left:.1f} min left {report()}", flush=True)
@@ -322,7 +328,7 @@ def export(target: Path, vae: Any, unet: Any, text_encoder: Any, tokenizer: Any)
         set_alpha_to_one=False,
         timestep_spacing="trailing",
     )
-    pipeline = StableDiffusionPipeline(
+    pipeline: Any = StableDiffusionPipeline(
         vae=vae.half(),
         unet=unet.half(),
         text_encoder=text_encoder.half(),

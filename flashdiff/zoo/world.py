@@ -133,7 +133,9 @@ PLANTS = {
 }  # fmt: skip
 
 # Combinations (colour word, phrase) that training never sees, so that tests show composition and not memory.
-HELD_OUT = frozenset({("green", "a crown"), ("yellow", "a siren"), ("purple", "two moons"), ("blue", "cactus"), ("red", "a bold ring")})
+HELD_OUT = frozenset(
+    {("green", "a crown"), ("yellow", "a siren"), ("purple", "two moons"), ("blue", "cactus"), ("red", "a bold ring")}
+)
 
 
 @dataclass(frozen=True)
