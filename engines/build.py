@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,8 @@ _LIBRARIES = ("torch", "diffusers", "onnx", "onnxscript", "openvino", "onnxrunti
 class BuildOptions:
     base: str
     out: Path
-    loras: tuple[tuple[Path, float], ...] = ()
+    loras: tuple[tuple[str, float], ...] = ()
+    """Folder or shipped name, and weight."""
     backend: BackendName = "openvino"
     sizes: tuple[Size, ...] = ()
     """Empty: the size the base was trained at."""
@@ -37,14 +38,15 @@ def build_engine(options: BuildOptions, report: Callable[[str], None]) -> Manife
     from flashdiff.engines.runtime.engine import Engine
     from flashdiff.engines.verify import MAX_ERROR, verify
     from flashdiff.families import load_base
-    from flashdiff.lora import fuse, lora_hash
+    from flashdiff.lora import find_lora, fuse, lora_hash
 
     watch = _Stopwatch(report)
+    folders = [(find_lora(name), weight) for name, weight in options.loras]
     family, model = load_base(options.base)
-    model.spec = bundle_spec(model.spec, options)
+    model.spec = bundle_spec(model.spec, options, [folder for folder, _ in folders])
     base_hash = model.base_hash
-    fuse(model, family, list(options.loras))
-    loras = tuple(LoraRecord(name=folder.name, weights_hash=lora_hash(folder), weight=weight) for folder, weight in options.loras)
+    fuse(model, family, folders)
+    loras = tuple(LoraRecord(name=folder.name, weights_hash=lora_hash(folder), weight=weight) for folder, weight in folders)
     watch.lap("fuse", f"{options.base} ({family.name})" + "".join(f" + {lora.name}" for lora in loras))
 
     parts = parts_of(model)
@@ -88,11 +90,11 @@ def build_engine(options: BuildOptions, report: Callable[[str], None]) -> Manife
     return manifest
 
 
-def bundle_spec(base: ModelSpec, options: BuildOptions) -> ModelSpec:
+def bundle_spec(base: ModelSpec, options: BuildOptions, loras: Sequence[Path]) -> ModelSpec:
     """The spec of the model that the bundle will hold; ConfigError, LoraError or BundleError when options do not fit."""
     from flashdiff.lora import read_flash_info
 
-    flash = [info for info in (read_flash_info(folder) for folder, _ in options.loras) if info]
+    flash = [info for info in map(read_flash_info, loras) if info]
     if len(flash) > 1:
         raise LoraError(f"only one flash LoRA can be fused, {len(flash)} were given")
     if flash and flash[0].family != base.family:

@@ -42,7 +42,13 @@ def _parser() -> argparse.ArgumentParser:
         "build-engine", help="fuse, export, compile and check a bundle", description=_build_engine.__doc__
     )
     build.add_argument("base", metavar="BASE", help="a diffusers model directory, a hub id, or the embedded model 'avatars'")
-    build.add_argument("--lora", action="append", default=[], metavar="FOLDER[:WEIGHT]", help="fuse this LoRA; may be repeated")
+    build.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FOLDER[:WEIGHT]",
+        help="fuse this LoRA, such as the shipped avatars-flash; may be repeated",
+    )
     build.add_argument("--out", type=Path, required=True, help="the bundle folder to make")
     build.add_argument("--backend", choices=("openvino", "onnxruntime"), default="openvino", help="default: %(default)s")
     build.add_argument("--size", metavar="WxH[,WxH...]", help="image sizes; default: the size the base was trained at")
@@ -152,13 +158,13 @@ def _generate(options: argparse.Namespace) -> None:
         print(f"{path}  {order.size}  {order.steps} steps  seed {order.seed + index}")
 
 
-def _lora(text: str) -> tuple[Path, float]:
+def _lora(text: str) -> tuple[str, float]:
     """`FOLDER` or `FOLDER:WEIGHT`."""
     folder, _, weight = text.rpartition(":")
     if not folder:
-        return Path(text), 1.0
+        return text, 1.0
     try:
-        return Path(folder), float(weight)
+        return folder, float(weight)
     except ValueError:
         raise ConfigError(f"--lora '{text}': the weight after ':' must be a number") from None
 

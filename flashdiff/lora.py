@@ -77,10 +77,16 @@ def read_flash_info(folder: Path) -> FlashInfo | None:
         raise LoraError(f"{folder / FLASH} is damaged: {error}") from None
 
 
+def find_lora(name: str) -> Path:
+    """A LoRA folder by its path, or by its name if it ships with flashdiff; LoraError when there is none."""
+    for folder in (Path(name), Path(__file__).parent / "zoo" / name):
+        if (folder / WEIGHTS).is_file():
+            return folder
+    raise LoraError(f"no LoRA '{name}': give a folder that holds {WEIGHTS}, or 'avatars-flash'")
+
+
 def lora_hash(folder: Path) -> str:
-    """Hash of the LoRA's weights; LoraError when the folder holds none."""
-    if not (folder / WEIGHTS).is_file():
-        raise LoraError(f"{folder} is not a LoRA folder: it has no {WEIGHTS}")
+    """Hash of the LoRA's weights."""
     return hash_file(folder / WEIGHTS)
 
 
@@ -90,7 +96,6 @@ def fuse(model: TorchModel, family: ModelFamily, loras: list[tuple[Path, float]]
     LoraError when a flash LoRA was trained on another base or when a file's layers do not fit this network.
     """
     for folder, _ in loras:
-        lora_hash(folder)
         info = read_flash_info(folder)
         if info and info.base_hash != model.base_hash:
             raise LoraError(

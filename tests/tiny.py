@@ -58,6 +58,7 @@ def make_tiny_sd15(folder: Path, *, prediction_type: str = "epsilon", seed: int 
             prediction_type=prediction_type,
             clip_sample=False,
             set_alpha_to_one=False,
+            steps_offset=1,
             timestep_spacing="trailing",
         ),
         safety_checker=None,

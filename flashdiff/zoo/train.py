@@ -326,6 +326,7 @@ def export(target: Path, vae: Any, unet: Any, text_encoder: Any, tokenizer: Any)
         prediction_type="v_prediction",
         clip_sample=False,
         set_alpha_to_one=False,
+        steps_offset=1,
         timestep_spacing="trailing",
     )
     pipeline: Any = StableDiffusionPipeline(

@@ -1,0 +1,1 @@
+"""Benchmarks: commands that measure and write rows. May import everything; nothing imports them."""

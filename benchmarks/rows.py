@@ -1,0 +1,76 @@
+"""A result row and the environment it was measured in."""
+
+import importlib.metadata
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import flashdiff
+from flashdiff.engines.bundle import Manifest
+from flashdiff.engines.runtime.threads import cpu_threads
+
+
+def environment(manifests: dict[str, Manifest]) -> dict[str, Any]:
+    """The machine, the versions and the bundles, as one record."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "flashdiff": flashdiff.__version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cpu": _cpu_name(),
+        "threads": cpu_threads(),
+        "load_average": os.getloadavg()[0],
+        "libraries": {name: _version(name) for name in ("openvino", "onnxruntime", "numpy")},
+        "bundles": {
+            name: {"name": m.model.name, "hash": m.bundle_hash, "loras": [lora.name for lora in m.loras]}
+            for name, m in manifests.items()
+        },
+    }
+
+
+def row(manifest: Manifest, model: str, batch: int, steps: int, stage: str, samples_ms: Sequence[float]) -> dict[str, Any]:
+    """One row: median, p95 and quartiles of the samples, in milliseconds."""
+    ordered = sorted(samples_ms)
+    quartiles = statistics.quantiles(ordered, n=4) if len(ordered) > 1 else [ordered[0]] * 3
+    return {
+        "model": model,
+        "backend": manifest.backend,
+        "precision": manifest.precision,
+        "batch": batch,
+        "steps": steps,
+        "nfe": steps * manifest.model.sampler.evaluations_per_step,
+        "stage": stage,
+        "median_ms": round(statistics.median(ordered), 4),
+        "p95_ms": round(ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))], 4),
+        "quartiles_ms": [round(quartiles[0], 4), round(quartiles[2], 4)],
+        "n": len(ordered),
+    }
+
+
+def _commit() -> str | None:
+    try:
+        where = Path(__file__).parent
+        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=where, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,162 @@
+"""The main job with the embedded model: build, serve, ask over gRPC, compare with the teacher. `make demo` runs it.
+
+Leaves demo/images.png, demo/report.md and demo/report.json.
+"""
+
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import latency
+from flashdiff.engines.bundle import read_manifest
+from flashdiff.engines.runtime.engine import open_bundle
+from flashdiff.generate import check_order, generate
+from flashdiff.server.client import Client
+
+OUT = Path("demo")
+STUDENT, TEACHER = OUT / "student", OUT / "teacher"
+TEACHER_STEPS, TEACHER_GUIDANCE = 50, 3.0
+PROMPTS = (
+    "a green monster with horns, three eyes and a grin on a blue background",
+    "a cactus in a pink pot with happy eyes on a cream background",
+    "a purple planet with a thin ring and one moon on a black background",
+    "a yellow robot with an antenna and a heart on a teal background",
+    "an orange monster with pointy ears and a smile on a navy background",
+    "a tulip in a white pot on a purple background",
+    "a teal planet with craters on a navy background",
+    "a red robot with a siren on a white background",
+)
+
+
+def main() -> None:
+    started = time.monotonic()
+    shutil.rmtree(OUT, ignore_errors=True)
+    OUT.mkdir()
+
+    say("1/5 Build the student's engine: the embedded model with its flash LoRA fused in")
+    flashdiff("build-engine", "avatars", "--lora", "avatars-flash", "--out", str(STUDENT))
+    say("2/5 Build the teacher's engine: the same model without it, guided")
+    flashdiff("build-engine", "avatars", "--guidance", str(TEACHER_GUIDANCE), "--out", str(TEACHER))
+
+    say(f"3/5 Serve the student and ask for {len(PROMPTS)} prompts over gRPC, all at once, at 4 and at 2 steps")
+    with server(STUDENT) as address, Client(address) as client:
+        client.wait_until_ready(30)
+        four, two = ask(client, steps=4), ask(client, steps=2)
+
+    say(f"4/5 The teacher's images: {TEACHER_STEPS} steps with guidance {TEACHER_GUIDANCE:g}, same prompts and seeds")
+    began = time.monotonic()
+    engine = open_bundle(TEACHER)
+    orders = [check_order(engine.spec, prompt=prompt, seed=seed, steps=TEACHER_STEPS) for seed, prompt in enumerate(PROMPTS)]
+    fifty = [Image.fromarray(images[0]) for images in generate(engine, orders)]
+    print(f"{len(fifty)} images in {time.monotonic() - began:.1f} s")
+    rows = [(f"teacher\n{TEACHER_STEPS} steps", fifty), ("student\n4 steps", four), ("student\n2 steps", two)]
+    sheet(rows).save(OUT / "images.png")
+
+    say("5/5 Latency, one image at a time: student at 1, 2, 4 steps against the teacher at 50, interleaved")
+    report = latency.run(STUDENT, TEACHER, batches=[1], repeats=12, report=print)
+    (OUT / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    table = latency.markdown(report["rows"])
+    (OUT / "report.md").write_text(markdown(report, table))
+    print(f"\n{table}\n")
+    say(f"Done in {time.monotonic() - started:.0f} s: see {OUT}/images.png, {OUT}/report.md and {OUT}/report.json")
+
+
+def say(text: str) -> None:
+    print(f"\n== {text}", flush=True)
+
+
+def flashdiff(*arguments: str) -> None:
+    """Run the command line as a user would; stop the demo when it fails."""
+    print(f"$ flashdiff {' '.join(arguments)}", flush=True)
+    if subprocess.run([sys.executable, "-m", "flashdiff", *arguments]).returncode:
+        sys.exit(1)
+
+
+@contextmanager
+def server(bundle: Path) -> Iterator[str]:
+    """A `flashdiff serve` process on a free port; stopped by SIGTERM, whose drain must end well."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    print(f"$ flashdiff serve {bundle} --port {port}", flush=True)
+    process = subprocess.Popen([sys.executable, "-m", "flashdiff", "serve", str(bundle), "--port", str(port)])
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        process.send_signal(signal.SIGTERM)
+        status = process.wait(60)
+    if status:
+        sys.exit(f"the server ended with status {status}")
+
+
+def ask(client: Client, steps: int) -> list[Image.Image]:
+    """All prompts at once, as eight clients would."""
+    with ThreadPoolExecutor(len(PROMPTS)) as pool:
+        results = list(pool.map(lambda item: client.generate(item[1], seed=item[0], steps=steps), enumerate(PROMPTS)))
+    for prompt, result in zip(PROMPTS, results, strict=True):
+        print(f"{steps} steps {result.timings['total']:6.1f} ms (queue {result.timings['queue']:5.1f})  {prompt}")
+    return [Image.open(BytesIO(result.images[0])) for result in results]
+
+
+def sheet(rows: list[tuple[str, list[Image.Image]]], scale: int = 2, margin: int = 96) -> Image.Image:
+    """Labelled rows of images, one column a prompt."""
+    width, height = (scale * side for side in rows[0][1][0].size)
+    canvas = Image.new("RGB", (margin + width * len(rows[0][1]), height * len(rows)), "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(16)
+    for top, (label, images) in enumerate(rows):
+        draw.multiline_text((8, top * height + height // 2 - 20), label, fill="black", font=font)
+        for left, image in enumerate(images):
+            large = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+            canvas.paste(large, (margin + left * width, top * height))
+    return canvas
+
+
+def markdown(report: dict[str, Any], table: str) -> str:
+    """The report for people."""
+    environment = json.dumps(report["environment"], indent=2)
+    prompts = "\n".join(f"{number}. {prompt}" for number, prompt in enumerate(PROMPTS, 1))
+    manifest = read_manifest(STUDENT)
+    errors = ", ".join(f"{name} {error:.1e}" for name, error in manifest.max_error.items())
+    return f"""# flashdiff demo
+
+![Teacher at {TEACHER_STEPS} steps above, student at 4 and 2 steps below; same prompts and seeds](images.png)
+
+Columns, from the left:
+
+{prompts}
+
+## Latency
+
+Medians of {report["rows"][0]["n"]} interleaved runs on one engine, in ms, one image from prompt to PNG bytes. *Ideal* is the
+ratio of network evaluations (guidance doubles the teacher's). The teacher's two evaluations of a step run as one batch.
+
+{table}
+
+## Exactness
+
+Largest difference between engine and torch: {errors} (allowed {manifest.max_error_allowed:.0e}).
+
+## Environment
+
+```json
+{environment}
+```
+"""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""The training program on the tiny model."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from recipes import image_folder, tiny_recipe
+from safetensors.torch import load_file
+
+from flashdiff.distill import loop
+from flashdiff.distill.loop import distill
+from flashdiff.errors import LoraError, TrainingError
+from flashdiff.families import load_base
+from flashdiff.lora import FLASH, WEIGHTS, FlashInfo, find_lora, fuse
+
+
+def test_the_lora_loads_in_stock_diffusers_and_fuses_to_the_same_network(tiny_base: Path, flash_lora: Path) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_base)
+    inputs = (torch.randn(2, 4, 8, 8), torch.tensor([999, 249]), torch.randn(2, 16, 32))
+    with torch.no_grad():
+        base = pipeline.unet(*inputs).sample
+        pipeline.load_lora_weights(flash_lora)
+        stock = pipeline.unet(*inputs).sample
+        family, model = load_base(str(tiny_base))
+        fuse(model, family, [(flash_lora, 1.0)])
+        fused = model.denoiser(*inputs)
+    assert (stock - base).abs().max() > 1e-3  # the LoRA does something
+    torch.testing.assert_close(fused, stock, atol=1e-5, rtol=0)
+    assert pipeline.unet.peft_config["default_0"].lora_alpha == 4  # rank is 2: alpha is kept
+
+
+def test_flash_json_tells_grid_base_and_sizes(tiny_base: Path, flash_lora: Path) -> None:
+    info = FlashInfo.model_validate_json((flash_lora / FLASH).read_text())
+    assert info.base_hash == load_base(str(tiny_base))[1].base_hash
+    assert info.inference["4"] == [999, 749, 499, 249]
+    assert info.lora_parameters == sum(values.numel() for values in load_file(flash_lora / WEIGHTS).values())
+    assert "timesteps=[999, 749, 499, 249]" in (flash_lora / "README.md").read_text()
+
+
+def test_a_killed_run_goes_on_and_equals_the_unbroken_one(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_recipe(tiny_base, phases=[{"updates": 24, "mode_weights": (1, 1, 1, 1)}], target_uses=2, checkpoint_every=7)
+    distill(recipe, tmp_path / "whole")
+
+    class KilledError(Exception):
+        pass
+
+    learn = loop.Student.learn
+
+    def learn_until_killed(student: loop.Student, loss: torch.Tensor) -> None:
+        if student.update == 19:  # between two checkpoints, in the second use of a pool
+            raise KilledError
+        learn(student, loss)
+
+    monkeypatch.setattr(loop.Student, "learn", learn_until_killed)
+    with pytest.raises(KilledError):
+        distill(recipe, tmp_path / "broken")
+    assert not (tmp_path / "broken" / FLASH).exists()
+    monkeypatch.undo()
+    distill(recipe, tmp_path / "broken")
+
+    def losses(name: str) -> dict[int, float]:
+        lines = (tmp_path / name / "training" / "log.jsonl").read_text().splitlines()
+        return {entry["update"]: entry["loss"] for entry in map(json.loads, lines)}
+
+    assert losses("whole") == losses("broken")
+    whole, broken = (load_file(tmp_path / name / WEIGHTS) for name in ("whole", "broken"))
+    assert all(torch.equal(whole[name], broken[name]) for name in whole)
+
+
+def test_the_student_learns_the_teachers_targets(tiny_base: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(tiny_base, phases=[{"updates": 64, "mode_weights": (1, 0, 0, 0)}], target_uses=4, learning_rate=1e-2)
+    distill(recipe, tmp_path / "out")
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "out" / "training" / "log.jsonl").read_text().splitlines()]
+    assert sum(losses[-16:]) < 0.8 * sum(losses[:16])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_batch_and_checkpoint(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = loop.student_loss
+    monkeypatch.setattr(loop, "student_loss", lambda *inputs: honest(*inputs) * float("nan"))
+    with pytest.raises(TrainingError, match=r"update 0: loss nan .* not finite; the batch is in .*bad_batch\.pt"):
+        distill(tiny_recipe(tiny_base), tmp_path / "out")
+    assert (tmp_path / "out" / "training" / "bad_batch.pt").exists()
+
+
+def test_a_finished_folder_and_a_folder_of_another_recipe_are_refused(tiny_base: Path, flash_lora: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="holds a finished run"):
+        distill(tiny_recipe(tiny_base), flash_lora)
+    (tmp_path / "training").mkdir()
+    (tmp_path / "training" / "recipe.json").write_text('{"hash": "other"}')
+    with pytest.raises(TrainingError, match="holds a run of another recipe"):
+        distill(tiny_recipe(tiny_base), tmp_path)
+
+
+def test_data_without_images_or_captions_is_named(tiny_base: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="neither 'avatars' nor a folder"):
+        distill(tiny_recipe(tiny_base, data={"source": str(tmp_path / "none")}), tmp_path / "a")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(TrainingError, match="holds no images"):
+        distill(tiny_recipe(tiny_base, data={"source": str(tmp_path / "empty")}), tmp_path / "b")
+    folder = image_folder(tmp_path / "images")
+    (folder / "3.txt").unlink()
+    with pytest.raises(TrainingError, match=r"3\.png has no caption"):
+        distill(tiny_recipe(tiny_base, data={"source": str(folder)}), tmp_path / "c")
+    (folder / "3.txt").write_text("x")
+    (folder / "3.png").write_bytes(b"not a picture")
+    with pytest.raises(TrainingError, match=r"3\.png is not a readable image"):
+        distill(tiny_recipe(tiny_base, data={"source": str(folder)}), tmp_path / "d")
+
+
+def test_a_lora_of_another_base_is_refused_by_hash(flash_lora: Path, tmp_path: Path) -> None:
+    from tiny import make_tiny_sd15
+
+    other = make_tiny_sd15(tmp_path / "other", seed=1)
+    family, model = load_base(str(other))
+    with pytest.raises(LoraError, match=r"was trained on .* build it with its own base"):
+        fuse(model, family, [(flash_lora, 1.0)])
+    with pytest.raises(LoraError, match="no LoRA 'nothing'"):
+        find_lora("nothing")

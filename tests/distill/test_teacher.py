@@ -1,0 +1,53 @@
+"""The teacher's ODE on a network whose solution is known: data at a point, so every evaluation points at that point."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from flashdiff.distill.teacher import Network, solve
+from flashdiff.schedule import Grid, NoiseSchedule
+
+GRID = Grid(solver_steps=8)
+SCHEDULE = NoiseSchedule(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+
+
+def _network(calls: list[int]) -> Network:
+    def network(latents: Tensor, times: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+        calls.append(len(latents))
+        alpha, sigma = (torch.from_numpy(x).float().view(-1, 1, 1, 1) for x in SCHEDULE.levels(times.tolist()))
+        point = torch.tanh(latents.mean(dim=(1, 2, 3))).view(-1, 1, 1, 1) + conditioning["c"].view(-1, 1, 1, 1)
+        return (latents - alpha * point) / sigma
+
+    return network
+
+
+def _solve(x_t: Tensor, starts: list[int], guidance: list[float], color: Tensor, calls: list[int]) -> Tensor:
+    return solve(
+        _network(calls),
+        x_t,
+        torch.tensor(starts),
+        torch.tensor(guidance),
+        {"c": color},
+        {"c": torch.zeros(1, 1)},
+        grid=GRID,
+        schedule=SCHEDULE,
+        prediction="epsilon",
+    )
+
+
+def test_samples_with_their_own_start_and_guidance_equal_each_alone_and_cost_only_their_own_steps() -> None:
+    x_t, color = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([[0.1], [0.5], [-0.3]])
+    starts, guidance, calls = [2, 0, 7], [1.0, 3.0, 5.0], []
+    together = _solve(x_t, starts, guidance, color, calls)
+    assert sum(calls) == 2 * sum(8 - start for start in starts)
+    for i in range(3):
+        alone = _solve(x_t[i : i + 1], starts[i : i + 1], guidance[i : i + 1], color[i : i + 1], [])
+        torch.testing.assert_close(together[i : i + 1], alone)
+
+
+def test_the_input_is_left_as_it_was() -> None:
+    x_t = torch.randn(2, 2, 4, 4)
+    before = x_t.clone()
+    _solve(x_t, [0, 4], [2.0, 2.0], torch.zeros(2, 1), [])
+    torch.testing.assert_close(x_t, before)

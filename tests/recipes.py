@@ -1,0 +1,36 @@
+"""A recipe that trains in seconds."""
+
+from pathlib import Path
+from typing import Any
+
+from flashdiff.distill.config import Recipe
+
+CAPTIONS = ("a dog", "a cat", "two birds", "a red car", "a tree", "the sea")
+
+
+def tiny_recipe(base: Path, **changes: Any) -> Recipe:
+    values: dict[str, Any] = {
+        "base": str(base),
+        "guidance": (2.0, 4.0),
+        "batch_size": 2,
+        "learning_rate": 1e-3,
+        "warmup_updates": 0,
+        "checkpoint_every": 3,
+        "data": {"source": str(image_folder(base.parent / "images"))},
+        "grid": {"solver_steps": 4},
+        "lora": {"rank": 2, "alpha": 4},
+        "phases": [{"updates": 4, "mode_weights": (1, 1, 1, 1)}],
+    }
+    return Recipe(**{**values, **changes})
+
+
+def image_folder(folder: Path) -> Path:
+    """Six flat pictures with captions, of an odd size."""
+    from PIL import Image
+
+    if not folder.exists():
+        folder.mkdir()
+        for index, caption in enumerate(CAPTIONS):
+            Image.new("RGB", (50, 40), (40 * index, 255 - 40 * index, 128)).save(folder / f"{index}.png")
+            (folder / f"{index}.txt").write_text(caption)
+    return folder

@@ -1,0 +1,170 @@
+"""The real server and the real client over a real port, with the fake backend."""
+
+import asyncio
+import io
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import grpc
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from PIL import Image
+
+from flashdiff.components import Size
+from flashdiff.engines.runtime.fake_backend import FakeComponents
+from flashdiff.errors import ConfigError
+from flashdiff.generate import check_order, generate
+from flashdiff.proto.v1 import image_pb2, image_pb2_grpc
+from flashdiff.server.app import Server, start
+from flashdiff.server.client import Client, ServerError
+from flashdiff.server.convert import ModelIdentity
+from flashdiff.server.images import ImageFormat
+
+MODEL = ModelIdentity(name="fake", bundle_hash="0" * 64, family="fake", backend="fake", precision="fp32")
+
+
+@dataclass
+class Running:
+    """A server in a thread of its own."""
+
+    fake: FakeComponents
+    loop: asyncio.AbstractEventLoop
+    server: Server
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.server.port}"
+
+    def stop(self, grace_s: float = 10.0) -> None:
+        asyncio.run_coroutine_threadsafe(self.server.stop(grace_s), self.loop).result(20)
+
+
+@pytest.fixture
+def running() -> Iterator[Running]:
+    fake = FakeComponents()
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    server = asyncio.run_coroutine_threadsafe(start(fake, fake.costs, MODEL, host="127.0.0.1", port=0), loop).result(10)
+    running = Running(fake, loop, server)
+    yield running
+    running.stop(0.0)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(10)
+    loop.close()
+
+
+@pytest.fixture
+def client(running: Running) -> Iterator[Client]:
+    with Client(running.address) as client:
+        client.wait_until_ready(10)
+        yield client
+
+
+def test_a_reply_carries_images_seeds_timings_and_the_model(running: Running, client: Client) -> None:
+    result = client.generate("a red car", seed=7, steps=2, size=Size(128, 64), count=3)
+    order = check_order(running.fake.spec, prompt="a red car", seed=7, steps=2, size=Size(128, 64), count=3)
+    expected = generate(FakeComponents(), [order])[0]
+    for data, pixels in zip(result.images, expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(data))), pixels)
+    assert (result.seeds, result.steps, result.size, result.model) == ((7, 8, 9), 2, (128, 64), MODEL)
+    stages = ("queue", "text", "denoise", "decode", "image_encoding")
+    assert result.timings["total"] == pytest.approx(sum(result.timings[stage] for stage in stages), rel=0.01, abs=0.01)
+
+
+def test_defaults_are_the_models_and_the_drawn_seed_makes_the_image_again(client: Client) -> None:
+    first = client.generate("x")
+    assert (first.steps, first.size, len(first.images), first.format) == (4, (64, 64), 1, "png")
+    assert client.generate("x", seed=first.seeds[0]).images == first.images
+    assert client.generate("x").seeds != first.seeds
+
+
+@pytest.mark.parametrize(("image_format", "loss"), [("png", 0), ("webp", 0), ("raw", 0), ("jpeg", 8)])
+def test_every_format_decodes_to_the_pixels(client: Client, image_format: ImageFormat, loss: int) -> None:
+    exact = np.asarray(Image.open(io.BytesIO(client.generate("x", seed=1).images[0]))).astype(int)
+    data = client.generate("x", seed=1, image_format=image_format).images[0]
+    raw = image_format == "raw"
+    pixels = np.frombuffer(data, np.uint8).reshape(64, 64, 3) if raw else np.asarray(Image.open(io.BytesIO(data)))
+    assert np.abs(pixels.astype(int) - exact).max() <= loss
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prompt": ""}, "prompt: '' is not allowed; it must not be empty"),
+        ({"prompt": "w " * 1000}, "at most 32 words fit"),
+        ({"steps": 5}, "steps: 5 is not allowed; this model takes 1 to 4"),
+        ({"width": 100, "height": 64}, "size: '100x64' is not allowed; this model was built for 64x64, 128x64"),
+        ({"width": 64}, "size: '64x0' is not allowed"),
+        ({"count": 1000000}, "count: 1000000 is not allowed; it must be between 1 and 16"),
+        ({"format": 77}, "format: 77 is not allowed; it must be one of IMAGE_FORMAT_UNSPECIFIED, IMAGE_FORMAT_PNG"),
+    ],
+)
+def test_a_bad_field_is_invalid_argument_with_field_value_and_what_is_allowed(
+    running: Running, fields: dict[str, object], message: str
+) -> None:
+    with grpc.insecure_channel(running.address) as channel:
+        stub = image_pb2_grpc.ImageServiceStub(channel)
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.Generate(image_pb2.GenerateRequest(**{"prompt": "x", **fields}), timeout=10)
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert message in caught.value.details()
+    assert len(caught.value.details()) < 400
+
+
+def test_deadlines_failures_and_overload_have_their_own_status(running: Running, client: Client) -> None:
+    running.server.worker._costs["denoiser"][4] = 5000.0
+    with pytest.raises(ServerError, match="DEADLINE_EXCEEDED: this would take about") as caught:
+        client.generate("x", timeout_s=5)
+    assert caught.value.code == grpc.StatusCode.DEADLINE_EXCEEDED
+    running.fake.fail_on = "decoder"
+    with pytest.raises(ServerError, match="INTERNAL: the fake decoder failed"):
+        client.generate("x")
+    running.server.worker._max_pending_images = 0
+    with pytest.raises(ServerError, match="RESOURCE_EXHAUSTED: the queue is full"):
+        client.generate("x")
+
+
+def test_a_cancelled_call_frees_its_rows(running: Running) -> None:
+    running.fake.delay_s = 0.1
+    with grpc.insecure_channel(running.address) as channel:
+        call = image_pb2_grpc.ImageServiceStub(channel).Generate.future(image_pb2.GenerateRequest(prompt="x", steps=4, count=4))
+        time.sleep(0.15)
+        call.cancel()
+        deadline = time.monotonic() + 5
+        while running.server.worker._jobs and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert not running.server.worker._jobs
+    assert "decoder" not in {part for part, _ in running.fake.calls}
+
+
+def test_stopping_answers_what_was_accepted_and_refuses_the_rest(running: Running, client: Client) -> None:
+    running.fake.delay_s = 0.1
+    results: list[int] = []
+    asking = threading.Thread(target=lambda: results.append(len(client.generate("x", steps=4).images)))
+    asking.start()
+    time.sleep(0.15)
+    running.stop()
+    asking.join(10)
+    assert results == [1]
+    with pytest.raises(ServerError, match="UNAVAILABLE"):
+        client.generate("x", timeout_s=5)
+
+
+def test_health_and_reflection_name_the_service(running: Running) -> None:
+    with grpc.insecure_channel(running.address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        for name in ("", "flashdiff.v1.ImageService"):
+            status = health.Check(health_pb2.HealthCheckRequest(service=name), timeout=10).status
+            assert status == health_pb2.HealthCheckResponse.SERVING
+        assert "flashdiff.v1.ImageService" in ProtoReflectionDescriptorDatabase(channel).get_services()
+
+
+def test_a_port_in_use_is_said(running: Running) -> None:
+    starting = start(running.fake, running.fake.costs, MODEL, host="127.0.0.1", port=running.server.port)
+    with pytest.raises(ConfigError, match=rf"cannot listen on 127.0.0.1:{running.server.port}: the port is in use"):
+        asyncio.run_coroutine_threadsafe(starting, running.loop).result(10)

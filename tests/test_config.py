@@ -1,0 +1,45 @@
+from pathlib import Path
+
+import pytest
+
+from flashdiff.config import load_recipe
+from flashdiff.distill.config import Recipe, bundled_recipe
+from flashdiff.errors import ConfigError
+
+GOOD = bundled_recipe("avatars.toml").read_text()
+
+
+def _load(tmp_path: Path, text: str) -> Recipe:
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    return load_recipe(path, Recipe)
+
+
+def test_equal_recipes_have_equal_hashes_whatever_their_layout(tmp_path: Path) -> None:
+    assert _load(tmp_path, GOOD).content_hash == _load(tmp_path, "# again\n\n" + GOOD.replace(" = ", "=")).content_hash
+    assert _load(tmp_path, GOOD).content_hash != _load(tmp_path, GOOD.replace("rank = 16", "rank = 8")).content_hash
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("batch_size = ", "batch_siez = ", r"unknown key 'batch_siez', did you mean 'batch_size'\?"),
+        ("rank = 16", "rnak = 16", r"unknown key 'lora.rnak', did you mean 'rank'\?"),
+        ("rank = 16", "rank = 0", r"'lora.rank' = 0: input should be greater than or equal to 1"),
+        ("base = ", "# base = ", r"'base' is missing"),
+        ("guidance = [3.0, 3.0]", "guidance = [5.0, 3.0]", r"guidance must be two rising positive numbers"),
+        ("mode_weights = [0.4, 0.2, 0.2, 0.2]", "mode_weights = [1]", r"mode_weights must be 4 numbers"),
+        ("solver_steps = 12", "solver_steps = 10", r"solver_steps must be a multiple"),
+        ("base = ", "base ", r"not a TOML file"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_in_one_line_with_the_key(tmp_path: Path, before: str, after: str, message: str) -> None:
+    assert before in GOOD
+    with pytest.raises(ConfigError, match=message) as caught:
+        _load(tmp_path, GOOD.replace(before, after, 1))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.toml: cannot read the recipe"):
+        load_recipe(tmp_path / "none.toml", Recipe)

@@ -1,0 +1,75 @@
+import numpy as np
+import pytest
+
+from flashdiff.components import Size
+from flashdiff.engines.runtime.fake_backend import FLASH, GUIDED, FakeComponents
+from flashdiff.errors import BackendError, RequestError
+from flashdiff.generate import check_order, decode_rows, denoise_rows, encode_prompts, generate, new_row, unconditional_of
+
+
+@pytest.mark.parametrize("sampler", [FLASH, GUIDED])
+def test_images_do_not_depend_on_their_company(sampler: object) -> None:
+    fake = FakeComponents(sampler)  # type: ignore[arg-type]
+    orders = [check_order(fake.spec, prompt=f"prompt {i}", seed=i, steps=1 + i % 4, count=1 + i % 2) for i in range(5)]
+    together = generate(fake, orders)
+    for order, images in zip(orders, together, strict=True):
+        np.testing.assert_array_equal(generate(fake, [order])[0], images)
+
+
+def test_rows_at_different_steps_share_a_call() -> None:
+    fake = FakeComponents()
+    conditioning = encode_prompts(fake, ["a", "b"])
+    rows = [
+        new_row(fake.spec, check_order(fake.spec, prompt="p", seed=i, steps=s), 0, conditioning[i], None)
+        for i, s in enumerate((4, 2))
+    ]
+    denoise_rows(fake, rows[:1])
+    denoise_rows(fake, rows)
+    assert [row.step for row in rows] == [2, 1]
+    assert fake.calls[-1] == ("denoiser", 2)
+
+
+def test_the_fake_converges_to_its_prompt_color_for_both_samplers() -> None:
+    for sampler in (FLASH, GUIDED):
+        fake = FakeComponents(sampler.model_copy(update={"guidance": 1.0}))
+        image = generate(fake, [check_order(fake.spec, prompt="hello")])[0][0]
+        expected = np.clip(fake.encode(["hello"])["color"][0] * 127.5 + 127.5, 0, 255).round()
+        assert np.abs(image.astype(int) - expected).max() <= 1
+
+
+def test_image_i_of_a_request_is_the_image_of_seed_plus_i() -> None:
+    fake = FakeComponents()
+    fake.decode = lambda latents: latents  # type: ignore[method-assign]
+    fake.denoise = lambda latents, times, conditioning: 0 * latents  # type: ignore[method-assign]
+    three = generate(fake, [check_order(fake.spec, prompt="p", seed=4, count=3, steps=1)])[0]
+    alone = generate(fake, [check_order(fake.spec, prompt="p", seed=6, steps=1)])[0][0]
+    np.testing.assert_array_equal(three[2], alone)
+    assert (three[0] != three[1]).any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": "  "}, "prompt: '  ' is not allowed; it must not be empty"),
+        ({"steps": 5}, "steps: 5 is not allowed; this model takes 1 to 4"),
+        ({"steps": 0}, "steps: 0 is not allowed"),
+        ({"size": Size(1, 2)}, "size: '1x2' is not allowed; this model was built for 64x64, 128x64"),
+        ({"count": 17}, "count: 17 is not allowed; it must be between 1 and 16"),
+        ({"seed": -1}, "seed: -1 is not allowed"),
+    ],
+)
+def test_an_impossible_order_names_field_value_and_what_is_allowed(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        check_order(FakeComponents().spec, **{"prompt": "p", **changes})  # type: ignore[arg-type]
+
+
+def test_a_number_that_is_not_finite_is_an_error_and_never_an_image() -> None:
+    fake = FakeComponents()
+    row = new_row(
+        fake.spec, check_order(fake.spec, prompt="p", steps=1), 0, encode_prompts(fake, ["p"])[0], unconditional_of(fake)
+    )
+    row.latents[0, 0, 0] = np.nan
+    with pytest.raises(BackendError, match="not finite"):
+        decode_rows(fake, [row])
+    with pytest.raises(BackendError, match="not finite"):
+        denoise_rows(fake, [row])

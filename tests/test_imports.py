@@ -1,0 +1,62 @@
+"""Imports point one way: cli -> {distill, engines, server} -> core; heavy packages load only where they are used."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+ALLOWED = {
+    "distill": {"distill"},
+    "engines": {"engines"},
+    "server": {"server", "engines", "proto"},
+    "proto": {"proto"},
+    "core": set(),
+    "cli": {"distill", "engines", "server"},
+}
+LAYERS = {"distill", "engines", "server", "proto"}
+
+
+def _imports(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return names
+
+
+def test_no_layer_imports_one_above_it() -> None:
+    wrong = []
+    for layer in (*LAYERS, "core"):
+        folder = ROOT / ("flashdiff" if layer == "core" else layer)
+        for path in folder.rglob("*.py"):
+            relative = path.relative_to(folder)
+            if layer == "core" and (relative.parts[0] in LAYERS or relative.name == "__main__.py"):
+                continue
+            allowed = ALLOWED["cli" if layer == "core" and relative.name == "cli.py" else layer]
+            for name in _imports(path):
+                parts = name.split(".")
+                if parts[0] == "benchmarks" or (parts[0] == "flashdiff" and len(parts) > 1 and parts[1] in LAYERS - allowed):
+                    wrong.append(f"{path.relative_to(ROOT)} imports {name}")
+    assert not wrong
+
+
+def test_only_convert_knows_protobuf_messages_and_only_runtime_knows_engine_libraries() -> None:
+    knowing = {path.name for path in (ROOT / "server").rglob("*.py") if "flashdiff.proto.v1" in path.read_text()}
+    assert knowing <= {"convert.py", "app.py", "service.py", "client.py"}  # the last three name the service, not its fields
+    for path in (ROOT / "engines").glob("*.py"):
+        assert not {"openvino", "onnxruntime"} & {name.split(".")[0] for name in _imports(path)}, path
+
+
+def test_help_needs_no_heavy_import() -> None:
+    code = """
+import sys, flashdiff.cli
+try:
+    flashdiff.cli.main(["--help"])
+except SystemExit:
+    print({"torch", "grpc", "numpy", "pydantic"} & set(sys.modules))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "set()"

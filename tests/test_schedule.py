@@ -1,0 +1,57 @@
+import numpy as np
+import pytest
+from diffusers import DDPMScheduler
+
+from flashdiff.errors import ConfigError
+from flashdiff.schedule import Grid, NoiseSchedule, trailing_times
+
+SCHEDULE = NoiseSchedule(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+
+
+@pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear"])
+def test_levels_equal_those_of_diffusers(beta_schedule: str) -> None:
+    reference = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule=beta_schedule)
+    ours = NoiseSchedule(beta_start=0.00085, beta_end=0.012, beta_schedule=beta_schedule)
+    alphas, sigmas = ours.levels(list(range(1000)))
+    np.testing.assert_allclose(alphas**2, reference.alphas_cumprod.double().numpy(), rtol=2e-4)
+    np.testing.assert_allclose(alphas**2 + sigmas**2, 1)
+
+
+def test_the_clean_end_has_no_noise() -> None:
+    alphas, sigmas = SCHEDULE.levels([0, -1])
+    assert (alphas[1], sigmas[1]) == (1, 0)
+    assert sigmas[0] > 0
+
+
+def test_a_scheduler_of_another_kind_is_refused() -> None:
+    config = {"num_train_timesteps": 1000, "beta_start": 0.1, "beta_end": 0.2, "beta_schedule": "squaredcos_cap_v2"}
+    with pytest.raises(ConfigError, match=r"x/scheduler: 'beta_schedule' = 'squaredcos_cap_v2'"):
+        NoiseSchedule.from_scheduler_config(config, source="x/scheduler")
+
+
+@pytest.mark.parametrize("solver_steps", [4, 8, 12, 16, 32, 64])
+def test_modes_are_the_inference_grid(solver_steps: int) -> None:
+    grid = Grid(solver_steps=solver_steps)
+    modes = [grid.solver_times()[index] for index in grid.mode_indices()]
+    assert modes == grid.inference_times(4) == [999, 749, 499, 249]
+    assert grid.inference_times(2) == [999, 499]
+    assert grid.inference_times(1) == [999]
+    for steps in range(1, 5):
+        times = grid.inference_times(steps)
+        assert len(times) == steps
+        assert set(times) <= set(modes)
+        assert times == sorted(times, reverse=True)
+
+
+def test_a_grid_whose_modes_would_fall_between_its_times_is_refused() -> None:
+    with pytest.raises(ValueError, match="multiple of modes"):
+        Grid(solver_steps=10)
+
+
+def test_trailing_times_of_diffusers() -> None:
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(timestep_spacing="trailing")
+    for steps in (1, 3, 7, 50):
+        scheduler.set_timesteps(steps)
+        assert trailing_times(1000, steps) == scheduler.timesteps.tolist()
