@@ -20,6 +20,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FlashdiffError as error:
         print(f"flashdiff: error: {error}", file=sys.stderr)
         return 1
+    except OSError as error:  # a full disk or a missing permission, wherever it strikes
+        print(f"flashdiff: error: {error.filename or 'cannot write'}: {error.strerror or error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("flashdiff: interrupted", file=sys.stderr)
         return 130

@@ -96,6 +96,7 @@ class Worker:
             self._arrivals += 1
             deadline = math.inf if timeout_s is None else now + timeout_s
             job = Job(order=order, deadline=deadline, arrived=now, arrival=self._arrivals)
+            job.answer.set_running_or_notify_cancel()  # from here on only the worker ends it; `cancel` is for who leaves
             self._jobs.append(job)
             self._changed.notify()
         return job

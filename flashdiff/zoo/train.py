@@ -27,6 +27,7 @@ from flashdiff.zoo.images import rendered
 from flashdiff.zoo.world import KINDS, Scene, caption
 
 _CHECKPOINT_EVERY = 250
+_VALIDATION_IMAGES = 2000
 _VALIDATION_SEED = 10_000_000  # far beyond any training seed
 
 
@@ -79,7 +80,7 @@ def train(recipe: Recipe, out: Path) -> None:
     world = recipe.world
     cache = out / "renders"
     images, scenes = rendered(cache, world.kinds, 0, world.train_images, world.image_size)
-    held_back, _ = rendered(cache, world.kinds, _VALIDATION_SEED, 2000, world.image_size)
+    held_back, _ = rendered(cache, world.kinds, _VALIDATION_SEED, _VALIDATION_IMAGES, world.image_size)
     write_whole(out / "recipe.json", recipe.model_dump_json(indent=2) + "\n")
 
     vae = make_vae(recipe)
@@ -172,7 +173,7 @@ def make_tokenizer(scenes: Sequence[Scene], recipe: Recipe) -> Any:
     words = [*dict.fromkeys(words), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(
         vocab={word: index for index, word in enumerate(words)},
-        merges=[" ".join(merge) for merge in merges],
+        merges=merges,  # type: ignore[arg-type]  # pairs, not text, is what it takes
         model_max_length=recipe.denoiser.text_tokens,
     )
 
@@ -341,6 +342,9 @@ def export(target: Path, vae: Any, unet: Any, text_encoder: Any, tokenizer: Any)
     )
     with new_folder(target) as folder:
         pipeline.save_pretrained(folder)
+        config = json.loads((folder / "vae" / "config.json").read_text())
+        del config["block_out_channels"]  # AutoencoderTiny derives it, and warns on loading when it is given
+        write_whole(folder / "vae" / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def main() -> None:

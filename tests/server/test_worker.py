@@ -109,6 +109,14 @@ def test_who_left_and_whose_deadline_passed_free_their_place(fake: FakeComponent
     assert all(rows == 1 for _, rows in fake.calls)
 
 
+def test_cancelling_the_answer_itself_does_not_reach_the_worker(fake: FakeComponents, worker: Worker) -> None:
+    gate = Gate(fake)
+    job = worker.submit(_order(fake))
+    assert not job.answer.cancel()  # what asyncio.wrap_future tries when its client leaves
+    gate.open()
+    assert job.answer.result(10).images
+
+
 def test_a_failing_engine_fails_its_own_jobs_and_the_next_one_is_served(fake: FakeComponents, worker: Worker) -> None:
     fake.fail_on = "denoiser"
     with pytest.raises(BackendError, match="as asked"):

@@ -1,0 +1,24 @@
+# Serves a bundle. CPU by default; for the CUDA base:
+#   docker build --build-arg BASE=nvidia/cuda:13.0.1-runtime-ubuntu24.04 --build-arg EXTRAS=server,tensorrt .
+#   docker run -p 50051:50051 -v $PWD/bundle:/bundle:ro IMAGE
+ARG BASE=python:3.11-slim
+FROM ${BASE}
+ARG EXTRAS=server,cpu
+
+# The CUDA base has no Python of its own.
+RUN command -v python3 >/dev/null || (apt-get update && apt-get install -y --no-install-recommends python3 && rm -rf /var/lib/apt/lists/*)
+RUN python3 -m venv /opt/flashdiff || (apt-get update && apt-get install -y --no-install-recommends python3-venv \
+    && rm -rf /var/lib/apt/lists/* && python3 -m venv /opt/flashdiff)
+ENV PATH=/opt/flashdiff/bin:$PATH
+
+WORKDIR /src
+COPY . .
+RUN pip install --no-cache-dir -c constraints.txt ".[${EXTRAS}]" && rm -rf /src/*
+
+RUN useradd --create-home flashdiff
+USER flashdiff
+WORKDIR /home/flashdiff
+EXPOSE 50051
+STOPSIGNAL SIGTERM
+ENTRYPOINT ["flashdiff"]
+CMD ["serve", "/bundle", "--host", "0.0.0.0"]

@@ -1,0 +1,39 @@
+# Everything a newcomer needs: `make demo` and `make test`. Both install into .venv first.
+.PHONY: demo test check stubs install clean
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := torch==2.13.0
+
+demo: $(VENV)/.installed
+	@$(BIN)/python examples/demo.py
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+# What CI does besides the tests: style, types, and that the generated stubs are current.
+check: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	PYTHON=$(BIN)/python proto/generate.sh
+	git diff --exit-code --stat -- proto
+
+stubs: $(VENV)/.installed
+	PYTHON=$(BIN)/python proto/generate.sh
+
+install: $(VENV)/.installed
+
+# Without an NVIDIA GPU torch's CPU build goes in first: left to itself, pip fetches gigabytes of CUDA libraries.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "flashdiff needs Python 3.11 or newer")'
+	@echo "Installing into $(VENV): about 1.7 GB and a minute or two"
+	@$(PYTHON) -m venv $(VENV)
+	@command -v nvidia-smi >/dev/null || $(BIN)/pip install -qq "$(TORCH)+cpu" 2>/dev/null \
+	  || $(BIN)/pip install -qq --index-url https://download.pytorch.org/whl/cpu $(TORCH)
+	@$(BIN)/pip install -qq -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,72 @@
+"""The embedded model and its flash LoRA, as shipped: what the images show, read off their pixels."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flashdiff.engines.build import BuildOptions, build_engine
+from flashdiff.engines.runtime.engine import Engine, open_bundle
+from flashdiff.families import find_base
+from flashdiff.generate import Pixels, check_order, generate
+from flashdiff.zoo.world import BACKGROUND_COLORS, OBJECT_COLORS
+
+THINGS = ("monster with a smile", "robot with an antenna", "planet")
+COLORS = ("red", "green", "blue", "yellow", "purple")
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    out = tmp_path_factory.mktemp("bundle") / "student"
+    build_engine(BuildOptions(base="avatars", loras=(("avatars-flash", 1.0),), out=out, batch_sizes=(8,)), print)
+    return open_bundle(out)
+
+
+def _nearest(table: dict[str, str], pixel: Pixels) -> str:
+    return min(table, key=lambda word: np.abs(np.array([int(table[word][i : i + 2], 16) for i in (1, 3, 5)]) - pixel).sum())
+
+
+@pytest.mark.parametrize(("steps", "floor"), [(4, 0.9), (2, 0.9)])
+def test_the_student_paints_the_asked_colors(student: Engine, steps: int, floor: float) -> None:
+    backgrounds = ("navy", "black", "teal", "purple")
+    asked = [
+        (color, backgrounds[index % len(backgrounds)], f"a {color} {thing}")
+        for index, (color, thing) in enumerate((color, thing) for color in COLORS for thing in THINGS)
+    ]
+    orders = [
+        check_order(student.spec, prompt=f"{text} on a {background} background", seed=seed, steps=steps)
+        for seed, (_, background, text) in enumerate(asked)
+    ]
+    right = 0
+    for (color, background, _), images in zip(asked, generate(student, orders), strict=True):
+        corner = np.median(images[0][:6, :6].reshape(-1, 3), axis=0)
+        # The thing fills the middle; its shade varies, so the nearest colour is voted over a patch.
+        votes = [_nearest(OBJECT_COLORS, pixel) for pixel in images[0][24:44:4, 24:44:4].reshape(-1, 3)]
+        right += (_nearest(BACKGROUND_COLORS, corner) == background) + (color in votes)
+    assert right / (2 * len(asked)) >= floor
+
+
+def test_stock_diffusers_loads_and_runs_the_teacher_and_its_flash_lora() -> None:
+    import torch
+    from diffusers import LCMScheduler, StableDiffusionPipeline
+
+    folder = find_base("avatars")
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    prompt, generator = "a red robot on a blue background", torch.Generator().manual_seed(0)
+    teacher = np.asarray(pipeline(prompt, num_inference_steps=20, guidance_scale=3, generator=generator).images[0])
+    pipeline.load_lora_weights(folder.parent / "avatars-flash")
+    pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
+    times = [999, 749, 499, 249]
+    student = np.asarray(pipeline(prompt, timesteps=times, guidance_scale=0, generator=generator).images[0])
+    for image in (teacher, student):
+        assert image.shape == (64, 64, 3)
+        assert _nearest(BACKGROUND_COLORS, np.median(image[:6, :6].reshape(-1, 3), axis=0)) == "blue"
+
+
+def test_the_shipped_files_are_small_and_safe() -> None:
+    folder = find_base("avatars")
+    files = [path for name in ("avatars", "avatars-flash") for path in (folder.parent / name).rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".md", ".txt"}
+    assert sum(path.stat().st_size for path in files) < 30e6
+    assert all(path.stat().st_size < 100 * 2**20 for path in files), Path(folder)

@@ -1,0 +1,96 @@
+"""Every mistake a user can make is one clear line and a non-zero exit, and leaves nothing half-written."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flashdiff import cli
+
+
+def _run(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    assert cli.main([str(argument) for argument in arguments]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("flashdiff: error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+def test_wrong_input_of_every_command(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, student_bundle: Path, flash_lora: Path
+) -> None:
+    out, empty = tmp_path / "out", tmp_path / "empty"
+    empty.mkdir()
+    (tmp_path / "typo.toml").write_text("base = 'avatars'\nbatchsize = 3\n")
+    cases = [
+        (("distill", tmp_path / "none.toml", "--out", out), "cannot read the recipe"),
+        (("distill", tmp_path / "typo.toml", "--out", out), "unknown key 'batchsize', did you mean 'batch_size'?"),
+        (("build-engine", "nothing", "--out", out), "no base model 'nothing'"),
+        (("build-engine", empty, "--out", out), "not a diffusers model directory"),
+        (("build-engine", "avatars", "--lora", empty, "--out", out), "no LoRA"),
+        (("build-engine", "avatars", "--lora", f"{flash_lora}:much", "--out", out), "must be a number"),
+        (("build-engine", "avatars", "--lora", flash_lora, "--out", out), "build it with its own base"),
+        (("build-engine", "avatars", "--batch", "0", "--out", out), "--batch '0'"),
+        (("build-engine", "avatars", "--size", "big", "--out", out), "--size 'big'"),
+        (("build-engine", "avatars", "--out", empty), "exists already"),
+        (("serve", empty), "not a bundle"),
+        (("serve", student_bundle, "--port", 99999), "--port 99999"),
+        (("generate", tmp_path / "none", "x", "-o", tmp_path / "x.png"), "no such bundle"),
+        (("generate", student_bundle, "x", "-o", tmp_path / "x.bmp"), "must end in .png"),
+        (("generate", student_bundle, "x", "-o", tmp_path / "no" / "x.png"), "cannot write: No such file or directory"),
+        (("generate", student_bundle, "x", "-o", tmp_path / "x.png", "--steps", 9), "this model takes 1 to 4"),
+    ]
+    for arguments, message in cases:
+        assert message in _run(capsys, *arguments), arguments
+    assert {path.name for path in tmp_path.iterdir()} <= {"empty", "typo.toml"}
+    assert not list(empty.iterdir())
+
+
+def test_a_missing_package_is_named_with_its_cure(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert "pip install 'flashdiff[server]'" in _run(capsys, "serve", "bundle")
+
+
+def test_generate_writes_one_file_an_image(student_bundle: Path, tmp_path: Path) -> None:
+    assert (
+        cli.main(["generate", str(student_bundle), "a dog", "-o", str(tmp_path / "dog.png"), "--count", "2", "--steps", "2"]) == 0
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dog-0.png", "dog-1.png"]
+
+
+def test_the_served_pixels_are_those_of_generate_and_sigterm_ends_the_server_well(student_bundle: Path, tmp_path: Path) -> None:
+    import signal
+    import socket
+
+    import numpy as np
+    from PIL import Image
+
+    from flashdiff.server.client import Client
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    assert cli.main(["generate", str(student_bundle), "a dog", "-o", str(tmp_path / "dog.png"), "--seed", "5"]) == 0
+    process = subprocess.Popen([sys.executable, "-m", "flashdiff", "serve", str(student_bundle), "--port", str(port)])
+    try:
+        with Client(f"127.0.0.1:{port}") as client:
+            client.wait_until_ready(60)
+            served = client.generate("a dog", seed=5, image_format="raw").images[0]
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    np.testing.assert_array_equal(
+        np.frombuffer(served, np.uint8).reshape(32, 32, 3), np.asarray(Image.open(tmp_path / "dog.png"))
+    )
+
+
+def test_version_is_the_changelogs_newest_release(capsys: pytest.CaptureFixture[str]) -> None:
+    import re
+
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    changelog = (Path(__file__).parent.parent / "CHANGELOG.md").read_text()
+    newest = re.search(r"^## \[(\d+\.\d+\.\d+)\]", changelog, re.MULTILINE)
+    assert newest
+    assert capsys.readouterr().out.split()[1] == newest[1]
