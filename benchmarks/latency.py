@@ -146,12 +146,12 @@ def main() -> int:
         report = run(
             options.student, options.teacher, batches=parse_batches(options.batch), repeats=options.repeats, report=print
         )
+        print(markdown(report["rows"]))
         if options.json:
             write_whole(options.json, json.dumps(report, indent=2) + "\n")
-    except FlashdiffError as error:
+    except (FlashdiffError, OSError) as error:
         print(f"latency.py: error: {error}", file=sys.stderr)
         return 1
-    print(markdown(report["rows"]))
     return 0
 
 

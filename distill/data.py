@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from flashdiff.components import Size
@@ -17,6 +17,8 @@ from flashdiff.errors import TrainingError
 from flashdiff.families.base import TorchModel
 
 _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+
+_ENCODE_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,8 @@ def load_dataset(recipe: DataRecipe, model: TorchModel, *, cache: Path, seed: in
         images, captions = _folder(Path(recipe.source), recipe.images, size)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float().div(127.5).sub(1)
-        latents = torch.cat([model.encode_images(part, generator) for part in pixels.split(64)])
+        parts = torch.from_numpy(images).permute(0, 3, 1, 2).split(_ENCODE_BATCH)
+        latents = torch.cat([model.encode_images(part.float().div(127.5).sub(1), generator) for part in parts])
     return Dataset(latents, captions)
 
 
@@ -63,9 +65,12 @@ def _folder(folder: Path, count: int, size: Size) -> tuple[NDArray[np.uint8], li
             raise TrainingError(f"{path} has no caption: {text.name} is missing")
         try:
             images.append(_fitted(Image.open(path).convert("RGB"), size))
-        except (OSError, UnidentifiedImageError):
+        except (OSError, Image.DecompressionBombError):
             raise TrainingError(f"{path} is not a readable image") from None
-        captions.append(text.read_text("utf-8").strip())
+        try:
+            captions.append(text.read_text("utf-8").strip())
+        except (OSError, UnicodeDecodeError):
+            raise TrainingError(f"{text} is not readable UTF-8 text") from None
     return np.stack(images), captions
 
 

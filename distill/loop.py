@@ -36,6 +36,11 @@ def distill(recipe: Recipe, out: Path) -> None:
     _claim(work, recipe)
 
     family, model = load_base(recipe.base)
+    trained = model.spec.sampler.schedule.num_train_timesteps
+    if recipe.grid.num_train_timesteps != trained:
+        raise TrainingError(
+            f"grid.num_train_timesteps is {recipe.grid.num_train_timesteps}, the base was trained on {trained}; set it so"
+        )
     data = load_dataset(recipe.data, model, cache=work / "renders", seed=recipe.seed)
     add_adapter(model, family, rank=recipe.lora.rank, alpha=recipe.lora.alpha, seed=recipe.seed)
     student = Student(model, recipe)
@@ -103,7 +108,7 @@ class Student:
     def preview(self, model: TorchModel, prompts: tuple[str, ...], path: Path) -> None:
         """Draw the average's images beside the teacher's."""
         current = self.use_average()
-        save_preview(model, flash_sampler(model, self._recipe), prompts, path)
+        save_preview(model, flash_sampler(model, self._recipe), sum(self._recipe.guidance) / 2, prompts, path)
         self._put(current)
 
 

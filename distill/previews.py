@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from flashdiff.components import ModelSpec
 from flashdiff.families.base import TorchModel
 from flashdiff.generate import Pixels, check_order, generate
 from flashdiff.sampling import Sampler
@@ -14,15 +15,20 @@ from flashdiff.sampling import Sampler
 TEACHER_STEPS = 50
 
 
-def save_preview(model: TorchModel, student: Sampler, prompts: Sequence[str], path: Path) -> None:
+def save_preview(model: TorchModel, student: Sampler, guidance: float, prompts: Sequence[str], path: Path) -> None:
     """Rows from the top: teacher at 50 steps, student at its most steps, at 2 and at 1; a column a prompt."""
     model.network.disable_adapters()
-    rows = [_images(model, prompts, TEACHER_STEPS)]
+    teacher = replace(model, spec=_sampled_by(model, model.spec.sampler.model_copy(update={"guidance": guidance})))
+    rows = [_images(teacher, prompts, TEACHER_STEPS)]
     model.network.enable_adapters()
-    flash = replace(model, spec=model.spec.model_copy(update={"sampler": student}))
+    flash = replace(model, spec=_sampled_by(model, student))
     rows += [_images(flash, prompts, steps) for steps in sorted({student.max_steps, min(2, student.max_steps), 1}, reverse=True)]
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.concatenate([np.concatenate(row, axis=1) for row in rows])).save(path)
+
+
+def _sampled_by(model: TorchModel, sampler: Sampler) -> ModelSpec:
+    return model.spec.model_copy(update={"sampler": sampler})
 
 
 def _images(model: TorchModel, prompts: Sequence[str], steps: int) -> list[Pixels]:

@@ -68,16 +68,21 @@ def make_targets(
     captions = [data.captions[index] for index in chosen]
     conditioning = model.encode_ids(model.tokenizer(captions, truncate=True))
     model.network.disable_adapters()
-    x0 = solve(
-        lambda latents, t, condition: run_network(model, latents, t, condition),
-        x_t,
-        starts,
-        guidance,
-        conditioning,
-        unconditional,
-        grid=grid,
-        schedule=schedule,
-        prediction=model.spec.prediction,
+    x0 = torch.cat(
+        [
+            solve(
+                lambda latents, t, condition: run_network(model, latents, t, condition),
+                x_t[part],
+                starts[part],
+                guidance[part],
+                {name: values[part] for name, values in conditioning.items()},
+                unconditional,
+                grid=grid,
+                schedule=schedule,
+                prediction=model.spec.prediction,
+            )
+            for part in torch.arange(count).split(recipe.batch_size)  # memory as for one batch, whatever the count
+        ]
     )
     model.network.enable_adapters()
     return Targets(x_t, times, conditioning, x0)

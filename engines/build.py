@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import ValidationError
+
 import flashdiff
 from flashdiff.components import ModelSpec, Size
 from flashdiff.engines.bundle import MANIFEST, SCHEMA_VERSION, TOKENIZER, BackendName, LoraRecord, Manifest, PartSpec
@@ -99,6 +101,10 @@ def bundle_spec(base: ModelSpec, options: BuildOptions, loras: Sequence[Path]) -
         raise LoraError(f"only one flash LoRA can be fused, {len(flash)} were given")
     if flash and flash[0].family != base.family:
         raise LoraError(f"the flash LoRA is for family {flash[0].family}, the base is {base.family}")
+    if flash and flash[0].grid.num_train_timesteps != base.sampler.schedule.num_train_timesteps:
+        raise LoraError(
+            f"the flash LoRA's grid has {flash[0].grid.num_train_timesteps} times, the base was trained on another number"
+        )
     if flash and options.guidance is not None:
         raise BundleError("--guidance is for a base without a flash LoRA: a flash student runs without guidance")
     for size in options.sizes:
@@ -109,7 +115,10 @@ def bundle_spec(base: ModelSpec, options: BuildOptions, loras: Sequence[Path]) -
         steps = min(4, flash[0].grid.modes)
         sampler = Sampler(kind="flash", schedule=sampler.schedule, grid=flash[0].grid, default_steps=steps)
     elif options.guidance is not None:
-        sampler = sampler.model_copy(update={"guidance": options.guidance})
+        try:
+            sampler = Sampler.model_validate({**sampler.model_dump(), "guidance": options.guidance})
+        except ValidationError:
+            raise BundleError(f"--guidance {options.guidance}: give a number from 0 to 100") from None
     if options.batch_sizes[-1] < sampler.evaluations_per_step:
         raise BundleError(f"--batch must reach {sampler.evaluations_per_step}: guidance evaluates the network twice a step")
     return base.model_copy(update={"sampler": sampler, "sizes": options.sizes or base.sizes})

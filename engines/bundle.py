@@ -61,7 +61,7 @@ class Manifest(Record):
     """Largest absolute difference to torch found before publishing: per part, and `image` for the whole road."""
     max_error_allowed: float
     step_cost_ms: dict[str, dict[int, float]]
-    """Median time per part and batch size, on the building machine: the first guess of the server's admission."""
+    """Median time per part and batch size, on the building machine: for people; a server measures its own."""
     library_versions: dict[str, str]
     files: dict[str, str]
     """SHA-256 of every other file of the bundle, by relative path."""
@@ -90,6 +90,8 @@ def read_manifest(bundle: Path) -> Manifest:
     except ValidationError as error:
         where = ".".join(map(str, error.errors()[0]["loc"]))
         raise BundleError(f"{bundle}/{MANIFEST} is damaged at '{where}'; {rebuild}") from None
+    if set(manifest.parts) != set(PARTS):
+        raise BundleError(f"{bundle}/{MANIFEST} is damaged at 'parts'; {rebuild}")
     for name, expected in manifest.files.items():
         path = bundle / name
         if not path.resolve().is_relative_to(bundle.resolve()):

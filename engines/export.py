@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flashdiff.engines.bundle import PartSpec, TensorSpec
-from flashdiff.errors import BackendError
+from flashdiff.errors import BackendError, first_line
 from flashdiff.families.base import TorchModel
 
 _EXAMPLE_BATCH = 2  # with 1, torch.export would fix the batch to 1
@@ -58,13 +58,17 @@ def parts_of(model: TorchModel) -> list[Part]:
 
 
 def random_inputs(part: Part, dimensions: dict[str, int], generator: torch.Generator) -> tuple[Tensor, ...]:
-    """Inputs of the right kinds: normal values, and small whole numbers (token ids, times) that differ by row."""
-    return tuple(
-        torch.randn(tensor.shape_for(dimensions), generator=generator)
-        if tensor.dtype == "float32"
-        else torch.randint(0, 200, tensor.shape_for(dimensions), generator=generator)
-        for tensor in part.inputs
-    )
+    """Inputs of the right kinds: normal values, token ids, and times from the clean end to the noisiest, one a row."""
+
+    def values(tensor: TensorSpec) -> Tensor:
+        shape = tensor.shape_for(dimensions)
+        if tensor.name == "times":
+            return torch.linspace(0, 999, shape[0]).round().long()
+        if tensor.dtype == "int64":
+            return torch.randint(0, 200, shape, generator=generator)
+        return torch.randn(shape, generator=generator)
+
+    return tuple(values(tensor) for tensor in part.inputs)
 
 
 def export_onnx(model: TorchModel, part: Part, folder: Path) -> PartSpec:
@@ -79,21 +83,27 @@ def export_onnx(model: TorchModel, part: Part, folder: Path) -> PartSpec:
     dynamic = tuple(
         {axis: torch.export.Dim.AUTO for axis, name in enumerate(tensor.shape) if isinstance(name, str)} for tensor in part.inputs
     )
+    try:
+        program = _export(part, inputs, dynamic)
+    except Exception as error:  # the exporter raises many kinds
+        raise BackendError(f"{part.name} cannot be exported to ONNX: {first_line(error)}") from error
+    _name_dimensions(program.model.graph, part)
+    folder.mkdir(parents=True)
+    program.save(folder / "model.onnx", external_data=True)
+    return PartSpec(file="model.onnx", inputs=part.inputs, outputs=part.outputs)
+
+
+def _export(part: Part, inputs: tuple[Tensor, ...], dynamic: tuple[dict[int, Any], ...]) -> Any:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter warns about torch's own code
         exported = torch.export.export(part.module, inputs, dynamic_shapes=dynamic, strict=False)
-        program = torch.onnx.export(
+        return torch.onnx.export(
             exported,
             dynamo=True,
             verbose=False,
             input_names=[tensor.name for tensor in part.inputs],
             output_names=[tensor.name for tensor in part.outputs],
         )
-    assert program is not None
-    _name_dimensions(program.model.graph, part)
-    folder.mkdir(parents=True)
-    program.save(folder / "model.onnx", external_data=True)
-    return PartSpec(file="model.onnx", inputs=part.inputs, outputs=part.outputs)
 
 
 def _name_dimensions(graph: Any, part: Part) -> None:

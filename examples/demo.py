@@ -1,5 +1,7 @@
 """The main job with the embedded model: build, serve, ask over gRPC, compare with the teacher. `make demo` runs it.
 
+    python -m examples.demo        # from the repository's root
+
 Leaves demo/images.png, demo/report.md and demo/report.json.
 """
 
@@ -18,8 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import latency
 from flashdiff.engines.bundle import read_manifest

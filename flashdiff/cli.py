@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -139,13 +140,13 @@ def _serve(options: argparse.Namespace) -> None:
 
 def _generate(options: argparse.Namespace) -> None:
     """Make images with a bundle, in this process: the same pixels that a server with this bundle sends."""
-    from PIL import Image
-
     from flashdiff.engines.build import parse_sizes
     from flashdiff.engines.runtime.engine import open_bundle
     from flashdiff.generate import check_order, generate
+    from flashdiff.server.images import FORMAT_OF_SUFFIX, encode_image
 
-    if options.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+    image_format = FORMAT_OF_SUFFIX.get(options.out.suffix.lower())
+    if image_format is None:
         raise ConfigError(f"--out {options.out}: the name must end in .png, .jpg or .webp")
     engine = open_bundle(options.bundle)
     size = parse_sizes(options.size)[0] if options.size else None
@@ -155,7 +156,7 @@ def _generate(options: argparse.Namespace) -> None:
     for index, pixels in enumerate(generate(engine, [order])[0]):
         path = options.out if order.count == 1 else options.out.with_stem(f"{options.out.stem}-{index}")
         try:
-            Image.fromarray(pixels).save(path)
+            path.write_bytes(encode_image(pixels, image_format))
         except OSError as error:
             raise ConfigError(f"{path}: cannot write: {error.strerror or error}") from None
         print(f"{path}  {order.size}  {order.steps} steps  seed {order.seed + index}")
@@ -167,9 +168,12 @@ def _lora(text: str) -> tuple[str, float]:
     if not folder:
         return text, 1.0
     try:
-        return folder, float(weight)
+        number = float(weight)
     except ValueError:
-        raise ConfigError(f"--lora '{text}': the weight after ':' must be a number") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise ConfigError(f"--lora '{text}': the weight after ':' must be a number")
+    return folder, number
 
 
 def _need(extra: str, *modules: str) -> None:

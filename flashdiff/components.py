@@ -6,7 +6,7 @@ implementation never writes to them again.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,8 +48,6 @@ class ModelSpec(Record):
     """The default first."""
     prompt_tokens: int = Field(ge=3)
     """Longest prompt, in tokens, both end marks included."""
-    unconditional: Literal["empty_prompt"] = "empty_prompt"
-    """What guidance contrasts the prompt with."""
 
     def latent_shape(self, size: Size) -> tuple[int, int, int]:
         """[C, h, w] of an image of `size`."""

@@ -57,6 +57,8 @@ def _problem(item: Any, record: type[Record]) -> str:
         return f"unknown key '{key}'" + (f", did you mean '{nearest[0]}'?" if nearest else "")
     if item["type"] == "missing":
         return f"'{key}' is missing"
+    if item["type"] == "value_error":  # a rule across fields; its message names them
+        return str(item["msg"]).removeprefix("Value error, ")
     return f"'{key}' = {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
 
 

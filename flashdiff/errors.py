@@ -62,3 +62,8 @@ class CancelledError(RefusedError): ...
 
 
 class DrainingError(RefusedError): ...
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, in one line: for messages that quote it."""
+    return str(error).strip().split("\n")[0] or type(error).__name__

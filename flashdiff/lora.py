@@ -10,13 +10,15 @@ from typing import Any
 from pydantic import Field
 
 from flashdiff.config import Record, parse_record
-from flashdiff.errors import ConfigError, LoraError
+from flashdiff.errors import ConfigError, LoraError, first_line
 from flashdiff.families.base import ModelFamily, TorchModel
 from flashdiff.files import hash_file, write_whole
 from flashdiff.schedule import Grid
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 FLASH = "flash.json"
+ADAPTER = "student"
+"""The trained adapter's name within peft."""
 
 
 class FlashInfo(Record):
@@ -36,7 +38,7 @@ class FlashInfo(Record):
     """Number of steps to the exact timesteps to give a consistency (LCM) scheduler, guidance off."""
 
 
-def add_adapter(model: TorchModel, family: ModelFamily, *, rank: int, alpha: float, seed: int, name: str = "student") -> None:
+def add_adapter(model: TorchModel, family: ModelFamily, *, rank: int, alpha: float, seed: int) -> None:
     """Put a trainable LoRA into the denoiser: Gaussian A, zero B, so that it starts as the base itself."""
     import torch
     from peft import LoraConfig
@@ -48,20 +50,24 @@ def add_adapter(model: TorchModel, family: ModelFamily, *, rank: int, alpha: flo
         init_lora_weights="gaussian",
         target_modules=list(family.lora_targets),
     )
-    model.network.add_adapter(config, adapter_name=name)
+    model.network.add_adapter(config, adapter_name=ADAPTER)
 
 
-def save_flash_lora(folder: Path, model: TorchModel, family: ModelFamily, info: FlashInfo, adapter: str = "student") -> None:
+def save_flash_lora(folder: Path, model: TorchModel, family: ModelFamily, info: FlashInfo) -> None:
     """Write a LoRA folder into `folder`, which exists."""
     import diffusers
     from peft.utils import get_peft_model_state_dict
 
-    weights = get_peft_model_state_dict(model.network, adapter_name=adapter)
-    config = model.network.peft_config[adapter].to_dict()
+    weights = get_peft_model_state_dict(model.network, adapter_name=ADAPTER)
+    config = model.network.peft_config[ADAPTER].to_dict()
     config["target_modules"] = sorted(config["target_modules"])
-    getattr(diffusers, family.pipeline_class).save_lora_weights(
-        folder, **{f"{family.lora_prefix}_lora_layers": weights, f"{family.lora_prefix}_lora_adapter_metadata": config}
-    )
+    prefix = family.lora_prefix
+    try:
+        getattr(diffusers, family.pipeline_class).save_lora_weights(
+            folder, **{f"{prefix}_lora_layers": weights, f"{prefix}_lora_adapter_metadata": config}
+        )
+    except Exception as error:  # safetensors has its own errors for a full disk
+        raise LoraError(f"{folder}: cannot write the LoRA: {first_line(error)}") from None
     write_whole(folder / FLASH, info.model_dump_json(indent=2) + "\n")
 
 
@@ -81,6 +87,8 @@ def find_lora(name: str) -> Path:
     """A LoRA folder by its path, or by its name if it ships with flashdiff; LoraError when there is none."""
     for folder in (Path(name), Path(__file__).parent / "zoo" / name):
         if (folder / WEIGHTS).is_file():
+            if (folder / "training").exists() and not (folder / FLASH).exists():
+                raise LoraError(f"{folder} holds an unfinished training run: give `flashdiff distill` again, it goes on")
             return folder
     raise LoraError(f"no LoRA '{name}': give a folder that holds {WEIGHTS}, or 'avatars-flash'")
 
@@ -102,12 +110,13 @@ def fuse(model: TorchModel, family: ModelFamily, loras: list[tuple[Path, float]]
                 f"{folder} was trained on '{info.base}' with hash {info.base_hash[:12]}, "
                 f"but {model.folder} has hash {model.base_hash[:12]}; build it with its own base"
             )
+        _check_layers(folder, family)
     network: Any = model.network
     for index, (folder, _) in enumerate(loras):
         try:
             network.load_lora_adapter(folder, weight_name=WEIGHTS, adapter_name=f"lora{index}", prefix=family.lora_prefix)
         except Exception as error:  # peft and safetensors raise many kinds for layers that do not fit
-            raise LoraError(f"{folder} does not fit {model.folder}: {str(error).splitlines()[0]}") from None
+            raise LoraError(f"{folder} does not fit {model.folder}: {first_line(error)}") from None
         if f"lora{index}" not in getattr(network, "peft_config", {}):
             raise LoraError(f"{folder} does not fit {model.folder}: it has no layers for '{family.lora_prefix}'")
     if loras:
@@ -115,3 +124,16 @@ def fuse(model: TorchModel, family: ModelFamily, loras: list[tuple[Path, float]]
         network.set_adapters(names, weights=[weight for _, weight in loras])
         network.fuse_lora(adapter_names=names)
         network.unload_lora()
+
+
+def _check_layers(folder: Path, family: ModelFamily) -> None:
+    """LoraError for layers that would be left out without a word: those of other parts, or in another naming."""
+    from safetensors import safe_open
+
+    try:
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            foreign = [key for key in file.keys() if not key.startswith(f"{family.lora_prefix}.")]  # noqa: SIM118
+    except Exception as error:  # safetensors' errors for a damaged file
+        raise LoraError(f"{folder / WEIGHTS} is damaged: {first_line(error)}") from None
+    if foreign:
+        raise LoraError(f"{folder}: only layers named '{family.lora_prefix}.' can be fused, this one has {foreign[0]}")

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from flashdiff.config import Record, parse_record
+from flashdiff.errors import ConfigError
 
 
 class NoiseSchedule(Record):
@@ -22,6 +23,9 @@ class NoiseSchedule(Record):
     @classmethod
     def from_scheduler_config(cls, config: Mapping[str, Any], source: str) -> Self:
         """From a diffusers scheduler's config; ConfigError names `source` when it is of another kind."""
+        for setting in ("rescale_betas_zero_snr", "trained_betas"):
+            if config.get(setting):
+                raise ConfigError(f"{source}: the scheduler's {setting} is not supported")
         return parse_record({name: config.get(name) for name in cls.model_fields}, cls, source=source)
 
     def levels(self, times: NDArray[np.integer[Any]] | list[int]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

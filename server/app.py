@@ -1,6 +1,7 @@
 """Starting, serving and stopping: open the bundle, warm it up, say SERVING, drain on SIGTERM."""
 
 import asyncio
+import contextlib
 import logging
 import signal
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from flashdiff.components import Components, Costs
-from flashdiff.errors import ConfigError
+from flashdiff.errors import BackendError, ConfigError
 from flashdiff.proto.v1 import image_pb2, image_pb2_grpc
 from flashdiff.server.convert import ModelIdentity
 from flashdiff.server.service import ImageService
@@ -20,6 +21,7 @@ from flashdiff.server.worker import Worker
 DRAIN_S = 30.0
 """How long accepted requests may take after SIGTERM before they are cut off."""
 
+_WATCH_S = 0.5  # how often the device thread is looked after
 _MAX_MESSAGE = 256 * 1024 * 1024
 _OPTIONS = [
     ("grpc.max_send_message_length", _MAX_MESSAGE),
@@ -70,13 +72,17 @@ async def start(components: Components, costs: Costs, model: ModelIdentity, *, h
 
 
 async def serve(components: Components, costs: Costs, model: ModelIdentity, *, host: str, port: int) -> None:
-    """Serve until SIGTERM or SIGINT, then drain."""
+    """Serve until SIGTERM or SIGINT, then drain. BackendError when the device thread has died: a supervisor should start anew."""
     server = await start(components, costs, model, host=host, port=port)
     _log.info("serving %s (bundle %s, %s) on %s:%d", model.name, model.bundle_hash[:12], model.backend, host, server.port)
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    await stopping.wait()
+    while not stopping.is_set() and not server.worker.failure:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stopping.wait(), _WATCH_S)
     _log.info("draining: no new requests, up to %.0f s for those accepted", DRAIN_S)
     await server.stop()
     _log.info("stopped")
+    if server.worker.failure:
+        raise BackendError(f"the device thread has stopped: {server.worker.failure}")

@@ -10,6 +10,8 @@ from flashdiff.generate import Pixels
 
 ImageFormat = Literal["png", "jpeg", "webp", "raw"]
 
+FORMAT_OF_SUFFIX: dict[str, ImageFormat] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+
 
 def encode_image(pixels: Pixels, image_format: ImageFormat) -> bytes:
     """[H, W, 3] RGB as a file's bytes. PNG, lossless WebP and raw keep every pixel; JPEG is quality 90."""

@@ -65,6 +65,7 @@ class Worker:
         self.components = components
         self.failure: BaseException | None = None
         self._costs = {part: dict(by_batch) for part, by_batch in costs.items()}
+        self._first_costs = costs
         self._max_pending_images = max_pending_images
         self._unconditional = unconditional_of(components)
         self._jobs: list[Job] = []
@@ -90,6 +91,8 @@ class Worker:
             if timeout_s is not None:
                 expected = expected_ms(self._work_of(order), [self._work_left(job) for job in self._jobs], self._costs)
                 if expected > 1000 * timeout_s:
+                    if not self._jobs:
+                        self._forget_slowness()
                     raise DeadlineError(
                         f"this would take about {expected:.0f} ms, the deadline is {max(0.0, 1000 * timeout_s):.0f} ms away"
                     )
@@ -223,7 +226,14 @@ class Worker:
         with self._changed:
             by_batch = self._costs[PART_OF[stage]]
             bucket = min(batch for batch in by_batch if batch >= slots)
-            by_batch[bucket] += 0.1 * (spent_ms - by_batch[bucket])  # follow the machine, slowly
+            # Follow the machine, slowly; one stall must not make the next deadlines look hopeless.
+            by_batch[bucket] += 0.1 * (min(spent_ms, 3 * by_batch[bucket] + 1) - by_batch[bucket])
+
+    def _forget_slowness(self) -> None:
+        """Refusing while idle measures nothing, so a slow past would refuse for ever: let it fade to the costs at the start."""
+        for part, by_batch in self._costs.items():
+            for batch in by_batch:
+                by_batch[batch] = max(self._first_costs[part][batch], 0.9 * by_batch[batch])
 
     def _work_of(self, order: Order) -> Work:
         return Work(rows=order.count, steps=order.steps, slots=self.components.spec.sampler.evaluations_per_step, needs_text=True)

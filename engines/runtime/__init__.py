@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashdiff.engines.bundle import BackendName, PartSpec
-from flashdiff.errors import BackendError
+from flashdiff.errors import BackendError, first_line
 
 CompiledPart = Callable[[Mapping[str, NDArray[Any]]], dict[str, NDArray[np.float32]]]
 """One part at one fixed shape: named inputs of exactly that shape to named outputs, which belong to the caller."""
@@ -23,6 +23,13 @@ def compile_part(backend: BackendName, file: Path, part: PartSpec, dimensions: M
         raise BackendError(f"backend '{backend}' needs '{error.name}', which is not here: pip install 'flashdiff[cpu]'") from None
     try:
         compiled: CompiledPart = module.compile_part(file, part, dimensions)
-        return compiled
-    except RuntimeError as error:  # what both raise for a graph they cannot take
-        raise BackendError(f"{backend} could not compile {file.name}: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # the libraries' errors share no public base class
+        raise BackendError(f"{backend} could not compile {file.name}: {first_line(error)}") from None
+
+    def run(inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
+        try:
+            return compiled(inputs)
+        except Exception as error:
+            raise BackendError(f"{backend} failed in {file.parent.name}: {first_line(error)}") from error
+
+    return run

@@ -18,10 +18,7 @@ def compile_part(file: Path, part: PartSpec, dimensions: Mapping[str, int]) -> A
     options.intra_op_num_threads = cpu_threads()
     for name, value in dimensions.items():
         options.add_free_dimension_override_by_name(name, value)
-    try:
-        session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its errors share no public base class
-        raise RuntimeError(str(error)) from error
+    session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     names = [spec.name for spec in part.outputs]
 
     def run(inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from flashdiff.engines.bundle import PartSpec
 from flashdiff.engines.runtime.threads import cpu_threads
+from flashdiff.errors import BackendError, first_line
 
 # Without the precision hint OpenVINO computes in bf16 on CPUs that can, a few per cent off and in silence.
 _CONFIG = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
@@ -43,4 +44,7 @@ def compile_part(file: Path, part: PartSpec, dimensions: Mapping[str, int]) -> A
 
 def convert(onnx_file: Path, target: Path) -> None:
     """ONNX to OpenVINO's own form (.xml and .bin), weights kept in float32."""
-    ov.save_model(ov.convert_model(str(onnx_file)), str(target), compress_to_fp16=False)
+    try:
+        ov.save_model(ov.convert_model(str(onnx_file)), str(target), compress_to_fp16=False)
+    except Exception as error:  # a graph it cannot take, or a disk that is full
+        raise BackendError(f"OpenVINO cannot convert {onnx_file.parent.name}: {first_line(error)}") from error

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flashdiff.errors import ModelError
+from flashdiff.errors import ModelError, first_line
 
 if TYPE_CHECKING:
     from flashdiff.families.base import ModelFamily, TorchModel
@@ -31,7 +31,7 @@ def _download(repository: str) -> Path:
         return Path(snapshot_download(repository, allow_patterns=["*.json", "*.txt", "*/*.safetensors"]))
     except Exception as error:  # network, authentication and naming errors come as many kinds
         raise ModelError(
-            f"no base model '{repository}': not a directory, and the hub did not give it ({str(error).splitlines()[0]})"
+            f"no base model '{repository}': not a directory, and the hub did not give it ({first_line(error)})"
         ) from None
 
 

@@ -93,7 +93,7 @@ class TorchModel:
 
 def base_hash(folder: Path) -> str:
     """Hash of a model directory's weights and configuration; other files (cards, pictures) do not count."""
-    return hash_files(folder, (path for path in folder.glob("*/*") if path.suffix in {".safetensors", ".json", ".txt"}))
+    return hash_files(folder, (path for path in folder.glob("*/*") if path.suffix in {".safetensors", ".bin", ".json", ".txt"}))
 
 
 def read_config(folder: Path, part: str, name: str = "config.json") -> dict[str, Any]:

@@ -7,11 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from flashdiff.components import ModelSpec, Size
-from flashdiff.errors import ModelError
+from flashdiff.errors import ModelError, first_line
 from flashdiff.families.base import ModelFamily, TorchModel, read_config
 from flashdiff.sampling import Sampler
 from flashdiff.schedule import NoiseSchedule
 from flashdiff.text import PromptTokenizer
+
+_AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
 
 
 class _TextEncoder(nn.Module):
@@ -44,6 +46,13 @@ class _Decoder(nn.Module):
 
 
 def _read_spec(folder: Path) -> ModelSpec:
+    try:
+        return _spec_of_configs(folder)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ModelError(f"{folder}: a configuration file lacks or misstates {first_line(error)}") from None
+
+
+def _spec_of_configs(folder: Path) -> ModelSpec:
     unet, vae = read_config(folder, "unet"), read_config(folder, "vae")
     scheduler = read_config(folder, "scheduler", "scheduler_config.json")
     tokenizer = read_config(folder, "tokenizer", "tokenizer_config.json")
@@ -76,13 +85,22 @@ def _load(folder: Path, spec: ModelSpec) -> TorchModel:
 
     def part(name: str, kind: Any) -> Any:
         try:
-            return kind.from_pretrained(folder / name, torch_dtype=torch.float32).eval().requires_grad_(False)
+            model, info = kind.from_pretrained(folder / name, torch_dtype=torch.float32, output_loading_info=True)
         except Exception as error:  # the loaders raise many kinds for a missing or damaged file
-            raise ModelError(f"{folder}: cannot load {name}: {str(error).splitlines()[0]}") from None
+            raise ModelError(f"{folder}: cannot load {name}: {first_line(error)}") from None
+        if info["missing_keys"]:  # the loaders would make them up
+            raise ModelError(f"{folder}: {name} lacks weights, {sorted(info['missing_keys'])[0]} among them")
+        return model.eval().requires_grad_(False)
 
-    vae = part("vae", getattr(diffusers, read_config(folder, "vae")["_class_name"]))
+    vae_class = str(read_config(folder, "vae").get("_class_name"))
+    if vae_class not in _AUTOENCODERS:
+        raise ModelError(f"{folder}: the vae is a {vae_class}; supported: {', '.join(_AUTOENCODERS)}")
+    vae = part("vae", getattr(diffusers, vae_class))
     unet = part("unet", diffusers.UNet2DConditionModel)
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    except Exception as error:
+        raise ModelError(f"{folder}: cannot load tokenizer: {first_line(error)}") from None
 
     def encode_images(images: Tensor, generator: torch.Generator) -> Tensor:
         encoded = vae.encode(images)

@@ -1,4 +1,4 @@
-"""Renders of the world as one array, drawn once by two processes and kept on disk."""
+"""Renders of the world as one array, drawn once by all cores and kept on disk."""
 
 import json
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from flashdiff.files import write_whole
 from flashdiff.zoo.world import Scene, scenes
 
 _CHUNK = 1000
@@ -28,7 +29,7 @@ def rendered(folder: Path, kinds: Sequence[str], first_seed: int, count: int, si
             jobs = [pool.submit(_draw_chunk, tuple(kinds), first_seed + 10 * s, min(_CHUNK, count - s), size) for s in starts]
             chunks = [job.result() for job in jobs]
         np.save(images_file, np.concatenate([images for images, _ in chunks]))
-        scenes_file.write_text(json.dumps([asdict(scene) for _, found in chunks for scene in found]))
+        write_whole(scenes_file, json.dumps([asdict(scene) for _, found in chunks for scene in found]))
     found = json.loads(scenes_file.read_text())
     return np.load(images_file), [Scene(**{**scene, "parts": tuple(scene["parts"])}) for scene in found]
 

@@ -22,9 +22,13 @@ from torch import Tensor
 
 from flashdiff.checkpoint import load_state, save_state, step_generator
 from flashdiff.config import Record, load_recipe
+from flashdiff.errors import FlashdiffError, TrainingError
 from flashdiff.files import new_folder, write_whole
+from flashdiff.schedule import NoiseSchedule
 from flashdiff.zoo.images import rendered
 from flashdiff.zoo.world import KINDS, Scene, caption
+
+SCHEDULE = NoiseSchedule(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")  # Stable Diffusion's
 
 _CHECKPOINT_EVERY = 250
 _VALIDATION_IMAGES = 2000
@@ -77,11 +81,16 @@ class Recipe(Record):
 
 def train(recipe: Recipe, out: Path) -> None:
     """Run every stage that `out` does not hold yet; the model directory is `out/model`."""
+    if (out / "model").exists():
+        raise TrainingError(f"{out} holds a finished model; choose another --out or remove it")
+    resolved = out / "recipe.json"
+    if resolved.exists() and json.loads(resolved.read_text()) != recipe.model_dump(mode="json"):
+        raise TrainingError(f"{out} holds a run of another recipe; choose another --out or remove it")
     world = recipe.world
     cache = out / "renders"
     images, scenes = rendered(cache, world.kinds, 0, world.train_images, world.image_size)
     held_back, _ = rendered(cache, world.kinds, _VALIDATION_SEED, _VALIDATION_IMAGES, world.image_size)
-    write_whole(out / "recipe.json", recipe.model_dump_json(indent=2) + "\n")
+    write_whole(resolved, recipe.model_dump_json(indent=2) + "\n")
 
     vae = make_vae(recipe)
     tokenizer = make_tokenizer(scenes, recipe)
@@ -212,7 +221,7 @@ def train_denoiser(
 ) -> None:
     """v-prediction (Salimans & Ho 2022, eq. 9) of text-conditioned latents, in place; the weights left are the EMA."""
     stage = recipe.denoiser
-    alphas, sigmas = (torch.from_numpy(values).float() for values in noise_levels())
+    alphas, sigmas = (torch.from_numpy(values).float() for values in SCHEDULE.levels(list(range(SCHEDULE.num_train_timesteps))))
 
     def loss_of(step: int) -> Tensor:
         rng, generator = step_generator(recipe.seed + 1, step)
@@ -286,13 +295,6 @@ def _schedule(step: int, total: int) -> float:
     return warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / total)))
 
 
-def noise_levels() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """alpha_t and sigma_t [1000] of Stable Diffusion's scaled-linear schedule."""
-    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
-    alpha_bar = np.cumprod(1 - betas)
-    return np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
-
-
 # --- images and latents ----------------------------------------------------------------------------------------------
 
 
@@ -321,9 +323,7 @@ def export(target: Path, vae: Any, unet: Any, text_encoder: Any, tokenizer: Any)
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
+        **SCHEDULE.model_dump(),
         prediction_type="v_prediction",
         clip_sample=False,
         set_alpha_to_one=False,
@@ -352,7 +352,10 @@ def main() -> None:
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    train(load_recipe(options.recipe, Recipe), options.out)
+    try:
+        train(load_recipe(options.recipe, Recipe), options.out)
+    except FlashdiffError as error:
+        raise SystemExit(f"train: error: {error}") from None
 
 
 if __name__ == "__main__":

@@ -123,3 +123,29 @@ def test_a_lora_of_another_base_is_refused_by_hash(flash_lora: Path, tmp_path: P
         fuse(model, family, [(flash_lora, 1.0)])
     with pytest.raises(LoraError, match="no LoRA 'nothing'"):
         find_lora("nothing")
+
+
+def test_an_unfinished_run_and_layers_of_other_parts_are_not_fused(tiny_base: Path, flash_lora: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from safetensors.torch import save_file
+
+    unfinished = Path(shutil.copytree(flash_lora, tmp_path / "unfinished"))
+    (unfinished / FLASH).unlink()
+    with pytest.raises(LoraError, match="unfinished training run"):
+        find_lora(str(unfinished))
+    family, model = load_base(str(tiny_base))
+    style = tmp_path / "style"
+    style.mkdir()
+    weights = load_file(flash_lora / WEIGHTS)
+    save_file({**weights, "text_encoder.layer.lora_A.weight": torch.zeros(2, 2)}, style / WEIGHTS)
+    with pytest.raises(LoraError, match=r"only layers named 'unet\.' can be fused, this one has text_encoder\.layer"):
+        fuse(model, family, [(style, 1.0)])
+    (style / WEIGHTS).write_bytes(b"garbage")
+    with pytest.raises(LoraError, match="is damaged"):
+        fuse(model, family, [(style, 1.0)])
+
+
+def test_a_grid_of_another_length_than_the_bases_is_refused(tiny_base: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"grid\.num_train_timesteps is 500, the base was trained on 1000"):
+        distill(tiny_recipe(tiny_base, grid={"num_train_timesteps": 500, "solver_steps": 4}), tmp_path / "out")

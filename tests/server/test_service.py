@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -16,10 +17,10 @@ from PIL import Image
 
 from flashdiff.components import Size
 from flashdiff.engines.runtime.fake_backend import FakeComponents
-from flashdiff.errors import ConfigError
+from flashdiff.errors import BackendError, ConfigError
 from flashdiff.generate import check_order, generate
 from flashdiff.proto.v1 import image_pb2, image_pb2_grpc
-from flashdiff.server.app import Server, start
+from flashdiff.server.app import Server, serve, start
 from flashdiff.server.client import Client, ServerError
 from flashdiff.server.convert import ModelIdentity
 from flashdiff.server.images import ImageFormat
@@ -168,3 +169,22 @@ def test_a_port_in_use_is_said(running: Running) -> None:
     starting = start(running.fake, running.fake.costs, MODEL, host="127.0.0.1", port=running.server.port)
     with pytest.raises(ConfigError, match=rf"cannot listen on 127.0.0.1:{running.server.port}: the port is in use"):
         asyncio.run_coroutine_threadsafe(starting, running.loop).result(10)
+
+
+def test_a_dead_device_thread_ends_the_server_with_an_error() -> None:
+    fake = FakeComponents()
+    fake.denoise = lambda *_: 1 / 0  # type: ignore[method-assign,assignment]
+
+    async def scenario(port: int) -> None:
+        serving = asyncio.create_task(serve(fake, fake.costs, MODEL, host="127.0.0.1", port=port))
+        with Client(f"127.0.0.1:{port}") as client:
+            await asyncio.to_thread(client.wait_until_ready, 10)
+            with pytest.raises(ServerError, match="INTERNAL: the device thread has stopped"):
+                await asyncio.to_thread(client.generate, "x")
+        await asyncio.wait_for(serving, 10)
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with pytest.raises(BackendError, match="device thread has stopped"):
+        asyncio.run(scenario(port))

@@ -155,3 +155,15 @@ def test_draining_finishes_what_was_accepted_and_refuses_the_rest(fake: FakeComp
         worker.submit(_order(fake))
     gate.open()
     assert accepted.answer.result(10).images
+
+
+def test_a_slow_past_does_not_refuse_for_ever(fake: FakeComponents, worker: Worker) -> None:
+    worker._costs["denoiser"][4] = 1000.0
+    for _ in range(200):
+        try:
+            worker.submit(_order(fake), timeout_s=0.5).answer.result(10)
+            break
+        except DeadlineError:
+            continue
+    else:
+        pytest.fail("refused 200 times by an idle device")

@@ -1,0 +1,86 @@
+"""Base models that are not what they should be: one clear error each."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from flashdiff.errors import ConfigError, ModelError
+from flashdiff.families import family_of, find_base, load_base
+
+
+@pytest.fixture
+def copy(tiny_base: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_base, tmp_path / "model"))
+
+
+def _edit(file: Path, **changes: object) -> None:
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({name: value for name, value in {**config, **changes}.items() if value is not None}))
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_the_spec_is_read_from_the_configuration(copy: Path, prediction: str) -> None:
+    _edit(copy / "scheduler" / "scheduler_config.json", prediction_type=prediction)
+    spec = family_of(copy).read_spec(copy)
+    assert (spec.family, spec.prediction, spec.latent_channels, spec.latent_factor, spec.prompt_tokens) == (
+        "sd15",
+        prediction,
+        4,
+        4,
+        16,
+    )
+    assert spec.sizes == ((32, 32),)
+
+
+def test_the_hash_names_the_content_and_not_the_place(tiny_base: Path, copy: Path) -> None:
+    assert load_base(str(tiny_base))[1].base_hash == load_base(str(copy))[1].base_hash
+    (copy / "README.md").write_text("a card does not count")
+    assert load_base(str(tiny_base))[1].base_hash == load_base(str(copy))[1].base_hash
+    _edit(copy / "vae" / "config.json", scaling_factor=0.25)
+    assert load_base(str(tiny_base))[1].base_hash != load_base(str(copy))[1].base_hash
+
+
+def test_damage_is_named(copy: Path) -> None:
+    weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensors.pop("conv_out.weight")
+    save_file(tensors, weights)
+    with pytest.raises(ModelError, match=r"unet lacks weights, conv_out\.weight among them"):
+        load_base(str(copy))
+    weights.write_bytes(b"garbage")
+    with pytest.raises(ModelError, match="cannot load unet"):
+        load_base(str(copy))
+    _edit(copy / "unet" / "config.json", in_channels=None)
+    with pytest.raises(ModelError, match="lacks or misstates 'in_channels'"):
+        load_base(str(copy))
+    (copy / "unet" / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="not valid JSON"):
+        load_base(str(copy))
+    (copy / "unet" / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"not a complete model directory, unet/config\.json is missing"):
+        load_base(str(copy))
+
+
+def test_what_the_family_cannot_do_is_refused(copy: Path) -> None:
+    scheduler = copy / "scheduler" / "scheduler_config.json"
+    _edit(scheduler, prediction_type="sample")
+    with pytest.raises(ModelError, match="prediction_type 'sample' is not supported"):
+        load_base(str(copy))
+    _edit(scheduler, prediction_type="epsilon", rescale_betas_zero_snr=True)
+    with pytest.raises(ConfigError, match="rescale_betas_zero_snr is not supported"):
+        load_base(str(copy))
+    _edit(copy / "model_index.json", _class_name="OtherPipeline")
+    with pytest.raises(ModelError, match="no family for a OtherPipeline; supported: StableDiffusionPipeline"):
+        load_base(str(copy))
+
+
+def test_a_base_is_a_directory_a_shipped_name_or_a_hub_id(tiny_base: Path) -> None:
+    assert find_base(str(tiny_base)) == tiny_base
+    assert (find_base("avatars") / "unet").is_dir()
+    with pytest.raises(ModelError, match="no base model 'avatar'"):
+        find_base("avatar")
+    with pytest.raises(ModelError, match="no base model 'nobody/nothing': not a directory, and the hub did not give it"):
+        find_base("nobody/nothing")
