@@ -342,9 +342,16 @@ def export(target: Path, vae: Any, unet: Any, text_encoder: Any, tokenizer: Any)
     )
     with new_folder(target) as folder:
         pipeline.save_pretrained(folder)
-        config = json.loads((folder / "vae" / "config.json").read_text())
-        del config["block_out_channels"]  # AutoencoderTiny derives it, and warns on loading when it is given
-        write_whole(folder / "vae" / "config.json", json.dumps(config, indent=2) + "\n")
+        # AutoencoderTiny derives block_out_channels, and warns on loading when it is given.
+        _edit_config(folder / "vae", lambda config: config.pop("block_out_channels"))
+        # Left at float16, transformers would load a half-precision text encoder beside diffusers' float32 UNet.
+        _edit_config(folder / "text_encoder", lambda config: config.update(dtype="float32"))
+
+
+def _edit_config(part: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    config = json.loads((part / "config.json").read_text())
+    edit(config)
+    write_whole(part / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def main() -> None:
