@@ -63,6 +63,8 @@ def check_order(
     """An order this model can fill, defaults filled in; RequestError names the field, the value and what is allowed."""
     if not prompt.strip():
         raise RequestError("prompt", prompt, "it must not be empty")
+    if any("\ud800" <= character <= "\udfff" for character in prompt):  # what Python makes of bytes that are not UTF-8
+        raise RequestError("prompt", prompt, "it must be valid Unicode text")
     if not 0 <= seed < SEED_LIMIT:
         raise RequestError("seed", seed, "it must be between 0 and 2^64 - 1")
     steps = spec.sampler.default_steps if steps is None else steps

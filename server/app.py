@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import signal
+import socket
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,23 +53,27 @@ class Server:
 
 async def start(components: Components, costs: Costs, model: ModelIdentity, *, host: str, port: int) -> Server:
     """A server that answers; ConfigError when it cannot listen there. Port 0 takes a free one."""
+    if not _is_free(host, port):  # asked first, because gRPC would add lines of its own to our error
+        raise ConfigError(f"cannot listen on {host}:{port}: the port is in use or not ours to take; choose another with --port")
     worker = Worker(components, costs)
     server = grpc.aio.server(options=_OPTIONS)
     image_pb2_grpc.add_ImageServiceServicer_to_server(ImageService(worker, model), server)
     servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-    try:
-        bound = server.add_insecure_port(f"{host}:{port}")
-    except RuntimeError:
-        bound = 0
-    if not bound:
-        worker.drain()
-        raise ConfigError(f"cannot listen on {host}:{port}: the port is in use or not ours to take; choose another with --port")
+    bound = server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
     await server.start()
     for name in ("", _SERVICE):
         await servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
     return Server(bound, worker, server, servicer)
+
+
+def _is_free(host: str, port: int) -> bool:
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError:
+        return False
+    return True
 
 
 async def serve(components: Components, costs: Costs, model: ModelIdentity, *, host: str, port: int) -> None:
