@@ -20,7 +20,8 @@ if __package__ in (None, ""):  # run as a file: the repository's root is what it
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.rows import environment, row
-from flashdiff.engines.runtime.engine import Engine, open_bundle
+from flashdiff.components import Components
+from flashdiff.engines.runtime.engine import open_bundle
 from flashdiff.errors import BundleError, FlashdiffError
 from flashdiff.files import write_whole
 from flashdiff.generate import check_order, decode_rows, denoise_rows, encode_prompts, new_row, unconditional_of
@@ -38,7 +39,7 @@ class Configuration:
     """What is timed: one model at one number of steps and one batch."""
 
     model: str
-    engine: Engine
+    engine: Components
     steps: int
     batch: int
 
@@ -123,7 +124,9 @@ def run(student: Path, teacher: Path, *, batches: Sequence[int], repeats: int, r
     record = environment({name: engine.manifest for name, engine in engines.items()})
     samples = measure(configurations, repeats, report)
     rows = [
-        row(c.engine.manifest, c.model, c.batch, c.steps, stage, samples[c, stage]) for c in configurations for stage in STAGES
+        row(engines[c.model].manifest, c.model, c.batch, c.steps, stage, samples[c, stage])
+        for c in configurations
+        for stage in STAGES
     ]
     return {"environment": record, "rows": rows}
 
