@@ -107,6 +107,11 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 def run(student: Path, teacher: Path, *, batches: Sequence[int], repeats: int, report: Callable[[str], None]) -> dict[str, Any]:
     """Open both bundles, measure, and return {"environment": ..., "rows": [...]}."""
     engines = {"student": open_bundle(student), "teacher": open_bundle(teacher)}
+    kinds = [engines[name].spec.sampler.kind for name in ("student", "teacher")]
+    if kinds != ["flash", "ode"]:
+        raise BundleError(
+            f"the student must be a bundle with a flash LoRA and the teacher one without, not {kinds[0]} and {kinds[1]}"
+        )
     if engines["student"].manifest.backend != engines["teacher"].manifest.backend:
         raise BundleError("student and teacher must be built for the same backend, or the comparison says nothing")
     if engines["student"].manifest.base_hash != engines["teacher"].manifest.base_hash:

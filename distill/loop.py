@@ -1,6 +1,7 @@
 """The training program: when things happen. What one update is stands in `step`."""
 
 import json
+import logging
 from pathlib import Path
 
 import torch
@@ -20,6 +21,8 @@ from flashdiff.families.base import TorchModel
 from flashdiff.files import write_whole
 from flashdiff.lora import FLASH, add_adapter
 from flashdiff.sampling import Sampler
+
+_log = logging.getLogger(__name__)
 
 _POOL_BATCHES = 16  # targets are solved for this many batches at a time, so that reuse shuffles over more than one
 
@@ -41,10 +44,12 @@ def distill(recipe: Recipe, out: Path) -> None:
         raise TrainingError(
             f"grid.num_train_timesteps is {recipe.grid.num_train_timesteps}, the base was trained on {trained}; set it so"
         )
+    _log.info("drawing or reading up to %d images of '%s' and encoding them", recipe.data.images, recipe.data.source)
     data = load_dataset(recipe.data, model, cache=work / "renders", seed=recipe.seed)
     add_adapter(model, family, rank=recipe.lora.rank, alpha=recipe.lora.alpha, seed=recipe.seed)
     student = Student(model, recipe)
     student.resume(work / "checkpoint.pt")
+    _log.info("training %d LoRA parameters from update %d of %d", student.parameter_count, student.update, recipe.updates)
     _train(model, student, data, recipe, work)
 
     student.use_average()

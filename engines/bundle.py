@@ -68,7 +68,8 @@ class Manifest(Record):
 
     @property
     def bundle_hash(self) -> str:
-        return self.content_hash
+        """Names what is served: everything but what was measured, so that two builds of the same have the same."""
+        return self.model_copy(update={"step_cost_ms": {}, "max_error": {}}).content_hash
 
 
 def read_manifest(bundle: Path) -> Manifest:

@@ -142,7 +142,8 @@ Columns, from the left:
 ## Latency
 
 Medians of {report["rows"][0]["n"]} interleaved runs on one engine, in ms, one image from prompt to PNG bytes. *Ideal* is the
-ratio of network evaluations (guidance doubles the teacher's). The teacher's two evaluations of a step run as one batch.
+ratio of network evaluations (guidance doubles the teacher's). The teacher's two evaluations of a step run as one
+batch, which costs less than two, so the ideal stays out of reach.
 
 {table}
 

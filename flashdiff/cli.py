@@ -159,7 +159,7 @@ def _generate(options: argparse.Namespace) -> None:
             path.write_bytes(encode_image(pixels, image_format))
         except OSError as error:
             raise ConfigError(f"{path}: cannot write: {error.strerror or error}") from None
-        print(f"{path}  {order.size}  {order.steps} steps  seed {order.seed + index}")
+        print(f"{path}  {order.size}  steps {order.steps}  seed {order.seed + index}")
 
 
 def _lora(text: str) -> tuple[str, float]:

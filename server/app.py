@@ -23,6 +23,7 @@ DRAIN_S = 30.0
 """How long accepted requests may take after SIGTERM before they are cut off."""
 
 _WATCH_S = 0.5  # how often the device thread is looked after
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _MAX_MESSAGE = 256 * 1024 * 1024
 _OPTIONS = [
     ("grpc.max_send_message_length", _MAX_MESSAGE),
@@ -79,6 +80,8 @@ def _is_free(host: str, port: int) -> bool:
 async def serve(components: Components, costs: Costs, model: ModelIdentity, *, host: str, port: int) -> None:
     """Serve until SIGTERM or SIGINT, then drain. BackendError when the device thread has died: a supervisor should start anew."""
     server = await start(components, costs, model, host=host, port=port)
+    if host not in _LOOPBACK:
+        _log.warning("listening on %s: anyone who reaches it can use it, there is no TLS and no authentication", host)
     _log.info("serving %s (bundle %s, %s) on %s:%d", model.name, model.bundle_hash[:12], model.backend, host, server.port)
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

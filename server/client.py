@@ -18,7 +18,7 @@ from flashdiff.server.images import ImageFormat
 
 
 class ServerError(FlashdiffError):
-    """The server's refusal or failure; `code` is the gRPC status."""
+    """The server refused, failed or did not answer; `code` is the gRPC status."""
 
     def __init__(self, code: grpc.StatusCode, message: str | None) -> None:
         super().__init__(f"{code.name}: {message}")
@@ -44,7 +44,10 @@ class Client:
         image_format: ImageFormat = "png",
         timeout_s: float | None = None,
     ) -> Result:
-        """Images of the prompt; None leaves the choice to the server. ServerError carries the status when it refuses."""
+        """Images of the prompt; None leaves the choice to the server.
+
+        RequestError for a value that no request can carry; ServerError, with its status, for a refusal, a failure or no server.
+        """
         try:
             request = write_request(prompt, seed=seed, steps=steps, size=size, count=count, image_format=image_format)
             return read_response(self._stub.Generate(request, timeout=timeout_s))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from flashdiff.components import ModelSpec, Size
 from flashdiff.errors import RequestError
 from flashdiff.generate import Order, check_order
-from flashdiff.noise import image_seed
+from flashdiff.noise import SEED_LIMIT, image_seed
 from flashdiff.proto.v1 import image_pb2 as pb
 from flashdiff.server.images import ImageFormat
 from flashdiff.server.worker import Timings
@@ -91,6 +91,12 @@ def write_response(
 def write_request(
     prompt: str, *, seed: int | None, steps: int | None, size: Size | None, count: int, image_format: ImageFormat
 ) -> pb.GenerateRequest:
+    """The message; RequestError for a value that it cannot carry. What the model allows is the server's to say."""
+    for field, value, least in (("seed", seed, 0), ("steps", steps, 1), ("count", count, 1)):
+        if value is not None and not least <= value < (SEED_LIMIT if field == "seed" else 2**32):
+            raise RequestError(field, value, f"it must be a number from {least} on that the wire can carry")
+    if image_format not in _NUMBERS:
+        raise RequestError("format", image_format, f"it must be one of {', '.join(_NUMBERS)}")
     width, height = size or (0, 0)
     return pb.GenerateRequest(
         prompt=prompt, seed=seed, steps=steps or 0, width=width, height=height, count=count, format=_NUMBERS[image_format]

@@ -34,5 +34,7 @@ def test_rows_have_the_promised_form_and_the_table_says_the_speed_up(teacher_bun
 
 
 def test_bundles_that_cannot_be_compared_are_refused(student_bundle: Path, teacher_bundle: Path) -> None:
+    with pytest.raises(BundleError, match="not ode and flash"):
+        run(teacher_bundle, student_bundle, batches=[1], repeats=1, report=print)
     with pytest.raises(BundleError, match="must be built for the same backend"):
         run(student_bundle, teacher_bundle, batches=[1], repeats=1, report=print)

@@ -44,6 +44,13 @@ def test_the_manifest_says_what_was_built_and_how_exact_it_is(student: Engine, t
     assert teacher.spec.sizes == (Size(32, 32), Size(48, 32))
 
 
+def test_the_bundle_hash_names_what_is_served_and_not_what_was_measured(student: Engine, teacher: Engine) -> None:
+    manifest = student.manifest
+    slower = manifest.model_copy(update={"step_cost_ms": {"denoiser": {1: 99.0}}})
+    assert slower.bundle_hash == manifest.bundle_hash != teacher.manifest.bundle_hash
+    assert manifest.model_copy(update={"base_hash": "other"}).bundle_hash != manifest.bundle_hash
+
+
 def test_the_engine_makes_the_images_of_torch(tiny_base: Path, teacher: Engine) -> None:
     _, model = load_base(str(tiny_base))
     model.spec = teacher.spec

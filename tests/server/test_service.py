@@ -17,7 +17,7 @@ from PIL import Image
 
 from flashdiff.components import Size
 from flashdiff.engines.runtime.fake_backend import FakeComponents
-from flashdiff.errors import BackendError, ConfigError
+from flashdiff.errors import BackendError, ConfigError, RequestError
 from flashdiff.generate import check_order, generate
 from flashdiff.proto.v1 import image_pb2, image_pb2_grpc
 from flashdiff.server.app import Server, serve, start
@@ -115,6 +115,15 @@ def test_a_bad_field_is_invalid_argument_with_field_value_and_what_is_allowed(
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
     assert message in caught.value.details()
     assert len(caught.value.details()) < 400
+
+
+@pytest.mark.parametrize(
+    "changes", [{"seed": -1}, {"seed": 2**64}, {"steps": 0}, {"steps": -1}, {"count": 0}, {"image_format": "gif"}]
+)
+def test_a_value_that_no_request_can_carry_is_named_by_the_client(client: Client, changes: dict[str, object]) -> None:
+    field = next(iter(changes)).removeprefix("image_")
+    with pytest.raises(RequestError, match=rf"^{field}: .* is not allowed; it must be"):
+        client.generate("x", **changes)  # type: ignore[arg-type]
 
 
 def test_deadlines_failures_and_overload_have_their_own_status(running: Running, client: Client) -> None:
