@@ -8,6 +8,9 @@ from pydantic import Field, model_validator
 from flashdiff.config import Record
 from flashdiff.schedule import Grid
 
+DistillationKind = Literal["l2", "pseudo_huber"]
+AdversarialKind = Literal["lsgan", "non_saturating", "relativistic"]
+
 
 class DataRecipe(Record):
     source: str
@@ -19,18 +22,49 @@ class DataRecipe(Record):
 class LoraRecipe(Record):
     rank: int = Field(ge=1)
     alpha: float = Field(gt=0)
+    targets: tuple[str, ...] = ()
+    """Names of the layers that take it, or their ends; empty: the family's, the attention projections of the paper."""
 
 
 class Phase(Record):
-    """A stretch of training with its own mixture of start times."""
+    """A stretch of training with its own mixture of start times and weights of the losses; 0 leaves a loss out."""
 
     updates: int = Field(ge=1)
     mode_weights: tuple[float, ...]
     """beta_j, one weight a mode, noisiest first; they need not sum to one."""
+    distillation: float = Field(1.0, ge=0)
+    adversarial: float = Field(0.0, ge=0)
+    distribution_matching: float = Field(0.0, ge=0)
+
+
+class AdversarialRecipe(Record):
+    kind: AdversarialKind = "relativistic"
+    """`lsgan`, on the sigmoid, is the paper's; the other two keep a gradient when the discriminator is sure."""
+    learning_rate: float = Field(1e-3, gt=0, lt=1)
+    """Of the discriminator's head."""
+    r1_weight: float = Field(10.0, ge=0)
+    r1_sigma: float = Field(0.1, gt=0)
+    """Approximate R1: the penalty on how much the logits of real latents change under noise of this size."""
+    times: tuple[float, ...] = (0.01, 0.25, 0.5, 0.75)
+    """Where samples are noised before they are judged, as shares of the schedule; drawn per sample."""
+
+
+class DistributionMatchingRecipe(Record):
+    fake_score: Literal["student", "lora"] = "student"
+    """Whose score stands for the student's distribution: the student's own (the paper), or a LoRA trained on its samples."""
+    critic_updates: int = Field(5, ge=1)
+    """Updates of that LoRA per update of the student (two time scales, DMD2, 2405.14867)."""
+    critic_learning_rate: float = Field(1e-3, gt=0, lt=1)
+    decoupled: bool = False
+    """Take the guidance part of the gradient at less noise than the student's input only (2511.22677)."""
+    times: tuple[float, float] = (0.02, 0.98)
+    """Range of the noise that scores are compared at, as shares of the schedule."""
 
 
 class LossRecipe(Record):
-    distillation: Literal["l2", "pseudo_huber"] = "l2"
+    distillation: DistillationKind = "l2"
+    adversarial: AdversarialRecipe = AdversarialRecipe()
+    distribution_matching: DistributionMatchingRecipe = DistributionMatchingRecipe()
 
 
 class Recipe(Record):

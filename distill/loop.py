@@ -3,6 +3,7 @@
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,18 +13,20 @@ from flashdiff.checkpoint import load_state, save_state, step_generator
 from flashdiff.distill.config import Recipe
 from flashdiff.distill.curriculum import phase_at
 from flashdiff.distill.data import Dataset, load_dataset
+from flashdiff.distill.objective import Objective
 from flashdiff.distill.previews import save_preview
 from flashdiff.distill.publish import publish
-from flashdiff.distill.step import Targets, make_targets, student_loss
+from flashdiff.distill.step import Targets, make_targets, student_x0
 from flashdiff.errors import TrainingError
 from flashdiff.families import load_base
 from flashdiff.families.base import TorchModel
 from flashdiff.files import write_whole
-from flashdiff.lora import FLASH, add_adapter
+from flashdiff.lora import ADAPTER, FLASH, add_adapter
 from flashdiff.sampling import Sampler
 
 _log = logging.getLogger(__name__)
 
+_LOSS_STREAM = 1 << 20
 _POOL_BATCHES = 16  # targets are solved for this many batches at a time, so that reuse shuffles over more than one
 
 
@@ -46,11 +49,13 @@ def distill(recipe: Recipe, out: Path) -> None:
         )
     _log.info("drawing or reading up to %d images of '%s' and encoding them", recipe.data.images, recipe.data.source)
     data = load_dataset(recipe.data, model, cache=work / "renders", seed=recipe.seed)
-    add_adapter(model, family, rank=recipe.lora.rank, alpha=recipe.lora.alpha, seed=recipe.seed)
+    targets = recipe.lora.targets or family.lora_targets
+    add_adapter(model, targets, rank=recipe.lora.rank, alpha=recipe.lora.alpha, seed=recipe.seed)
     student = Student(model, recipe)
-    student.resume(work / "checkpoint.pt")
+    objective = Objective(model, family, recipe, model.encode_ids(model.tokenizer([""])))
+    _resume(work / "checkpoint.pt", student, objective)
     _log.info("training %d LoRA parameters from update %d of %d", student.parameter_count, student.update, recipe.updates)
-    _train(model, student, data, recipe, work)
+    _train(model, student, objective, data, recipe, work)
 
     student.use_average()
     publish(out, model, family, recipe, student.parameter_count)
@@ -60,7 +65,7 @@ class Student:
     """The trainable LoRA with its optimizer, its running average and its update counter."""
 
     def __init__(self, model: TorchModel, recipe: Recipe) -> None:
-        self.parameters = {name: p for name, p in model.network.named_parameters() if p.requires_grad}
+        self.parameters = {name: p for name, p in model.network.named_parameters() if f".{ADAPTER}." in name}
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=recipe.learning_rate, weight_decay=0.0)
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.update = 0
@@ -86,18 +91,14 @@ class Student:
         for name, parameter in self.parameters.items():
             self.average[name].lerp_(parameter.detach(), 1 - decay)
 
-    def save(self, path: Path) -> None:
+    def state_dict(self) -> dict[str, Any]:
         weights = {name: p.detach() for name, p in self.parameters.items()}
-        state = {"weights": weights, "average": self.average, "optimizer": self.optimizer.state_dict(), "update": self.update}
-        save_state(path, state)
+        return {"weights": weights, "average": self.average, "optimizer": self.optimizer.state_dict(), "update": self.update}
 
-    def resume(self, path: Path) -> None:
-        """Go on from `path` if it exists."""
-        if path.exists():
-            state = load_state(path)
-            self._put(state["weights"])
-            self.average, self.update = state["average"], state["update"]
-            self.optimizer.load_state_dict(state["optimizer"])
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._put(state["weights"])
+        self.average, self.update = state["average"], state["update"]
+        self.optimizer.load_state_dict(state["optimizer"])
 
     def use_average(self) -> dict[str, Tensor]:
         """Put the running average in place; returns the weights it replaced."""
@@ -122,8 +123,15 @@ def flash_sampler(model: TorchModel, recipe: Recipe) -> Sampler:
     return Sampler(kind="flash", schedule=model.spec.sampler.schedule, grid=recipe.grid, default_steps=min(4, recipe.grid.modes))
 
 
-def _train(model: TorchModel, student: Student, data: Dataset, recipe: Recipe, work: Path) -> None:
-    unconditional = model.encode_ids(model.tokenizer([""]))
+def _resume(path: Path, student: Student, objective: Objective) -> None:
+    """Go on from `path` if it exists."""
+    if path.exists():
+        state = load_state(path)
+        student.load_state_dict(state["student"])
+        objective.load_state_dict(state["objective"])
+
+
+def _train(model: TorchModel, student: Student, objective: Objective, data: Dataset, recipe: Recipe, work: Path) -> None:
     checkpoint, log = work / "checkpoint.pt", work / "log.jsonl"
     pool_updates = _POOL_BATCHES * recipe.target_uses
     pool: Targets | None = None
@@ -135,12 +143,17 @@ def _train(model: TorchModel, student: Student, data: Dataset, recipe: Recipe, w
                 # Phases change between pools; a pool depends on seed and index alone, so a resumed run solves the same one.
                 phase = phase_at(recipe.phases, update - within)
                 streams = step_generator(recipe.seed, pool_index)
-                pool = make_targets(model, unconditional, data, recipe, phase, _POOL_BATCHES * recipe.batch_size, *streams)
+                count = _POOL_BATCHES * recipe.batch_size
+                pool = make_targets(model, objective.unconditional, data, recipe, phase, count, *streams)
             batch = pool[_chosen(recipe, pool_index, within)]
 
-            loss = student_loss(model, recipe, batch)
+            # The phase of the losses is the update's own; its random stream is apart from the pools'.
+            phase, (_, generator) = phase_at(recipe.phases, update), step_generator(recipe.seed + _LOSS_STREAM, update)
+            x0 = student_x0(model, batch)
+            losses = objective.losses(x0, batch, phase, generator)
             try:
-                student.learn(loss)
+                student.learn(torch.stack(list(losses.values())).sum())
+                opponents = objective.train_opponents(x0, batch, phase, generator)
             except TrainingError as error:
                 save_state(work / "bad_batch.pt", vars(batch))
                 raise TrainingError(
@@ -148,13 +161,20 @@ def _train(model: TorchModel, student: Student, data: Dataset, recipe: Recipe, w
                 ) from None
 
             with log.open("a") as file:
-                file.write(json.dumps({"update": update, "loss": loss.item()}) + "\n")
-            bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+                told = {name: value.item() for name, value in losses.items()}
+                line = {"update": update, "loss": sum(told.values()), **told, **opponents, **_moments(x0)}
+                file.write(json.dumps(line) + "\n")
+            bar.set_postfix({name: f"{value:.4f}" for name, value in told.items()}, refresh=False)
             bar.update()
             if student.update % recipe.checkpoint_every == 0 or student.update == recipe.updates:
-                student.save(checkpoint)
+                save_state(checkpoint, {"student": student.state_dict(), "objective": objective.state_dict()})
                 if recipe.preview_prompts:
                     student.preview(model, recipe.preview_prompts, work / "previews" / f"{student.update:06d}.png")
+
+
+def _moments(x0: Tensor) -> dict[str, float]:
+    """Mean and deviation of the student's latents: guidance-driven losses make them drift before anything else shows."""
+    return {"latent_mean": x0.mean().item(), "latent_std": x0.std().item()}
 
 
 def _chosen(recipe: Recipe, pool_index: int, within: int) -> Tensor:

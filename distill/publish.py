@@ -19,7 +19,7 @@ def publish(out: Path, model: TorchModel, family: ModelFamily, recipe: Recipe, l
         guidance=recipe.guidance,
         updates=recipe.updates,
         lora_parameters=lora_parameters,
-        network_parameters=sum(p.numel() for p in model.network.parameters()) - lora_parameters,
+        network_parameters=sum(p.numel() for name, p in model.network.named_parameters() if ".lora_" not in name),
         inference={str(steps): recipe.grid.inference_times(steps) for steps in range(1, recipe.grid.modes + 1)},
     )
     write_whole(out / "README.md", _card(info, recipe))

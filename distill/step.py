@@ -1,4 +1,4 @@
-"""One update of distillation: solved targets of the teacher, and the student's loss against them."""
+"""What an update starts from: samples solved by the teacher, and the student's own evaluation of them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +10,6 @@ from torch import Tensor
 from flashdiff.distill.config import Phase, Recipe
 from flashdiff.distill.curriculum import start_probabilities
 from flashdiff.distill.data import Dataset
-from flashdiff.distill.losses import distillation_loss
 from flashdiff.distill.teacher import solve
 from flashdiff.families.base import TorchModel
 from flashdiff.prediction import to_x0
@@ -21,6 +20,7 @@ from flashdiff.sampling import renoise
 class Targets:
     """What the student learns from: noisy latents and the teacher's solution from each. No gradients."""
 
+    z0: Tensor  # [N, C, h, w], the real images
     x_t: Tensor  # [N, C, h, w]
     times: Tensor  # [N]
     conditioning: Mapping[str, Tensor]  # [N, ...]
@@ -28,6 +28,7 @@ class Targets:
 
     def __getitem__(self, chosen: Tensor) -> "Targets":
         return Targets(
+            self.z0[chosen],
             self.x_t[chosen],
             self.times[chosen],
             {name: values[chosen] for name, values in self.conditioning.items()},
@@ -59,11 +60,12 @@ def make_targets(
     guidance = torch.from_numpy(rng.uniform(*recipe.guidance, count)).float()
     times = torch.tensor(grid.solver_times())[starts]
 
-    alpha, sigma = (torch.from_numpy(levels).float().view(-1, 1, 1, 1) for levels in schedule.levels(times.tolist()))
+    alpha, sigma = levels(model, times)
     noise = torch.randn((count, *data.latents.shape[1:]), generator=generator)
     # The first grid point is pure noise, without a trace of the image, because inference starts there.
     pure = (starts == 0).view(-1, 1, 1, 1)
-    x_t = torch.where(pure, noise, renoise(data.latents[torch.from_numpy(chosen)], noise, alpha, sigma))
+    z0 = data.latents[torch.from_numpy(chosen)]
+    x_t = torch.where(pure, noise, renoise(z0, noise, alpha, sigma))
 
     captions = [data.captions[index] for index in chosen]
     conditioning = model.encode_ids(model.tokenizer(captions, truncate=True))
@@ -85,14 +87,21 @@ def make_targets(
         ]
     )
     model.network.enable_adapters()
-    return Targets(x_t, times, conditioning, x0)
+    return Targets(z0, x_t, times, conditioning, x0)
 
 
-def student_loss(model: TorchModel, recipe: Recipe, batch: Targets) -> Tensor:
-    """The distillation loss of the student's single conditional evaluation at each sample's start."""
-    output = run_network(model, batch.x_t, batch.times, batch.conditioning)
-    alpha, sigma = (
-        torch.from_numpy(x).float().view(-1, 1, 1, 1) for x in model.spec.sampler.schedule.levels(batch.times.tolist())
-    )
-    x0 = to_x0(model.spec.prediction, output, batch.x_t, alpha, sigma)
-    return distillation_loss(recipe.loss.distillation, x0, batch.x0)
+def student_x0(model: TorchModel, batch: Targets) -> Tensor:
+    """The student's single conditional evaluation at each sample's start, as x_0."""
+    return predict_x0(model, batch.x_t, batch.times, batch.conditioning)
+
+
+def predict_x0(model: TorchModel, latents: Tensor, times: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+    """x_0 of latents at `times` [B], by the denoiser with whatever adapters are on."""
+    alpha, sigma = levels(model, times)
+    return to_x0(model.spec.prediction, run_network(model, latents, times, conditioning), latents, alpha, sigma)
+
+
+def levels(model: TorchModel, times: Tensor) -> tuple[Tensor, Tensor]:
+    """alpha and sigma [B, 1, 1, 1] of `times` [B]."""
+    alpha, sigma = (torch.from_numpy(x).float().view(-1, 1, 1, 1) for x in model.spec.sampler.schedule.levels(times.tolist()))
+    return alpha, sigma

@@ -4,15 +4,19 @@ The weights load with stock diffusers' `load_lora_weights`; alpha stands in the 
 flash.json is an ordinary (style) LoRA.
 """
 
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
+from flashdiff.components import ModelSpec
 from flashdiff.config import Record, parse_record
 from flashdiff.errors import ConfigError, LoraError, first_line
 from flashdiff.families.base import ModelFamily, TorchModel
 from flashdiff.files import hash_file, write_whole
+from flashdiff.sampling import Sampler
 from flashdiff.schedule import Grid
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -38,7 +42,7 @@ class FlashInfo(Record):
     """Number of steps to the exact timesteps to give a consistency (LCM) scheduler, guidance off."""
 
 
-def add_adapter(model: TorchModel, family: ModelFamily, *, rank: int, alpha: float, seed: int) -> None:
+def add_adapter(model: TorchModel, targets: Sequence[str], *, rank: int, alpha: float, seed: int, name: str = ADAPTER) -> None:
     """Put a trainable LoRA into the denoiser: Gaussian A, zero B, so that it starts as the base itself."""
     import torch
     from peft import LoraConfig
@@ -48,9 +52,14 @@ def add_adapter(model: TorchModel, family: ModelFamily, *, rank: int, alpha: flo
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]  # a float works and is kept
         init_lora_weights="gaussian",
-        target_modules=list(family.lora_targets),
+        target_modules=list(targets),
     )
-    model.network.add_adapter(config, adapter_name=ADAPTER)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # two adapters are meant
+            model.network.add_adapter(config, adapter_name=name)
+    except ValueError as error:  # no such layer
+        raise ConfigError(f"lora.targets: {first_line(error)}") from None
 
 
 def save_flash_lora(folder: Path, model: TorchModel, family: ModelFamily, info: FlashInfo) -> None:
@@ -98,7 +107,45 @@ def lora_hash(folder: Path) -> str:
     return hash_file(folder / WEIGHTS)
 
 
-def fuse(model: TorchModel, family: ModelFamily, loras: list[tuple[Path, float]]) -> None:
+def load_fused(base: str, loras: Sequence[tuple[Path, float]], guidance: float | None) -> tuple[ModelFamily, TorchModel]:
+    """A base model with its LoRAs fused, sampled as they ask for: the model that bundles hold and evaluations measure."""
+    from flashdiff.families import load_base
+
+    family, model = load_base(base)
+    model.spec = fused_spec(model.spec, [folder for folder, _ in loras], guidance)
+    fuse(model, family, loras)
+    return family, model
+
+
+def fused_spec(base: ModelSpec, loras: Sequence[Path], guidance: float | None) -> ModelSpec:
+    """The spec of a base with these LoRAs; `guidance` is for a base without a flash LoRA, None is the family's default.
+
+    LoraError or ConfigError when they do not go together.
+    """
+    flash = [info for info in map(read_flash_info, loras) if info]
+    if len(flash) > 1:
+        raise LoraError(f"only one flash LoRA can be fused, {len(flash)} were given")
+    if flash and flash[0].family != base.family:
+        raise LoraError(f"the flash LoRA is for family {flash[0].family}, the base is {base.family}")
+    sampler = base.sampler
+    if flash and flash[0].grid.num_train_timesteps != sampler.schedule.num_train_timesteps:
+        raise LoraError(
+            f"the flash LoRA's grid has {flash[0].grid.num_train_timesteps} times, the base was trained on another number"
+        )
+    if flash and guidance is not None:
+        raise ConfigError("--guidance is for a base without a flash LoRA: a flash student runs without guidance")
+    if flash:
+        steps = min(4, flash[0].grid.modes)
+        sampler = Sampler(kind="flash", schedule=sampler.schedule, grid=flash[0].grid, default_steps=steps)
+    elif guidance is not None:
+        try:
+            sampler = Sampler.model_validate({**sampler.model_dump(), "guidance": guidance})
+        except ValidationError:
+            raise ConfigError(f"--guidance {guidance}: give a number from 0 to 100") from None
+    return base.model_copy(update={"sampler": sampler})
+
+
+def fuse(model: TorchModel, family: ModelFamily, loras: Sequence[tuple[Path, float]]) -> None:
     """Merge the LoRAs, each by its weight, into the denoiser's own weights, for good.
 
     LoraError when a flash LoRA was trained on another base or when a file's layers do not fit this network.

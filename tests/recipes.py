@@ -18,7 +18,7 @@ def tiny_recipe(base: Path, **changes: Any) -> Recipe:
         "checkpoint_every": 3,
         "data": {"source": str(image_folder(base.parent / "images"))},
         "grid": {"solver_steps": 4},
-        "lora": {"rank": 2, "alpha": 4},
+        "lora": {"rank": 2, "alpha": 4, "targets": ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2")},
         "phases": [{"updates": 4, "mode_weights": (1, 1, 1, 1)}],
     }
     return Recipe(**{**values, **changes})

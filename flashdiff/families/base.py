@@ -33,6 +33,8 @@ class ModelFamily:
     """Names of the text encoder's outputs, which are the denoiser's inputs after latents and times."""
     lora_targets: tuple[str, ...]
     """Module names (suffixes) in the denoiser that take LoRA layers."""
+    feature_tap: Callable[[Any], nn.Module]
+    """The module of the network whose output the discriminator looks at."""
     lora_prefix: str
     """The denoiser's name in a diffusers LoRA file."""
     default_guidance: float

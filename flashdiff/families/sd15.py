@@ -128,6 +128,7 @@ FAMILY = ModelFamily(
     pipeline_class="StableDiffusionPipeline",
     conditioning=("encoder_hidden_states",),
     lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
+    feature_tap=lambda unet: unet.mid_block,
     lora_prefix="unet",
     default_guidance=7.5,
     default_steps=50,

@@ -82,8 +82,8 @@ def test_the_student_learns_the_teachers_targets(tiny_base: Path, tmp_path: Path
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_batch_and_checkpoint(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = loop.student_loss
-    monkeypatch.setattr(loop, "student_loss", lambda *inputs: honest(*inputs) * float("nan"))
+    honest = loop.student_x0
+    monkeypatch.setattr(loop, "student_x0", lambda *inputs: honest(*inputs) * float("nan"))
     with pytest.raises(TrainingError, match=r"update 0: loss nan .* not finite; the batch is in .*bad_batch\.pt"):
         distill(tiny_recipe(tiny_base), tmp_path / "out")
     assert (tmp_path / "out" / "training" / "bad_batch.pt").exists()

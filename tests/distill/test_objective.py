@@ -1,0 +1,161 @@
+"""The three losses together on the tiny model: what each costs, whom it trains, and that a killed run goes on exactly."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from recipes import tiny_recipe
+from safetensors.torch import load_file
+from torch import Tensor
+
+from flashdiff.distill import loop
+from flashdiff.distill.config import Recipe
+from flashdiff.distill.loop import distill
+from flashdiff.distill.objective import FAKE_SCORE, Objective
+from flashdiff.distill.step import Targets, student_x0
+from flashdiff.families import load_base
+from flashdiff.families.base import TorchModel
+from flashdiff.lora import ADAPTER, WEIGHTS, add_adapter
+
+ALL = {"updates": 4, "mode_weights": (1, 1, 1, 1), "adversarial": 0.1, "distribution_matching": 0.3}
+BATCH = 2
+
+
+@pytest.fixture
+def model(tiny_base: Path) -> TorchModel:
+    _, model = load_base(str(tiny_base))
+    add_adapter(model, ("to_q", "to_k", "to_v", "to_out.0"), rank=2, alpha=4, seed=0)
+    return model
+
+
+@pytest.fixture
+def batch(model: TorchModel) -> Targets:
+    generator = torch.Generator().manual_seed(0)
+    z0, x_t, x0 = (torch.randn(BATCH, 4, 8, 8, generator=generator) for _ in range(3))
+    return Targets(z0, x_t, torch.tensor([999, 499]), model.encode_ids(model.tokenizer(["a dog", "a cat"])), x0)
+
+
+@pytest.fixture
+def evaluations(model: TorchModel) -> Iterator[list[int]]:
+    """Batch sizes of the network's evaluations, as they happen."""
+    calls: list[int] = []
+    handle = model.network.register_forward_hook(lambda module, inputs, output: calls.append(len(inputs[0])))
+    yield calls
+    handle.remove()
+
+
+def _objective(model: TorchModel, tiny_base: Path, **loss: Any) -> Objective:
+    recipe = tiny_recipe(tiny_base, phases=[ALL], loss=loss)
+    return Objective(model, load_base(str(tiny_base))[0], recipe, model.encode_ids(model.tokenizer([""])))
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(1)
+
+
+@pytest.mark.parametrize(
+    ("loss", "student", "opponents"),
+    [
+        # Student: its own, fake and real features, guided teacher (twice the batch), itself as fake score.
+        # Discriminator: real, fake, real with noise.
+        ({}, [2, 2, 2, 4, 2], [2, 2, 2]),
+        ({"adversarial": {"r1_weight": 0}}, [2, 2, 2, 4, 2], [2, 2]),
+        ({"distribution_matching": {"decoupled": True}}, [2, 2, 2, 4, 4, 2], [2, 2, 2]),
+        ({"distribution_matching": {"fake_score": "lora", "critic_updates": 3}}, [2, 2, 2, 4, 2], [2, 2, 2, 2, 2, 2]),
+    ],
+)
+def test_what_an_update_costs_in_network_evaluations(
+    model: TorchModel,
+    tiny_base: Path,
+    batch: Targets,
+    evaluations: list[int],
+    loss: Any,
+    student: list[int],
+    opponents: list[int],
+) -> None:
+    objective = _objective(model, tiny_base, **loss)
+    evaluations.clear()
+    x0 = student_x0(model, batch)
+    losses = objective.losses(x0, batch, objective.recipe.phases[0], _generator())
+    assert evaluations == student
+    assert set(losses) == {"distillation", "adversarial", "distribution_matching"}
+    evaluations.clear()
+    objective.train_opponents(x0, batch, objective.recipe.phases[0], _generator())
+    assert evaluations == opponents
+
+
+def test_every_loss_reaches_the_student_and_nobody_else(model: TorchModel, tiny_base: Path, batch: Targets) -> None:
+    objective = _objective(model, tiny_base, distribution_matching={"fake_score": "lora"})
+    for name in ("distillation", "adversarial", "distribution_matching"):
+        model.network.zero_grad()
+        x0 = student_x0(model, batch)
+        objective.losses(x0, batch, objective.recipe.phases[0], _generator())[name].backward()
+        touched = {key for key, p in model.network.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+        assert touched, name
+        assert all(f".{ADAPTER}." in key for key in touched), name
+
+
+def test_opponents_learn_without_moving_the_student(model: TorchModel, tiny_base: Path, batch: Targets) -> None:
+    objective = _objective(model, tiny_base, distribution_matching={"fake_score": "lora", "critic_learning_rate": 0.01})
+    before = {key: p.detach().clone() for key, p in model.network.named_parameters()}
+    x0 = student_x0(model, batch)
+    told = [objective.train_opponents(x0, batch, objective.recipe.phases[0], _generator()) for _ in range(12)]
+    assert told[-1]["discriminator"] < told[0]["discriminator"]
+    assert told[-1]["fake_score"] < told[0]["fake_score"]
+    moved = {key for key, p in model.network.named_parameters() if not torch.equal(p, before[key])}
+    assert moved
+    assert all(f".{FAKE_SCORE}." in key for key in moved)
+    assert all(p.requires_grad == (f".{ADAPTER}." in key) for key, p in model.network.named_parameters())
+
+
+def test_a_loss_without_weight_costs_nothing(model: TorchModel, tiny_base: Path, batch: Targets, evaluations: list[int]) -> None:
+    recipe = tiny_recipe(tiny_base)
+    objective = Objective(model, load_base(str(tiny_base))[0], recipe, {})
+    evaluations.clear()
+    losses = objective.losses(student_x0(model, batch), batch, recipe.phases[0], _generator())
+    assert list(losses) == ["distillation"]
+    assert len(evaluations) == 1
+    assert objective.train_opponents(batch.x0, batch, recipe.phases[0], _generator()) == {}
+
+
+def test_a_killed_run_with_all_losses_goes_on_and_equals_the_unbroken_one(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_recipe(
+        tiny_base,
+        phases=[{**ALL, "updates": 3, "adversarial": 0}, {**ALL, "updates": 6}],
+        loss={"distribution_matching": {"fake_score": "lora", "critic_updates": 2}},
+        checkpoint_every=2,
+    )
+    distill(recipe, tmp_path / "whole")
+
+    class KilledError(Exception):
+        pass
+
+    learn = loop.Student.learn
+
+    def learn_until_killed(student: loop.Student, loss: Tensor) -> None:
+        if student.update == 7:
+            raise KilledError
+        learn(student, loss)
+
+    monkeypatch.setattr(loop.Student, "learn", learn_until_killed)
+    with pytest.raises(KilledError):
+        distill(recipe, tmp_path / "broken")
+    monkeypatch.undo()
+    distill(recipe, tmp_path / "broken")
+    whole, broken = (load_file(tmp_path / name / WEIGHTS) for name in ("whole", "broken"))
+    assert all(torch.equal(whole[name], broken[name]) for name in whole)
+    assert not any(FAKE_SCORE in name for name in whole)
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "training" / "log.jsonl").read_text().splitlines()]
+    assert "adversarial" not in lines[2]
+    assert {"adversarial", "distribution_matching", "discriminator", "fake_score", "latent_std"} <= set(lines[3])
+
+
+def test_recipes_with_senseless_losses_are_refused(tiny_base: Path) -> None:
+    for changes in ({"adversarial": {"kind": "wgan"}}, {"distribution_matching": {"fake_score": "none"}}):
+        with pytest.raises(ValueError, match="Input should be"):
+            Recipe.model_validate({**tiny_recipe(tiny_base).model_dump(), "loss": changes})
