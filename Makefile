@@ -33,6 +33,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@command -v nvidia-smi >/dev/null || $(BIN)/pip install -qq "$(TORCH)+cpu" 2>/dev/null \
 	  || $(BIN)/pip install -qq --index-url https://download.pytorch.org/whl/cpu $(TORCH)
 	@$(BIN)/pip install -qq -c constraints.txt -e '.[dev]'
+	@$(BIN)/pip install -qq --no-deps clean-fid==0.1.35  # its torchvision is not needed here, and would bring CUDA
 	@touch $@
 
 clean:

@@ -2,18 +2,15 @@
 
 import importlib.metadata
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-
-from pydantic import ValidationError
 
 import flashdiff
 from flashdiff.components import ModelSpec, Size
 from flashdiff.engines.bundle import MANIFEST, SCHEMA_VERSION, TOKENIZER, BackendName, LoraRecord, Manifest, PartSpec
-from flashdiff.errors import BundleError, LoraError
+from flashdiff.errors import BundleError
 from flashdiff.files import hash_file, new_folder, write_whole
-from flashdiff.sampling import Sampler
 
 _LIBRARIES = ("torch", "diffusers", "onnx", "onnxscript", "openvino", "onnxruntime")
 
@@ -39,15 +36,12 @@ def build_engine(options: BuildOptions, report: Callable[[str], None]) -> Manife
     from flashdiff.engines.export import export_onnx, parts_of
     from flashdiff.engines.runtime.engine import Engine
     from flashdiff.engines.verify import MAX_ERROR, verify
-    from flashdiff.families import load_base
-    from flashdiff.lora import find_lora, fuse, lora_hash
+    from flashdiff.lora import find_lora, load_fused, lora_hash
 
     watch = _Stopwatch(report)
     folders = [(find_lora(name), weight) for name, weight in options.loras]
-    family, model = load_base(options.base)
-    model.spec = bundle_spec(model.spec, options, [folder for folder, _ in folders])
-    base_hash = model.base_hash
-    fuse(model, family, folders)
+    family, model = load_fused(options.base, folders, options.guidance)
+    model.spec = bundle_spec(model.spec, options)
     loras = tuple(LoraRecord(name=folder.name, weights_hash=lora_hash(folder), weight=weight) for folder, weight in folders)
     watch.lap("fuse", f"{options.base} ({family.name})" + "".join(f" + {lora.name}" for lora in loras))
 
@@ -64,7 +58,7 @@ def build_engine(options: BuildOptions, report: Callable[[str], None]) -> Manife
             schema_version=SCHEMA_VERSION,
             flashdiff_version=flashdiff.__version__,
             model=model.spec,
-            base_hash=base_hash,
+            base_hash=model.base_hash,
             loras=loras,
             backend=options.backend,
             precision="fp32",
@@ -92,36 +86,14 @@ def build_engine(options: BuildOptions, report: Callable[[str], None]) -> Manife
     return manifest
 
 
-def bundle_spec(base: ModelSpec, options: BuildOptions, loras: Sequence[Path]) -> ModelSpec:
-    """The spec of the model that the bundle will hold; ConfigError, LoraError or BundleError when options do not fit."""
-    from flashdiff.lora import read_flash_info
-
-    flash = [info for info in map(read_flash_info, loras) if info]
-    if len(flash) > 1:
-        raise LoraError(f"only one flash LoRA can be fused, {len(flash)} were given")
-    if flash and flash[0].family != base.family:
-        raise LoraError(f"the flash LoRA is for family {flash[0].family}, the base is {base.family}")
-    if flash and flash[0].grid.num_train_timesteps != base.sampler.schedule.num_train_timesteps:
-        raise LoraError(
-            f"the flash LoRA's grid has {flash[0].grid.num_train_timesteps} times, the base was trained on another number"
-        )
-    if flash and options.guidance is not None:
-        raise BundleError("--guidance is for a base without a flash LoRA: a flash student runs without guidance")
+def bundle_spec(model: ModelSpec, options: BuildOptions) -> ModelSpec:
+    """The spec with the bundle's sizes; BundleError when sizes or batch sizes do not fit the model."""
     for size in options.sizes:
-        if size.width % (2 * base.latent_factor) or size.height % (2 * base.latent_factor) or min(size) <= 0:
-            raise BundleError(f"--size {size}: width and height must be multiples of {2 * base.latent_factor}")
-    sampler = base.sampler
-    if flash:
-        steps = min(4, flash[0].grid.modes)
-        sampler = Sampler(kind="flash", schedule=sampler.schedule, grid=flash[0].grid, default_steps=steps)
-    elif options.guidance is not None:
-        try:
-            sampler = Sampler.model_validate({**sampler.model_dump(), "guidance": options.guidance})
-        except ValidationError:
-            raise BundleError(f"--guidance {options.guidance}: give a number from 0 to 100") from None
-    if options.batch_sizes[-1] < sampler.evaluations_per_step:
-        raise BundleError(f"--batch must reach {sampler.evaluations_per_step}: guidance evaluates the network twice a step")
-    return base.model_copy(update={"sampler": sampler, "sizes": options.sizes or base.sizes})
+        if size.width % (2 * model.latent_factor) or size.height % (2 * model.latent_factor) or min(size) <= 0:
+            raise BundleError(f"--size {size}: width and height must be multiples of {2 * model.latent_factor}")
+    if options.batch_sizes[-1] < model.sampler.evaluations_per_step:
+        raise BundleError(f"--batch must reach {model.sampler.evaluations_per_step}: guidance evaluates the network twice a step")
+    return model.model_copy(update={"sizes": options.sizes or model.sizes})
 
 
 def _for_backend(backend: BackendName, folder: Path, part: str, exported: PartSpec) -> PartSpec:

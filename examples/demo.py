@@ -35,10 +35,10 @@ PROMPTS = (
     "a cactus in a pink pot with happy eyes on a cream background",
     "a purple planet with a thin ring and one moon on a black background",
     "a yellow robot with an antenna and a heart on a teal background",
-    "an orange monster with pointy ears and a smile on a navy background",
-    "a tulip in a white pot on a purple background",
-    "a teal planet with craters on a navy background",
+    "a person with pink spiky hair, a hoodie and sunglasses on a white background",
+    "a blue square face with big eyes and a grin on an orange background",
     "a red robot with a siren on a white background",
+    "a teal planet",
 )
 
 

@@ -6,9 +6,13 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import flashdiff
 from flashdiff.errors import ConfigError, FlashdiffError
+
+if TYPE_CHECKING:
+    from flashdiff.components import Components
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,6 +63,36 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--batch", default="1,2,4,8", metavar="N[,N...]", help="batch sizes; default: %(default)s")
     build.add_argument("--guidance", type=float, help="guidance scale of a base without a flash LoRA; default: the family's")
     build.set_defaults(run=_build_engine)
+
+    evaluate = commands.add_parser(
+        "evaluate", help="measure image quality, student beside teacher", description=_evaluate.__doc__
+    )
+    evaluate.add_argument("subject", metavar="SUBJECT", help="a bundle, a diffusers directory, 'avatars', or a folder of images")
+    evaluate.add_argument("--lora", action="append", default=[], metavar="FOLDER[:WEIGHT]", help="fuse this LoRA into SUBJECT")
+    evaluate.add_argument("--steps", metavar="N[,N...]", help="steps to measure SUBJECT at, a row each; default: the model's")
+    evaluate.add_argument("--teacher", metavar="BASE", help="a bundle or model to measure beside it")
+    evaluate.add_argument("--teacher-steps", default="50", metavar="N[,N...]", help="default: %(default)s")
+    evaluate.add_argument("--guidance", type=float, help="guidance scale of models without a flash LoRA; default: the family's")
+    evaluate.add_argument(
+        "--prompts",
+        default="avatars",
+        metavar="FILE",
+        help="a text file, one prompt a line; or prompts of the embedded world: avatars (default), avatars-held-out",
+    )
+    evaluate.add_argument("--count", type=int, default=500, help="prompts to use at most; default: %(default)s")
+    evaluate.add_argument("--seeds", type=int, default=2, help="images of each prompt; default: %(default)s")
+    evaluate.add_argument(
+        "--reference",
+        default="avatars",
+        metavar="IMAGES",
+        help="a folder, webdataset shards (.tar), or avatars: the embedded model's training renders (default)",
+    )
+    evaluate.add_argument("--reference-count", type=int, default=5000, help="reference images at most; default: %(default)s")
+    evaluate.add_argument("--features", metavar="NAME", help="avatars, inception[:FOLDER]; default: as the prompts")
+    evaluate.add_argument("--text", metavar="NAME", help="avatars, clip[:MODEL]; default: as the prompts, none for a file")
+    evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here")
+    evaluate.add_argument("--out", type=Path, metavar="FOLDER", help="write report.md, sheets and all images here")
+    evaluate.set_defaults(run=_evaluate)
 
     serve = commands.add_parser("serve", help="serve a bundle over gRPC", description=_serve.__doc__)
     serve.add_argument("bundle", type=Path, metavar="BUNDLE")
@@ -113,6 +147,56 @@ def _build_engine(options: argparse.Namespace) -> None:
     )
     _quiet_libraries()
     build_engine(build, lambda line: print(line, flush=True))
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    """Measure images against a reference set: FID, KID, text score, attributes, diversity, copies. Prints Markdown tables."""
+    _need("evaluate", "torch", "diffusers", "peft")
+    from flashdiff.evaluation.command import EvaluateOptions, evaluate
+
+    for name in ("count", "seeds", "reference_count"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(options, name)}: give a number of at least 1")
+    _quiet_libraries()
+    text = evaluate(
+        EvaluateOptions(
+            subject=options.subject,
+            loras=tuple(_lora(lora) for lora in options.lora),
+            steps=_numbers("--steps", options.steps) if options.steps else (),
+            teacher=options.teacher,
+            teacher_steps=_numbers("--teacher-steps", options.teacher_steps),
+            guidance=options.guidance,
+            prompts=options.prompts,
+            count=options.count,
+            seeds=options.seeds,
+            reference=options.reference,
+            reference_count=options.reference_count,
+            features=options.features,
+            text=options.text,
+            json_file=options.json,
+            out=options.out,
+        ),
+        open_bundle=_open_bundle,
+        report=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    print(text)
+
+
+def _open_bundle(path: Path) -> "Components":
+    from flashdiff.engines.runtime.engine import open_bundle
+
+    return open_bundle(path)
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    """`4,2` as numbers; ConfigError for anything else."""
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1:
+        raise ConfigError(f"{option} '{text}': give whole numbers, such as 4,2")
+    return numbers
 
 
 def _serve(options: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ FlashdiffError
   BundleError          a bundle that is damaged, of another version, or cannot be made
   BackendError         an engine library that is missing or refused its work
   TrainingError        a training run that cannot go on
+  EvaluationError      images, prompts or a reference set that cannot be measured
   RequestError         a request that asks for what this model cannot do
   RefusedError         a sound request that is not served
     OverloadedError    the queue is full
@@ -38,6 +39,9 @@ class BackendError(FlashdiffError): ...
 
 
 class TrainingError(FlashdiffError): ...
+
+
+class EvaluationError(FlashdiffError): ...
 
 
 class RequestError(FlashdiffError):

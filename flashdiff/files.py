@@ -26,7 +26,8 @@ def new_folder(target: Path, error: type[FlashdiffError] = ConfigError) -> Itera
         raise error(f"{target}: cannot write there: {problem.strerror}") from None
     try:
         yield beside
-        beside.chmod(0o755)
+        for path in (beside, *beside.rglob("*")):  # mkdtemp and safetensors keep others out
+            path.chmod(0o755 if path.is_dir() else 0o644)
         beside.rename(target)
     except OSError as problem:
         raise error(f"{target}: cannot write: {problem.strerror or problem}") from None

@@ -156,6 +156,13 @@ def to_pixels(images: NDArray[np.float32]) -> list[Pixels]:
 
 def generate(components: Components, orders: Sequence[Order], on_step: Callable[[], None] | None = None) -> list[list[Pixels]]:
     """The images of each order, in order; `on_step` is called after each network call."""
+    return [[image for _, image in of_order] for of_order in generate_rows(components, orders, on_step)]
+
+
+def generate_rows(
+    components: Components, orders: Sequence[Order], on_step: Callable[[], None] | None = None
+) -> list[list[tuple[Row, Pixels]]]:
+    """`generate`, with the finished row beside each image: its latents are what the decoder was given."""
     unconditional = unconditional_of(components)
     conditionings = [
         conditioning
@@ -177,7 +184,7 @@ def generate(components: Components, orders: Sequence[Order], on_step: Callable[
                 on_step()
         images |= {id(row): image for row, image in zip(chunk, decode_rows(components, chunk), strict=True)}
         pending = [row for row in pending if id(row) not in images]
-    return [[images[id(row)] for row in of_order] for of_order in rows]
+    return [[(row, images[id(row)]) for row in of_order] for of_order in rows]
 
 
 def _chunks(items: Sequence[str], length: int) -> Iterator[Sequence[str]]:

@@ -1,6 +1,9 @@
 """Renders of the world as one array, drawn once by all cores and kept on disk."""
 
+import hashlib
+import importlib.metadata
 import json
+import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
@@ -10,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashdiff.files import write_whole
+from flashdiff.zoo import world
 from flashdiff.zoo.world import Scene, scenes
 
 _CHUNK = 1000
@@ -20,7 +24,7 @@ def rendered(folder: Path, kinds: Sequence[str], first_seed: int, count: int, si
 
     Each chunk of 1000 images starts at its own seed, 10,000 apart, so chunks can be drawn in any order.
     """
-    name = f"{'+'.join(kinds)}-{first_seed}-{count}-{size}"
+    name = f"{'+'.join(kinds)}-{first_seed}-{count}-{size}-{_world_hash()}"
     images_file, scenes_file = folder / f"{name}.npy", folder / f"{name}.json"
     if not scenes_file.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -31,7 +35,18 @@ def rendered(folder: Path, kinds: Sequence[str], first_seed: int, count: int, si
         np.save(images_file, np.concatenate([images for images, _ in chunks]))
         write_whole(scenes_file, json.dumps([asdict(scene) for _, found in chunks for scene in found]))
     found = json.loads(scenes_file.read_text())
-    return np.load(images_file), [Scene(**{**scene, "parts": tuple(scene["parts"])}) for scene in found]
+    return np.load(images_file), [Scene(**scene) for scene in found]
+
+
+def render_cache() -> Path:
+    """Where renders that belong to no run are kept: 12 kB an image of 64x64."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashdiff" / "renders"
+
+
+def _world_hash() -> str:
+    """Names what draws: another table or package draws another picture for the same seed."""
+    drawers = [f"{name} {importlib.metadata.version(name)}" for name in ("dicebear-core", "dicebear-styles", "resvg-py")]
+    return hashlib.sha256(Path(world.__file__).read_bytes() + "\n".join(drawers).encode()).hexdigest()[:8]
 
 
 def _draw_chunk(kinds: Sequence[str], first_seed: int, count: int, size: int) -> tuple[NDArray[np.uint8], list[Scene]]:

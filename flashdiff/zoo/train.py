@@ -8,9 +8,7 @@ seed and the update alone, so a resumed run repeats the unbroken one.
 
 import argparse
 import json
-import math
 import random
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,12 +23,12 @@ from flashdiff.config import Record, load_recipe
 from flashdiff.errors import FlashdiffError, TrainingError
 from flashdiff.files import new_folder, write_whole
 from flashdiff.schedule import NoiseSchedule
+from flashdiff.zoo.fit import StageRecipe, fit
 from flashdiff.zoo.images import rendered
 from flashdiff.zoo.world import KINDS, Scene, caption
 
 SCHEDULE = NoiseSchedule(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")  # Stable Diffusion's
 
-_CHECKPOINT_EVERY = 250
 _VALIDATION_IMAGES = 2000
 _VALIDATION_SEED = 10_000_000  # far beyond any training seed
 
@@ -41,21 +39,13 @@ class WorldRecipe(Record):
     train_images: int = 40_000
 
 
-class StageRecipe(Record):
-    batch_size: int
-    images: int
-    """Training length: images seen, counting repeats."""
-    learning_rate: float
-    """Peak; linear warm-up over 200 updates, then cosine to 1 % of it."""
-
-
 class VaeRecipe(StageRecipe):
     channels: int
     encoder_blocks: tuple[int, ...]
     decoder_blocks: tuple[int, ...]
     """Residual blocks per resolution; the decoder runs in every request, the encoder only in training."""
     latent_channels: int
-    latent_noise: float = 0.1
+    latent_noise: float = 0.05
     """Noise on the latents while training, the fixed variance of this autoencoder: it keeps the latent space smooth."""
     crop: int = 32
     """Side of the random crops seen in the first seven eighths: the network is convolutional and has no norms, so
@@ -98,7 +88,10 @@ def train(recipe: Recipe, out: Path) -> None:
     psnr = reconstruction_psnr(vae, held_back)
     print(f"VAE: {psnr:.2f} dB PSNR on {len(held_back)} held-back renders", flush=True)
 
-    latents = encode_all(vae, images)
+    encoded = out / "latents.pt"
+    if not encoded.exists():
+        save_state(encoded, {"latents": encode_all(vae, images)})
+    latents = load_state(encoded)["latents"]
     unet, text_encoder = make_denoiser(recipe, vocabulary=len(tokenizer))
     scale = 1.0 / float(latents.std())
     train_denoiser(unet, text_encoder, tokenizer, latents, scale, scenes, recipe, out)
@@ -130,14 +123,15 @@ def make_denoiser(recipe: Recipe, vocabulary: int) -> tuple[Any, Any]:
 
     torch.manual_seed(recipe.seed + 1)
     denoiser = recipe.denoiser
-    levels = len(denoiser.block_out_channels)
+    inner = len(denoiser.block_out_channels) - 1
     unet = UNet2DConditionModel(
         sample_size=recipe.world.image_size // 2 ** (len(recipe.vae.decoder_blocks) - 1),
         in_channels=recipe.vae.latent_channels,
         out_channels=recipe.vae.latent_channels,
         block_out_channels=denoiser.block_out_channels,
-        down_block_types=("CrossAttnDownBlock2D",) * levels,
-        up_block_types=("CrossAttnUpBlock2D",) * levels,
+        # Attention only inside: on the largest map it would cost more than all the rest.
+        down_block_types=("DownBlock2D", *("CrossAttnDownBlock2D",) * inner),
+        up_block_types=(*("CrossAttnUpBlock2D",) * inner, "UpBlock2D"),
         layers_per_block=1,
         cross_attention_dim=denoiser.text_width,
         attention_head_dim=4,
@@ -206,7 +200,7 @@ def train_vae(vae: Any, images: NDArray[np.uint8], held_back: NDArray[np.uint8],
         error = vae.decode(noisy).sample - pixels
         return error.abs().mean() + 2 * error.square().mean() + 1e-3 * latents.square().mean()
 
-    _train("vae", vae, loss_of, stage, out, ema_decay=None, report=lambda: f"{reconstruction_psnr(vae, held_back[:128]):.2f} dB")
+    fit("vae", vae, loss_of, stage, out, ema_decay=None, report=lambda: f"{reconstruction_psnr(vae, held_back[:128]):.2f} dB")
 
 
 def train_denoiser(
@@ -239,60 +233,7 @@ def train_denoiser(
         return torch.nn.functional.mse_loss(unet(x_t, t, text_encoder(tokens).last_hidden_state).sample, v)
 
     model = torch.nn.ModuleList([unet, text_encoder])
-    _train("denoiser", model, loss_of, stage, out, ema_decay=stage.ema_decay, report=lambda: "")
-
-
-def _train(
-    name: str,
-    model: torch.nn.Module,
-    loss_of: Callable[[int], Tensor],
-    stage: StageRecipe,
-    out: Path,
-    *,
-    ema_decay: float | None,
-    report: Callable[[], str],
-) -> None:
-    model.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=stage.learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
-    average = {key: value.clone() for key, value in model.state_dict().items()} if ema_decay else {}
-    checkpoint, step = out / f"{name}.pt", 0
-    if checkpoint.exists():
-        state = load_state(checkpoint)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        average, step = state["average"], state["step"]
-
-    total = stage.images // stage.batch_size
-    started, first, running = time.monotonic(), step, 0.0
-    while step < total:
-        for group in optimizer.param_groups:
-            group["lr"] = stage.learning_rate * _schedule(step, total)
-        loss = loss_of(step)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        step += 1
-        if ema_decay:  # the average starts as a running mean, so the random start does not linger
-            decay = min(ema_decay, (1 + step) / (10 + step))
-            for key, value in model.state_dict().items():
-                average[key].lerp_(value, 1 - decay)
-        running = loss.item() if not running else 0.98 * running + 0.02 * loss.item()
-        if step % _CHECKPOINT_EVERY == 0 or step == total:
-            save_state(
-                checkpoint, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": step}
-            )
-            rate = (step - first) * stage.batch_size / (time.monotonic() - started)
-            left = (total - step) * stage.batch_size / rate / 60
-            print(f"{name} {step}/{total} loss {running:.4f} {rate:.0f} images/s, {left:.1f} min left {report()}", flush=True)
-    if ema_decay:
-        model.load_state_dict(average)
-    model.eval()
-
-
-def _schedule(step: int, total: int) -> float:
-    warm = min(1.0, (step + 1) / 200)
-    return warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / total)))
+    fit("denoiser", model, loss_of, stage, out, ema_decay=stage.ema_decay, report=lambda: "")
 
 
 # --- images and latents ----------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ that record into words, and `caption` puts the words in some order. Nothing is s
 
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -37,26 +37,38 @@ _EYES = {
     "sleepy": "sleepy eyes", "angry": "angry eyes", "monoSleepy": "one sleepy eye", "close": "close eyes",
     "square": "square eyes", "visor": "a visor", "cyclops": "a cyclops eye", "plus": "plus eyes",
 }  # fmt: skip
+_MOOD_EYES = {
+    "pupils": "round eyes", "bigPupils": "big eyes", "sparkle": "sparkling eyes", "small": "small eyes", "uneven": "uneven eyes",
+    "tallPupils": "tall eyes", "lookSide": "sideways eyes", "lookDown": "downcast eyes", "lookUp": "raised eyes",
+    "happy": "happy eyes", "closed": "closed eyes", "wink": "a wink", "squint": "squinting eyes", "sleepy": "sleepy eyes",
+    "calm": "calm eyes", "angry": "angry eyes",
+}  # fmt: skip
 _MOUTHS = {
     "smile": "a smile", "tinySmile": "a tiny smile", "grin": "a grin", "laugh": "a laugh", "teeth": "teeth",
     "ooh": "an ooh mouth", "line": "a straight mouth", "smirk": "a smirk", "wavy": "a wavy mouth", "catMouth": "a cat mouth",
     "zigzag": "a zigzag mouth", "frown": "a frown", "sad": "a sad mouth", "slant": "a slanted mouth", "dot": "a dot mouth",
     "open": "an open mouth", "tooth": "one tooth", "tongue": "a tongue", "blep": "a blep", "grill": "a grill",
     "speaker": "a speaker",
+    "wide": "a wide mouth", "bigSmile": "a big smile", "smileOpen": "an open smile", "cat": "a cat mouth", "gasp": "a gasp",
+    "flat": "a straight mouth", "wideSmile": "a wide smile",
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One DiceBear style: which options get our colours, and how its record reads as words."""
+    """One DiceBear style: which options get our colours, and how its record reads as words.
+
+    The options named `<attribute>Variant` are the attributes; `phrases` says how a variant reads after "with".
+    """
 
     style: str
-    noun: str  # "" when the noun is an attribute itself (a sprout is named by its plant)
-    color: str  # the option that colours the whole thing
+    noun: str
+    color: str  # the option that colours the main thing
     background: dict[str, str]
-    parts: dict[str, dict[str, str]]  # option -> variant -> phrase after "with"
+    phrases: dict[str, dict[str, str]]  # attribute -> variant -> phrase
     palettes: tuple[str, ...] = ()  # further colour options drawn from OBJECT_COLORS
-    fixed: tuple[tuple[str, str], ...] = ()  # options that never vary
+    fixed: tuple[tuple[str, Any], ...] = ()  # options that never vary
+    hats: frozenset[str] = frozenset()  # top variants coloured by hatColor instead of `color`
 
 
 KINDS = {
@@ -68,36 +80,45 @@ KINDS = {
             color="bodyColor",
             palettes=("accentColor",),
             background=BACKGROUND_COLORS,
-            parts={
-                "topVariant": {
+            phrases={
+                "top": {
                     "horns": "horns", "hornsIn": "curved horns", "hornsSmall": "small horns", "spike": "a spike",
                     "antenna": "an antenna", "antennae": "two antennae", "earsRound": "round ears",
                     "earsPointy": "pointy ears", "earsDroop": "droopy ears", "spikes": "spikes", "fin": "a fin",
                     "crown": "a crown", "sprout": "a sprout", "nub": "a nub", "bobble": "a bobble",
                 },
-                "patternVariant": _PATTERNS,
-                "eyesVariant": _EYES,
-                "mouthVariant": _MOUTHS,
+                "pattern": _PATTERNS,
+                "eyes": _EYES,
+                "mouth": _MOUTHS,
             },
         ),
         Kind(
             style="sprouts",
-            noun="",
+            noun="pot",
             color="potColor",
             palettes=("bloomColor",),
             background=BACKGROUND_COLORS,
-            parts={"patternVariant": _PATTERNS, "eyesVariant": _EYES, "mouthVariant": _MOUTHS},
-            fixed=(("plantColor", "#22c55e"),),
+            phrases={
+                "plant": {
+                    "sprout": "a sprout", "seedling": "a seedling", "cactus": "a cactus", "ball": "a ball cactus",
+                    "succulent": "a succulent", "bush": "a bush", "tall": "a tall plant", "flower": "a flower",
+                    "tulip": "a tulip", "palm": "a palm", "grass": "grass", "buds": "a plant with buds",
+                },
+                "pattern": _PATTERNS,
+                "eyes": _EYES,
+                "mouth": _MOUTHS,
+            },
+            fixed=(("plantColor", ["#22c55e"]),),
         ),
         Kind(
             style="planets",
             noun="planet",
             color="planetColor",
             background=NIGHT_COLORS,
-            parts={
-                "ringVariant": {"thin": "a thin ring", "double": "a double ring", "bold": "a bold ring"},
-                "moonsVariant": {"one": "one moon", "two": "two moons", "tiny": "a tiny moon"},
-                "surfaceVariant": {
+            phrases={
+                "ring": {"thin": "a thin ring", "double": "a double ring", "bold": "a bold ring"},
+                "moons": {"one": "one moon", "two": "two moons", "tiny": "a tiny moon"},
+                "surface": {
                     "banded": "bands", "belted": "belts", "cratered": "craters", "swirl": "a swirl", "cap": "a polar cap",
                     "spotted": "spots", "marbled": "marbling", "cracked": "cracks", "terra": "continents",
                     "speckled": "speckles",
@@ -110,32 +131,87 @@ KINDS = {
             color="bodyColor",
             palettes=("glowColor",),
             background=BACKGROUND_COLORS,
-            parts={
-                "topVariant": {
+            phrases={
+                "top": {
                     "antenna": "an antenna", "twin": "two antennae", "dish": "a dish", "fin": "a fin",
                     "lightbar": "a light bar", "studs": "studs", "siren": "a siren",
                 },
-                "chestVariant": {
+                "chest": {
                     "buttons": "buttons", "vents": "vents", "screen": "a screen", "heart": "a heart", "dial": "a dial",
                     "slot": "a slot",
                 },
-                "eyesVariant": _EYES,
-                "mouthVariant": _MOUTHS,
+                "eyes": _EYES,
+                "mouth": _MOUTHS,
+            },
+        ),
+        Kind(
+            style="voxel-art",
+            noun="person",
+            color="hairColor",
+            palettes=("hatColor",),
+            background=BACKGROUND_COLORS,
+            phrases={
+                "top": {
+                    "short": "short hair", "spiky": "spiky hair", "bowl": "a bowl cut", "sideSwept": "swept hair",
+                    "curly": "curly hair", "mohawk": "a mohawk", "buns": "hair buns", "ponytail": "a ponytail", "bob": "a bob",
+                    "shoulderLength": "shoulder length hair", "longStraight": "long hair", "longWavy": "long wavy hair",
+                    "partedLong": "long parted hair", "braids": "braids", "twinTails": "pigtails", "cap": "a cap",
+                    "beanie": "a beanie", "animalEars": "a hood with ears", "bunnyEars": "a bunny hood", "afro": "an afro",
+                    "halfShaved": "half shaved hair",
+                },
+                "outfit": {
+                    "plain": "a plain shirt", "stripes": "a striped shirt", "jacket": "a jacket", "checker": "a checkered shirt",
+                    "overalls": "overalls", "hoodie": "a hoodie", "tie": "a tie", "coat": "a coat", "dress": "a dress",
+                    "suit": "a suit",
+                },
+                "beard": {"full": "a full beard", "mustache": "a mustache", "goatee": "a goatee", "stubble": "stubble"},
+                "glasses": {
+                    "round": "round glasses", "square": "square glasses", "shades": "sunglasses", "cat": "cat glasses",
+                    "visor": "a visor",
+                },
+                "mouth": _MOUTHS,
+            },
+            fixed=(("topProbability", 100),),
+            hats=frozenset({"cap", "beanie", "animalEars", "bunnyEars"}),
+        ),
+        Kind(
+            style="moods",
+            noun="face",
+            color="faceColor",
+            background=BACKGROUND_COLORS,
+            phrases={
+                "face": {
+                    "circle": "a round shape", "squircle": "a rounded shape", "softSquare": "a square shape",
+                    "wide": "a wide shape", "tall": "a tall shape", "hexagon": "a hexagon shape", "bean": "a bean shape",
+                    "pebble": "a pebble shape", "blob": "a blob shape",
+                },
+                "eyes": _MOOD_EYES,
+                "mouth": _MOUTHS,
             },
         ),
     )
 }  # fmt: skip
 
-PLANTS = {
-    "sprout": "sprout", "seedling": "seedling", "cactus": "cactus", "ball": "ball cactus", "succulent": "succulent",
-    "bush": "bush", "tall": "tall plant", "flower": "flower", "tulip": "tulip", "palm": "palm", "grass": "grass",
-    "buds": "plant with buds",
-}  # fmt: skip
-
 # Combinations (colour word, phrase) that training never sees, so that tests show composition and not memory.
 HELD_OUT = frozenset(
-    {("green", "a crown"), ("yellow", "a siren"), ("purple", "two moons"), ("blue", "cactus"), ("red", "a bold ring")}
-)
+    {
+        ("green", "a crown"), ("yellow", "a siren"), ("purple", "two moons"), ("blue", "a cactus"), ("red", "a bold ring"),
+        ("pink", "a mohawk"), ("orange", "angry eyes"),
+    }
+)  # fmt: skip
+
+
+def attribute_words() -> dict[str, tuple[str, ...]]:
+    """Every attribute a scene can have, and the words or phrases it can take, in a fixed order."""
+    words: dict[str, set[str]] = {
+        "kind": {kind.noun for kind in KINDS.values()},
+        "color": set(OBJECT_COLORS),
+        "background": set(BACKGROUND_COLORS),
+    }
+    for kind in KINDS.values():
+        for name, phrases in kind.phrases.items():
+            words.setdefault(name, set()).update(phrases.values())
+    return {name: tuple(sorted(found)) for name, found in words.items()}
 
 
 @dataclass(frozen=True)
@@ -144,14 +220,19 @@ class Scene:
 
     kind: str
     seed: int
-    noun: str
     color: str
     background: str
-    parts: tuple[str, ...]
+    phrases: Mapping[str, str]
+    """attribute -> phrase, for the attributes that are drawn."""
+
+    @property
+    def attributes(self) -> dict[str, str]:
+        """Everything a probe can be asked about: attribute -> word or phrase."""
+        return {"kind": KINDS[self.kind].noun, "color": self.color, "background": self.background, **self.phrases}
 
     @property
     def is_held_out(self) -> bool:
-        return any((self.color, phrase) in HELD_OUT for phrase in (self.noun, *self.parts))
+        return any((self.color, phrase) in HELD_OUT for phrase in self.phrases.values())
 
 
 @cache
@@ -161,38 +242,53 @@ def _style(name: str) -> Any:
     return Style(json.loads((files("dicebear_styles") / f"{name}.json").read_text("utf-8")))
 
 
-def draw(kind_name: str, seed: int) -> tuple[str, Scene]:
-    """The SVG text of one avatar and the scene it shows."""
+def describe(kind_name: str, seed: int) -> Scene:
+    """The scene that `render` shows, without drawing it."""
+    return _scene(kind_name, seed, _avatar(kind_name, seed, None))
+
+
+def _avatar(kind_name: str, seed: int, like: int | None) -> Any:
     from dicebear import Avatar
 
     kind = KINDS[kind_name]
-    options: dict[str, Any] = {"seed": str(seed), "backgroundColor": list(kind.background.values())}
+    options: dict[str, Any] = {"backgroundColor": list(kind.background.values())}
     options |= {name: list(OBJECT_COLORS.values()) for name in (kind.color, *kind.palettes)}
-    options |= {name: [value] for name, value in kind.fixed}
-    avatar = Avatar(_style(kind.style), options)
-    record = avatar.to_json()["options"]
-    plant = PLANTS[record["plantVariant"]] if kind_name == "sprouts" else ""
-    scene = Scene(
+    options |= dict(kind.fixed)
+    if like is not None:
+        record = Avatar(_style(kind.style), {**options, "seed": str(like)}).to_json()["options"]
+        told = ("backgroundColor", kind.color, "hatColor" if kind.hats else kind.color)
+        options |= {name: record[name] for name in told if name in record}
+        for name in kind.phrases:
+            drawn = record.get(f"{name}Variant")
+            options |= {f"{name}Variant": [drawn], f"{name}Probability": 100} if drawn else {f"{name}Probability": 0}
+    return Avatar(_style(kind.style), {**options, "seed": str(seed)})
+
+
+def _scene(kind_name: str, seed: int, avatar: Any) -> Scene:
+    kind, record = KINDS[kind_name], avatar.to_json()["options"]
+    color = "hatColor" if record.get("topVariant") in kind.hats else kind.color
+    return Scene(
         kind=kind_name,
         seed=seed,
-        noun=kind.noun or plant,
-        color=_word(OBJECT_COLORS, record[kind.color][0]),
+        color=_word(OBJECT_COLORS, record[color][0]),
         background=_word(kind.background, record["backgroundColor"][0]),
-        parts=tuple(words[record[name]] for name, words in kind.parts.items() if name in record),
+        phrases={name: words[record[f"{name}Variant"]] for name, words in kind.phrases.items() if f"{name}Variant" in record},
     )
-    return avatar.to_string(), scene
 
 
-def render(kind_name: str, seed: int, size: int) -> tuple[NDArray[np.uint8], Scene]:
-    """The image [size, size, 3] of one avatar and the scene it shows."""
+def render(kind_name: str, seed: int, size: int, like: int | None = None) -> tuple[NDArray[np.uint8], Scene]:
+    """The image [size, size, 3] of one avatar and the scene it shows.
+
+    `like` names a seed whose colours and attributes are kept: only what no caption tells is drawn from `seed`.
+    """
     import io
 
     import resvg_py
     from PIL import Image
 
-    svg, scene = draw(kind_name, seed)
-    png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size))
-    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB")), scene
+    avatar = _avatar(kind_name, seed, like)
+    png = bytes(resvg_py.svg_to_bytes(svg_string=avatar.to_string(), width=size, height=size))
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB")), _scene(kind_name, seed, avatar)
 
 
 def scenes(kinds: Sequence[str], first_seed: int, count: int, size: int) -> Iterator[tuple[NDArray[np.uint8], Scene]]:
@@ -207,28 +303,62 @@ def scenes(kinds: Sequence[str], first_seed: int, count: int, size: int) -> Iter
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
-    """One of many true captions of the scene: order, wording and completeness vary with `rng`."""
-    parts = [phrase for phrase in scene.parts if rng.random() < 0.8]
+    """One of many true captions of the scene: order, wording and completeness vary with `rng`.
+
+    A quarter are short ("a green monster"), a third say everything, the rest leave attributes out at random.
+    """
+    kept = rng.choices((0.15, 0.7, 1.0), weights=(0.25, 0.4, 0.35))[0]
+    said = {name: phrase for name, phrase in scene.phrases.items() if rng.random() < kept}
+    color = scene.color if rng.random() < max(kept, 0.7) else ""
+    background = f"{scene.background} background" if rng.random() < max(kept, 0.4) else ""
+    thing = _thing(scene, said, color)  # takes out of `said` what it says itself
+    parts = list(said.values())
     rng.shuffle(parts)
-    color = scene.color if rng.random() < 0.95 else ""
-    background = f"{scene.background} background" if rng.random() < 0.9 else ""
-    if scene.kind == "sprouts":
-        thing = f"{scene.noun} in {_article(f'{color} pot'.strip())}"
-    else:
-        thing = f"{color} {scene.noun}".strip()
 
     style = rng.random()
     if style < 0.2:  # tags
-        tags = [phrase.removeprefix("a ").removeprefix("an ") for phrase in (*parts, background) if phrase]
+        tags = [_bare(phrase) for phrase in (*parts, background) if phrase]
         return ", ".join([thing, *tags])
-    said = _article(thing) + (f" with {_listing(parts)}" if parts else "")
+    sentence = _article(thing) + (f" with {_listing(parts)}" if parts else "")
     if background and style < 0.35:
-        return f"on {_article(background)}, {said}"
-    return f"{said} on {_article(background)}" if background else said
+        return f"on {_article(background)}, {sentence}"
+    return f"{sentence} on {_article(background)}" if background else sentence
+
+
+def full_caption(scene: Scene) -> str:
+    """The caption that says everything, in one fixed order."""
+    said = dict(scene.phrases)
+    thing = _thing(scene, said, scene.color)
+    parts = f" with {_listing(list(said.values()))}" if said else ""
+    return f"{_article(thing)}{parts} on {_article(scene.background)} background"
+
+
+def _thing(scene: Scene, said: dict[str, str], color: str) -> str:
+    """The noun with its colour and what reads best beside it, which leaves `said`."""
+    bare = {name: _bare(phrase) for name, phrase in said.items()}
+    kind = KINDS[scene.kind]
+    noun = kind.noun
+    if scene.kind == "sprouts":
+        pot = f"{color} {noun}".strip()
+        return f"{bare['plant']} in {_article(pot)}" if said.pop("plant", "") else f"plant in {_article(pot)}"
+    if scene.kind == "voxel-art" and color:  # its colour is that of its hair or hat
+        hats = {kind.phrases["top"][variant] for variant in kind.hats}
+        top = said.get("top", "a hat" if scene.phrases["top"] in hats else "hair")
+        said["top"] = _article(f"{color} {_bare(top)}") if top != _bare(top) else f"{color} {top}"
+    if scene.kind == "voxel-art":
+        return noun
+    if scene.kind == "moods":
+        shape = bare["face"].removesuffix(" shape") if said.pop("face", "") else ""
+        return " ".join(word for word in (color, shape, noun) if word)
+    return f"{color} {noun}".strip()
 
 
 def _word(table: dict[str, str], color: str) -> str:
     return next(word for word, value in table.items() if value == color)
+
+
+def _bare(phrase: str) -> str:
+    return phrase.removeprefix("a ").removeprefix("an ")
 
 
 def _article(noun: str) -> str:

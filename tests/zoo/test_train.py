@@ -9,13 +9,14 @@ from safetensors.torch import load_file
 
 from flashdiff.config import load_recipe
 from flashdiff.families import load_base
+from flashdiff.zoo import fit
 from flashdiff.zoo import train as training
 from flashdiff.zoo.train import DenoiserRecipe, Recipe, VaeRecipe, WorldRecipe, train
 
 RECIPE = Recipe(
     world=WorldRecipe(kinds=("critters", "planets"), image_size=32, train_images=40),
     vae=VaeRecipe(
-        channels=8,
+        channels=16,
         encoder_blocks=(0, 1, 1),
         decoder_blocks=(1, 1, 0),
         latent_channels=4,
@@ -41,10 +42,10 @@ class KilledError(Exception):
 
 def test_a_killed_training_goes_on_and_makes_the_same_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "_VALIDATION_IMAGES", 8)
-    monkeypatch.setattr(training, "_CHECKPOINT_EVERY", 2)
+    monkeypatch.setattr(fit, "_CHECKPOINT_EVERY", 2)
     train(RECIPE, tmp_path / "whole")
 
-    saved, save = [], training.save_state
+    saved, save = [], fit.save_state
 
     def save_until_killed(path: Path, state: dict[str, Any]) -> None:
         save(path, state)
@@ -52,11 +53,11 @@ def test_a_killed_training_goes_on_and_makes_the_same_model(tmp_path: Path, monk
         if len(saved) == 5:  # in the middle of the second stage
             raise KilledError
 
-    monkeypatch.setattr(training, "save_state", save_until_killed)
+    monkeypatch.setattr(fit, "save_state", save_until_killed)
     with pytest.raises(KilledError):
         train(RECIPE, tmp_path / "broken")
     assert not (tmp_path / "broken" / "model").exists()
-    monkeypatch.setattr(training, "save_state", save)
+    monkeypatch.setattr(fit, "save_state", save)
     train(RECIPE, tmp_path / "broken")
 
     for part in ("unet", "vae"):

@@ -1,0 +1,245 @@
+"""Subjects side by side: the same prompts and seeds, the same reference, one row of numbers each.
+
+A subject is a model at a number of steps, a folder of images, or the real images themselves, whose row is the floor: no
+model can be expected to be closer to the reference than other real images are.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashdiff.components import Components
+from flashdiff.config import Record
+from flashdiff.evaluation.features import FeatureExtractor, TextScorer, attribute_reader
+from flashdiff.evaluation.images import ImageSet, Prompt, attributes_of, sheet
+from flashdiff.evaluation.metrics import (
+    Estimate,
+    KernelDistance,
+    Moments,
+    estimate,
+    frechet_distance,
+    nearest,
+    spread_within_groups,
+    weighted_mean,
+)
+from flashdiff.generate import check_order, generate_rows
+
+LARGE = ("kind", "color", "background", "plant", "ring", "top", "outfit", "face")
+SMALL = ("eyes", "mouth", "pattern", "chest", "moons", "surface", "beard", "glasses")
+"""Attributes of the embedded world by how much of the image they take."""
+
+_ORDERS_AT_ONCE = 32
+
+
+class Row(Record):
+    """The numbers of one subject; None for what cannot be measured on it."""
+
+    name: str
+    images: int
+    fid: Estimate
+    """Frechet distance to the reference, in the named features; FID where they are Inception's."""
+    kid: Estimate | None
+    """1000 times the kernel distance to the reference; it needs images of two prompts."""
+    text: Estimate | None
+    """100 times the cosine between image and prompt."""
+    text_shuffled: float | None
+    """The same with every image beside another's prompt: what the score says of no relation at all."""
+    diversity: Estimate | None
+    """Mean feature distance between images of one prompt with different seeds."""
+    nearest: Estimate
+    """Mean feature distance to the nearest reference image; far below the real row's, it tells of copies."""
+    attributes: dict[str, Estimate]
+    """Share of images on which the probe reads what the prompt says; `large` and `small` average over attributes."""
+    latent_mean: float | None
+    latent_std: float | None
+    """Of all values of the final latents: a student's drift shows beside its teacher's."""
+
+
+class Report(Record):
+    """All rows and what they were measured with."""
+
+    features: str
+    feature_dimension: int
+    resize: str
+    text_scorer: str | None
+    reference: str
+    reference_images: int
+    rows: tuple[Row, ...]
+    warnings: tuple[str, ...]
+
+
+@dataclass
+class Subject:
+    """Images to measure, and the latents' mean and standard deviation where a model made them."""
+
+    images: ImageSet
+    latents: tuple[float, float] | None = None
+
+
+@dataclass
+class Yardstick:
+    """The networks and the reference that every subject is held against."""
+
+    features: FeatureExtractor
+    text_scorer: TextScorer | None
+    reference: ImageSet
+    reference_features: NDArray[np.float32] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.reference_features = self.features(self.reference.pixels)
+        self.moments = Moments.of(self.reference_features)
+
+
+def make_images(
+    components: Components, prompts: Sequence[Prompt], *, seeds: int, steps: int, name: str, report: Callable[[str], None]
+) -> Subject:
+    """Every prompt with `seeds` seeds; image i of a prompt has the same noise for every model and number of steps."""
+    prompted = list(enumerate(prompts))
+    pixels, latents, image_seeds = [], [], []
+    for start in range(0, len(prompts), _ORDERS_AT_ONCE):
+        orders = [
+            check_order(components.spec, prompt=prompt.text, seed=index * seeds, steps=steps, count=seeds)
+            for index, prompt in prompted[start : start + _ORDERS_AT_ONCE]
+        ]
+        for of_order in generate_rows(components, orders):
+            pixels += [image for _, image in of_order]
+            latents += [row.latents for row, _ in of_order]
+            image_seeds += [row.seed for row, _ in of_order]
+        report(f"{name}: {len(pixels)} of {len(prompts) * seeds} images")
+    values = np.stack(latents)
+    images = ImageSet(name, np.stack(pixels), tuple(p for p in prompts for _ in range(seeds)), tuple(image_seeds))
+    return Subject(images, (float(values.mean()), float(values.std())))
+
+
+def measure(subject: Subject, yardstick: Yardstick) -> tuple[Row, NDArray[np.int64]]:
+    """The subject's row, and for every image which reference image is nearest to it."""
+    images = subject.images
+    groups = images.groups
+    features = yardstick.features(images.pixels)
+    kid = KernelDistance(features, yardstick.reference_features, groups)
+    far, which = nearest(features, yardstick.reference_features)
+    spread = spread_within_groups(features, groups)
+    text, shuffled = _text_scores(images, yardstick.text_scorer)
+    return Row(
+        name=images.name,
+        images=len(images),
+        fid=estimate(lambda w: frechet_distance(yardstick.moments, Moments.of(features, w)), groups),
+        kid=estimate(lambda w: 1000 * kid(w), groups) if groups.max() else None,
+        text=_mean(text, groups),
+        text_shuffled=None if shuffled is None else weighted_mean(shuffled),
+        diversity=_mean(spread, groups),
+        nearest=estimate(lambda w: weighted_mean(far, w), groups),
+        attributes=_attributes(images, groups),
+        latent_mean=subject.latents[0] if subject.latents else None,
+        latent_std=subject.latents[1] if subject.latents else None,
+    ), which
+
+
+def _mean(values: NDArray[np.floating] | None, groups: NDArray[np.int64]) -> Estimate | None:
+    if values is None or np.isnan(values).all():
+        return None
+    return estimate(lambda weights: weighted_mean(values, weights), groups)
+
+
+def _text_scores(images: ImageSet, scorer: TextScorer | None) -> tuple[NDArray[np.floating] | None, NDArray[np.floating] | None]:
+    """Scores of every image with its own prompt, and with the prompt of an image half a set away."""
+    if scorer is None or any(prompt is None for prompt in images.prompts):
+        return None, None
+    texts = [prompt.text for prompt in images.prompts if prompt]
+    away = len(texts) // 2
+    return scorer(images.pixels, texts), scorer(images.pixels, [*texts[away:], *texts[:away]])
+
+
+def _attributes(images: ImageSet, groups: NDArray[np.int64]) -> dict[str, Estimate]:
+    """Accuracy per attribute, over the images whose prompt says it."""
+    asked = [attributes_of(prompt) if prompt else {} for prompt in images.prompts]
+    if not any(asked):
+        return {}
+    read = attribute_reader()(images.pixels)
+    right: dict[str, NDArray[np.float64]] = {}
+    for name in (*LARGE, *SMALL):
+        hits = [float(read[name][i] == words[name]) if name in words else math.nan for i, words in enumerate(asked)]
+        right[name] = np.array(hits)
+    found = {name: _mean(values, groups) for name, values in right.items()}
+    result = {name: value for name, value in found.items() if value}
+    for title, names in (("large", LARGE), ("small", SMALL)):
+        if known := [right[name] for name in names if name in result]:
+            result[title] = estimate(partial(_mean_share, known), groups)
+    return result
+
+
+def _mean_share(known: Sequence[NDArray[np.float64]], weights: NDArray[np.float64] | None) -> float:
+    """Attributes count alike, however many prompts say them."""
+    return float(np.mean([weighted_mean(values, weights) for values in known]))
+
+
+def warnings_for(yardstick: Yardstick, counts: Iterable[int]) -> tuple[str, ...]:
+    """What makes the Frechet distance unsound: a covariance of D features needs more than D images."""
+    dimension, fewest = yardstick.features.dimension, min(*counts, len(yardstick.reference))
+    if fewest > 2 * dimension:
+        return ()
+    return (
+        f"{fewest} images are too few for a Frechet distance of {dimension} features: it comes out too large; "
+        f"give more than {2 * dimension} on both sides, or read KID, which has no such bias",
+    )
+
+
+# --- what people read ------------------------------------------------------------------------------------------------
+
+
+def markdown(report: Report) -> str:
+    """The report as tables: one line a subject, then one line an attribute."""
+    has_latents = any(row.latent_std is not None for row in report.rows)
+    head = ["", "images", "FID", "KID x1000", "text", "(shuffled)", "diversity", "nearest"]
+    lines = [[*head, *(["latents: mean, std"] if has_latents else [])]]
+    for row in report.rows:
+        shuffled = "-" if row.text_shuffled is None else f"{row.text_shuffled:.1f}"
+        cells = [row.name, str(row.images), row.fid, row.kid, row.text, shuffled, row.diversity, row.nearest]
+        drift = "-" if row.latent_std is None else f"{row.latent_mean:.3f}, {row.latent_std:.3f}"
+        lines.append([_cell(value) for value in (*cells, *([drift] if has_latents else []))])
+    text = _table(lines)
+    names = [name for name in ("large", *LARGE, "small", *SMALL) if any(name in row.attributes for row in report.rows)]
+    if names:
+        shares = [["attributes read right, %", *(row.name for row in report.rows)]]
+        for name in names:
+            title = f"**{name}**" if name in ("large", "small") else name
+            shares.append([title, *(_percent(row.attributes.get(name)) for row in report.rows)])
+        text += "\n\n" + _table(shares)
+    scored = f"; text: {report.text_scorer}" if report.text_scorer else ""
+    text += (
+        f"\n\nFeatures: {report.features}, {report.feature_dimension} a picture, resized: {report.resize}{scored}. "
+        f"Reference: {report.reference}, {report.reference_images} images. "
+        "± is the 95 % interval of a bootstrap over prompts."
+    )
+    return "\n\n".join([text, *(f"**Warning:** {warning}." for warning in report.warnings)])
+
+
+def _cell(value: Any) -> str:
+    return "-" if value is None else str(value)
+
+
+def _percent(value: Estimate | None) -> str:
+    return "-" if value is None else f"{100 * value.value:.1f} ± {50 * (value.high - value.low):.1f}"
+
+
+def _table(lines: Sequence[Sequence[str]]) -> str:
+    rule = ["---"] * len(lines[0])
+    return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))
+
+
+def write_sheets(folder: Path, subject: Subject, which: NDArray[np.int64], reference: ImageSet) -> None:
+    """`NAME.png`: the first 64 images; `NAME-nearest.png`: sixteen images, each above its nearest reference image."""
+    folder.mkdir(parents=True, exist_ok=True)
+    images = subject.images
+    sheet(images.pixels[:64]).save(folder / f"{images.name}.png")
+    if images.pixels.shape[1:] != reference.pixels.shape[1:]:
+        return
+    picked = np.linspace(0, len(images) - 1, min(16, len(images))).astype(int)
+    lines = [part for eight in np.array_split(picked, 2) for part in (images.pixels[eight], reference.pixels[which[eight]])]
+    sheet(np.concatenate(lines), columns=max(1, len(lines[0]))).save(folder / f"{images.name}-nearest.png")

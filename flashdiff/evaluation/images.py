@@ -1,0 +1,258 @@
+"""Sets of images with what is known of each: made by a model, drawn by the renderer, or read from a folder or a tar file."""
+
+import io
+import json
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from flashdiff.errors import EvaluationError
+from flashdiff.files import write_whole
+from flashdiff.generate import Pixels
+
+METADATA = "metadata.jsonl"
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+
+WORLD = "avatars"
+"""What the renderer is called where a prompt set or a reference set is named."""
+HELD_OUT = "avatars-held-out"
+REAL = "real"
+"""The name of the images that no model made."""
+
+_PROMPT_SEED = 30_000_000  # beyond the seeds of every training
+_REAL_SEED = 40_000_000
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is asked for. A prompt of the embedded world knows the scene (kind, seed) it describes."""
+
+    text: str
+    scene: tuple[str, int] | None = None
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images of one size, [N, H, W, 3], and of each its prompt where there is one."""
+
+    name: str
+    pixels: NDArray[np.uint8]
+    prompts: tuple[Prompt | None, ...]
+    seeds: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def part(self, indices: NDArray[np.int64], name: str) -> "ImageSet":
+        return ImageSet(name, self.pixels[indices], tuple(self.prompts[index] for index in indices))
+
+    @property
+    def groups(self) -> NDArray[np.int64]:
+        """The same number for images of one prompt; images without a prompt stand alone."""
+        keys: list[object] = [prompt if prompt else index for index, prompt in enumerate(self.prompts)]
+        number = {key: index for index, key in enumerate(dict.fromkeys(keys))}
+        return np.array([number[key] for key in keys])
+
+
+# --- prompts ---------------------------------------------------------------------------------------------------------
+
+
+def read_prompts(source: str, count: int) -> list[Prompt]:
+    """`count` prompts of the embedded world by name, or the first `count` lines of a text file."""
+    if source in (WORLD, HELD_OUT):
+        return _world_prompts(count, held_out=source == HELD_OUT)
+    try:
+        lines = [line.strip() for line in Path(source).read_text("utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError):
+        raise EvaluationError(f"--prompts {source}: neither '{WORLD}', '{HELD_OUT}' nor a readable text file") from None
+    prompts = [Prompt(line) for line in dict.fromkeys(lines) if line][:count]
+    if not prompts:
+        raise EvaluationError(f"--prompts {source}: the file holds no prompt")
+    return prompts
+
+
+def _world_prompts(count: int, *, held_out: bool) -> list[Prompt]:
+    """Full captions of scenes that training has not seen; with `held_out`, of combinations it has never seen."""
+    from flashdiff.zoo.world import KINDS, describe, full_caption
+
+    kinds = tuple(KINDS)  # each has a held-out combination
+    found: list[Prompt] = []
+    seed = _PROMPT_SEED
+    while len(found) < count:
+        kind = kinds[len(found) % len(kinds)]
+        scene = describe(kind, seed)
+        if scene.is_held_out == held_out:
+            found.append(Prompt(full_caption(scene), (kind, seed)))
+        seed += 1
+    return found
+
+
+def real_images(prompts: Sequence[Prompt], seeds: int, size: int) -> ImageSet:
+    """The renderer's answer to prompts of the embedded world: what they say as they say it, the rest at random."""
+    from flashdiff.zoo.world import render
+
+    wanted = [(index, prompt) for index, prompt in enumerate(prompts) for _ in range(seeds)]
+    pixels = []
+    for number, (_, prompt) in enumerate(wanted):
+        assert prompt.scene
+        pixels.append(render(prompt.scene[0], _REAL_SEED + number, size, like=prompt.scene[1])[0])
+    return ImageSet(REAL, np.stack(pixels), tuple(prompt for _, prompt in wanted))
+
+
+def attributes_of(prompt: Prompt) -> dict[str, str]:
+    """What a prompt of the embedded world asks for; empty for any other."""
+    if prompt.scene is None:
+        return {}
+    from flashdiff.zoo.world import describe
+
+    return describe(*prompt.scene).attributes
+
+
+# --- reading and writing ---------------------------------------------------------------------------------------------
+
+
+def read_reference(source: str, count: int, size: int) -> ImageSet:
+    """The reference set: training renders of the embedded world, a folder of images, or webdataset shards (.tar)."""
+    if source == WORLD:
+        return _world_reference(count, size)
+    return read_images(Path(source), count)
+
+
+def _world_reference(count: int, size: int) -> ImageSet:
+    from flashdiff.zoo.images import render_cache, rendered
+    from flashdiff.zoo.world import KINDS
+
+    pixels, _ = rendered(render_cache(), tuple(KINDS), 0, count, size)
+    return ImageSet(WORLD, pixels, (None,) * len(pixels))
+
+
+def read_images(source: Path, count: int | None = None) -> ImageSet:
+    """Images and captions of a folder or of webdataset shards, at most `count`.
+
+    A folder tells captions in metadata.jsonl (`file_name`, `text`; as `datasets` reads it) or in .txt files; a shard in
+    .txt members. EvaluationError when there is no image, one cannot be read, or sizes are mixed.
+    """
+    if source.is_file() and source.suffix == ".tar":
+        entries: Iterable[tuple[str, bytes, Prompt | None, int]] = _read_shard(source)
+    elif source.is_dir() and (shards := sorted(source.glob("*.tar"))):
+        entries = (entry for shard in shards for entry in _read_shard(shard))
+    elif source.is_dir():
+        entries = _read_folder(source)
+    else:
+        raise EvaluationError(f"{source}: give a folder of images or webdataset shards (.tar)")
+    pixels: list[Pixels] = []
+    names: list[str] = []
+    prompts, seeds = [], []
+    for name, data, prompt, seed in entries:
+        if count is not None and len(pixels) == count:
+            break
+        try:
+            image = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+        except (OSError, Image.DecompressionBombError):
+            raise EvaluationError(f"{source}: {name} is not a readable image") from None
+        if pixels and image.shape != pixels[0].shape:
+            (h, w), (h0, w0) = image.shape[:2], pixels[0].shape[:2]
+            raise EvaluationError(
+                f"{source}: mixed sizes, {names[0]} is {w0}x{h0} and {name} is {w}x{h}; resize them to one size"
+            )
+        pixels.append(image)
+        names.append(name)
+        prompts.append(prompt)
+        seeds.append(seed)
+    if not pixels:
+        raise EvaluationError(f"{source}: no images ({', '.join(sorted(SUFFIXES))})")
+    return ImageSet(source.name, np.stack(pixels), tuple(prompts), tuple(seeds))
+
+
+def _read_folder(folder: Path) -> Iterator[tuple[str, bytes, Prompt | None, int]]:
+    known = _read_metadata(folder / METADATA)
+    for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES):
+        name = path.relative_to(folder).as_posix()
+        prompt, seed = known.get(name, (None, 0))
+        text = path.with_suffix(".txt")
+        if prompt is None and text.is_file():
+            prompt = Prompt(_text(text.read_bytes(), text.name))
+        yield name, path.read_bytes(), prompt, seed
+
+
+def _read_metadata(path: Path) -> dict[str, tuple[Prompt | None, int]]:
+    if not path.exists():
+        return {}
+    known: dict[str, tuple[Prompt | None, int]] = {}
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+        try:
+            entry: dict[str, Any] = json.loads(line)
+            scene = entry.get("scene")
+            prompt = Prompt(entry["text"], (scene[0], int(scene[1])) if scene else None) if "text" in entry else None
+            known[entry["file_name"]] = (prompt, int(entry.get("seed", 0)))
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+            raise EvaluationError(f"{path}:{number}: not an object with file_name and text") from None
+    return known
+
+
+def _read_shard(path: Path) -> Iterator[tuple[str, bytes, Prompt | None, int]]:
+    """A webdataset shard: members that share a name up to the first dot are one sample."""
+    try:
+        with tarfile.open(path) as shard:
+            sample: dict[str, bytes] = {}
+            key = None
+            for member in shard:
+                if not member.isfile():
+                    continue
+                folder, _, name = member.name.rpartition("/")
+                stem, _, extension = name.partition(".")
+                if (folder, stem) != key:
+                    yield from _sample(sample, path.name)
+                    key, sample = (folder, stem), {}
+                content = shard.extractfile(member)
+                assert content
+                sample[f"{stem}.{extension.lower()}"] = content.read()
+            yield from _sample(sample, path.name)
+    except tarfile.TarError as error:
+        raise EvaluationError(f"{path}: not a readable tar file ({error})") from None
+
+
+def _sample(members: dict[str, bytes], shard: str) -> Iterator[tuple[str, bytes, Prompt | None, int]]:
+    text = next((data for name, data in members.items() if name.endswith(".txt")), None)
+    for name, data in members.items():
+        if Path(name).suffix in SUFFIXES:
+            yield f"{shard}/{name}", data, None if text is None else Prompt(_text(text, name)), 0
+
+
+def _text(data: bytes, name: str) -> str:
+    try:
+        return data.decode("utf-8").strip()
+    except UnicodeDecodeError:
+        raise EvaluationError(f"{name} is not UTF-8 text") from None
+
+
+def write_images(images: ImageSet, folder: Path) -> None:
+    """PNG files and metadata.jsonl: `read_images` gives the same set back."""
+    folder.mkdir(parents=True)
+    lines = []
+    for index, (pixels, prompt) in enumerate(zip(images.pixels, images.prompts, strict=True)):
+        name = f"{index:05}.png"
+        Image.fromarray(pixels).save(folder / name)
+        entry: dict[str, Any] = {"file_name": name}
+        if prompt:
+            entry |= {"text": prompt.text} | ({"scene": list(prompt.scene)} if prompt.scene else {})
+        if images.seeds:
+            entry["seed"] = images.seeds[index]
+        lines.append(json.dumps(entry))
+    write_whole(folder / METADATA, "\n".join(lines) + "\n")
+
+
+def sheet(rows: Sequence[NDArray[np.uint8]] | NDArray[np.uint8], columns: int = 8, gap: int = 2) -> Image.Image:
+    """Images side by side, `columns` a line, on white."""
+    height, width = rows[0].shape[:2]
+    lines = -(-len(rows) // columns)
+    page = Image.new("RGB", (columns * (width + gap) - gap, lines * (height + gap) - gap), "white")
+    for index, pixels in enumerate(rows):
+        page.paste(Image.fromarray(pixels), ((index % columns) * (width + gap), (index // columns) * (height + gap)))
+    return page

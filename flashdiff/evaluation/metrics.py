@@ -1,0 +1,146 @@
+"""The numbers, as pure functions of features: arrays [N, D] in, floats out. No network, no file.
+
+Every estimate is a function of weights over the N images (how often each counts), so that one bootstrap serves all.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashdiff.config import Record
+
+Array = NDArray[np.float64]
+
+BOOTSTRAP_DRAWS = 100
+
+
+class Estimate(Record):
+    """A value and its 95 % interval, from the bootstrap's standard error."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3g} ± {(self.high - self.low) / 2:.2g}"
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean [D] and covariance [D, D] of a set of features."""
+
+    mean: Array
+    covariance: Array
+
+    @classmethod
+    def of(cls, features: NDArray[np.floating], weights: Array | None = None) -> "Moments":
+        x = features.astype(np.float64)
+        w = np.ones(len(x)) if weights is None else weights
+        mean = w @ x / w.sum()
+        centred = x - mean
+        return cls(mean, (centred * w[:, None]).T @ centred / (w.sum() - 1))
+
+    @cached_property
+    def root(self) -> Array:
+        """The symmetric square root of the covariance."""
+        values, vectors = np.linalg.eigh(self.covariance)
+        root: Array = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+        return root
+
+
+def frechet_distance(a: Moments, b: Moments) -> float:
+    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^1/2): FID (1706.08500, eq. 6) where the features are Inception's.
+
+    The trace of the root is taken from the eigenvalues of S_a^1/2 S_b S_a^1/2, which is symmetric, so nothing complex arises.
+    """
+    cross = np.linalg.eigvalsh(a.root @ b.covariance @ a.root)
+    difference = a.mean - b.mean
+    traces = np.trace(a.covariance) + np.trace(b.covariance) - 2 * np.sqrt(np.clip(cross, 0, None)).sum()
+    return float(difference @ difference + traces)
+
+
+class KernelDistance:
+    """KID: the unbiased squared MMD with kernel (x.y / D + 1)^3 (1801.01401, section 4), against one reference set.
+
+    Images of one group (one prompt) are not independent draws, so pairs of them are left out like an image with itself.
+    """
+
+    def __init__(self, features: NDArray[np.floating], reference: NDArray[np.floating], groups: NDArray[np.int64]) -> None:
+        parts = np.array_split(reference, 1 + len(reference) // 500)
+        self.within = _kernel(features, features)
+        self.within[groups[:, None] == groups[None, :]] = 0
+        self.across = sum(_kernel(features, part).sum(1) for part in parts) / len(reference)
+        own = ((reference.astype(np.float64) ** 2).sum(1) / reference.shape[1] + 1) ** 3
+        total = sum(_kernel(part, reference).sum() for part in parts) - own.sum()
+        self.reference = float(total / (len(reference) * (len(reference) - 1)))
+        self.groups = np.unique(groups, return_inverse=True)[1]
+
+    def __call__(self, weights: Array | None = None) -> float:
+        w = np.ones(len(self.within)) if weights is None else weights
+        pairs = w.sum() ** 2 - (np.bincount(self.groups, weights=w) ** 2).sum()
+        within = w @ self.within @ w / pairs if pairs else float("nan")
+        return float(within + self.reference - 2 * (w @ self.across) / w.sum())
+
+
+def _kernel(a: NDArray[np.floating], b: NDArray[np.floating]) -> Array:
+    kernel: Array = (a.astype(np.float64) @ b.astype(np.float64).T / a.shape[1] + 1) ** 3
+    return kernel
+
+
+def weighted_mean(values: NDArray[np.floating], weights: Array | None = None) -> float:
+    """Mean of values [N]; NaN entries do not count."""
+    known = ~np.isnan(values)
+    w = np.ones(len(values)) if weights is None else weights
+    total = w[known].sum()
+    return float((w[known] * values[known]).sum() / total) if total else float("nan")
+
+
+def spread_within_groups(features: NDArray[np.floating], groups: NDArray[np.int64]) -> Array:
+    """For every image, its mean distance to the other images of its group [N]; NaN where it is alone."""
+    spread = np.full(len(features), np.nan)
+    for group in np.unique(groups):
+        members = np.flatnonzero(groups == group)
+        if len(members) > 1:
+            spread[members] = distances(features[members], features[members]).sum(1) / (len(members) - 1)
+    return spread
+
+
+def nearest(features: NDArray[np.floating], reference: NDArray[np.floating]) -> tuple[Array, NDArray[np.int64]]:
+    """For every image the distance to the nearest reference image, and which it is."""
+    far: list[Array] = []
+    which: list[NDArray[np.int64]] = []
+    for part in np.array_split(features, 1 + len(features) // 500):
+        between = distances(part, reference)
+        which.append(between.argmin(1))
+        far.append(between.min(1))
+    return np.concatenate(far), np.concatenate(which)
+
+
+def distances(a: NDArray[np.floating], b: NDArray[np.floating]) -> Array:
+    """Euclidean, [N, M]."""
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    squares = (x**2).sum(1)[:, None] + (y**2).sum(1)[None, :] - 2 * x @ y.T
+    result: Array = np.sqrt(np.clip(squares, 0, None))
+    return result
+
+
+def estimate(statistic: Callable[[Array | None], float], groups: NDArray[np.int64], *, seed: int = 0) -> Estimate:
+    """The statistic with its 95 % interval: groups (the images of one prompt) are drawn together, with replacement.
+
+    The interval is the value plus or minus 1.96 bootstrap standard errors, and not the draws' percentiles: a draw holds
+    fewer different images than the set, and distances between distributions grow when it does.
+    """
+    value = statistic(None)
+    _, index = np.unique(groups, return_inverse=True)
+    rng = np.random.default_rng(seed)
+    count = int(index.max()) + 1
+    draws: Sequence[float] = [
+        statistic(np.bincount(rng.integers(0, count, count), minlength=count)[index].astype(np.float64))
+        for _ in range(BOOTSTRAP_DRAWS)
+    ]
+    known = np.array(draws)[np.isfinite(draws)]
+    error = 1.96 * float(known.std(ddof=1)) if len(known) > 1 else float("nan")
+    return Estimate(value=value, low=value - error, high=value + error)

@@ -1,0 +1,250 @@
+"""`flashdiff evaluate`: what it measures moves the right way, and the same images give the same numbers."""
+
+import itertools
+import json
+import tarfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageFilter
+
+from flashdiff import cli
+from flashdiff.evaluation.evaluate import Row, Subject, Yardstick, measure
+from flashdiff.evaluation.features import attribute_reader, feature_extractor, text_scorer
+from flashdiff.evaluation.images import ImageSet, Prompt, attributes_of, read_images, read_prompts, real_images
+from flashdiff.zoo.images import rendered
+from flashdiff.zoo.world import KINDS
+
+PROMPTS = read_prompts("avatars", 150)
+
+
+@pytest.fixture(scope="module")
+def yardstick(tmp_path_factory: pytest.TempPathFactory) -> Yardstick:
+    pixels, _ = rendered(tmp_path_factory.mktemp("renders"), tuple(KINDS), 0, 600, 64)
+    reference = ImageSet("reference", pixels, (None,) * len(pixels))
+    return Yardstick(feature_extractor("avatars"), text_scorer("avatars"), reference)
+
+
+@pytest.fixture(scope="module")
+def real() -> ImageSet:
+    return real_images(PROMPTS, 2, 64)
+
+
+@pytest.fixture(scope="module")
+def real_row(real: ImageSet, yardstick: Yardstick) -> Row:
+    return measure(Subject(real), yardstick)[0]
+
+
+def _changed(images: ImageSet, change: Callable[[NDArray[np.uint8]], NDArray[np.uint8]]) -> Subject:
+    return Subject(ImageSet("changed", np.stack([change(image) for image in images.pixels]), images.prompts))
+
+
+def _blurred(radius: float) -> Callable[[NDArray[np.uint8]], NDArray[np.uint8]]:
+    return lambda image: np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(radius)))
+
+
+def _noisy(deviation: float) -> Callable[[NDArray[np.uint8]], NDArray[np.uint8]]:
+    rng = np.random.default_rng(0)
+    return lambda image: (image + rng.normal(0, deviation, image.shape)).clip(0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("damage", [(_blurred(0.9), _blurred(1.5), _blurred(3)), (_noisy(25), _noisy(45), _noisy(90))])
+def test_distances_are_lowest_for_real_images_and_grow_with_damage(
+    damage: tuple[Callable[[NDArray[np.uint8]], NDArray[np.uint8]], ...], real: ImageSet, real_row: Row, yardstick: Yardstick
+) -> None:
+    rows = [real_row, *(measure(_changed(real, change), yardstick)[0] for change in damage)]
+    assert all(a.fid.value < b.fid.value for a, b in itertools.pairwise(rows))
+    assert all(a.kid.value < b.kid.value for a, b in itertools.pairwise(rows))
+    assert rows[-1].attributes["small"].value < rows[0].attributes["small"].value
+
+
+def test_a_narrowed_background_shows_in_the_distances(real: ImageSet, real_row: Row, yardstick: Yardstick) -> None:
+    asked = [attributes_of(prompt)["background"] for prompt in real.prompts if prompt]
+    kept = np.flatnonzero([word in ("blue", "navy") for word in asked])
+    narrow = measure(Subject(real.part(kept, "narrow")), yardstick)[0]
+    same_size = measure(Subject(real.part(np.arange(len(kept)), "same size")), yardstick)[0]
+    assert narrow.kid.value > 2 * same_size.kid.value
+    assert narrow.fid.value > same_size.fid.value > real_row.fid.value * 0.5
+
+
+def test_text_scores_tell_a_prompt_from_anothers(real_row: Row) -> None:
+    assert real_row.text is not None
+    assert real_row.text_shuffled is not None
+    assert real_row.text.low > real_row.text_shuffled + 30
+
+
+def test_the_probe_reads_real_renders(real_row: Row) -> None:
+    assert real_row.attributes["kind"].value > 0.99
+    assert real_row.attributes["large"].value > 0.9
+    assert real_row.attributes["small"].value > 0.7
+
+
+def test_the_probe_sees_what_is_missing() -> None:
+    bare = ImageSet("gray", np.full((4, 64, 64, 3), 128, np.uint8), (PROMPTS[0],) * 4)
+    read = attribute_reader()(bare.pixels)
+    assert set(read) >= {"kind", "color", "background", "eyes"}
+    assert all(len(words) == 4 for words in read.values())
+
+
+def test_copies_of_the_reference_are_near_and_one_image_has_no_diversity(yardstick: Yardstick, real_row: Row) -> None:
+    copies = ImageSet("copies", yardstick.reference.pixels[:40], (Prompt("x"),) * 40)
+    assert measure(Subject(copies), yardstick)[0].nearest.value < 0.01 * real_row.nearest.value
+    same = ImageSet("same", np.repeat(yardstick.reference.pixels[:1], 40, axis=0), (Prompt("x"),) * 40)
+    assert real_row.diversity is not None
+    diversity = measure(Subject(same), yardstick)[0].diversity
+    assert diversity is not None
+    assert diversity.value < 0.01 * real_row.diversity.value
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Twelve random pictures with captions."""
+    target = tmp_path / "pictures"
+    target.mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(12):
+        Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(target / f"{index}.png")
+        (target / f"{index}.txt").write_text(f"a dog {index // 2}")
+    return target
+
+
+def test_a_model_a_bundle_and_their_images_give_the_same_numbers(
+    tiny_base: Path, student_bundle: Path, flash_lora: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a dog\na cat\n\na cow\n")
+    common = ["--prompts", str(prompts), "--reference", str(folder), "--features", "avatars", "--text", "avatars"]
+    model = ["evaluate", str(tiny_base), "--lora", str(flash_lora), "--steps", "2,1", "--out", str(tmp_path / "out")]
+    teacher = ["--teacher", str(tiny_base), "--teacher-steps", "3", "--json", str(tmp_path / "model.json")]
+    assert cli.main([*model, *teacher, *common]) == 0
+    table = capsys.readouterr().out
+    assert "| tiny + flash, 2 steps | 6 |" in table
+    assert "12 images are too few" not in table
+    assert "are too few for a Frechet distance of 128 features" in table
+    rows = {row["name"]: row for row in json.loads((tmp_path / "model.json").read_text())["rows"]}
+    assert list(rows) == ["real", "tiny + flash, 2 steps", "tiny + flash, 1 step", "tiny, 3 steps"]
+    assert (tmp_path / "out" / "report.md").read_text().strip() == table.strip()
+    for sheet in ("tiny, 3 steps", "tiny + flash, 1 step-nearest"):
+        assert Image.open(tmp_path / "out" / "sheets" / f"{sheet}.png").width > 32
+
+    images = tmp_path / "out" / "images" / "tiny + flash, 2 steps"
+    assert cli.main(["evaluate", str(images), *common, "--json", str(tmp_path / "folder.json")]) == 0
+    again = json.loads((tmp_path / "folder.json").read_text())["rows"][1]
+    for row in (again, rows["tiny + flash, 2 steps"]):
+        row.pop("name")
+        row.pop("latent_mean")
+        row.pop("latent_std")
+    assert again == rows["tiny + flash, 2 steps"]
+
+    assert cli.main(["evaluate", str(student_bundle), "--steps", "2", *common, "--json", str(tmp_path / "bundle.json")]) == 0
+    bundle = json.loads((tmp_path / "bundle.json").read_text())["rows"][1]
+    assert bundle["fid"]["value"] == pytest.approx(again["fid"]["value"], rel=1e-2)
+
+
+def test_shards_and_folders_hold_the_same_images(folder: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "shard.tar", "w") as shard:
+        for path in sorted(folder.iterdir()):
+            shard.add(path, arcname=path.name)
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shard.tar").rename(tmp_path / "shards" / "000.tar")
+    whole = read_images(folder)
+    for source in (tmp_path / "shards", tmp_path / "shards" / "000.tar"):
+        packed = read_images(source)
+        np.testing.assert_array_equal(packed.pixels, whole.pixels)
+        assert packed.prompts == whole.prompts
+    assert whole.groups.max() == 5
+
+
+class _Inception(torch.nn.Module):
+    """Has the shape of the real network: `layers`, from a picture to 2048 numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.AvgPool2d(99), torch.nn.Flatten(), torch.nn.Linear(27, 2048))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.layers(images)
+
+
+def test_inception_comes_from_a_local_file_through_clean_fid(tmp_path: Path) -> None:
+    pytest.importorskip("cleanfid", reason="pip install 'flashdiff[evaluate]'")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.script(_Inception()).save(tmp_path / "inception-2015-12-05.pt")
+    extractor = feature_extractor(f"inception:{tmp_path}")
+    images = np.random.default_rng(0).integers(0, 255, (3, 32, 48, 3), dtype=np.uint8)
+    assert extractor(images).shape == (3, 2048)
+    assert extractor.dimension == 2048
+    assert "299x299" in extractor.resize
+
+
+def test_clip_comes_from_a_local_directory(tmp_path: Path, tiny_base: Path) -> None:
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(tiny_base / "tokenizer")
+    text = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    vision = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2}
+    config = CLIPConfig(
+        text_config={**text, **heads, "eos_token_id": len(tokenizer) - 1, "max_position_embeddings": 16},
+        vision_config={**vision, **heads},
+        projection_dim=16,
+    )
+    CLIPModel(config).save_pretrained(tmp_path)
+    size = {"height": 32, "width": 32}
+    CLIPProcessor(CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size), tokenizer).save_pretrained(tmp_path)
+    images = np.random.default_rng(0).integers(0, 255, (3, 40, 48, 3), dtype=np.uint8)
+    scores = text_scorer(f"clip:{tmp_path}")(images, ["a dog", "a cat", "a very long prompt that does not fit"])
+    assert scores.shape == (3,)
+    assert np.abs(scores).max() <= 100
+
+
+def test_wrong_input_is_one_line(tmp_path: Path, folder: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    empty, mixed, broken = (tmp_path / name for name in ("empty", "mixed", "broken"))
+    for target in (empty, mixed, broken):
+        target.mkdir()
+    for index, size in enumerate((32, 48)):
+        Image.new("RGB", (size, 32)).save(mixed / f"{index}.png")
+    (broken / "a.png").write_bytes(b"not a picture")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a dog\n")
+    reference = ["--reference", folder, "--features", "avatars"]
+    cases: list[tuple[list[object], str]] = [
+        ([empty], "no images"),
+        ([mixed], "mixed sizes, 0.png is 32x32 and 1.png is 48x32"),
+        ([broken], "a.png is not a readable image"),
+        (["nothing"], "no base model 'nothing'"),
+        (["avatars", "--steps", "many"], "--steps 'many'"),
+        (["avatars", "--steps", "1000"], "this model takes 1 to 100"),
+        (["avatars", "--count", "0"], "--count 0"),
+        (["avatars", "--prompts", tmp_path / "none.txt", *reference], "nor a readable text file"),
+        (["avatars", "--prompts", prompts], "name a --reference too"),
+        (["avatars", "--features", "resnet"], "choose avatars or inception"),
+        (["avatars", "--text", f"clip:{tmp_path}"], "no CLIP model"),
+        ([folder, "--steps", "2", *reference], "--lora and --steps are for models"),
+        (["avatars", "--out", empty], "exists already"),
+        (["avatars", "--reference", empty], "no images"),
+    ]
+    for arguments, said in cases:
+        few = [] if "--count" in arguments else ["--count", "2"]
+        assert cli.main(["evaluate", *(str(argument) for argument in arguments), *few]) == 1, arguments
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("flashdiff: error: "), arguments
+        assert said in error, arguments
+
+
+def test_inception_that_cannot_be_had_says_where_to_put_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("cleanfid", reason="pip install 'flashdiff[evaluate]'")
+    (tmp_path / "inception-2015-12-05.pt").write_bytes(b"nonsense")
+    assert cli.main(["evaluate", "avatars", "--features", f"inception:{tmp_path}"]) == 1
+    error = capsys.readouterr().err
+    assert "put the file there" in error
+    assert error.count("\n") == 1

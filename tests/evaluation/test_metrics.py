@@ -1,0 +1,101 @@
+import numpy as np
+import pytest
+
+from flashdiff.evaluation.metrics import (
+    KernelDistance,
+    Moments,
+    distances,
+    estimate,
+    frechet_distance,
+    nearest,
+    spread_within_groups,
+    weighted_mean,
+)
+
+
+def test_the_frechet_distance_of_gaussians_is_the_published_one() -> None:
+    """d^2 = |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^1/2) (Dowson & Landau 1982); for commuting C the roots are plain."""
+    rng = np.random.default_rng(0)
+    basis = np.linalg.qr(rng.normal(size=(6, 6)))[0]
+    a, b = rng.uniform(0.5, 2, 6), rng.uniform(0.5, 2, 6)
+    shift = rng.normal(size=6)
+    known = shift @ shift + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()
+    first, second = (Moments(mean, basis * values @ basis.T) for mean, values in ((np.zeros(6), a), (shift, b)))
+    assert frechet_distance(first, second) == pytest.approx(known)
+    assert frechet_distance(first, first) == pytest.approx(0, abs=1e-9)
+
+    samples = [rng.normal(size=(200_000, 6)) * np.sqrt(values) @ basis.T for values in (a, b)]
+    estimated = frechet_distance(Moments.of(samples[0]), Moments.of(samples[1] + shift))
+    assert estimated == pytest.approx(known, rel=0.03)
+
+
+def test_non_commuting_covariances_agree_with_the_matrix_root() -> None:
+    rng = np.random.default_rng(1)
+    a, b = (np.cov(rng.normal(size=(40, 5)) @ rng.normal(size=(5, 5)), rowvar=False) for _ in range(2))
+    values, vectors = np.linalg.eig(a @ b)
+    root = (vectors * np.sqrt(values)) @ np.linalg.inv(vectors)
+    known = np.trace(a) + np.trace(b) - 2 * np.trace(root).real
+    assert frechet_distance(Moments(np.zeros(5), a), Moments(np.zeros(5), b)) == pytest.approx(known)
+
+
+def test_the_kernel_distance_is_unbiased_and_grows_with_the_shift() -> None:
+    rng = np.random.default_rng(2)
+    reference = rng.normal(size=(400, 4))
+    alone = np.arange(60)
+    same = [KernelDistance(rng.normal(size=(60, 4)), reference, alone)() for _ in range(60)]
+    assert abs(np.mean(same)) < 4 * np.std(same) / np.sqrt(60)
+    twins = [KernelDistance(np.repeat(rng.normal(size=(30, 4)), 2, axis=0), reference, alone // 2)() for _ in range(60)]
+    assert abs(np.mean(twins)) < 4 * np.std(twins) / np.sqrt(60)
+    shifted = [KernelDistance(rng.normal(size=(60, 4)) + shift, reference, alone)() for shift in (0.5, 1.0, 2.0)]
+    assert 0 < shifted[0] < shifted[1] < shifted[2]
+
+
+def test_the_kernel_distance_is_the_sum_over_pairs_it_claims_to_be() -> None:
+    rng = np.random.default_rng(3)
+    x, y = rng.normal(size=(7, 3)), rng.normal(size=(9, 3))
+
+    def k(a: np.ndarray, b: np.ndarray) -> float:
+        return float((a @ b / 3 + 1) ** 3)
+
+    xx = np.mean([k(x[i], x[j]) for i in range(7) for j in range(7) if i != j])
+    yy = np.mean([k(y[i], y[j]) for i in range(9) for j in range(9) if i != j])
+    xy = np.mean([k(a, b) for a in x for b in y])
+    assert KernelDistance(x, y, np.arange(7))() == pytest.approx(xx + yy - 2 * xy)
+
+
+def test_weights_count_images_as_copies_would() -> None:
+    rng = np.random.default_rng(4)
+    x = rng.normal(size=(5, 3))
+    weights = np.array([0, 1, 3, 1, 0], dtype=np.float64)
+    copied = x[[1, 2, 2, 2, 3]]
+    weighted, plain = Moments.of(x, weights), Moments.of(copied)
+    np.testing.assert_allclose(weighted.covariance, plain.covariance)
+    np.testing.assert_allclose(weighted.mean, plain.mean)
+    assert weighted_mean(np.array([9.0, 1, 2, np.nan, 9]), weights) == pytest.approx(7 / 4)
+
+
+def test_the_bootstrap_interval_covers_the_mean_about_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(5)
+    covered = 0
+    for trial in range(100):
+        values = rng.normal(size=80)
+        found = estimate(lambda weights, values=values: weighted_mean(values, weights), np.arange(80), seed=trial)
+        covered += found.low <= 0 <= found.high
+    assert 86 <= covered <= 100
+
+
+def test_images_of_one_prompt_are_drawn_together() -> None:
+    values = np.repeat(np.random.default_rng(6).normal(size=50), 20)  # twenty equal images a prompt tell no more than one
+    alone = estimate(lambda w: weighted_mean(values, w), np.arange(1000))
+    together = estimate(lambda w: weighted_mean(values, w), np.repeat(np.arange(50), 20))
+    assert together.high - together.low > 3 * (alone.high - alone.low)
+
+
+def test_spread_and_nearest_are_plain_distances() -> None:
+    features = np.array([[0.0, 0], [3, 4], [10, 0], [0, 1]])
+    spread = spread_within_groups(features, np.array([0, 0, 1, 2]))
+    np.testing.assert_allclose(spread[:2], 5)
+    assert np.isnan(spread[2:]).all()
+    far, which = nearest(features[:2], features[2:])
+    np.testing.assert_array_equal(which, [1, 1])
+    np.testing.assert_allclose(far, distances(features[:2], features[3:])[:, 0])

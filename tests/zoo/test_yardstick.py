@@ -1,0 +1,37 @@
+"""The yardstick's recipe on a toy scale, and that what ships is what it says."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from flashdiff.zoo import yardstick
+from flashdiff.zoo.fit import StageRecipe
+from flashdiff.zoo.yardstick import FOLDER, load_dual_encoder, load_probe, probe_words, to_input
+
+
+def test_the_recipe_writes_networks_that_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_TRAIN_IMAGES", "_HELD_BACK_IMAGES"):
+        monkeypatch.setattr(yardstick, name, 24)
+    toy = StageRecipe(batch_size=8, images=24, learning_rate=1e-3)
+    monkeypatch.setattr(yardstick, "_RECIPES", {"probe": toy, "dual_encoder": toy})
+    yardstick.train(tmp_path)
+    images = to_input(np.random.default_rng(0).integers(0, 255, (3, 64, 64, 3), dtype=np.uint8))
+    probe, dual = load_probe(tmp_path / FOLDER.name), load_dual_encoder(tmp_path / FOLDER.name)
+    with torch.no_grad():
+        features, logits = probe(images)
+        seen, read = dual.encode_images(images), dual.encode_texts(["a green monster", "zebra", ""])
+    assert features.shape == (3, 128)
+    assert probe.feature_std.min() > 0
+    assert {name: values.shape[1] for name, values in logits.items()} == {
+        name: len(words) for name, words in probe_words().items()
+    }
+    for vectors in (seen, read):
+        torch.testing.assert_close(vectors.norm(dim=1), torch.ones(3))
+
+
+def test_the_shipped_networks_are_small() -> None:
+    assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 6e6
+    load_probe()
+    load_dual_encoder()
