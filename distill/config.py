@@ -1,7 +1,7 @@
 """The recipe of a distillation run."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -10,6 +10,7 @@ from flashdiff.schedule import Grid
 
 DistillationKind = Literal["l2", "pseudo_huber"]
 AdversarialKind = Literal["lsgan", "non_saturating", "relativistic"]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class DataRecipe(Record):
@@ -36,6 +37,12 @@ class Phase(Record):
     adversarial: float = Field(0.0, ge=0)
     distribution_matching: float = Field(0.0, ge=0)
 
+    @model_validator(mode="after")
+    def _has_a_loss(self) -> Self:
+        if not self.distillation + self.adversarial + self.distribution_matching:
+            raise ValueError("a phase needs a loss: distillation, adversarial and distribution_matching are all 0")
+        return self
+
 
 class AdversarialRecipe(Record):
     kind: AdversarialKind = "relativistic"
@@ -45,7 +52,7 @@ class AdversarialRecipe(Record):
     r1_weight: float = Field(10.0, ge=0)
     r1_sigma: float = Field(0.1, gt=0)
     """Approximate R1: the penalty on how much the logits of real latents change under noise of this size."""
-    times: tuple[float, ...] = (0.01, 0.25, 0.5, 0.75)
+    times: tuple[Share, ...] = Field((0.01, 0.25, 0.5, 0.75), min_length=1)
     """Where samples are noised before they are judged, as shares of the schedule; drawn per sample."""
 
 
@@ -57,8 +64,14 @@ class DistributionMatchingRecipe(Record):
     critic_learning_rate: float = Field(1e-3, gt=0, lt=1)
     decoupled: bool = False
     """Take the guidance part of the gradient at less noise than the student's input only (2511.22677)."""
-    times: tuple[float, float] = (0.02, 0.98)
+    times: tuple[Share, Share] = (0.02, 0.98)
     """Range of the noise that scores are compared at, as shares of the schedule."""
+
+    @model_validator(mode="after")
+    def _times_rise(self) -> Self:
+        if self.times[0] >= self.times[1]:
+            raise ValueError(f"times must be two rising shares, not {self.times}")
+        return self
 
 
 class LossRecipe(Record):
@@ -75,6 +88,8 @@ class Recipe(Record):
     lora: LoraRecipe
     loss: LossRecipe = LossRecipe()
     phases: tuple[Phase, ...] = Field(min_length=1)
+    ramp_updates: int = Field(0, ge=0)
+    """Updates over which a phase's loss weights are reached; 0 steps to them, as the paper does."""
     guidance: tuple[float, float]
     """The teacher's guidance scale is drawn per sample between these two."""
     batch_size: int = Field(ge=1)

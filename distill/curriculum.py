@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from flashdiff.distill.config import Phase
 from flashdiff.schedule import Grid
 
+_WEIGHTS = ("distillation", "adversarial", "distribution_matching")
 _MODE_WIDTH = 0.5  # v of arXiv 2406.02347, section 3.2: the exponent is -(i - mu)^2 / v
 
 
@@ -19,11 +20,19 @@ def start_probabilities(grid: Grid, mode_weights: Sequence[float]) -> NDArray[np
     return np.asarray(density / density.sum())
 
 
-def phase_at(phases: Sequence[Phase], update: int) -> Phase:
-    """The phase of student update `update`, counted from 0; after the last one its values hold."""
-    end = 0
+def phase_at(phases: Sequence[Phase], update: int, ramp_updates: int = 0) -> Phase:
+    """The phase of student update `update`, counted from 0; after the last one its values hold.
+
+    Over its first `ramp_updates` updates a phase's loss weights move on a line from those of the phase before.
+    """
+    start, before = 0, phases[0]
     for phase in phases:
-        end += phase.updates
-        if update < end:
-            return phase
-    return phases[-1]
+        if update < start + phase.updates or phase is phases[-1]:
+            break
+        start, before = start + phase.updates, phase
+    share = (update - start + 1) / (ramp_updates + 1)
+    if share >= 1:
+        return phase
+    old, new = (np.array([getattr(values, name) for name in _WEIGHTS]) for values in (before, phase))
+    weights = zip(_WEIGHTS, (old + share * (new - old)).tolist(), strict=True)
+    return phase.model_copy(update=dict(weights))

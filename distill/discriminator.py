@@ -37,7 +37,7 @@ class Discriminator(nn.Module):
         caught: list[Tensor] = []
 
         def catch(module: nn.Module, inputs: Any, output: Any) -> None:
-            caught.append(output[0] if isinstance(output, tuple) else output)
+            caught.append(output[-1] if isinstance(output, tuple) else output)  # text comes first, the image last
 
         (model,), (tap,) = self._model, self._tap
         handle = tap.register_forward_hook(catch)
@@ -46,7 +46,7 @@ class Discriminator(nn.Module):
         finally:
             handle.remove()
         features = caught[0]
-        if features.ndim == 3:  # a transformer's tokens [B, N, C], as many as there are places
-            side = round(features.shape[1] ** 0.5)
-            features = features[:, : side * side].transpose(1, 2).unflatten(2, (side, side))
+        if features.ndim == 3:  # a transformer's tokens [B, N, C], in rows as long as the image is wide
+            rows = round((features.shape[1] * latents.shape[2] / latents.shape[3]) ** 0.5)
+            features = features.transpose(1, 2).unflatten(2, (rows, -1))
         return features.float()

@@ -52,7 +52,7 @@ def distill(recipe: Recipe, out: Path) -> None:
     targets = recipe.lora.targets or family.lora_targets
     add_adapter(model, targets, rank=recipe.lora.rank, alpha=recipe.lora.alpha, seed=recipe.seed)
     student = Student(model, recipe)
-    objective = Objective(model, family, recipe, model.encode_ids(model.tokenizer([""])))
+    objective = Objective(model, family, recipe)
     _resume(work / "checkpoint.pt", student, objective)
     _log.info("training %d LoRA parameters from update %d of %d", student.parameter_count, student.update, recipe.updates)
     _train(model, student, objective, data, recipe, work)
@@ -148,7 +148,8 @@ def _train(model: TorchModel, student: Student, objective: Objective, data: Data
             batch = pool[_chosen(recipe, pool_index, within)]
 
             # The phase of the losses is the update's own; its random stream is apart from the pools'.
-            phase, (_, generator) = phase_at(recipe.phases, update), step_generator(recipe.seed + _LOSS_STREAM, update)
+            phase = phase_at(recipe.phases, update, recipe.ramp_updates)
+            _, generator = step_generator(recipe.seed + _LOSS_STREAM, update)
             x0 = student_x0(model, batch)
             losses = objective.losses(x0, batch, phase, generator)
             try:

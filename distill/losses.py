@@ -14,7 +14,7 @@ def distillation_loss(kind: DistillationKind, student_x0: Tensor, teacher_x0: Te
     """How far the student's one-step x_0 is from the teacher's solution (arXiv 2406.02347, eq. 5), averaged over the batch.
 
     pseudo_huber is sqrt(|d|^2 + c^2) - c over each sample, c = 0.00054 sqrt(d) (Song & Dhariwal 2023), divided by the
-    number of values, so that both kinds are means over values.
+    root of the number of values, so that it is the error of one value where all are alike.
     """
     difference = (student_x0 - teacher_x0).flatten(1)
     match kind:

@@ -20,8 +20,8 @@ from flashdiff.distill.losses import (
     distribution_matching_loss,
     generator_loss,
 )
-from flashdiff.distill.step import Targets, levels, predict_x0
-from flashdiff.errors import TrainingError
+from flashdiff.distill.step import Targets, guided, levels, predict_x0
+from flashdiff.errors import ConfigError, TrainingError
 from flashdiff.families.base import ModelFamily, TorchModel
 from flashdiff.lora import ADAPTER, add_adapter
 from flashdiff.prediction import guide
@@ -34,8 +34,8 @@ FAKE_SCORE = "fake_score"
 class Objective:
     """The losses of a recipe, with the discriminator and the fake score where a phase uses them."""
 
-    def __init__(self, model: TorchModel, family: ModelFamily, recipe: Recipe, unconditional: Mapping[str, Tensor]) -> None:
-        self.model, self.recipe, self.unconditional = model, recipe, unconditional
+    def __init__(self, model: TorchModel, family: ModelFamily, recipe: Recipe) -> None:
+        self.model, self.recipe, self.unconditional = model, recipe, model.unconditional()
         self.discriminator: Discriminator | None = None
         if any(phase.adversarial for phase in recipe.phases):
             self.discriminator = Discriminator(model, family, seed=recipe.seed)
@@ -44,6 +44,8 @@ class Objective:
             )
         self.critic: list[torch.nn.Parameter] = []
         matching = recipe.loss.distribution_matching
+        if matching.decoupled and self.unconditional is None:
+            raise ConfigError("loss.distribution_matching.decoupled: this network takes its guidance as an input; leave it out")
         if matching.fake_score == "lora" and any(phase.distribution_matching for phase in recipe.phases):
             targets = recipe.lora.targets or family.lora_targets
             add_adapter(model, targets, rank=recipe.lora.rank, alpha=recipe.lora.alpha, seed=recipe.seed + 1, name=FAKE_SCORE)
@@ -85,15 +87,17 @@ class Objective:
         with torch.no_grad():
             x_tau = renoise(x0, noise, *levels(self.model, tau))
             with self._teacher():
-                conditional, contrast = self._both(x_tau, tau, batch.conditioning)
-                if recipe.decoupled:
+                if self.unconditional is None:
+                    teacher = predict_x0(self.model, x_tau, tau, guided(batch.conditioning, guidance.flatten()))
+                elif recipe.decoupled:
+                    conditional, _ = self._both(x_tau, tau, batch.conditioning)
                     # Guidance is compared where there is less noise than the student started from.
                     tau_guidance = (torch.rand(count, generator=generator) * batch.times).long().clamp(min=first)
                     x_guidance = renoise(x0, noise, *levels(self.model, tau_guidance))
                     towards, away = self._both(x_guidance, tau_guidance, batch.conditioning)
                     teacher = conditional + (guidance - 1) * (towards - away)
                 else:
-                    teacher = guide(conditional, contrast, guidance)
+                    teacher = guide(*self._both(x_tau, tau, batch.conditioning), guidance)
             with self._adapter(FAKE_SCORE if self.critic else ADAPTER):
                 fake = predict_x0(self.model, x_tau, tau, batch.conditioning)
         return distribution_matching_loss(x0, fake, teacher)
@@ -109,7 +113,7 @@ class Objective:
         losses = {}
         if phase.adversarial:
             losses["discriminator"] = self._train_discriminator(x0, batch, generator)
-        if phase.distribution_matching and self.critic:
+        if self.critic:  # in the phases before its own too: a fake score that lags behind the student misleads it
             losses["fake_score"] = self._train_critic(x0, batch, generator)
         return losses
 
@@ -157,6 +161,7 @@ class Objective:
 
     def _both(self, x_t: Tensor, times: Tensor, conditioning: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Conditional and unconditional x_0, in one evaluation of twice the batch."""
+        assert self.unconditional
         both = {name: torch.cat([values, self.unconditional[name].expand_as(values)]) for name, values in conditioning.items()}
         conditional, contrast = predict_x0(self.model, x_t.repeat(2, 1, 1, 1), times.repeat(2), both).chunk(2)
         return conditional, contrast
@@ -202,9 +207,9 @@ class Objective:
 
 
 def _descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    if not torch.isfinite(loss):
-        raise TrainingError(f"the loss of the discriminator or the fake score is {loss.item()}")
     optimizer.zero_grad()
     loss.backward()
-    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+    norm = torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+    if not torch.isfinite(loss) or not torch.isfinite(norm):
+        raise TrainingError(f"discriminator or fake score: loss {loss.item()} or gradient norm {norm.item()} is not finite")
     optimizer.step()

@@ -18,7 +18,9 @@ TEACHER_STEPS = 50
 def save_preview(model: TorchModel, student: Sampler, guidance: float, prompts: Sequence[str], path: Path) -> None:
     """Rows from the top: teacher at 50 steps, student at its most steps, at 2 and at 1; a column a prompt."""
     model.network.disable_adapters()
-    teacher = replace(model, spec=_sampled_by(model, model.spec.sampler.model_copy(update={"guidance": guidance})))
+    teacher = model  # one that takes its guidance as an input has a scale of its own
+    if model.guides_twice:
+        teacher = replace(model, spec=_sampled_by(model, model.spec.sampler.model_copy(update={"guidance": guidance})))
     rows = [_images(teacher, prompts, TEACHER_STEPS)]
     model.network.enable_adapters()
     flash = replace(model, spec=_sampled_by(model, student))

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from flashdiff.distill.config import Recipe
-from flashdiff.families.base import ModelFamily, TorchModel
+from flashdiff.families.base import GUIDANCE, ModelFamily, TorchModel
 from flashdiff.files import write_whole
-from flashdiff.lora import FlashInfo, save_flash_lora
+from flashdiff.lora import WEIGHTS, FlashInfo, save_flash_lora
+from flashdiff.schedule import FlowSchedule
 
 
 def publish(out: Path, model: TorchModel, family: ModelFamily, recipe: Recipe, lora_parameters: int) -> None:
@@ -22,32 +23,47 @@ def publish(out: Path, model: TorchModel, family: ModelFamily, recipe: Recipe, l
         network_parameters=sum(p.numel() for name, p in model.network.named_parameters() if ".lora_" not in name),
         inference={str(steps): recipe.grid.inference_times(steps) for steps in range(1, recipe.grid.modes + 1)},
     )
-    write_whole(out / "README.md", _card(info, recipe))
+    write_whole(out / "README.md", _card(info, recipe, _usage(info, model, family, recipe)))
     save_flash_lora(out, model, family, info)
 
 
-def _card(info: FlashInfo, recipe: Recipe) -> str:
+def _usage(info: FlashInfo, model: TorchModel, family: ModelFamily, recipe: Recipe) -> str:
+    """How stock diffusers runs the LoRA, with the exact times."""
+    times = info.inference[str(min(4, recipe.grid.modes))]
+    if family.lora_writer:
+        return f"{family.pipeline_class} has no LoRA loader in diffusers; `PeftAdapterMixin.load_lora_adapter` reads the file."
+    scheduler, setting = "LCMScheduler", f"timesteps={times}"
+    if isinstance(model.spec.sampler.schedule, FlowSchedule):
+        # These sigmas are before the shift, which the scheduler applies itself.
+        scheduler, setting = "FlowMatchLCMScheduler", f"sigmas={[(t + 1) / recipe.grid.num_train_timesteps for t in times]}"
+    guidance = 3.5 if GUIDANCE in family.conditioning else 0
+    return f"""```python
+from diffusers import {scheduler}, {family.pipeline_class}
+
+pipeline = {family.pipeline_class}.from_pretrained("{info.base}")  # for the embedded model: the path of its directory
+pipeline.load_lora_weights("THIS_FOLDER", weight_name="{WEIGHTS}")
+pipeline.scheduler = {scheduler}.from_config(pipeline.scheduler.config)
+pipeline("a prompt", {setting}, guidance_scale={guidance})  # the scheduler's own choice differs
+```
+"""
+
+
+def _card(info: FlashInfo, recipe: Recipe, usage: str) -> str:
     share = 100 * info.lora_parameters / info.network_parameters
-    steps = min(4, recipe.grid.modes)
+    names = ("distillation", "adversarial", "distribution_matching")
+    losses = ", ".join(name.replace("_", " ") for name in names if any(getattr(phase, name) for phase in recipe.phases))
     grids = "; ".join(f"{count}: {times}" for count, times in info.inference.items())
     return f"""# Flash LoRA for {info.base}
 
 {info.lora_parameters:,} parameters, {share:.1f} % of the denoiser's {info.network_parameters:,}, trained with
-Flash Diffusion's distillation loss (arXiv 2406.02347) for {info.updates:,} updates of {recipe.batch_size} samples: the
+Flash Diffusion (arXiv 2406.02347; losses: {losses}) for {info.updates:,} updates of {recipe.batch_size} samples: the
 teacher takes {recipe.grid.solver_steps} solver steps with guidance {info.guidance[0]:g} to {info.guidance[1]:g}.
 Recipe hash {info.recipe_hash[:12]}, base hash {info.base_hash[:12]}.
 
 Made for 1 to {recipe.grid.modes} steps, **guidance off**, at these timesteps:
 {grids}.
 
-With flashdiff: `flashdiff build-engine {info.base} --lora THIS_FOLDER --out BUNDLE`. With diffusers:
+With flashdiff: `flashdiff build-engine {info.base} --lora THIS_FOLDER --out BUNDLE`. `kohya.safetensors` is the same LoRA for
+ComfyUI and its kin (cfg 1, the LCM sampler). With diffusers:
 
-```python
-from diffusers import LCMScheduler, StableDiffusionPipeline
-
-pipeline = StableDiffusionPipeline.from_pretrained("{info.base}")  # for the embedded model: the path of its directory
-pipeline.load_lora_weights("THIS_FOLDER")
-pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
-pipeline("a prompt", timesteps={info.inference[str(steps)]}, guidance_scale=0)  # the scheduler's own choice differs
-```
-"""
+{usage}"""

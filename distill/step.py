@@ -11,7 +11,7 @@ from flashdiff.distill.config import Phase, Recipe
 from flashdiff.distill.curriculum import start_probabilities
 from flashdiff.distill.data import Dataset
 from flashdiff.distill.teacher import solve
-from flashdiff.families.base import TorchModel
+from flashdiff.families.base import GUIDANCE, TorchModel
 from flashdiff.prediction import to_x0
 from flashdiff.sampling import renoise
 
@@ -36,6 +36,11 @@ class Targets:
         )
 
 
+def guided(conditioning: Mapping[str, Tensor], guidance: Tensor) -> Mapping[str, Tensor]:
+    """The teacher's conditioning: with its guidance scales [B] in it, where the network takes them as an input."""
+    return {**conditioning, GUIDANCE: guidance} if GUIDANCE in conditioning else conditioning
+
+
 def run_network(model: TorchModel, latents: Tensor, times: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
     """The denoiser's raw output, with whatever adapters are on."""
     output: Tensor = model.denoiser(latents, times, *(conditioning[name] for name in model.conditioning))
@@ -45,7 +50,7 @@ def run_network(model: TorchModel, latents: Tensor, times: Tensor, conditioning:
 @torch.no_grad()
 def make_targets(
     model: TorchModel,
-    unconditional: Mapping[str, Tensor],
+    unconditional: Mapping[str, Tensor] | None,
     data: Dataset,
     recipe: Recipe,
     phase: Phase,
@@ -77,7 +82,7 @@ def make_targets(
                 x_t[part],
                 starts[part],
                 guidance[part],
-                {name: values[part] for name, values in conditioning.items()},
+                {name: values[part] for name, values in guided(conditioning, guidance).items()},
                 unconditional,
                 grid=grid,
                 schedule=schedule,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flashdiff.prediction import Prediction, guide, to_x0
 from flashdiff.sampling import extrapolate, ode_step, ode_weights
-from flashdiff.schedule import Grid, NoiseSchedule
+from flashdiff.schedule import Grid, Schedule
 
 Network = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
 """(latents [B, C, h, w], times [B], conditioning) -> raw output."""
@@ -19,16 +19,16 @@ def solve(
     starts: Tensor,  # [B] indices into the solver's times
     guidance: Tensor,  # [B]
     conditioning: Mapping[str, Tensor],
-    unconditional: Mapping[str, Tensor],  # the same names, batch 1
+    unconditional: Mapping[str, Tensor] | None,  # the same names, batch 1; None: the network takes guidance as an input
     *,
     grid: Grid,
-    schedule: NoiseSchedule,
+    schedule: Schedule,
     prediction: Prediction,
 ) -> Tensor:
     """x_0 [B, C, h, w] at the end of the guided probability-flow ODE from `x_t`, by DPM-Solver++(2M).
 
-    Sample b takes K - starts[b] steps of two evaluations; samples that have not started yet cost nothing. Each sample's
-    first step is first order, so no history leaks between samples.
+    Sample b takes K - starts[b] steps of two evaluations (one without `unconditional`); samples that have not started yet
+    cost nothing. Each sample's first step is first order, so no history leaks between samples.
     """
     times = grid.solver_times()
     levels = [torch.from_numpy(values).to(x_t) for values in schedule.levels([*times, -1])]
@@ -39,13 +39,14 @@ def solve(
         alpha, next_alpha = (levels[0][i].view(1, 1, 1, 1) for i in (index, index + 1))
         sigma, next_sigma = (levels[1][i].view(1, 1, 1, 1) for i in (index, index + 1))
         x = x_t[active]
-        both = {
-            name: torch.cat([values[active], unconditional[name].expand_as(values[active])])
-            for name, values in conditioning.items()
-        }
-        t = torch.full((2 * len(active),), times[index], dtype=torch.int64, device=x.device)
-        conditional, contrast = network(torch.cat([x, x]), t, both).chunk(2)
-        output = guide(conditional, contrast, guidance[active].view(-1, 1, 1, 1))
+        chosen = {name: values[active] for name, values in conditioning.items()}
+        t = torch.full((len(active),), times[index], dtype=torch.int64, device=x.device)
+        if unconditional is None:
+            output = network(x, t, chosen)
+        else:
+            both = {name: torch.cat([values, unconditional[name].expand_as(values)]) for name, values in chosen.items()}
+            conditional, contrast = network(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+            output = guide(conditional, contrast, guidance[active].view(-1, 1, 1, 1))
         x0 = to_x0(prediction, output, x, alpha, sigma)
         weight = torch.where(starts[active] < index, weights[index], 0.0).view(-1, 1, 1, 1).to(x)
         x_t[active] = ode_step(x, extrapolate(x0, previous_x0[active], weight), alpha, sigma, next_alpha, next_sigma)

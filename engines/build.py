@@ -8,7 +8,7 @@ from pathlib import Path
 
 import flashdiff
 from flashdiff.components import ModelSpec, Size
-from flashdiff.engines.bundle import MANIFEST, SCHEMA_VERSION, TOKENIZER, BackendName, LoraRecord, Manifest, PartSpec
+from flashdiff.engines.bundle import MANIFEST, SCHEMA_VERSION, BackendName, LoraRecord, Manifest, PartSpec, tokenizer_file
 from flashdiff.errors import BundleError
 from flashdiff.files import hash_file, new_folder, write_whole
 
@@ -52,7 +52,8 @@ def build_engine(options: BuildOptions, report: Callable[[str], None]) -> Manife
             spec = export_onnx(model, part, folder / part.name)
             compiled[part.name] = _for_backend(options.backend, folder / part.name, part.name, spec)
             watch.lap("export", f"{part.name} to ONNX" + (", converted to OpenVINO" if options.backend == "openvino" else ""))
-        write_whole(folder / TOKENIZER, model.tokenizer.to_json())
+        for tokenizer in model.spec.tokenizers:
+            write_whole(folder / tokenizer_file(tokenizer), model.tokenizer.texts[tokenizer.name])
 
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
@@ -64,7 +65,6 @@ def build_engine(options: BuildOptions, report: Callable[[str], None]) -> Manife
             precision="fp32",
             batch_sizes=options.batch_sizes,
             parts=compiled,
-            pad_token_id=model.tokenizer.pad_id,
             max_error={},
             max_error_allowed=MAX_ERROR,
             step_cost_ms={},

@@ -11,13 +11,18 @@ from flashdiff.components import ModelSpec
 from flashdiff.config import Record
 from flashdiff.errors import BundleError
 from flashdiff.files import hash_file
+from flashdiff.text import TokenizerSpec
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
-TOKENIZER = "tokenizer.json"
 PARTS = ("text_encoder", "denoiser", "decoder")
 
 BackendName = Literal["openvino", "onnxruntime"]
+
+
+def tokenizer_file(tokenizer: TokenizerSpec) -> str:
+    """Where a bundle keeps a tokenizer."""
+    return f"tokenizers/{tokenizer.name}.json"
 
 
 class TensorSpec(Record):
@@ -56,7 +61,6 @@ class Manifest(Record):
     batch_sizes: tuple[int, ...] = Field(min_length=1)
     """Rising; every part is compiled for each of them."""
     parts: dict[str, PartSpec]
-    pad_token_id: int
     max_error: dict[str, float]
     """Largest absolute difference to torch found before publishing: per part, and `image` for the whole road."""
     max_error_allowed: float
@@ -101,7 +105,7 @@ def read_manifest(bundle: Path) -> Manifest:
             raise BundleError(f"{bundle} is incomplete: {name} is missing; {rebuild}")
         if hash_file(path) != expected:
             raise BundleError(f"{bundle} is damaged: {name} has changed since it was built; {rebuild}")
-    for name in (TOKENIZER, *(part.file for part in manifest.parts.values())):
+    for name in (*map(tokenizer_file, manifest.model.tokenizers), *(part.file for part in manifest.parts.values())):
         if name not in manifest.files:
             raise BundleError(f"{bundle}/{MANIFEST} is damaged: {name} is not among its files; {rebuild}")
     return manifest

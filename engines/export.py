@@ -39,7 +39,7 @@ def parts_of(model: TorchModel) -> list[Part]:
         Part(
             "text_encoder",
             model.text_encoder,
-            (TensorSpec(name="input_ids", dtype="int64", shape=("batch", spec.prompt_tokens)),),
+            tuple(TensorSpec(name=t.name, dtype="int64", shape=("batch", t.length)) for t in spec.tokenizers),
             tuple(states),
         ),
         Part(

@@ -41,9 +41,9 @@ def _parser() -> argparse.ArgumentParser:
 
     distill = commands.add_parser("distill", help="train a flash LoRA from a recipe", description=_distill.__doc__)
     distill.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file; avatars.toml ships with flashdiff")
-    distill.add_argument(
-        "--out", type=Path, required=True, help="the LoRA folder to make; training state is kept in OUT/training"
-    )
+    where = distill.add_mutually_exclusive_group(required=True)
+    where.add_argument("--out", type=Path, help="the LoRA folder to make; training state is kept in OUT/training")
+    where.add_argument("--dry-run", action="store_true", help="print what would be done, and what it costs; write nothing")
     distill.set_defaults(run=_distill)
 
     build = commands.add_parser(
@@ -124,8 +124,13 @@ def _distill(options: argparse.Namespace) -> None:
     path = bundled if not options.recipe.exists() and options.recipe.parent == Path() and bundled.exists() else options.recipe
     recipe = load_recipe(path, Recipe)
     from flashdiff.distill.loop import distill
+    from flashdiff.distill.plan import plan
 
     _quiet_libraries()
+    if options.dry_run:
+        for line in plan(recipe):
+            print(line)
+        return
     distill(recipe, options.out)
     print(f"published {options.out}")
 

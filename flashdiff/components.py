@@ -6,7 +6,7 @@ implementation never writes to them again.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from pydantic import Field
 from flashdiff.config import Record
 from flashdiff.prediction import Prediction
 from flashdiff.sampling import Sampler
+from flashdiff.text import TokenizerSpec
 
 Conditioning = dict[str, NDArray[np.float32]]
 """Named conditioning tensors of a batch, [B, ...] each, such as encoder_hidden_states [B, T, D]."""
@@ -46,8 +47,14 @@ class ModelSpec(Record):
     """Pixels per latent cell, along each side."""
     sizes: tuple[Size, ...] = Field(min_length=1)
     """The default first."""
-    prompt_tokens: int = Field(ge=3)
-    """Longest prompt, in tokens, both end marks included."""
+    tokenizers: tuple[TokenizerSpec, ...] = Field(min_length=1)
+    unconditional: Literal["empty_prompt", "zeros"] = "empty_prompt"
+    """What guidance contrasts a prompt with: the conditioning of the empty prompt, or zeros in its place."""
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Longest prompt, in tokens, end marks included."""
+        return max(tokenizer.length for tokenizer in self.tokenizers)
 
     def latent_shape(self, size: Size) -> tuple[int, int, int]:
         """[C, h, w] of an image of `size`."""

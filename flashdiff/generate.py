@@ -88,7 +88,10 @@ def unconditional_of(components: Components) -> Conditioning | None:
     """What guided rows contrast with, or None where the model's sampler does not guide."""
     if components.spec.sampler.evaluations_per_step == 1:
         return None
-    return encode_prompts(components, [""])[0]
+    empty = encode_prompts(components, [""])[0]
+    if components.spec.unconditional == "zeros":
+        return {name: np.zeros_like(values) for name, values in empty.items()}
+    return empty
 
 
 def new_row(spec: ModelSpec, order: Order, index: int, conditioning: Conditioning, unconditional: Conditioning | None) -> Row:

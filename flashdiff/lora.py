@@ -4,23 +4,30 @@ The weights load with stock diffusers' `load_lora_weights`; alpha stands in the 
 flash.json is an ordinary (style) LoRA.
 """
 
+import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import safetensors
+import safetensors.torch
 from pydantic import Field, ValidationError
+from torch import Tensor
 
 from flashdiff.components import ModelSpec
 from flashdiff.config import Record, parse_record
 from flashdiff.errors import ConfigError, LoraError, first_line
 from flashdiff.families.base import ModelFamily, TorchModel
 from flashdiff.files import hash_file, write_whole
+from flashdiff.kohya import from_kohya, is_kohya, to_kohya
 from flashdiff.sampling import Sampler
 from flashdiff.schedule import Grid
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 FLASH = "flash.json"
+KOHYA = "kohya.safetensors"
+"""The same weights for ComfyUI and its kin."""
 ADAPTER = "student"
 """The trained adapter's name within peft."""
 
@@ -72,20 +79,21 @@ def save_flash_lora(folder: Path, model: TorchModel, family: ModelFamily, info: 
     config["target_modules"] = sorted(config["target_modules"])
     prefix = family.lora_prefix
     try:
-        getattr(diffusers, family.pipeline_class).save_lora_weights(
+        getattr(diffusers, family.lora_writer or family.pipeline_class).save_lora_weights(
             folder, **{f"{prefix}_lora_layers": weights, f"{prefix}_lora_adapter_metadata": config}
         )
     except Exception as error:  # safetensors has its own errors for a full disk
         raise LoraError(f"{folder}: cannot write the LoRA: {first_line(error)}") from None
+    whole = {f"{prefix}.{key}": value.contiguous() for key, value in weights.items()}
+    write_whole(folder / KOHYA, safetensors.torch.save(to_kohya(whole, prefix, config["lora_alpha"])))
     write_whole(folder / FLASH, info.model_dump_json(indent=2) + "\n")
 
 
-def read_flash_info(folder: Path) -> FlashInfo | None:
-    """The folder's flash.json, None where there is none; LoraError when it cannot be read."""
+def read_flash_info(lora: Path) -> FlashInfo | None:
+    """The flash.json in a folder or beside one of its files, None where there is none; LoraError when it cannot be read."""
+    folder = lora.parent if lora.name in (WEIGHTS, KOHYA) else lora
     if not (folder / FLASH).exists():
         return None
-    import json
-
     try:
         return parse_record(json.loads((folder / FLASH).read_text("utf-8")), FlashInfo, source=str(folder / FLASH))
     except (ValueError, ConfigError) as error:
@@ -93,18 +101,24 @@ def read_flash_info(folder: Path) -> FlashInfo | None:
 
 
 def find_lora(name: str) -> Path:
-    """A LoRA folder by its path, or by its name if it ships with flashdiff; LoraError when there is none."""
+    """A LoRA folder or .safetensors file by its path, or a folder that ships with flashdiff; LoraError when there is none."""
+    if Path(name).suffix == ".safetensors" and Path(name).is_file():
+        return Path(name)
     for folder in (Path(name), Path(__file__).parent / "zoo" / name):
         if (folder / WEIGHTS).is_file():
             if (folder / "training").exists() and not (folder / FLASH).exists():
                 raise LoraError(f"{folder} holds an unfinished training run: give `flashdiff distill` again, it goes on")
             return folder
-    raise LoraError(f"no LoRA '{name}': give a folder that holds {WEIGHTS}, or 'avatars-flash'")
+    raise LoraError(f"no LoRA '{name}': give a folder that holds {WEIGHTS}, a .safetensors file, or 'avatars-flash'")
 
 
-def lora_hash(folder: Path) -> str:
+def _weights_file(lora: Path) -> Path:
+    return lora if lora.is_file() else lora / WEIGHTS
+
+
+def lora_hash(lora: Path) -> str:
     """Hash of the LoRA's weights."""
-    return hash_file(folder / WEIGHTS)
+    return hash_file(_weights_file(lora))
 
 
 def load_fused(base: str, loras: Sequence[tuple[Path, float]], guidance: float | None) -> tuple[ModelFamily, TorchModel]:
@@ -112,6 +126,8 @@ def load_fused(base: str, loras: Sequence[tuple[Path, float]], guidance: float |
     from flashdiff.families import load_base
 
     family, model = load_base(base)
+    if guidance is not None and not model.guides_twice:
+        raise ConfigError(f"--guidance: {base} takes its guidance as an input, and runs at its own pipeline's scale")
     model.spec = fused_spec(model.spec, [folder for folder, _ in loras], guidance)
     fuse(model, family, loras)
     return family, model
@@ -157,11 +173,13 @@ def fuse(model: TorchModel, family: ModelFamily, loras: Sequence[tuple[Path, flo
                 f"{folder} was trained on '{info.base}' with hash {info.base_hash[:12]}, "
                 f"but {model.folder} has hash {model.base_hash[:12]}; build it with its own base"
             )
-        _check_layers(folder, family)
     network: Any = model.network
     for index, (folder, _) in enumerate(loras):
+        weights, settings = _read_weights(folder, model, family)
         try:
-            network.load_lora_adapter(folder, weight_name=WEIGHTS, adapter_name=f"lora{index}", prefix=family.lora_prefix)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+                network.load_lora_adapter(weights, adapter_name=f"lora{index}", prefix=family.lora_prefix, **settings)
         except Exception as error:  # peft and safetensors raise many kinds for layers that do not fit
             raise LoraError(f"{folder} does not fit {model.folder}: {first_line(error)}") from None
         if f"lora{index}" not in getattr(network, "peft_config", {}):
@@ -173,14 +191,24 @@ def fuse(model: TorchModel, family: ModelFamily, loras: Sequence[tuple[Path, flo
         network.unload_lora()
 
 
-def _check_layers(folder: Path, family: ModelFamily) -> None:
-    """LoraError for layers that would be left out without a word: those of other parts, or in another naming."""
-    from safetensors import safe_open
+def _read_weights(lora: Path, model: TorchModel, family: ModelFamily) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A LoRA's tensors in diffusers' names, and the settings that tell their alpha.
 
+    LoraError for layers that would be left out without a word: those of other parts, or in another naming.
+    """
+    file = _weights_file(lora)
     try:
-        with safe_open(folder / WEIGHTS, "pt") as file:
-            foreign = [key for key in file.keys() if not key.startswith(f"{family.lora_prefix}.")]  # noqa: SIM118
+        weights = safetensors.torch.load_file(file)
+        with safetensors.safe_open(file, "pt") as opened:
+            metadata = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "null"))
     except Exception as error:  # safetensors' errors for a damaged file
-        raise LoraError(f"{folder / WEIGHTS} is damaged: {first_line(error)}") from None
+        raise LoraError(f"{file} is damaged: {first_line(error)}") from None
+    if is_kohya(weights):
+        modules = [name for name, _ in model.network.named_modules()]
+        weights, alphas = from_kohya(weights, family.lora_prefix, modules, str(file))
+        return weights, {"network_alphas": alphas}
+    foreign = [key for key in weights if not key.startswith(f"{family.lora_prefix}.")]
     if foreign:
-        raise LoraError(f"{folder}: only layers named '{family.lora_prefix}.' can be fused, this one has {foreign[0]}")
+        raise LoraError(f"{lora}: only layers named '{family.lora_prefix}.' can be fused, this one has {foreign[0]}")
+    alphas = {key: float(weights.pop(key)) for key in [*weights] if key.endswith(".alpha")}
+    return weights, {"metadata": metadata} if metadata else {"network_alphas": alphas} if alphas else {}

@@ -6,20 +6,23 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-Prediction = Literal["epsilon", "v_prediction"]
+Prediction = Literal["epsilon", "v_prediction", "flow"]
 Array = TypeVar("Array", "NDArray[Any]", "Tensor")
 
 
 def to_x0(prediction: Prediction, output: Array, x_t: Array, alpha: Array, sigma: Array) -> Array:
     """x_0 of the network's output at x_t = alpha x_0 + sigma eps; alpha and sigma broadcast against x_t.
 
-    epsilon: (x_t - sigma eps) / alpha (Ho et al. 2020); v: alpha x_t - sigma v (Salimans & Ho 2022, appendix D).
+    epsilon: (x_t - sigma eps) / alpha (Ho et al. 2020); v: alpha x_t - sigma v (Salimans & Ho 2022, appendix D);
+    flow: x_t - sigma v, where v = eps - x_0 and alpha = 1 - sigma (Liu et al. 2023).
     """
     match prediction:
         case "epsilon":
             return (x_t - sigma * output) / alpha
         case "v_prediction":
             return alpha * x_t - sigma * output
+        case "flow":
+            return x_t - sigma * output
         case _:
             assert_never(prediction)
 

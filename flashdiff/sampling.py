@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from flashdiff.config import Record
 from flashdiff.prediction import Array
-from flashdiff.schedule import Grid, NoiseSchedule, trailing_times
+from flashdiff.schedule import Grid, Schedule, trailing_times
 
 MAX_ODE_STEPS = 100
 
@@ -35,7 +35,7 @@ class Sampler(Record):
     """How images are made with a model: which steps it may take, at which times, and with what guidance."""
 
     kind: Literal["flash", "ode"]
-    schedule: NoiseSchedule
+    schedule: Schedule
     grid: Grid | None = None
     """The trained grid of a flash student; None for the ODE, which takes any trailing times."""
     guidance: float = Field(1.0, ge=0, le=100)
@@ -61,13 +61,14 @@ class Sampler(Record):
         return self.grid.inference_times(steps) if self.grid else trailing_times(self.schedule.num_train_timesteps, steps)
 
 
-def ode_weights(schedule: NoiseSchedule, times: list[int]) -> list[float]:
+def ode_weights(schedule: Schedule, times: list[int]) -> list[float]:
     """Weights for `extrapolate` at each time: h_next / (2 h_previous) in log-SNR, 0 (first order) at both ends.
 
     The last step is first order because it ends at infinite log-SNR; the first has no x_0 before it.
     """
     alphas, sigmas = schedule.levels(times)
-    lam = np.log(alphas / sigmas)
+    with np.errstate(divide="ignore"):
+        lam = np.log(alphas / sigmas)  # minus infinity where a flow starts: the step after it is first order too
     return [
         0.0 if step in (0, len(times) - 1) else float((lam[step + 1] - lam[step]) / (2 * (lam[step] - lam[step - 1])))
         for step in range(len(times))

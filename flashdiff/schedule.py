@@ -1,5 +1,6 @@
 """Noise schedules, and the one `Grid` that training, sampling and the manifest share."""
 
+import math
 from collections.abc import Mapping
 from functools import cache
 from typing import Any, Literal, Self
@@ -32,6 +33,36 @@ class NoiseSchedule(Record):
         """alpha_t and sigma_t [len(times)]; t = -1 stands for the clean end, where alpha = 1 and sigma = 0."""
         alphas, sigmas = _levels(self)
         return alphas[times], sigmas[times]
+
+
+class FlowSchedule(Record):
+    """Rectified flow: x_t = (1 - sigma_t) x_0 + sigma_t eps, with t = 0 .. T - 1 spread over (0, 1] and shifted (2403.03206).
+
+    sigma = shift s / (1 + (shift - 1) s), s = (t + 1) / T (eq. 23): larger images need more of the noisy end.
+    """
+
+    num_train_timesteps: int = Field(1000, ge=1)
+    shift: float = Field(gt=0)
+
+    @classmethod
+    def from_scheduler_config(cls, config: Mapping[str, Any], source: str, *, tokens: int) -> Self:
+        """From a FlowMatchEulerDiscreteScheduler's config; `tokens` is the length of the default image, for dynamic shifting."""
+        if config.get("use_dynamic_shifting"):
+            first, last = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+            low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+            shift = math.exp(low + (high - low) * (tokens - first) / (last - first))
+        else:
+            shift = config.get("shift", 1.0)
+        return parse_record({"num_train_timesteps": config.get("num_train_timesteps", 1000), "shift": shift}, cls, source=source)
+
+    def levels(self, times: NDArray[np.integer[Any]] | list[int]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """alpha_t = 1 - sigma_t and sigma_t [len(times)]; t = -1 stands for the clean end."""
+        s = (np.asarray(times) + 1) / self.num_train_timesteps
+        sigma = self.shift * s / (1 + (self.shift - 1) * s)
+        return 1 - sigma, sigma
+
+
+Schedule = NoiseSchedule | FlowSchedule
 
 
 @cache

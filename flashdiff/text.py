@@ -1,43 +1,53 @@
-"""Prompts to token ids, from a tokenizer.json alone: no transformers at serving time."""
+"""Prompts to token ids, from tokenizer.json texts alone: no transformers at serving time."""
 
-from collections.abc import Sequence
-from typing import Self
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 from tokenizers import Tokenizer
 
+from flashdiff.config import Record
 from flashdiff.errors import RequestError
 
 
+class TokenizerSpec(Record):
+    """One tokenizer of a model, which fills one input of its text encoders."""
+
+    name: str
+    """Of that input: input_ids, input_ids_2, ..."""
+    length: int = Field(ge=3)
+    """Tokens, end marks included."""
+    pad_id: int
+
+
 class PromptTokenizer:
-    """A CLIP-style tokenizer with a fixed length: start mark, tokens, end mark, padding."""
+    """All tokenizers of a model. Each pads to its length: marks, tokens, end mark, padding."""
 
-    def __init__(self, tokenizer: Tokenizer, *, length: int, pad_id: int) -> None:
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
-        self._tokenizer, self.length, self.pad_id = tokenizer, length, pad_id
+    def __init__(self, texts: Mapping[str, str], specs: Sequence[TokenizerSpec]) -> None:
+        """`texts` holds the text of a tokenizer.json for every spec, by name."""
+        self.texts, self.specs = dict(texts), tuple(specs)
+        self._tokenizers = {spec.name: Tokenizer.from_str(texts[spec.name]) for spec in specs}
+        for tokenizer in self._tokenizers.values():
+            tokenizer.no_padding()
+            tokenizer.no_truncation()
+        self._longest = max(spec.length for spec in specs)
 
-    @classmethod
-    def from_json(cls, text: str, *, length: int, pad_id: int) -> Self:
-        """From the text of a tokenizer.json."""
-        return cls(Tokenizer.from_str(text), length=length, pad_id=pad_id)
+    def __call__(self, prompts: Sequence[str], *, truncate: bool = False) -> dict[str, NDArray[np.int64]]:
+        """Ids [B, length] by name. RequestError for a prompt that does not fit, because cutting it would drop what it asks for.
 
-    def to_json(self) -> str:
-        """The text of a tokenizer.json."""
-        return str(self._tokenizer.to_str())
-
-    def __call__(self, prompts: Sequence[str], *, truncate: bool = False) -> NDArray[np.int64]:
-        """Ids [B, length]. RequestError for a prompt that does not fit, because cutting it would drop what it asks for.
-
-        Training captions may be cut (`truncate`): their image is what it is.
+        A tokenizer shorter than the model's longest may cut, as in the models' own pipelines: the longest reads it all.
+        Training captions may be cut by any (`truncate`): their image is what it is.
         """
-        ids = np.full((len(prompts), self.length), self.pad_id, dtype=np.int64)
-        for prompt, row, encoding in zip(prompts, ids, self._tokenizer.encode_batch(list(prompts)), strict=True):
+        return {spec.name: self._ids(spec, prompts, truncate or spec.length < self._longest) for spec in self.specs}
+
+    def _ids(self, spec: TokenizerSpec, prompts: Sequence[str], truncate: bool) -> NDArray[np.int64]:
+        ids = np.full((len(prompts), spec.length), spec.pad_id, dtype=np.int64)
+        for prompt, row, encoding in zip(prompts, ids, self._tokenizers[spec.name].encode_batch(list(prompts)), strict=True):
             tokens = encoding.ids
-            if len(tokens) > self.length:
+            if len(tokens) > spec.length:
                 if not truncate:
-                    raise RequestError("prompt", prompt, f"it has {len(tokens)} tokens, at most {self.length} fit")
-                tokens = [*tokens[: self.length - 1], tokens[-1]]  # the end mark stays
+                    raise RequestError("prompt", prompt, f"it has {len(tokens)} tokens, at most {spec.length} fit")
+                tokens = [*tokens[: spec.length - 1], tokens[-1]]  # the end mark stays
             row[: len(tokens)] = tokens
         return ids

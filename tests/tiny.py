@@ -1,68 +1,220 @@
-"""A tiny random Stable Diffusion directory: a real member of its family, made in a second, good for nothing but code paths."""
+"""Tiny random models, one a family: real members, made in a second, good for nothing but code paths."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from tokenizers import pre_tokenizers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
+
+_TOKENS = 16
+_WIDTH = 32
 
 
 def make_tiny_sd15(folder: Path, *, prediction_type: str = "epsilon", seed: int = 0) -> Path:
     """Write the directory: 32x32 pixels, 4x8x8 latents, a prompt of 16 tokens."""
     torch.manual_seed(seed)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = [*alphabet, *(symbol + "</w>" for symbol in alphabet), "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(vocab={word: index for index, word in enumerate(words)}, merges=[], model_max_length=16)
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(32, 64),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        cross_attention_dim=32,
-        attention_head_dim=4,
-        norm_num_groups=8,
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(8, 16, 16),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=32,
-        scaling_factor=0.5,
-    )
-    text = CLIPTextConfig(
-        vocab_size=len(words),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=16,
-        bos_token_id=len(words) - 2,
-        eos_token_id=len(words) - 1,
-        pad_token_id=len(words) - 1,
-    )
     StableDiffusionPipeline(
-        vae=vae,
-        unet=unet,
-        text_encoder=CLIPTextModel(text),
-        tokenizer=tokenizer,
-        scheduler=DDIMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            prediction_type=prediction_type,
-            clip_sample=False,
-            set_alpha_to_one=False,
-            steps_offset=1,
-            timestep_spacing="trailing",
-        ),
+        vae=_vae(4),
+        unet=_unet(),
+        text_encoder=CLIPTextModel(_clip_config()),
+        tokenizer=_clip_tokenizer(),
+        scheduler=_diffusion_scheduler(prediction_type),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(folder)
     return folder
+
+
+def make_tiny_sdxl(folder: Path) -> Path:
+    torch.manual_seed(0)
+    StableDiffusionXLPipeline(
+        vae=_vae(4),
+        unet=_unet(
+            cross_attention_dim=2 * _WIDTH,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + _WIDTH,
+        ),
+        text_encoder=CLIPTextModel(_clip_config()),
+        text_encoder_2=CLIPTextModelWithProjection(_clip_config()),
+        tokenizer=_clip_tokenizer(),
+        tokenizer_2=_clip_tokenizer(pad_token="!"),
+        scheduler=_diffusion_scheduler("epsilon"),
+        force_zeros_for_empty_prompt=True,
+        add_watermarker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+def make_tiny_pixart(folder: Path) -> Path:
+    torch.manual_seed(0)
+    transformer = PixArtTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=16, num_layers=2, cross_attention_dim=32, sample_size=8, caption_channels=_WIDTH
+    )
+    PixArtAlphaPipeline(
+        vae=_vae(4),
+        transformer=_varied(transformer),
+        text_encoder=_t5(),
+        tokenizer=_t5_tokenizer(),
+        scheduler=_diffusion_scheduler("epsilon"),
+    ).save_pretrained(folder)
+    return folder
+
+
+def make_tiny_sd3(folder: Path) -> Path:
+    torch.manual_seed(0)
+    transformer = SD3Transformer2DModel(
+        sample_size=8, in_channels=16, num_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=80,
+        caption_projection_dim=32, pooled_projection_dim=2 * _WIDTH, pos_embed_max_size=16,
+    )  # fmt: skip
+    StableDiffusion3Pipeline(
+        vae=_vae(16, shift_factor=0.1),
+        transformer=_varied(transformer),
+        text_encoder=CLIPTextModelWithProjection(_clip_config()),
+        text_encoder_2=CLIPTextModelWithProjection(_clip_config()),
+        text_encoder_3=_t5(width=80),
+        tokenizer=_clip_tokenizer(),
+        tokenizer_2=_clip_tokenizer(pad_token="!"),
+        tokenizer_3=_t5_tokenizer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    ).save_pretrained(folder)
+    return folder
+
+
+def make_tiny_flux(folder: Path) -> Path:
+    torch.manual_seed(0)
+    transformer = FluxTransformer2DModel(
+        in_channels=64, num_layers=2, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=_WIDTH, pooled_projection_dim=_WIDTH, guidance_embeds=True, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    FluxPipeline(
+        vae=_vae(16, shift_factor=0.1),
+        transformer=_varied(transformer),
+        text_encoder=CLIPTextModel(_clip_config()),
+        text_encoder_2=_t5(),
+        tokenizer=_clip_tokenizer(),
+        tokenizer_2=_t5_tokenizer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    ).save_pretrained(folder)
+    return folder
+
+
+FAMILIES: dict[str, Callable[[Path], Path]] = {
+    "sd15": make_tiny_sd15,
+    "sdxl": make_tiny_sdxl,
+    "pixart": make_tiny_pixart,
+    "sd3": make_tiny_sd3,
+    "flux": make_tiny_flux,
+}
+
+
+def _unet(**changes: Any) -> UNet2DConditionModel:
+    settings: dict[str, Any] = {
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (32, 64),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "layers_per_block": 1,
+        "cross_attention_dim": _WIDTH,
+        "attention_head_dim": 4,
+        "norm_num_groups": 8,
+    }
+    return UNet2DConditionModel(**{**settings, **changes})
+
+
+def _vae(latent_channels: int, **changes: Any) -> AutoencoderKL:
+    """Four pixels per latent cell."""
+    return AutoencoderKL(
+        block_out_channels=(8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=latent_channels,
+        norm_num_groups=4,
+        sample_size=32,
+        scaling_factor=0.5,
+        **changes,
+    )
+
+
+def _clip_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [*alphabet, *(symbol + "</w>" for symbol in alphabet), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=_TOKENS, pad_token=pad_token)
+
+
+def _clip_config() -> CLIPTextConfig:
+    words = 2 * len(pre_tokenizers.ByteLevel.alphabet()) + 2
+    return CLIPTextConfig(
+        vocab_size=words,
+        hidden_size=_WIDTH,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=_TOKENS,
+        projection_dim=_WIDTH,
+        bos_token_id=words - 2,
+        eos_token_id=words - 1,
+        pad_token_id=words - 1,
+    )
+
+
+def _t5_tokenizer() -> PreTrainedTokenizerFast:
+    words = ["<pad>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE(vocab={word: index for index, word in enumerate(words)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", model_max_length=512)
+
+
+def _t5(width: int = _WIDTH) -> T5EncoderModel:
+    words = len(pre_tokenizers.ByteLevel.alphabet()) + 2
+    return T5EncoderModel(T5Config(vocab_size=words, d_model=width, d_kv=8, d_ff=64, num_layers=2, num_heads=4))
+
+
+def _varied(transformer: torch.nn.Module) -> Any:
+    """Transformers start with zeros in their last layers; an output of zeros would hide every mistake."""
+    with torch.no_grad():
+        for parameter in transformer.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return transformer
+
+
+def _diffusion_scheduler(prediction_type: str) -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type=prediction_type,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        timestep_spacing="trailing",
+    )

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashdiff.components import Conditioning, Costs, ModelSpec, Size
-from flashdiff.engines.bundle import PARTS, TOKENIZER, Manifest, PartSpec, read_manifest
+from flashdiff.engines.bundle import PARTS, Manifest, PartSpec, read_manifest, tokenizer_file
 from flashdiff.engines.runtime import CompiledPart, compile_part
 from flashdiff.text import PromptTokenizer
 
@@ -24,9 +24,8 @@ class Engine:
         self.manifest = manifest
         self.spec: ModelSpec = manifest.model
         self.max_batch = manifest.batch_sizes[-1]
-        self._tokenizer = PromptTokenizer.from_json(
-            (folder / TOKENIZER).read_text("utf-8"), length=self.spec.prompt_tokens, pad_id=manifest.pad_token_id
-        )
+        texts = {tokenizer.name: (folder / tokenizer_file(tokenizer)).read_text("utf-8") for tokenizer in self.spec.tokenizers}
+        self._tokenizer = PromptTokenizer(texts, self.spec.tokenizers)
         self._compiled: dict[tuple[str, Size | None, int], CompiledPart] = {}
         for part in PARTS:
             spec = manifest.parts[part]
@@ -51,7 +50,7 @@ class Engine:
         return costs
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        return self.run_part("text_encoder", {"input_ids": self._tokenizer(prompts)})
+        return self.run_part("text_encoder", self._tokenizer(prompts))
 
     def denoise(
         self, latents: NDArray[np.float32], times: NDArray[np.int64], conditioning: Mapping[str, NDArray[np.float32]]

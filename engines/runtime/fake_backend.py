@@ -11,6 +11,7 @@ from flashdiff.components import Conditioning, Costs, ModelSpec, Size
 from flashdiff.errors import BackendError, RequestError
 from flashdiff.sampling import Sampler
 from flashdiff.schedule import Grid, NoiseSchedule
+from flashdiff.text import TokenizerSpec
 
 _SCHEDULE = NoiseSchedule(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 FLASH = Sampler(kind="flash", schedule=_SCHEDULE, grid=Grid(solver_steps=16), default_steps=4)
@@ -29,7 +30,7 @@ class FakeComponents:
             latent_channels=3,
             latent_factor=8,
             sizes=(Size(64, 64), Size(128, 64)),
-            prompt_tokens=32,
+            tokenizers=(TokenizerSpec(name="input_ids", length=32, pad_id=0),),
         )
         self.max_batch = max_batch
         self.delay_s = delay_s

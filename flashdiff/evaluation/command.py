@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,6 @@ from flashdiff.components import Components
 from flashdiff.errors import ConfigError, EvaluationError
 from flashdiff.evaluation.evaluate import (
     Report,
-    Row,
     Subject,
     Yardstick,
     make_images,
@@ -20,12 +19,13 @@ from flashdiff.evaluation.evaluate import (
     warnings_for,
     write_sheets,
 )
-from flashdiff.evaluation.features import FeatureExtractor, TextScorer, feature_extractor, text_scorer
+from flashdiff.evaluation.features import feature_extractor, text_scorer
 from flashdiff.evaluation.images import (
     HELD_OUT,
     REAL,
     WORLD,
     ImageSet,
+    Prompt,
     read_images,
     read_prompts,
     read_reference,
@@ -34,7 +34,7 @@ from flashdiff.evaluation.images import (
 )
 from flashdiff.files import new_folder, write_whole
 from flashdiff.generate import check_order
-from flashdiff.lora import find_lora, load_fused
+from flashdiff.lora import find_lora, load_fused, read_flash_info
 
 _WORLD_SIZE = 64
 
@@ -62,28 +62,28 @@ class EvaluateOptions:
 
 def evaluate(options: EvaluateOptions, *, open_bundle: Callable[[Path], Components], report: Callable[[str], None]) -> str:
     """Measure and write what the options ask for; the Markdown report."""
-    is_world = options.prompts in (WORLD, HELD_OUT)
-    if not is_world and options.reference == WORLD:
+    of_world = options.reference == WORLD
+    if options.prompts not in (WORLD, HELD_OUT) and of_world:
         raise ConfigError("--prompts names a file: name a --reference too, a folder of real images or webdataset shards")
-    features = feature_extractor(options.features or ("avatars" if is_world else "inception"))
-    scorer_name = options.text or ("avatars" if is_world else None)
+    features = feature_extractor(options.features or ("avatars" if of_world else "inception"))
+    scorer_name = options.text or ("avatars" if of_world else None)
     scorer = text_scorer(scorer_name) if scorer_name else None
-    subjects = _subjects(options, report, open_bundle)
+    plan = _plan(options, open_bundle)
     reference = read_reference(options.reference, options.reference_count, _WORLD_SIZE)
+    if not plan.is_drawable:
+        plan.real, reference = _real_part(reference)
     report(f"reference: {options.reference}, {len(reference)} images")
     yardstick = Yardstick(features, scorer, reference)
 
     with new_folder(options.out) if options.out else nullcontext() as folder:
         rows = []
-        for subject in subjects:
+        for subject in _subjects(plan, report):
             row, which = measure(subject, yardstick)
             rows.append(row)
             report(f"{row.name}: FID {row.fid}, KID {row.kid}")
             if folder:
                 write_sheets(folder / "sheets", subject, which, reference)
                 write_images(subject.images, folder / "images" / subject.images.name)
-        if not any(row.name == REAL for row in rows):
-            rows.insert(0, _floor(reference, features, scorer))
         result = Report(
             features=features.name,
             feature_dimension=features.dimension,
@@ -101,43 +101,76 @@ def evaluate(options: EvaluateOptions, *, open_bundle: Callable[[Path], Componen
     return markdown(result)
 
 
-def _subjects(
-    options: EvaluateOptions, report: Callable[[str], None], open_bundle: Callable[[Path], Components]
-) -> Iterator[Subject]:
-    """The real images where the prompts can be drawn, then the subject, then its teacher. All mistakes show at once."""
-    models = []
-    made = read_images(Path(options.subject)) if _holds_images(Path(options.subject)) else None
-    if made is None:
-        prompts, seeds = read_prompts(options.prompts, options.count), options.seeds
-        loras = tuple((find_lora(name), weight) for name, weight in options.loras)
-        name = " + ".join([Path(options.subject).name, *(folder.name for folder, _ in loras)])
-        models.append((name, _open(options.subject, loras, options.guidance, open_bundle), options.steps))
-    else:
+@dataclass
+class _Plan:
+    """What will be measured: images that exist, and models with the numbers of steps they make images in."""
+
+    prompts: list[Prompt]
+    seeds: int
+    made: ImageSet | None = None
+    models: list[tuple[str, Components, int]] = field(default_factory=list)
+    real: ImageSet | None = None
+
+    @property
+    def is_drawable(self) -> bool:
+        """Whether the renderer can answer the prompts itself."""
+        return bool(self.prompts) and all(prompt.scene for prompt in self.prompts)
+
+
+def _plan(options: EvaluateOptions, open_bundle: Callable[[Path], Components]) -> _Plan:
+    """Open everything and check every prompt with every model, so that a mistake shows before the first image."""
+    opened: list[tuple[str, Components, tuple[int, ...]]] = []
+    if _holds_images(Path(options.subject)):
         if options.loras or options.steps:
             raise ConfigError(f"{options.subject} is a folder of images: --lora and --steps are for models")
+        made = read_images(Path(options.subject))
         prompts = list(dict.fromkeys(prompt for prompt in made.prompts if prompt))
-        seeds = len(made) // max(1, len(prompts))
+        plan = _Plan(prompts, len(made) // max(1, len(prompts)), made)
+    else:
+        plan = _Plan(read_prompts(options.prompts, options.count), options.seeds)
+        loras = tuple((find_lora(name), weight) for name, weight in options.loras)
+        name = " + ".join([Path(options.subject).resolve().name, *(folder.name for folder, _ in loras)])
+        is_flash = any(read_flash_info(folder) for folder, _ in loras)  # a flash student runs without guidance
+        guidance = None if is_flash and options.teacher else options.guidance
+        opened.append((name, _open(options.subject, loras, guidance, open_bundle), options.steps))
     if options.teacher:
-        if not prompts:
-            raise ConfigError(f"{options.subject} tells no prompts, so the teacher has none to draw: see metadata.jsonl in docs")
+        if not plan.prompts:
+            raise ConfigError(f"{options.subject} tells no prompts, so the teacher has none to draw: see docs/evaluation.md")
         components = _open(options.teacher, (), options.guidance, open_bundle)
-        models.append((Path(options.teacher).name, components, options.teacher_steps))
+        opened.append((Path(options.teacher).resolve().name, components, options.teacher_steps))
 
-    for _, components, steps in models:
-        for count in steps:
-            check_order(components.spec, prompt="any", steps=count)
+    taken = {REAL, plan.made.name if plan.made else REAL}
+    for name, components, steps in opened:
+        for count in steps or (components.spec.sampler.default_steps,):
+            for prompt in plan.prompts:
+                check_order(components.spec, prompt=prompt.text, steps=count)
+            title = f"{name}, {count} step{'s' if count > 1 else ''}"
+            while title in taken:
+                title += " (again)"
+            taken.add(title)
+            plan.models.append((title, components, count))
+        for prompt in plan.prompts:
+            components.encode([prompt.text])  # refuses what is too long
+    return plan
 
-    def drawn() -> Iterator[Subject]:
-        if prompts and all(prompt.scene for prompt in prompts):
-            yield Subject(real_images(prompts, seeds, _WORLD_SIZE))
-        if made:
-            yield Subject(made)
-        for name, components, steps in models:
-            for count in steps or (components.spec.sampler.default_steps,):
-                title = f"{name}, {count} step{'s' if count > 1 else ''}"
-                yield make_images(components, prompts, seeds=seeds, steps=count, name=title, report=report)
 
-    return drawn()
+def _subjects(plan: _Plan, report: Callable[[str], None]) -> Iterator[Subject]:
+    """The real images, then the subject's, then its teacher's."""
+    yield Subject(plan.real or real_images(plan.prompts, plan.seeds, _WORLD_SIZE))
+    if plan.made:
+        name = plan.made.name if plan.made.name != REAL else f"{REAL} (subject)"
+        yield Subject(replace(plan.made, name=name))
+    for title, components, steps in plan.models:
+        yield make_images(components, plan.prompts, seeds=plan.seeds, steps=steps, name=title, report=report)
+
+
+def _real_part(reference: ImageSet) -> tuple[ImageSet, ImageSet]:
+    """A reference nobody can draw, in two halves: real images to set the floor, and what every subject is held against."""
+    if len(reference) < 4:
+        raise EvaluationError(f"the reference holds {len(reference)} images; give at least 4")
+    order = np.random.default_rng(0).permutation(len(reference))
+    half = len(reference) // 2
+    return reference.part(order[:half], REAL), reference.part(order[half:], reference.name)
 
 
 def _holds_images(path: Path) -> bool:
@@ -151,16 +184,6 @@ def _open(
     """A bundle, or a base model in torch with its LoRAs fused."""
     if not (Path(name) / "manifest.json").exists():
         return load_fused(name, loras, guidance)[1]
-    if loras:
-        raise ConfigError(f"{name} is a bundle: its LoRAs are fused already")
+    if loras or guidance is not None:
+        raise ConfigError(f"{name} is a bundle: --lora and --guidance are settled when it is built")
     return open_bundle(Path(name))
-
-
-def _floor(reference: ImageSet, features: FeatureExtractor, scorer: TextScorer | None) -> Row:
-    """Real against real: one half of the reference against the other."""
-    half = len(reference) // 2
-    if half < 2:
-        raise EvaluationError(f"the reference holds {len(reference)} images; give at least 4")
-    order = np.random.default_rng(0).permutation(len(reference))
-    first, second = order[:half], order[half:]
-    return measure(Subject(reference.part(first, REAL)), Yardstick(features, scorer, reference.part(second, "other half")))[0]

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from flashdiff.components import Components
 from flashdiff.config import Record
+from flashdiff.errors import EvaluationError
 from flashdiff.evaluation.features import FeatureExtractor, TextScorer, attribute_reader
 from flashdiff.evaluation.images import ImageSet, Prompt, attributes_of, sheet
 from flashdiff.evaluation.metrics import (
@@ -92,6 +93,7 @@ class Yardstick:
     reference_features: NDArray[np.float32] = field(init=False)
 
     def __post_init__(self) -> None:
+        _need_two(self.reference)
         self.reference_features = self.features(self.reference.pixels)
         self.moments = Moments.of(self.reference_features)
 
@@ -104,8 +106,9 @@ def make_images(
     pixels, latents, image_seeds = [], [], []
     for start in range(0, len(prompts), _ORDERS_AT_ONCE):
         orders = [
-            check_order(components.spec, prompt=prompt.text, seed=index * seeds, steps=steps, count=seeds)
+            check_order(components.spec, prompt=prompt.text, seed=index * seeds + repeat, steps=steps)
             for index, prompt in prompted[start : start + _ORDERS_AT_ONCE]
+            for repeat in range(seeds)
         ]
         for of_order in generate_rows(components, orders):
             pixels += [image for _, image in of_order]
@@ -120,6 +123,7 @@ def make_images(
 def measure(subject: Subject, yardstick: Yardstick) -> tuple[Row, NDArray[np.int64]]:
     """The subject's row, and for every image which reference image is nearest to it."""
     images = subject.images
+    _need_two(images)
     groups = images.groups
     features = yardstick.features(images.pixels)
     kid = KernelDistance(features, yardstick.reference_features, groups)
@@ -141,6 +145,11 @@ def measure(subject: Subject, yardstick: Yardstick) -> tuple[Row, NDArray[np.int
     ), which
 
 
+def _need_two(images: ImageSet) -> None:
+    if len(images) < 2:
+        raise EvaluationError(f"{images.name}: {len(images)} image cannot be measured as a set; give at least 2")
+
+
 def _mean(values: NDArray[np.floating] | None, groups: NDArray[np.int64]) -> Estimate | None:
     if values is None or np.isnan(values).all():
         return None
@@ -148,12 +157,18 @@ def _mean(values: NDArray[np.floating] | None, groups: NDArray[np.int64]) -> Est
 
 
 def _text_scores(images: ImageSet, scorer: TextScorer | None) -> tuple[NDArray[np.floating] | None, NDArray[np.floating] | None]:
-    """Scores of every image with its own prompt, and with the prompt of an image half a set away."""
+    """Scores of every image with its own prompt, and with another prompt of the set drawn at random."""
     if scorer is None or any(prompt is None for prompt in images.prompts):
         return None, None
     texts = [prompt.text for prompt in images.prompts if prompt]
-    away = len(texts) // 2
-    return scorer(images.pixels, texts), scorer(images.pixels, [*texts[away:], *texts[:away]])
+    own = scorer(images.pixels, texts)
+    different = list(dict.fromkeys(texts))
+    if len(different) == 1:
+        return own, None
+    steps = np.random.default_rng(0).integers(1, len(different), len(texts))
+    place = {text: index for index, text in enumerate(different)}
+    others = [different[(place[text] + int(step)) % len(different)] for text, step in zip(texts, steps, strict=True)]
+    return own, scorer(images.pixels, others)
 
 
 def _attributes(images: ImageSet, groups: NDArray[np.int64]) -> dict[str, Estimate]:
@@ -181,12 +196,14 @@ def _mean_share(known: Sequence[NDArray[np.float64]], weights: NDArray[np.float6
 
 def warnings_for(yardstick: Yardstick, counts: Iterable[int]) -> tuple[str, ...]:
     """What makes the Frechet distance unsound: a covariance of D features needs more than D images."""
-    dimension, fewest = yardstick.features.dimension, min(*counts, len(yardstick.reference))
-    if fewest > 2 * dimension:
+    dimension, needed = yardstick.features.dimension, 2 * yardstick.features.dimension
+    few = [f"{count} {side}" for side, count in (("images", min(counts)), ("of the reference", len(yardstick.reference)))
+           if count <= needed]  # fmt: skip
+    if not few:
         return ()
     return (
-        f"{fewest} images are too few for a Frechet distance of {dimension} features: it comes out too large; "
-        f"give more than {2 * dimension} on both sides, or read KID, which has no such bias",
+        f"{' and '.join(few)} are too few for a Frechet distance of {dimension} features: it comes out too large; "
+        f"give more than {needed} on both sides, or read KID, which has no such bias",
     )
 
 

@@ -6,11 +6,12 @@ import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from flashdiff.errors import EvaluationError
 from flashdiff.files import write_whole
@@ -181,18 +182,36 @@ def _read_folder(folder: Path) -> Iterator[tuple[str, bytes, Prompt | None, int]
         yield name, path.read_bytes(), prompt, seed
 
 
+def _known_kind(scene: tuple[str, int]) -> tuple[str, int]:
+    from flashdiff.zoo.world import KINDS
+
+    if scene[0] not in KINDS or scene[1] < 0:
+        raise ValueError(f"a scene is one of {', '.join(KINDS)} and a seed")
+    return scene
+
+
+class _Entry(BaseModel):
+    """A line of metadata.jsonl; other keys are somebody else's."""
+
+    file_name: str
+    text: Annotated[str, Field(min_length=1)] | None = None
+    seed: int = 0
+    scene: Annotated[tuple[str, int], AfterValidator(_known_kind)] | None = None
+
+
 def _read_metadata(path: Path) -> dict[str, tuple[Prompt | None, int]]:
     if not path.exists():
         return {}
     known: dict[str, tuple[Prompt | None, int]] = {}
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+    for number, line in enumerate(_text(path.read_bytes(), str(path)).splitlines(), start=1):
         try:
-            entry: dict[str, Any] = json.loads(line)
-            scene = entry.get("scene")
-            prompt = Prompt(entry["text"], (scene[0], int(scene[1])) if scene else None) if "text" in entry else None
-            known[entry["file_name"]] = (prompt, int(entry.get("seed", 0)))
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
-            raise EvaluationError(f"{path}:{number}: not an object with file_name and text") from None
+            entry = _Entry.model_validate_json(line)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            field = ".".join(map(str, problem["loc"])) or "the line"
+            raise EvaluationError(f"{path}:{number}: {field}: {problem['msg']}") from None
+        prompt = None if entry.text is None else Prompt(entry.text, entry.scene)
+        known[entry.file_name] = (prompt, entry.seed)
     return known
 
 

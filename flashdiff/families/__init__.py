@@ -1,5 +1,6 @@
 """The model families, and how a base model is found and loaded. Only this folder knows a model's name."""
 
+import importlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +10,13 @@ from flashdiff.errors import ModelError, first_line
 if TYPE_CHECKING:
     from flashdiff.families.base import ModelFamily, TorchModel
 
+_FAMILIES = {
+    "StableDiffusionPipeline": "sd15",
+    "StableDiffusionXLPipeline": "sdxl",
+    "PixArtAlphaPipeline": "pixart",
+    "StableDiffusion3Pipeline": "sd3",
+    "FluxPipeline": "flux",
+}
 _ZOO = Path(__file__).parent.parent / "zoo"
 
 
@@ -28,7 +36,7 @@ def _download(repository: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repository, allow_patterns=["*.json", "*.txt", "*/*.safetensors"]))
+        return Path(snapshot_download(repository, allow_patterns=["*.json", "*.txt", "*/*.safetensors", "*/*.model"]))
     except Exception as error:  # network, authentication and naming errors come as many kinds
         raise ModelError(
             f"no base model '{repository}': not a directory, and the hub did not give it ({first_line(error)})"
@@ -37,16 +45,14 @@ def _download(repository: str) -> Path:
 
 def family_of(folder: Path) -> "ModelFamily":
     """The family of a model directory; ModelError when there is none for its pipeline class."""
-    from flashdiff.families import sd15
-
-    families = {family.pipeline_class: family for family in (sd15.FAMILY,)}
     try:
         pipeline_class = json.loads((folder / "model_index.json").read_text("utf-8"))["_class_name"]
     except (OSError, ValueError, KeyError, TypeError):
         raise ModelError(f"{folder} is not a diffusers model directory: it has no readable model_index.json") from None
-    if pipeline_class not in families:
-        raise ModelError(f"{folder}: no family for a {pipeline_class}; supported: {', '.join(families)}")
-    return families[pipeline_class]
+    if pipeline_class not in _FAMILIES:
+        raise ModelError(f"{folder}: no family for a {pipeline_class}; supported: {', '.join(_FAMILIES)}")
+    family: ModelFamily = importlib.import_module(f"flashdiff.families.{_FAMILIES[pipeline_class]}").FAMILY
+    return family
 
 
 def load_base(base: str) -> "tuple[ModelFamily, TorchModel]":

@@ -4,7 +4,6 @@ A family names its parts as modules with flat, named tensors. Training, export a
 modules, so what is exported is what was trained.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,9 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from flashdiff.components import Conditioning, ModelSpec
-from flashdiff.errors import ModelError
 from flashdiff.files import hash_files
 from flashdiff.text import PromptTokenizer
+
+GUIDANCE = "guidance"
+"""The conditioning tensor [B] of networks that were trained to take the guidance scale as an input."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,8 @@ class ModelFamily:
     """The module of the network whose output the discriminator looks at."""
     lora_prefix: str
     """The denoiser's name in a diffusers LoRA file."""
+    lora_writer: str | None = None
+    """The diffusers pipeline whose `save_lora_weights` writes such a file; None: `pipeline_class` itself."""
     default_guidance: float
     default_steps: int
     """Of the base model, without a flash LoRA."""
@@ -49,8 +52,8 @@ class ModelFamily:
 class TorchModel:
     """A base model in torch, float32 and in eval mode. Implements `Components`.
 
-    text_encoder (input_ids [B, T]) -> conditioning tensors; denoiser (latents [B, C, h, w], times [B], *conditioning) ->
-    [B, C, h, w]; decoder (latents) -> images [B, 3, H, W] in [-1, 1]. Latents are scaled: about unit variance.
+    text_encoder (ids [B, T] of every tokenizer) -> conditioning tensors; denoiser (latents [B, C, h, w], times [B],
+    *conditioning) -> [B, C, h, w]; decoder (latents) -> images [B, 3, H, W] in [-1, 1]. Latents are scaled: about unit variance.
     """
 
     spec: ModelSpec
@@ -74,10 +77,24 @@ class TorchModel:
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         return {name: value.numpy() for name, value in self.encode_ids(self.tokenizer(prompts)).items()}
 
-    def encode_ids(self, ids: NDArray[np.int64]) -> dict[str, Tensor]:
-        """`encode` of token ids [B, T], for callers that go on in torch."""
+    def encode_ids(self, ids: Mapping[str, NDArray[np.int64]]) -> dict[str, Tensor]:
+        """`encode` of token ids [B, T] of every tokenizer, for callers that go on in torch."""
         with torch.no_grad():
-            return dict(zip(self.conditioning, self.text_encoder(torch.from_numpy(ids)), strict=True))
+            outputs = self.text_encoder(*(torch.from_numpy(ids[tokenizer.name]) for tokenizer in self.spec.tokenizers))
+        return dict(zip(self.conditioning, outputs, strict=True))
+
+    @property
+    def guides_twice(self) -> bool:
+        """Whether guidance is a second evaluation, and not an input of the network."""
+        return GUIDANCE not in self.conditioning
+
+    def unconditional(self) -> dict[str, Tensor] | None:
+        """What guidance contrasts prompts with, batch 1; None where the network takes guidance as an input."""
+        if not self.guides_twice:
+            return None
+        empty = self.encode_ids(self.tokenizer([""]))
+        zeros = self.spec.unconditional == "zeros"
+        return {name: torch.zeros_like(values) for name, values in empty.items()} if zeros else empty
 
     def denoise(
         self, latents: NDArray[np.float32], times: NDArray[np.int64], conditioning: Mapping[str, NDArray[np.float32]]
@@ -95,16 +112,5 @@ class TorchModel:
 
 def base_hash(folder: Path) -> str:
     """Hash of a model directory's weights and configuration; other files (cards, pictures) do not count."""
-    return hash_files(folder, (path for path in folder.glob("*/*") if path.suffix in {".safetensors", ".bin", ".json", ".txt"}))
-
-
-def read_config(folder: Path, part: str, name: str = "config.json") -> dict[str, Any]:
-    """A part's configuration; ModelError when it is missing or not JSON."""
-    path = folder / part / name
-    try:
-        config: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    except OSError:
-        raise ModelError(f"{folder}: not a complete model directory, {part}/{name} is missing") from None
-    except ValueError as error:
-        raise ModelError(f"{path}: not valid JSON ({error})") from None
-    return config
+    counted = {".safetensors", ".bin", ".json", ".txt", ".model"}
+    return hash_files(folder, (path for path in folder.glob("*/*") if path.suffix in counted))

@@ -7,19 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from flashdiff.checkpoint import load_state, save_state
 from flashdiff.config import Record
+from flashdiff.errors import TrainingError
 
 _CHECKPOINT_EVERY = 250
 
 
 class StageRecipe(Record):
-    batch_size: int
-    images: int
+    batch_size: int = Field(ge=1)
+    images: int = Field(ge=1)
     """Training length: images seen, counting repeats."""
-    learning_rate: float
+    learning_rate: float = Field(gt=0, lt=1)
     """Peak; linear warm-up over 200 updates, then cosine to 1 % of it."""
 
 
@@ -52,6 +54,8 @@ def fit(
     while step < total:
         loss = loss_of(step)
         loss.backward()
+        if not torch.isfinite(loss):
+            raise TrainingError(f"{name}, update {step}: the loss is {loss.item()}; the last checkpoint is untouched")
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step(_annealed(step, total))
         step += 1

@@ -11,11 +11,12 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 
 from flashdiff.checkpoint import load_state, save_state, step_generator
@@ -33,10 +34,19 @@ _VALIDATION_IMAGES = 2000
 _VALIDATION_SEED = 10_000_000  # far beyond any training seed
 
 
+def _known(kind: str) -> str:
+    if kind not in KINDS:
+        raise ValueError(f"'{kind}' is none of {', '.join(KINDS)}")
+    return kind
+
+
+KindName = Annotated[str, AfterValidator(_known)]
+
+
 class WorldRecipe(Record):
-    kinds: tuple[str, ...] = tuple(KINDS)
-    image_size: int = 64
-    train_images: int = 40_000
+    kinds: tuple[KindName, ...] = Field(tuple(KINDS), min_length=1)
+    image_size: int = Field(64, ge=8)
+    train_images: int = Field(40_000, ge=1)
 
 
 class VaeRecipe(StageRecipe):
@@ -67,6 +77,12 @@ class Recipe(Record):
     world: WorldRecipe
     vae: VaeRecipe
     denoiser: DenoiserRecipe
+
+    @model_validator(mode="after")
+    def _crops_fit(self) -> Self:
+        if not 1 <= self.vae.crop <= self.world.image_size:
+            raise ValueError(f"vae.crop must be at most world.image_size ({self.world.image_size}), not {self.vae.crop}")
+        return self
 
 
 def train(recipe: Recipe, out: Path) -> None:

@@ -23,3 +23,12 @@ def test_a_mode_without_weight_is_not_drawn() -> None:
 def test_phases_follow_each_other_and_the_last_one_holds() -> None:
     first, second = Phase(updates=2, mode_weights=(1,)), Phase(updates=3, mode_weights=(2,))
     assert [phase_at((first, second), update) for update in range(7)] == [first] * 2 + [second] * 5
+
+
+def test_loss_weights_ramp_from_the_phase_before() -> None:
+    first = Phase(updates=4, mode_weights=(1,), distillation=1)
+    second = Phase(updates=6, mode_weights=(2,), distillation=0.5, adversarial=0.4)
+    found = [phase_at((first, second), update, ramp_updates=3) for update in range(12)]
+    assert [round(phase.adversarial, 6) for phase in found] == [0] * 4 + [0.1, 0.2, 0.3] + [0.4] * 5
+    assert [round(phase.distillation, 6) for phase in found[3:8]] == [1, 0.875, 0.75, 0.625, 0.5]
+    assert all(phase.mode_weights == (2,) for phase in found[4:])

@@ -8,7 +8,9 @@ import torch
 from recipes import image_folder, tiny_recipe
 from safetensors.torch import load_file
 
+from flashdiff.config import load_recipe
 from flashdiff.distill import loop
+from flashdiff.distill.config import Recipe, bundled_recipe
 from flashdiff.distill.loop import distill
 from flashdiff.errors import LoraError, TrainingError
 from flashdiff.families import load_base
@@ -144,6 +146,24 @@ def test_an_unfinished_run_and_layers_of_other_parts_are_not_fused(tiny_base: Pa
     (style / WEIGHTS).write_bytes(b"garbage")
     with pytest.raises(LoraError, match="is damaged"):
         fuse(model, family, [(style, 1.0)])
+    for key, said in (
+        ("lora_te_text_model.lora_up.weight", "no layer for 'lora_te_text_model'"),
+        (f"{_layer()}.hada_w1_a", "not a plain"),
+    ):
+        save_file({key: torch.zeros(2, 2)}, style / WEIGHTS)
+        with pytest.raises(LoraError, match=said):
+            fuse(model, family, [(style, 1.0)])
+
+
+def _layer() -> str:
+    return "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+
+
+@pytest.mark.parametrize("name", ["avatars", "sd15", "sdxl", "pixart", "sd3", "flux"])
+def test_the_shipped_recipes_read(name: str) -> None:
+    recipe = load_recipe(bundled_recipe(f"{name}.toml"), Recipe)
+    assert recipe.grid.solver_times()[0] == 999
+    assert name == "avatars" or [phase.distribution_matching for phase in recipe.phases] == [0, 0.3, 0.5, 0.7]
 
 
 def test_a_grid_of_another_length_than_the_bases_is_refused(tiny_base: Path, tmp_path: Path) -> None:

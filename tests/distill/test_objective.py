@@ -49,7 +49,7 @@ def evaluations(model: TorchModel) -> Iterator[list[int]]:
 
 def _objective(model: TorchModel, tiny_base: Path, **loss: Any) -> Objective:
     recipe = tiny_recipe(tiny_base, phases=[ALL], loss=loss)
-    return Objective(model, load_base(str(tiny_base))[0], recipe, model.encode_ids(model.tokenizer([""])))
+    return Objective(model, load_base(str(tiny_base))[0], recipe)
 
 
 def _generator() -> torch.Generator:
@@ -113,7 +113,7 @@ def test_opponents_learn_without_moving_the_student(model: TorchModel, tiny_base
 
 def test_a_loss_without_weight_costs_nothing(model: TorchModel, tiny_base: Path, batch: Targets, evaluations: list[int]) -> None:
     recipe = tiny_recipe(tiny_base)
-    objective = Objective(model, load_base(str(tiny_base))[0], recipe, {})
+    objective = Objective(model, load_base(str(tiny_base))[0], recipe)
     evaluations.clear()
     losses = objective.losses(student_x0(model, batch), batch, recipe.phases[0], _generator())
     assert list(losses) == ["distillation"]

@@ -11,11 +11,11 @@ import pytest
 
 from flashdiff.components import Size
 from flashdiff.engines.build import BuildOptions, build_engine
-from flashdiff.engines.bundle import MANIFEST, read_manifest
+from flashdiff.engines.bundle import MANIFEST, SCHEMA_VERSION, read_manifest
 from flashdiff.engines.export import parts_of
 from flashdiff.engines.runtime.engine import Engine, open_bundle
 from flashdiff.engines.verify import verify
-from flashdiff.errors import BundleError, LoraError, RequestError
+from flashdiff.errors import BundleError, ConfigError, LoraError, RequestError
 from flashdiff.families import load_base
 from flashdiff.generate import check_order, generate
 
@@ -117,12 +117,12 @@ def test_every_kind_of_damage_is_refused_with_its_cause(copy: Path) -> None:
     read_manifest(copy)
 
     _edit(copy, schema_version=99)
-    with pytest.raises(BundleError, match="bundle schema 99, this flashdiff reads 1; build it again"):
+    with pytest.raises(BundleError, match="bundle schema 99, this flashdiff reads 2; build it again"):
         open_bundle(copy)
-    _edit(copy, schema_version=1, files={**read_files(copy), "../../etc/passwd": "0"})
+    _edit(copy, schema_version=SCHEMA_VERSION, files={**read_files(copy), "../../etc/passwd": "0"})
     with pytest.raises(BundleError, match="outside the bundle"):
         open_bundle(copy)
-    _edit(copy, schema_version=1, batch_sizes="many")
+    _edit(copy, schema_version=SCHEMA_VERSION, batch_sizes="many")
     with pytest.raises(BundleError, match="damaged at 'batch_sizes'"):
         open_bundle(copy)
     (copy / MANIFEST).write_text("{")
@@ -162,7 +162,7 @@ def test_a_failed_build_leaves_nothing_behind(tiny_base: Path, tmp_path: Path, m
 @pytest.mark.parametrize(
     ("changes", "kind", "message"),
     [
-        ({"guidance": 3.0}, BundleError, "a flash student runs without guidance"),
+        ({"guidance": 3.0}, ConfigError, "a flash student runs without guidance"),
         ({"sizes": (Size(33, 32),)}, BundleError, "must be multiples of 8"),
         ({"loras": (("nothing", 1.0),)}, LoraError, "no LoRA 'nothing'"),
     ],

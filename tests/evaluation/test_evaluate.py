@@ -18,7 +18,7 @@ from flashdiff.evaluation.evaluate import Row, Subject, Yardstick, measure
 from flashdiff.evaluation.features import attribute_reader, feature_extractor, text_scorer
 from flashdiff.evaluation.images import ImageSet, Prompt, attributes_of, read_images, read_prompts, real_images
 from flashdiff.zoo.images import rendered
-from flashdiff.zoo.world import KINDS
+from flashdiff.zoo.world import KINDS, describe, render
 
 PROMPTS = read_prompts("avatars", 150)
 
@@ -85,10 +85,10 @@ def test_the_probe_reads_real_renders(real_row: Row) -> None:
 
 
 def test_the_probe_sees_what_is_missing() -> None:
-    bare = ImageSet("gray", np.full((4, 64, 64, 3), 128, np.uint8), (PROMPTS[0],) * 4)
-    read = attribute_reader()(bare.pixels)
-    assert set(read) >= {"kind", "color", "background", "eyes"}
-    assert all(len(words) == 4 for words in read.values())
+    bare = [seed for seed in range(200) if not {"ring", "moons"} & describe("planets", seed).phrases.keys()][:8]
+    read = attribute_reader()(np.stack([render("planets", seed, 64)[0] for seed in bare]))
+    assert read["kind"] == ["planet"] * 8
+    assert (read["ring"] + read["moons"]).count("none") >= 15
 
 
 def test_copies_of_the_reference_are_near_and_one_image_has_no_diversity(yardstick: Yardstick, real_row: Row) -> None:
@@ -123,17 +123,19 @@ def test_a_model_a_bundle_and_their_images_give_the_same_numbers(
     prompts.write_text("a dog\na cat\n\na cow\n")
     common = ["--prompts", str(prompts), "--reference", str(folder), "--features", "avatars", "--text", "avatars"]
     model = ["evaluate", str(tiny_base), "--lora", str(flash_lora), "--steps", "2,1", "--out", str(tmp_path / "out")]
-    teacher = ["--teacher", str(tiny_base), "--teacher-steps", "3", "--json", str(tmp_path / "model.json")]
+    teacher = ["--teacher", str(tiny_base), "--teacher-steps", "3", "--guidance", "2", "--json", str(tmp_path / "model.json")]
     assert cli.main([*model, *teacher, *common]) == 0
     table = capsys.readouterr().out
     assert "| tiny + flash, 2 steps | 6 |" in table
-    assert "12 images are too few" not in table
-    assert "are too few for a Frechet distance of 128 features" in table
+    assert "6 images and 6 of the reference are too few for a Frechet distance of 128 features" in table
+    assert "give more than 256 on both sides" in table
+    assert table.count("| real |") == 1
     rows = {row["name"]: row for row in json.loads((tmp_path / "model.json").read_text())["rows"]}
     assert list(rows) == ["real", "tiny + flash, 2 steps", "tiny + flash, 1 step", "tiny, 3 steps"]
     assert (tmp_path / "out" / "report.md").read_text().strip() == table.strip()
     for sheet in ("tiny, 3 steps", "tiny + flash, 1 step-nearest"):
-        assert Image.open(tmp_path / "out" / "sheets" / f"{sheet}.png").width > 32
+        with Image.open(tmp_path / "out" / "sheets" / f"{sheet}.png") as drawn:
+            assert drawn.width > 32
 
     images = tmp_path / "out" / "images" / "tiny + flash, 2 steps"
     assert cli.main(["evaluate", str(images), *common, "--json", str(tmp_path / "folder.json")]) == 0
@@ -147,6 +149,22 @@ def test_a_model_a_bundle_and_their_images_give_the_same_numbers(
     assert cli.main(["evaluate", str(student_bundle), "--steps", "2", *common, "--json", str(tmp_path / "bundle.json")]) == 0
     bundle = json.loads((tmp_path / "bundle.json").read_text())["rows"][1]
     assert bundle["fid"]["value"] == pytest.approx(again["fid"]["value"], rel=1e-2)
+
+
+def test_one_name_is_given_once_and_shuffled_prompts_are_others(
+    tiny_base: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    same = ["evaluate", str(tiny_base), "--teacher", str(tiny_base), "--steps", "1", "--teacher-steps", "1", "--seeds", "17"]
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a dog\n")
+    common = ["--prompts", str(prompts), "--reference", str(folder), "--features", "avatars", "--text", "avatars"]
+    assert cli.main([*same, *common, "--json", str(tmp_path / "same.json"), "--out", str(tmp_path / "out")]) == 0
+    capsys.readouterr()
+    rows = json.loads((tmp_path / "same.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["real", "tiny, 1 step", "tiny, 1 step (again)"]
+    assert rows[1]["fid"] == rows[2]["fid"]
+    assert rows[1]["images"] == 17
+    assert rows[1]["text_shuffled"] is None  # one prompt has no other
 
 
 def test_shards_and_folders_hold_the_same_images(folder: Path, tmp_path: Path) -> None:
@@ -214,8 +232,15 @@ def test_wrong_input_is_one_line(tmp_path: Path, folder: Path, tiny_base: Path, 
     for index, size in enumerate((32, 48)):
         Image.new("RGB", (size, 32)).save(mixed / f"{index}.png")
     (broken / "a.png").write_bytes(b"not a picture")
-    prompts = tmp_path / "prompts.txt"
+    (empty / "old").mkdir()
+    one, lines = tmp_path / "one", tmp_path / "lines"
+    for target, line in ((one, '{"file_name": "0.png"}'), (lines, '{"file_name": "0.png", "text": "x", "scene": ["dragon", 3]}')):
+        target.mkdir()
+        Image.new("RGB", (32, 32)).save(target / "0.png")
+        (target / "metadata.jsonl").write_text(line + "\n")
+    prompts, long = tmp_path / "prompts.txt", tmp_path / "long.txt"
     prompts.write_text("a dog\n")
+    long.write_text("a dog\n" + "word " * 60 + "\n")
     reference = ["--reference", folder, "--features", "avatars"]
     cases: list[tuple[list[object], str]] = [
         ([empty], "no images"),
@@ -231,7 +256,14 @@ def test_wrong_input_is_one_line(tmp_path: Path, folder: Path, tiny_base: Path, 
         (["avatars", "--text", f"clip:{tmp_path}"], "no CLIP model"),
         ([folder, "--steps", "2", *reference], "--lora and --steps are for models"),
         (["avatars", "--out", empty], "exists already"),
-        (["avatars", "--reference", empty], "no images"),
+        (["avatars", "--reference", empty, "--features", "avatars"], "no images"),
+        (["avatars", "--prompts", long, *reference], "tokens, at most 32 fit"),
+        ([one, *reference], "one: 1 image cannot be measured as a set"),
+        ([lines, *reference], "metadata.jsonl:1: scene: Value error, a scene is one of critters"),
+        (
+            [folder, "--guidance", "3", "--teacher", tiny_base, "--reference-count", "2", *reference],
+            "the reference holds 2 images",
+        ),
     ]
     for arguments, said in cases:
         few = [] if "--count" in arguments else ["--count", "2"]

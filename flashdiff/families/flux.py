@@ -1,0 +1,131 @@
+"""FLUX: a pooled CLIP vector and a T5, a transformer over packed latents, rectified flow; dev takes guidance as an input."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flashdiff.components import ModelSpec, Size
+from flashdiff.families.base import GUIDANCE, ModelFamily, TorchModel
+from flashdiff.families.loading import (
+    Decoder,
+    image_encoder,
+    latent_factor,
+    load_part,
+    load_tokenizers,
+    named_gaps,
+    read_config,
+    tokenizer_spec,
+)
+from flashdiff.sampling import Sampler
+from flashdiff.schedule import FlowSchedule
+
+_T5_TOKENS = 512
+_EMBEDDED_GUIDANCE = 3.5  # what the model's own pipeline feeds it
+
+
+class _TextEncoder(nn.Module):
+    """T5's states, CLIP's pooled vector, and the guidance that the network is fed unless somebody else says."""
+
+    def __init__(self, clip: Any, t5: Any) -> None:
+        super().__init__()
+        self.clip, self.t5 = clip, t5
+
+    def forward(self, input_ids: Tensor, input_ids_2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        pooled = self.clip(input_ids).pooler_output
+        return self.t5(input_ids_2)[0], pooled, torch.full_like(pooled[:, 0], _EMBEDDED_GUIDANCE)
+
+
+class _Denoiser(nn.Module):
+    """Latents [B, C, h, w] go in and out as they are; inside, each 2x2 patch is one token of 4 C values."""
+
+    def __init__(self, transformer: Any, schedule: FlowSchedule) -> None:
+        super().__init__()
+        self.transformer = transformer
+        _, sigmas = schedule.levels(list(range(schedule.num_train_timesteps)))
+        self.register_buffer("sigmas", torch.from_numpy(sigmas).float())
+        self.sigmas: Tensor
+
+    def forward(
+        self, latents: Tensor, times: Tensor, encoder_hidden_states: Tensor, pooled_projections: Tensor, guidance: Tensor
+    ) -> Tensor:
+        batch, channels, height, width = latents.shape
+        rows, columns = height // 2, width // 2
+        tokens = latents.reshape(batch, channels, rows, 2, columns, 2).permute(0, 2, 4, 1, 3, 5)
+        image_ids = torch.zeros(rows, columns, 3, dtype=latents.dtype, device=latents.device)
+        image_ids[..., 1] += torch.arange(rows, device=latents.device)[:, None]
+        image_ids[..., 2] += torch.arange(columns, device=latents.device)[None, :]
+        output = self.transformer(
+            hidden_states=tokens.reshape(batch, rows * columns, 4 * channels),
+            timestep=self.sigmas[times],
+            guidance=guidance if self.transformer.config.guidance_embeds else None,
+            pooled_projections=pooled_projections,
+            encoder_hidden_states=encoder_hidden_states,
+            txt_ids=torch.zeros(encoder_hidden_states.shape[1], 3, dtype=latents.dtype, device=latents.device),
+            img_ids=image_ids.reshape(rows * columns, 3),
+            return_dict=False,
+        )[0]
+        unpacked: Tensor = output.reshape(batch, rows, columns, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
+        return unpacked.reshape(batch, channels, height, width)
+
+
+@named_gaps
+def _read_spec(folder: Path) -> ModelSpec:
+    vae = read_config(folder, "vae")
+    scheduler = read_config(folder, "scheduler", "scheduler_config.json")
+    side = vae["sample_size"]
+    tokens = (side // latent_factor(vae) // 2) ** 2
+    return ModelSpec(
+        name=folder.resolve().name,
+        family=FAMILY.name,
+        prediction="flow",
+        sampler=Sampler(
+            kind="ode",
+            schedule=FlowSchedule.from_scheduler_config(scheduler, source=f"{folder}/scheduler", tokens=tokens),
+            guidance=FAMILY.default_guidance,
+            default_steps=FAMILY.default_steps,
+        ),
+        latent_channels=vae["latent_channels"],
+        latent_factor=latent_factor(vae),
+        sizes=(Size(side, side),),
+        tokenizers=(
+            tokenizer_spec(folder, "tokenizer", "input_ids"),
+            tokenizer_spec(folder, "tokenizer_2", "input_ids_2", _T5_TOKENS),
+        ),
+    )
+
+
+def _load(folder: Path, spec: ModelSpec) -> TorchModel:
+    import diffusers
+    from transformers import CLIPTextModel, T5EncoderModel
+
+    vae = load_part(folder, "vae", diffusers.AutoencoderKL)
+    transformer = load_part(folder, "transformer", diffusers.FluxTransformer2DModel)
+    clip, t5 = load_part(folder, "text_encoder", CLIPTextModel), load_part(folder, "text_encoder_2", T5EncoderModel)
+    assert isinstance(spec.sampler.schedule, FlowSchedule)
+    return TorchModel(
+        spec=spec,
+        folder=folder,
+        conditioning=FAMILY.conditioning,
+        tokenizer=load_tokenizers(folder, {"input_ids": "tokenizer", "input_ids_2": "tokenizer_2"}, spec.tokenizers),
+        text_encoder=_TextEncoder(clip, t5).eval(),
+        denoiser=_Denoiser(transformer, spec.sampler.schedule).eval(),
+        decoder=Decoder(vae).eval(),
+        encode_images=image_encoder(vae),
+        network=transformer,
+    )
+
+
+FAMILY = ModelFamily(
+    name="flux",
+    pipeline_class="FluxPipeline",
+    conditioning=("encoder_hidden_states", "pooled_projections", GUIDANCE),
+    lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
+    feature_tap=lambda transformer: transformer.transformer_blocks[len(transformer.transformer_blocks) // 2],
+    lora_prefix="transformer",
+    default_guidance=1.0,  # none but the embedded one
+    default_steps=28,
+    read_spec=_read_spec,
+    load=_load,
+)

@@ -1,0 +1,124 @@
+"""What the families' loaders share: parts from a diffusers directory, configurations, and errors that name the part."""
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flashdiff.components import ModelSpec
+from flashdiff.errors import ModelError, first_line
+from flashdiff.text import PromptTokenizer, TokenizerSpec
+
+
+def read_config(folder: Path, part: str, name: str = "config.json") -> dict[str, Any]:
+    """A part's configuration; ModelError when it is missing or not JSON."""
+    path = folder / part / name
+    try:
+        config: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    except OSError:
+        raise ModelError(f"{folder}: not a complete model directory, {part}/{name} is missing") from None
+    except ValueError as error:
+        raise ModelError(f"{path}: not valid JSON ({error})") from None
+    return config
+
+
+def named_gaps(read: Callable[[Path], ModelSpec]) -> Callable[[Path], ModelSpec]:
+    """A `read_spec` whose missing or senseless settings are ModelErrors that name them."""
+
+    @functools.wraps(read)
+    def checked(folder: Path) -> ModelSpec:
+        try:
+            return read(folder)
+        except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
+            raise ModelError(f"{folder}: a configuration file lacks or misstates {first_line(error)}") from None
+
+    return checked
+
+
+def load_part(folder: Path, part: str, kind: Any) -> Any:
+    """A model of class `kind` in float32, frozen and in eval mode; ModelError when it cannot be loaded whole."""
+    try:
+        model, info = kind.from_pretrained(folder / part, torch_dtype=torch.float32, output_loading_info=True)
+    except Exception as error:  # the loaders raise many kinds for a missing or damaged file
+        raise ModelError(f"{folder}: cannot load {part}: {first_line(error)}") from None
+    if info["missing_keys"]:  # the loaders would make them up
+        raise ModelError(f"{folder}: {part} lacks weights, {sorted(info['missing_keys'])[0]} among them")
+    return model.eval().requires_grad_(False)
+
+
+def tokenizer_spec(folder: Path, part: str, name: str, length: int | None = None) -> TokenizerSpec:
+    """From a tokenizer's configuration: `length` overrides its own, as pipelines do for T5."""
+    from transformers import AutoTokenizer
+
+    tokenizer = _tokenizer(folder, part, AutoTokenizer)
+    return TokenizerSpec(name=name, length=length or tokenizer.model_max_length, pad_id=tokenizer.pad_token_id)
+
+
+def load_tokenizers(
+    folder: Path, parts: dict[str, str], specs: tuple[TokenizerSpec, ...], *, lowercase: bool = False
+) -> PromptTokenizer:
+    """The tokenizers of a model; `parts` says in which folder the one for an input lies.
+
+    `lowercase` strips and lowers the text first, as a pipeline does whose tokenizer does not.
+    """
+    from tokenizers import normalizers
+    from transformers import AutoTokenizer
+
+    texts = {}
+    for spec in specs:
+        tokenizer = _tokenizer(folder, parts[spec.name], AutoTokenizer).backend_tokenizer
+        if lowercase:
+            first = [normalizers.Lowercase(), normalizers.Strip()]
+            tokenizer.normalizer = normalizers.Sequence([*first, *([tokenizer.normalizer] if tokenizer.normalizer else [])])
+        texts[spec.name] = tokenizer.to_str()
+    return PromptTokenizer(texts, specs)
+
+
+def _tokenizer(folder: Path, part: str, kind: Any) -> Any:
+    # transformers makes a vocabulary up where it finds none.
+    if not any(path for pattern in ("tokenizer.json", "vocab.json", "*.model") for path in (folder / part).glob(pattern)):
+        raise ModelError(f"{folder}: {part} holds no vocabulary (tokenizer.json, vocab.json or spiece.model)")
+    try:
+        return kind.from_pretrained(folder / part)
+    except Exception as error:  # as above
+        raise ModelError(f"{folder}: cannot load {part}: {first_line(error)}") from None
+
+
+class Decoder(nn.Module):
+    """Scaled latents to images: the inverse of the latent codec, then the autoencoder's decoder."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, latents: Tensor) -> Tensor:
+        unscaled = latents / self.vae.config.scaling_factor + shift_of(self.vae)
+        images: Tensor = self.vae.decode(unscaled, return_dict=False)[0]
+        return images
+
+
+def image_encoder(vae: Any) -> Callable[[Tensor, torch.Generator], Tensor]:
+    """Images [B, 3, H, W] in [-1, 1] to scaled latents, sampled where the autoencoder is variational."""
+
+    def encode(images: Tensor, generator: torch.Generator) -> Tensor:
+        encoded = vae.encode(images)
+        latents = encoded.latent_dist.sample(generator) if hasattr(encoded, "latent_dist") else encoded.latents
+        scaled: Tensor = (latents - shift_of(vae)) * vae.config.scaling_factor
+        return scaled
+
+    return encode
+
+
+def shift_of(vae: Any) -> float:
+    """What is taken off latents before scaling; 0 for all but the 16-channel autoencoders."""
+    return getattr(vae.config, "shift_factor", None) or 0.0
+
+
+def latent_factor(vae: dict[str, Any]) -> int:
+    """Pixels per latent cell. AutoencoderKL names its levels block_out_channels, AutoencoderTiny decoder_block_out_channels."""
+    factor: int = 2 ** (len(vae.get("block_out_channels") or vae["decoder_block_out_channels"]) - 1)
+    return factor

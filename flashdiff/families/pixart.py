@@ -1,0 +1,135 @@
+"""PixArt-alpha: a T5 with a mask, a transformer with cross-attention that also predicts a variance nobody needs here."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import PixArtTransformer2DModel
+from diffusers.loaders.peft import PeftAdapterMixin
+from torch import Tensor, nn
+
+from flashdiff.components import ModelSpec, Size
+from flashdiff.families.base import ModelFamily, TorchModel
+from flashdiff.families.loading import (
+    Decoder,
+    image_encoder,
+    latent_factor,
+    load_part,
+    load_tokenizers,
+    named_gaps,
+    read_config,
+    tokenizer_spec,
+)
+from flashdiff.sampling import Sampler
+from flashdiff.schedule import NoiseSchedule
+
+_T5_TOKENS = 120
+_LARGE = 128  # latents of the size at which the network is told resolution and proportions
+
+
+class _Transformer(PixArtTransformer2DModel, PeftAdapterMixin):
+    """diffusers' network, which lacks the adapter methods that its siblings have."""
+
+
+class _TextEncoder(nn.Module):
+    def __init__(self, t5: Any, pad_id: int) -> None:
+        super().__init__()
+        self.t5, self.pad_id = t5, pad_id
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        mask = (input_ids != self.pad_id).float()
+        return self.t5(input_ids, attention_mask=mask)[0], mask
+
+
+class _Denoiser(nn.Module):
+    def __init__(self, transformer: Any, factor: int) -> None:
+        super().__init__()
+        self.transformer, self.factor = transformer, factor
+
+    def forward(self, latents: Tensor, times: Tensor, encoder_hidden_states: Tensor, encoder_attention_mask: Tensor) -> Tensor:
+        batch, channels, rows, columns = latents.shape
+        added: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
+        if self.transformer.config.sample_size == _LARGE:
+            height, width = rows * self.factor, columns * self.factor
+            resolution = torch.tensor([[height, width]], dtype=latents.dtype, device=latents.device)
+            proportions = torch.tensor([[height / width]], dtype=latents.dtype, device=latents.device)
+            added = {"resolution": resolution.expand(batch, -1), "aspect_ratio": proportions.expand(batch, -1)}
+        output: Tensor = self.transformer(
+            latents,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            timestep=times,
+            added_cond_kwargs=added,
+            return_dict=False,
+        )[0]
+        return output[:, :channels]  # the rest is the variance
+
+
+@named_gaps
+def _read_spec(folder: Path) -> ModelSpec:
+    transformer, vae = read_config(folder, "transformer"), read_config(folder, "vae")
+    scheduler = read_config(folder, "scheduler", "scheduler_config.json")
+    side = transformer["sample_size"] * latent_factor(vae)
+    return ModelSpec(
+        name=folder.resolve().name,
+        family=FAMILY.name,
+        prediction="epsilon",
+        sampler=Sampler(
+            kind="ode",
+            schedule=NoiseSchedule.from_scheduler_config(scheduler, source=f"{folder}/scheduler"),
+            guidance=FAMILY.default_guidance,
+            default_steps=FAMILY.default_steps,
+        ),
+        latent_channels=transformer["in_channels"],
+        latent_factor=latent_factor(vae),
+        sizes=(Size(side, side),),
+        tokenizers=(tokenizer_spec(folder, "tokenizer", "input_ids", _T5_TOKENS),),
+    )
+
+
+def _load(folder: Path, spec: ModelSpec) -> TorchModel:
+    import diffusers
+    from transformers import T5EncoderModel
+
+    vae = load_part(folder, "vae", diffusers.AutoencoderKL)
+    transformer = load_part(folder, "transformer", _Transformer)
+    t5 = load_part(folder, "text_encoder", T5EncoderModel)
+    return TorchModel(
+        spec=spec,
+        folder=folder,
+        conditioning=FAMILY.conditioning,
+        tokenizer=load_tokenizers(folder, {"input_ids": "tokenizer"}, spec.tokenizers, lowercase=True),
+        text_encoder=_TextEncoder(t5, spec.tokenizers[0].pad_id).eval(),
+        denoiser=_Denoiser(transformer, spec.latent_factor).eval(),
+        decoder=Decoder(vae).eval(),
+        encode_images=image_encoder(vae),
+        network=transformer,
+    )
+
+
+FAMILY = ModelFamily(
+    name="pixart",
+    pipeline_class="PixArtAlphaPipeline",
+    conditioning=("encoder_hidden_states", "encoder_attention_mask"),
+    lora_targets=(
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "proj_in",
+        "proj_out",
+        "net.0.proj",
+        "net.2",
+        "proj",
+        "linear",
+        "linear_1",
+        "linear_2",
+    ),
+    feature_tap=lambda transformer: transformer.transformer_blocks[len(transformer.transformer_blocks) // 2],
+    lora_prefix="transformer",
+    lora_writer="StableDiffusion3Pipeline",  # the same file layout; PixArt's own pipeline has no writer
+    default_guidance=4.5,
+    default_steps=20,
+    read_spec=_read_spec,
+    load=_load,
+)

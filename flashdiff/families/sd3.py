@@ -1,0 +1,124 @@
+"""Stable Diffusion 3: two CLIP text encoders and a T5, a transformer over text and image together, rectified flow."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flashdiff.components import ModelSpec, Size
+from flashdiff.families.base import ModelFamily, TorchModel
+from flashdiff.families.loading import (
+    Decoder,
+    image_encoder,
+    latent_factor,
+    load_part,
+    load_tokenizers,
+    named_gaps,
+    read_config,
+    tokenizer_spec,
+)
+from flashdiff.sampling import Sampler
+from flashdiff.schedule import FlowSchedule
+
+_T5_TOKENS = 256
+
+
+class _TextEncoder(nn.Module):
+    """CLIP states side by side, padded to T5's width and followed by T5's; and both CLIPs' projections."""
+
+    def __init__(self, first: Any, second: Any, third: Any) -> None:
+        super().__init__()
+        self.first, self.second, self.third = first, second, third
+
+    def forward(self, input_ids: Tensor, input_ids_2: Tensor, input_ids_3: Tensor) -> tuple[Tensor, Tensor]:
+        first = self.first(input_ids, output_hidden_states=True)
+        second = self.second(input_ids_2, output_hidden_states=True)
+        long = self.third(input_ids_3)[0]
+        clip = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+        clip = nn.functional.pad(clip, (0, long.shape[-1] - clip.shape[-1]))
+        return torch.cat([clip, long], dim=1), torch.cat([first.text_embeds, second.text_embeds], dim=-1)
+
+
+class _Denoiser(nn.Module):
+    def __init__(self, transformer: Any, schedule: FlowSchedule) -> None:
+        super().__init__()
+        self.transformer = transformer
+        _, sigmas = schedule.levels(list(range(schedule.num_train_timesteps)))
+        self.register_buffer("network_times", torch.from_numpy(1000 * sigmas).float())
+        self.network_times: Tensor
+
+    def forward(self, latents: Tensor, times: Tensor, encoder_hidden_states: Tensor, pooled_projections: Tensor) -> Tensor:
+        output: Tensor = self.transformer(
+            hidden_states=latents,
+            timestep=self.network_times[times],
+            encoder_hidden_states=encoder_hidden_states,
+            pooled_projections=pooled_projections,
+            return_dict=False,
+        )[0]
+        return output
+
+
+@named_gaps
+def _read_spec(folder: Path) -> ModelSpec:
+    transformer, vae = read_config(folder, "transformer"), read_config(folder, "vae")
+    scheduler = read_config(folder, "scheduler", "scheduler_config.json")
+    side = transformer["sample_size"]
+    size = Size(side * latent_factor(vae), side * latent_factor(vae))
+    tokens = (side // transformer["patch_size"]) ** 2
+    return ModelSpec(
+        name=folder.resolve().name,
+        family=FAMILY.name,
+        prediction="flow",
+        sampler=Sampler(
+            kind="ode",
+            schedule=FlowSchedule.from_scheduler_config(scheduler, source=f"{folder}/scheduler", tokens=tokens),
+            guidance=FAMILY.default_guidance,
+            default_steps=FAMILY.default_steps,
+        ),
+        latent_channels=transformer["in_channels"],
+        latent_factor=latent_factor(vae),
+        sizes=(size,),
+        tokenizers=(
+            tokenizer_spec(folder, "tokenizer", "input_ids"),
+            tokenizer_spec(folder, "tokenizer_2", "input_ids_2"),
+            tokenizer_spec(folder, "tokenizer_3", "input_ids_3", _T5_TOKENS),
+        ),
+    )
+
+
+def _load(folder: Path, spec: ModelSpec) -> TorchModel:
+    import diffusers
+    from transformers import CLIPTextModelWithProjection, T5EncoderModel
+
+    vae = load_part(folder, "vae", diffusers.AutoencoderKL)
+    transformer = load_part(folder, "transformer", diffusers.SD3Transformer2DModel)
+    first, second = (load_part(folder, part, CLIPTextModelWithProjection) for part in ("text_encoder", "text_encoder_2"))
+    third = load_part(folder, "text_encoder_3", T5EncoderModel)
+    parts = {"input_ids": "tokenizer", "input_ids_2": "tokenizer_2", "input_ids_3": "tokenizer_3"}
+    assert isinstance(spec.sampler.schedule, FlowSchedule)
+    return TorchModel(
+        spec=spec,
+        folder=folder,
+        conditioning=FAMILY.conditioning,
+        tokenizer=load_tokenizers(folder, parts, spec.tokenizers),
+        text_encoder=_TextEncoder(first, second, third).eval(),
+        denoiser=_Denoiser(transformer, spec.sampler.schedule).eval(),
+        decoder=Decoder(vae).eval(),
+        encode_images=image_encoder(vae),
+        network=transformer,
+    )
+
+
+FAMILY = ModelFamily(
+    name="sd3",
+    pipeline_class="StableDiffusion3Pipeline",
+    conditioning=("encoder_hidden_states", "pooled_projections"),
+    lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
+    feature_tap=lambda transformer: transformer.transformer_blocks[len(transformer.transformer_blocks) // 2],
+    lora_prefix="transformer",
+    default_guidance=7.0,
+    default_steps=28,
+    read_spec=_read_spec,
+    load=_load,
+)

@@ -1,0 +1,112 @@
+"""Stable Diffusion XL: two CLIP text encoders, a UNet that is also told a pooled text and the image's size."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flashdiff.components import ModelSpec, Size
+from flashdiff.errors import ModelError
+from flashdiff.families.base import ModelFamily, TorchModel
+from flashdiff.families.loading import (
+    Decoder,
+    image_encoder,
+    latent_factor,
+    load_part,
+    load_tokenizers,
+    named_gaps,
+    read_config,
+    tokenizer_spec,
+)
+from flashdiff.sampling import Sampler
+from flashdiff.schedule import NoiseSchedule
+
+
+class _TextEncoder(nn.Module):
+    """Both encoders' last-but-one layers side by side, and the second one's projection."""
+
+    def __init__(self, first: Any, second: Any) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, input_ids: Tensor, input_ids_2: Tensor) -> tuple[Tensor, Tensor]:
+        first = self.first(input_ids, output_hidden_states=True)
+        second = self.second(input_ids_2, output_hidden_states=True)
+        return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds
+
+
+class _Denoiser(nn.Module):
+    def __init__(self, unet: Any, factor: int) -> None:
+        super().__init__()
+        self.unet, self.factor = unet, factor
+
+    def forward(self, latents: Tensor, times: Tensor, encoder_hidden_states: Tensor, text_embeds: Tensor) -> Tensor:
+        # The UNet is told original size, crop and target size: an uncropped image of the size it makes.
+        height, width = latents.shape[2] * self.factor, latents.shape[3] * self.factor
+        time_ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=latents.dtype, device=latents.device)
+        added = {"text_embeds": text_embeds, "time_ids": time_ids.expand(latents.shape[0], -1)}
+        output: Tensor = self.unet(latents, times, encoder_hidden_states, added_cond_kwargs=added, return_dict=False)[0]
+        return output
+
+
+@named_gaps
+def _read_spec(folder: Path) -> ModelSpec:
+    unet, vae = read_config(folder, "unet"), read_config(folder, "vae")
+    scheduler = read_config(folder, "scheduler", "scheduler_config.json")
+    prediction = scheduler.get("prediction_type", "epsilon")
+    if prediction not in ("epsilon", "v_prediction"):
+        raise ModelError(f"{folder}: prediction_type '{prediction}' is not supported; epsilon and v_prediction are")
+    side = unet["sample_size"] * latent_factor(vae)
+    index = read_config(folder, ".", "model_index.json")
+    return ModelSpec(
+        name=folder.resolve().name,
+        family=FAMILY.name,
+        prediction=prediction,
+        sampler=Sampler(
+            kind="ode",
+            schedule=NoiseSchedule.from_scheduler_config(scheduler, source=f"{folder}/scheduler"),
+            guidance=FAMILY.default_guidance,
+            default_steps=FAMILY.default_steps,
+        ),
+        latent_channels=unet["in_channels"],
+        latent_factor=latent_factor(vae),
+        sizes=(Size(side, side),),
+        tokenizers=(tokenizer_spec(folder, "tokenizer", "input_ids"), tokenizer_spec(folder, "tokenizer_2", "input_ids_2")),
+        unconditional="zeros" if index.get("force_zeros_for_empty_prompt") else "empty_prompt",
+    )
+
+
+def _load(folder: Path, spec: ModelSpec) -> TorchModel:
+    import diffusers
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    vae = load_part(folder, "vae", diffusers.AutoencoderKL)
+    unet = load_part(folder, "unet", diffusers.UNet2DConditionModel)
+    first = load_part(folder, "text_encoder", CLIPTextModel)
+    second = load_part(folder, "text_encoder_2", CLIPTextModelWithProjection)
+    return TorchModel(
+        spec=spec,
+        folder=folder,
+        conditioning=FAMILY.conditioning,
+        tokenizer=load_tokenizers(folder, {"input_ids": "tokenizer", "input_ids_2": "tokenizer_2"}, spec.tokenizers),
+        text_encoder=_TextEncoder(first, second).eval(),
+        denoiser=_Denoiser(unet, spec.latent_factor).eval(),
+        decoder=Decoder(vae).eval(),
+        encode_images=image_encoder(vae),
+        network=unet,
+    )
+
+
+FAMILY = ModelFamily(
+    name="sdxl",
+    pipeline_class="StableDiffusionXLPipeline",
+    conditioning=("encoder_hidden_states", "text_embeds"),
+    lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
+    feature_tap=lambda unet: unet.mid_block,
+    lora_prefix="unet",
+    default_guidance=5.0,
+    default_steps=50,
+    read_spec=_read_spec,
+    load=_load,
+)

@@ -1,0 +1,70 @@
+"""Every family against its own diffusers pipeline: same prompt, same latents, same steps, same image."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from tiny import FAMILIES
+
+from flashdiff.families import family_of, load_base
+from flashdiff.generate import check_order, generate_rows
+from flashdiff.noise import image_noise
+from flashdiff.schedule import FlowSchedule
+
+PROMPT = " A Red dog"
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return FAMILIES[request.param](tmp_path_factory.mktemp("families") / request.param)
+
+
+def test_two_guided_steps_are_those_of_the_stock_pipeline(base: Path) -> None:
+    family, model = load_base(str(base))
+    assert family.name == base.name
+    spec = model.spec
+    order = check_order(spec, prompt=PROMPT, seed=3, steps=2)
+    ((_, ours),) = generate_rows(model, [order])[0]
+
+    pipeline: Any = getattr(diffusers, family.pipeline_class).from_pretrained(base)
+    pipeline.set_progress_bar_config(disable=True)
+    if hasattr(pipeline.scheduler.config, "set_alpha_to_one"):
+        pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, set_alpha_to_one=True)
+    latents = torch.from_numpy(image_noise(3, 0, spec.latent_shape(spec.sizes[0])))[None]
+    settings: dict[str, Any] = {"guidance_scale": spec.sampler.guidance, "num_inference_steps": 2, "output_type": "np"}
+    if isinstance(spec.sampler.schedule, FlowSchedule):
+        settings["sigmas"] = [1.0, 0.5]
+    if family.name == "flux":
+        settings["guidance_scale"] = 3.5
+        latents = pipeline._pack_latents(latents, *latents.shape)
+    takes = inspect.signature(pipeline.__call__).parameters
+    settings |= {
+        name: value for name, value in {"use_resolution_binning": False, "height": 32, "width": 32}.items() if name in takes
+    }
+    stock = pipeline(PROMPT, latents=latents, **settings).images[0]
+    np.testing.assert_allclose(ours.astype(float), 255 * stock, atol=0.51)
+    assert ours.std() > 5
+
+
+def test_specs_say_what_the_pipelines_do(base: Path) -> None:
+    spec = family_of(base).read_spec(base)
+    assert spec.sizes == ((32, 32),)
+    assert spec.latent_factor == 4
+    assert (spec.prediction == "flow") == isinstance(spec.sampler.schedule, FlowSchedule)
+    assert (spec.unconditional == "zeros") == (base.name == "sdxl")
+
+
+def test_latents_survive_the_codec_as_the_pipeline_scales_them(base: Path) -> None:
+    _, model = load_base(str(base))
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    vae = diffusers.AutoencoderKL.from_pretrained(base / "vae")
+    with torch.no_grad():
+        latents = model.encode_images(images, torch.Generator().manual_seed(0))
+        expected = vae.encode(images).latent_dist.sample(torch.Generator().manual_seed(0))
+        shift = vae.config.shift_factor or 0
+        torch.testing.assert_close(latents, (expected - shift) * vae.config.scaling_factor)
+        torch.testing.assert_close(model.decoder(latents), vae.decode(expected).sample, atol=1e-4, rtol=1e-4)
