@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashdiff.components import ModelSpec, Size
+from flashdiff.components import ModelSpec
 from flashdiff.families.base import GUIDANCE, ModelFamily, TorchModel
 from flashdiff.families.loading import (
     Decoder,
@@ -16,9 +16,10 @@ from flashdiff.families.loading import (
     load_tokenizers,
     named_gaps,
     read_config,
+    scheduler_config,
+    spec_of,
     tokenizer_spec,
 )
-from flashdiff.sampling import Sampler
 from flashdiff.schedule import FlowSchedule
 
 _T5_TOKENS = 512
@@ -73,22 +74,16 @@ class _Denoiser(nn.Module):
 @named_gaps
 def _read_spec(folder: Path) -> ModelSpec:
     vae = read_config(folder, "vae")
-    scheduler = read_config(folder, "scheduler", "scheduler_config.json")
-    side = vae["sample_size"]
-    tokens = (side // latent_factor(vae) // 2) ** 2
-    return ModelSpec(
-        name=folder.resolve().name,
-        family=FAMILY.name,
+    side = vae["sample_size"] // latent_factor(vae)
+    return spec_of(
+        folder,
+        FAMILY,
         prediction="flow",
-        sampler=Sampler(
-            kind="ode",
-            schedule=FlowSchedule.from_scheduler_config(scheduler, source=f"{folder}/scheduler", tokens=tokens),
-            guidance=FAMILY.default_guidance,
-            default_steps=FAMILY.default_steps,
+        schedule=FlowSchedule.from_scheduler_config(
+            scheduler_config(folder), source=f"{folder}/scheduler", tokens=(side // 2) ** 2
         ),
         latent_channels=vae["latent_channels"],
-        latent_factor=latent_factor(vae),
-        sizes=(Size(side, side),),
+        latent_side=side,
         tokenizers=(
             tokenizer_spec(folder, "tokenizer", "input_ids"),
             tokenizer_spec(folder, "tokenizer_2", "input_ids_2", _T5_TOKENS),

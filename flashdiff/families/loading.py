@@ -4,13 +4,17 @@ import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from flashdiff.components import ModelSpec
+from flashdiff.components import ModelSpec, Size
 from flashdiff.errors import ModelError, first_line
+from flashdiff.families.base import ModelFamily
+from flashdiff.prediction import Prediction
+from flashdiff.sampling import Sampler
+from flashdiff.schedule import NoiseSchedule, Schedule
 from flashdiff.text import PromptTokenizer, TokenizerSpec
 
 
@@ -37,6 +41,54 @@ def named_gaps(read: Callable[[Path], ModelSpec]) -> Callable[[Path], ModelSpec]
             raise ModelError(f"{folder}: a configuration file lacks or misstates {first_line(error)}") from None
 
     return checked
+
+
+def spec_of(
+    folder: Path,
+    family: ModelFamily,
+    *,
+    prediction: Prediction,
+    schedule: Schedule,
+    latent_channels: int,
+    latent_side: int,
+    tokenizers: tuple[TokenizerSpec, ...],
+    unconditional: Literal["empty_prompt", "zeros"] = "empty_prompt",
+) -> ModelSpec:
+    """The spec of a base model, sampled by its ODE with the family's guidance and steps."""
+    factor = latent_factor(read_config(folder, "vae"))
+    return ModelSpec(
+        name=folder.resolve().name,
+        family=family.name,
+        prediction=prediction,
+        sampler=Sampler(kind="ode", schedule=schedule, guidance=family.default_guidance, default_steps=family.default_steps),
+        latent_channels=latent_channels,
+        latent_factor=factor,
+        sizes=(Size(latent_side * factor, latent_side * factor),),
+        tokenizers=tokenizers,
+        unconditional=unconditional,
+    )
+
+
+def unet_spec(folder: Path, family: ModelFamily, tokenizers: tuple[TokenizerSpec, ...], **settings: Any) -> ModelSpec:
+    """`spec_of` a Stable Diffusion 1.x or XL: what the UNet predicts is said by its scheduler."""
+    unet, scheduler = read_config(folder, "unet"), scheduler_config(folder)
+    prediction = scheduler.get("prediction_type", "epsilon")
+    if prediction not in ("epsilon", "v_prediction"):
+        raise ModelError(f"{folder}: prediction_type '{prediction}' is not supported; epsilon and v_prediction are")
+    return spec_of(
+        folder,
+        family,
+        prediction=prediction,
+        schedule=NoiseSchedule.from_scheduler_config(scheduler, source=f"{folder}/scheduler"),
+        latent_channels=unet["in_channels"],
+        latent_side=unet["sample_size"],
+        tokenizers=tokenizers,
+        **settings,
+    )
+
+
+def scheduler_config(folder: Path) -> dict[str, Any]:
+    return read_config(folder, "scheduler", "scheduler_config.json")
 
 
 def load_part(folder: Path, part: str, kind: Any) -> Any:

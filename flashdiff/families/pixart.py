@@ -8,19 +8,19 @@ from diffusers import PixArtTransformer2DModel
 from diffusers.loaders.peft import PeftAdapterMixin
 from torch import Tensor, nn
 
-from flashdiff.components import ModelSpec, Size
+from flashdiff.components import ModelSpec
 from flashdiff.families.base import ModelFamily, TorchModel
 from flashdiff.families.loading import (
     Decoder,
     image_encoder,
-    latent_factor,
     load_part,
     load_tokenizers,
     named_gaps,
     read_config,
+    scheduler_config,
+    spec_of,
     tokenizer_spec,
 )
-from flashdiff.sampling import Sampler
 from flashdiff.schedule import NoiseSchedule
 
 _T5_TOKENS = 120
@@ -67,22 +67,14 @@ class _Denoiser(nn.Module):
 
 @named_gaps
 def _read_spec(folder: Path) -> ModelSpec:
-    transformer, vae = read_config(folder, "transformer"), read_config(folder, "vae")
-    scheduler = read_config(folder, "scheduler", "scheduler_config.json")
-    side = transformer["sample_size"] * latent_factor(vae)
-    return ModelSpec(
-        name=folder.resolve().name,
-        family=FAMILY.name,
+    transformer = read_config(folder, "transformer")
+    return spec_of(
+        folder,
+        FAMILY,
         prediction="epsilon",
-        sampler=Sampler(
-            kind="ode",
-            schedule=NoiseSchedule.from_scheduler_config(scheduler, source=f"{folder}/scheduler"),
-            guidance=FAMILY.default_guidance,
-            default_steps=FAMILY.default_steps,
-        ),
+        schedule=NoiseSchedule.from_scheduler_config(scheduler_config(folder), source=f"{folder}/scheduler"),
         latent_channels=transformer["in_channels"],
-        latent_factor=latent_factor(vae),
-        sizes=(Size(side, side),),
+        latent_side=transformer["sample_size"],
         tokenizers=(tokenizer_spec(folder, "tokenizer", "input_ids", _T5_TOKENS),),
     )
 

@@ -5,21 +5,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from flashdiff.components import ModelSpec, Size
+from flashdiff.components import ModelSpec
 from flashdiff.errors import ModelError
 from flashdiff.families.base import ModelFamily, TorchModel
 from flashdiff.families.loading import (
     Decoder,
     image_encoder,
-    latent_factor,
     load_part,
     load_tokenizers,
     named_gaps,
     read_config,
     tokenizer_spec,
+    unet_spec,
 )
-from flashdiff.sampling import Sampler
-from flashdiff.schedule import NoiseSchedule
 
 _AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
 
@@ -45,27 +43,7 @@ class _Denoiser(nn.Module):
 
 @named_gaps
 def _read_spec(folder: Path) -> ModelSpec:
-    unet, vae = read_config(folder, "unet"), read_config(folder, "vae")
-    scheduler = read_config(folder, "scheduler", "scheduler_config.json")
-    prediction = scheduler.get("prediction_type", "epsilon")
-    if prediction not in ("epsilon", "v_prediction"):
-        raise ModelError(f"{folder}: prediction_type '{prediction}' is not supported; epsilon and v_prediction are")
-    side = unet["sample_size"] * latent_factor(vae)
-    return ModelSpec(
-        name=folder.resolve().name,
-        family=FAMILY.name,
-        prediction=prediction,
-        sampler=Sampler(
-            kind="ode",
-            schedule=NoiseSchedule.from_scheduler_config(scheduler, source=f"{folder}/scheduler"),
-            guidance=FAMILY.default_guidance,
-            default_steps=FAMILY.default_steps,
-        ),
-        latent_channels=unet["in_channels"],
-        latent_factor=latent_factor(vae),
-        sizes=(Size(side, side),),
-        tokenizers=(tokenizer_spec(folder, "tokenizer", "input_ids"),),
-    )
+    return unet_spec(folder, FAMILY, (tokenizer_spec(folder, "tokenizer", "input_ids"),))
 
 
 def _load(folder: Path, spec: ModelSpec) -> TorchModel:

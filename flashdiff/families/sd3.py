@@ -6,19 +6,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashdiff.components import ModelSpec, Size
+from flashdiff.components import ModelSpec
 from flashdiff.families.base import ModelFamily, TorchModel
 from flashdiff.families.loading import (
     Decoder,
     image_encoder,
-    latent_factor,
     load_part,
     load_tokenizers,
     named_gaps,
     read_config,
+    scheduler_config,
+    spec_of,
     tokenizer_spec,
 )
-from flashdiff.sampling import Sampler
 from flashdiff.schedule import FlowSchedule
 
 _T5_TOKENS = 256
@@ -61,24 +61,16 @@ class _Denoiser(nn.Module):
 
 @named_gaps
 def _read_spec(folder: Path) -> ModelSpec:
-    transformer, vae = read_config(folder, "transformer"), read_config(folder, "vae")
-    scheduler = read_config(folder, "scheduler", "scheduler_config.json")
+    transformer = read_config(folder, "transformer")
     side = transformer["sample_size"]
-    size = Size(side * latent_factor(vae), side * latent_factor(vae))
     tokens = (side // transformer["patch_size"]) ** 2
-    return ModelSpec(
-        name=folder.resolve().name,
-        family=FAMILY.name,
+    return spec_of(
+        folder,
+        FAMILY,
         prediction="flow",
-        sampler=Sampler(
-            kind="ode",
-            schedule=FlowSchedule.from_scheduler_config(scheduler, source=f"{folder}/scheduler", tokens=tokens),
-            guidance=FAMILY.default_guidance,
-            default_steps=FAMILY.default_steps,
-        ),
+        schedule=FlowSchedule.from_scheduler_config(scheduler_config(folder), source=f"{folder}/scheduler", tokens=tokens),
         latent_channels=transformer["in_channels"],
-        latent_factor=latent_factor(vae),
-        sizes=(size,),
+        latent_side=side,
         tokenizers=(
             tokenizer_spec(folder, "tokenizer", "input_ids"),
             tokenizer_spec(folder, "tokenizer_2", "input_ids_2"),
