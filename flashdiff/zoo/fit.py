@@ -79,7 +79,8 @@ def fit(
 class Optimizer:
     """Muon (Jordan et al. 2024) for the kernels, AdamW for the rest.
 
-    For this autoencoder Muon needs a fifth of AdamW's updates to the same PSNR. PyTorch's Muon takes matrices, so each
+    In 750 updates of 32 crops Muon brought the embedded autoencoder to 26.5 dB, AdamW (at twice the latent noise, the only
+    other difference) to 23.9. PyTorch's Muon takes matrices, so each
     convolution kernel is stepped through a view [out, kernel x in] of its own memory, which channels_last makes contiguous.
     """
 
