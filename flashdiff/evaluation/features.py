@@ -71,9 +71,10 @@ def text_scorer(name: str) -> TextScorer:
 
 def attribute_reader() -> Callable[[NDArray[np.uint8]], dict[str, list[str]]]:
     """Reads off images [N, H, W, 3] of the embedded world the word of every attribute, by its probe."""
-    from flashdiff.zoo.yardstick import load_probe, probe_words, to_input
+    from flashdiff.zoo.world import attribute_words
+    from flashdiff.zoo.yardstick import load_probe, to_input
 
-    probe, words = load_probe(), probe_words()
+    probe, words = load_probe(), attribute_words()
 
     @torch.no_grad()
     def read(images: NDArray[np.uint8]) -> dict[str, list[str]]:

@@ -201,6 +201,11 @@ HELD_OUT = frozenset(
 )  # fmt: skip
 
 
+ABSENT = "none"
+"""The word for an attribute that the kind can have and the image has not."""
+
+
+@cache
 def attribute_words() -> dict[str, tuple[str, ...]]:
     """Every attribute a scene can have, and the words or phrases it can take, in a fixed order."""
     words: dict[str, set[str]] = {
@@ -211,7 +216,8 @@ def attribute_words() -> dict[str, tuple[str, ...]]:
     for kind in KINDS.values():
         for name, phrases in kind.phrases.items():
             words.setdefault(name, set()).update(phrases.values())
-    return {name: tuple(sorted(found)) for name, found in words.items()}
+    always = ("kind", "color", "background")
+    return {name: (*sorted(found), *(() if name in always else (ABSENT,))) for name, found in words.items()}
 
 
 @dataclass(frozen=True)
@@ -233,6 +239,20 @@ class Scene:
     @property
     def is_held_out(self) -> bool:
         return any((self.color, phrase) in HELD_OUT for phrase in self.phrases.values())
+
+
+def attribute_labels(scenes: Sequence[Scene]) -> dict[str, NDArray[np.int64]]:
+    """Per attribute, which of its words each scene shows [N]; -1 where the kind cannot have the attribute."""
+    labels = {}
+    for name, words in attribute_words().items():
+        index = {word: position for position, word in enumerate(words)}
+        absent = [index[ABSENT] if name in KINDS[scene.kind].phrases else -1 for scene in scenes]
+        rows = [
+            index[scene.attributes[name]] if name in scene.attributes else none
+            for scene, none in zip(scenes, absent, strict=True)
+        ]
+        labels[name] = np.array(rows)
+    return labels
 
 
 @cache

@@ -26,14 +26,11 @@ from flashdiff.errors import FlashdiffError, TrainingError
 from flashdiff.files import new_folder
 from flashdiff.zoo.fit import StageRecipe, fit
 from flashdiff.zoo.images import rendered
-from flashdiff.zoo.world import KINDS, Scene, attribute_words, caption
+from flashdiff.zoo.world import ABSENT, KINDS, Scene, attribute_labels, attribute_words, caption
 
 FOLDER = Path(__file__).parent / "avatars-yardstick"
 SIZE = 64
 """Side of the images both networks take."""
-
-ABSENT = "none"
-"""What the probe calls an attribute that the kind can have and the image has not."""
 
 _TRAIN_SEED, _TRAIN_IMAGES = 20_000_000, 36_000
 _HELD_BACK_SEED, _HELD_BACK_IMAGES = 25_000_000, 3_000
@@ -62,7 +59,7 @@ class AttributeProbe(nn.Module):
         self.features = nn.Linear(96 * 8 * 8, 128)  # not pooled: eyes and mouths have their places
         self.register_buffer("feature_mean", torch.zeros(128))
         self.register_buffer("feature_std", torch.ones(128))
-        self.heads = nn.ModuleDict({name: nn.Linear(128, len(words)) for name, words in probe_words().items()})
+        self.heads = nn.ModuleDict({name: nn.Linear(128, len(words)) for name, words in attribute_words().items()})
 
     def forward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         features = self.features(self.trunk(images).flatten(1))
@@ -118,20 +115,12 @@ def _trunk(widths: Sequence[int]) -> nn.Sequential:
 # --- words -----------------------------------------------------------------------------------------------------------
 
 
-@cache
-def probe_words() -> dict[str, tuple[str, ...]]:
-    """The classes of every head."""
-    return {
-        name: words if name in ("kind", "color", "background") else (*words, ABSENT) for name, words in attribute_words().items()
-    }
-
-
 _PAD, _UNKNOWN = 0, 1
 
 
 @cache
 def _vocabulary() -> dict[str, int]:
-    words = {word for phrases in attribute_words().values() for phrase in phrases for word in phrase.split()}
+    words = {word for phrases in attribute_words().values() for phrase in phrases if phrase != ABSENT for word in phrase.split()}
     words |= {"a", "an", "on", "in", "with", "and", "background", "plant", "hair", "hat"}
     return {word: index for index, word in enumerate(sorted(words), start=2)}
 
@@ -178,7 +167,7 @@ def train(out: Path) -> None:
     held_back, held_back_scenes = rendered(out / "renders", tuple(KINDS), _HELD_BACK_SEED, _HELD_BACK_IMAGES, SIZE)
     torch.manual_seed(_SEED)
     probe, dual = AttributeProbe(), DualEncoder()
-    labels = _labels(scenes)
+    labels = {name: torch.from_numpy(found) for name, found in attribute_labels(scenes).items()}
 
     def probe_loss(step: int) -> Tensor:
         rng, generator = step_generator(_SEED, step)
@@ -213,19 +202,6 @@ def train(out: Path) -> None:
             save_file(weights, folder / f"{name}.safetensors")
 
 
-def _labels(scenes: Sequence[Scene]) -> dict[str, Tensor]:
-    """Class indices [N] per attribute; -1 where the kind does not have the attribute at all."""
-    labels = {}
-    for name, words in probe_words().items():
-        index = {word: position for position, word in enumerate(words)}
-        rows = []
-        for scene in scenes:
-            absent = index[ABSENT] if name in KINDS[scene.kind].phrases else -1
-            rows.append(index[scene.attributes[name]] if name in scene.attributes else absent)
-        labels[name] = torch.tensor(rows)
-    return labels
-
-
 def _roughened(pixels: Tensor, generator: torch.Generator) -> Tensor:
     """A little blur and noise on half of the images, so that a soft edge does not change what is read."""
     count = len(pixels)
@@ -238,13 +214,13 @@ def _roughened(pixels: Tensor, generator: torch.Generator) -> Tensor:
 @torch.no_grad()
 def probe_accuracy(probe: AttributeProbe, images: NDArray[np.uint8], scenes: Sequence[Scene]) -> dict[str, float]:
     """Share of right readings per attribute, among the scenes whose kind has it."""
-    labels = _labels(scenes)
+    labels = attribute_labels(scenes)
     logits = [probe(to_input(images[start : start + 256]))[1] for start in range(0, len(images), 256)]
     result = {}
     for name in labels:
-        read = torch.cat([batch[name] for batch in logits]).argmax(1)
+        read = torch.cat([batch[name] for batch in logits]).argmax(1).numpy()
         known = labels[name] >= 0
-        result[name] = float((read == labels[name])[known].float().mean())
+        result[name] = float((read == labels[name])[known].mean())
     return result
 
 

@@ -11,7 +11,7 @@ from flashdiff.config import load_recipe
 from flashdiff.families import load_base
 from flashdiff.zoo import fit
 from flashdiff.zoo import train as training
-from flashdiff.zoo.train import DenoiserRecipe, Recipe, VaeRecipe, WorldRecipe, train
+from flashdiff.zoo.train import DenoiserRecipe, Recipe, TextRecipe, VaeRecipe, WorldRecipe, train
 
 RECIPE = Recipe(
     world=WorldRecipe(kinds=("critters", "planets"), image_size=32, train_images=40),
@@ -25,9 +25,8 @@ RECIPE = Recipe(
         images=24,
         learning_rate=1e-3,
     ),
-    denoiser=DenoiserRecipe(
-        block_out_channels=(32, 32), text_width=32, vocabulary=600, batch_size=4, images=24, learning_rate=1e-3
-    ),
+    text=TextRecipe(width=32, vocabulary=600, batch_size=4, images=24, learning_rate=1e-3),
+    denoiser=DenoiserRecipe(block_out_channels=(32, 32), batch_size=4, images=24, learning_rate=1e-3),
 )
 
 
@@ -60,8 +59,8 @@ def test_a_killed_training_goes_on_and_makes_the_same_model(tmp_path: Path, monk
     monkeypatch.setattr(fit, "save_state", save)
     train(RECIPE, tmp_path / "broken")
 
-    for part in ("unet", "vae"):
-        name = f"model/{part}/diffusion_pytorch_model.safetensors"
+    for part in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"):
+        name = f"model/{part}.safetensors"
         whole, broken = (load_file(tmp_path / run / name) for run in ("whole", "broken"))
         assert all(torch.equal(whole[key], broken[key]) for key in whole)
     _, model = load_base(str(tmp_path / "whole" / "model"))

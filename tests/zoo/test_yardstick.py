@@ -8,7 +8,8 @@ import torch
 
 from flashdiff.zoo import yardstick
 from flashdiff.zoo.fit import StageRecipe
-from flashdiff.zoo.yardstick import FOLDER, load_dual_encoder, load_probe, probe_words, to_input
+from flashdiff.zoo.world import attribute_words
+from flashdiff.zoo.yardstick import FOLDER, load_dual_encoder, load_probe, to_input
 
 
 def test_the_recipe_writes_networks_that_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,7 +26,7 @@ def test_the_recipe_writes_networks_that_load(tmp_path: Path, monkeypatch: pytes
     assert features.shape == (3, 128)
     assert probe.feature_std.min() > 0
     assert {name: values.shape[1] for name, values in logits.items()} == {
-        name: len(words) for name, words in probe_words().items()
+        name: len(words) for name, words in attribute_words().items()
     }
     for vectors in (seen, read):
         torch.testing.assert_close(vectors.norm(dim=1), torch.ones(3))
