@@ -21,4 +21,5 @@ WORKDIR /home/flashdiff
 EXPOSE 50051
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["flashdiff"]
-CMD ["serve", "/bundle", "--host", "0.0.0.0"]
+# Reached through the port that `docker run -p` publishes; for more than one machine add --tokens and TLS in place of --no-auth.
+CMD ["serve", "/bundle", "--host", "0.0.0.0", "--no-auth"]

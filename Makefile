@@ -1,5 +1,5 @@
 # Everything a newcomer needs: `make demo` and `make test`. Both install into .venv first.
-.PHONY: demo test check stubs install clean
+.PHONY: demo test check stubs conformance install clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -23,6 +23,17 @@ check: $(VENV)/.installed
 stubs: $(VENV)/.installed
 	PYTHON=$(BIN)/python proto/generate.sh
 
+# The same requests to real Triton and to the server. Triton comes in nvidia-pytriton, which needs the distribution's own Python and numpy 1.
+ORACLE_PYTHON ?= /usr/bin/python3
+ORACLE := .venv-oracle
+conformance: $(VENV)/.installed $(ORACLE)/.installed
+	$(BIN)/python tests/conformance/compare.py $(ORACLE)/bin/python
+
+$(ORACLE)/.installed:
+	@$(ORACLE_PYTHON) -m venv $(ORACLE)
+	@$(ORACLE)/bin/pip install -qq nvidia-pytriton==0.7.0 'numpy<2'
+	@touch $@
+
 install: $(VENV)/.installed
 
 # Without an NVIDIA GPU torch's CPU build goes in first: left to itself, pip fetches gigabytes of CUDA libraries.
@@ -37,4 +48,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(ORACLE) demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

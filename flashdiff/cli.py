@@ -13,6 +13,7 @@ from flashdiff.errors import ConfigError, FlashdiffError
 
 if TYPE_CHECKING:
     from flashdiff.components import Components
+    from flashdiff.server.models import Model
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -94,10 +95,23 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--out", type=Path, metavar="FOLDER", help="write report.md, sheets and all images here")
     evaluate.set_defaults(run=_evaluate)
 
-    serve = commands.add_parser("serve", help="serve a bundle over gRPC", description=_serve.__doc__)
-    serve.add_argument("bundle", type=Path, metavar="BUNDLE")
+    serve = commands.add_parser("serve", help="serve bundles over gRPC", description=_serve.__doc__)
+    serve.add_argument(
+        "bundles", type=Path, nargs="*", metavar="BUNDLE", help="answers to its folder's name; the first is the default"
+    )
+    serve.add_argument(
+        "--repository", type=Path, metavar="FOLDER", help="of bundles that may be loaded, by folder name, while serving"
+    )
     serve.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
     serve.add_argument("--port", type=int, default=50051, help="default: %(default)s; 0 takes a free one")
+    serve.add_argument("--tokens", type=Path, metavar="FILE", help="who may call: lines of NAME TOKEN [CALLS-PER-SECOND]")
+    serve.add_argument("--tls-cert", type=Path, metavar="FILE", help="PEM certificate chain")
+    serve.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM private key")
+    serve.add_argument(
+        "--tls-client-ca", type=Path, metavar="FILE", help="let in only clients with a certificate of this authority"
+    )
+    serve.add_argument("--no-auth", action="store_true", help="let anyone in who reaches a public --host")
+    serve.add_argument("--metrics-port", type=int, metavar="PORT", help="Prometheus metrics; default: none")
     serve.set_defaults(run=_serve)
 
     generate = commands.add_parser("generate", help="make images without a server", description=_generate.__doc__)
@@ -205,26 +219,52 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
 
 
 def _serve(options: argparse.Namespace) -> None:
-    """Serve a bundle over gRPC until SIGTERM or Ctrl-C, then finish what was accepted and stop."""
-    _need("server", "grpc", "grpc_health", "grpc_reflection")
-    if not 0 <= options.port <= 65535:
-        raise ConfigError(f"--port {options.port}: give a number from 0 to 65535")
+    """Serve bundles over gRPC until SIGTERM or Ctrl-C, then finish what was accepted and stop."""
+    _need("server", "grpc", "grpc_health", "grpc_reflection", "prometheus_client")
+    for option, port in (("--port", options.port), ("--metrics-port", options.metrics_port)):
+        if port is not None and not 0 <= port <= 65535:
+            raise ConfigError(f"{option} {port}: give a number from 0 to 65535")
+    if not options.bundles and not options.repository:
+        raise ConfigError("give a BUNDLE, or a --repository to load some from")
+    if options.repository and not options.repository.is_dir():
+        raise ConfigError(f"--repository {options.repository}: there is no such folder")
     import asyncio
 
-    from flashdiff.engines.runtime.engine import open_bundle
-    from flashdiff.server.app import serve
-    from flashdiff.server.convert import ModelIdentity
+    from flashdiff.server.app import Listen, serve
+    from flashdiff.server.models import Models
 
-    engine = open_bundle(options.bundle)
+    listen = Listen(
+        host=options.host,
+        port=options.port,
+        tokens=options.tokens,
+        tls_cert=options.tls_cert,
+        tls_key=options.tls_key,
+        tls_client_ca=options.tls_client_ca,
+        no_auth=options.no_auth,
+        metrics_port=options.metrics_port,
+    )
+    names = [bundle.absolute().name for bundle in options.bundles]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"two bundles have the same folder name: {', '.join(names)}")
+    served = {name: _open_model(bundle) for name, bundle in zip(names, options.bundles, strict=True)}
+    asyncio.run(serve(Models(served, options.repository, _open_model), listen))
+
+
+def _open_model(bundle: Path) -> "Model":
+    """The bundle, warmed up and measured."""
+    from flashdiff.engines.runtime.engine import open_bundle
+    from flashdiff.server.models import Model, ModelIdentity
+
+    engine = open_bundle(bundle)
     manifest = engine.manifest
-    model = ModelIdentity(
-        name=manifest.model.name,
+    identity = ModelIdentity(
+        name=bundle.resolve().name,
         bundle_hash=manifest.bundle_hash,
         family=manifest.model.family,
         backend=manifest.backend,
         precision=manifest.precision,
     )
-    asyncio.run(serve(engine, engine.measure_costs(), model, host=options.host, port=options.port))
+    return Model(identity, engine, engine.measure_costs())
 
 
 def _generate(options: argparse.Namespace) -> None:

@@ -9,6 +9,8 @@ FlashdiffError
   TrainingError        a training run that cannot go on
   EvaluationError      images, prompts or a reference set that cannot be measured
   RequestError         a request that asks for what this model cannot do
+    UnknownModelError  or for a model that is not there
+  AuthError            a call without a token that this server knows
   RefusedError         a sound request that is not served
     OverloadedError    the queue is full
     DeadlineError      it cannot be on time
@@ -45,18 +47,35 @@ class EvaluationError(FlashdiffError): ...
 
 
 class RequestError(FlashdiffError):
-    """A field of a request is outside what the model allows."""
+    """A request that the model cannot fill; most say which field is outside what the model allows."""
 
     def __init__(self, field: str, value: object, allowed: str) -> None:
         shown = repr(value)
         super().__init__(f"{field}: {shown if len(shown) <= 80 else shown[:77] + '...'} is not allowed; {allowed}")
-        self.field = field
+
+
+class TensorError(RequestError):
+    """A tensor of a Triton request has the wrong name, type, shape or bytes."""
+
+    def __init__(self, message: str) -> None:
+        FlashdiffError.__init__(self, message)
+
+
+class UnknownModelError(RequestError): ...
+
+
+class AuthError(FlashdiffError): ...
 
 
 class RefusedError(FlashdiffError): ...
 
 
-class OverloadedError(RefusedError): ...
+class OverloadedError(RefusedError):
+    """There is no room; `retry_after_s` is when some is expected, where that is known."""
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class DeadlineError(RefusedError): ...

@@ -1,10 +1,10 @@
 """Rows to images. A row is one image in progress; everybody who makes an image uses these pieces.
 
-`generate` runs them for one request; the server's worker calls `encode_prompts`, `new_row`, `denoise_rows` and
+`generate` runs them for one request; the server's worker calls `encode_prompts`, `start_rows`, `denoise_rows` and
 `decode_rows` on whatever rows are ready, of any prompt, seed, time and number of steps.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -32,6 +32,13 @@ class Order:
     steps: int
     size: Size
     count: int = 1
+    negative_prompt: str = ""
+    """What guidance steers away from; empty: what the model was trained to contrast with."""
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """What the text encoder has to read."""
+        return (self.prompt, self.negative_prompt) if self.negative_prompt else (self.prompt,)
 
 
 @dataclass
@@ -42,10 +49,11 @@ class Row:
     size: Size
     times: list[int]
     conditioning: Conditioning  # of this row alone, without the batch dimension
-    unconditional: Conditioning | None  # the same for the empty prompt, where the sampler guides
+    unconditional: Conditioning | None  # the same for the negative or the empty prompt, where the sampler guides
     latents: NDArray[np.float32]  # [C, h, w]
     step: int = 0
-    previous_x0: NDArray[np.float32] | None = field(default=None, repr=False)
+    x0: NDArray[np.float32] | None = field(default=None, repr=False)
+    """[C, h, w]: what the last step took the finished latents to be."""
 
     @property
     def is_done(self) -> bool:
@@ -58,13 +66,23 @@ class Row:
 
 
 def check_order(
-    spec: ModelSpec, *, prompt: str, seed: int = 0, steps: int | None = None, size: Size | None = None, count: int = 1
+    spec: ModelSpec,
+    *,
+    prompt: str,
+    seed: int = 0,
+    steps: int | None = None,
+    size: Size | None = None,
+    count: int = 1,
+    negative_prompt: str = "",
 ) -> Order:
     """An order this model can fill, defaults filled in; RequestError names the field, the value and what is allowed."""
     if not prompt.strip():
         raise RequestError("prompt", prompt, "it must not be empty")
-    if any("\ud800" <= character <= "\udfff" for character in prompt):  # what Python makes of bytes that are not UTF-8
-        raise RequestError("prompt", prompt, "it must be valid Unicode text")
+    for field_name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+        if any("\ud800" <= character <= "\udfff" for character in text):  # what Python makes of bytes that are not UTF-8
+            raise RequestError(field_name, text, "it must be valid Unicode text")
+    if negative_prompt and spec.sampler.evaluations_per_step == 1:
+        raise RequestError("negative_prompt", negative_prompt, "this model runs without guidance, it must be empty")
     if not 0 <= seed < SEED_LIMIT:
         raise RequestError("seed", seed, "it must be between 0 and 2^64 - 1")
     steps = spec.sampler.default_steps if steps is None else steps
@@ -75,7 +93,7 @@ def check_order(
         raise RequestError("size", str(size), f"this model was built for {', '.join(map(str, spec.sizes))}")
     if not 1 <= count <= MAX_COUNT:
         raise RequestError("count", count, f"it must be between 1 and {MAX_COUNT}")
-    return Order(prompt=prompt, seed=seed, steps=steps, size=size, count=count)
+    return Order(prompt=prompt, seed=seed, steps=steps, size=size, count=count, negative_prompt=negative_prompt)
 
 
 def encode_prompts(components: Components, prompts: Sequence[str]) -> list[Conditioning]:
@@ -107,8 +125,16 @@ def new_row(spec: ModelSpec, order: Order, index: int, conditioning: Conditionin
     )
 
 
+def start_rows(
+    spec: ModelSpec, order: Order, encoded: Mapping[str, Conditioning], unconditional: Conditioning | None
+) -> list[Row]:
+    """All images of the order; `encoded` holds its texts, `unconditional` is `unconditional_of` the model."""
+    contrast = encoded[order.negative_prompt] if order.negative_prompt else unconditional
+    return [new_row(spec, order, index, encoded[order.prompt], contrast) for index in range(order.count)]
+
+
 def denoise_rows(components: Components, rows: Sequence[Row]) -> None:
-    """Take every row one step further. The rows share a size; their slots fit in one batch."""
+    """Take every row one step further; an error changes none. The rows share a size, their slots fit in one batch."""
     # Guided rows stand in the batch twice: the prompt's copies first, then the unconditional ones.
     guided = [row for row in rows if row.unconditional is not None]
     entries = [*((row, row.conditioning) for row in rows), *((row, row.unconditional or {}) for row in guided)]
@@ -118,26 +144,31 @@ def denoise_rows(components: Components, rows: Sequence[Row]) -> None:
         {name: np.stack([conditioning[name] for _, conditioning in entries]) for name in rows[0].conditioning},
     )
     contrast = iter(output[len(rows) :])
-    for row, conditional in zip(rows, output, strict=False):
-        _advance(components.spec, row, conditional, contrast)
+    guidance = components.spec.sampler.guidance
+    outputs = [
+        output[index] if row.unconditional is None else guide(output[index], next(contrast), guidance)
+        for index, row in enumerate(rows)
+    ]
+    for row, values in zip(rows, outputs, strict=True):
+        if not np.isfinite(values).all():
+            raise BackendError(f"the network returned values that are not finite at time {row.times[row.step]} (seed {row.seed})")
+    for row, values in zip(rows, outputs, strict=True):
+        _advance(components.spec, row, values)
 
 
-def _advance(spec: ModelSpec, row: Row, output: NDArray[np.float32], contrast: Iterator[NDArray[np.float32]]) -> None:
+def _advance(spec: ModelSpec, row: Row, output: NDArray[np.float32]) -> None:
     """One sampler step of one row, alone, so that no other row of the batch can touch its arithmetic."""
     sampler = spec.sampler
-    if row.unconditional is not None:
-        output = guide(output, next(contrast), sampler.guidance)
-    if not np.isfinite(output).all():
-        raise BackendError(f"the network returned values that are not finite at time {row.times[row.step]} (seed {row.seed})")
     alphas, sigmas = (levels.astype(np.float32) for levels in sampler.schedule.levels([*row.times[row.step :], -1]))
+    previous_x0 = row.x0
     x0 = to_x0(spec.prediction, output, row.latents, alphas[0], sigmas[0])
+    row.x0 = x0
 
     row.step += 1
     if sampler.kind == "ode":
         weight = np.float32(ode_weights(sampler.schedule, row.times)[row.step - 1])
-        estimate = x0 if row.previous_x0 is None else extrapolate(x0, row.previous_x0, weight)
+        estimate = x0 if previous_x0 is None else extrapolate(x0, previous_x0, weight)
         row.latents = ode_step(row.latents, estimate, alphas[0], sigmas[0], alphas[1], sigmas[1])
-        row.previous_x0 = x0
     elif row.is_done:
         row.latents = x0
     else:
@@ -167,15 +198,11 @@ def generate_rows(
 ) -> list[list[tuple[Row, Pixels]]]:
     """`generate`, with the finished row beside each image: its latents are what the decoder was given."""
     unconditional = unconditional_of(components)
-    conditionings = [
-        conditioning
-        for chunk in _chunks([order.prompt for order in orders], components.max_batch)
-        for conditioning in encode_prompts(components, chunk)
-    ]
-    rows = [
-        [new_row(components.spec, order, index, conditioning, unconditional) for index in range(order.count)]
-        for order, conditioning in zip(orders, conditionings, strict=True)
-    ]
+    texts = list(dict.fromkeys(text for order in orders for text in order.texts))
+    encoded: dict[str, Conditioning] = {}
+    for some in _chunks(texts, components.max_batch):
+        encoded |= zip(some, encode_prompts(components, some), strict=True)
+    rows = [start_rows(components.spec, order, encoded, unconditional) for order in orders]
     pending = [row for of_order in rows for row in of_order]
     images: dict[int, Pixels] = {}
     while pending:

@@ -1,4 +1,4 @@
-"""Starting, serving and stopping: open the bundle, warm it up, say SERVING, drain on SIGTERM."""
+"""Starting, serving and stopping: listen, say SERVING, drain on SIGTERM."""
 
 import asyncio
 import contextlib
@@ -6,17 +6,21 @@ import logging
 import signal
 import socket
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from flashdiff.components import Components, Costs
 from flashdiff.errors import BackendError, ConfigError
 from flashdiff.proto.v1 import image_pb2, image_pb2_grpc
-from flashdiff.server.convert import ModelIdentity
-from flashdiff.server.service import ImageService
+from flashdiff.server.auth import Tokens, server_credentials
+from flashdiff.server.gate import Gate
+from flashdiff.server.metrics import Metrics
+from flashdiff.server.models import Models
+from flashdiff.server.service import ImageEncoders, ImageService
+from flashdiff.server.triton import TRITON_SERVICE, triton_handler
 from flashdiff.server.worker import Worker
 
 DRAIN_S = 30.0
@@ -24,15 +28,42 @@ DRAIN_S = 30.0
 
 _WATCH_S = 0.5  # how often the device thread is looked after
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
-_MAX_MESSAGE = 256 * 1024 * 1024
+_MAX_REPLY = 256 * 1024 * 1024
 _OPTIONS = [
-    ("grpc.max_send_message_length", _MAX_MESSAGE),
+    ("grpc.max_send_message_length", _MAX_REPLY),
     ("grpc.max_receive_message_length", 1024 * 1024),  # a request is a prompt and some numbers
     ("grpc.so_reuseport", 0),  # otherwise two servers share one port in silence
+    ("grpc.keepalive_time_ms", 60_000),  # a client that vanished without a word is noticed
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
 ]
 _SERVICE = image_pb2.DESCRIPTOR.services_by_name["ImageService"].full_name
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Listen:
+    """Where to listen and for whom; ConfigError for what would be unsafe or incomplete."""
+
+    host: str = "127.0.0.1"
+    port: int = 50051
+    """0 takes a free one."""
+    tokens: Path | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
+    no_auth: bool = False
+    """Said for a public address without tokens or client certificates."""
+    metrics_port: int | None = None
+
+    def __post_init__(self) -> None:
+        asks_who = self.tokens or self.tls_client_ca
+        if self.host not in _LOOPBACK and not asks_who and not self.no_auth:
+            raise ConfigError(
+                f"--host {self.host} lets anyone who reaches it in: give --tokens FILE or --tls-client-ca FILE, or say --no-auth"
+            )
+        if asks_who and self.no_auth:
+            raise ConfigError("--no-auth contradicts --tokens and --tls-client-ca")
 
 
 @dataclass
@@ -41,6 +72,8 @@ class Server:
 
     port: int
     worker: Worker
+    models: Models
+    metrics_port: int | None
     _server: Any
     _health: Any
 
@@ -52,21 +85,31 @@ class Server:
         await asyncio.to_thread(self.worker.join, 1.0)
 
 
-async def start(components: Components, costs: Costs, model: ModelIdentity, *, host: str, port: int) -> Server:
-    """A server that answers; ConfigError when it cannot listen there. Port 0 takes a free one."""
+async def start(models: Models, listen: Listen) -> Server:
+    """A server that answers; ConfigError when it cannot listen there."""
+    host, port = listen.host, listen.port
     if not _is_free(host, port):  # asked first, because gRPC would add lines of its own to our error
         raise ConfigError(f"cannot listen on {host}:{port}: the port is in use or not ours to take; choose another with --port")
-    worker = Worker(components, costs)
-    server = grpc.aio.server(options=_OPTIONS)
-    image_pb2_grpc.add_ImageServiceServicer_to_server(ImageService(worker, model), server)
+    credentials = server_credentials(listen.tls_cert, listen.tls_key, listen.tls_client_ca)
+    gate = Gate(Tokens(listen.tokens) if listen.tokens else None)
+    metrics = Metrics()
+    metrics_port = None if listen.metrics_port is None else metrics.listen(host, listen.metrics_port)
+    worker = Worker(observer=metrics)
+    metrics.watch_queue(lambda: worker.pending_images)
+
+    server = grpc.aio.server(options=_OPTIONS, interceptors=[gate])
+    encoders = ImageEncoders()
+    image_pb2_grpc.add_ImageServiceServicer_to_server(ImageService(worker, models, encoders), server)
+    server.add_generic_rpc_handlers((triton_handler(worker, models, encoders),))
     servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-    bound = server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    bound = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
     await server.start()
-    for name in ("", _SERVICE):
+    for name in ("", _SERVICE, TRITON_SERVICE):
         await servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
-    return Server(bound, worker, server, servicer)
+    return Server(bound, worker, models, metrics_port, server, servicer)
 
 
 def _is_free(host: str, port: int) -> bool:
@@ -77,18 +120,25 @@ def _is_free(host: str, port: int) -> bool:
     return True
 
 
-async def serve(components: Components, costs: Costs, model: ModelIdentity, *, host: str, port: int) -> None:
+async def serve(models: Models, listen: Listen) -> None:
     """Serve until SIGTERM or SIGINT, then drain. BackendError when the device thread has died: a supervisor should start anew."""
-    server = await start(components, costs, model, host=host, port=port)
-    if host not in _LOOPBACK:
-        _log.warning("listening on %s: anyone who reaches it can use it, there is no TLS and no authentication", host)
-    _log.info("serving %s (bundle %s, %s) on %s:%d", model.name, model.bundle_hash[:12], model.backend, host, server.port)
+    server = await start(models, listen)
+    if listen.no_auth:
+        _log.warning("listening on %s: anyone who reaches it can use it, as --no-auth says", listen.host)
+    if listen.tokens and listen.host not in _LOOPBACK and not listen.tls_cert:
+        _log.warning("tokens cross the network in the clear: give --tls-cert and --tls-key, or end TLS in front of this server")
+    for name, model in models.served.items():
+        identity = model.identity
+        _log.info(
+            "serving %s (bundle %s, %s) on %s:%d", name, identity.bundle_hash[:12], identity.backend, listen.host, server.port
+        )
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     while not stopping.is_set() and not server.worker.failure:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(stopping.wait(), _WATCH_S)
+        server.worker.check_alive()
     _log.info("draining: no new requests, up to %.0f s for those accepted", DRAIN_S)
     await server.stop()
     _log.info("stopped")

@@ -1,20 +1,24 @@
-"""A small typed client.
+"""A small typed client, blocking and asyncio.
 
 with Client("127.0.0.1:50051") as client:
     result = client.generate("a green monster with horns", steps=2, seed=7)
     Path("monster.png").write_bytes(result.images[0])
 """
 
+import json
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self, TypedDict, Unpack
 
 import grpc
 
 from flashdiff.components import Size
 from flashdiff.errors import FlashdiffError
-from flashdiff.proto.v1 import image_pb2_grpc
-from flashdiff.server.convert import Result, read_response, write_request
+from flashdiff.proto.v1 import image_pb2, image_pb2_grpc
+from flashdiff.server.convert import Preview, Result, read_response, read_update, write_request
 from flashdiff.server.images import ImageFormat
+from flashdiff.server.scheduler import Priority
 
 
 class ServerError(FlashdiffError):
@@ -25,34 +29,108 @@ class ServerError(FlashdiffError):
         self.code = code
 
 
+class Options(TypedDict, total=False):
+    """What may be said beside the prompt; what is absent is the server's choice."""
+
+    model: str
+    negative_prompt: str
+    seed: int | None
+    steps: int | None
+    size: Size | None
+    count: int
+    image_format: ImageFormat
+    quality: int | None
+    priority: Priority
+
+
+# A refused request has done nothing, and neither has one that found no server: those alone are safe to send again.
+_RETRIES = json.dumps(
+    {
+        "methodConfig": [
+            {
+                "name": [{"service": image_pb2.DESCRIPTOR.services_by_name["ImageService"].full_name}],
+                "retryPolicy": {
+                    "maxAttempts": 4,
+                    "initialBackoff": "0.1s",
+                    "maxBackoff": "2s",
+                    "backoffMultiplier": 2,
+                    "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
+                },
+            }
+        ]
+    }
+)
+
+
+def _channel_arguments(address: str, token: str | None, tls_ca: Path | None) -> tuple[str, Any, list[tuple[str, Any]]]:
+    """Address, credentials (None: plain) and options of a channel."""
+    options = [("grpc.max_receive_message_length", 256 * 1024 * 1024), ("grpc.service_config", _RETRIES)]
+    credentials = grpc.ssl_channel_credentials(tls_ca.read_bytes()) if tls_ca else None
+    if token and credentials:
+        credentials = grpc.composite_channel_credentials(credentials, grpc.access_token_call_credentials(token))
+    return address, credentials, options
+
+
+def _metadata(token: str | None, tls_ca: Path | None) -> tuple[tuple[str, str], ...]:
+    """A token on a plain connection; gRPC itself sends those of encrypted ones."""
+    return (("authorization", f"Bearer {token}"),) if token and not tls_ca else ()
+
+
+def _server_error(error: grpc.RpcError) -> ServerError:
+    return ServerError(error.code(), error.details())
+
+
 class Client:
-    """A connection to one server, safe to share between threads."""
+    """A connection to one server, safe to share between threads. `tls_ca` holds the certificate of whoever signed the server's.
 
-    def __init__(self, address: str) -> None:
-        options = [("grpc.max_receive_message_length", 256 * 1024 * 1024)]
-        self._channel = grpc.insecure_channel(address, options=options)
+    Calls that were refused for want of room, or that found no server, are sent again up to three times within their deadline.
+    """
+
+    def __init__(self, address: str, *, token: str | None = None, tls_ca: Path | None = None) -> None:
+        address, credentials, options = _channel_arguments(address, token, tls_ca)
+        self._channel = (
+            grpc.secure_channel(address, credentials, options) if credentials else grpc.insecure_channel(address, options)
+        )
         self._stub = image_pb2_grpc.ImageServiceStub(self._channel)
+        self._metadata = _metadata(token, tls_ca)
 
-    def generate(
-        self,
-        prompt: str,
-        *,
-        seed: int | None = None,
-        steps: int | None = None,
-        size: Size | None = None,
-        count: int = 1,
-        image_format: ImageFormat = "png",
-        timeout_s: float | None = None,
-    ) -> Result:
-        """Images of the prompt; None leaves the choice to the server.
+    def generate(self, prompt: str, *, timeout_s: float | None = None, **options: Unpack[Options]) -> Result:
+        """Images of the prompt.
 
         RequestError for a value that no request can carry; ServerError, with its status, for a refusal, a failure or no server.
         """
+        request = write_request(prompt, **options)
         try:
-            request = write_request(prompt, seed=seed, steps=steps, size=size, count=count, image_format=image_format)
-            return read_response(self._stub.Generate(request, timeout=timeout_s))
+            return read_response(self._stub.Generate(request, timeout=timeout_s, metadata=self._metadata))
         except grpc.RpcError as error:
-            raise ServerError(error.code(), error.details()) from None
+            raise _server_error(error) from None
+
+    def stream(self, prompt: str, *, timeout_s: float | None = None, **options: Unpack[Options]) -> Iterator[Preview | Result]:
+        """A preview after every step, then the result; leaving the loop early cancels the request."""
+        request = write_request(prompt, **options)
+        call = self._stub.GenerateStream(request, timeout=timeout_s, metadata=self._metadata)
+        try:
+            for update in call:
+                yield read_update(update)
+        except grpc.RpcError as error:
+            raise _server_error(error) from None
+        finally:
+            call.cancel()
+
+    def estimate_ms(self, prompt: str, **options: Unpack[Options]) -> float:
+        """How long this request would take now, in milliseconds, waiting included."""
+        try:
+            return self._stub.Estimate(write_request(prompt, **options), metadata=self._metadata).expected_ms
+        except grpc.RpcError as error:
+            raise _server_error(error) from None
+
+    def models(self) -> list[str]:
+        """The names that requests may say, the default first."""
+        try:
+            served = self._stub.ListModels(image_pb2.ListModelsRequest(), metadata=self._metadata).models
+        except grpc.RpcError as error:
+            raise _server_error(error) from None
+        return [model.name for model in served]
 
     def wait_until_ready(self, timeout_s: float) -> None:
         """Block until the server answers; ServerError when it does not in time."""
@@ -69,3 +147,43 @@ class Client:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+class AsyncClient:
+    """`Client` for asyncio; one per event loop."""
+
+    def __init__(self, address: str, *, token: str | None = None, tls_ca: Path | None = None) -> None:
+        address, credentials, options = _channel_arguments(address, token, tls_ca)
+        self._channel = (
+            grpc.aio.secure_channel(address, credentials, options) if credentials else grpc.aio.insecure_channel(address, options)
+        )
+        self._stub: Any = image_pb2_grpc.ImageServiceStub(self._channel)  # the stubs are typed for the blocking channel
+        self._metadata = _metadata(token, tls_ca)
+
+    async def generate(self, prompt: str, *, timeout_s: float | None = None, **options: Unpack[Options]) -> Result:
+        """See `Client.generate`; cancelling the task cancels the request."""
+        request = write_request(prompt, **options)
+        try:
+            return read_response(await self._stub.Generate(request, timeout=timeout_s, metadata=self._metadata))
+        except grpc.RpcError as error:
+            raise _server_error(error) from None
+
+    async def stream(
+        self, prompt: str, *, timeout_s: float | None = None, **options: Unpack[Options]
+    ) -> AsyncIterator[Preview | Result]:
+        """See `Client.stream`."""
+        request = write_request(prompt, **options)
+        call = self._stub.GenerateStream(request, timeout=timeout_s, metadata=self._metadata)
+        try:
+            async for update in call:
+                yield read_update(update)
+        except grpc.RpcError as error:
+            raise _server_error(error) from None
+        finally:
+            call.cancel()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self._channel.close()

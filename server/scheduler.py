@@ -1,6 +1,6 @@
 """The policy: what the device does next, and whether a new request can be on time. Pure functions, no clock, no threads."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,31 +11,50 @@ _STAGES: tuple[Stage, ...] = ("decode", "encode", "denoise")
 
 PART_OF: dict[Stage, str] = {"decode": "decoder", "encode": "text_encoder", "denoise": "denoiser"}
 
+Priority = Literal["high", "normal", "low"]
+PATIENCE_S: dict[Priority, float] = {"high": 1.0, "normal": 10.0, "low": 100.0}
+"""How long a request that names no deadline counts as willing to wait. Waiting makes any request urgent: none starves."""
+
+
+def due(arrived: float, priority: Priority, deadline: float, own_backlog_s: float) -> float:
+    """When a request should be done, in seconds on the caller's clock: the order in which the device takes them.
+
+    A client's own pending work counts as patience, so that one who sends a hundred at once does not go before
+    another who sends one (start-time fair queueing, Goyal et al. 1996, with time on the device as the share).
+    """
+    return min(deadline, arrived + PATIENCE_S[priority] + own_backlog_s)
+
 
 @dataclass(frozen=True)
 class Ready:
-    """Something the device could work on now: a prompt to encode, or a row to denoise or decode."""
+    """Something the device could work on now: a text to encode, or a row to denoise or decode."""
 
     stage: Stage
-    size: Size | None  # None for prompts, which share one bucket
+    model: Hashable
+    size: Size | None  # None for texts, which share one bucket
     slots: int
-    deadline: float  # seconds on the worker's clock; infinity where there is none
+    max_slots: int  # what a batch of this model holds
+    due: float
     arrival: int  # order of arrival, of the request
     index: int  # the caller's handle
 
+    @property
+    def bucket(self) -> tuple[Stage, Hashable, Size | None]:
+        return self.stage, self.model, self.size
 
-def choose(ready: Iterable[Ready], max_batch: int) -> list[Ready]:
-    """The next batch: one stage, one size, at most `max_batch` slots; empty when nothing is ready.
 
-    Finished rows are decoded first, since that answers someone; then prompts are encoded, so that they join the very next
-    step; then one denoise step. Within a stage, the most urgent item (deadline, then arrival) picks the size, so no size
-    blocks another, and the rest of its size fills the batch in the same order.
+def choose(ready: Iterable[Ready]) -> list[Ready]:
+    """The next batch: one stage, one model, one size, at most `max_slots`; empty when nothing is ready.
+
+    Finished rows are decoded first, since that answers someone; then texts are encoded, so that they join the very next
+    step; then one denoise step. Within a stage, the most urgent item (due, then arrival) picks model and size, so none
+    blocks another, and the rest of its bucket fills the batch in the same order.
     """
-    urgent = sorted(ready, key=lambda item: (_STAGES.index(item.stage), item.deadline, item.arrival, item.index))
+    urgent = sorted(ready, key=lambda item: (_STAGES.index(item.stage), item.due, item.arrival, item.index))
     batch: list[Ready] = []
     slots = 0
     for item in urgent:
-        if (item.stage, item.size) == (urgent[0].stage, urgent[0].size) and slots + item.slots <= max_batch:
+        if item.bucket == urgent[0].bucket and slots + item.slots <= item.max_slots:
             batch.append(item)
             slots += item.slots
     return batch
@@ -48,23 +67,31 @@ class Work:
     rows: int
     steps: int  # of each row
     slots: int  # of each row's step
-    needs_text: bool
+    texts: int
+    costs: Costs
+
+    @property
+    def share_ms(self) -> float:
+        """Its share of the device, in full batches."""
+        return (
+            self.rows * self.steps * self.slots * _per_slot(self.costs["denoiser"])
+            + self.rows * _per_slot(self.costs["decoder"])
+            + self.texts * _per_slot(self.costs["text_encoder"])
+        )
+
+    @property
+    def alone_ms(self) -> float:
+        """How long it takes when nothing else is there."""
+        return (
+            _cost(self.costs["text_encoder"], self.texts)
+            + self.steps * _cost(self.costs["denoiser"], self.rows * self.slots)
+            + _cost(self.costs["decoder"], self.rows)
+        )
 
 
-def expected_ms(new: Work, backlog: Sequence[Work], costs: Costs) -> float:
-    """How long until `new` is done, all of `backlog` going first in full batches and `new` then running alone."""
-    ahead = sum(
-        work.rows * work.steps * work.slots * _per_slot(costs["denoiser"])
-        + work.rows * _per_slot(costs["decoder"])
-        + work.needs_text * _per_slot(costs["text_encoder"])
-        for work in backlog
-    )
-    alone = (
-        _cost(costs["text_encoder"], 1)
-        + new.steps * _cost(costs["denoiser"], new.rows * new.slots)
-        + _cost(costs["decoder"], new.rows)
-    )
-    return ahead + alone
+def expected_ms(new: Work, ahead: Sequence[Work]) -> float:
+    """How long until `new` is done, all of `ahead` going first in full batches and `new` then running alone."""
+    return sum(work.share_ms for work in ahead) + new.alone_ms
 
 
 def _per_slot(by_batch: dict[int, float]) -> float:

@@ -3,21 +3,28 @@
 import grpc
 
 from flashdiff.errors import (
+    AuthError,
     BackendError,
+    BundleError,
     CancelledError,
     DeadlineError,
     DrainingError,
     FlashdiffError,
     OverloadedError,
     RequestError,
+    UnknownModelError,
 )
 
+# The first row that fits counts: kinds stand before what they are kinds of.
 _CODES: tuple[tuple[type[FlashdiffError], grpc.StatusCode], ...] = (
+    (UnknownModelError, grpc.StatusCode.NOT_FOUND),
     (RequestError, grpc.StatusCode.INVALID_ARGUMENT),
+    (AuthError, grpc.StatusCode.UNAUTHENTICATED),
     (OverloadedError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (DeadlineError, grpc.StatusCode.DEADLINE_EXCEEDED),
     (CancelledError, grpc.StatusCode.CANCELLED),
     (DrainingError, grpc.StatusCode.UNAVAILABLE),
+    (BundleError, grpc.StatusCode.FAILED_PRECONDITION),
     (BackendError, grpc.StatusCode.INTERNAL),
 )
 
@@ -25,3 +32,10 @@ _CODES: tuple[tuple[type[FlashdiffError], grpc.StatusCode], ...] = (
 def code_of(error: FlashdiffError) -> grpc.StatusCode:
     """The status of an error; UNKNOWN would hide a missing row, so it is INTERNAL."""
     return next((code for kind, code in _CODES if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
+
+
+def trailers_of(error: FlashdiffError) -> tuple[tuple[str, str], ...]:
+    """Trailing metadata: when to try again, under the name that gRPC's own retries look at."""
+    if isinstance(error, OverloadedError) and error.retry_after_s is not None:
+        return (("grpc-retry-pushback-ms", str(max(1, round(1000 * error.retry_after_s)))),)
+    return ()

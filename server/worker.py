@@ -4,10 +4,12 @@ import logging
 import math
 import threading
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from flashdiff.components import Components, Conditioning, Costs
+from flashdiff.components import Conditioning
 from flashdiff.errors import (
     BackendError,
     CancelledError,
@@ -15,13 +17,17 @@ from flashdiff.errors import (
     DrainingError,
     FlashdiffError,
     OverloadedError,
-    RequestError,
 )
-from flashdiff.generate import Order, Pixels, Row, decode_rows, denoise_rows, encode_prompts, new_row, unconditional_of
-from flashdiff.server.scheduler import PART_OF, Ready, Stage, Work, choose, expected_ms
+from flashdiff.generate import Order, Pixels, Row, decode_rows, denoise_rows, encode_prompts, start_rows
+from flashdiff.preview import preview
+from flashdiff.server.models import Model
+from flashdiff.server.scheduler import PART_OF, Priority, Ready, Stage, Work, choose, due, expected_ms
 
 MAX_PENDING_IMAGES = 128
 """Accepted and not yet finished; what comes beyond is refused at once."""
+
+_CLIENT_SHARE = 0.75  # of the queue, for one client, so that others always find room
+_HANG_S = 60.0  # a device call that takes this long and 20 times its usual cost will not come back
 
 _log = logging.getLogger(__name__)
 
@@ -41,68 +47,102 @@ class Timings:
 class Finished:
     images: list[Pixels]
     timings: Timings
+    batches: list[int]
+    """Slots of each denoise call that the job was part of."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A row that has taken a step: `picture` [h, w, 3] shows, at latent size, where it is heading."""
+
+    index: int  # of the image in its order
+    step: int  # from 1
+    total: int
+    picture: Pixels
 
 
 @dataclass(eq=False)
 class Job:
-    """One accepted request. The worker fills everything below `arrival`; `departed` is set by whoever took the request."""
+    """One accepted request. The worker fills everything below `on_step`; `departed` is set by whoever took the request."""
 
+    model: Model
     order: Order
+    client: str
     deadline: float  # on the monotonic clock; infinity where there is none
+    due: float
     arrived: float
     arrival: int
-    rows: list[Row] = field(default_factory=list)  # empty until the prompt is encoded
+    on_step: Callable[[Step], None] | None = None
+    encoded: dict[str, Conditioning] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)  # empty until its texts are encoded
     images: dict[int, Pixels] = field(default_factory=dict)  # by row
     timings: Timings = field(default_factory=Timings)
+    batches: list[int] = field(default_factory=list)
     answer: "Future[Finished]" = field(default_factory=Future)
     departed: bool = False
+
+
+class Observer(Protocol):
+    """Whoever counts: the metrics."""
+
+    def called(self, model: str, stage: Stage, slots: int, spent_ms: float, expected_ms: float) -> None: ...
+
+    def answered(self, model: str, timings: Timings, error: FlashdiffError | None) -> None: ...
+
+    def refused(self, error: FlashdiffError) -> None: ...
 
 
 class Worker:
     """`submit` from any thread; the answers come from the worker's own."""
 
-    def __init__(self, components: Components, costs: Costs, *, max_pending_images: int = MAX_PENDING_IMAGES) -> None:
-        self.components = components
+    def __init__(self, *, max_pending_images: int = MAX_PENDING_IMAGES, observer: Observer | None = None) -> None:
         self.failure: BaseException | None = None
-        self._costs = {part: dict(by_batch) for part, by_batch in costs.items()}
-        self._first_costs = costs
         self._max_pending_images = max_pending_images
-        self._unconditional = unconditional_of(components)
+        self._observer = observer
         self._jobs: list[Job] = []
         self._arrivals = 0
         self._is_draining = False
+        self._hopeless_at = math.inf  # when the call that runs now counts as hung
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="flashdiff-device", daemon=True)
         self._thread.start()
 
-    def submit(self, order: Order, timeout_s: float | None = None) -> Job:
-        """Accept an order, to be answered within `timeout_s`; raises a RefusedError at once when that cannot be."""
+    @property
+    def pending_images(self) -> int:
+        return sum(job.order.count for job in self._jobs)
+
+    def submit(
+        self,
+        model: Model,
+        order: Order,
+        timeout_s: float | None = None,
+        *,
+        client: str = "",
+        priority: Priority = "normal",
+        on_step: Callable[[Step], None] | None = None,
+    ) -> Job:
+        """Accept an order, to be answered within `timeout_s`; raises a RefusedError at once when that cannot be.
+
+        `on_step` is called in the worker's thread after every step of every row; it must not block.
+        """
         now = time.monotonic()
         with self._changed:
-            if self.failure:
-                raise BackendError(f"the device thread has stopped: {self.failure}")
-            if self._is_draining:
-                raise DrainingError("the server is shutting down")
-            pending = sum(job.order.count for job in self._jobs)
-            if pending + order.count > self._max_pending_images:
-                raise OverloadedError(
-                    f"the queue is full: {pending} images are pending, at most {self._max_pending_images} fit; try again later"
-                )
-            if timeout_s is not None:
-                expected = expected_ms(self._work_of(order), [self._work_left(job) for job in self._jobs], self._costs)
-                if expected > 1000 * timeout_s:
-                    if not self._jobs:
-                        self._forget_slowness()
-                    raise DeadlineError(
-                        f"this would take about {expected:.0f} ms, the deadline is {max(0.0, 1000 * timeout_s):.0f} ms away"
-                    )
-            self._arrivals += 1
-            deadline = math.inf if timeout_s is None else now + timeout_s
-            job = Job(order=order, deadline=deadline, arrived=now, arrival=self._arrivals)
+            try:
+                job = self._accept(model, order, now, timeout_s, client, priority, on_step)
+            except FlashdiffError as error:
+                if self._observer:
+                    self._observer.refused(error)
+                raise
             job.answer.set_running_or_notify_cancel()  # from here on only the worker ends it; `cancel` is for who leaves
             self._jobs.append(job)
             self._changed.notify()
         return job
+
+    def estimate_ms(self, model: Model, order: Order, priority: Priority = "normal") -> float:
+        """How long the order would take if it were submitted now, as admission sees it."""
+        now = time.monotonic()
+        with self._changed:
+            return self._expected_ms(model, order, due(now, priority, math.inf, 0.0))
 
     def cancel(self, job: Job) -> None:
         """The client has left: its rows are dropped before the next step."""
@@ -119,6 +159,55 @@ class Worker:
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
+    def check_alive(self) -> None:
+        """Give up on a device call that does not come back: its jobs are answered, and new ones refused."""
+        if time.monotonic() > self._hopeless_at and not self.failure:
+            self._give_up(BackendError(f"a device call has not come back for more than {_HANG_S:.0f} s"))
+
+    def _accept(
+        self,
+        model: Model,
+        order: Order,
+        now: float,
+        timeout_s: float | None,
+        client: str,
+        priority: Priority,
+        on_step: Callable[[Step], None] | None,
+    ) -> Job:
+        if self.failure:
+            raise BackendError(f"the device thread has stopped: {self.failure}")
+        if self._is_draining:
+            raise DrainingError("the server is shutting down")
+        own = [job for job in self._jobs if client and job.client == client]
+        for pending, limit, whose in (
+            (self.pending_images, self._max_pending_images, ""),
+            (sum(job.order.count for job in own), int(_CLIENT_SHARE * self._max_pending_images), " of yours"),
+        ):
+            if pending + order.count > limit and (own or not whose):
+                retry_s = sum(_work_left(job).share_ms for job in self._jobs) / 1000
+                raise OverloadedError(
+                    f"the queue is full: {pending} images{whose} are pending, at most {limit} fit; "
+                    f"try again in about {1000 * retry_s:.0f} ms",
+                    retry_after_s=retry_s,
+                )
+        deadline = math.inf if timeout_s is None else now + timeout_s
+        due_at = due(now, priority, deadline, sum(_work_left(job).share_ms for job in own) / 1000)
+        if timeout_s is not None:
+            expected = self._expected_ms(model, order, due_at)
+            if expected > 1000 * timeout_s:
+                if not self._jobs:
+                    _forget_slowness(model)
+                raise DeadlineError(
+                    f"this would take about {expected:.0f} ms, the deadline is {max(0.0, 1000 * timeout_s):.0f} ms away"
+                )
+        self._arrivals += 1
+        return Job(model, order, client, deadline, due_at, arrived=now, arrival=self._arrivals, on_step=on_step)
+
+    def _expected_ms(self, model: Model, order: Order, due_at: float) -> float:
+        # Behind it: whoever was promised a time, and whoever is due earlier anyway.
+        ahead = [_work_left(job) for job in self._jobs if job.deadline < math.inf or job.due <= due_at]
+        return expected_ms(_work_of(model, order), ahead)
+
     # --- below here: the worker's thread ---------------------------------------------------------------------------
 
     def _run(self) -> None:
@@ -127,14 +216,17 @@ class Worker:
                 self._turn()
         except BaseException as error:  # nobody else could answer the jobs
             _log.exception("the device thread stopped")
-            with self._changed:
-                self.failure = error
-                jobs = list(self._jobs)
-            self._fail(jobs, BackendError(f"the device thread has stopped: {error}"))
+            self._give_up(error)
+
+    def _give_up(self, error: BaseException) -> None:
+        with self._changed:
+            self.failure = error
+            jobs = list(self._jobs)
+        self._fail(jobs, BackendError(f"the device thread has stopped: {error}"))
 
     def _wait_for_work(self) -> bool:
         with self._changed:
-            self._changed.wait_for(lambda: self._jobs or self._is_draining)
+            self._changed.wait_for(lambda: self._jobs or self._is_draining or self.failure)
             return bool(self._jobs)
 
     def _turn(self) -> None:
@@ -142,55 +234,88 @@ class Worker:
         self._drop_departed(time.monotonic())
         with self._changed:
             jobs = list(self._jobs)
-        targets: list[tuple[Job, int]] = []  # a row of a job, or row -1 for its prompt
+        targets: list[tuple[Job, int | str]] = []  # a row of a job, or a text
         ready: list[Ready] = []
         for job in jobs:
-            for stage, row in _needs(job):
-                size, slots = (job.order.size, job.rows[row].slots if stage == "denoise" else 1) if row >= 0 else (None, 1)
-                ready.append(Ready(stage, size, slots, job.deadline, job.arrival, len(targets)))
-                targets.append((job, row))
-        batch = choose(ready, self.components.max_batch)
+            for stage, target in _needs(job):
+                size, slots = None, 1
+                if isinstance(target, int):
+                    size, slots = job.order.size, job.rows[target].slots if stage == "denoise" else 1
+                limit = job.model.components.max_batch
+                ready.append(Ready(stage, id(job.model), size, slots, limit, job.due, job.arrival, len(targets)))
+                targets.append((job, target))
+        batch = choose(ready)
         if not batch:
             return
-        chosen = [targets[item.index] for item in batch]
+        stage, chosen = batch[0].stage, [targets[item.index] for item in batch]
         owners = list(dict.fromkeys(job for job, _ in chosen))
-        started = time.perf_counter()
         try:
-            self._call(batch[0].stage, chosen)
-        except RequestError as error:
-            # A prompt the tokenizer refuses must not take its neighbours down: they are encoded again one by one.
+            self._call(stage, chosen, sum(item.slots for item in batch))
+        except FlashdiffError as error:
             if len(owners) == 1:
                 self._fail(owners, error)
-            else:
-                for job in owners:
-                    self._encode_alone(job)
-        except BackendError as error:
-            self._fail(owners, error)
-        spent = 1000 * (time.perf_counter() - started)
-        self._account(batch[0].stage, owners, sum(item.slots for item in batch), spent)
+            else:  # one job's text, numbers or memory must not take its neighbours down: each is tried again alone
+                self._call_one_by_one(stage, chosen, owners)
         self._answer(owners)
 
-    def _call(self, stage: Stage, chosen: list[tuple[Job, int]]) -> None:
-        if stage == "encode":
-            encoded = encode_prompts(self.components, [job.order.prompt for job, _ in chosen])
-            for (job, _), conditioning in zip(chosen, encoded, strict=True):
-                self._start_rows(job, conditioning)
-        elif stage == "denoise":
-            denoise_rows(self.components, [job.rows[row] for job, row in chosen])
-        else:
-            images = decode_rows(self.components, [job.rows[row] for job, row in chosen])
-            for (job, row), image in zip(chosen, images, strict=True):
-                job.images[row] = image
+    def _call_one_by_one(self, stage: Stage, chosen: Sequence[tuple[Job, int | str]], owners: Sequence[Job]) -> None:
+        for job in owners:
+            own = [(owner, target) for owner, target in chosen if owner is job]
+            slots = (
+                sum(job.rows[target].slots for _, target in own if isinstance(target, int)) if stage == "denoise" else len(own)
+            )
+            try:
+                self._call(stage, own, slots)
+            except FlashdiffError as error:
+                self._fail([job], error)
 
-    def _encode_alone(self, job: Job) -> None:
+    def _call(self, stage: Stage, chosen: Sequence[tuple[Job, int | str]], slots: int) -> None:
+        """One call of one model; an error leaves every row as it was."""
+        model = chosen[0][0].model
+        by_batch = model.costs[PART_OF[stage]]
+        bucket = min(batch for batch in by_batch if batch >= slots)
+        started = time.monotonic()
+        self._hopeless_at = started + max(_HANG_S, 20 * by_batch[bucket] / 1000)
         try:
-            self._start_rows(job, encode_prompts(self.components, [job.order.prompt])[0])
-        except FlashdiffError as error:
-            self._fail([job], error)
+            if stage == "encode":
+                self._encode(model, chosen)
+            else:
+                rows = [job.rows[target] for job, target in chosen if isinstance(target, int)]
+                if stage == "denoise":
+                    denoise_rows(model.components, rows)
+                else:
+                    images = decode_rows(model.components, rows)
+                    for (job, target), image in zip(chosen, images, strict=True):
+                        job.images[int(target)] = image
+        finally:
+            self._hopeless_at = math.inf
+        spent_ms = 1000 * (time.monotonic() - started)
+        if self._observer:
+            self._observer.called(model.identity.name, stage, slots, spent_ms, by_batch[bucket])
+        # Follow the machine, slowly; one stall must not make the next deadlines look hopeless.
+        by_batch[bucket] += 0.1 * (min(spent_ms, 3 * by_batch[bucket] + 1) - by_batch[bucket])
+        name = {"encode": "text", "denoise": "denoise", "decode": "decode"}[stage]
+        for job in dict.fromkeys(job for job, _ in chosen):
+            setattr(job.timings, name, getattr(job.timings, name) + spent_ms)
+            if stage == "denoise":
+                job.batches.append(slots)
+        if stage == "denoise":
+            self._tell_steps(model, chosen)
 
-    def _start_rows(self, job: Job, conditioning: Conditioning) -> None:
-        spec = self.components.spec
-        job.rows = [new_row(spec, job.order, index, conditioning, self._unconditional) for index in range(job.order.count)]
+    def _encode(self, model: Model, chosen: Sequence[tuple[Job, int | str]]) -> None:
+        texts = list(dict.fromkeys(str(text) for _, text in chosen))
+        encoded = dict(zip(texts, encode_prompts(model.components, texts), strict=True))
+        for text, conditioning in encoded.items():
+            model.embeddings.put(text, conditioning)
+        for job, target in chosen:
+            job.encoded[str(target)] = encoded[str(target)]
+
+    def _tell_steps(self, model: Model, chosen: Sequence[tuple[Job, int | str]]) -> None:
+        for job, target in chosen:
+            if job.on_step and isinstance(target, int):
+                row = job.rows[target]
+                assert row.x0 is not None  # it has just taken a step
+                job.on_step(Step(target, row.step, len(row.times), preview(row.x0, model.preview_colors)))
 
     def _drop_departed(self, now: float) -> None:
         with self._changed:
@@ -206,12 +331,17 @@ class Worker:
                 timings.total = 1000 * (time.monotonic() - job.arrived)
                 timings.queue = max(0.0, timings.total - timings.text - timings.denoise - timings.decode)
                 self._remove(job)
-                job.answer.set_result(Finished([job.images[row] for row in range(job.order.count)], timings))
+                if self._observer:
+                    self._observer.answered(job.model.identity.name, timings, None)
+                images = [job.images[row] for row in range(job.order.count)]
+                job.answer.set_result(Finished(images, timings, job.batches))
 
     def _fail(self, jobs: list[Job], error: FlashdiffError) -> None:
         for job in jobs:
             self._remove(job)
             if not job.answer.done():
+                if self._observer:
+                    self._observer.answered(job.model.identity.name, job.timings, error)
                 job.answer.set_exception(error)
 
     def _remove(self, job: Job) -> None:
@@ -219,33 +349,35 @@ class Worker:
             if job in self._jobs:
                 self._jobs.remove(job)
 
-    def _account(self, stage: Stage, jobs: list[Job], slots: int, spent_ms: float) -> None:
-        for job in jobs:
-            name = {"encode": "text", "denoise": "denoise", "decode": "decode"}[stage]
-            setattr(job.timings, name, getattr(job.timings, name) + spent_ms)
-        with self._changed:
-            by_batch = self._costs[PART_OF[stage]]
-            bucket = min(batch for batch in by_batch if batch >= slots)
-            # Follow the machine, slowly; one stall must not make the next deadlines look hopeless.
-            by_batch[bucket] += 0.1 * (min(spent_ms, 3 * by_batch[bucket] + 1) - by_batch[bucket])
 
-    def _forget_slowness(self) -> None:
-        """Refusing while idle measures nothing, so a slow past would refuse for ever: let it fade to the costs at the start."""
-        for part, by_batch in self._costs.items():
-            for batch in by_batch:
-                by_batch[batch] = max(self._first_costs[part][batch], 0.9 * by_batch[batch])
-
-    def _work_of(self, order: Order) -> Work:
-        return Work(rows=order.count, steps=order.steps, slots=self.components.spec.sampler.evaluations_per_step, needs_text=True)
-
-    def _work_left(self, job: Job) -> Work:
-        steps = max((len(row.times) - row.step for row in job.rows), default=job.order.steps)
-        left = self._work_of(job.order)
-        return Work(rows=left.rows - len(job.images), steps=steps, slots=left.slots, needs_text=not job.rows)
-
-
-def _needs(job: Job) -> list[tuple[Stage, int]]:
-    """What a job could have done now: its prompt encoded, or the next call of each unfinished row."""
+def _needs(job: Job) -> list[tuple[Stage, int | str]]:
+    """What a job could have done now: a text encoded, or the next call of each unfinished row."""
     if not job.rows:
-        return [("encode", -1)]
+        for text in job.order.texts:
+            if text not in job.encoded and (kept := job.model.embeddings.get(text)) is not None:
+                job.encoded[text] = kept
+        missing: list[tuple[Stage, int | str]] = [("encode", text) for text in job.order.texts if text not in job.encoded]
+        if missing:
+            return missing
+        job.rows = start_rows(job.model.components.spec, job.order, job.encoded, job.model.unconditional)
     return [("decode" if row.is_done else "denoise", index) for index, row in enumerate(job.rows) if index not in job.images]
+
+
+def _work_of(model: Model, order: Order) -> Work:
+    slots = model.components.spec.sampler.evaluations_per_step
+    return Work(rows=order.count, steps=order.steps, slots=slots, texts=len(order.texts), costs=model.costs)
+
+
+def _work_left(job: Job) -> Work:
+    steps = max((len(row.times) - row.step for row in job.rows), default=job.order.steps)
+    whole = _work_of(job.model, job.order)
+    return Work(
+        rows=whole.rows - len(job.images), steps=steps, slots=whole.slots, texts=0 if job.rows else whole.texts, costs=whole.costs
+    )
+
+
+def _forget_slowness(model: Model) -> None:
+    """Refusing while idle measures nothing, so a slow past would refuse for ever: let it fade to the costs at the start."""
+    for part, by_batch in model.costs.items():
+        for batch in by_batch:
+            by_batch[batch] = max(model.first_costs[part][batch], 0.9 * by_batch[batch])

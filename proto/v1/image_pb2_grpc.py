@@ -39,6 +39,21 @@ class ImageServiceStub:
                 request_serializer=flashdiff_dot_proto_dot_v1_dot_image__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=flashdiff_dot_proto_dot_v1_dot_image__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.GenerateStream = channel.unary_stream(
+                '/flashdiff.v1.ImageService/GenerateStream',
+                request_serializer=flashdiff_dot_proto_dot_v1_dot_image__pb2.GenerateRequest.SerializeToString,
+                response_deserializer=flashdiff_dot_proto_dot_v1_dot_image__pb2.GenerateUpdate.FromString,
+                _registered_method=True)
+        self.ListModels = channel.unary_unary(
+                '/flashdiff.v1.ImageService/ListModels',
+                request_serializer=flashdiff_dot_proto_dot_v1_dot_image__pb2.ListModelsRequest.SerializeToString,
+                response_deserializer=flashdiff_dot_proto_dot_v1_dot_image__pb2.ListModelsResponse.FromString,
+                _registered_method=True)
+        self.Estimate = channel.unary_unary(
+                '/flashdiff.v1.ImageService/Estimate',
+                request_serializer=flashdiff_dot_proto_dot_v1_dot_image__pb2.GenerateRequest.SerializeToString,
+                response_deserializer=flashdiff_dot_proto_dot_v1_dot_image__pb2.EstimateResponse.FromString,
+                _registered_method=True)
 
 
 class ImageServiceServicer:
@@ -46,8 +61,30 @@ class ImageServiceServicer:
 
     def Generate(self, request, context):
         """One prompt to one or more images. Status codes: INVALID_ARGUMENT names the field, the value and what is allowed;
-        RESOURCE_EXHAUSTED: the queue is full, try again later; DEADLINE_EXCEEDED: it cannot be done in time (refused at once
-        where that is known beforehand); UNAVAILABLE: the server is shutting down; INTERNAL: the engine failed.
+        NOT_FOUND: no such model; RESOURCE_EXHAUSTED: the queue is full, the trailing metadata "grpc-retry-pushback-ms" says when
+        to try again; DEADLINE_EXCEEDED: it cannot be done in time (refused at once where that is known beforehand);
+        UNAVAILABLE: the server is shutting down; INTERNAL: the engine failed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GenerateStream(self, request, context):
+        """The same, with a small picture of where each image is heading after every step; the last message is the result.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListModels(self, request, context):
+        """The models this server answers for, the default first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Estimate(self, request, context):
+        """How long this request would take if it were sent now, waiting included. Refuses what Generate would call invalid.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -60,6 +97,21 @@ def add_ImageServiceServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=flashdiff_dot_proto_dot_v1_dot_image__pb2.GenerateRequest.FromString,
                     response_serializer=flashdiff_dot_proto_dot_v1_dot_image__pb2.GenerateResponse.SerializeToString,
+            ),
+            'GenerateStream': grpc.unary_stream_rpc_method_handler(
+                    servicer.GenerateStream,
+                    request_deserializer=flashdiff_dot_proto_dot_v1_dot_image__pb2.GenerateRequest.FromString,
+                    response_serializer=flashdiff_dot_proto_dot_v1_dot_image__pb2.GenerateUpdate.SerializeToString,
+            ),
+            'ListModels': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListModels,
+                    request_deserializer=flashdiff_dot_proto_dot_v1_dot_image__pb2.ListModelsRequest.FromString,
+                    response_serializer=flashdiff_dot_proto_dot_v1_dot_image__pb2.ListModelsResponse.SerializeToString,
+            ),
+            'Estimate': grpc.unary_unary_rpc_method_handler(
+                    servicer.Estimate,
+                    request_deserializer=flashdiff_dot_proto_dot_v1_dot_image__pb2.GenerateRequest.FromString,
+                    response_serializer=flashdiff_dot_proto_dot_v1_dot_image__pb2.EstimateResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -89,6 +141,87 @@ class ImageService:
             '/flashdiff.v1.ImageService/Generate',
             flashdiff_dot_proto_dot_v1_dot_image__pb2.GenerateRequest.SerializeToString,
             flashdiff_dot_proto_dot_v1_dot_image__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GenerateStream(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/flashdiff.v1.ImageService/GenerateStream',
+            flashdiff_dot_proto_dot_v1_dot_image__pb2.GenerateRequest.SerializeToString,
+            flashdiff_dot_proto_dot_v1_dot_image__pb2.GenerateUpdate.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListModels(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/flashdiff.v1.ImageService/ListModels',
+            flashdiff_dot_proto_dot_v1_dot_image__pb2.ListModelsRequest.SerializeToString,
+            flashdiff_dot_proto_dot_v1_dot_image__pb2.ListModelsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Estimate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/flashdiff.v1.ImageService/Estimate',
+            flashdiff_dot_proto_dot_v1_dot_image__pb2.GenerateRequest.SerializeToString,
+            flashdiff_dot_proto_dot_v1_dot_image__pb2.EstimateResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -5,8 +5,6 @@ import io
 import socket
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 
 import grpc
 import numpy as np
@@ -14,56 +12,18 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from PIL import Image
+from served import MODEL, Running, model_of, until
 
 from flashdiff.components import Size
 from flashdiff.engines.runtime.fake_backend import FakeComponents
 from flashdiff.errors import BackendError, ConfigError, RequestError
 from flashdiff.generate import check_order, generate
 from flashdiff.proto.v1 import image_pb2, image_pb2_grpc
-from flashdiff.server.app import Server, serve, start
-from flashdiff.server.client import Client, ServerError
-from flashdiff.server.convert import ModelIdentity
+from flashdiff.server.app import Listen, serve, start
+from flashdiff.server.client import AsyncClient, Client, ServerError
+from flashdiff.server.convert import Preview, Result
 from flashdiff.server.images import ImageFormat
-
-MODEL = ModelIdentity(name="fake", bundle_hash="0" * 64, family="fake", backend="fake", precision="fp32")
-
-
-@dataclass
-class Running:
-    """A server in a thread of its own."""
-
-    fake: FakeComponents
-    loop: asyncio.AbstractEventLoop
-    server: Server
-
-    @property
-    def address(self) -> str:
-        return f"127.0.0.1:{self.server.port}"
-
-    def stop(self, grace_s: float = 10.0) -> None:
-        asyncio.run_coroutine_threadsafe(self.server.stop(grace_s), self.loop).result(20)
-
-
-@pytest.fixture
-def running() -> Iterator[Running]:
-    fake = FakeComponents()
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-    server = asyncio.run_coroutine_threadsafe(start(fake, fake.costs, MODEL, host="127.0.0.1", port=0), loop).result(10)
-    running = Running(fake, loop, server)
-    yield running
-    running.stop(0.0)
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join(10)
-    loop.close()
-
-
-@pytest.fixture
-def client(running: Running) -> Iterator[Client]:
-    with Client(running.address) as client:
-        client.wait_until_ready(10)
-        yield client
+from flashdiff.server.models import Models
 
 
 def test_a_reply_carries_images_seeds_timings_and_the_model(running: Running, client: Client) -> None:
@@ -102,6 +62,10 @@ def test_every_format_decodes_to_the_pixels(client: Client, image_format: ImageF
         ({"width": 100, "height": 64}, "size: '100x64' is not allowed; this model was built for 64x64, 128x64"),
         ({"width": 64}, "size: '64x0' is not allowed"),
         ({"count": 1000000}, "count: 1000000 is not allowed; it must be between 1 and 16"),
+        ({"model": "other"}, "model: 'other' is not allowed; this server has fake"),
+        ({"negative_prompt": "dull"}, "negative_prompt: 'dull' is not allowed; this model runs without guidance"),
+        ({"quality": 50}, "quality: 50 is not allowed; it must be 1 to 100, for JPEG or WebP, or 0"),
+        ({"priority": 9}, "priority: 9 is not allowed; it must be one of PRIORITY_NORMAL"),
         ({"format": 77}, "format: 77 is not allowed; it must be one of IMAGE_FORMAT_UNSPECIFIED, IMAGE_FORMAT_PNG"),
     ],
 )
@@ -112,7 +76,8 @@ def test_a_bad_field_is_invalid_argument_with_field_value_and_what_is_allowed(
         stub = image_pb2_grpc.ImageServiceStub(channel)
         with pytest.raises(grpc.RpcError) as caught:
             stub.Generate(image_pb2.GenerateRequest(**{"prompt": "x", **fields}), timeout=10)
-    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    expected = grpc.StatusCode.NOT_FOUND if "model" in fields else grpc.StatusCode.INVALID_ARGUMENT
+    assert caught.value.code() == expected
     assert message in caught.value.details()
     assert len(caught.value.details()) < 400
 
@@ -126,8 +91,69 @@ def test_a_value_that_no_request_can_carry_is_named_by_the_client(client: Client
         client.generate("x", **changes)  # type: ignore[arg-type]
 
 
+def test_a_stream_shows_every_step_and_ends_with_the_result_of_the_plain_call(client: Client) -> None:
+    updates = list(client.stream("a red car", seed=3, steps=3, count=2))
+    *previews, result = updates
+    assert all(isinstance(preview, Preview) for preview in previews)
+    assert [(p.image, p.step, p.steps) for p in previews if isinstance(p, Preview)] == [
+        (i, s, 3) for s in (1, 2, 3) for i in (0, 1)
+    ]
+    assert isinstance(result, Result)
+    assert result.images == client.generate("a red car", seed=3, steps=3, count=2).images
+    last = previews[-1]
+    assert isinstance(last, Preview)
+    picture = np.asarray(Image.open(io.BytesIO(last.png))).astype(int)
+    image = np.asarray(Image.open(io.BytesIO(result.images[1]))).astype(int)
+    assert picture.shape == (8, 8, 3)
+    assert np.abs(picture - image[::8, ::8]).max() <= 1
+
+
+def test_a_stream_left_half_way_frees_its_rows(running: Running, client: Client) -> None:
+    running.fake.delay_s = 0.05
+    for update in client.stream("x", steps=4):
+        assert isinstance(update, Preview)
+        break
+    until(lambda: running.server.worker.pending_images == 0)
+    assert "decoder" not in {part for part, _ in running.fake.calls}
+
+
+def test_a_refused_stream_has_the_status_of_the_plain_call(client: Client) -> None:
+    with pytest.raises(ServerError, match="INVALID_ARGUMENT: steps: 9"):
+        list(client.stream("x", steps=9))
+
+
+def test_models_are_listed_and_an_estimate_is_what_admission_would_say(running: Running, client: Client) -> None:
+    assert client.models() == ["fake"]
+    running.server.models.get().costs["denoiser"][4] = 100.0
+    assert client.estimate_ms("x", steps=4) == pytest.approx(400, abs=20)
+    with pytest.raises(ServerError, match="INVALID_ARGUMENT: steps: 9"):
+        client.estimate_ms("x", steps=9)
+
+
+def test_the_asyncio_client_does_the_same(running: Running, client: Client) -> None:
+    async def scenario() -> None:
+        async with AsyncClient(running.address) as other:
+            result = await other.generate("x", seed=5)
+            assert result.images == client.generate("x", seed=5).images
+            updates = [update async for update in other.stream("x", seed=5, steps=2)]
+            assert len(updates) == 3
+            with pytest.raises(ServerError, match="NOT_FOUND"):
+                await other.generate("x", model="none")
+
+    asyncio.run(scenario())
+
+
+def test_quality_makes_files_smaller(running: Running, client: Client) -> None:
+    decode = running.fake.decode
+    noise = np.random.default_rng(0).standard_normal((3, 64, 64), dtype=np.float32)
+    running.fake.decode = lambda latents: decode(latents) + noise  # type: ignore[method-assign]
+    for image_format in ("jpeg", "webp"):
+        small, large = (len(client.generate("x", image_format=image_format, quality=q).images[0]) for q in (20, None))  # type: ignore[arg-type]
+        assert small < large / 2
+
+
 def test_deadlines_failures_and_overload_have_their_own_status(running: Running, client: Client) -> None:
-    running.server.worker._costs["denoiser"][4] = 5000.0
+    running.server.models.get().costs["denoiser"][4] = 5000.0
     with pytest.raises(ServerError, match="DEADLINE_EXCEEDED: this would take about") as caught:
         client.generate("x", timeout_s=5)
     assert caught.value.code == grpc.StatusCode.DEADLINE_EXCEEDED
@@ -145,10 +171,7 @@ def test_a_cancelled_call_frees_its_rows(running: Running) -> None:
         call = image_pb2_grpc.ImageServiceStub(channel).Generate.future(image_pb2.GenerateRequest(prompt="x", steps=4, count=4))
         time.sleep(0.15)
         call.cancel()
-        deadline = time.monotonic() + 5
-        while running.server.worker._jobs and time.monotonic() < deadline:
-            time.sleep(0.01)
-    assert not running.server.worker._jobs
+        until(lambda: running.server.worker.pending_images == 0)
     assert "decoder" not in {part for part, _ in running.fake.calls}
 
 
@@ -168,24 +191,25 @@ def test_stopping_answers_what_was_accepted_and_refuses_the_rest(running: Runnin
 def test_health_and_reflection_name_the_service(running: Running) -> None:
     with grpc.insecure_channel(running.address) as channel:
         health = health_pb2_grpc.HealthStub(channel)
-        for name in ("", "flashdiff.v1.ImageService"):
+        for name in ("", "flashdiff.v1.ImageService", "inference.GRPCInferenceService"):
             status = health.Check(health_pb2.HealthCheckRequest(service=name), timeout=10).status
             assert status == health_pb2.HealthCheckResponse.SERVING
         assert "flashdiff.v1.ImageService" in ProtoReflectionDescriptorDatabase(channel).get_services()
 
 
 def test_a_port_in_use_is_said(running: Running) -> None:
-    starting = start(running.fake, running.fake.costs, MODEL, host="127.0.0.1", port=running.server.port)
+    starting = start(Models({"fake": model_of(running.fake)}), Listen(port=running.server.port))
     with pytest.raises(ConfigError, match=rf"cannot listen on 127.0.0.1:{running.server.port}: the port is in use"):
         asyncio.run_coroutine_threadsafe(starting, running.loop).result(10)
 
 
 def test_a_dead_device_thread_ends_the_server_with_an_error() -> None:
     fake = FakeComponents()
+    models = Models({"fake": model_of(fake)})
     fake.denoise = lambda *_: 1 / 0  # type: ignore[method-assign,assignment]
 
     async def scenario(port: int) -> None:
-        serving = asyncio.create_task(serve(fake, fake.costs, MODEL, host="127.0.0.1", port=port))
+        serving = asyncio.create_task(serve(models, Listen(port=port)))
         with Client(f"127.0.0.1:{port}") as client:
             await asyncio.to_thread(client.wait_until_ready, 10)
             with pytest.raises(ServerError, match="INTERNAL: the device thread has stopped"):

@@ -7,12 +7,14 @@ from concurrent.futures import wait
 
 import numpy as np
 import pytest
+from served import model_of
 
 from flashdiff.components import Size
 from flashdiff.engines.runtime.fake_backend import GUIDED, FakeComponents
 from flashdiff.errors import BackendError, CancelledError, DeadlineError, DrainingError, OverloadedError, RequestError
 from flashdiff.generate import Order, check_order, generate
-from flashdiff.server.worker import Worker
+from flashdiff.server import worker as worker_module
+from flashdiff.server.worker import Job, Step, Worker
 
 
 class Gate:
@@ -38,13 +40,27 @@ def fake() -> FakeComponents:
     return FakeComponents()
 
 
+class Asking:
+    """A worker and the model asked when a test says nothing else."""
+
+    def __init__(self, fake: FakeComponents, **options: object) -> None:
+        self.model = model_of(fake)
+        self.worker = Worker(**options)  # type: ignore[arg-type]
+
+    def submit(self, order: Order, timeout_s: float | None = None, **options: object) -> Job:
+        return self.worker.submit(self.model, order, timeout_s, **options)  # type: ignore[arg-type]
+
+    def finish(self) -> None:
+        self.worker.drain()
+        assert self.worker.join(10)
+        assert self.worker._jobs == []
+
+
 @pytest.fixture
-def worker(fake: FakeComponents) -> Iterator[Worker]:
-    worker = Worker(fake, fake.costs, max_pending_images=8)
-    yield worker
-    worker.drain()
-    assert worker.join(10)
-    assert worker._jobs == []
+def asking(fake: FakeComponents) -> Iterator[Asking]:
+    asking = Asking(fake, max_pending_images=8)
+    yield asking
+    asking.finish()
 
 
 def _order(fake: FakeComponents, seed: int = 0, **changes: object) -> Order:
@@ -52,12 +68,12 @@ def _order(fake: FakeComponents, seed: int = 0, **changes: object) -> Order:
 
 
 def test_everything_waiting_shares_the_next_steps_and_the_pixels_are_those_of_each_alone(
-    fake: FakeComponents, worker: Worker
+    fake: FakeComponents, asking: Asking
 ) -> None:
     gate = Gate(fake)
-    first = worker.submit(_order(fake, steps=4))
+    first = asking.submit(_order(fake, steps=4))
     gate.entered.wait(10)
-    others = [worker.submit(_order(fake, seed, steps=steps)) for seed, steps in ((1, 1), (2, 2), (3, 4))]
+    others = [asking.submit(_order(fake, seed, steps=steps)) for seed, steps in ((1, 1), (2, 2), (3, 4))]
     gate.open()
     answers = [job.answer.result(10) for job in (first, *others)]
     assert ("denoiser", 4) in fake.calls
@@ -69,35 +85,34 @@ def test_everything_waiting_shares_the_next_steps_and_the_pixels_are_those_of_ea
 
 def test_guided_rows_and_two_sizes_are_served_together() -> None:
     fake = FakeComponents(GUIDED)
-    worker = Worker(fake, fake.costs)
+    asking = Asking(fake)
     sizes = (Size(64, 64), Size(128, 64))
-    jobs = [worker.submit(_order(fake, seed, size=sizes[seed % 2], count=3)) for seed in range(6)]
+    jobs = [asking.submit(_order(fake, seed, size=sizes[seed % 2], count=3)) for seed in range(6)]
     for job in jobs:
         np.testing.assert_array_equal(job.answer.result(10).images, generate(FakeComponents(GUIDED), [job.order])[0])
-    worker.drain()
-    assert worker.join(10)
+    asking.finish()
 
 
-def test_a_full_queue_and_a_hopeless_deadline_are_refused_at_once(fake: FakeComponents, worker: Worker) -> None:
+def test_a_full_queue_and_a_hopeless_deadline_are_refused_at_once(fake: FakeComponents, asking: Asking) -> None:
     gate = Gate(fake)
-    jobs = [worker.submit(_order(fake, seed, count=4)) for seed in range(2)]
+    jobs = [asking.submit(_order(fake, seed, count=4)) for seed in range(2)]
     with pytest.raises(OverloadedError, match="8 images are pending, at most 8 fit"):
-        worker.submit(_order(fake))
+        asking.submit(_order(fake))
     gate.open()
     wait([job.answer for job in jobs], 10)
-    worker._costs["denoiser"][4] = 1000.0
+    asking.model.costs["denoiser"][4] = 1000.0
     with pytest.raises(DeadlineError, match=r"this would take about \d+ ms, the deadline is 100 ms away"):
-        worker.submit(_order(fake), timeout_s=0.1)
+        asking.submit(_order(fake), timeout_s=0.1)
     with pytest.raises(DeadlineError):
-        worker.submit(_order(fake), timeout_s=-1.0)
+        asking.submit(_order(fake), timeout_s=-1.0)
 
 
-def test_who_left_and_whose_deadline_passed_free_their_place(fake: FakeComponents, worker: Worker) -> None:
+def test_who_left_and_whose_deadline_passed_free_their_place(fake: FakeComponents, asking: Asking) -> None:
     gate = Gate(fake)
-    running = worker.submit(_order(fake))
+    running = asking.submit(_order(fake))
     gate.entered.wait(10)
-    left, late = worker.submit(_order(fake, 1)), worker.submit(_order(fake, 2), timeout_s=0.05)
-    worker.cancel(left)
+    left, late = asking.submit(_order(fake, 1)), asking.submit(_order(fake, 2), timeout_s=0.05)
+    asking.worker.cancel(left)
     time.sleep(0.1)
     gate.open()
     assert len(running.answer.result(10).images) == 1
@@ -109,27 +124,27 @@ def test_who_left_and_whose_deadline_passed_free_their_place(fake: FakeComponent
     assert all(rows == 1 for _, rows in fake.calls)
 
 
-def test_cancelling_the_answer_itself_does_not_reach_the_worker(fake: FakeComponents, worker: Worker) -> None:
+def test_cancelling_the_answer_itself_does_not_reach_the_worker(fake: FakeComponents, asking: Asking) -> None:
     gate = Gate(fake)
-    job = worker.submit(_order(fake))
+    job = asking.submit(_order(fake))
     assert not job.answer.cancel()  # what asyncio.wrap_future tries when its client leaves
     gate.open()
     assert job.answer.result(10).images
 
 
-def test_a_failing_engine_fails_its_own_jobs_and_the_next_one_is_served(fake: FakeComponents, worker: Worker) -> None:
+def test_a_failing_engine_fails_its_own_jobs_and_the_next_one_is_served(fake: FakeComponents, asking: Asking) -> None:
     fake.fail_on = "denoiser"
     with pytest.raises(BackendError, match="as asked"):
-        worker.submit(_order(fake)).answer.result(10)
+        asking.submit(_order(fake)).answer.result(10)
     fake.fail_on = None
-    assert len(worker.submit(_order(fake)).answer.result(10).images) == 1
+    assert len(asking.submit(_order(fake)).answer.result(10).images) == 1
 
 
-def test_a_prompt_that_is_too_long_does_not_take_its_neighbours_down(fake: FakeComponents, worker: Worker) -> None:
+def test_a_prompt_that_is_too_long_does_not_take_its_neighbours_down(fake: FakeComponents, asking: Asking) -> None:
     gate = Gate(fake)
-    running = worker.submit(_order(fake))
+    running = asking.submit(_order(fake))
     gate.entered.wait(10)
-    long, fine = worker.submit(_order(fake, prompt="word " * 40)), worker.submit(_order(fake, 1))
+    long, fine = asking.submit(_order(fake, prompt="word " * 40)), asking.submit(_order(fake, 1))
     gate.open()
     with pytest.raises(RequestError, match="at most 32 words"):
         long.answer.result(10)
@@ -138,32 +153,140 @@ def test_a_prompt_that_is_too_long_does_not_take_its_neighbours_down(fake: FakeC
 
 
 def test_an_unexpected_crash_answers_everyone_and_refuses_what_comes_later(fake: FakeComponents) -> None:
-    worker = Worker(fake, fake.costs)
+    asking = Asking(fake)
     fake.denoise = lambda *_: 1 / 0  # type: ignore[method-assign,assignment]
     with pytest.raises(BackendError, match="device thread has stopped"):
-        worker.submit(_order(fake)).answer.result(10)
-    assert worker.join(10)
+        asking.submit(_order(fake)).answer.result(10)
+    assert asking.worker.join(10)
     with pytest.raises(BackendError, match="device thread has stopped"):
-        worker.submit(_order(fake))
+        asking.submit(_order(fake))
 
 
-def test_draining_finishes_what_was_accepted_and_refuses_the_rest(fake: FakeComponents, worker: Worker) -> None:
+def test_draining_finishes_what_was_accepted_and_refuses_the_rest(fake: FakeComponents, asking: Asking) -> None:
     gate = Gate(fake)
-    accepted = worker.submit(_order(fake))
-    worker.drain()
+    accepted = asking.submit(_order(fake))
+    asking.worker.drain()
     with pytest.raises(DrainingError):
-        worker.submit(_order(fake))
+        asking.submit(_order(fake))
     gate.open()
     assert accepted.answer.result(10).images
 
 
-def test_a_slow_past_does_not_refuse_for_ever(fake: FakeComponents, worker: Worker) -> None:
-    worker._costs["denoiser"][4] = 1000.0
+def test_a_slow_past_does_not_refuse_for_ever(fake: FakeComponents, asking: Asking) -> None:
+    asking.model.costs["denoiser"][4] = 1000.0
     for _ in range(200):
         try:
-            worker.submit(_order(fake), timeout_s=0.5).answer.result(10)
+            asking.submit(_order(fake), timeout_s=0.5).answer.result(10)
             break
         except DeadlineError:
             continue
     else:
         pytest.fail("refused 200 times by an idle device")
+
+
+def test_every_step_of_every_row_is_told_with_a_picture_of_where_it_is_heading(fake: FakeComponents, asking: Asking) -> None:
+    steps: list[Step] = []
+    job = asking.submit(_order(fake, steps=3, count=2), on_step=steps.append)
+    images = job.answer.result(10).images
+    assert [(step.index, step.step, step.total) for step in steps] == [(i, s, 3) for s in (1, 2, 3) for i in (0, 1)]
+    assert steps[-1].picture.shape == (8, 8, 3)
+    assert np.abs(steps[-1].picture.astype(int) - images[1][::8, ::8]).max() <= 1  # the fake decodes by repeating cells
+
+
+def test_a_text_read_before_is_not_read_again(fake: FakeComponents, asking: Asking) -> None:
+    first = asking.submit(_order(fake, prompt="again")).answer.result(10)
+    second = asking.submit(_order(fake, prompt="again")).answer.result(10)
+    np.testing.assert_array_equal(first.images, second.images)
+    assert sum(part == "text_encoder" for part, _ in fake.calls) == 1
+
+
+def test_two_models_are_served_side_by_side() -> None:
+    fakes = FakeComponents(), FakeComponents(GUIDED)
+    asking, other = Asking(fakes[0]), model_of(fakes[1])
+    jobs = [asking.submit(_order(fakes[0], 1)), asking.worker.submit(other, _order(fakes[1], 2, negative_prompt="dull"))]
+    for fake, job in zip(fakes, jobs, strict=True):
+        np.testing.assert_array_equal(job.answer.result(10).images, generate(fake, [job.order])[0])
+    asking.finish()
+
+
+def test_one_row_that_is_not_finite_does_not_take_its_neighbours_down(fake: FakeComponents, asking: Asking) -> None:
+    denoise = fake.denoise
+
+    def poisoned(latents: np.ndarray, times: np.ndarray, conditioning: dict[str, np.ndarray]) -> np.ndarray:  # type: ignore[type-arg]
+        output = denoise(latents, times, conditioning)
+        output[conditioning["color"][:, 0] == fake.encode(["bad"])["color"][0, 0]] = np.nan
+        return output
+
+    gate = Gate(fake)
+    running = asking.submit(_order(fake))
+    gate.entered.wait(10)
+    fake.denoise = poisoned  # type: ignore[method-assign,assignment]
+    bad, fine = asking.submit(_order(fake, prompt="bad")), asking.submit(_order(fake, 1))
+    gate.open()
+    with pytest.raises(BackendError, match="not finite"):
+        bad.answer.result(10)
+    for job in (running, fine):
+        np.testing.assert_array_equal(job.answer.result(10).images, generate(FakeComponents(), [job.order])[0])
+
+
+def test_one_client_leaves_room_in_the_queue_and_the_refusal_says_when_to_come_again(
+    fake: FakeComponents, asking: Asking
+) -> None:
+    fake.delay_s = 0.001
+    asking.model.costs["denoiser"][4] = 100.0
+    gate = Gate(fake)
+    greedy = asking.submit(_order(fake, count=6), client="greedy")
+    with pytest.raises(OverloadedError, match="6 images of yours are pending, at most 6 fit; try again in about") as caught:
+        asking.submit(_order(fake), client="greedy")
+    assert caught.value.retry_after_s is not None
+    assert caught.value.retry_after_s > 0.1
+    modest = asking.submit(_order(fake, count=2), client="modest")
+    gate.open()
+    assert modest.answer.result(10)
+    assert greedy.answer.result(10)
+
+
+def test_a_hundred_of_one_client_do_not_go_before_the_one_of_another() -> None:
+    fake = FakeComponents()
+    asking = Asking(fake)
+    asking.model.costs["denoiser"][4] = 1000.0
+    gate = Gate(fake)
+    many = [asking.submit(_order(fake, seed, steps=1), client="many") for seed in range(40)]
+    one = asking.submit(_order(fake, 99, steps=1), client="one")
+    gate.open()
+    one.answer.result(10)
+    assert sum(job.answer.done() for job in many) < 20
+    wait([job.answer for job in many], 10)
+    asking.finish()
+
+
+def test_a_promise_is_not_broken_by_who_is_in_a_hurry_and_a_backlog_without_deadlines_does_not_refuse_him(
+    fake: FakeComponents, asking: Asking
+) -> None:
+    asking.model.costs["denoiser"][4] = 100.0
+    gate = Gate(fake)
+    patient = asking.submit(_order(fake, count=3, steps=4))
+    hurried = asking.submit(_order(fake, 1, steps=1), timeout_s=0.35)  # the patient one alone would take longer than that
+    with pytest.raises(DeadlineError):
+        asking.submit(_order(fake, 2, steps=4, count=4), timeout_s=0.35)
+    gate.open()
+    assert hurried.answer.result(10)
+    assert patient.answer.result(10)
+
+
+def test_a_call_that_hangs_answers_everyone_and_refuses_what_comes(fake: FakeComponents, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_module, "_HANG_S", 0.05)
+    asking = Asking(fake)
+    gate = Gate(fake)
+    stuck = asking.submit(_order(fake))
+    gate.entered.wait(10)
+    asking.worker.check_alive()
+    assert not stuck.answer.done()
+    time.sleep(0.1)
+    asking.worker.check_alive()
+    with pytest.raises(BackendError, match="has not come back"):
+        stuck.answer.result(0)
+    with pytest.raises(BackendError, match="has not come back"):
+        asking.submit(_order(fake))
+    gate.open()
+    assert asking.worker.join(10)

@@ -1,0 +1,133 @@
+"""Who may call: bearer tokens from a file, a rate for each, and the certificates of TLS."""
+
+import hashlib
+import logging
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from flashdiff.errors import AuthError, ConfigError, OverloadedError
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Holder:
+    """Who holds a token, and how many calls it has left: a bucket that fills at `rate` a second and holds one second's worth."""
+
+    name: str
+    rate: float | None
+    left: float = field(init=False)
+    filled: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.left = max(1.0, self.rate or 0.0)
+
+    def take(self) -> None:
+        if self.rate is None:
+            return
+        now = time.monotonic()
+        self.left = min(max(1.0, self.rate), self.left + self.rate * (now - self.filled))
+        self.filled = now
+        if self.left < 1:
+            wait = (1 - self.left) / self.rate
+            raise OverloadedError(f"'{self.name}' may call {self.rate:g} times a second; try again in {wait:.2f} s", wait)
+        self.left -= 1
+
+
+class Tokens:
+    """The tokens of a file, one `NAME TOKEN [CALLS-PER-SECOND]` a line; read again whenever the file changes.
+
+    A file that cannot be read any more changes nothing: the tokens known so far stay, and the log says why.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._lock = threading.Lock()
+        self._stamp = self._stat()
+        self._holders = _read_tokens(file)
+
+    def admit(self, authorization: str) -> str:
+        """The name of the holder of `Bearer TOKEN`; AuthError without one, OverloadedError beyond its rate."""
+        self._reread()
+        kind, _, token = authorization.partition(" ")
+        holder = self._holders.get(_digest(token.strip())) if kind.lower() == "bearer" else None
+        if holder is None:
+            raise AuthError("send 'authorization: Bearer TOKEN' with a token that this server knows")
+        with self._lock:
+            holder.take()
+        return holder.name
+
+    def _reread(self) -> None:
+        stamp = self._stat()
+        if stamp == self._stamp:
+            return
+        self._stamp = stamp
+        try:
+            fresh = _read_tokens(self._file)
+        except ConfigError as error:
+            _log.error("the tokens stay as they were: %s", error)
+            return
+        # Who keeps token and rate keeps what was used of it.
+        self._holders = {
+            key: kept if (kept := self._holders.get(key)) and _same(kept, new) else new for key, new in fresh.items()
+        }
+        _log.info("%d tokens read from %s", len(fresh), self._file)
+
+    def _stat(self) -> tuple[int, int]:
+        try:
+            stat = self._file.stat()
+        except OSError:
+            return 0, 0
+        return stat.st_mtime_ns, stat.st_ino
+
+
+def _same(kept: _Holder, new: _Holder) -> bool:
+    return (kept.name, kept.rate) == (new.name, new.rate)
+
+
+def _digest(token: str) -> bytes:
+    """What tokens are compared by, so that how long a comparison takes says nothing about them."""
+    return hashlib.sha256(token.encode()).digest()
+
+
+def _read_tokens(file: Path) -> dict[bytes, _Holder]:
+    holders: dict[bytes, _Holder] = {}
+    for number, line in enumerate(_read(file, "--tokens").decode("utf-8", "replace").splitlines(), start=1):
+        parts = line.split()
+        if not parts or parts[0].startswith("#"):
+            continue
+        try:
+            name, token, rate = parts[0], parts[1], float(parts[2]) if len(parts) > 2 else None
+        except (IndexError, ValueError):
+            name, token, rate = "", "", None
+        if not name or len(parts) > 3 or (rate is not None and not rate > 0):
+            raise ConfigError(f"--tokens {file}, line {number}: write NAME TOKEN [CALLS-PER-SECOND]")  # never the line itself
+        if len(token) < 16:
+            raise ConfigError(f"--tokens {file}, line {number}: the token of '{name}' is shorter than 16 characters")
+        holders[_digest(token)] = _Holder(name, rate)
+    if not holders:
+        raise ConfigError(f"--tokens {file}: there is no token in it")
+    return holders
+
+
+def server_credentials(certificate: Path | None, key: Path | None, client_ca: Path | None) -> Any:
+    """TLS credentials; with `client_ca`, only clients with a certificate of it get in. None where no certificate is given."""
+    if certificate is None and key is None and client_ca is None:
+        return None
+    if certificate is None or key is None:
+        raise ConfigError("TLS needs both --tls-cert and --tls-key")
+    chain, private = _read(certificate, "--tls-cert"), _read(key, "--tls-key")
+    roots = _read(client_ca, "--tls-client-ca") if client_ca else None
+    return grpc.ssl_server_credentials([(private, chain)], roots, require_client_auth=roots is not None)
+
+
+def _read(path: Path, option: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{option} {path}: cannot read: {error.strerror or error}") from None

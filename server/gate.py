@@ -1,0 +1,127 @@
+"""What every call passes before its service: who it is from, whether its bytes are a message, one trace span and one log line.
+
+Neither names a prompt.
+"""
+
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+from opentelemetry import propagate, trace
+
+from flashdiff.errors import FlashdiffError
+from flashdiff.server.auth import Tokens
+from flashdiff.server.status import code_of, trailers_of
+
+_UNWATCHED = ("/grpc.health.v1.Health/", "/grpc.reflection.")  # asked every second, by who supervises
+_OPEN_TO_ALL = "/grpc.health.v1.Health/"
+_client: ContextVar[str] = ContextVar("client", default="")
+
+_log = logging.getLogger(__name__)
+_tracer = trace.get_tracer("flashdiff.server")
+
+
+def client_of(context: Any) -> str:
+    """Whose call this is: the name of its token, else the address it comes from."""
+    return _client.get() or context.peer().rpartition(":")[0]
+
+
+def describe_call(**attributes: float | str) -> None:
+    """Add attributes to the span of the call that runs."""
+    trace.get_current_span().set_attributes(attributes)
+
+
+@dataclass(frozen=True)
+class _Malformed:
+    """In the place of a message that could not be read."""
+
+    message: str
+
+
+class Gate(grpc.aio.ServerInterceptor):
+    """With `tokens`, only who has one gets in; health checks need none."""
+
+    def __init__(self, tokens: Tokens | None) -> None:
+        self._tokens = tokens
+
+    async def intercept_service(self, continuation: Callable[[Any], Any], details: Any) -> Any:
+        handler = await continuation(details)
+        if handler is None:
+            return handler
+        metadata = {key: str(value) for key, value in details.invocation_metadata or ()}
+        if self._tokens and not details.method.startswith(_OPEN_TO_ALL):
+            try:
+                _client.set(self._tokens.admit(metadata.get("authorization", "")))
+            except FlashdiffError as error:
+                return _refusing(handler, error)
+        return handler if details.method.startswith(_UNWATCHED) else _watched(handler, details.method, metadata)
+
+
+def _watched(handler: Any, method: str, metadata: dict[str, str]) -> Any:
+    """The handler, its calls traced and logged, and bytes that are no message answered INVALID_ARGUMENT."""
+
+    def read(data: bytes) -> Any:
+        try:
+            return handler.request_deserializer(data)
+        except DecodeError:
+            return _Malformed(f"{len(data)} bytes that are no request of {method}")
+
+    @contextmanager
+    def watch(context: Any) -> Iterator[None]:
+        request_id = metadata.get("x-request-id") or secrets.token_hex(8)
+        client = client_of(context)  # now: gRPC hangs when a cancelled call is asked for its peer
+        started = time.perf_counter()
+        caller = propagate.extract(metadata)
+        with _tracer.start_as_current_span(method.lstrip("/"), caller, trace.SpanKind.SERVER, {"request_id": request_id}):
+            try:
+                yield
+            finally:
+                spent_ms = 1000 * (time.perf_counter() - started)
+                code = context.code()
+                name = code.name if isinstance(code, grpc.StatusCode) else "OK"
+                _log.info("call method=%s id=%s client=%s code=%s ms=%.1f", method, request_id, client, name, spent_ms)
+
+    async def answer(request: Any, context: Any) -> Any:
+        with watch(context):
+            if isinstance(request, _Malformed):
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, request.message)
+            return await (handler.unary_unary or handler.stream_unary)(request, context)
+
+    async def answer_stream(request: Any, context: Any) -> AsyncIterator[Any]:
+        with watch(context):
+            if isinstance(request, _Malformed):
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, request.message)
+            async for response in (handler.unary_stream or handler.stream_stream)(request, context):
+                yield response
+
+    return _handler_like(handler, answer_stream if handler.response_streaming else answer, read)
+
+
+def _refusing(handler: Any, error: FlashdiffError) -> Any:
+    """A handler of the same kind that ends every call with the error."""
+
+    async def refuse(_: Any, context: Any) -> None:
+        await context.abort(code_of(error), str(error), trailers_of(error))
+
+    async def refuse_stream(_: Any, context: Any) -> AsyncIterator[None]:
+        await context.abort(code_of(error), str(error), trailers_of(error))
+        yield  # makes it a stream
+
+    return _handler_like(handler, refuse_stream if handler.response_streaming else refuse, lambda data: data)
+
+
+def _handler_like(handler: Any, behaviour: Callable[..., Any], read: Callable[[bytes], Any]) -> Any:
+    makers: dict[tuple[bool, bool], Callable[..., Any]] = {
+        (False, False): grpc.unary_unary_rpc_method_handler,
+        (False, True): grpc.unary_stream_rpc_method_handler,
+        (True, False): grpc.stream_unary_rpc_method_handler,
+        (True, True): grpc.stream_stream_rpc_method_handler,
+    }
+    return makers[handler.request_streaming, handler.response_streaming](behaviour, read, handler.response_serializer)

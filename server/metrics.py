@@ -1,0 +1,73 @@
+"""What Prometheus reads: the queue, the batches, the time each stage takes, and what was refused."""
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+from flashdiff.errors import ConfigError, FlashdiffError
+from flashdiff.server.scheduler import Stage
+from flashdiff.server.worker import Timings
+
+_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
+_SLOTS = (1, 2, 4, 8, 16, 32)
+_RATIO = (0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2, 4)
+
+
+class Metrics:
+    """Counts for one server; the worker's observer."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        registry = self.registry
+        self._stage = Histogram(
+            "flashdiff_stage_seconds", "Device calls", ["model", "stage"], buckets=_SECONDS, registry=registry
+        )
+        self._slots = Histogram(
+            "flashdiff_batch_slots", "Rows in a device call", ["model", "stage"], buckets=_SLOTS, registry=registry
+        )
+        self._error = Histogram(
+            "flashdiff_cost_ratio",
+            "Time of a device call over what admission expected",
+            ["model", "stage"],
+            buckets=_RATIO,
+            registry=registry,
+        )
+        self._total = Histogram(
+            "flashdiff_request_seconds", "From acceptance to pixels", ["model"], buckets=_SECONDS, registry=registry
+        )
+        self._queue = Histogram("flashdiff_queue_seconds", "Of that, waiting", ["model"], buckets=_SECONDS, registry=registry)
+        self._answered = Counter(
+            "flashdiff_requests", "Accepted requests by how they ended", ["model", "outcome"], registry=registry
+        )
+        self._refused = Counter("flashdiff_refusals", "Requests refused at once, by cause", ["cause"], registry=registry)
+        self._pending = Gauge("flashdiff_pending_images", "Accepted and not yet finished", registry=registry)
+
+    def watch_queue(self, pending_images: Callable[[], int]) -> None:
+        self._pending.set_function(pending_images)
+
+    def listen(self, host: str, port: int) -> int:
+        """Serve /metrics in a thread of its own; the port it listens on."""
+        try:
+            server, _ = start_http_server(port, addr=host, registry=self.registry)
+            return int(server.server_port)
+        except OSError as error:
+            raise ConfigError(f"--metrics-port {port}: cannot listen: {error.strerror or error}") from None
+
+    def called(self, model: str, stage: Stage, slots: int, spent_ms: float, expected_ms: float) -> None:
+        self._stage.labels(model, stage).observe(spent_ms / 1000)
+        self._slots.labels(model, stage).observe(slots)
+        if expected_ms:
+            self._error.labels(model, stage).observe(spent_ms / expected_ms)
+
+    def answered(self, model: str, timings: Timings, error: FlashdiffError | None) -> None:
+        self._answered.labels(model, _cause(error) if error else "ok").inc()
+        if error is None:
+            self._total.labels(model).observe(timings.total / 1000)
+            self._queue.labels(model).observe(timings.queue / 1000)
+
+    def refused(self, error: FlashdiffError) -> None:
+        self._refused.labels(_cause(error)).inc()
+
+
+def _cause(error: FlashdiffError) -> str:
+    return type(error).__name__.removesuffix("Error").lower()

@@ -1,0 +1,146 @@
+"""What a server serves: names, each pointing at an opened model; names change while requests run."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashdiff.components import Components, Conditioning, Costs
+from flashdiff.errors import OverloadedError, UnknownModelError
+from flashdiff.generate import unconditional_of
+from flashdiff.preview import fit_preview
+
+_EMBEDDING_BYTES = 64 * 1024**2
+_MEMORY_PER_BUNDLE_BYTE = 2.0  # weights as the engine holds them, and its buffers
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """What a reply says about the model that made it."""
+
+    name: str
+    bundle_hash: str
+    family: str
+    backend: str
+    precision: str
+
+
+class Embeddings:
+    """The conditionings of the texts last used, at most 64 MiB of them."""
+
+    def __init__(self, max_bytes: int = _EMBEDDING_BYTES) -> None:
+        self._max_bytes, self._bytes = max_bytes, 0
+        self._kept: OrderedDict[str, Conditioning] = OrderedDict()
+
+    def get(self, text: str) -> Conditioning | None:
+        if text in self._kept:
+            self._kept.move_to_end(text)
+        return self._kept.get(text)
+
+    def put(self, text: str, conditioning: Conditioning) -> None:
+        if text in self._kept:
+            return
+        # Copies: a row of a batch would keep the whole batch alive.
+        self._kept[text] = {name: values.copy() for name, values in conditioning.items()}
+        self._bytes += _size_of(conditioning)
+        while self._bytes > self._max_bytes:
+            self._bytes -= _size_of(self._kept.popitem(last=False)[1])
+
+
+def _size_of(conditioning: Conditioning) -> int:
+    return sum(values.nbytes for values in conditioning.values())
+
+
+@dataclass(eq=False)
+class Model:
+    """An opened model, warmed up. The worker alone calls `components` and changes what is below it."""
+
+    identity: ModelIdentity
+    components: Components
+    first_costs: Costs
+    costs: Costs = field(init=False)
+    """As measured of late, in milliseconds."""
+    unconditional: Conditioning | None = field(init=False)
+    preview_colors: NDArray[np.float32] = field(init=False)
+    embeddings: Embeddings = field(default_factory=Embeddings)
+
+    def __post_init__(self) -> None:
+        self.costs = {part: dict(by_batch) for part, by_batch in self.first_costs.items()}
+        self.unconditional = unconditional_of(self.components)
+        self.preview_colors = fit_preview(self.components)
+
+
+class Models:
+    """The names a server answers to; safe to use from any thread.
+
+    A bundle that several names lead to is opened once. Whoever asked for a name keeps the model it led to then, so loading
+    a name again (after its folder or symbolic link was changed) takes no request away; the old model goes with its last one.
+    """
+
+    def __init__(
+        self, served: Mapping[str, Model], repository: Path | None = None, opener: Callable[[Path], Model] | None = None
+    ) -> None:
+        self._served = dict(served)
+        self._repository, self._opener = repository, opener
+        self._changing = threading.Lock()
+
+    @property
+    def served(self) -> dict[str, Model]:
+        """The names and their models, the default first."""
+        return dict(self._served)
+
+    def get(self, name: str = "") -> Model:
+        """The model of that name, or the first without one; UnknownModelError names those there are."""
+        served = self.served
+        if not name and served:
+            return next(iter(served.values()))
+        if name not in served:
+            raise UnknownModelError("model", name, f"this server has {', '.join(served) or 'none'}")
+        return served[name]
+
+    def available(self) -> list[str]:
+        """Names in the repository, served or not."""
+        if self._repository is None:
+            return []
+        return sorted(path.name for path in self._repository.iterdir() if (path / "manifest.json").is_file())
+
+    def load(self, name: str) -> None:
+        """Open what the repository has under that name, and answer to it once it is warm."""
+        if self._repository is None or self._opener is None or name not in self.available():
+            raise UnknownModelError("model", name, f"the repository has {', '.join(self.available()) or 'none'}")
+        folder = (self._repository / name).resolve()  # a symbolic link is an alias: follow it now
+        with self._changing:
+            _ensure_memory(folder)
+            opened = self._opener(folder)
+            twin = next((m for m in self._served.values() if m.identity.bundle_hash == opened.identity.bundle_hash), opened)
+            self._served = {**self._served, name: twin}
+
+    def unload(self, name: str) -> None:
+        """Stop answering to the name; requests that run keep their model."""
+        with self._changing:
+            if name not in self._served:
+                raise UnknownModelError("model", name, f"this server has {', '.join(self._served) or 'none'}")
+            self._served = {kept: model for kept, model in self._served.items() if kept != name}
+
+
+def _ensure_memory(folder: Path) -> None:
+    """OverloadedError when opening the bundle would not fit into what this machine has free."""
+    needed = _MEMORY_PER_BUNDLE_BYTE * sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    free = _free_memory()
+    if free is not None and needed > free:
+        raise OverloadedError(
+            f"opening '{folder.name}' takes about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; unload a model first"
+        )
+
+
+def _free_memory() -> int | None:
+    """Bytes, by the kernel's own estimate; None where there is none to read."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None

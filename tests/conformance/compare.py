@@ -1,0 +1,175 @@
+"""One table of requests, good and bad, sent by stock tritonclient to real Triton and to flashdiff: the answers must agree.
+
+    python tests/conformance/compare.py ORACLE_PYTHON
+
+ORACLE_PYTHON is the interpreter of an environment with nvidia-pytriton (`make conformance` makes one). What is compared: the
+status of every refusal, and names, types, shapes and the bytes of SEEDS of every answer. Differences that are meant are in KNOWN.
+"""
+
+import queue
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tritonclient.grpc as triton
+from tritonclient.utils import InferenceServerException
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from served import serving
+
+from flashdiff.engines.runtime.fake_backend import FakeComponents
+
+_PORTS = (18001, 18000, 18002)
+_KINDS: dict[str, Any] = {"BYTES": np.object_, "UINT64": np.uint64, "INT32": np.int32, "FP32": np.float32}
+_TYPES = {"PROMPT": "BYTES", "FORMAT": "BYTES", "NEGATIVE_PROMPT": "BYTES", "SEED": "UINT64"}
+
+# Where flashdiff answers otherwise, and why.
+KNOWN = {
+    "metadata": "PREVIEW is an output of streams, which the oracle's model has not",
+    "missing input": "Triton counts inputs, so an optional one can stand for the required one; flashdiff names the missing one",
+}
+
+
+def _tensor(name: str, value: Any, shape: tuple[int, ...] = (1,), datatype: str | None = None) -> triton.InferInput:
+    datatype = datatype or _TYPES.get(name, "INT32")
+    made = triton.InferInput(name, list(shape), datatype)
+    made.set_data_from_numpy(np.full(shape, value, dtype=_KINDS[datatype]))
+    return made
+
+
+def _infer(
+    *inputs: triton.InferInput, model: str = "fake", version: str = "", outputs: tuple[str, ...] = (), **options: Any
+) -> Any:
+    wanted = [triton.InferRequestedOutput(name) for name in outputs] or None
+    return lambda client: client.infer(model, list(inputs), model_version=version, outputs=wanted, **options)
+
+
+def _prompt() -> triton.InferInput:
+    return _tensor("PROMPT", b"a red car")
+
+
+def _short(name: str) -> triton.InferInput:
+    """An input whose raw bytes are fewer than its shape says."""
+    made = triton.InferInput(name, [1], "INT32")
+    made._raw_content = b"\x01\x02"
+    return made
+
+
+TABLE: dict[str, Callable[[triton.InferenceServerClient], Any]] = {
+    "live": lambda client: client.is_server_live(),
+    "ready": lambda client: client.is_server_ready(),
+    "model ready": lambda client: client.is_model_ready("fake"),
+    "model ready, version": lambda client: client.is_model_ready("fake", "1"),
+    "model ready, unknown version": lambda client: client.is_model_ready("fake", "7"),
+    "model ready, unknown": lambda client: client.is_model_ready("none"),
+    "metadata": lambda client: [
+        sorted((t["name"], t["datatype"], tuple(t["shape"])) for t in client.get_model_metadata("fake", as_json=True)[side])
+        for side in ("inputs", "outputs")
+    ],
+    "metadata, unknown": lambda client: client.get_model_metadata("none"),
+    "metadata, unknown version": lambda client: client.get_model_metadata("fake", "7"),
+    "config, unknown": lambda client: client.get_model_config("none"),
+    "config, optional inputs": lambda client: sorted(
+        (i["name"], i["data_type"], i.get("optional", False))
+        for i in client.get_model_config("fake", as_json=True)["config"]["input"]
+    ),
+    "plain": _infer(_prompt(), _tensor("SEED", 5)),
+    "all inputs": _infer(
+        _prompt(), *(_tensor(n, v) for n, v in (("SEED", 7), ("STEPS", 2), ("WIDTH", 128), ("HEIGHT", 64), ("COUNT", 3)))
+    ),
+    "version said": _infer(_prompt(), _tensor("SEED", 5), version="1"),
+    "one output": _infer(_prompt(), _tensor("SEED", 5), outputs=("SEEDS",)),
+    "outputs in another order": _infer(_prompt(), _tensor("SEED", 5), outputs=("SEEDS", "IMAGES")),
+    "request id": _infer(_prompt(), _tensor("SEED", 5), request_id="mine"),
+    "priority and timeout": _infer(_prompt(), _tensor("SEED", 5), priority=1, timeout=10_000_000),
+    "own parameters": _infer(_prompt(), _tensor("SEED", 5), parameters={"who": "me", "number": 3}),
+    "largest seed": _infer(_prompt(), _tensor("SEED", 2**63)),
+    "unknown model": _infer(_prompt(), model="none"),
+    "unknown version": _infer(_prompt(), version="7"),
+    "missing input": _infer(_tensor("STEPS", 2)),
+    "no input": _infer(),
+    "unknown input": _infer(_prompt(), _tensor("NAME", 2)),
+    "wrong datatype": _infer(_tensor("PROMPT", 1.0, datatype="FP32")),
+    "wrong datatype of an optional input": _infer(_prompt(), _tensor("STEPS", 1.0, datatype="FP32")),
+    "two elements": _infer(_tensor("PROMPT", b"x", (2,))),
+    "two dimensions": _infer(_tensor("PROMPT", b"x", (1, 1))),
+    "no element": _infer(_tensor("PROMPT", b"x", (0,))),
+    "too few bytes": _infer(_prompt(), _short("STEPS")),
+    "unknown output": _infer(_prompt(), outputs=("NONE",)),
+    "deadline passed": _infer(_prompt(), client_timeout=1e-4),
+    "stream": lambda client: _streamed(client, "fake"),
+    "stream, unknown model": lambda client: _streamed(client, "none"),
+}
+
+
+def _streamed(client: triton.InferenceServerClient, model: str) -> Any:
+    """What the callback gets: the result, or that there was an error."""
+    answers: queue.Queue[Any] = queue.Queue()
+    client.start_stream(lambda result, error: answers.put("an error in the stream" if error else result))
+    wanted = [triton.InferRequestedOutput(name) for name in ("IMAGES", "SEEDS")]
+    client.async_stream_infer(model, [_prompt(), _tensor("SEED", 5)], outputs=wanted, request_id="mine")
+    answer = answers.get(timeout=30)
+    client.stop_stream()
+    return answer
+
+
+def _answer(client: triton.InferenceServerClient, ask: Callable[[triton.InferenceServerClient], Any]) -> Any:
+    try:
+        result = ask(client)
+    except InferenceServerException as error:
+        return error.status()
+    if not isinstance(result, triton.InferResult):
+        return result
+    response = result.get_response()
+    outputs = {o.name: (o.datatype, tuple(o.shape)) for o in response.outputs}
+    seeds = result.as_numpy("SEEDS")
+    return response.model_name, response.model_version, response.id, outputs, None if seeds is None else seeds.tobytes()
+
+
+def _wait(client: triton.InferenceServerClient) -> None:
+    for _ in range(120):
+        try:
+            if client.is_model_ready("fake"):
+                return
+        except InferenceServerException:
+            pass
+        time.sleep(0.5)
+    raise SystemExit("the oracle did not become ready within a minute")
+
+
+def main() -> None:
+    oracle_process = subprocess.Popen(
+        [sys.argv[1], str(Path(__file__).with_name("oracle.py")), *map(str, _PORTS)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    unexplained = []
+    try:
+        oracle = triton.InferenceServerClient(f"127.0.0.1:{_PORTS[0]}")
+        _wait(oracle)
+        with serving(FakeComponents()) as running:
+            ours = triton.InferenceServerClient(running.address)
+            for name, ask in TABLE.items():
+                theirs, own = _answer(oracle, ask), _answer(ours, ask)
+                if theirs == own:
+                    print(f"agree  {name}")
+                    continue
+                print(f"differ {name}: {KNOWN.get(name, 'NOT EXPLAINED')}\n    Triton:    {theirs}\n    flashdiff: {own}")
+                if name not in KNOWN:
+                    unexplained.append(name)
+            ours.close()
+        oracle.close()
+    finally:
+        oracle_process.terminate()
+        oracle_process.wait(30)
+    print(f"{len(TABLE)} requests, {len(unexplained)} unexplained differences")
+    sys.exit(bool(unexplained))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""A server with the fake backend, in a thread of its own, for whoever talks to it over a real port."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from flashdiff.engines.runtime.fake_backend import FakeComponents
+from flashdiff.server.app import Listen, Server, start
+from flashdiff.server.models import Model, ModelIdentity, Models
+
+MODEL = ModelIdentity(name="fake", bundle_hash="0" * 64, family="fake", backend="fake", precision="fp32")
+
+
+def model_of(fake: FakeComponents, identity: ModelIdentity = MODEL) -> Model:
+    model = Model(identity, fake, fake.costs)
+    fake.calls.clear()  # those of opening it
+    return model
+
+
+@dataclass
+class Running:
+    fake: FakeComponents
+    loop: asyncio.AbstractEventLoop
+    server: Server
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.server.port}"
+
+    def stop(self, grace_s: float = 10.0) -> None:
+        asyncio.run_coroutine_threadsafe(self.server.stop(grace_s), self.loop).result(20)
+
+
+@contextmanager
+def serving(fake: FakeComponents, listen: Listen = Listen(port=0), models: Models | None = None) -> Iterator[Running]:  # noqa: B008
+    models = models or Models({"fake": model_of(fake)})
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        server = asyncio.run_coroutine_threadsafe(start(models, listen), loop).result(10)
+        running = Running(fake, loop, server)
+        yield running
+        running.stop(0.0)
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(10)
+        loop.close()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 5
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert condition()

@@ -1,0 +1,215 @@
+"""Who gets in, and what is left behind of a call."""
+
+import datetime
+import ipaddress
+import logging
+import os
+import urllib.request
+from pathlib import Path
+
+import grpc
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from served import serving
+
+from flashdiff.engines.runtime.fake_backend import FakeComponents
+from flashdiff.errors import ConfigError
+from flashdiff.proto.v1 import image_pb2, image_pb2_grpc
+from flashdiff.server.app import Listen
+from flashdiff.server.auth import Tokens
+from flashdiff.server.client import Client, ServerError
+
+ALICE, BOB = "alice-secret-0123456", "bob-secret-012345678"
+
+
+def _tokens(folder: Path, text: str) -> Path:
+    file = folder / "tokens"
+    file.write_text(text)
+    return file
+
+
+def test_only_who_has_a_token_gets_in_and_health_checks_need_none(tmp_path: Path) -> None:
+    tokens = _tokens(tmp_path, f"# who\nalice {ALICE}\n\nbob {BOB} 100\n")
+    with serving(FakeComponents(), Listen(port=0, tokens=tokens)) as running:
+        for token in (ALICE, BOB):
+            with Client(running.address, token=token) as client:
+                assert client.generate("x", timeout_s=10).images
+                assert len(list(client.stream("x", steps=1, timeout_s=10))) == 2
+        for bad in (None, "wrong-secret-0123456", ""):
+            with Client(running.address, token=bad) as client:
+                with pytest.raises(ServerError, match="UNAUTHENTICATED: send 'authorization: Bearer TOKEN'"):
+                    client.generate("x", timeout_s=10)
+                with pytest.raises(ServerError, match="UNAUTHENTICATED"):
+                    list(client.stream("x", timeout_s=10))
+        with grpc.insecure_channel(running.address) as channel:
+            check = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=10)
+            assert check.status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_tokens_rotate_without_a_restart_and_a_broken_file_locks_nobody_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = _tokens(tmp_path, f"alice {ALICE}\n")
+    tokens = Tokens(file)
+    assert tokens.admit(f"Bearer {ALICE}") == "alice"
+    file.write_text(f"bob {BOB}\n")
+    os.utime(file, ns=(1, 1))
+    assert tokens.admit(f"bearer {BOB}") == "bob"
+    with pytest.raises(Exception, match="with a token that this server knows"):
+        tokens.admit(f"Bearer {ALICE}")
+    file.write_text("nonsense\n")
+    os.utime(file, ns=(2, 2))
+    assert tokens.admit(f"Bearer {BOB}") == "bob"
+    assert "the tokens stay as they were" in caplog.text
+    assert BOB not in caplog.text
+
+
+def test_a_token_has_its_rate_and_the_refusal_says_when_to_come_again(tmp_path: Path) -> None:
+    tokens = _tokens(tmp_path, f"alice {ALICE} 1\n")
+    with serving(FakeComponents(), Listen(port=0, tokens=tokens)) as running, grpc.insecure_channel(running.address) as channel:
+        stub = image_pb2_grpc.ImageServiceStub(channel)
+        metadata = (("authorization", f"Bearer {ALICE}"),)
+        stub.Generate(image_pb2.GenerateRequest(prompt="x"), metadata=metadata, timeout=10)
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.Generate(image_pb2.GenerateRequest(prompt="x"), metadata=metadata, timeout=10)
+        assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        trailers = dict(caught.value.trailing_metadata())
+        assert 0 < int(trailers["grpc-retry-pushback-ms"]) <= 1000
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "there is no token in it"),
+        ("alice\n", "line 1: write NAME TOKEN"),
+        (f"\nalice {ALICE} often\n", "line 2: write NAME TOKEN"),
+        (f"alice {ALICE} -1\n", "line 1: write NAME TOKEN"),
+        ("alice short\n", "line 1: the token of 'alice' is shorter than 16 characters"),
+    ],
+)
+def test_a_bad_token_file_names_the_line_and_never_the_token(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        Tokens(_tokens(tmp_path, text))
+    assert ALICE not in str(caught.value)
+
+
+def test_a_public_address_without_authentication_must_be_said_twice() -> None:
+    with pytest.raises(ConfigError, match=r"--host 0\.0\.0\.0 lets anyone who reaches it in: give --tokens"):
+        Listen(host="0.0.0.0")
+    Listen(host="0.0.0.0", no_auth=True)
+    Listen(host="0.0.0.0", tokens=Path("tokens"))
+    with pytest.raises(ConfigError, match="--no-auth contradicts"):
+        Listen(host="0.0.0.0", tokens=Path("tokens"), no_auth=True)
+
+
+def _certificate(
+    folder: Path, name: str, signer: tuple[x509.Certificate, ec.EllipticCurvePrivateKey] | None = None
+) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
+    """Written as NAME.pem and NAME.key; signed by itself without a signer."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+    now = datetime.datetime.now(datetime.UTC)
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(signer[0].subject if signer else subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=signer is None, path_length=None), critical=True)
+    )
+    certificate = builder.sign(signer[1] if signer else key, hashes.SHA256())
+    (folder / f"{name}.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    (folder / f"{name}.key").write_bytes(private)
+    return certificate, key
+
+
+def test_tls_with_a_token_and_with_client_certificates(tmp_path: Path) -> None:
+    authority = _certificate(tmp_path, "ca")
+    for name in ("server", "client"):
+        _certificate(tmp_path, name, authority)
+    tls = {"tls_cert": tmp_path / "server.pem", "tls_key": tmp_path / "server.key"}
+    tokens = _tokens(tmp_path, f"alice {ALICE}\n")
+    with serving(FakeComponents(), Listen(port=0, tokens=tokens, **tls)) as running:
+        with Client(running.address, token=ALICE, tls_ca=tmp_path / "ca.pem") as client:
+            assert client.generate("x", timeout_s=10).images
+        with Client(running.address, token=ALICE) as plain, pytest.raises(ServerError, match=r"UNAVAILABLE|DEADLINE"):
+            plain.generate("x", timeout_s=2)
+    with serving(FakeComponents(), Listen(port=0, tls_client_ca=tmp_path / "ca.pem", **tls)) as running:
+        root, chain, key = ((tmp_path / name).read_bytes() for name in ("ca.pem", "client.pem", "client.key"))
+        with grpc.secure_channel(running.address, grpc.ssl_channel_credentials(root, key, chain)) as channel:
+            stub = image_pb2_grpc.ImageServiceStub(channel)
+            assert stub.Generate(image_pb2.GenerateRequest(prompt="x"), timeout=10).images
+        with (
+            Client(running.address, tls_ca=tmp_path / "ca.pem") as client,
+            pytest.raises(ServerError, match=r"UNAVAILABLE|DEADLINE"),
+        ):
+            client.generate("x", timeout_s=2)
+
+
+def test_half_of_tls_and_unreadable_files_are_said(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ConfigError, match="TLS needs both --tls-cert and --tls-key"),
+        serving(FakeComponents(), Listen(port=0, tls_cert=tmp_path / "no.pem")),
+    ):
+        pass
+    with (
+        pytest.raises(ConfigError, match=r"--tls-cert .*no\.pem: cannot read"),
+        serving(FakeComponents(), Listen(port=0, tls_cert=tmp_path / "no.pem", tls_key=tmp_path / "no.key")),
+    ):
+        pass
+
+
+def test_the_log_has_a_line_a_call_with_its_id_and_no_prompt(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "flashdiff")
+    with serving(FakeComponents()) as running, grpc.insecure_channel(running.address) as channel:
+        stub = image_pb2_grpc.ImageServiceStub(channel)
+        stub.Generate(image_pb2.GenerateRequest(prompt="my secret wish"), metadata=(("x-request-id", "r-17"),), timeout=10)
+        with pytest.raises(grpc.RpcError):
+            stub.Generate(image_pb2.GenerateRequest(prompt="my secret wish", steps=99), timeout=10)
+    lines = [line for line in caplog.messages if line.startswith("call ")]
+    assert "id=r-17" in lines[0]
+    assert "code=OK" in lines[0]
+    assert "code=INVALID_ARGUMENT" in lines[1]
+    assert "secret" not in caplog.text
+
+
+def test_a_span_belongs_to_the_callers_trace_and_says_where_the_time_went() -> None:
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    trace.set_tracer_provider(provider)
+    with serving(FakeComponents()) as running, grpc.insecure_channel(running.address) as channel:
+        parent = ("traceparent", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01")
+        stub = image_pb2_grpc.ImageServiceStub(channel)
+        stub.Generate(image_pb2.GenerateRequest(prompt="x"), metadata=(parent,), timeout=10)
+    (span,) = exporter.get_finished_spans()
+    assert span.name == "flashdiff.v1.ImageService/Generate"
+    assert f"{span.context.trace_id:032x}" == "0af7651916cd43dd8448eb211c80319c"
+    assert span.attributes is not None
+    assert {"denoise_ms", "queue_ms", "model", "request_id"} <= set(span.attributes)
+
+
+def test_metrics_tell_of_batches_times_and_refusals() -> None:
+    with serving(FakeComponents(), Listen(port=0, metrics_port=0)) as running, Client(running.address) as client:
+        client.generate("x", steps=3, timeout_s=10)
+        running.server.models.get().costs["denoiser"][4] = 5000.0
+        with pytest.raises(ServerError):
+            client.generate("x", timeout_s=1)
+        with urllib.request.urlopen(f"http://127.0.0.1:{running.server.metrics_port}/metrics", timeout=10) as page:
+            text = page.read().decode()
+    lines = set(text.splitlines())
+    assert 'flashdiff_batch_slots_count{model="fake",stage="denoise"} 3.0' in lines
+    assert 'flashdiff_requests_total{model="fake",outcome="ok"} 1.0' in lines
+    assert 'flashdiff_refusals_total{cause="deadline"} 1.0' in lines
+    assert "flashdiff_pending_images 0.0" in lines

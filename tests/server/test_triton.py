@@ -1,0 +1,233 @@
+"""The stock Triton client against the server."""
+
+import io
+import queue
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+import tritonclient.grpc as triton
+from PIL import Image
+from served import Running, until
+from tritonclient.utils import InferenceServerException
+
+from flashdiff.engines.runtime.fake_backend import FakeComponents
+from flashdiff.generate import check_order, generate
+from flashdiff.proto.v1 import triton_pb2 as pb
+
+
+@pytest.fixture
+def stock(running: Running) -> Iterator[triton.InferenceServerClient]:
+    client = triton.InferenceServerClient(running.address)
+    yield client
+    client.close()
+
+
+def tensor(name: str, datatype: str, value: object, shape: tuple[int, ...] = (1,)) -> triton.InferInput:
+    made = triton.InferInput(name, list(shape), datatype)
+    kinds: dict[str, Any] = {"BYTES": np.object_, "UINT64": np.uint64, "INT32": np.int32, "FP32": np.float32}
+    made.set_data_from_numpy(np.full(shape, value, dtype=kinds[datatype]))
+    return made
+
+
+def inputs(**more: int) -> list[triton.InferInput]:
+    kinds = {"SEED": "UINT64"}
+    return [tensor("PROMPT", "BYTES", b"a red car"), *(tensor(n, kinds.get(n, "INT32"), v) for n, v in more.items())]
+
+
+def test_it_is_live_ready_and_says_what_it_is(stock: triton.InferenceServerClient) -> None:
+    assert stock.is_server_live()
+    assert stock.is_server_ready()
+    assert stock.is_model_ready("fake")
+    assert stock.is_model_ready("fake", "1")
+    assert not stock.is_model_ready("fake", "2")
+    assert not stock.is_model_ready("other")
+    assert "statistics" in stock.get_server_metadata().extensions
+    metadata = stock.get_model_metadata("fake", as_json=True)
+    assert metadata["versions"] == ["1"]
+    assert {i["name"]: i["datatype"] for i in metadata["inputs"]}["PROMPT"] == "BYTES"
+    assert metadata["outputs"][0] == {"name": "IMAGES", "datatype": "UINT8", "shape": ["-1", "-1", "-1", "3"]}
+    config = stock.get_model_config("fake", as_json=True)["config"]
+    assert config["model_transaction_policy"] == {"decoupled": True}
+    optional = {i["name"]: i.get("optional", False) for i in config["input"]}
+    assert [name for name, is_optional in optional.items() if not is_optional] == ["PROMPT"]
+    index = stock.get_model_repository_index().models
+    assert [(model.name, model.state) for model in index] == [("fake", "READY")]
+
+
+def test_the_images_are_those_of_our_own_service(running: Running, stock: triton.InferenceServerClient) -> None:
+    result = stock.infer("fake", inputs(SEED=7, STEPS=2, WIDTH=128, HEIGHT=64, COUNT=2), request_id="mine")
+    order = check_order(running.fake.spec, prompt="a red car", seed=7, steps=2, size=running.fake.spec.sizes[1], count=2)
+    expected = generate(FakeComponents(), [order])[0]
+    np.testing.assert_array_equal(result.as_numpy("IMAGES"), expected)
+    np.testing.assert_array_equal(result.as_numpy("SEEDS"), [7, 8])
+    for data, pixels in zip(result.as_numpy("ENCODED"), expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(data))), pixels)
+    response = result.get_response()
+    assert response.id == "mine"
+    assert response.parameters["steps"].int64_param == 2
+    assert response.parameters["total_ms"].double_param > 0
+
+
+def test_only_the_outputs_asked_for_come(stock: triton.InferenceServerClient) -> None:
+    result = stock.infer("fake", inputs(SEED=1), outputs=[triton.InferRequestedOutput("SEEDS")])
+    assert [output.name for output in result.get_response().outputs] == ["SEEDS"]
+    jpeg = [*inputs(SEED=1), tensor("FORMAT", "BYTES", b"jpeg")]
+    result = stock.infer("fake", jpeg, outputs=[triton.InferRequestedOutput("ENCODED")])
+    assert Image.open(io.BytesIO(result.as_numpy("ENCODED")[0])).format == "JPEG"
+
+
+@pytest.mark.parametrize(
+    ("model", "version", "given", "outputs", "status", "message"),
+    [
+        ("other", "", inputs(), None, "NOT_FOUND", "model: 'other'"),
+        ("fake", "2", inputs(), None, "NOT_FOUND", "has version 1 only"),
+        ("fake", "", inputs(STEPS=9), None, "INVALID_ARGUMENT", "steps: 9 is not allowed"),
+        ("fake", "", inputs(COUNT=-1), None, "INVALID_ARGUMENT", "count: -1"),
+        ("fake", "", inputs(WIDTH=64), None, "INVALID_ARGUMENT", "size: '64x0'"),
+        ("fake", "", [tensor("STEPS", "INT32", 2)], None, "INVALID_ARGUMENT", "expected input 'PROMPT'"),
+        ("fake", "", [*inputs(), tensor("NAME", "INT32", 2)], None, "INVALID_ARGUMENT", "unexpected inference input 'NAME'"),
+        ("fake", "", [*inputs(), *inputs()], None, "INVALID_ARGUMENT", "'PROMPT' is given twice"),
+        ("fake", "", [tensor("PROMPT", "FP32", 1)], None, "INVALID_ARGUMENT", "expects 'BYTES'"),
+        ("fake", "", [tensor("PROMPT", "BYTES", b"x", (2,))], None, "INVALID_ARGUMENT", "unexpected shape for input 'PROMPT'"),
+        ("fake", "", [tensor("PROMPT", "BYTES", b"\xff\xfe")], None, "INVALID_ARGUMENT", "it must be valid UTF-8"),
+        ("fake", "", [*inputs(), tensor("FORMAT", "BYTES", b"gif")], None, "INVALID_ARGUMENT", "must be one of png, jpeg, webp"),
+        ("fake", "", inputs(), ["NONE"], "INVALID_ARGUMENT", "unexpected inference output 'NONE'"),
+        ("fake", "", inputs(), ["PREVIEW"], "INVALID_ARGUMENT", "use ModelStreamInfer"),
+    ],
+)
+def test_a_bad_request_has_tritons_status_and_names_what_is_wrong(
+    stock: triton.InferenceServerClient,
+    model: str,
+    version: str,
+    given: list[triton.InferInput],
+    outputs: list[str] | None,
+    status: str,
+    message: str,
+) -> None:
+    wanted = [triton.InferRequestedOutput(name) for name in outputs] if outputs else None
+    with pytest.raises(InferenceServerException) as caught:
+        stock.infer(model, given, model_version=version, outputs=wanted)
+    assert caught.value.status() == f"StatusCode.{status}"
+    assert message in caught.value.message()
+
+
+@pytest.mark.parametrize(
+    ("contents", "raw", "message"),
+    [
+        ([], b"\x05\x00\x00\x00ab", "not one element with its length"),
+        ([], b"\x01", "not one element with its length"),
+        ([b"a", b"b"], None, "expected 1 element, got 2"),
+        ([], None, "expected 1 element, got 0"),
+        ([b"a"], b"\x01\x00\x00\x00a", "both contents and raw contents"),
+    ],
+)
+def test_malformed_contents_are_said_and_typed_ones_are_read(
+    running: Running, contents: list[bytes], raw: bytes | None, message: str
+) -> None:
+    with grpc.insecure_channel(running.address) as channel:
+        infer = channel.unary_unary(
+            "/inference.GRPCInferenceService/ModelInfer",
+            request_serializer=pb.ModelInferRequest.SerializeToString,
+            response_deserializer=pb.ModelInferResponse.FromString,
+        )
+        request = pb.ModelInferRequest(model_name="fake", raw_input_contents=[raw] if raw is not None else [])
+        prompt = request.inputs.add(name="PROMPT", datatype="BYTES", shape=[1])
+        if contents:
+            prompt.contents.bytes_contents.extend(contents)
+        with pytest.raises(grpc.RpcError) as caught:
+            infer(request, timeout=10)
+        assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        assert message in caught.value.details()
+
+        fine = pb.ModelInferRequest(model_name="fake")
+        fine.inputs.add(name="PROMPT", datatype="BYTES", shape=[1]).contents.bytes_contents.append(b"a red car")
+        fine.inputs.add(name="STEPS", datatype="INT32", shape=[1]).contents.int_contents.append(2)
+        assert infer(fine, timeout=10).parameters["steps"].int64_param == 2
+
+
+def test_a_stream_brings_previews_results_and_errors_and_goes_on(stock: triton.InferenceServerClient) -> None:
+    answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
+    stock.start_stream(lambda result, error: answers.put((result, error)))
+    wanted = [triton.InferRequestedOutput("PREVIEW"), triton.InferRequestedOutput("IMAGES")]
+    stock.async_stream_infer("fake", inputs(SEED=7, STEPS=3), outputs=wanted, request_id="a", enable_empty_final_response=True)
+    seen = [answers.get(timeout=10)[0] for _ in range(4)]
+    assert [r.get_response().parameters["step"].int64_param for r in seen[:3]] == [1, 2, 3]
+    assert [r.get_response().parameters["triton_final_response"].bool_param for r in seen] == [False, False, False, True]
+    assert seen[0].as_numpy("PREVIEW").shape == (8, 8, 3)
+    image = seen[3].as_numpy("IMAGES")[0]
+    assert np.abs(seen[2].as_numpy("PREVIEW").astype(int) - image[::8, ::8]).max() <= 1
+
+    stock.async_stream_infer("other", inputs(), request_id="b")
+    result, error = answers.get(timeout=10)
+    assert result is None
+    assert "model: 'other'" in error.message()
+    stock.async_stream_infer("fake", inputs(SEED=7, STEPS=3), outputs=wanted[1:], request_id="c")
+    np.testing.assert_array_equal(answers.get(timeout=10)[0].as_numpy("IMAGES")[0], image)
+    stock.stop_stream()
+
+
+def test_a_cancelled_stream_frees_its_rows(running: Running, stock: triton.InferenceServerClient) -> None:
+    running.fake.delay_s = 0.1
+    answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
+    stock.start_stream(lambda result, error: answers.put((result, error)))
+    stock.async_stream_infer("fake", inputs(STEPS=4, COUNT=4))
+    answers.get(timeout=10)
+    stock.stop_stream(cancel_requests=True)
+    until(lambda: running.server.worker.pending_images == 0)
+    assert "decoder" not in {part for part, _ in running.fake.calls}
+
+
+def test_timeouts_priorities_and_cancelling_reach_the_scheduler(running: Running, stock: triton.InferenceServerClient) -> None:
+    running.server.models.get().costs["denoiser"][4] = 5000.0
+    with pytest.raises(InferenceServerException, match=r"DEADLINE_EXCEEDED.*the deadline is"):
+        stock.infer("fake", inputs(), timeout=100_000)
+    with pytest.raises(InferenceServerException, match="DEADLINE_EXCEEDED"):
+        stock.infer("fake", inputs(), client_timeout=0.5)
+    running.fake.delay_s = 0.1
+    call = stock.async_infer("fake", inputs(STEPS=4), lambda result, error: None, priority=1)
+    until(lambda: running.server.worker.pending_images == 1)
+    assert running.server.worker._jobs[0].due < running.server.worker._jobs[0].arrived + 2
+    call.cancel()
+    until(lambda: running.server.worker.pending_images == 0)
+
+
+def test_statistics_count_what_was_done(stock: triton.InferenceServerClient) -> None:
+    stock.infer("fake", inputs(COUNT=3))
+    with pytest.raises(InferenceServerException):
+        stock.infer("fake", inputs(COUNT=99))
+    (stats,) = stock.get_inference_statistics("fake").model_stats
+    assert (stats.inference_count, stats.execution_count) == (3, 1)
+    assert stats.inference_stats.success.count == 1
+    assert stats.inference_stats.success.ns >= stats.inference_stats.compute_infer.ns > 0
+
+
+def test_any_bytes_for_a_message_are_answered_with_a_status(running: Running) -> None:
+    rng = np.random.default_rng(0)
+    with grpc.insecure_channel(running.address) as channel:
+        calls = [
+            channel.unary_unary(f"/{name}")
+            for name in ("inference.GRPCInferenceService/ModelInfer", "flashdiff.v1.ImageService/Generate")
+        ]
+        valid = pb.ModelInferRequest(model_name="fake", raw_input_contents=[struct.pack("<I", 1) + b"x"])
+        valid.inputs.add(name="PROMPT", datatype="BYTES", shape=[1])
+        base = bytearray(valid.SerializeToString())
+        for number in range(200):
+            data = bytearray(base) if number % 2 else bytearray(rng.bytes(int(rng.integers(0, 200))))
+            for _ in range(3):
+                if data:
+                    data[int(rng.integers(len(data)))] = int(rng.integers(256))
+            for call in calls:
+                try:
+                    call(bytes(data), timeout=10)
+                except grpc.RpcError as error:
+                    assert error.code() in (  # noqa: PT017
+                        grpc.StatusCode.INVALID_ARGUMENT,
+                        grpc.StatusCode.NOT_FOUND,
+                    )
+                    assert "Traceback" not in (error.details() or "")  # noqa: PT017
+    until(lambda: running.server.worker.pending_images == 0)
+    assert running.server.worker.failure is None
