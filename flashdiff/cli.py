@@ -246,11 +246,11 @@ def _serve(options: argparse.Namespace) -> None:
     names = [bundle.absolute().name for bundle in options.bundles]
     if len(set(names)) < len(names):
         raise ConfigError(f"two bundles have the same folder name: {', '.join(names)}")
-    served = {name: _open_model(bundle) for name, bundle in zip(names, options.bundles, strict=True)}
-    asyncio.run(serve(Models(served, options.repository, _open_model), listen))
+    served = {name: open_model(bundle) for name, bundle in zip(names, options.bundles, strict=True)}
+    asyncio.run(serve(Models(served, options.repository, open_model), listen))
 
 
-def _open_model(bundle: Path) -> "Model":
+def open_model(bundle: Path) -> "Model":
     """The bundle, warmed up and measured."""
     from flashdiff.engines.runtime.engine import open_bundle
     from flashdiff.server.models import Model, ModelIdentity

@@ -85,7 +85,7 @@ class Server:
         await asyncio.to_thread(self.worker.join, 1.0)
 
 
-async def start(models: Models, listen: Listen) -> Server:
+async def start(models: Models, listen: Listen, worker: type[Worker] = Worker) -> Server:
     """A server that answers; ConfigError when it cannot listen there."""
     host, port = listen.host, listen.port
     if not _is_free(host, port):  # asked first, because gRPC would add lines of its own to our error
@@ -94,13 +94,13 @@ async def start(models: Models, listen: Listen) -> Server:
     gate = Gate(Tokens(listen.tokens) if listen.tokens else None)
     metrics = Metrics()
     metrics_port = None if listen.metrics_port is None else metrics.listen(host, listen.metrics_port)
-    worker = Worker(observer=metrics)
-    metrics.watch_queue(lambda: worker.pending_images)
+    device = worker(observer=metrics)
+    metrics.watch_queue(lambda: device.pending_images)
 
     server = grpc.aio.server(options=_OPTIONS, interceptors=[gate])
     encoders = ImageEncoders()
-    image_pb2_grpc.add_ImageServiceServicer_to_server(ImageService(worker, models, encoders), server)
-    server.add_generic_rpc_handlers((triton_handler(worker, models, encoders),))
+    image_pb2_grpc.add_ImageServiceServicer_to_server(ImageService(device, models, encoders), server)
+    server.add_generic_rpc_handlers((triton_handler(device, models, encoders),))
     servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
@@ -109,7 +109,7 @@ async def start(models: Models, listen: Listen) -> Server:
     await server.start()
     for name in ("", _SERVICE, TRITON_SERVICE):
         await servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
-    return Server(bound, worker, models, metrics_port, server, servicer)
+    return Server(bound, device, models, metrics_port, server, servicer)
 
 
 def _is_free(host: str, port: int) -> bool:

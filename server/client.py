@@ -16,7 +16,7 @@ import grpc
 from flashdiff.components import Size
 from flashdiff.errors import FlashdiffError
 from flashdiff.proto.v1 import image_pb2, image_pb2_grpc
-from flashdiff.server.convert import Preview, Result, read_response, read_update, write_request
+from flashdiff.server.convert import Estimate, Preview, Result, read_estimate, read_response, read_update, write_request
 from flashdiff.server.images import ImageFormat
 from flashdiff.server.scheduler import Priority
 
@@ -62,13 +62,14 @@ _RETRIES = json.dumps(
 )
 
 
-def _channel_arguments(address: str, token: str | None, tls_ca: Path | None) -> tuple[str, Any, list[tuple[str, Any]]]:
-    """Address, credentials (None: plain) and options of a channel."""
-    options = [("grpc.max_receive_message_length", 256 * 1024 * 1024), ("grpc.service_config", _RETRIES)]
+def _channel_arguments(token: str | None, tls_ca: Path | None, *, retries: bool) -> tuple[Any, list[tuple[str, Any]]]:
+    """Credentials (None: plain) and options of a channel."""
+    options: list[tuple[str, Any]] = [("grpc.max_receive_message_length", 256 * 1024 * 1024)]
+    options.append(("grpc.service_config", _RETRIES) if retries else ("grpc.enable_retries", 0))
     credentials = grpc.ssl_channel_credentials(tls_ca.read_bytes()) if tls_ca else None
     if token and credentials:
         credentials = grpc.composite_channel_credentials(credentials, grpc.access_token_call_credentials(token))
-    return address, credentials, options
+    return credentials, options
 
 
 def _metadata(token: str | None, tls_ca: Path | None) -> tuple[tuple[str, str], ...]:
@@ -83,11 +84,12 @@ def _server_error(error: grpc.RpcError) -> ServerError:
 class Client:
     """A connection to one server, safe to share between threads. `tls_ca` holds the certificate of whoever signed the server's.
 
-    Calls that were refused for want of room, or that found no server, are sent again up to three times within their deadline.
+    Calls that were refused for want of room, or that found no server, are sent again up to three times within their deadline,
+    unless `retries` is off.
     """
 
-    def __init__(self, address: str, *, token: str | None = None, tls_ca: Path | None = None) -> None:
-        address, credentials, options = _channel_arguments(address, token, tls_ca)
+    def __init__(self, address: str, *, token: str | None = None, tls_ca: Path | None = None, retries: bool = True) -> None:
+        credentials, options = _channel_arguments(token, tls_ca, retries=retries)
         self._channel = (
             grpc.secure_channel(address, credentials, options) if credentials else grpc.insecure_channel(address, options)
         )
@@ -117,10 +119,10 @@ class Client:
         finally:
             call.cancel()
 
-    def estimate_ms(self, prompt: str, **options: Unpack[Options]) -> float:
-        """How long this request would take now, in milliseconds, waiting included."""
+    def estimate(self, prompt: str, **options: Unpack[Options]) -> Estimate:
+        """What this request would cost now."""
         try:
-            return self._stub.Estimate(write_request(prompt, **options), metadata=self._metadata).expected_ms
+            return read_estimate(self._stub.Estimate(write_request(prompt, **options), metadata=self._metadata))
         except grpc.RpcError as error:
             raise _server_error(error) from None
 
@@ -152,8 +154,8 @@ class Client:
 class AsyncClient:
     """`Client` for asyncio; one per event loop."""
 
-    def __init__(self, address: str, *, token: str | None = None, tls_ca: Path | None = None) -> None:
-        address, credentials, options = _channel_arguments(address, token, tls_ca)
+    def __init__(self, address: str, *, token: str | None = None, tls_ca: Path | None = None, retries: bool = True) -> None:
+        credentials, options = _channel_arguments(token, tls_ca, retries=retries)
         self._channel = (
             grpc.aio.secure_channel(address, credentials, options) if credentials else grpc.aio.insecure_channel(address, options)
         )
@@ -181,6 +183,13 @@ class AsyncClient:
             raise _server_error(error) from None
         finally:
             call.cancel()
+
+    async def estimate(self, prompt: str, **options: Unpack[Options]) -> Estimate:
+        """See `Client.estimate`."""
+        try:
+            return read_estimate(await self._stub.Estimate(write_request(prompt, **options), metadata=self._metadata))
+        except grpc.RpcError as error:
+            raise _server_error(error) from None
 
     async def __aenter__(self) -> Self:
         return self

@@ -64,6 +64,14 @@ class Preview:
     png: bytes
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """How long a request would take if it were sent now, waiting included, and how many images wait or are made."""
+
+    expected_ms: float
+    pending_images: int
+
+
 def read_request(request: pb.GenerateRequest, spec: ModelSpec) -> tuple[Order, Wish]:
     """The order and how it is wanted; RequestError names the field that is wrong."""
     if request.format not in _FORMATS:
@@ -198,6 +206,10 @@ def read_response(response: pb.GenerateResponse) -> Result:
         model=ModelIdentity(**{field.name: getattr(response.model, field.name) for field in response.model.DESCRIPTOR.fields}),
         denoise_batches=tuple(response.denoise_batches),
     )
+
+
+def read_estimate(response: pb.EstimateResponse) -> Estimate:
+    return Estimate(response.expected_ms, response.pending_images)
 
 
 def read_update(update: pb.GenerateUpdate) -> Preview | Result:

@@ -232,8 +232,7 @@ class Worker:
     def _turn(self) -> None:
         """One call of the device, for whoever is most urgent and whatever can share it."""
         self._drop_departed(time.monotonic())
-        with self._changed:
-            jobs = list(self._jobs)
+        jobs = self._candidates()
         targets: list[tuple[Job, int | str]] = []  # a row of a job, or a text
         ready: list[Ready] = []
         for job in jobs:
@@ -257,6 +256,11 @@ class Worker:
             else:  # one job's text, numbers or memory must not take its neighbours down: each is tried again alone
                 self._call_one_by_one(stage, chosen, owners)
         self._answer(owners)
+
+    def _candidates(self) -> list[Job]:
+        """Whose work may be done now."""
+        with self._changed:
+            return list(self._jobs)
 
     def _call_one_by_one(self, stage: Stage, chosen: Sequence[tuple[Job, int | str]], owners: Sequence[Job]) -> None:
         for job in owners:

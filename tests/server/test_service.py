@@ -125,9 +125,9 @@ def test_a_refused_stream_has_the_status_of_the_plain_call(client: Client) -> No
 def test_models_are_listed_and_an_estimate_is_what_admission_would_say(running: Running, client: Client) -> None:
     assert client.models() == ["fake"]
     running.server.models.get().costs["denoiser"][4] = 100.0
-    assert client.estimate_ms("x", steps=4) == pytest.approx(400, abs=20)
+    assert client.estimate("x", steps=4).expected_ms == pytest.approx(400, abs=20)
     with pytest.raises(ServerError, match="INVALID_ARGUMENT: steps: 9"):
-        client.estimate_ms("x", steps=9)
+        client.estimate("x", steps=9)
 
 
 def test_the_asyncio_client_does_the_same(running: Running, client: Client) -> None:

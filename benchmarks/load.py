@@ -1,0 +1,343 @@
+"""Behaviour under load: latency and goodput over offered load, step-level against request-level batching, overload, and chaos.
+
+    python benchmarks/load.py STUDENT_BUNDLE --json load.json      # about six minutes; --quick for the code paths alone
+
+The server runs in a process of its own, the client here, over a real port. Arrivals are Poisson and do not wait for answers
+(open loop). Every request has a prompt of its own, so the cache of text embeddings helps nobody.
+"""
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import os
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+if __package__ in (None, ""):  # run as a file: the repository's root is what it imports from
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.rows import environment
+from flashdiff.engines.bundle import read_manifest
+from flashdiff.engines.runtime.engine import open_bundle
+from flashdiff.errors import FlashdiffError
+from flashdiff.files import write_whole
+from flashdiff.generate import Order, generate
+from flashdiff.server.client import AsyncClient, ServerError
+from flashdiff.server.worker import Job, Worker
+
+Batching = Literal["step", "request"]
+
+_STEPS = (2, 4)
+_DEADLINE_S = 1.0
+_WORDS = (
+    ("green", "red", "blue", "yellow", "purple", "pink", "orange", "teal"),
+    ("monster", "robot", "planet", "face", "cactus", "person"),
+    ("horns", "a crown", "a smile", "round eyes", "an antenna", "a ring", "a grin", "stripes"),
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long each part takes, in seconds, and how many requests."""
+
+    quiet: int = 200
+    offline_s: float = 10.0
+    saturated_s: float = 15.0
+    loads: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 0.95)
+    open_loop_s: float = 15.0
+    overload_s: float = 60.0
+    chaos: int = 10_000
+
+
+QUICK = Plan(quiet=5, offline_s=0.2, saturated_s=0.5, loads=(0.5,), open_loop_s=0.5, overload_s=0.5, chaos=40)
+
+
+class RequestLevelWorker(Worker):
+    """What most servers do, for comparison: a batch is closed when it starts, all of one number of steps; who comes waits."""
+
+    def __init__(self, **options: Any) -> None:
+        self._group: list[Job] = []
+        super().__init__(**options)
+
+    def _candidates(self) -> list[Job]:
+        waiting = super()._candidates()
+        self._group = [job for job in self._group if job in waiting]
+        if not self._group and waiting:
+            first = min(waiting, key=lambda job: (job.due, job.arrival))
+            room = first.model.components.max_batch // first.model.components.spec.sampler.evaluations_per_step
+            for job in sorted(waiting, key=lambda job: (job.due, job.arrival)):
+                alike = (job.model, job.order.size, job.order.steps) == (first.model, first.order.size, first.order.steps)
+                if alike and room >= job.order.count:
+                    self._group.append(job)
+                    room -= job.order.count
+        return self._group or waiting[:1]
+
+
+@dataclass
+class Outcome:
+    """What a phase saw: milliseconds as the client measured them, by status."""
+
+    seconds: float = 0.0
+    sent: int = 0
+    latencies_ms: list[float] = field(default_factory=list)
+    refusals_ms: list[float] = field(default_factory=list)
+    statuses: Counter[str] = field(default_factory=Counter)
+
+    def row(self, **about: Any) -> dict[str, Any]:
+        return {
+            **about,
+            "seconds": round(self.seconds, 2),
+            "sent": self.sent,
+            "statuses": dict(self.statuses),
+            "goodput_per_s": round(self.statuses["OK"] / self.seconds, 2),
+            **{f"p{share}_ms": percentile(self.latencies_ms, share) for share in (50, 95, 99)},
+            "refusal_p99_ms": percentile(self.refusals_ms, 99),
+            "samples_ms": [round(value, 1) for value in self.latencies_ms],
+        }
+
+
+def percentile(values: Sequence[float], share: float) -> float | None:
+    """By rank; None of nothing."""
+    ordered = sorted(values)
+    return round(ordered[min(len(ordered) - 1, int(share / 100 * len(ordered)))], 2) if ordered else None
+
+
+def _prompt(rng: random.Random) -> str:
+    color, thing, detail = (rng.choice(words) for words in _WORDS)
+    return f"a {color} {thing} with {detail} number {rng.randrange(10**6)}"
+
+
+async def _ask(client: AsyncClient, rng: random.Random, outcome: Outcome, timeout_s: float | None) -> None:
+    started = time.perf_counter()
+    outcome.sent += 1
+    try:
+        await client.generate(_prompt(rng), steps=rng.choice(_STEPS), seed=rng.randrange(2**32), timeout_s=timeout_s)
+    except ServerError as error:
+        outcome.refusals_ms.append(1000 * (time.perf_counter() - started))
+        outcome.statuses[error.code.name] += 1
+    else:
+        outcome.latencies_ms.append(1000 * (time.perf_counter() - started))
+        outcome.statuses["OK"] += 1
+
+
+async def quiet(client: AsyncClient, count: int) -> dict[str, Any]:
+    """One after another: what the client sees beyond the engine's own time."""
+    rng, beyond, seen = random.Random(0), [], []
+    for _ in range(count):
+        started = time.perf_counter()
+        result = await client.generate(_prompt(rng), steps=4)
+        seen.append(1000 * (time.perf_counter() - started))
+        beyond.append(seen[-1] - sum(result.timings[stage] for stage in ("text", "denoise", "decode")))
+    return {
+        "phase": "quiet",
+        "p50_ms": percentile(seen, 50),
+        "p50_beyond_engine_ms": percentile(beyond, 50),
+        "p99_beyond_engine_ms": percentile(beyond, 99),
+        "sent": count,
+    }
+
+
+async def saturated(client: AsyncClient, seconds: float, at_once: int) -> Outcome:
+    """As many requests in flight as fill every batch twice."""
+    outcome, until = Outcome(), time.perf_counter() + seconds
+    started = time.perf_counter()
+
+    async def keep_asking(seed: int) -> None:
+        rng = random.Random(seed)
+        while time.perf_counter() < until:
+            await _ask(client, rng, outcome, None)
+
+    await asyncio.gather(*(keep_asking(seed) for seed in range(at_once)))
+    outcome.seconds = time.perf_counter() - started
+    return outcome
+
+
+async def open_loop(client: AsyncClient, per_second: float, seconds: float, timeout_s: float = _DEADLINE_S) -> Outcome:
+    """Poisson arrivals that wait for nobody; the same arrivals whenever the arguments are."""
+    rng, outcome, calls = random.Random(1), Outcome(), []
+    started = time.perf_counter()
+    at = 0.0
+    while (at := at + rng.expovariate(per_second)) < seconds:
+        await asyncio.sleep(max(0.0, started + at - time.perf_counter()))
+        calls.append(asyncio.create_task(_ask(client, random.Random(rng.random()), outcome, timeout_s)))
+    await asyncio.gather(*calls)
+    outcome.seconds = time.perf_counter() - started
+    return outcome
+
+
+async def chaos(client: AsyncClient, count: int, per_second: float) -> dict[str, Any]:
+    """Requests of which a third are cancelled at a random moment and a third have a random deadline: each ends exactly once."""
+    rng, ends = random.Random(2), Counter[str]()
+
+    async def one(seed: float) -> None:
+        own = random.Random(seed)
+        timeout_s = own.choice((None, None, own.uniform(0.001, 0.5)))
+        call = asyncio.create_task(client.generate(_prompt(own), steps=own.choice(_STEPS), timeout_s=timeout_s))
+        if own.random() < 0.33:
+            await asyncio.sleep(own.uniform(0.0, 0.2))
+            call.cancel()
+        try:
+            await call
+            ends["OK"] += 1
+        except ServerError as error:
+            ends[error.code.name] += 1
+        except asyncio.CancelledError:
+            ends["cancelled here"] += 1
+
+    calls = []
+    for _ in range(count):
+        await asyncio.sleep(rng.expovariate(per_second))
+        calls.append(asyncio.create_task(one(rng.random())))
+    await asyncio.gather(*calls)
+    deadline = time.monotonic() + 10
+    while (pending := (await client.estimate("x")).pending_images) and time.monotonic() < deadline:
+        await asyncio.sleep(0.05)
+    return {"phase": "chaos", "sent": count, "ends": dict(ends), "answered": sum(ends.values()), "slots_left": pending}
+
+
+def offline(bundle: Path, seconds: float) -> dict[str, Any]:
+    """The engine alone with full batches of the same mixture: the most images a second that any server of it could send."""
+    engine, rng, made = open_bundle(bundle), random.Random(0), 0
+    batch = engine.max_batch // engine.spec.sampler.evaluations_per_step
+    generate(engine, [Order(prompt="warm", seed=0, steps=1, size=engine.spec.sizes[0], count=batch)])
+    started = time.perf_counter()
+    while (spent := time.perf_counter() - started) < seconds:
+        steps = _STEPS[made // batch % len(_STEPS)]
+        orders = [Order(prompt=_prompt(rng), seed=index, steps=steps, size=engine.spec.sizes[0]) for index in range(batch)]
+        generate(engine, orders)
+        made += batch
+    return {"phase": "offline", "images_per_s": round(made / spent, 2), "batch": batch}
+
+
+@contextmanager
+def server(bundle: Path, batching: Batching) -> Any:
+    """(address, process id) of a server in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(bundle, batching, theirs), daemon=True)
+    process.start()
+    try:
+        if not ours.poll(120):
+            raise FlashdiffError("the server did not start within two minutes")
+        yield f"127.0.0.1:{ours.recv()}", process.pid
+    finally:
+        process.terminate()
+        process.join(30)
+
+
+def _memory_mb(process: int) -> float:
+    """Resident memory, as Linux tells it."""
+    return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def _serve(bundle: Path, batching: Batching, pipe: Any) -> None:
+    from flashdiff.cli import open_model
+    from flashdiff.server.app import Listen, start
+    from flashdiff.server.models import Models
+
+    async def run() -> None:
+        models = Models({"student": open_model(bundle)})
+        worker = {"step": Worker, "request": RequestLevelWorker}[batching]
+        running = await start(models, Listen(port=0), worker=worker)
+        pipe.send(running.port)
+        await asyncio.Event().wait()
+
+    asyncio.run(run())
+
+
+async def _with_client(address: str, use: Callable[[AsyncClient], Awaitable[Any]]) -> Any:
+    async with AsyncClient(address, retries=False) as client:
+        await client.generate("warm", timeout_s=60)
+        return await use(client)
+
+
+def run(bundle: Path, plan: Plan, report: Callable[[str], None]) -> dict[str, Any]:
+    """Every phase once; {"environment": ..., "rows": [...]}."""
+    record = environment({"student": read_manifest(bundle)})
+    rows: list[dict[str, Any]] = [offline(bundle, plan.offline_s)]
+    report(f"offline: {rows[0]['images_per_s']} images/s in batches of {rows[0]['batch']}")
+    at_once = 2 * rows[0]["batch"]
+
+    def phase(address: str, use: Callable[[AsyncClient], Awaitable[Any]], **about: Any) -> dict[str, Any]:
+        result = asyncio.run(_with_client(address, use))
+        row: dict[str, Any] = result if isinstance(result, dict) else result.row(**about)
+        rows.append(row)
+        report(" ".join(f"{name}={value}" for name, value in row.items() if name != "samples_ms"))
+        return row
+
+    with server(bundle, "step") as (address, _):
+        phase(address, lambda client: quiet(client, plan.quiet))
+        best = phase(address, lambda client: saturated(client, plan.saturated_s, at_once), phase="saturated", batching="step")
+    capacity = best["goodput_per_s"]
+    batchings: tuple[Batching, ...] = ("step", "request")
+    for load in plan.loads:  # the two in turn, so that a noisy machine is noisy for both
+        for batching in batchings:
+            with server(bundle, batching) as (address, _):
+                phase(
+                    address,
+                    lambda client, load=load: open_loop(client, load * capacity, plan.open_loop_s),  # type: ignore[misc]
+                    phase="open loop",
+                    batching=batching,
+                    load=load,
+                    offered_per_s=round(load * capacity, 2),
+                )
+    with server(bundle, "step") as (address, process):
+        before = _memory_mb(process)
+        over = phase(
+            address, lambda client: open_loop(client, 3 * capacity, plan.overload_s), phase="overload", batching="step", load=3.0
+        )
+        over["memory_growth_mb"] = round(_memory_mb(process) - before, 1)
+        phase(address, lambda client: chaos(client, plan.chaos, 2 * capacity))
+    return {"environment": record, "rows": rows}
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """What the rows say, each beside what it is measured against."""
+    by_phase = {row["phase"]: row for row in rows}
+    best, quiet_row, full = by_phase["offline"], by_phase["quiet"], by_phase["saturated"]
+    over, storm = by_phase["overload"], by_phase["chaos"]
+    kept = over["goodput_per_s"] / full["goodput_per_s"]
+    lines = [
+        f"- quiet: client-seen p50 {quiet_row['p50_ms']} ms, {quiet_row['p50_beyond_engine_ms']} ms of it beyond the engine",
+        f"- saturated: {full['goodput_per_s']} images/s, {full['goodput_per_s'] / best['images_per_s']:.2f} of the engine alone",
+        f"- overload, 3 x capacity for {over['seconds']:.0f} s: goodput {kept:.2f} of capacity, "
+        f"refusals within {over['refusal_p99_ms']} ms (p99), memory {over['memory_growth_mb']:+} MB",
+        f"- chaos: {storm['answered']} of {storm['sent']} requests ended once, {storm['slots_left']} slots left behind",
+        "",
+        "| load | batching | p50 ms | p95 ms | p99 ms | in time |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in (row for row in rows if row["phase"] == "open loop"):
+        times = " | ".join(str(row[f"p{share}_ms"]) for share in (50, 95, 99))
+        in_time = row["statuses"].get("OK", 0) / max(1, row["sent"])
+        lines.append(f"| {row['load']:.0%} | {row['batching']}-level | {times} | {in_time:.1%} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE")
+    parser.add_argument("--quick", action="store_true", help="a second or two a phase: does it run, not what it measures")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write environment, rows and every latency")
+    options = parser.parse_args()
+    try:
+        report = run(options.bundle, QUICK if options.quick else Plan(), lambda line: print(line, flush=True))
+        print(markdown(report["rows"]))
+        if options.json:
+            write_whole(options.json, json.dumps(report) + "\n")
+    except (FlashdiffError, OSError) as error:
+        print(f"load.py: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""The load benchmark's code paths; its numbers say nothing here."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def test_every_phase_runs_and_every_request_ends_once(student_bundle: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "load.py"),
+        str(student_bundle),
+        "--quick",
+        "--json",
+        str(tmp_path / "r.json"),
+    ]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert run.returncode == 0, run.stderr
+    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert [row["phase"] for row in rows] == ["offline", "quiet", "saturated", "open loop", "open loop", "overload", "chaos"]
+    chaos = rows[-1]
+    assert (chaos["answered"], chaos["slots_left"]) == (chaos["sent"], 0)
+    for row in rows[2:6]:
+        assert sum(row["statuses"].values()) == row["sent"]
+        assert len(row["samples_ms"]) == row["statuses"].get("OK", 0)
+    assert "step-level" in run.stdout
+    assert "request-level" in run.stdout
+
+
+def test_a_folder_that_is_no_bundle_is_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "load.py"), str(tmp_path), "--quick"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert run.returncode == 1
+    assert run.stderr.startswith("load.py: error: ")
+    assert len(run.stderr.splitlines()) == 1
