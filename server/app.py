@@ -20,6 +20,7 @@ from flashdiff.server.gate import Gate
 from flashdiff.server.metrics import Metrics
 from flashdiff.server.models import Models
 from flashdiff.server.service import ImageEncoders, ImageService
+from flashdiff.server.shared_memory import Regions
 from flashdiff.server.triton import TRITON_SERVICE, triton_handler
 from flashdiff.server.worker import Worker
 
@@ -100,7 +101,7 @@ async def start(models: Models, listen: Listen, worker: type[Worker] = Worker) -
     server = grpc.aio.server(options=_OPTIONS, interceptors=[gate])
     encoders = ImageEncoders()
     image_pb2_grpc.add_ImageServiceServicer_to_server(ImageService(device, models, encoders), server)
-    server.add_generic_rpc_handlers((triton_handler(device, models, encoders),))
+    server.add_generic_rpc_handlers((triton_handler(device, models, encoders, Regions() if host in _LOOPBACK else None),))
     servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)

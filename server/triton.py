@@ -28,11 +28,20 @@ from flashdiff.server.images import ImageFormat
 from flashdiff.server.models import Model, Models
 from flashdiff.server.scheduler import Priority
 from flashdiff.server.service import ImageEncoders, abort, finish
+from flashdiff.server.shared_memory import Regions
 from flashdiff.server.worker import Finished, Step, Worker
 
 TRITON_SERVICE = "inference.GRPCInferenceService"
 _VERSION = "1"  # of every model: bundles are told apart by name and hash
-_EXTENSIONS = ("model_repository", "model_configuration", "binary_tensor_data", "parameters", "statistics")
+_EXTENSIONS = (
+    "model_repository",
+    "model_configuration",
+    "binary_tensor_data",
+    "parameters",
+    "statistics",
+    "schedule_policy",
+    "system_shared_memory",
+)
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,7 @@ class _Call:
 
     model: Model
     order: Order
-    outputs: tuple[str, ...]
+    outputs: dict[str, dict[str, Any]]  # name -> where in shared memory it goes, if anywhere
     format: ImageFormat
     priority: Priority
     timeout_s: float | None
@@ -106,8 +115,8 @@ class _Statistics:
 class TritonService:
     """The calls of `proto/v1/triton.proto`, by their names there."""
 
-    def __init__(self, worker: Worker, models: Models, encoders: ImageEncoders) -> None:
-        self._worker, self._models, self._encoders = worker, models, encoders
+    def __init__(self, worker: Worker, models: Models, encoders: ImageEncoders, regions: Regions | None) -> None:
+        self._worker, self._models, self._encoders, self._shared = worker, models, encoders, regions
         self._statistics: dict[str, _Statistics] = {}
 
     async def ServerLive(self, request: Any, context: Any) -> pb.ServerLiveResponse:
@@ -183,6 +192,41 @@ class TritonService:
             await abort(context, error)
         return pb.RepositoryModelUnloadResponse()
 
+    async def SystemSharedMemoryStatus(
+        self, request: pb.SystemSharedMemoryStatusRequest, context: Any
+    ) -> pb.SystemSharedMemoryStatusResponse:
+        try:
+            found = self._regions.find(request.name)
+        except FlashdiffError as error:
+            await abort(context, error)
+        status = pb.SystemSharedMemoryStatusResponse.RegionStatus
+        regions = {r.name: status(name=r.name, key=r.key, offset=r.offset, byte_size=r.byte_size) for r in found}
+        return pb.SystemSharedMemoryStatusResponse(regions=regions)
+
+    async def SystemSharedMemoryRegister(
+        self, request: pb.SystemSharedMemoryRegisterRequest, context: Any
+    ) -> pb.SystemSharedMemoryRegisterResponse:
+        try:
+            self._regions.register(request.name, request.key, request.offset, request.byte_size)
+        except FlashdiffError as error:
+            await abort(context, error)
+        return pb.SystemSharedMemoryRegisterResponse()
+
+    async def SystemSharedMemoryUnregister(
+        self, request: pb.SystemSharedMemoryUnregisterRequest, context: Any
+    ) -> pb.SystemSharedMemoryUnregisterResponse:
+        try:
+            self._regions.unregister(request.name)
+        except FlashdiffError as error:
+            await abort(context, error)
+        return pb.SystemSharedMemoryUnregisterResponse()
+
+    @property
+    def _regions(self) -> Regions:
+        if self._shared is None:
+            raise TensorError("shared memory is for clients of this machine: this server listens on a public address")
+        return self._shared
+
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Any) -> pb.ModelInferResponse:
         try:
             async for response in self._infer(request, context.time_remaining(), client_of(context), stream=False):
@@ -251,7 +295,7 @@ class TritonService:
             finished = await finish(self._worker, job)
             encoding = time.monotonic()
             files = await self._encoders.encode(finished.images, call.format) if "ENCODED" in call.outputs else []
-            response = _result(request, call, finished, files)
+            response = self._result(request, call, finished, files)
         except FlashdiffError:
             if statistics:
                 statistics.add("fail", 1000 * (time.monotonic() - started))
@@ -261,18 +305,16 @@ class TritonService:
 
     def _read(self, request: pb.ModelInferRequest, remaining_s: float | None, *, stream: bool) -> _Call:
         model = self._find(request.model_name, request.model_version)
-        values = _read_inputs(request)
-        parameters = {
-            name: getattr(p, p.WhichOneof("parameter_choice") or "string_param") for name, p in request.parameters.items()
-        }
-        outputs = tuple(output.name for output in request.outputs) or tuple(_OUTPUTS)
+        values = self._read_inputs(request)
+        parameters = _parameters(request.parameters)
+        outputs = {output.name: _parameters(output.parameters) for output in request.outputs} or {name: {} for name in _OUTPUTS}
         for name in outputs:
             if name not in _OUTPUTS:
                 raise TensorError(f"unexpected inference output '{name}' for model '{request.model_name}'")
         if not stream and "PREVIEW" in outputs:
             if request.outputs:
                 raise TensorError("output 'PREVIEW' comes in a stream only: use ModelStreamInfer")
-            outputs = tuple(name for name in outputs if name != "PREVIEW")
+            del outputs["PREVIEW"]
         image_format = values.get("FORMAT", "png")
         if image_format not in _FORMATS:
             raise RequestError("FORMAT", image_format, f"it must be one of {', '.join(_FORMATS)}")
@@ -286,6 +328,72 @@ class TritonService:
             count=values.get("COUNT", 1),
         )
         return _Call(model, order, outputs, image_format, _priority(parameters), _timeout_s(parameters, remaining_s))
+
+    def _read_inputs(self, request: pb.ModelInferRequest) -> dict[str, Any]:
+        """The value of every input given; RequestError names the tensor that is wrong."""
+        model = request.model_name
+        raws = iter(request.raw_input_contents)
+        values: dict[str, Any] = {}
+        for tensor in request.inputs:
+            if tensor.name not in _INPUTS:
+                raise TensorError(f"unexpected inference input '{tensor.name}' for model '{model}'")
+            expected = _INPUTS[tensor.name]
+            if tensor.name in values:
+                raise TensorError(f"input '{tensor.name}' is given twice for model '{model}'")
+            if tensor.datatype != expected.datatype:
+                raise TensorError(
+                    f"inference input '{tensor.name}' data-type is '{tensor.datatype}', but model '{model}' expects "
+                    f"'{expected.datatype}'"
+                )
+            if tuple(tensor.shape) != expected.shape:
+                raise TensorError(
+                    f"unexpected shape for input '{tensor.name}' for model '{model}': expected {list(expected.shape)}, "
+                    f"got {list(tensor.shape)}"
+                )
+            # Raw contents are those of the inputs that have no place in shared memory, in their order.
+            place = _parameters(tensor.parameters)
+            raw = self._regions.read(*_place(place)) if "shared_memory_region" in place else next(raws, None)
+            if raw is not None and tensor.HasField("contents"):
+                raise TensorError(f"input '{tensor.name}' has both contents and raw contents")
+            value = _typed_value(tensor, expected) if raw is None else _raw_value(tensor.name, expected, raw)
+            values[tensor.name] = _text(tensor.name, value) if isinstance(value, bytes) else int(value)
+        if next(raws, None) is not None:
+            raise TensorError(f"more raw input contents than inputs that need them for model '{model}'")
+        missing = [name for name, tensor in _INPUTS.items() if not tensor.optional and name not in values]
+        if missing:
+            raise TensorError(f"expected input '{missing[0]}' for model '{model}' is not there")
+        return values
+
+    def _result(
+        self, request: pb.ModelInferRequest, call: _Call, finished: Finished, files: Sequence[bytes]
+    ) -> pb.ModelInferResponse:
+        tensors: dict[str, NDArray[Any] | list[bytes]] = {}
+        for name in call.outputs:
+            if name == "IMAGES":
+                tensors[name] = np.stack(finished.images)
+            elif name == "SEEDS":
+                tensors[name] = np.array([image_seed(call.order.seed, i) for i in range(call.order.count)], dtype="<u8")
+            elif name == "ENCODED":
+                tensors[name] = list(files)
+        response = _response(request, tensors)
+        raws = list(response.raw_output_contents)
+        del response.raw_output_contents[:]
+        for output, raw in zip(response.outputs, raws, strict=True):
+            place = call.outputs[output.name]
+            if "shared_memory_region" not in place:
+                response.raw_output_contents.append(raw)
+                continue
+            region, offset, room = _place(place)
+            self._regions.write(region, offset, raw, room)
+            output.parameters["shared_memory_region"].string_param = region
+            output.parameters["shared_memory_offset"].int64_param = offset
+            output.parameters["shared_memory_byte_size"].int64_param = len(raw)
+        response.parameters["steps"].int64_param = call.order.steps
+        response.parameters["bundle_hash"].string_param = call.model.identity.bundle_hash
+        for name, spent in vars(finished.timings).items():
+            response.parameters[f"{name}_ms"].double_param = spent
+        response.parameters["triton_final_response"].bool_param = True
+        return response
 
     def _find(self, name: str, version: str) -> Model:
         """Triton's words, so that who looks for them finds them."""
@@ -302,9 +410,9 @@ class TritonService:
             await abort(context, error)
 
 
-def triton_handler(worker: Worker, models: Models, encoders: ImageEncoders) -> grpc.GenericRpcHandler:
-    """The service under Triton's name."""
-    service = TritonService(worker, models, encoders)
+def triton_handler(worker: Worker, models: Models, encoders: ImageEncoders, regions: Regions | None) -> grpc.GenericRpcHandler:
+    """The service under Triton's name; without `regions` there is no shared memory."""
+    service = TritonService(worker, models, encoders, regions)
     handlers = {}
     for method in pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods:
         make = grpc.stream_stream_rpc_method_handler if method.client_streaming else grpc.unary_unary_rpc_method_handler
@@ -317,40 +425,18 @@ def triton_handler(worker: Worker, models: Models, encoders: ImageEncoders) -> g
 # --- tensors ---------------------------------------------------------------------------------------------------------
 
 
-def _read_inputs(request: pb.ModelInferRequest) -> dict[str, Any]:
-    """The value of every input given; RequestError names the tensor that is wrong."""
-    model = request.model_name
-    is_raw = bool(request.raw_input_contents)
-    if is_raw and len(request.raw_input_contents) != len(request.inputs):
-        raise TensorError(
-            f"expected {len(request.inputs)} raw input contents for model '{model}', got {len(request.raw_input_contents)}"
-        )
-    values: dict[str, Any] = {}
-    for index, tensor in enumerate(request.inputs):
-        if tensor.name not in _INPUTS:
-            raise TensorError(f"unexpected inference input '{tensor.name}' for model '{model}'")
-        expected = _INPUTS[tensor.name]
-        if tensor.name in values:
-            raise TensorError(f"input '{tensor.name}' is given twice for model '{model}'")
-        if tensor.datatype != expected.datatype:
-            raise TensorError(
-                f"inference input '{tensor.name}' data-type is '{tensor.datatype}', but model '{model}' expects "
-                f"'{expected.datatype}'"
-            )
-        if tuple(tensor.shape) != expected.shape:
-            raise TensorError(
-                f"unexpected shape for input '{tensor.name}' for model '{model}': expected {list(expected.shape)}, "
-                f"got {list(tensor.shape)}"
-            )
-        if is_raw and tensor.HasField("contents"):
-            raise TensorError(f"input '{tensor.name}' has both contents and raw contents")
-        raw = request.raw_input_contents[index] if is_raw else None
-        value = _raw_value(tensor.name, expected, raw) if raw is not None else _typed_value(tensor, expected)
-        values[tensor.name] = _text(tensor.name, value) if isinstance(value, bytes) else int(value)
-    missing = [name for name, tensor in _INPUTS.items() if not tensor.optional and name not in values]
-    if missing:
-        raise TensorError(f"expected input '{missing[0]}' for model '{model}' is not there")
-    return values
+def _parameters(parameters: Mapping[str, pb.InferParameter]) -> dict[str, Any]:
+    return {name: getattr(value, value.WhichOneof("parameter_choice") or "string_param") for name, value in parameters.items()}
+
+
+def _place(parameters: Mapping[str, Any]) -> tuple[str, int, int]:
+    """(region, offset, bytes) of a tensor in shared memory."""
+    region, offset, byte_size = (
+        parameters.get(f"shared_memory_{name}", default) for name, default in (("region", ""), ("offset", 0), ("byte_size", 0))
+    )
+    if not isinstance(region, str) or not isinstance(offset, int) or not isinstance(byte_size, int):
+        raise TensorError("shared memory takes a region's name, an offset and a number of bytes")
+    return region, offset, byte_size
 
 
 def _raw_value(name: str, tensor: _Tensor, raw: bytes) -> Any:
@@ -402,24 +488,6 @@ def _preview(request: pb.ModelInferRequest, step: Step) -> pb.ModelInferResponse
     for name, value in (("image", step.index), ("step", step.step), ("total", step.total)):
         response.parameters[name].int64_param = value
     response.parameters["triton_final_response"].bool_param = False
-    return response
-
-
-def _result(request: pb.ModelInferRequest, call: _Call, finished: Finished, files: Sequence[bytes]) -> pb.ModelInferResponse:
-    tensors: dict[str, NDArray[Any] | list[bytes]] = {}
-    for name in call.outputs:
-        if name == "IMAGES":
-            tensors[name] = np.stack(finished.images)
-        elif name == "SEEDS":
-            tensors[name] = np.array([image_seed(call.order.seed, i) for i in range(call.order.count)], dtype="<u8")
-        elif name == "ENCODED":
-            tensors[name] = list(files)
-    response = _response(request, tensors)
-    response.parameters["steps"].int64_param = call.order.steps
-    response.parameters["bundle_hash"].string_param = call.model.identity.bundle_hash
-    for name, spent in vars(finished.timings).items():
-        response.parameters[f"{name}_ms"].double_param = spent
-    response.parameters["triton_final_response"].bool_param = True
     return response
 
 

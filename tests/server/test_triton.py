@@ -12,7 +12,8 @@ import pytest
 import tritonclient.grpc as triton
 from PIL import Image
 from served import Running, until
-from tritonclient.utils import InferenceServerException
+from tritonclient.utils import InferenceServerException, serialize_byte_tensor
+from tritonclient.utils import shared_memory as shm
 
 from flashdiff.engines.runtime.fake_backend import FakeComponents
 from flashdiff.generate import check_order, generate
@@ -193,6 +194,50 @@ def test_timeouts_priorities_and_cancelling_reach_the_scheduler(running: Running
     assert running.server.worker._jobs[0].due < running.server.worker._jobs[0].arrived + 2
     call.cancel()
     until(lambda: running.server.worker.pending_images == 0)
+
+
+def test_tensors_go_through_shared_memory_both_ways(stock: triton.InferenceServerClient) -> None:
+    image_bytes = 64 * 64 * 3
+    given = shm.create_shared_memory_region("in", "/flashdiff_test_in", 64)
+    taken = shm.create_shared_memory_region("out", "/flashdiff_test_out", image_bytes)
+    try:
+        prompt = serialize_byte_tensor(np.array([b"a red car"], dtype=object))
+        shm.set_shared_memory_region(given, [prompt])
+        size = len(prompt.item())
+        stock.register_system_shared_memory("in", "/flashdiff_test_in", 64)
+        stock.register_system_shared_memory("out", "/flashdiff_test_out", image_bytes)
+        assert set(stock.get_system_shared_memory_status().regions) == {"in", "out"}
+        shared = triton.InferInput("PROMPT", [1], "BYTES")
+        shared.set_shared_memory("in", size)
+        images = triton.InferRequestedOutput("IMAGES")
+        images.set_shared_memory("out", image_bytes)
+        seed = tensor("SEED", "UINT64", 7)
+        result = stock.infer("fake", [shared, seed], outputs=[images, triton.InferRequestedOutput("SEEDS")])
+        assert result.get_output("IMAGES").parameters["shared_memory_byte_size"].int64_param == image_bytes
+        expected = stock.infer("fake", inputs(SEED=7)).as_numpy("IMAGES")
+        np.testing.assert_array_equal(shm.get_contents_as_numpy(taken, np.uint8, [1, 64, 64, 3]), expected)
+
+        for wrong, message in ((65, "region 'in' has 64 bytes"), (size - 1, "not one element")):
+            shared.set_shared_memory("in", wrong)
+            with pytest.raises(InferenceServerException, match=message):
+                stock.infer("fake", [shared])
+        images.set_shared_memory("out", 100)
+        with pytest.raises(InferenceServerException, match=f"this output takes {image_bytes} bytes"):
+            stock.infer("fake", inputs(), outputs=[images])
+        for name, key, count, message in (
+            ("in", "/flashdiff_test_in", 64, "registered already"),
+            ("x", "/../etc/passwd", 64, "must be the name of a shared memory object"),
+            ("x", "/flashdiff_none", 64, "no such shared memory object"),
+            ("x", "/flashdiff_test_in", 65, "the object has 64 bytes"),
+        ):
+            with pytest.raises(InferenceServerException, match=message):
+                stock.register_system_shared_memory(name, key, count)
+        stock.unregister_system_shared_memory("in")
+        with pytest.raises(InferenceServerException, match="register it first"):
+            stock.infer("fake", [shared])
+    finally:
+        shm.destroy_shared_memory_region(given)
+        shm.destroy_shared_memory_region(taken)
 
 
 def test_statistics_count_what_was_done(stock: triton.InferenceServerClient) -> None:
