@@ -19,6 +19,8 @@ from flashdiff.sampling import extrapolate, ode_step, ode_weights, renoise
 MAX_COUNT = 16
 """Images per request."""
 
+_CHARACTERS_PER_TOKEN = 64  # no word of a tokenizer is longer
+
 Pixels = NDArray[np.uint8]
 """[H, W, 3] RGB."""
 
@@ -79,6 +81,8 @@ def check_order(
     if not prompt.strip():
         raise RequestError("prompt", prompt, "it must not be empty")
     for field_name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+        if len(text) > _CHARACTERS_PER_TOKEN * spec.prompt_tokens:  # seen before a tokenizer spends time on it
+            raise RequestError(field_name, text, f"{len(text)} characters are more than {spec.prompt_tokens} tokens can be")
         if any("\ud800" <= character <= "\udfff" for character in text):  # what Python makes of bytes that are not UTF-8
             raise RequestError(field_name, text, "it must be valid Unicode text")
     if negative_prompt and spec.sampler.evaluations_per_step == 1:

@@ -30,6 +30,7 @@ DRAIN_S = 30.0
 _WATCH_S = 0.5  # how often the device thread is looked after
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _MAX_REPLY = 256 * 1024 * 1024
+_MAX_CALLS = 2000  # at once, refused RESOURCE_EXHAUSTED beyond: far more than the queue takes, far less than would hurt
 _OPTIONS = [
     ("grpc.max_send_message_length", _MAX_REPLY),
     ("grpc.max_receive_message_length", 1024 * 1024),  # a request is a prompt and some numbers
@@ -98,7 +99,7 @@ async def start(models: Models, listen: Listen, worker: type[Worker] = Worker) -
     device = worker(observer=metrics)
     metrics.watch_queue(lambda: device.pending_images)
 
-    server = grpc.aio.server(options=_OPTIONS, interceptors=[gate])
+    server = grpc.aio.server(options=_OPTIONS, interceptors=[gate], maximum_concurrent_rpcs=_MAX_CALLS)
     encoders = ImageEncoders()
     image_pb2_grpc.add_ImageServiceServicer_to_server(ImageService(device, models, encoders), server)
     server.add_generic_rpc_handlers((triton_handler(device, models, encoders, Regions() if host in _LOOPBACK else None),))

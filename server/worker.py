@@ -26,6 +26,9 @@ from flashdiff.server.scheduler import PART_OF, Priority, Ready, Stage, Work, ch
 MAX_PENDING_IMAGES = 128
 """Accepted and not yet finished; what comes beyond is refused at once."""
 
+MAX_PENDING_BYTES = 512 * 1024**2
+"""Of their pixels, likewise: large images need more room than small ones."""
+
 _CLIENT_SHARE = 0.75  # of the queue, for one client, so that others always find room
 _HANG_S = 60.0  # a device call that takes this long and 20 times its usual cost will not come back
 
@@ -190,6 +193,10 @@ class Worker:
                     f"try again in about {1000 * retry_s:.0f} ms",
                     retry_after_s=retry_s,
                 )
+        pending_bytes = sum(_pixel_bytes(job.order) for job in self._jobs)
+        if self._jobs and pending_bytes + _pixel_bytes(order) > MAX_PENDING_BYTES:
+            retry_s = sum(_work_left(job).share_ms for job in self._jobs) / 1000
+            raise OverloadedError(f"the queue is full: {pending_bytes / 1e6:.0f} MB of images are pending", retry_s)
         deadline = math.inf if timeout_s is None else now + timeout_s
         due_at = due(now, priority, deadline, sum(_work_left(job).share_ms for job in own) / 1000)
         if timeout_s is not None:
@@ -365,6 +372,10 @@ def _needs(job: Job) -> list[tuple[Stage, int | str]]:
             return missing
         job.rows = start_rows(job.model.components.spec, job.order, job.encoded, job.model.unconditional)
     return [("decode" if row.is_done else "denoise", index) for index, row in enumerate(job.rows) if index not in job.images]
+
+
+def _pixel_bytes(order: Order) -> int:
+    return 3 * order.count * order.size.width * order.size.height
 
 
 def _work_of(model: Model, order: Order) -> Work:

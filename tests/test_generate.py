@@ -52,6 +52,7 @@ def test_image_i_of_a_request_is_the_image_of_seed_plus_i() -> None:
     [
         ({"prompt": "  "}, "prompt: '  ' is not allowed; it must not be empty"),
         ({"prompt": "caf\udce9"}, "it must be valid Unicode text"),
+        ({"prompt": "x" * 10_000}, r"prompt: 'x+\.\.\. is not allowed; 10000 characters are more than 32 tokens can be"),
         ({"steps": 5}, "steps: 5 is not allowed; this model takes 1 to 4"),
         ({"steps": 0}, "steps: 0 is not allowed"),
         ({"size": Size(1, 2)}, "size: '1x2' is not allowed; this model was built for 64x64, 128x64"),

@@ -2,8 +2,10 @@
 
 import datetime
 import ipaddress
+import json
 import logging
 import os
+import re
 import urllib.request
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from flashdiff.proto.v1 import image_pb2, image_pb2_grpc
 from flashdiff.server.app import Listen
 from flashdiff.server.auth import Tokens
 from flashdiff.server.client import Client, ServerError
+from flashdiff.server.metrics import Metrics
 
 ALICE, BOB = "alice-secret-0123456", "bob-secret-012345678"
 
@@ -213,3 +216,12 @@ def test_metrics_tell_of_batches_times_and_refusals() -> None:
     assert 'flashdiff_requests_total{model="fake",outcome="ok"} 1.0' in lines
     assert 'flashdiff_refusals_total{cause="deadline"} 1.0' in lines
     assert "flashdiff_pending_images 0.0" in lines
+
+
+def test_the_dashboard_asks_for_metrics_that_there_are() -> None:
+    dashboard = json.loads((Path(__file__).parents[2] / "deploy" / "grafana.json").read_text())
+    asked = {name for panel in dashboard["panels"] for t in panel["targets"] for name in re.findall(r"flashdiff_\w+", t["expr"])}
+    ends = ("", "_total", "_bucket", "_sum", "_count")
+    exported = {f"{metric.name}{end}" for metric in Metrics().registry.collect() for end in ends}
+    assert asked
+    assert asked <= exported

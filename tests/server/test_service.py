@@ -58,6 +58,7 @@ def test_every_format_decodes_to_the_pixels(client: Client, image_format: ImageF
     [
         ({"prompt": ""}, "prompt: '' is not allowed; it must not be empty"),
         ({"prompt": "w " * 1000}, "at most 32 words fit"),
+        ({"prompt": "w" * 500_000}, "500000 characters are more than 32 tokens can be"),
         ({"steps": 5}, "steps: 5 is not allowed; this model takes 1 to 4"),
         ({"width": 100, "height": 64}, "size: '100x64' is not allowed; this model was built for 64x64, 128x64"),
         ({"width": 64}, "size: '64x0' is not allowed"),

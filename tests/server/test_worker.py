@@ -246,6 +246,19 @@ def test_one_client_leaves_room_in_the_queue_and_the_refusal_says_when_to_come_a
     assert greedy.answer.result(10)
 
 
+def test_large_images_fill_the_queue_by_their_bytes(
+    fake: FakeComponents, asking: Asking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_module, "MAX_PENDING_BYTES", 3 * 64 * 64 * 3)
+    gate = Gate(fake)
+    jobs = [asking.submit(_order(fake, size=Size(128, 64)))]
+    with pytest.raises(OverloadedError, match="MB of images are pending"):
+        asking.submit(_order(fake, size=Size(128, 64)))
+    jobs.append(asking.submit(_order(fake)))
+    gate.open()
+    wait([job.answer for job in jobs], 10)
+
+
 def test_a_hundred_of_one_client_do_not_go_before_the_one_of_another() -> None:
     fake = FakeComponents()
     asking = Asking(fake)
