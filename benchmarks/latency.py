@@ -1,9 +1,10 @@
 """Latency by stage: the student at a few steps against the guided teacher at 50, on the same engine, interleaved in one run.
 
     python benchmarks/latency.py --student STUDENT_BUNDLE --teacher TEACHER_BUNDLE --json latency.json
+    ... --base avatars --lora avatars-flash      # and against what one would use instead: stock diffusers, eager and compiled
 
-Every repeat runs each configuration once, in turn, so that a noisy machine is noisy for all of them. Times are of this
-process alone, without gRPC: prompt to PNG bytes.
+Every repeat runs each configuration once, in turn, so that a noisy machine is noisy for all of them. From prompt to PNG
+bytes; `served` is the student behind its server, in a process of its own, as a client sees it.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,29 +21,37 @@ from typing import Any, TypeVar
 if __package__ in (None, ""):  # run as a file: the repository's root is what it imports from
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.rows import environment, row
+from benchmarks.rows import environment, timed_row
+from benchmarks.serving import server
 from flashdiff.components import Components
-from flashdiff.engines.runtime.engine import open_bundle
-from flashdiff.errors import BundleError, FlashdiffError
+from flashdiff.engines.runtime.engine import Engine, open_bundle
+from flashdiff.errors import BundleError, ConfigError, FlashdiffError
 from flashdiff.files import write_whole
 from flashdiff.generate import check_order, decode_rows, denoise_rows, encode_prompts, new_row, unconditional_of
+from flashdiff.server.client import Client
 from flashdiff.server.images import encode_image
 
-STAGES = ("text", "denoise_step", "decode", "image_encoding", "total")
+STAGES = ("text", "denoise_step", "decode", "image_encoding", "queue", "wire", "total")
 _PROMPT = "a green monster with horns and a grin on a blue background"
 _WARM_UP_ROUNDS = 2
+
+Stages = dict[str, list[float]]
+"""Milliseconds of every call of a stage, in one run."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """What is timed: one model at one number of steps and one batch."""
+    """What is timed: one way to make `batch` images with one number of steps. `once` makes them from a seed."""
 
     model: str
-    engine: Components
+    backend: str
+    precision: str
     steps: int
     batch: int
+    nfe: int
+    once: Callable[[int], Stages]
 
 
 Samples = dict[tuple[Configuration, str], list[float]]
@@ -52,7 +62,7 @@ def measure(configurations: Sequence[Configuration], repeats: int, report: Calla
     samples: Samples = defaultdict(list)
     for index in range(-_WARM_UP_ROUNDS, repeats):
         for configuration in configurations:
-            stages = _run_once(configuration, seed=max(index, 0))
+            stages = configuration.once(max(index, 0))
             if index >= 0:
                 for stage, times in stages.items():
                     samples[configuration, stage] += times
@@ -61,79 +71,169 @@ def measure(configurations: Sequence[Configuration], repeats: int, report: Calla
     return samples
 
 
-def _run_once(configuration: Configuration, seed: int) -> dict[str, list[float]]:
-    """One batch from prompts to PNG bytes, each stage timed."""
-    engine, stages = configuration.engine, defaultdict[str, list[float]](list)
-
-    def timed(stage: str, work: Callable[[], T]) -> T:
-        started = time.perf_counter()
-        result = work()
-        stages[stage].append(1000 * (time.perf_counter() - started))
-        return result
-
+def in_process(model: str, engine: Components, steps: int, batch: int, backend: str, precision: str) -> Configuration:
+    """The engine in this process, each stage timed."""
     unconditional = unconditional_of(engine)  # of the empty prompt: a server encodes it once, so it is not part of a request
-    order = check_order(engine.spec, prompt=_PROMPT, seed=seed, steps=configuration.steps, count=configuration.batch)
-    started = time.perf_counter()
-    conditioning = timed("text", lambda: encode_prompts(engine, [order.prompt])[0])
-    rows = [new_row(engine.spec, order, index, conditioning, unconditional) for index in range(order.count)]
-    for _ in range(order.steps):
-        timed("denoise_step", lambda: denoise_rows(engine, rows))
-    images = timed("decode", lambda: decode_rows(engine, rows))
-    timed("image_encoding", lambda: [encode_image(image, "png") for image in images])
-    stages["total"].append(1000 * (time.perf_counter() - started))
-    return stages
+
+    def once(seed: int) -> Stages:
+        stages: Stages = defaultdict(list)
+
+        def timed(stage: str, work: Callable[[], T]) -> T:
+            started = time.perf_counter()
+            result = work()
+            stages[stage].append(1000 * (time.perf_counter() - started))
+            return result
+
+        order = check_order(engine.spec, prompt=_PROMPT, seed=seed, steps=steps, count=batch)
+        started = time.perf_counter()
+        conditioning = timed("text", lambda: encode_prompts(engine, [order.prompt])[0])
+        rows = [new_row(engine.spec, order, index, conditioning, unconditional) for index in range(order.count)]
+        for _ in range(order.steps):
+            timed("denoise_step", lambda: denoise_rows(engine, rows))
+        images = timed("decode", lambda: decode_rows(engine, rows))
+        timed("image_encoding", lambda: [encode_image(image, "png") for image in images])
+        stages["total"].append(1000 * (time.perf_counter() - started))
+        return stages
+
+    nfe = steps * engine.spec.sampler.evaluations_per_step
+    return Configuration(model, backend, precision, steps, batch, nfe, once)
+
+
+def served(client: Client, steps: int, batch: int, backend: str, precision: str) -> Configuration:
+    """The student behind its server: the server's own times, and what the client waits beyond them. Prompts differ, so that the
+    server's cache of texts does not help."""
+
+    def once(seed: int) -> Stages:
+        prompt = f"{_PROMPT} {time.perf_counter_ns()}"
+        started = time.perf_counter()
+        result = client.generate(prompt, seed=seed, steps=steps, count=batch)
+        total = 1000 * (time.perf_counter() - started)
+        inside = dict(result.timings)
+        wire = total - inside.pop("total")
+        step = inside.pop("denoise") / steps
+        return {**{stage: [spent] for stage, spent in inside.items()}, "denoise_step": [step], "wire": [wire], "total": [total]}
+
+    return Configuration("student, served", backend, precision, steps, batch, steps, once)
+
+
+def stock_diffusers(base: str, lora: Path, *, compiled: bool) -> Callable[[int, int], Configuration]:
+    """Stock diffusers with the same LoRA and times, as its card says: what one would use without flashdiff. float32."""
+    import torch
+    from diffusers import LCMScheduler, StableDiffusionPipeline
+
+    from flashdiff.families import find_base
+    from flashdiff.lora import find_lora, read_flash_info
+
+    folder, adapter = find_base(base), find_lora(str(lora))
+    info = read_flash_info(adapter)
+    if info is None:
+        raise ConfigError(f"--lora {lora}: it has no flash.json, so the times to run it at are not known")
+    pipeline: Any = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_lora_weights(adapter)
+    pipeline.fuse_lora()
+    pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
+    if compiled:
+        pipeline.unet = torch.compile(pipeline.unet)
+    name = "diffusers, compiled" if compiled else "diffusers"
+
+    def configuration(steps: int, batch: int) -> Configuration:
+        def once(seed: int) -> Stages:
+            started = time.perf_counter()
+            generator = torch.Generator().manual_seed(seed)
+            made = pipeline(
+                _PROMPT,
+                timesteps=info.inference[str(steps)],
+                guidance_scale=0,
+                num_images_per_prompt=batch,
+                generator=generator,
+                output_type="np",
+            ).images
+            for image in made:
+                encode_image((image * 255).round().astype("uint8"), "png")
+            return {"total": [1000 * (time.perf_counter() - started)]}
+
+        return Configuration(name, "torch", "fp32", steps, batch, steps, once)
+
+    return configuration
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """The totals as a table, each student row with its speed-up over the teacher and the ideal one."""
-    teachers = {r["batch"]: r for r in rows if r["model"] == "teacher" and r["stage"] == "total"}
-    lines = [
-        "| model | batch | steps | evaluations | text | one step | decode | PNG | total, median (p95) ms | speed-up | ideal |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    """The totals as a table, each row with its speed-up over the teacher at the most steps and the ideal one."""
+    titles = ("model", "batch", "steps", "evaluations", "text", "one step", "decode", "PNG", "queue", "wire")
+    lines = [f"| {' | '.join(titles)} | total, median (p95) ms | speed-up | ideal |", "|---" * (len(titles) + 3) + "|"]
     for total in (r for r in rows if r["stage"] == "total"):
         key = ("model", "batch", "steps")
         stage = {r["stage"]: r["median_ms"] for r in rows if all(r[name] == total[name] for name in key)}
-        teacher = teachers[total["batch"]]
+        teachers = [r for r in rows if r["stage"] == "total" and r["model"] == "teacher" and r["batch"] == total["batch"]]
+        teacher = max(teachers, key=lambda r: r["steps"])
         lines.append(
             f"| {total['model']} | {total['batch']} | {total['steps']} | {total['nfe']} | "
-            + " | ".join(f"{stage[name]:.2f}" for name in STAGES[:-1])
+            + " | ".join(f"{stage[name]:.2f}" if name in stage else "" for name in STAGES[:-1])
             + f" | {total['median_ms']:.1f} ({total['p95_ms']:.1f}) | {teacher['median_ms'] / total['median_ms']:.1f}x"
             + f" | {teacher['nfe'] / total['nfe']:.0f}x |"
         )
     return "\n".join(lines)
 
 
-def run(student: Path, teacher: Path, *, batches: Sequence[int], repeats: int, report: Callable[[str], None]) -> dict[str, Any]:
-    """Open both bundles, measure, and return {"environment": ..., "rows": [...]}."""
+def run(
+    student: Path,
+    teacher: Path,
+    *,
+    batches: Sequence[int],
+    repeats: int,
+    report: Callable[[str], None],
+    steps: Sequence[int] = (1, 2, 4),
+    teacher_steps: Sequence[int] = (50,),
+    behind_server: bool = False,
+    instead: tuple[str, Path] | None = None,
+) -> dict[str, Any]:
+    """Open both bundles, measure, and return {"environment": ..., "rows": [...]}; `instead` has base and LoRA for diffusers."""
     engines = {"student": open_bundle(student), "teacher": open_bundle(teacher)}
-    kinds = [engines[name].spec.sampler.kind for name in ("student", "teacher")]
+    _check_pair(engines["student"], engines["teacher"])
+    for name, engine in engines.items():
+        if max(batches) * engine.spec.sampler.evaluations_per_step > engine.max_batch:
+            raise BundleError(f"--batch {max(batches)}: the {name} bundle takes at most {engine.max_batch} evaluations at once")
+    manifest = engines["student"].manifest
+    steps = [count for count in steps if count <= manifest.model.sampler.max_steps]
+    about = manifest.backend, manifest.precision
+    with ExitStack() as stack:
+        client = None
+        if behind_server:
+            address, _ = stack.enter_context(server(student))
+            client = stack.enter_context(Client(address))
+        stock = []
+        if instead:
+            stock = [stock_diffusers(*instead, compiled=compiled) for compiled in ((False, True) if repeats > 1 else (False,))]
+        configurations = []
+        for batch in batches:
+            configurations += [in_process("student", engines["student"], count, batch, *about) for count in steps]
+            if client:
+                configurations += [served(client, count, batch, *about) for count in steps]
+            configurations += [make(count, batch) for make in stock for count in steps]
+            configurations += [in_process("teacher", engines["teacher"], count, batch, *about) for count in teacher_steps]
+        record = environment({name: engine.manifest for name, engine in engines.items()})
+        samples = measure(configurations, repeats, report)
+    rows = [
+        timed_row(c.backend, c.precision, c.model, c.batch, c.steps, c.nfe, stage, samples[c, stage])
+        for c in configurations
+        for stage in STAGES
+        if (c, stage) in samples
+    ]
+    return {"environment": record, "rows": rows}
+
+
+def _check_pair(student: Engine, teacher: Engine) -> None:
+    """BundleError where comparing the two would say nothing."""
+    kinds = [engine.spec.sampler.kind for engine in (student, teacher)]
     if kinds != ["flash", "ode"]:
         raise BundleError(
             f"the student must be a bundle with a flash LoRA and the teacher one without, not {kinds[0]} and {kinds[1]}"
         )
-    if engines["student"].manifest.backend != engines["teacher"].manifest.backend:
+    if student.manifest.backend != teacher.manifest.backend:
         raise BundleError("student and teacher must be built for the same backend, or the comparison says nothing")
-    if engines["student"].manifest.base_hash != engines["teacher"].manifest.base_hash:
+    if student.manifest.base_hash != teacher.manifest.base_hash:
         raise BundleError("the teacher bundle is not of the student's base")
-    steps = {"student": [s for s in (1, 2, 4) if s <= engines["student"].spec.sampler.max_steps], "teacher": [50]}
-    for name, engine in engines.items():
-        if max(batches) * engine.spec.sampler.evaluations_per_step > engine.max_batch:
-            raise BundleError(f"--batch {max(batches)}: the {name} bundle takes at most {engine.max_batch} evaluations at once")
-    configurations = [
-        Configuration(name, engine, count, batch)
-        for batch in batches
-        for name, engine in engines.items()
-        for count in steps[name]
-    ]
-    record = environment({name: engine.manifest for name, engine in engines.items()})
-    samples = measure(configurations, repeats, report)
-    rows = [
-        row(engines[c.model].manifest, c.model, c.batch, c.steps, stage, samples[c, stage])
-        for c in configurations
-        for stage in STAGES
-    ]
-    return {"environment": record, "rows": rows}
 
 
 def main() -> int:
@@ -142,21 +242,36 @@ def main() -> int:
     parser.add_argument(
         "--teacher", type=Path, required=True, metavar="BUNDLE", help="of the same base and backend, without the flash LoRA"
     )
+    parser.add_argument("--steps", default="1,2,3,4", metavar="N[,N...]", help="of the student; default: %(default)s")
+    parser.add_argument("--teacher-steps", default="50,25", metavar="N[,N...]", help="default: %(default)s")
     parser.add_argument("--batch", default="1", metavar="N[,N...]", help="images at once; default: %(default)s")
+    parser.add_argument("--base", metavar="BASE", help="with --lora: time stock diffusers too")
+    parser.add_argument("--lora", type=Path, metavar="FOLDER")
     parser.add_argument("--repeats", type=int, default=20, help="default: %(default)s")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write environment and rows")
+    parser.add_argument("--quick", action="store_true", help="one repeat of few steps: does it run, not what it measures")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write environment, rows and every sample")
     options = parser.parse_args()
     from flashdiff.engines.build import parse_batches
 
     try:
         if options.repeats < 1:
-            raise BundleError(f"--repeats {options.repeats}: give a number from 1 on")
+            raise ConfigError(f"--repeats {options.repeats}: give a number from 1 on")
+        if (options.base is None) != (options.lora is None):
+            raise ConfigError("--base and --lora go together")
         report = run(
-            options.student, options.teacher, batches=parse_batches(options.batch), repeats=options.repeats, report=print
+            options.student,
+            options.teacher,
+            batches=parse_batches(options.batch),
+            repeats=1 if options.quick else options.repeats,
+            report=print,
+            steps=[1] if options.quick else parse_batches(options.steps),
+            teacher_steps=[2] if options.quick else parse_batches(options.teacher_steps)[::-1],
+            behind_server=True,
+            instead=(options.base, options.lora) if options.base else None,
         )
         print(markdown(report["rows"]))
         if options.json:
-            write_whole(options.json, json.dumps(report, indent=2) + "\n")
+            write_whole(options.json, json.dumps(report) + "\n")
     except (FlashdiffError, OSError) as error:
         print(f"latency.py: error: {error}", file=sys.stderr)
         return 1

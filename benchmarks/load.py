@@ -9,31 +9,26 @@ The server runs in a process of its own, the client here, over a real port. Arri
 import argparse
 import asyncio
 import json
-import multiprocessing
-import os
 import random
 import sys
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 if __package__ in (None, ""):  # run as a file: the repository's root is what it imports from
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.rows import environment
+from benchmarks.serving import Batching, memory_mb, server
 from flashdiff.engines.bundle import read_manifest
 from flashdiff.engines.runtime.engine import open_bundle
 from flashdiff.errors import FlashdiffError
 from flashdiff.files import write_whole
 from flashdiff.generate import Order, generate
 from flashdiff.server.client import AsyncClient, ServerError
-from flashdiff.server.worker import Job, Worker
-
-Batching = Literal["step", "request"]
 
 _STEPS = (2, 4)
 _DEADLINE_S = 1.0
@@ -58,27 +53,6 @@ class Plan:
 
 
 QUICK = Plan(quiet=5, offline_s=0.2, saturated_s=0.5, loads=(0.5,), open_loop_s=0.5, overload_s=0.5, chaos=40)
-
-
-class RequestLevelWorker(Worker):
-    """What most servers do, for comparison: a batch is closed when it starts, all of one number of steps; who comes waits."""
-
-    def __init__(self, **options: Any) -> None:
-        self._group: list[Job] = []
-        super().__init__(**options)
-
-    def _candidates(self) -> list[Job]:
-        waiting = super()._candidates()
-        self._group = [job for job in self._group if job in waiting]
-        if not self._group and waiting:
-            first = min(waiting, key=lambda job: (job.due, job.arrival))
-            room = first.model.components.max_batch // first.model.components.spec.sampler.evaluations_per_step
-            for job in sorted(waiting, key=lambda job: (job.due, job.arrival)):
-                alike = (job.model, job.order.size, job.order.steps) == (first.model, first.order.size, first.order.steps)
-                if alike and room >= job.order.count:
-                    self._group.append(job)
-                    room -= job.order.count
-        return self._group or waiting[:1]
 
 
 @dataclass
@@ -217,42 +191,6 @@ def offline(bundle: Path, seconds: float) -> dict[str, Any]:
     return {"phase": "offline", "images_per_s": round(made / spent, 2), "batch": batch}
 
 
-@contextmanager
-def server(bundle: Path, batching: Batching) -> Any:
-    """(address, process id) of a server in a process of its own."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(bundle, batching, theirs), daemon=True)
-    process.start()
-    try:
-        if not ours.poll(120):
-            raise FlashdiffError("the server did not start within two minutes")
-        yield f"127.0.0.1:{ours.recv()}", process.pid
-    finally:
-        process.terminate()
-        process.join(30)
-
-
-def _memory_mb(process: int) -> float:
-    """Resident memory, as Linux tells it."""
-    return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
-
-
-def _serve(bundle: Path, batching: Batching, pipe: Any) -> None:
-    from flashdiff.cli import open_model
-    from flashdiff.server.app import Listen, start
-    from flashdiff.server.models import Models
-
-    async def run() -> None:
-        models = Models({"student": open_model(bundle)})
-        worker = {"step": Worker, "request": RequestLevelWorker}[batching]
-        running = await start(models, Listen(port=0), worker=worker)
-        pipe.send(running.port)
-        await asyncio.Event().wait()
-
-    asyncio.run(run())
-
-
 async def _with_client(address: str, use: Callable[[AsyncClient], Awaitable[Any]]) -> Any:
     async with AsyncClient(address, retries=False) as client:
         await client.generate("warm", timeout_s=60)
@@ -290,11 +228,11 @@ def run(bundle: Path, plan: Plan, report: Callable[[str], None]) -> dict[str, An
                     offered_per_s=round(load * capacity, 2),
                 )
     with server(bundle, "step") as (address, process):
-        before = _memory_mb(process)
+        before = memory_mb(process)
         over = phase(
             address, lambda client: open_loop(client, 3 * capacity, plan.overload_s), phase="overload", batching="step", load=3.0
         )
-        over["memory_growth_mb"] = round(_memory_mb(process) - before, 1)
+        over["memory_growth_mb"] = round(memory_mb(process) - before, 1)
         phase(address, lambda client: chaos(client, plan.chaos, 2 * capacity))
     return {"environment": record, "rows": rows}
 

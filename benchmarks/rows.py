@@ -26,7 +26,7 @@ def environment(manifests: dict[str, Manifest]) -> dict[str, Any]:
         "cpu": _cpu_name(),
         "threads": cpu_threads(),
         "load_average": os.getloadavg()[0],
-        "libraries": {name: _version(name) for name in ("openvino", "onnxruntime", "numpy")},
+        "libraries": {name: _version(name) for name in ("openvino", "onnxruntime", "torch", "diffusers", "numpy")},
         "bundles": {
             name: {"name": m.model.name, "hash": m.bundle_hash, "loras": [lora.name for lora in m.loras]}
             for name, m in manifests.items()
@@ -35,21 +35,30 @@ def environment(manifests: dict[str, Manifest]) -> dict[str, Any]:
 
 
 def row(manifest: Manifest, model: str, batch: int, steps: int, stage: str, samples_ms: Sequence[float]) -> dict[str, Any]:
-    """One row: median, p95 and quartiles of the samples, in milliseconds."""
+    """One row of a bundle's: median, p95 and quartiles of the samples, in milliseconds."""
+    nfe = steps * manifest.model.sampler.evaluations_per_step
+    return timed_row(manifest.backend, manifest.precision, model, batch, steps, nfe, stage, samples_ms)
+
+
+def timed_row(
+    backend: str, precision: str, model: str, batch: int, steps: int, nfe: int, stage: str, samples_ms: Sequence[float]
+) -> dict[str, Any]:
+    """One row; `nfe` are the network evaluations of an image."""
     ordered = sorted(samples_ms)
     quartiles = statistics.quantiles(ordered, n=4) if len(ordered) > 1 else [ordered[0]] * 3
     return {
         "model": model,
-        "backend": manifest.backend,
-        "precision": manifest.precision,
+        "backend": backend,
+        "precision": precision,
         "batch": batch,
         "steps": steps,
-        "nfe": steps * manifest.model.sampler.evaluations_per_step,
+        "nfe": nfe,
         "stage": stage,
         "median_ms": round(statistics.median(ordered), 4),
         "p95_ms": round(ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))], 4),
         "quartiles_ms": [round(quartiles[0], 4), round(quartiles[2], 4)],
         "n": len(ordered),
+        "samples_ms": [round(sample, 3) for sample in samples_ms],
     }
 
 

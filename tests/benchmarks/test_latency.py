@@ -1,10 +1,13 @@
 """The benchmark's code paths, never its times."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks.latency import STAGES, Configuration, markdown, measure, run
+from benchmarks.latency import STAGES, in_process, markdown, measure, run
 from benchmarks.rows import environment, row
 from flashdiff.engines.bundle import read_manifest
 from flashdiff.engines.runtime.fake_backend import GUIDED, FakeComponents
@@ -13,9 +16,12 @@ from flashdiff.errors import BundleError
 
 def test_every_round_runs_every_configuration_and_times_every_stage() -> None:
     student, teacher = FakeComponents(), FakeComponents(GUIDED)
-    configurations = [Configuration("student", student, 2, 1), Configuration("teacher", teacher, 10, 2)]
+    configurations = [
+        in_process("student", student, 2, 1, "fake", "fp32"),
+        in_process("teacher", teacher, 10, 2, "fake", "fp32"),
+    ]
     samples = measure(configurations, 3, lambda _: None)
-    assert {stage for _, stage in samples} == set(STAGES)
+    assert {stage for _, stage in samples} == set(STAGES) - {"queue", "wire"}
     for configuration in configurations:
         assert len(samples[configuration, "total"]) == len(samples[configuration, "text"]) == 3
         assert len(samples[configuration, "denoise_step"]) == 3 * configuration.steps
@@ -38,3 +44,19 @@ def test_bundles_that_cannot_be_compared_are_refused(student_bundle: Path, teach
         run(teacher_bundle, student_bundle, batches=[1], repeats=1, report=print)
     with pytest.raises(BundleError, match="must be built for the same backend"):
         run(student_bundle, teacher_bundle, batches=[1], repeats=1, report=print)
+
+
+def test_the_command_times_the_server_and_stock_diffusers_too(tmp_path: Path) -> None:
+    """On the embedded model: stock diffusers needs one that its loader takes."""
+    for name, options in (("student", ["--lora", "avatars-flash"]), ("teacher", ["--guidance", "3"])):
+        build = ["build-engine", "avatars", *options, "--batch", "1,2", "--out", str(tmp_path / name)]
+        subprocess.run([sys.executable, "-m", "flashdiff", *build], check=True, capture_output=True)
+    bundles = ["--student", str(tmp_path / "student"), "--teacher", str(tmp_path / "teacher")]
+    script = Path(__file__).parents[2] / "benchmarks" / "latency.py"
+    command = [sys.executable, str(script), *bundles, "--base", "avatars", "--lora", "avatars-flash", "--quick"]
+    run = subprocess.run([*command, "--json", str(tmp_path / "r.json")], capture_output=True, text=True, timeout=280, check=False)
+    assert run.returncode == 0, run.stderr
+    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert {row["model"] for row in rows} == {"student", "student, served", "diffusers", "teacher"}
+    assert {row["stage"] for row in rows if row["model"] == "student, served"} == set(STAGES)
+    assert "| student, served | 1 | 1 | 1 |" in run.stdout

@@ -1,0 +1,116 @@
+"""Quality against latency: one point for teacher and student at each number of steps.
+
+    python benchmarks/quality.py --student STUDENT_BUNDLE --teacher TEACHER_BUNDLE --json quality.json
+
+Quality is what `flashdiff evaluate` measures; latency what benchmarks/latency.py does, for the same bundles in the same session.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # run as a file: the repository's root is what it imports from
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import latency
+from flashdiff.engines.runtime.engine import open_bundle
+from flashdiff.errors import ConfigError, FlashdiffError
+from flashdiff.evaluation.command import EvaluateOptions, evaluate
+from flashdiff.files import write_whole
+
+_MEASURES = ("fid", "kid", "text", "diversity")
+
+
+def points(evaluation: dict[str, Any], timed: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every evaluated row beside the median milliseconds of an image; {value, low, high} of each measure."""
+    totals = {(row["model"], row["steps"]): row for row in timed if row["stage"] == "total" and row["batch"] == 1}
+    found = []
+    for row in evaluation["rows"]:
+        model, _, steps = row["name"].partition(", ")
+        total = totals.get((model, int(steps.split()[0]))) if steps else None
+        if total:
+            measures = {name: row[name] for name in _MEASURES} | {k: row["attributes"][k] for k in ("large", "small")}
+            found.append({"model": model, "steps": total["steps"], "median_ms": total["median_ms"], **measures})
+    return found
+
+
+def run(
+    student: Path,
+    teacher: Path,
+    *,
+    steps: Sequence[int],
+    teacher_steps: Sequence[int],
+    count: int,
+    repeats: int,
+    report: Callable[[str], None],
+) -> dict[str, Any]:
+    """{"environment": ..., "points": [...], "real": the row of real images}."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = EvaluateOptions(
+            subject=str(student),
+            steps=tuple(steps),
+            teacher=str(teacher),
+            teacher_steps=tuple(teacher_steps),
+            count=count,
+            json_file=Path(folder) / "evaluation.json",
+        )
+        evaluate(options, open_bundle=open_bundle, report=report)
+        evaluation = json.loads((Path(folder) / "evaluation.json").read_text())
+    timed = latency.run(student, teacher, batches=[1], repeats=repeats, report=report, steps=steps, teacher_steps=teacher_steps)
+    real = next(row for row in evaluation["rows"] if row["name"] == "real")
+    return {
+        "environment": timed["environment"],
+        "points": points(evaluation, timed["rows"]),
+        "real": {name: real[name] for name in _MEASURES} | {k: real["attributes"][k] for k in ("large", "small")},
+    }
+
+
+def markdown(found: Sequence[dict[str, Any]]) -> str:
+    """The points as a table."""
+    lines = ["| model | steps | ms an image | FID | text | large, % | small, % |", "|---|---|---|---|---|---|---|"]
+    for p in found:
+        values = (p["fid"]["value"], p["text"]["value"], 100 * p["large"]["value"], 100 * p["small"]["value"])
+        lines.append(f"| {p['model']} | {p['steps']} | {p['median_ms']:.1f} | " + " | ".join(f"{v:.1f}" for v in values) + " |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--student", type=Path, required=True, metavar="BUNDLE")
+    parser.add_argument("--teacher", type=Path, required=True, metavar="BUNDLE")
+    parser.add_argument("--steps", default="1,2,3,4", metavar="N[,N...]", help="of the student; default: %(default)s")
+    parser.add_argument("--teacher-steps", default="50,25,8,4,2", metavar="N[,N...]", help="default: %(default)s")
+    parser.add_argument("--count", type=int, default=150, help="prompts, two seeds each; default: %(default)s")
+    parser.add_argument("--repeats", type=int, default=20, help="of the timing; default: %(default)s")
+    parser.add_argument("--quick", action="store_true", help="a few images: does it run, not what it measures")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    from flashdiff.engines.build import parse_batches
+
+    try:
+        if options.count < 1 or options.repeats < 1:
+            raise ConfigError("--count and --repeats take numbers from 1 on")
+        report = run(
+            options.student,
+            options.teacher,
+            steps=[1] if options.quick else parse_batches(options.steps),
+            teacher_steps=[2] if options.quick else parse_batches(options.teacher_steps)[::-1],
+            count=2 if options.quick else options.count,
+            repeats=1 if options.quick else options.repeats,
+            report=lambda line: print(line, file=sys.stderr),
+        )
+        print(markdown(report["points"]))
+        if options.json:
+            write_whole(options.json, json.dumps(report, indent=2) + "\n")
+    except (FlashdiffError, OSError) as error:
+        print(f"quality.py: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

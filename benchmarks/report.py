@@ -1,0 +1,263 @@
+"""Result files to one page: plots, tables, and what was measured where.
+
+    python -m benchmarks.report latency.json load.json quality.json --images docs/images.png --out report
+
+Files are told apart by what is in them. The page, report.html, needs no other file; the plots lie beside it as PNG, and table.md
+is for a README. Files measured on different machines or bundles are refused: they must not be compared.
+"""
+
+import argparse
+import base64
+import html
+import io
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks import latency, load, quality
+from flashdiff.errors import ConfigError, FlashdiffError
+from flashdiff.files import new_folder
+
+_STAGE_COLORS = {
+    "text": "#8ab6d6", "denoise": "#2f6f9f", "decode": "#e0a458", "PNG": "#b56576",
+    "queue": "#999999", "wire": "#cccccc", "whole": "#666666",
+}  # fmt: skip
+_SAME = ("cpu", "threads", "system", "bundles")  # what must agree for numbers to stand side by side
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+h1, h2 { line-height: 1.2 } img { max-width: 100% } figure { margin: 1.5rem 0 } figcaption { color: #555 }
+table { border-collapse: collapse; font-size: 14px; display: block; overflow-x: auto }
+td, th { border: 1px solid #ddd; padding: .25rem .6rem }
+td { text-align: right } td:first-child { text-align: left } code, pre { font-size: 13px } .claim { font-size: 1.2rem }
+"""
+
+
+@dataclass
+class Results:
+    """What the files hold."""
+
+    environment: dict[str, Any]
+    latency: list[dict[str, Any]] = field(default_factory=list)
+    load: list[dict[str, Any]] = field(default_factory=list)
+    quality: dict[str, Any] = field(default_factory=dict)
+
+
+def read_results(files: Sequence[Path]) -> Results:
+    """ConfigError names the file that is no result, or that was measured elsewhere than the first."""
+    results: Results | None = None
+    for file in files:
+        try:
+            found = json.loads(file.read_text("utf-8"))
+            environment = found["environment"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise ConfigError(f"{file}: not a result of these benchmarks") from None
+        results = results or Results(environment)
+        for name in _SAME:
+            # Each benchmark names the bundles it used: those that two of them share must be the same.
+            ours, theirs = results.environment.get(name), environment.get(name)
+            if name == "bundles":
+                shared = set(ours or {}) & set(theirs or {})
+                ours, theirs = ({key: (side or {}).get(key) for key in shared} for side in (ours, theirs))
+            if ours != theirs:
+                raise ConfigError(
+                    f"{file}: its {name} differs from that of {files[0]}; measure both on one machine, in one state"
+                )
+        if "points" in found:
+            results.quality = found
+        elif any("phase" in row for row in found.get("rows", ())):
+            results.load = found["rows"]
+        elif found.get("rows"):
+            results.latency = found["rows"]
+        else:
+            raise ConfigError(f"{file}: there are no rows in it")
+    if results is None:
+        raise ConfigError("name at least one result file")
+    return results
+
+
+# --- plots -----------------------------------------------------------------------------------------------------------
+
+
+def stage_bars(rows: Sequence[dict[str, Any]]) -> Any:
+    """Where the milliseconds of one image go, a bar per configuration."""
+    figure, axes = _figure(height=0.4 * len({(r["model"], r["steps"]) for r in rows}) + 1.2)
+    totals = [row for row in rows if row["stage"] == "total" and row["batch"] == 1]
+    # The teacher's bars are cut, or nothing could be seen of the others.
+    limit = 1.2 * max((row["median_ms"] for row in totals if row["model"] != "teacher"), default=totals[0]["median_ms"])
+    for place, total in enumerate(reversed(totals)):
+        of = {r["stage"]: r["median_ms"] for r in rows if all(r[k] == total[k] for k in ("model", "steps", "batch"))}
+        if "denoise_step" not in of:  # stock pipelines do not tell their stages
+            parts = {"whole": total["median_ms"]}
+        else:
+            parts = {"text": of["text"], "denoise": total["steps"] * of["denoise_step"]}
+            parts |= {"decode": of["decode"], "PNG": of["image_encoding"]}
+
+            parts |= {name: of[name] for name in ("queue", "wire") if name in of}
+        left = 0.0
+        for name, spent in parts.items():
+            axes.barh(place, spent, left=left, color=_STAGE_COLORS[name], label=name)
+            left += spent
+        cut = " ..." if left > limit else ""
+        axes.text(min(left, limit), place, f"{cut} {total['median_ms']:.1f}", va="center", fontsize=9)
+    labels = [f"{t['model']}, {t['steps']} step{'s' * (t['steps'] > 1)}" for t in reversed(totals)]
+    axes.set_yticks(range(len(totals)), labels)
+    axes.set_xlim(0, limit)
+    axes.set_xlabel("ms an image, median; the teacher's bars are cut")
+    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    axes.legend(handles.values(), handles.keys(), ncols=7, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1))
+    return figure
+
+
+def load_curves(rows: Sequence[dict[str, Any]]) -> Any:
+    """p50 and p99 over offered load, both batchings."""
+    figure, axes = _figure(height=4)
+    for batching, color in (("step", "#2f6f9f"), ("request", "#e0a458")):
+        open_loop = [row for row in rows if row["phase"] == "open loop" and row["batching"] == batching]
+        for share, line in ((99, "-"), (50, "--")):
+            known = [(100 * row["load"], row[f"p{share}_ms"]) for row in open_loop if row[f"p{share}_ms"] is not None]
+            axes.plot(*zip(*known, strict=True), line, color=color, marker="o", label=f"{batching}-level, p{share}")
+    axes.set_yscale("log")
+    axes.set_xlabel("offered load, % of what the server does saturated")
+    axes.set_ylabel("ms, as the client sees it")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def quality_front(found: dict[str, Any]) -> Any:
+    """Fréchet distance over latency, the real images' own distance as the floor."""
+    figure, axes = _figure(height=4)
+    for model, color in (("student", "#2f6f9f"), ("teacher", "#b56576")):
+        points = sorted((p for p in found["points"] if p["model"] == model), key=lambda p: p["steps"])
+        x, y = [p["median_ms"] for p in points], [p["fid"]["value"] for p in points]
+        spread = [[p["fid"]["value"] - p["fid"]["low"] for p in points], [p["fid"]["high"] - p["fid"]["value"] for p in points]]
+        axes.errorbar(x, y, yerr=spread, color=color, marker="o", capsize=3, label=model)
+        for p in points:
+            axes.annotate(f" {p['steps']}", (p["median_ms"], p["fid"]["value"]), fontsize=9)
+    axes.axhline(found["real"]["fid"]["value"], color="#999999", linestyle=":", label="real images")
+    axes.set_xscale("log")
+    axes.set_xlabel("ms an image, median; the number of steps beside each point")
+    axes.set_ylabel("Fréchet distance (lower is better)")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def _figure(height: float) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, height), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def claims(results: Results) -> list[str]:
+    """What the numbers say, a sentence each."""
+    said = []
+    totals = {(r["model"], r["steps"]): r for r in results.latency if r["stage"] == "total" and r["batch"] == 1}
+    teacher = max((row for (model, _), row in totals.items() if model == "teacher"), key=lambda r: r["steps"], default=None)
+    for steps in (4, 2):
+        row = totals.get(("student", steps))
+        if row and teacher:
+            speed, ideal = teacher["median_ms"] / row["median_ms"], teacher["nfe"] / row["nfe"]
+            said.append(
+                f"{steps} steps take {row['median_ms']:.1f} ms where the teacher's {teacher['steps']} guided ones take "
+                f"{teacher['median_ms']:.0f} ms: {speed:.1f} times as fast, {speed / ideal:.2f} of the ideal {ideal:.0f}."
+            )
+    by = {(p["model"], p["steps"]): p["fid"]["value"] for p in results.quality.get("points", ())}
+    for steps in (4, 2):
+        if ("student", steps) in by and ("teacher", 50) in by:
+            ratio = by["student", steps] / by["teacher", 50]
+            said.append(f"At {steps} steps the Fréchet distance to real images is {ratio:.2f} times the 50-step teacher's.")
+    return said
+
+
+def page(results: Results, plots: dict[str, bytes], images: Sequence[Path]) -> str:
+    """The HTML, pictures inside."""
+    sections = [f'<p class="claim">{html.escape(sentence)}</p>' for sentence in claims(results)]
+    captions = {
+        "stages": "Where the time of one image goes.",
+        "load": "Latency under load: Poisson arrivals, 2 and 4 steps mixed.",
+        "quality": "Quality against latency.",
+    }
+    tables = {"stages": results.latency, "load": results.load, "quality": results.quality}
+    texts = {
+        "stages": lambda: latency.markdown(results.latency),
+        "load": lambda: load.markdown(results.load),
+        "quality": lambda: quality.markdown(results.quality["points"]),
+    }
+    for name, png in plots.items():
+        if tables[name]:
+            sections.append(f"<h2>{captions[name]}</h2>{_picture(png, captions[name])}{_html_table(texts[name]())}")
+    for image in images:
+        sections.append(f"<h2>Samples</h2>{_picture(image.read_bytes(), image.name)}")
+    environment = html.escape(json.dumps(results.environment, indent=2))
+    return (
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>flashdiff: what was measured</title><style>{_STYLE}</style>"
+        f"<h1>flashdiff: what was measured</h1>{''.join(sections)}"
+        f"<h2>Where</h2><details><summary>machine, versions, bundles</summary><pre>{environment}</pre></details></html>\n"
+    )
+
+
+def _picture(data: bytes, caption: str) -> str:
+    encoded = base64.b64encode(data).decode()
+    return f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{encoded}"></figure>'
+
+
+def _html_table(markdown: str) -> str:
+    """Our own Markdown (lines, lists and one table) as HTML."""
+    parts: list[str] = []
+    rows: list[str] = []
+    for line in markdown.splitlines():
+        cells = [html.escape(cell.strip()) for cell in line.strip("|").split("|")]
+        if not line.startswith("|"):
+            parts.append(f"<p>{html.escape(line.removeprefix('- '))}</p>" if line.strip() else "")
+        elif set(line) - set("|- "):
+            tag = "td" if rows else "th"
+            rows.append("<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>")
+    return "".join(parts) + (f"<table>{''.join(rows)}</table>" if rows else "")
+
+
+def write_report(results: Results, images: Sequence[Path], out: Path) -> None:
+    """report.html, the plots and table.md in a new folder."""
+    figures: dict[str, tuple[Callable[[Any], Any], Any]] = {
+        "stages": (stage_bars, results.latency),
+        "load": (load_curves, results.load),
+        "quality": (quality_front, results.quality),
+    }
+    plots = {}
+    for name, (draw, rows) in figures.items():
+        if rows:
+            buffer = io.BytesIO()
+            draw(rows).savefig(buffer, format="png")
+            plots[name] = buffer.getvalue()
+    with new_folder(out) as folder:
+        for name, png in plots.items():
+            (folder / f"{name}.png").write_bytes(png)
+        (folder / "report.html").write_text(page(results, plots, images), "utf-8")
+        (folder / "table.md").write_text((latency.markdown(results.latency) if results.latency else "") + "\n", "utf-8")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="+", metavar="FILE", help="JSON of latency.py, load.py or quality.py")
+    parser.add_argument("--images", type=Path, nargs="*", default=[], metavar="PNG", help="sample sheets to show")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    options = parser.parse_args()
+    try:
+        write_report(read_results(options.results), options.images, options.out)
+        print(f"{options.out}/report.html")
+    except (FlashdiffError, OSError) as error:
+        print(f"report: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""A server in a process of its own, for the benchmarks; and the batching that most servers have, to compare with."""
+
+import asyncio
+import multiprocessing
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from flashdiff.errors import FlashdiffError
+from flashdiff.server.worker import Job, Worker
+
+Batching = Literal["step", "request"]
+
+
+class RequestLevelWorker(Worker):
+    """What most servers do, for comparison: a batch is closed when it starts, all of one number of steps; who comes waits."""
+
+    def __init__(self, **options: Any) -> None:
+        self._group: list[Job] = []
+        super().__init__(**options)
+
+    def _candidates(self) -> list[Job]:
+        waiting = sorted(super()._candidates(), key=lambda job: (job.due, job.arrival))
+        self._group = [job for job in self._group if job in waiting]
+        if not self._group and waiting:
+            first = waiting[0]
+            room = first.model.components.max_batch // first.model.components.spec.sampler.evaluations_per_step
+            for job in waiting:
+                alike = (job.model, job.order.size, job.order.steps) == (first.model, first.order.size, first.order.steps)
+                if alike and room >= job.order.count:
+                    self._group.append(job)
+                    room -= job.order.count
+        return self._group or waiting[:1]
+
+
+@contextmanager
+def server(bundle: Path, batching: Batching = "step") -> Iterator[tuple[str, int]]:
+    """(address, process id) of a server of the bundle that is ready."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(bundle, batching, theirs), daemon=True)
+    process.start()
+    try:
+        if not ours.poll(120) or process.pid is None:
+            raise FlashdiffError("the server did not start within two minutes")
+        yield f"127.0.0.1:{ours.recv()}", process.pid
+    finally:
+        process.terminate()
+        process.join(30)
+
+
+def _serve(bundle: Path, batching: Batching, pipe: Any) -> None:
+    from flashdiff.cli import open_model
+    from flashdiff.server.app import Listen, start
+    from flashdiff.server.models import Models
+
+    async def run() -> None:
+        models = Models({"student": open_model(bundle)})
+        worker = {"step": Worker, "request": RequestLevelWorker}[batching]
+        running = await start(models, Listen(port=0), worker=worker)
+        pipe.send(running.port)
+        await asyncio.Event().wait()
+
+    asyncio.run(run())
+
+
+def memory_mb(process: int) -> float:
+    """Resident memory of a process, as Linux tells it."""
+    return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6

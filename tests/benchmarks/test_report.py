@@ -1,0 +1,122 @@
+"""The report on made-up rows: what it says, shows and refuses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from benchmarks.quality import points
+from benchmarks.report import claims, read_results, write_report
+from flashdiff.errors import ConfigError
+
+_HERE = {"cpu": "a cpu", "threads": 2, "system": "linux", "bundles": {"student": {"hash": "s"}, "teacher": {"hash": "t"}}}
+
+
+def _timed(model: str, steps: int, nfe: int, total: float, **stages: float) -> list[dict[str, Any]]:
+    about = {"model": model, "backend": "openvino", "precision": "fp32", "batch": 1, "steps": steps, "nfe": nfe}
+    return [{**about, "stage": name, "median_ms": ms, "p95_ms": ms} for name, ms in {**stages, "total": total}.items()]
+
+
+def _write(folder: Path, name: str, **content: Any) -> Path:
+    file = folder / name
+    file.write_text(json.dumps({"environment": _HERE, **content}))
+    return file
+
+
+def _value(number: float) -> dict[str, float]:
+    return {"value": number, "low": number - 1, "high": number + 1}
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[Path]:
+    stages = {"text": 1.0, "decode": 1.0, "image_encoding": 0.1}
+    rows = [
+        *_timed("student", 4, 4, 20.0, denoise_step=4.0, **stages),
+        *_timed("student, served", 4, 4, 25.0, denoise_step=4.0, queue=1.0, wire=2.0, **stages),
+        *_timed("diffusers", 4, 4, 90.0),
+        *_timed("teacher", 50, 100, 400.0, denoise_step=8.0, **stages),
+    ]
+    open_loop = [
+        {
+            "phase": "open loop",
+            "batching": batching,
+            "load": load,
+            "sent": 10,
+            "statuses": {"OK": 9},
+            "p50_ms": 20,
+            "p95_ms": 30,
+            "p99_ms": 40,
+        }
+        for load in (0.5, 0.8)
+        for batching in ("step", "request")
+    ]
+    load_rows = [
+        {"phase": "offline", "images_per_s": 100},
+        {"phase": "quiet", "p50_ms": 20, "p50_beyond_engine_ms": 2},
+        {"phase": "saturated", "goodput_per_s": 90},
+        *open_loop,
+        {"phase": "overload", "seconds": 60, "goodput_per_s": 85, "refusal_p99_ms": 5, "memory_growth_mb": 1},
+        {"phase": "chaos", "answered": 10, "sent": 10, "slots_left": 0},
+    ]
+    measures = {name: _value(20.0) for name in ("fid", "kid", "text", "diversity", "large", "small")}
+    timed = {
+        "points": [
+            {"model": model, "steps": steps, "median_ms": ms, **measures}
+            for model, steps, ms in (("student", 4, 20.0), ("teacher", 50, 400.0))
+        ]
+    }
+    return [
+        _write(tmp_path, "latency.json", rows=rows),
+        _write(tmp_path, "load.json", rows=load_rows),
+        _write(tmp_path, "quality.json", real=measures, **timed),
+    ]
+
+
+def test_one_page_holds_all_and_says_what_the_numbers_say(files: list[Path], tmp_path: Path) -> None:
+    sheet = tmp_path / "sheet.png"
+    Image.new("RGB", (8, 8)).save(sheet)
+    results = read_results(files)
+    assert claims(results) == [
+        "4 steps take 20.0 ms where the teacher's 50 guided ones take 400 ms: 20.0 times as fast, 0.80 of the ideal 25.",
+        "At 4 steps the Fréchet distance to real images is 1.00 times the 50-step teacher's.",
+    ]
+    write_report(results, [sheet], tmp_path / "report")
+    html = (tmp_path / "report" / "report.html").read_text()
+    assert html.count("<img ") == 4
+    assert 'src="data:image/png;base64,' in html
+    assert "http" not in html
+    assert "student, served" in (tmp_path / "report" / "table.md").read_text()
+    for name in ("stages", "load", "quality"):
+        with Image.open(tmp_path / "report" / f"{name}.png") as plot:
+            assert plot.width > 500
+
+
+def test_numbers_of_two_machines_or_bundles_do_not_stand_side_by_side(files: list[Path], tmp_path: Path) -> None:
+    for name, value in (("cpu", "another"), ("bundles", {"student": {"hash": "other"}})):
+        other = tmp_path / "other.json"
+        other.write_text(json.dumps({**json.loads(files[1].read_text()), "environment": {**_HERE, name: value}}))
+        with pytest.raises(ConfigError, match=f"its {name} differs from that of"):
+            read_results([files[0], other])
+    bad = tmp_path / "bad.json"
+    bad.write_text("{}")
+    with pytest.raises(ConfigError, match=r"bad\.json: not a result"):
+        read_results([bad])
+
+
+def test_a_point_has_the_quality_and_the_time_of_one_number_of_steps() -> None:
+    row = {
+        "fid": _value(1),
+        "kid": _value(2),
+        "text": _value(3),
+        "diversity": _value(4),
+        "attributes": {"large": _value(5), "small": _value(6)},
+    }
+    evaluation = {
+        "rows": [{"name": name, **row} for name in ("real", "student, 4 steps", "student, 1 step", "teacher, 50 steps")]
+    }
+    timed = [*_timed("student", 4, 4, 20.0), *_timed("student", 1, 1, 6.0), *_timed("teacher", 25, 50, 200.0)]
+    found = points(evaluation, timed)
+    assert [(p["model"], p["steps"], p["median_ms"]) for p in found] == [("student", 4, 20.0), ("student", 1, 6.0)]
+    assert found[0]["large"]["value"] == 5
