@@ -2,22 +2,23 @@
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Literal
+from pathlib import Path, PurePosixPath
+from typing import Literal, Self
 
 from pydantic import Field, ValidationError
 
-from flashdiff.components import ModelSpec
+from flashdiff.components import ModelSpec, Size
 from flashdiff.config import Record
 from flashdiff.errors import BundleError
-from flashdiff.files import hash_file
+from flashdiff.files import hash_file, write_whole
 from flashdiff.text import TokenizerSpec
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
 PARTS = ("text_encoder", "denoiser", "decoder")
 
-BackendName = Literal["openvino", "onnxruntime"]
+BackendName = Literal["openvino", "onnxruntime", "torch", "tensorrt", "tensorrt-rtx"]
+Precision = Literal["fp32", "fp16", "bf16"]
 
 
 def tokenizer_file(tokenizer: TokenizerSpec) -> str:
@@ -36,12 +37,32 @@ class TensorSpec(Record):
         return tuple(dimensions[d] if isinstance(d, str) else d for d in self.shape)
 
 
-class PartSpec(Record):
-    """One compiled part: its file, relative to the bundle, and its tensors in order."""
+class PartFile(Record):
+    """One compiled file of a part and the bucket it is for."""
 
     file: str
+    """Relative to the bundle."""
+    size: Size | None = None
+    """None: any size."""
+    batch: int | None = None
+    """None: any batch."""
+
+
+class PartSpec(Record):
+    """One compiled part: its files, and its tensors in order."""
+
+    files: tuple[PartFile, ...] = Field(min_length=1)
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+
+    @property
+    def is_spatial(self) -> bool:
+        """Whether it is compiled for every image size, or for none."""
+        return any("height" in tensor.shape for tensor in self.inputs)
+
+    def file_for(self, size: Size | None, batch: int) -> str:
+        """The file that serves a bucket."""
+        return next(f.file for f in self.files if f.size in (None, size) and f.batch in (None, batch))
 
 
 class LoraRecord(Record):
@@ -50,30 +71,94 @@ class LoraRecord(Record):
     weight: float
 
 
-class Manifest(Record):
+class Machine(Record):
+    """What a bundle was compiled and checked on."""
+
+    system: str
+    """Operating system and architecture, such as Linux x86_64."""
+    processor: str
+    device: Literal["cpu", "cuda"]
+    """Where the parts run."""
+    features: tuple[str, ...]
+    """Instruction sets of a CPU (avx2, avx512f, ...), or the compute capability of a GPU (sm_89)."""
+
+
+class LatentCodec(Record):
+    """How the autoencoder's own latents become the model's: (latents - shift) * scale."""
+
+    channels: int
+    factor: int
+    scale: float
+    shift: float
+
+
+class BucketCost(Record):
+    """Median time of one call, measured before publishing on the machine that built the bundle."""
+
+    part: str
+    size: Size | None
+    batch: int
+    ms: float
+
+
+class BuildInputs(Record):
+    """What decides a bundle's content, and so its fingerprint."""
+
+    base: str
+    """Its name; the hash is what counts."""
+    base_hash: str
+    loras: tuple[LoraRecord, ...]
+    guidance: float | None
+    """Asked for; None: the family's default, or a flash student's none."""
+    backend: BackendName
+    precision: Precision
+    sizes: tuple[Size, ...] = Field(min_length=1)
+    batch_sizes: tuple[int, ...] = Field(min_length=1)
+    """Rising; every part is compiled for each of them."""
+    library_versions: dict[str, str]
+    code: str
+    """Hash of the sources that build a bundle."""
+    machine: Machine
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal when a build would give the same bundle."""
+        values = {name: getattr(self, name) for name in BuildInputs.model_fields}
+        unnamed = [lora.model_copy(update={"name": ""}) for lora in self.loras]
+        return BuildInputs(**{**values, "base": "", "loras": unnamed}).content_hash
+
+
+class Manifest(BuildInputs):
     schema_version: int
     flashdiff_version: str
     model: ModelSpec
-    base_hash: str
-    loras: tuple[LoraRecord, ...]
-    backend: BackendName
-    precision: Literal["fp32"]
-    batch_sizes: tuple[int, ...] = Field(min_length=1)
-    """Rising; every part is compiled for each of them."""
+    latent_codec: LatentCodec
     parts: dict[str, PartSpec]
+    rows_are_exact: bool
+    """Whether a row has the same values, bit for bit, in every batch size, place and company."""
     max_error: dict[str, float]
-    """Largest absolute difference to torch found before publishing: per part, and `image` for the whole road."""
-    max_error_allowed: float
-    step_cost_ms: dict[str, dict[int, float]]
-    """Median time per part and batch size, on the building machine: for people; a server measures its own."""
-    library_versions: dict[str, str]
+    """Difference to torch in float32 found before publishing: see `flashdiff.engines.verify`."""
+    max_error_allowed: dict[str, float]
+    step_costs: tuple[BucketCost, ...]
+    """For people; a server measures its own."""
     files: dict[str, str]
     """SHA-256 of every other file of the bundle, by relative path."""
+    checksum: str = ""
+    """Of this manifest without it: a slip of the hand is found. It is no signature."""
 
     @property
     def bundle_hash(self) -> str:
         """Names what is served: everything but what was measured, so that two builds of the same have the same."""
-        return self.model_copy(update={"step_cost_ms": {}, "max_error": {}}).content_hash
+        measured = {"step_costs": (), "max_error": {}, "checksum": ""}
+        return self.model_copy(update=measured).content_hash
+
+    def sealed(self) -> Self:
+        """With its checksum."""
+        return self.model_copy(update={"checksum": self.model_copy(update={"checksum": ""}).content_hash})
+
+
+def write_manifest(bundle: Path, manifest: Manifest) -> None:
+    write_whole(bundle / MANIFEST, manifest.sealed().model_dump_json(indent=2) + "\n")
 
 
 def read_manifest(bundle: Path) -> Manifest:
@@ -95,8 +180,15 @@ def read_manifest(bundle: Path) -> Manifest:
     except ValidationError as error:
         where = ".".join(map(str, error.errors()[0]["loc"]))
         raise BundleError(f"{bundle}/{MANIFEST} is damaged at '{where}'; {rebuild}") from None
+    if manifest.sealed() != manifest:
+        raise BundleError(f"{bundle}/{MANIFEST} has changed since it was built; {rebuild}")
     if set(manifest.parts) != set(PARTS):
         raise BundleError(f"{bundle}/{MANIFEST} is damaged at 'parts'; {rebuild}")
+    _check_files(bundle, manifest, rebuild)
+    return manifest
+
+
+def _check_files(bundle: Path, manifest: Manifest, rebuild: str) -> None:
     for name, expected in manifest.files.items():
         path = bundle / name
         if not path.resolve().is_relative_to(bundle.resolve()):
@@ -105,7 +197,12 @@ def read_manifest(bundle: Path) -> Manifest:
             raise BundleError(f"{bundle} is incomplete: {name} is missing; {rebuild}")
         if hash_file(path) != expected:
             raise BundleError(f"{bundle} is damaged: {name} has changed since it was built; {rebuild}")
-    for name in (*map(tokenizer_file, manifest.model.tokenizers), *(part.file for part in manifest.parts.values())):
+    parts = manifest.parts.values()
+    for name in (*map(tokenizer_file, manifest.model.tokenizers), *(file.file for part in parts for file in part.files)):
         if name not in manifest.files:
             raise BundleError(f"{bundle}/{MANIFEST} is damaged: {name} is not among its files; {rebuild}")
-    return manifest
+    for path in bundle.rglob("*"):  # libraries pick up what lies beside their files
+        name = path.relative_to(bundle).as_posix()
+        hidden = any(part.startswith(".") for part in PurePosixPath(name).parts)
+        if path.is_file() and name not in manifest.files and name != MANIFEST and not hidden:
+            raise BundleError(f"{bundle} holds {name}, which it was not published with; remove it")

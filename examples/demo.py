@@ -149,7 +149,7 @@ batch, which costs less than two, so the ideal stays out of reach.
 
 ## Exactness
 
-Largest difference between engine and torch: {errors} (allowed {manifest.max_error_allowed:.0e}).
+Largest difference between engine and torch: {errors} (allowed {max(manifest.max_error_allowed.values()):.0e}).
 
 ## Environment
 

@@ -58,12 +58,23 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FOLDER[:WEIGHT]",
         help="fuse this LoRA, such as the shipped avatars-flash; may be repeated",
     )
-    build.add_argument("--out", type=Path, required=True, help="the bundle folder to make")
-    build.add_argument("--backend", choices=("openvino", "onnxruntime"), default="openvino", help="default: %(default)s")
+    build.add_argument("--out", type=Path, required=True, help="the bundle folder to make, or to bring up to date")
+    build.add_argument(
+        "--backend",
+        choices=("openvino", "onnxruntime", "torch", "tensorrt", "tensorrt-rtx"),
+        default="openvino",
+        help="default: %(default)s",
+    )
+    build.add_argument("--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="default: %(default)s")
     build.add_argument("--size", metavar="WxH[,WxH...]", help="image sizes; default: the size the base was trained at")
     build.add_argument("--batch", default="1,2,4,8", metavar="N[,N...]", help="batch sizes; default: %(default)s")
     build.add_argument("--guidance", type=float, help="guidance scale of a base without a flash LoRA; default: the family's")
+    build.add_argument("--dry-run", action="store_true", help="print what would be built, why, and what it takes; write nothing")
     build.set_defaults(run=_build_engine)
+
+    inspect = commands.add_parser("inspect", help="say what a bundle holds", description=_inspect.__doc__)
+    inspect.add_argument("bundle", type=Path, metavar="BUNDLE")
+    inspect.set_defaults(run=_inspect)
 
     evaluate = commands.add_parser(
         "evaluate", help="measure image quality, student beside teacher", description=_evaluate.__doc__
@@ -152,20 +163,35 @@ def _distill(options: argparse.Namespace) -> None:
 def _build_engine(options: argparse.Namespace) -> None:
     """Fuse LoRAs into a base model, export every part, compile it, check it against torch, and publish the bundle."""
     _need("distill", "torch", "diffusers", "peft", "onnx", "onnxscript")
-    _need("cpu", options.backend)
-    from flashdiff.engines.build import BuildOptions, build_engine, parse_batches, parse_sizes
+    from flashdiff.engines.build import build_engine
+    from flashdiff.engines.config import BuildOptions, parse_batches, parse_sizes
+    from flashdiff.engines.plan import describe, plan_build
 
     build = BuildOptions(
         base=options.base,
         out=options.out,
         loras=tuple(_lora(text) for text in options.lora),
         backend=options.backend,
+        precision=options.precision,
         sizes=parse_sizes(options.size) if options.size else (),
         batch_sizes=parse_batches(options.batch),
         guidance=options.guidance,
     )
     _quiet_libraries()
+    if options.dry_run:
+        for line in describe(plan_build(build)):
+            print(line)
+        return
     build_engine(build, lambda line: print(line, flush=True))
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    """Check a bundle's files and print what it was made from, what it can do, how exact it is and what it costs."""
+    from flashdiff.engines.bundle import read_manifest
+    from flashdiff.engines.describe import describe
+
+    for line in describe(options.bundle, read_manifest(options.bundle)):
+        print(line)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -269,7 +295,7 @@ def open_model(bundle: Path) -> "Model":
 
 def _generate(options: argparse.Namespace) -> None:
     """Make images with a bundle, in this process: the same pixels that a server with this bundle sends."""
-    from flashdiff.engines.build import parse_sizes
+    from flashdiff.engines.config import parse_sizes
     from flashdiff.engines.runtime.engine import open_bundle
     from flashdiff.generate import check_order, generate
     from flashdiff.server.images import FORMAT_OF_SUFFIX, encode_image

@@ -12,12 +12,13 @@ from flashdiff.errors import ConfigError, FlashdiffError
 
 
 @contextmanager
-def new_folder(target: Path, error: type[FlashdiffError] = ConfigError) -> Iterator[Path]:
+def new_folder(target: Path, error: type[FlashdiffError] = ConfigError, *, replace: bool = False) -> Iterator[Path]:
     """A folder to fill, which becomes `target` when the block ends well and vanishes when it does not.
 
-    Refuses (as `error`) a target that exists and a disk that cannot take it.
+    Refuses (as `error`) a disk that cannot take it, and a target that exists, unless it is to be replaced: then that stays
+    whole until the new one is.
     """
-    if target.exists():
+    if target.exists() and not replace:
         raise error(f"{target} exists already; choose another place or remove it")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -28,7 +29,16 @@ def new_folder(target: Path, error: type[FlashdiffError] = ConfigError) -> Itera
         yield beside
         for path in (beside, *beside.rglob("*")):  # mkdtemp and safetensors keep others out
             path.chmod(0o755 if path.is_dir() else 0o644)
-        beside.rename(target)
+        old = beside.with_name(f"{beside.name}.old")
+        if replace and target.exists():
+            target.rename(old)
+        try:
+            beside.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
     except OSError as problem:
         raise error(f"{target}: cannot write: {problem.strerror or problem}") from None
     finally:

@@ -161,18 +161,23 @@ def fused_spec(base: ModelSpec, loras: Sequence[Path], guidance: float | None) -
     return base.model_copy(update={"sampler": sampler})
 
 
+def check_base(base: Path, base_hash: str, loras: Sequence[Path]) -> None:
+    """LoraError for a flash LoRA that was trained on another base."""
+    for folder in loras:
+        info = read_flash_info(folder)
+        if info and info.base_hash != base_hash:
+            raise LoraError(
+                f"{folder} was trained on '{info.base}' with hash {info.base_hash[:12]}, "
+                f"but {base} has hash {base_hash[:12]}; build it with its own base"
+            )
+
+
 def fuse(model: TorchModel, family: ModelFamily, loras: Sequence[tuple[Path, float]]) -> None:
     """Merge the LoRAs, each by its weight, into the denoiser's own weights, for good.
 
     LoraError when a flash LoRA was trained on another base or when a file's layers do not fit this network.
     """
-    for folder, _ in loras:
-        info = read_flash_info(folder)
-        if info and info.base_hash != model.base_hash:
-            raise LoraError(
-                f"{folder} was trained on '{info.base}' with hash {info.base_hash[:12]}, "
-                f"but {model.folder} has hash {model.base_hash[:12]}; build it with its own base"
-            )
+    check_base(model.folder, model.base_hash, [folder for folder, _ in loras])
     network: Any = model.network
     for index, (folder, _) in enumerate(loras):
         weights, settings = _read_weights(folder, model, family)

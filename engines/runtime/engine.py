@@ -10,15 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashdiff.components import Conditioning, Costs, ModelSpec, Size
-from flashdiff.engines.bundle import PARTS, Manifest, PartSpec, read_manifest, tokenizer_file
-from flashdiff.engines.runtime import CompiledPart, compile_part
+from flashdiff.engines.bundle import PARTS, BucketCost, Manifest, read_manifest, tokenizer_file
+from flashdiff.engines.runtime import CompiledPart, bucket_shapes, dimensions_of, open_parts
 from flashdiff.text import PromptTokenizer
 
 _TIMED_RUNS = 7
 
 
 class Engine:
-    """A bundle ready to run. Rows do not depend on what else is in their batch; see docs/structure.md for the contract."""
+    """A bundle that runs. `manifest.rows_are_exact` says whether rows depend on what else is in their batch."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.manifest = manifest
@@ -26,27 +26,33 @@ class Engine:
         self.max_batch = manifest.batch_sizes[-1]
         texts = {tokenizer.name: (folder / tokenizer_file(tokenizer)).read_text("utf-8") for tokenizer in self.spec.tokenizers}
         self._tokenizer = PromptTokenizer(texts, self.spec.tokenizers)
+        self._compile = open_parts(folder, manifest)
         self._compiled: dict[tuple[str, Size | None, int], CompiledPart] = {}
+
+    def measure_buckets(self) -> tuple[BucketCost, ...]:
+        """Run every bucket a few times and say what it takes; also makes all of them ready, so no request pays for that."""
+        costs = []
         for part in PARTS:
-            spec = manifest.parts[part]
-            for size in self._sizes_of(spec):
-                for batch in manifest.batch_sizes:
-                    dimensions = {"batch": batch, **(_spatial(self.spec, size) if size else {})}
-                    self._compiled[part, size, batch] = compile_part(manifest.backend, folder / spec.file, spec, dimensions)
+            spec = self.manifest.parts[part]
+            for size in self.spec.sizes if spec.is_spatial else (None,):
+                for batch in self.manifest.batch_sizes:
+                    shapes = bucket_shapes(spec.inputs, dimensions_of(self.spec, size, batch))
+                    inputs = {t.name: np.zeros(shapes[t.name], dtype=t.dtype) for t in spec.inputs}
+                    compiled = self._bucket(part, size, batch)
+                    times = []
+                    for _ in range(_TIMED_RUNS):
+                        started = time.perf_counter()
+                        compiled(inputs)
+                        times.append(1000 * (time.perf_counter() - started))
+                    costs.append(BucketCost(part=part, size=size, batch=batch, ms=round(statistics.median(times), 4)))
+        return tuple(costs)
 
     def measure_costs(self) -> Costs:
-        """Run every bucket a few times and say what it takes; also warms the engine up, so no request pays for a first run."""
+        """`measure_buckets`, of the default size alone, as the scheduler wants it."""
         costs: Costs = {part: {} for part in PARTS}
-        for (part, size, batch), compiled in self._compiled.items():
-            dimensions = {"batch": batch, **(_spatial(self.spec, size) if size else {})}
-            inputs = {t.name: np.zeros(t.shape_for(dimensions), dtype=t.dtype) for t in self.manifest.parts[part].inputs}
-            times = []
-            for _ in range(_TIMED_RUNS):
-                started = time.perf_counter()
-                compiled(inputs)
-                times.append(1000 * (time.perf_counter() - started))
-            if size in (None, self.spec.sizes[0]):
-                costs[part][batch] = round(statistics.median(times), 4)
+        for cost in self.measure_buckets():
+            if cost.size in (None, self.spec.sizes[0]):
+                costs[cost.part][cost.batch] = cost.ms
         return costs
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
@@ -66,7 +72,7 @@ class Engine:
         batch = next(batch for batch in self.manifest.batch_sizes if batch >= rows)
         # Padding repeats the first row: any finite values do, since rows do not see each other.
         padded = {name: np.concatenate([values, *[values[:1]] * (batch - rows)]) for name, values in inputs.items()}
-        outputs = self._compiled[part, self._size_of(inputs), batch](padded)
+        outputs = self._bucket(part, self._size_of(inputs), batch)(padded)
         return {name: values[:rows] for name, values in outputs.items()}
 
     def _size_of(self, inputs: Mapping[str, NDArray[Any]]) -> Size | None:
@@ -76,14 +82,12 @@ class Engine:
         _, _, height, width = inputs["latents"].shape
         return Size(width * self.spec.latent_factor, height * self.spec.latent_factor)
 
-    def _sizes_of(self, part: PartSpec) -> tuple[Size | None, ...]:
-        spatial = any("height" in tensor.shape for tensor in part.inputs)
-        return self.spec.sizes if spatial else (None,)
-
-
-def _spatial(spec: ModelSpec, size: Size) -> dict[str, int]:
-    _, height, width = spec.latent_shape(size)
-    return {"height": height, "width": width}
+    def _bucket(self, part: str, size: Size | None, batch: int) -> CompiledPart:
+        """One part at one bucket, compiled when it is first asked for: one image needs three of them, not all."""
+        key = (part, size, batch)
+        if key not in self._compiled:
+            self._compiled[key] = self._compile(part, size, batch)
+        return self._compiled[key]
 
 
 def open_bundle(folder: Path) -> Engine:

@@ -1,6 +1,6 @@
-"""ONNX Runtime on the CPU, float32, one session per static shape."""
+"""ONNX Runtime, one session per static shape: on the CPU, or on the GPU that the bundle was checked on."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,20 +8,26 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from flashdiff.engines.bundle import PartSpec
+from flashdiff.engines.bundle import Manifest
 from flashdiff.engines.runtime.threads import cpu_threads
 
 
-def compile_part(file: Path, part: PartSpec, dimensions: Mapping[str, int]) -> Any:
-    """See `flashdiff.engines.runtime.compile_part`."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = cpu_threads()
-    for name, value in dimensions.items():
-        options.add_free_dimension_override_by_name(name, value)
-    session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    names = [spec.name for spec in part.outputs]
+def open_parts(folder: Path, manifest: Manifest) -> Callable[[str, Path, Mapping[str, int]], Any]:
+    """See `flashdiff.engines.runtime.open_parts`."""
+    on_gpu = ["CUDAExecutionProvider"] if manifest.machine.device == "cuda" else []
 
-    def run(inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
-        return dict(zip(names, session.run(names, {spec.name: inputs[spec.name] for spec in part.inputs}), strict=True))
+    def compile_part(name: str, file: Path, dimensions: Mapping[str, int]) -> Any:
+        part = manifest.parts[name]
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = cpu_threads()
+        for dimension, value in dimensions.items():
+            options.add_free_dimension_override_by_name(dimension, value)
+        session = ort.InferenceSession(str(file), options, providers=[*on_gpu, "CPUExecutionProvider"])
+        names = [spec.name for spec in part.outputs]
 
-    return run
+        def run(inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
+            return dict(zip(names, session.run(names, {spec.name: inputs[spec.name] for spec in part.inputs}), strict=True))
+
+        return run
+
+    return compile_part

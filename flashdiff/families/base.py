@@ -38,6 +38,14 @@ class ModelFamily:
     """The module of the network whose output the discriminator looks at."""
     lora_prefix: str
     """The denoiser's name in a diffusers LoRA file."""
+    fixed_size: bool = False
+    """Whether an exported network works at one image size alone, because it bakes its positions in; else at any."""
+    float32_inputs: tuple[str, ...] = ()
+    """Conditioning that stays float32 in a network of lower precision, because the network itself mixes it with float32."""
+    size_step: Callable[[dict[str, Any]], int]
+    """Latent cells that sides must be multiples of, from the denoiser's config.json."""
+    largest_side: Callable[[dict[str, Any]], int | None] = lambda _: None
+    """Latent cells of the longest side there are positions for, from the same; None: any."""
     lora_writer: str | None = None
     """The diffusers pipeline whose `save_lora_weights` writes such a file; None: `pipeline_class` itself."""
     default_guidance: float
@@ -67,6 +75,8 @@ class TorchModel:
     """Images [B, 3, H, W] in [-1, 1] to scaled latents, sampled where the autoencoder is variational."""
     network: Any
     """The diffusers model inside `denoiser`: where LoRA layers go."""
+    weights: Mapping[str, Any]
+    """Every model that was loaded, by its folder: saving them, fused or not, makes a base directory again."""
     max_batch: int = 8
 
     @cached_property

@@ -109,6 +109,7 @@ def _load(folder: Path, spec: ModelSpec) -> TorchModel:
         decoder=Decoder(vae).eval(),
         encode_images=image_encoder(vae),
         network=transformer,
+        weights={"vae": vae, "transformer": transformer, "text_encoder": clip, "text_encoder_2": t5},
     )
 
 
@@ -119,6 +120,7 @@ FAMILY = ModelFamily(
     lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
     feature_tap=lambda transformer: transformer.transformer_blocks[len(transformer.transformer_blocks) // 2],
     lora_prefix="transformer",
+    size_step=lambda _: 2,  # a token is a patch of 2x2
     default_guidance=1.0,  # none but the embedded one
     default_steps=28,
     read_spec=_read_spec,

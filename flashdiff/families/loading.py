@@ -87,14 +87,25 @@ def unet_spec(folder: Path, family: ModelFamily, tokenizers: tuple[TokenizerSpec
     )
 
 
+def unet_size_step(unet: dict[str, Any]) -> int:
+    """Latent cells that a side must be a multiple of for every level of a UNet to halve it exactly."""
+    step: int = 2 ** (len(unet["block_out_channels"]) - 1)
+    return step
+
+
 def scheduler_config(folder: Path) -> dict[str, Any]:
     return read_config(folder, "scheduler", "scheduler_config.json")
 
 
 def load_part(folder: Path, part: str, kind: Any) -> Any:
-    """A model of class `kind` in float32, frozen and in eval mode; ModelError when it cannot be loaded whole."""
+    """A model of class `kind` in float32, frozen and in eval mode, from safetensors and never from pickles.
+
+    ModelError when it cannot be loaded whole.
+    """
     try:
-        model, info = kind.from_pretrained(folder / part, torch_dtype=torch.float32, output_loading_info=True)
+        model, info = kind.from_pretrained(
+            folder / part, torch_dtype=torch.float32, output_loading_info=True, use_safetensors=True
+        )
     except Exception as error:  # the loaders raise many kinds for a missing or damaged file
         raise ModelError(f"{folder}: cannot load {part}: {first_line(error)}") from None
     if info["missing_keys"]:  # the loaders would make them up

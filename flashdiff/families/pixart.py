@@ -96,6 +96,7 @@ def _load(folder: Path, spec: ModelSpec) -> TorchModel:
         decoder=Decoder(vae).eval(),
         encode_images=image_encoder(vae),
         network=transformer,
+        weights={"vae": vae, "transformer": transformer, "text_encoder": t5},
     )
 
 
@@ -119,6 +120,8 @@ FAMILY = ModelFamily(
     ),
     feature_tap=lambda transformer: transformer.transformer_blocks[len(transformer.transformer_blocks) // 2],
     lora_prefix="transformer",
+    fixed_size=True,
+    size_step=lambda transformer: int(transformer["patch_size"]),
     lora_writer="StableDiffusion3Pipeline",  # the same file layout; PixArt's own pipeline has no writer
     default_guidance=4.5,
     default_steps=20,

@@ -16,6 +16,7 @@ from flashdiff.families.loading import (
     named_gaps,
     read_config,
     tokenizer_spec,
+    unet_size_step,
     unet_spec,
 )
 
@@ -55,16 +56,18 @@ def _load(folder: Path, spec: ModelSpec) -> TorchModel:
         raise ModelError(f"{folder}: the vae is a {vae_class}; supported: {', '.join(_AUTOENCODERS)}")
     vae = load_part(folder, "vae", getattr(diffusers, vae_class))
     unet = load_part(folder, "unet", diffusers.UNet2DConditionModel)
+    clip = load_part(folder, "text_encoder", CLIPTextModel)
     return TorchModel(
         spec=spec,
         folder=folder,
         conditioning=FAMILY.conditioning,
         tokenizer=load_tokenizers(folder, {"input_ids": "tokenizer"}, spec.tokenizers),
-        text_encoder=_TextEncoder(load_part(folder, "text_encoder", CLIPTextModel)).eval(),
+        text_encoder=_TextEncoder(clip).eval(),
         denoiser=_Denoiser(unet).eval(),
         decoder=Decoder(vae).eval(),
         encode_images=image_encoder(vae),
         network=unet,
+        weights={"vae": vae, "unet": unet, "text_encoder": clip},
     )
 
 
@@ -75,6 +78,7 @@ FAMILY = ModelFamily(
     lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
     feature_tap=lambda unet: unet.mid_block,
     lora_prefix="unet",
+    size_step=unet_size_step,
     default_guidance=7.5,
     default_steps=50,
     read_spec=_read_spec,

@@ -99,6 +99,13 @@ def _load(folder: Path, spec: ModelSpec) -> TorchModel:
         decoder=Decoder(vae).eval(),
         encode_images=image_encoder(vae),
         network=transformer,
+        weights={
+            "vae": vae,
+            "transformer": transformer,
+            "text_encoder": first,
+            "text_encoder_2": second,
+            "text_encoder_3": third,
+        },
     )
 
 
@@ -109,6 +116,8 @@ FAMILY = ModelFamily(
     lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
     feature_tap=lambda transformer: transformer.transformer_blocks[len(transformer.transformer_blocks) // 2],
     lora_prefix="transformer",
+    size_step=lambda transformer: int(transformer["patch_size"]),
+    largest_side=lambda transformer: int(transformer["pos_embed_max_size"] * transformer["patch_size"]),
     default_guidance=7.0,
     default_steps=28,
     read_spec=_read_spec,

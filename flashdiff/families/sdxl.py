@@ -16,6 +16,7 @@ from flashdiff.families.loading import (
     named_gaps,
     read_config,
     tokenizer_spec,
+    unet_size_step,
     unet_spec,
 )
 
@@ -40,9 +41,12 @@ class _Denoiser(nn.Module):
 
     def forward(self, latents: Tensor, times: Tensor, encoder_hidden_states: Tensor, text_embeds: Tensor) -> Tensor:
         # The UNet is told original size, crop and target size: an uncropped image of the size it makes.
-        height, width = latents.shape[2] * self.factor, latents.shape[3] * self.factor
-        time_ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=latents.dtype, device=latents.device)
-        added = {"text_embeds": text_embeds, "time_ids": time_ids.expand(latents.shape[0], -1)}
+        # Filled and joined, because an exported torch.tensor would keep the size of the example it was traced with.
+        height, width, zero = (
+            torch.full((latents.shape[0], 1), pixels, dtype=torch.float32, device=latents.device)
+            for pixels in (latents.shape[2] * self.factor, latents.shape[3] * self.factor, 0)
+        )
+        added = {"text_embeds": text_embeds, "time_ids": torch.cat([height, width, zero, zero, height, width], dim=1)}
         output: Tensor = self.unet(latents, times, encoder_hidden_states, added_cond_kwargs=added, return_dict=False)[0]
         return output
 
@@ -72,6 +76,7 @@ def _load(folder: Path, spec: ModelSpec) -> TorchModel:
         decoder=Decoder(vae).eval(),
         encode_images=image_encoder(vae),
         network=unet,
+        weights={"vae": vae, "unet": unet, "text_encoder": first, "text_encoder_2": second},
     )
 
 
@@ -82,6 +87,8 @@ FAMILY = ModelFamily(
     lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
     feature_tap=lambda unet: unet.mid_block,
     lora_prefix="unet",
+    float32_inputs=("text_embeds",),  # the UNet joins it to sinusoids in float32, and casts both afterwards
+    size_step=unet_size_step,
     default_guidance=5.0,
     default_steps=50,
     read_spec=_read_spec,

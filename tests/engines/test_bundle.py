@@ -4,20 +4,24 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from flashdiff.components import Size
-from flashdiff.engines.build import BuildOptions, build_engine
-from flashdiff.engines.bundle import MANIFEST, SCHEMA_VERSION, read_manifest
-from flashdiff.engines.export import parts_of
+from flashdiff.engines.bundle import MANIFEST, SCHEMA_VERSION, PartFile, read_manifest, write_manifest
+from flashdiff.engines.parts import parts_of
 from flashdiff.engines.runtime.engine import Engine, open_bundle
 from flashdiff.engines.verify import verify
-from flashdiff.errors import BundleError, ConfigError, LoraError, RequestError
+from flashdiff.errors import BundleError, RequestError
 from flashdiff.families import load_base
+from flashdiff.files import hash_file
 from flashdiff.generate import check_order, generate
+from flashdiff.lora import load_fused
 
 
 @pytest.fixture(scope="module")
@@ -39,14 +43,16 @@ def test_the_manifest_says_what_was_built_and_how_exact_it_is(student: Engine, t
     for engine in (student, teacher):
         assert set(engine.manifest.max_error) == {"text_encoder", "denoiser", "decoder", "image"}
         assert max(engine.manifest.max_error.values()) <= 1e-4
-        assert set(engine.manifest.step_cost_ms["denoiser"]) == set(engine.manifest.batch_sizes)
+        assert engine.manifest.rows_are_exact
+        timed = {(cost.size, cost.batch) for cost in engine.manifest.step_costs if cost.part == "denoiser"}
+        assert timed == {(size, batch) for size in engine.spec.sizes for batch in engine.manifest.batch_sizes}
     assert (student.spec.sampler.kind, teacher.spec.sampler.kind) == ("flash", "ode")
     assert teacher.spec.sizes == (Size(32, 32), Size(48, 32))
 
 
 def test_the_bundle_hash_names_what_is_served_and_not_what_was_measured(student: Engine, teacher: Engine) -> None:
     manifest = student.manifest
-    slower = manifest.model_copy(update={"step_cost_ms": {"denoiser": {1: 99.0}}})
+    slower = manifest.model_copy(update={"step_costs": ()})
     assert slower.bundle_hash == manifest.bundle_hash != teacher.manifest.bundle_hash
     assert manifest.model_copy(update={"base_hash": "other"}).bundle_hash != manifest.bundle_hash
 
@@ -117,10 +123,7 @@ def test_every_kind_of_damage_is_refused_with_its_cause(copy: Path) -> None:
     read_manifest(copy)
 
     _edit(copy, schema_version=99)
-    with pytest.raises(BundleError, match="bundle schema 99, this flashdiff reads 2; build it again"):
-        open_bundle(copy)
-    _edit(copy, schema_version=SCHEMA_VERSION, files={**read_files(copy), "../../etc/passwd": "0"})
-    with pytest.raises(BundleError, match="outside the bundle"):
+    with pytest.raises(BundleError, match="bundle schema 99, this flashdiff reads 3; build it again"):
         open_bundle(copy)
     _edit(copy, schema_version=SCHEMA_VERSION, batch_sizes="many")
     with pytest.raises(BundleError, match="damaged at 'batch_sizes'"):
@@ -135,47 +138,90 @@ def test_every_kind_of_damage_is_refused_with_its_cause(copy: Path) -> None:
         open_bundle(copy / "none")
 
 
-def read_files(bundle: Path) -> dict[str, str]:
-    files: dict[str, str] = json.loads((bundle / MANIFEST).read_text())["files"]
-    return files
+def test_a_manifest_changed_by_hand_is_refused(copy: Path) -> None:
+    _edit(copy, precision="fp16")
+    with pytest.raises(BundleError, match=r"manifest\.json has changed since it was built"):
+        open_bundle(copy)
+
+
+@pytest.mark.parametrize("name", ["../outside.bin", "/etc/hostname", "denoiser/link.bin"])
+def test_paths_that_point_outside_the_bundle_are_refused(copy: Path, name: str) -> None:
+    manifest = read_manifest(copy)
+    (copy.parent / "outside.bin").write_bytes(b"secret")
+    (copy / "denoiser" / "link.bin").symlink_to(copy.parent / "outside.bin")
+    write_manifest(copy, manifest.model_copy(update={"files": {**manifest.files, name: hash_file(copy / name)}}))
+    with pytest.raises(BundleError, match=f"names a file outside the bundle: {name}"):
+        open_bundle(copy)
+
+
+def test_an_engine_file_that_is_not_checked_is_refused(copy: Path) -> None:
+    manifest = read_manifest(copy)
+    denoiser = manifest.parts["denoiser"].model_copy(update={"files": (PartFile(file="../outside.xml"),)})
+    write_manifest(copy, manifest.model_copy(update={"parts": {**manifest.parts, "denoiser": denoiser}}))
+    with pytest.raises(BundleError, match=r"\.\./outside\.xml is not among its files"):
+        open_bundle(copy)
+
+
+def test_a_file_that_was_not_published_is_refused(copy: Path) -> None:
+    (copy / "denoiser" / "weights.bin").write_bytes(b"pickled")
+    with pytest.raises(BundleError, match=r"holds denoiser/weights\.bin, which it was not published with"):
+        open_bundle(copy)
+
+
+def test_a_bundle_for_another_machine_is_refused_with_its_cause_and_cure(copy: Path) -> None:
+    manifest = read_manifest(copy)
+    gpu = manifest.machine.model_copy(update={"device": "cuda", "processor": "Some GPU", "features": ("sm_12",)})
+    write_manifest(copy, manifest.model_copy(update={"machine": gpu, "backend": "tensorrt"}))
+    with pytest.raises(BundleError, match=r"made for .*; build it on this one with `flashdiff build-engine`"):
+        open_bundle(copy)
+    poor = manifest.machine.model_copy(update={"features": ()})
+    write_manifest(copy, manifest.model_copy(update={"machine": poor}))
+    open_bundle(copy)  # float32 runs on any CPU
 
 
 def test_an_engine_that_is_wrong_is_not_published(tiny_base: Path, teacher: Engine) -> None:
-    _, model = load_base(str(tiny_base))
+    family, model = load_base(str(tiny_base))
     model.spec = teacher.spec
-    verify(model, parts_of(model), teacher)
+    verify(model, parts_of(family, model), teacher)
     model.network.conv_out.bias.data += 1e-3
     with pytest.raises(BundleError, match=r"denoiser differs from torch by 1\.\d+e-03"):
-        verify(model, parts_of(model), teacher)
+        verify(model, parts_of(family, model), teacher)
 
 
-def test_a_failed_build_leaves_nothing_behind(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full_disk(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+class _Faulty(Engine):
+    """An opened bundle whose denoiser's outputs are tampered with."""
 
-    monkeypatch.setattr("flashdiff.engines.export.export_onnx", full_disk)
-    with pytest.raises(BundleError, match="cannot write: No space left on device"):
-        build_engine(BuildOptions(base=str(tiny_base), out=tmp_path / "bundle"), print)
-    assert list(tmp_path.iterdir()) == []
+    def __init__(self, bundle: Path, fault: Callable[[NDArray[np.float32]], NDArray[Any]]) -> None:
+        super().__init__(bundle, read_manifest(bundle))
+        self._fault = fault
+
+    def run_part(self, part: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
+        outputs = super().run_part(part, inputs)
+        return {name: self._fault(values) if part == "denoiser" else values for name, values in outputs.items()}
+
+
+def _with_nan(values: NDArray[np.float32]) -> NDArray[Any]:
+    return np.where(np.arange(values.size).reshape(values.shape) == 5, np.nan, values)
 
 
 @pytest.mark.parametrize(
-    ("changes", "kind", "message"),
+    ("fault", "message"),
     [
-        ({"guidance": 3.0}, ConfigError, "a flash student runs without guidance"),
-        ({"sizes": (Size(33, 32),)}, BundleError, "must be multiples of 8"),
-        ({"loras": (("nothing", 1.0),)}, LoraError, "no LoRA 'nothing'"),
+        (_with_nan, "denoiser returned values that are not finite at batch 1"),
+        (lambda values: values.astype(np.float16), "denoiser returned float16"),
+        (lambda values: values[:, :, :-1], r"denoiser returned float32 \[1, 4, 7, 8\] as output, not float32 \[1, 4, 8, 8\]"),
+        (
+            lambda values: values + np.linspace(0, 1e-3, len(values), dtype=np.float32)[:, None, None, None],
+            "identical rows differ by 1.0",
+        ),
+        (lambda values: values + np.float32(1e-5) * (len(values) > 1), "denoiser: a row changes with its batch"),
+        (lambda values: values * np.float32(1.01), "denoiser differs from torch by"),
     ],
 )
-def test_options_that_do_not_fit_are_refused(
-    tiny_base: Path, flash_lora: Path, tmp_path: Path, changes: dict[str, object], kind: type[Exception], message: str
+def test_every_planted_fault_is_refused(
+    tiny_base: Path, flash_lora: Path, student_bundle: Path, fault: Callable[[NDArray[np.float32]], NDArray[Any]], message: str
 ) -> None:
-    options = {"base": str(tiny_base), "out": tmp_path / "bundle", "loras": ((str(flash_lora), 1.0),), **changes}
-    with pytest.raises(kind, match=message):
-        build_engine(BuildOptions(**options), print)  # type: ignore[arg-type]
-    assert not (tmp_path / "bundle").exists()
-
-
-def test_an_existing_output_is_refused_before_any_work(student_bundle: Path) -> None:
-    with pytest.raises(BundleError, match="exists already"):
-        build_engine(BuildOptions(base="nothing", out=student_bundle), print)
+    family, model = load_fused(str(tiny_base), [(flash_lora, 1.0)], None)
+    faulty = _Faulty(student_bundle, fault)
+    with pytest.raises(BundleError, match=message):
+        verify(model, parts_of(family, model), faulty)

@@ -1,0 +1,71 @@
+"""From a part's ONNX graph to the files that its backend reads."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from flashdiff.components import ModelSpec, Size
+from flashdiff.engines.bundle import BuildInputs, PartFile
+from flashdiff.engines.cache import cached
+from flashdiff.engines.export import GRAPH
+from flashdiff.engines.parts import Part
+from flashdiff.engines.plan import Export, key_of
+from flashdiff.engines.runtime import backend_module, bucket_shapes, dimensions_of
+
+
+def compile_export(
+    part: Part, export: Export, spec: ModelSpec, inputs: BuildInputs, folder: Path, report: Callable[[str], None]
+) -> list[PartFile]:
+    """Turn the graph in `folder` into its backend's files there; their names are relative to `folder`.
+
+    ONNX Runtime reads the graph itself, OpenVINO its own form of it, TensorRT one plan a bucket. BackendError when the
+    backend cannot.
+    """
+    if inputs.backend == "onnxruntime":
+        return [PartFile(file=GRAPH, size=export.size)]
+    if inputs.backend == "openvino":
+        backend_module("openvino").convert(folder / GRAPH, folder / "model.xml", inputs.precision)
+        files = [PartFile(file="model.xml", size=export.size)]
+    else:
+        files = [
+            _plan(part, export, spec, inputs, folder, size, batch, report)
+            for size in _sizes(part, export, inputs)
+            for batch in inputs.batch_sizes
+        ]
+    for path in folder.glob(f"{GRAPH}*"):
+        path.unlink()
+    return files
+
+
+def _sizes(part: Part, export: Export, inputs: BuildInputs) -> tuple[Size | None, ...]:
+    is_spatial = any("height" in tensor.shape for tensor in part.inputs)
+    return (None,) if not is_spatial else (export.size,) if export.size else inputs.sizes
+
+
+def _plan(
+    part: Part,
+    export: Export,
+    spec: ModelSpec,
+    inputs: BuildInputs,
+    folder: Path,
+    size: Size | None,
+    batch: int,
+    report: Callable[[str], None],
+) -> PartFile:
+    """One TensorRT plan, for one bucket: built when the cache has none, so a build that was killed goes on where it was."""
+    from flashdiff.engines.runtime.tensorrt_build import build_plan
+
+    shapes = bucket_shapes(part.inputs, dimensions_of(spec, size, batch))
+    deciding = {
+        "graph": export.key,
+        "backend": inputs.backend,
+        "versions": inputs.library_versions,
+        "machine": inputs.machine.model_dump(mode="json"),
+        "shapes": shapes,
+    }
+    file = f"batch{batch}.plan" if size is None else f"batch{batch}-{size}.plan"
+
+    def make(target: Path) -> None:
+        build_plan(inputs.backend, folder / GRAPH, shapes, target / file, report)
+
+    cached(key_of(f"plan-{part.name}", deciding), make, folder)
+    return PartFile(file=file, size=size, batch=batch)

@@ -1,0 +1,42 @@
+"""What a build is asked for, and how the command line's texts are read; importing it needs neither torch nor diffusers."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from flashdiff.components import Size
+from flashdiff.engines.bundle import BackendName, Precision
+from flashdiff.errors import BundleError
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions:
+    base: str
+    out: Path
+    loras: tuple[tuple[str, float], ...] = ()
+    """Folder, file or shipped name, and weight."""
+    backend: BackendName = "openvino"
+    precision: Precision = "fp32"
+    sizes: tuple[Size, ...] = ()
+    """Empty: the size the base was trained at."""
+    batch_sizes: tuple[int, ...] = (1, 2, 4, 8)
+    guidance: float | None = None
+    """Of a base without a flash LoRA; None: the family's default."""
+
+
+def parse_sizes(text: str) -> tuple[Size, ...]:
+    """`512x512,768x768` as sizes; BundleError for anything else."""
+    try:
+        return tuple(Size(*(int(side) for side in item.split("x", 1))) for item in text.split(","))
+    except (ValueError, TypeError):
+        raise BundleError(f"--size '{text}': give WIDTHxHEIGHT, several with commas") from None
+
+
+def parse_batches(text: str) -> tuple[int, ...]:
+    """`1,2,4,8` as rising batch sizes; BundleError for anything else."""
+    try:
+        sizes = sorted({int(item) for item in text.split(",")})
+    except ValueError:
+        sizes = [0]
+    if sizes[0] < 1 or sizes[-1] > 64:
+        raise BundleError(f"--batch '{text}': give numbers from 1 to 64 with commas")
+    return tuple(sizes)

@@ -1,0 +1,54 @@
+"""What a bundle's manifest says, for people."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from flashdiff.engines.bundle import PARTS, Manifest
+from flashdiff.engines.runtime.machine import check_machine
+from flashdiff.errors import BundleError
+
+
+def describe(bundle: Path, manifest: Manifest) -> Iterator[str]:
+    """The manifest of a checked bundle, line by line: origin, abilities, exactness, costs, files."""
+    model, sampler, codec = manifest.model, manifest.model.sampler, manifest.latent_codec
+    yield f"bundle       {bundle} ({manifest.bundle_hash[:12]}), every file as it was published"
+    yield f"made by      flashdiff {manifest.flashdiff_version}, " + ", ".join(
+        f"{name} {version}" for name, version in manifest.library_versions.items()
+    )
+    yield f"base         {manifest.base} ({model.family}, {manifest.base_hash[:12]})"
+    for lora in manifest.loras:
+        yield f"LoRA         {lora.name} x {lora.weight:g} ({lora.weights_hash[:12]})"
+    yield f"engine       {manifest.backend}, {manifest.precision}, on {_machine(manifest)}"
+    yield f"fits here    {_fit(manifest)}"
+    steps = range(1, sampler.max_steps + 1)
+    if sampler.grid:
+        yield f"sampler      flash, {model.prediction}; " + "; ".join(f"{n} steps at {sampler.times(n)}" for n in steps)
+    else:
+        yield f"sampler      ODE, {model.prediction}, up to {sampler.max_steps} steps, guidance {sampler.guidance:g}"
+    yield f"latents      {codec.channels} channels, {codec.factor} pixels a cell, (z - {codec.shift:g}) x {codec.scale:g}"
+    yield f"buckets      batch {', '.join(map(str, manifest.batch_sizes))} at {', '.join(map(str, model.sizes))}"
+    exact = "the same bits in every batch" if manifest.rows_are_exact else "not bit-equal across batch sizes"
+    yield f"rows         {exact}"
+    for name, error in manifest.max_error.items():
+        yield f"off torch    {name:12} {error:.1e} (allowed {manifest.max_error_allowed[name]:.0e})"
+    for part in PARTS:
+        for size in model.sizes if manifest.parts[part].is_spatial else (None,):
+            costs = [f"{c.batch}: {c.ms:.1f}" for c in manifest.step_costs if c.part == part and c.size == size]
+            yield f"ms by batch  {part:12} {str(size) + '  ' if size else ''}{', '.join(costs)}"
+    for name in sorted(manifest.files):
+        yield f"file         {(bundle / name).stat().st_size / 1e6:8.2f} MB  {name}"
+
+
+def _machine(manifest: Manifest) -> str:
+    machine = manifest.machine
+    return (
+        f"{machine.device} ({machine.processor}, {machine.system}{', ' if machine.features else ''}{' '.join(machine.features)})"
+    )
+
+
+def _fit(manifest: Manifest) -> str:
+    try:
+        check_machine(manifest)
+    except BundleError as error:
+        return f"no: {error}"
+    return "yes"
