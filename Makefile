@@ -39,7 +39,7 @@ install: $(VENV)/.installed
 # Without an NVIDIA GPU torch's CPU build goes in first: left to itself, pip fetches gigabytes of CUDA libraries.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "flashdiff needs Python 3.11 or newer")'
-	@echo "Installing into $(VENV): about 1.7 GB and a minute or two"
+	@echo "Installing into $(VENV): about 2 GB and a minute or two"
 	@$(PYTHON) -m venv $(VENV)
 	@command -v nvidia-smi >/dev/null || $(BIN)/pip install -qq "$(TORCH)+cpu" 2>/dev/null \
 	  || $(BIN)/pip install -qq --index-url https://download.pytorch.org/whl/cpu $(TORCH)

@@ -116,6 +116,8 @@ class BuildInputs(Record):
     batch_sizes: tuple[int, ...] = Field(min_length=1)
     """Rising; every part is compiled for each of them."""
     library_versions: dict[str, str]
+    version_compatible: bool = False
+    """Whether TensorRT plans run on later versions too, more slowly."""
     code: str
     """Hash of the sources that build a bundle."""
     machine: Machine

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from flashdiff.components import ModelSpec, Size
 from flashdiff.engines.bundle import BuildInputs, PartFile
-from flashdiff.engines.cache import cached
+from flashdiff.engines.cache import cache_folder, cached
 from flashdiff.engines.export import GRAPH
 from flashdiff.engines.parts import Part
 from flashdiff.engines.plan import Export, key_of
@@ -61,11 +61,26 @@ def _plan(
         "versions": inputs.library_versions,
         "machine": inputs.machine.model_dump(mode="json"),
         "shapes": shapes,
+        "version_compatible": inputs.version_compatible,
     }
     file = f"batch{batch}.plan" if size is None else f"batch{batch}-{size}.plan"
 
     def make(target: Path) -> None:
-        build_plan(inputs.backend, folder / GRAPH, shapes, target / file, report)
+        build_plan(
+            inputs.backend,
+            folder / GRAPH,
+            shapes,
+            target / file,
+            timings=_timings(inputs),
+            version_compatible=inputs.version_compatible,
+            report=report,
+        )
 
     cached(key_of(f"plan-{part.name}", deciding), make, folder)
     return PartFile(file=file, size=size, batch=batch)
+
+
+def _timings(inputs: BuildInputs) -> Path:
+    """Kernel timings are good for one version of the library on one kind of GPU."""
+    versions = {name: version for name, version in inputs.library_versions.items() if "tensorrt" in name}
+    return cache_folder() / key_of("timings", {**versions, "processor": inputs.machine.processor})

@@ -19,6 +19,8 @@ class BuildOptions:
     sizes: tuple[Size, ...] = ()
     """Empty: the size the base was trained at."""
     batch_sizes: tuple[int, ...] = (1, 2, 4, 8)
+    version_compatible: bool = False
+    """TensorRT plans that run on later versions too, more slowly."""
     guidance: float | None = None
     """Of a base without a flash LoRA; None: the family's default."""
 

@@ -16,6 +16,7 @@ from flashdiff.components import ModelSpec, Size
 from flashdiff.engines.bundle import MANIFEST, PARTS, BuildInputs, LoraRecord, Manifest, Precision, read_manifest
 from flashdiff.engines.cache import cache_folder, is_cached
 from flashdiff.engines.config import BuildOptions
+from flashdiff.engines.runtime import backend_module
 from flashdiff.engines.runtime.machine import check_backend, this_machine
 from flashdiff.errors import BundleError
 from flashdiff.families import family_of, find_base
@@ -103,6 +104,7 @@ def plan_build(options: BuildOptions) -> Plan:
     """
     previous, flaw = _previous(options.out)
     check_backend(options.backend, options.precision)
+    backend_module(options.backend)  # so that a missing library is said now, not after minutes of exporting
     folder = find_base(options.base)
     family = family_of(folder)
     found = [(find_lora(name), weight) for name, weight in options.loras]
@@ -121,6 +123,7 @@ def plan_build(options: BuildOptions) -> Plan:
         sizes=spec.sizes,
         batch_sizes=options.batch_sizes,
         library_versions=_versions((*_EXPORTERS, *_LIBRARIES[options.backend])),
+        version_compatible=options.version_compatible,
         code=_code_hash(),
         machine=this_machine(options.backend),
     )
@@ -309,7 +312,7 @@ def _differences(old: BuildInputs, new: BuildInputs) -> Iterator[str]:
             yield f"LoRA {name} was trained anew: {before[name].weights_hash[:12]} -> {after[name].weights_hash[:12]}"
         elif before[name].weight != after[name].weight:
             yield f"LoRA {name}: weight {before[name].weight:g} -> {after[name].weight:g}"
-    for field in ("guidance", "backend", "precision", "sizes", "batch_sizes"):
+    for field in ("guidance", "backend", "precision", "sizes", "batch_sizes", "version_compatible"):
         then, now = getattr(old, field), getattr(new, field)
         if then != now:
             yield f"{field.replace('_', ' ')}: {_words(then)} -> {_words(now)}"

@@ -68,6 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="default: %(default)s")
     build.add_argument("--size", metavar="WxH[,WxH...]", help="image sizes; default: the size the base was trained at")
     build.add_argument("--batch", default="1,2,4,8", metavar="N[,N...]", help="batch sizes; default: %(default)s")
+    build.add_argument(
+        "--version-compatible", action="store_true", help="TensorRT plans that run on later versions too, more slowly"
+    )
     build.add_argument("--guidance", type=float, help="guidance scale of a base without a flash LoRA; default: the family's")
     build.add_argument("--dry-run", action="store_true", help="print what would be built, why, and what it takes; write nothing")
     build.set_defaults(run=_build_engine)
@@ -176,6 +179,7 @@ def _build_engine(options: argparse.Namespace) -> None:
         sizes=parse_sizes(options.size) if options.size else (),
         batch_sizes=parse_batches(options.batch),
         guidance=options.guidance,
+        version_compatible=options.version_compatible,
     )
     _quiet_libraries()
     if options.dry_run:

@@ -1,6 +1,7 @@
 """The machine: what its processor can do, whether it has an NVIDIA GPU, and whether a bundle fits it."""
 
 import ctypes
+import importlib.metadata
 import platform
 from functools import cache
 from pathlib import Path
@@ -69,11 +70,23 @@ def check_machine(manifest: Manifest) -> None:
         for what, then, now in (("system", made.system, here.system), ("GPU generation", made.features, here.features)):
             if then != now:
                 raise BundleError(f"the plans were made for {what} {_text(then)}, this machine has {_text(now)}; {rebuild}")
+        _check_version(manifest, rebuild)
     if manifest.backend == "openvino" and manifest.precision != "fp32":
         try:
             check_backend(manifest.backend, manifest.precision)
         except BackendError as error:
             raise BundleError(f"the bundle does not fit this machine: {error}") from None
+
+
+def _check_version(manifest: Manifest, rebuild: str) -> None:
+    package = "tensorrt" if manifest.backend == "tensorrt" else "tensorrt-rtx-cu13"
+    then = manifest.library_versions.get(package)
+    try:
+        now = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        now = None
+    if now and then and now != then and not manifest.version_compatible:
+        raise BundleError(f"the plans were made with {package} {then}, here is {now}; install that version, or {rebuild}")
 
 
 def _text(value: str | tuple[str, ...]) -> str:

@@ -1,6 +1,7 @@
 """Builds: what is refused before any work, what is done again and why, and what an interrupted one leaves."""
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +200,15 @@ def test_a_precision_that_the_processor_lacks_is_refused(monkeypatch: pytest.Mon
     monkeypatch.setattr("flashdiff.engines.runtime.machine._cpu_info", lambda *_: "avx2")
     with pytest.raises(BackendError, match="--precision bf16: this processor has no such arithmetic"):
         check_backend("openvino", "bf16")
+
+
+def test_a_backend_that_is_not_installed_is_named_with_its_cure(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    monkeypatch.delitem(sys.modules, "flashdiff.engines.runtime.openvino_backend")
+    with pytest.raises(BackendError, match=r"needs 'openvino', which is not here: pip install 'flashdiff\[cpu\]'"):
+        plan_build(BuildOptions(**options | {"out": tmp_path / "bundle"}))
 
 
 def test_weights_that_are_pickled_are_refused(tiny_base: Path, tmp_path: Path) -> None:

@@ -1,0 +1,134 @@
+"""Every family through export, both CPU engines and the gate, on tiny random models; and a test for each known trap."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from tiny import FAMILIES
+from torch import Tensor, nn
+
+from flashdiff.components import Size
+from flashdiff.engines.build import build_engine
+from flashdiff.engines.bundle import BackendName, TensorSpec
+from flashdiff.engines.config import BuildOptions
+from flashdiff.engines.export import export_onnx
+from flashdiff.engines.parts import AtPrecision, Part, parts_of
+from flashdiff.engines.plan import plan_build
+from flashdiff.engines.runtime import backend_module
+from flashdiff.engines.runtime.engine import open_bundle
+from flashdiff.errors import BackendError, BundleError
+from flashdiff.families import load_base
+from flashdiff.generate import check_order, generate
+
+Build = Callable[[str, BackendName], Path]
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_built_and_passes_the_gate(family: str, backend: BackendName, family_bundle: Build) -> None:
+    engine = open_bundle(family_bundle(family, backend))
+    assert engine.manifest.rows_are_exact
+    assert max(engine.manifest.max_error.values()) <= 1e-4
+    orders = [check_order(engine.spec, prompt="A dog", seed=3, steps=2, size=size) for size in engine.spec.sizes]
+    for (image,), size in zip(generate(engine, orders), engine.spec.sizes, strict=True):
+        assert image.shape == (size.height, size.width, 3)
+        assert image.std() > 1
+
+
+def test_positions_that_are_baked_in_get_a_graph_a_size(family_bundle: Build) -> None:
+    files = open_bundle(family_bundle("pixart", "onnxruntime")).manifest.parts["denoiser"].files
+    assert [(file.file, file.size) for file in files] == [
+        ("denoiser/32x32/model.onnx", Size(32, 32)),
+        ("denoiser/48x32/model.onnx", Size(48, 32)),
+    ]
+
+
+def test_graphs_name_their_dimensions(family_bundle: Build) -> None:
+    graph = onnx.load(family_bundle("sdxl", "onnxruntime") / "denoiser" / "model.onnx", load_external_data=False).graph
+    latents = next(value for value in graph.input if value.name == "latents")
+    assert [d.dim_param or d.dim_value for d in latents.type.tensor_type.shape.dim] == ["batch", 4, "height", "width"]
+
+
+@pytest.fixture
+def sdxl(tmp_path: Path) -> tuple[torch.nn.Module, Part, Callable[..., None]]:
+    family, model = load_base(str(FAMILIES["sdxl"](tmp_path / "sdxl")))
+    part = parts_of(family, model)[1]
+
+    def export(part: Part, folder: str) -> None:
+        (tmp_path / folder).mkdir()
+        export_onnx(model, part, tmp_path / folder, size=Size(32, 32), precision="fp16")
+        backend_module("openvino").convert(tmp_path / folder / "model.onnx", tmp_path / folder / "model.xml", "fp16")
+
+    return model.network, part, export
+
+
+def test_sdxl_in_half_precision_keeps_the_pooled_text_in_float32(sdxl: tuple[nn.Module, Part, Callable[..., None]]) -> None:
+    _, part, export = sdxl
+    assert part.float32_inputs == ("text_embeds",)
+    export(part, "right")
+    with pytest.raises(BackendError, match="OpenVINO cannot convert wrong"):  # it would join float16 to float32
+        export(replace(part, float32_inputs=()), "wrong")
+
+
+class _Squeezing(nn.Module):
+    """What PixArt's blocks do: squeeze a dimension that is 1 for one mask and not for another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.scale * latents.squeeze(1)
+
+
+def test_a_squeeze_that_does_nothing_in_torch_does_nothing_in_onnx(tiny_base: Path, tmp_path: Path) -> None:
+    import onnxruntime
+
+    _, model = load_base(str(tiny_base))
+    shape = ("batch", 4, "height", "width")
+    latents = TensorSpec(name="latents", dtype="float32", shape=shape)
+    part = Part("decoder", _Squeezing(), (latents,), (TensorSpec(name="images", dtype="float32", shape=shape),))
+    export_onnx(model, part, tmp_path, size=Size(32, 32))
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    values = np.random.default_rng(0).standard_normal((3, 4, 8, 8), dtype=np.float32)
+    np.testing.assert_array_equal(session.run(None, {"latents": values})[0], values)
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_tables_of_noise_levels_are_not_rounded_with_the_weights(family: str, tmp_path: Path) -> None:
+    family_record, model = load_base(str(FAMILIES[family](tmp_path / family)))
+    part = parts_of(family_record, model)[1]
+    tables = {name: table.clone() for name, table in part.module.named_buffers() if table.is_floating_point()}
+    module = AtPrecision(part, "bf16")
+    assert all(parameter.dtype == torch.bfloat16 for parameter in module.parameters())
+    assert tables
+    for name, table in part.module.named_buffers():
+        if name in tables:
+            torch.testing.assert_close(table, tables[name], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "size", "message"),
+    [
+        ("sdxl", Size(36, 32), "sdxl needs width and height in multiples of 8"),
+        ("pixart", Size(32, 36), "pixart needs width and height in multiples of 8"),
+        ("flux", Size(32, 0), "flux needs width and height in multiples of 8"),
+        ("sd3", Size(136, 32), "positions for at most 128 pixels a side"),
+    ],
+)
+def test_a_size_that_the_family_cannot_do_is_refused(family: str, size: Size, message: str, tmp_path: Path) -> None:
+    base = FAMILIES[family](tmp_path / family)
+    with pytest.raises(BundleError, match=message):
+        plan_build(BuildOptions(base=str(base), out=tmp_path / "bundle", sizes=(size,)))
+
+
+@pytest.mark.parametrize(("backend", "precision"), [("torch", "bf16"), ("torch", "fp16"), ("onnxruntime", "fp16")])
+def test_lower_precisions_pass_a_gate_of_their_own(tiny_base: Path, tmp_path: Path, backend: BackendName, precision: str) -> None:
+    options = BuildOptions(base=str(tiny_base), out=tmp_path / "bundle", backend=backend, precision=precision, batch_sizes=(2,))
+    manifest = build_engine(options, print)
+    assert 1e-4 < manifest.max_error["denoiser"] <= manifest.max_error_allowed["denoiser"]  # not float32 in disguise
+    assert {tensor.dtype for part in manifest.parts.values() for tensor in part.outputs} == {"float32"}

@@ -1,0 +1,110 @@
+"""TensorRT-RTX plans, really built, on a machine without a GPU. Running them is under tests/gpu."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from flashdiff.components import Size
+from flashdiff.engines.bundle import BackendName, read_manifest
+from flashdiff.engines.compile import compile_export
+from flashdiff.engines.parts import Part
+from flashdiff.engines.plan import Export
+from flashdiff.engines.runtime import tensorrt_build
+from flashdiff.engines.runtime.tensorrt_build import build_plan, library
+from flashdiff.errors import BackendError
+
+needs_rtx = pytest.mark.skipif(
+    not __import__("importlib.util").util.find_spec("tensorrt_rtx"),
+    reason="tensorrt_rtx is not installed: pip install -e '.[dev]'",
+)
+
+
+def _build(graph: Path, shapes: dict[str, tuple[int, ...]], plan: Path, said: list[str] | None = None) -> None:
+    report = (said if said is not None else []).append
+    build_plan("tensorrt-rtx", graph, shapes, plan, timings=plan.parent / "timings", version_compatible=False, report=report)
+
+
+@needs_rtx
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "pixart", "sd3", "flux"])
+def test_every_family_becomes_a_plan(family: str, family_bundle: Callable[[str, BackendName], Path], tmp_path: Path) -> None:
+    bundle = family_bundle(family, "onnxruntime")
+    manifest = read_manifest(bundle)
+    part, size = manifest.parts["denoiser"], manifest.sizes[0]
+    _, height, width = manifest.model.latent_shape(size)
+    shapes = {t.name: t.shape_for({"batch": 2, "height": height, "width": width}) for t in part.inputs}
+    said: list[str] = []
+    _build(bundle / part.file_for(size, 2), shapes, tmp_path / "unet.plan", said)
+    assert (tmp_path / "unet.plan").stat().st_size > 100_000
+    assert said  # its phases
+
+
+@needs_rtx
+def test_a_part_becomes_one_plan_a_bucket_and_a_second_build_takes_them_from_the_cache(
+    family_bundle: Callable[[str, BackendName], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    bundle = family_bundle("sd15", "onnxruntime")
+    manifest = read_manifest(bundle)
+    inputs = manifest.model_copy(update={"backend": "tensorrt-rtx"})
+    spec = manifest.parts["decoder"]
+    part = Part("decoder", __import__("torch").nn.Identity(), spec.inputs, spec.outputs)
+    built: list[Path] = []
+    build = tensorrt_build.build_plan
+
+    def counted(*arguments: object, **settings: object) -> None:
+        built.append(Path(str(arguments[3])))
+        build(*arguments, **settings)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(tensorrt_build, "build_plan", counted)
+    for name in ("first", "second"):
+        folder = tmp_path / name
+        folder.mkdir()
+        for file in (bundle / "decoder").iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+        files = compile_export(part, Export(part="decoder", size=None, key="graph"), manifest.model, inputs, folder, print)
+        assert [(file.file, file.size, file.batch) for file in files] == [
+            (f"batch{batch}-{size}.plan", size, batch) for size in (Size(32, 32), Size(48, 32)) for batch in (2, 3)
+        ]
+        assert sorted(path.name for path in folder.iterdir()) == sorted(file.file for file in files)  # the graph is gone
+    assert len(built) == 4
+
+
+def _graph(path: Path, *, mixed: bool) -> Path:
+    """y = x W, with W in another type than x where `mixed`."""
+    kind = np.float16 if mixed else np.float32
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "tiny",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 4])],
+        [numpy_helper.from_array(np.eye(4, dtype=kind), "w")],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+    return path
+
+
+@needs_rtx
+def test_types_that_do_not_match_are_refused_with_the_builders_own_words(tmp_path: Path) -> None:
+    _build(_graph(tmp_path / "right.onnx", mixed=False), {"x": (2, 4)}, tmp_path / "right.plan")
+    with pytest.raises(BackendError, match=r"tensorrt-rtx cannot (read|build) .*: .*[Tt]ype"):
+        _build(_graph(tmp_path / "mixed.onnx", mixed=True), {"x": (2, 4)}, tmp_path / "mixed.plan")
+    assert not (tmp_path / "mixed.plan").exists()
+
+
+@needs_rtx
+def test_a_graph_with_other_inputs_or_none_at_all_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match="the graph takes x, not latents"):
+        _build(_graph(tmp_path / "right.onnx", mixed=False), {"latents": (2, 4)}, tmp_path / "right.plan")
+    (tmp_path / "empty.onnx").write_bytes(b"not a graph")
+    with pytest.raises(BackendError, match="tensorrt-rtx cannot read"):
+        _build(tmp_path / "empty.onnx", {"x": (2, 4)}, tmp_path / "empty.plan")
+
+
+def test_a_missing_library_is_named_with_its_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
+    with pytest.raises(BackendError, match=r"needs 'tensorrt', which is not here: pip install 'flashdiff\[tensorrt\]'"):
+        library("tensorrt")
