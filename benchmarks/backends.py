@@ -47,7 +47,9 @@ def calls(engine: Engine, batch: int) -> dict[str, Callable[[], object]]:
 
 def run(bundles: Sequence[Path], *, batches: Sequence[int], repeats: int, report: Callable[[str], None]) -> dict[str, Any]:
     """Open the bundles, measure, and return {"environment": ..., "rows": [...]}."""
-    engines = {str(bundle): open_bundle(bundle) for bundle in bundles}
+    engines = {bundle.name: open_bundle(bundle) for bundle in bundles}
+    if len(engines) < len(bundles):
+        raise BundleError("two bundles have the same name: rows are told apart by it")
     if len({(e.manifest.base_hash, e.manifest.loras, e.spec.sizes[0]) for e in engines.values()}) > 1:
         raise BundleError("the bundles differ in base, LoRAs or size: their costs cannot be compared")
     for name, engine in engines.items():

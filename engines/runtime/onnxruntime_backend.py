@@ -20,6 +20,7 @@ def open_parts(folder: Path, manifest: Manifest) -> Callable[[str, Path, Mapping
         part = manifest.parts[name]
         options = ort.SessionOptions()
         options.intra_op_num_threads = cpu_threads()
+        options.log_severity_level = 3  # errors; it warns of every float16 constant that it cannot fold on a CPU
         for dimension, value in dimensions.items():
             options.add_free_dimension_override_by_name(dimension, value)
         session = ort.InferenceSession(str(file), options, providers=[*on_gpu, "CPUExecutionProvider"])

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers.utils.logging
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -24,6 +25,7 @@ _WARM_UP_RUNS = 3
 
 def open_parts(folder: Path, manifest: Manifest) -> Callable[[str, Path, Mapping[str, int]], Any]:
     """See `flashdiff.engines.runtime.open_parts`."""
+    transformers.utils.logging.disable_progress_bar()  # it would draw bars between a server's lines
     family, model = load_base(str(folder / MODEL))
     device = torch.device(manifest.machine.device)
     modules = {

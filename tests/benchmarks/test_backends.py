@@ -13,7 +13,7 @@ def test_every_bundle_stage_and_batch_is_measured(teacher_bundle: Path, tmp_path
     again = Path(shutil.copytree(teacher_bundle, tmp_path / "again"))
     report = run([teacher_bundle, again], batches=[1, 2], repeats=3, report=lambda _: None)
     measured = {(row["model"], row["batch"], row["stage"]) for row in report["rows"]}
-    assert measured == {(str(b), batch, stage) for b in (teacher_bundle, again) for batch in (1, 2) for stage in STAGES}
+    assert measured == {(name, batch, stage) for name in (teacher_bundle.name, "again") for batch in (1, 2) for stage in STAGES}
     assert all(row["n"] == 3 for row in report["rows"])
 
 
@@ -30,5 +30,7 @@ def test_the_table_says_how_much_faster_than_torch() -> None:
 def test_bundles_of_different_models_are_not_compared(student_bundle: Path, teacher_bundle: Path) -> None:
     with pytest.raises(BundleError, match="their costs cannot be compared"):
         run([student_bundle, teacher_bundle], batches=[1], repeats=1, report=print)
+    with pytest.raises(BundleError, match="two bundles have the same name"):
+        run([teacher_bundle, teacher_bundle], batches=[1], repeats=1, report=print)
     with pytest.raises(BundleError, match="takes at most 4 rows at once"):
         run([teacher_bundle], batches=[8], repeats=1, report=print)
