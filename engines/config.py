@@ -1,17 +1,22 @@
 """What a build is asked for, and how the command line's texts are read; importing it needs neither torch nor diffusers."""
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
+
+from pydantic import model_validator
 
 from flashdiff.components import Size
+from flashdiff.config import Record
 from flashdiff.engines.bundle import BackendName, Precision
 from flashdiff.errors import BundleError
 
+MAX_BATCH = 64
 
-@dataclass(frozen=True, kw_only=True)
-class BuildOptions:
+
+class BuildRecipe(Record):
+    """What is built: the options of `build-engine`, or a TOML file of them."""
+
     base: str
-    out: Path
     loras: tuple[tuple[str, float], ...] = ()
     """Folder, file or shipped name, and weight."""
     backend: BackendName = "openvino"
@@ -23,6 +28,18 @@ class BuildOptions:
     """TensorRT plans that run on later versions too, more slowly."""
     guidance: float | None = None
     """Of a base without a flash LoRA; None: the family's default."""
+
+    @model_validator(mode="after")
+    def _batch_sizes_rise(self) -> Self:
+        if not self.batch_sizes or self.batch_sizes[0] < 1 or [*self.batch_sizes] != sorted({*self.batch_sizes}):
+            raise ValueError(f"batch_sizes must rise from 1 or more, not {list(self.batch_sizes)}")
+        if self.batch_sizes[-1] > MAX_BATCH:
+            raise ValueError(f"batch_sizes go up to {MAX_BATCH}, not {self.batch_sizes[-1]}")
+        return self
+
+
+class BuildOptions(BuildRecipe):
+    out: Path
 
 
 def parse_sizes(text: str) -> tuple[Size, ...]:
@@ -39,6 +56,6 @@ def parse_batches(text: str) -> tuple[int, ...]:
         sizes = sorted({int(item) for item in text.split(",")})
     except ValueError:
         sizes = [0]
-    if sizes[0] < 1 or sizes[-1] > 64:
-        raise BundleError(f"--batch '{text}': give numbers from 1 to 64 with commas")
+    if sizes[0] < 1 or sizes[-1] > MAX_BATCH:
+        raise BundleError(f"--batch '{text}': give numbers from 1 to {MAX_BATCH} with commas")
     return tuple(sizes)

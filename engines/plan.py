@@ -45,6 +45,7 @@ class Export:
     """The only size it serves; None: all."""
     key: str
     """Names its content in the cache."""
+    is_cached: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,13 +80,15 @@ class Plan:
     @property
     def disk_bytes(self) -> dict[Path, int]:
         """What the build may write, at most, where."""
-        weights = {part: count * _BYTES[self.inputs.precision] for part, count in self.parameters.items()}
+        # Torch's weights and the graphs that OpenVINO converts are float32, whatever they will be computed in.
+        width = 4 if self.inputs.backend in ("torch", "openvino") else _BYTES[self.inputs.precision]
+        weights = {part: count * width for part, count in self.parameters.items()}
         copies = self.buckets if self.inputs.backend.startswith("tensorrt") else 1
         sizes = {part: len([e for e in self.exports if e.part == part]) for part in PARTS}
         bundle = sum(weights[part] * max(copies, sizes[part]) for part in PARTS)
         # OpenVINO reads an export that lies beside its result for a moment.
         bundle += max(weights.values()) if self.inputs.backend == "openvino" else 0
-        cache = sum(weights[export.part] for export in self.exports if not is_cached(export.key))
+        cache = sum(weights[export.part] for export in self.exports if not export.is_cached)
         return {self.options.out.absolute().parent: bundle, cache_folder(): cache}
 
     @property
@@ -169,7 +172,7 @@ def _expected_s(plan: Plan) -> float:
     if not plan.changes:
         return 0.0
     seconds = {"text_encoder": 5, "denoiser": 25, "decoder": 6}
-    to_export = [export for export in plan.exports if not is_cached(export.key)]
+    to_export = [export for export in plan.exports if not export.is_cached]
     exporting = sum(seconds[export.part] + plan.parameters[export.part] / 5e6 for export in to_export)
     return 8 + exporting + 2 * plan.buckets * (1 + max(plan.parameters.values()) / 100e6)
 
@@ -177,8 +180,7 @@ def _expected_s(plan: Plan) -> float:
 def _export_state(plan: Plan, part: str) -> str:
     if plan.inputs.backend == "torch":
         return "saved as they are"
-    keys = [export.key for export in plan.exports if export.part == part]
-    return "in the cache" if all(map(is_cached, keys)) else "to export"
+    return "in the cache" if all(export.is_cached for export in plan.exports if export.part == part) else "to export"
 
 
 def _previous(out: Path) -> tuple[Manifest | None, str | None]:
@@ -241,7 +243,8 @@ def _exports(family: ModelFamily, inputs: BuildInputs) -> Iterator[Export]:
                 "versions": versions,
                 "code": inputs.code,
             }
-            yield Export(part=part, size=size, key=key_of(f"onnx-{part}", deciding))
+            key = key_of(f"onnx-{part}", deciding)
+            yield Export(part=part, size=size, key=key, is_cached=is_cached(key))
 
 
 def export_precision(inputs: BuildInputs) -> Precision:

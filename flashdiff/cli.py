@@ -50,7 +50,11 @@ def _parser() -> argparse.ArgumentParser:
     build = commands.add_parser(
         "build-engine", help="fuse, export, compile and check a bundle", description=_build_engine.__doc__
     )
-    build.add_argument("base", metavar="BASE", help="a diffusers model directory, a hub id, or the embedded model 'avatars'")
+    build.add_argument(
+        "base",
+        metavar="BASE|RECIPE",
+        help="a diffusers model directory, a hub id, the embedded model 'avatars'; or a .toml file that says all but --out",
+    )
     build.add_argument(
         "--lora",
         action="append",
@@ -62,12 +66,11 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument(
         "--backend",
         choices=("openvino", "onnxruntime", "torch", "tensorrt", "tensorrt-rtx"),
-        default="openvino",
-        help="default: %(default)s",
+        help="default: openvino",
     )
-    build.add_argument("--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="default: %(default)s")
+    build.add_argument("--precision", choices=("fp32", "fp16", "bf16"), help="default: fp32")
     build.add_argument("--size", metavar="WxH[,WxH...]", help="image sizes; default: the size the base was trained at")
-    build.add_argument("--batch", default="1,2,4,8", metavar="N[,N...]", help="batch sizes; default: %(default)s")
+    build.add_argument("--batch", metavar="N[,N...]", help="batch sizes; default: 1,2,4,8")
     build.add_argument(
         "--version-compatible", action="store_true", help="TensorRT plans that run on later versions too, more slowly"
     )
@@ -166,21 +169,26 @@ def _distill(options: argparse.Namespace) -> None:
 def _build_engine(options: argparse.Namespace) -> None:
     """Fuse LoRAs into a base model, export every part, compile it, check it against torch, and publish the bundle."""
     _need("distill", "torch", "diffusers", "peft", "onnx", "onnxscript")
+    from flashdiff.config import load_recipe
     from flashdiff.engines.build import build_engine
-    from flashdiff.engines.config import BuildOptions, parse_batches, parse_sizes
+    from flashdiff.engines.config import BuildOptions, BuildRecipe, parse_batches, parse_sizes
     from flashdiff.engines.plan import describe, plan_build
 
-    build = BuildOptions(
-        base=options.base,
-        out=options.out,
-        loras=tuple(_lora(text) for text in options.lora),
-        backend=options.backend,
-        precision=options.precision,
-        sizes=parse_sizes(options.size) if options.size else (),
-        batch_sizes=parse_batches(options.batch),
-        guidance=options.guidance,
-        version_compatible=options.version_compatible,
-    )
+    given = {
+        "loras": tuple(_lora(text) for text in options.lora),
+        "backend": options.backend,
+        "precision": options.precision,
+        "sizes": options.size and parse_sizes(options.size),
+        "batch_sizes": options.batch and parse_batches(options.batch),
+        "guidance": options.guidance,
+        "version_compatible": options.version_compatible,
+    }
+    given = {name: value for name, value in given.items() if value not in (None, (), False)}
+    if options.base.endswith(".toml"):
+        if given:
+            raise ConfigError(f"{options.base} says {', '.join(given)}: change it there, and give --out alone beside a recipe")
+        given = load_recipe(Path(options.base), BuildRecipe).model_dump()
+    build = BuildOptions(**{"base": options.base, **given, "out": options.out})
     _quiet_libraries()
     if options.dry_run:
         for line in describe(plan_build(build)):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from flashdiff import cli
 from flashdiff.components import Size
 from flashdiff.engines import plan as planning
 from flashdiff.engines.build import build_engine
@@ -209,6 +210,24 @@ def test_a_backend_that_is_not_installed_is_named_with_its_cure(
     monkeypatch.delitem(sys.modules, "flashdiff.engines.runtime.openvino_backend")
     with pytest.raises(BackendError, match=r"needs 'openvino', which is not here: pip install 'flashdiff\[cpu\]'"):
         plan_build(BuildOptions(**options | {"out": tmp_path / "bundle"}))
+
+
+def test_a_recipe_says_what_the_options_say(options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "student.toml"
+    recipe.write_text(f"base = '{options['base']}'\nloras = [['{options['loras'][0][0]}', 1.0]]\nbatch_sizes = [1, 2, 4]\n")
+    command = ["build-engine", str(recipe), "--out", str(options["out"])]
+    assert cli.main([*command, "--dry-run"]) == 0
+    assert capsys.readouterr().out.strip().endswith("is up to date")
+
+    assert cli.main([*command, "--precision", "fp16"]) == 1
+    assert "says precision: change it there" in capsys.readouterr().err
+    for wrong, message in (
+        ("batch_size = [1]", "unknown key 'batch_size', did you mean 'batch_sizes'?"),
+        ("batch_sizes = [2, 1]", "batch_sizes must rise from 1 or more, not [2, 1]"),
+    ):
+        recipe.write_text(f"base = 'avatars'\n{wrong}\n")
+        assert cli.main(command) == 1
+        assert message in capsys.readouterr().err
 
 
 def test_weights_that_are_pickled_are_refused(tiny_base: Path, tmp_path: Path) -> None:
