@@ -14,6 +14,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tiny import make_tiny_sd15
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tests neither find nor leave anything in the user's cache."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_sd15(tmp_path_factory.mktemp("base") / "tiny")
