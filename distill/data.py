@@ -112,7 +112,9 @@ def load_dataset(recipe: DataRecipe, model: TorchModel, *, renders: Path, batch_
     bad: dict[int, str] = {}
     processes.main_first(lambda: next(read_samples(recipe, default, renders, seed, Damage("")), None))  # draws the renders
     samples = read_samples(recipe, default, renders, seed, damage)
-    for number, sample in enumerate(tqdm(samples, desc="encode", unit=" samples", mininterval=1)):
+    for number, sample in enumerate(
+        tqdm(samples, desc="encode", unit=" samples", mininterval=1, disable=not processes.is_main())
+    ):
         is_mine = number % processes.count() == processes.index()
         try:
             size = default if sample.image is None else nearest_size(sizes, *image_size(sample.image))

@@ -160,18 +160,3 @@ def checkpoint_gradients(model: TorchModel) -> None:
         return checkpoint(module, *inputs, use_reentrant=False, context_fn=contexts)
 
     model.network.enable_gradient_checkpointing(run)
-
-
-def shard_base(model: TorchModel) -> None:
-    """Spread the frozen base over the processes with FSDP2; every process gathers a block while it runs it.
-
-    The adapters stay whole in every process: they are small, and their gradients are averaged as without sharding.
-    """
-    from torch.distributed.fsdp import fully_shard
-
-    adapters = {p for name, p in model.network.named_parameters() if ".lora_" in name}
-    blocks = set(model.network._no_split_modules or ())
-    for module in model.network.modules():
-        if type(module).__name__ in blocks:
-            fully_shard(module, ignored_params=adapters)
-    fully_shard(model.network, ignored_params=adapters)

@@ -11,18 +11,24 @@ from typing import Any
 import torch
 import torch.distributed
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 
 from flashdiff.errors import ConfigError
 
 
+def _state() -> PartialState:
+    # Asked for an accelerator that is not there, accelerate would run every process of a launch on its own.
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+
+
 def index() -> int:
     """This process's number; 0 writes files."""
-    return int(PartialState().process_index)
+    return int(_state().process_index)
 
 
 def count() -> int:
-    return int(PartialState().num_processes)
+    return int(_state().num_processes)
 
 
 def is_main() -> bool:
@@ -30,7 +36,7 @@ def is_main() -> bool:
 
 
 def device() -> torch.device:
-    return torch.device(PartialState().device)
+    return torch.device(_state().device)
 
 
 def precision() -> torch.dtype:
@@ -41,12 +47,12 @@ def precision() -> torch.dtype:
 
 def wait() -> None:
     """Until all processes are here."""
-    PartialState().wait_for_everyone()
+    _state().wait_for_everyone()
 
 
 def main_first(act: Callable[[], object]) -> None:
     """`act` in the main process, then in the others, which find what it made."""
-    with PartialState().main_process_first():
+    with _state().main_process_first():
         act()
 
 
