@@ -29,7 +29,8 @@ def distillation_loss(kind: LatentDistance, student_x0: Tensor, teacher_x0: Tens
 
 
 def perceptual_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
-    """Squared distance of the frozen teacher's features of two images noised alike (2401.00110, eq. 9), averaged over the batch.
+    """Squared distance of the frozen teacher's features of two images noised alike (the self-perceptual objective of
+    2401.00110), averaged over the batch.
 
     In shares of the second features' mean square, per sample: so it is 1 where the first are zero, whatever the network.
     """

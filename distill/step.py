@@ -198,7 +198,7 @@ def _target(
         )
     if recipe.target == "solution":
         return solution
-    # Consistency distillation with guidance inside the target (LCM, 2310.04378, eq. 13-14); the last step ends clean.
+    # Consistency distillation with guidance inside the target (LCM, 2310.04378, algorithm 1); the last step ends clean.
     times = torch.tensor([*grid.solver_times()[1:], 0])[starts].to(x_t.device)
     return torch.where(
         _rows(starts == grid.solver_steps - 1, x_t.device), solution, predict_x0(model, solution, times, conditioning)

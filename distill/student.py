@@ -60,7 +60,7 @@ class Student:
         """TrainingError when the student's latents stay much larger than the teacher's.
 
         Losses driven by guidance blow latents up, mean or deviation, long before images fall apart or a loss shows it
-        (Decoupled DMD, 2511.22677, section 4): a run that is there has been lost since its last good preview.
+        (Decoupled DMD, 2511.22677): a run that is there has been lost since its last good preview.
         """
         self._drift = _DRIFT_DECAY * self._drift + (1 - _DRIFT_DECAY) * math.log(
             max(student_rms, 1e-12) / max(teacher_rms, 1e-12)

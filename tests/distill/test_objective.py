@@ -63,6 +63,7 @@ def _part(batch: Targets, x0: Tensor) -> Part:
         # Student: its own, fake and real features, guided teacher (twice the batch), itself as fake score.
         # Discriminator: real, fake, real with noise.
         ({}, [2, 2, 2, 4, 2], [2, 2, 2]),
+        ({"distillation": "perceptual"}, [2, 2, 2, 2, 2, 4, 2], [2, 2, 2]),
         ({"adversarial": {"r1_weight": 0}}, [2, 2, 2, 4, 2], [2, 2]),
         ({"distribution_matching": {"decoupled": True}}, [2, 2, 2, 4, 4, 2], [2, 2, 2]),
         ({"distribution_matching": {"fake_score": "lora", "critic_updates": 3}}, [2, 2, 2, 4, 2], [2, 2, 2, 2, 2, 2]),
@@ -88,8 +89,9 @@ def test_what_an_update_costs_in_network_evaluations(
     assert evaluations == opponents
 
 
-def test_every_loss_reaches_the_student_and_nobody_else(model: TorchModel, tiny_base: Path, batch: Targets) -> None:
-    objective = _objective(model, tiny_base, distribution_matching={"fake_score": "lora"})
+@pytest.mark.parametrize("kind", ["l2", "perceptual"])
+def test_every_loss_reaches_the_student_and_nobody_else(kind: str, model: TorchModel, tiny_base: Path, batch: Targets) -> None:
+    objective = _objective(model, tiny_base, distillation=kind, distribution_matching={"fake_score": "lora"})
     for name in ("distillation", "adversarial", "distribution_matching"):
         model.network.zero_grad()
         x0 = student_x0(model, batch)
