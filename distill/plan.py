@@ -54,6 +54,13 @@ def plan(recipe: Recipe) -> Iterator[str]:
     yield f"samples  {recipe.batch_size * recipe.updates:,} in {recipe.updates:,} updates of {recipe.batch_size}"
 
 
+def evaluations(recipe: Recipe) -> float:
+    """Expected evaluations of the network in the whole run, per sample of a batch: the teacher's ODE and all others."""
+    return sum(
+        phase.updates * (teacher_evaluations(recipe, phase) + _other_evaluations(recipe, phase)) for phase in recipe.phases
+    )
+
+
 def teacher_evaluations(recipe: Recipe, phase: Phase, *, guided_twice: bool = True) -> float:
     """Expected evaluations of the teacher's ODE per sample and update: sum_i pi(i) (K - i), twice for guidance, by reuse."""
     probabilities = start_probabilities(recipe.grid, phase.mode_weights)
