@@ -1,4 +1,4 @@
-"""What helps: variants of a recipe, several seeds each, at equal numbers of network evaluations, measured by `flashdiff evaluate`.
+"""What helps: variants of a recipe, several seeds each, at equal numbers of network evaluations, by `flashdiff evaluate`.
 
     python benchmarks/ablation.py --out ablation                       # every variant, seeds 0, 1 and 2: hours
     python benchmarks/ablation.py --out ablation --only lcm,ours       # some of them; what is there already is not run again

@@ -106,6 +106,8 @@ class Recipe(Record):
     """Parts that each process takes its share of a batch in: more need less memory and more time, for the same result."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, a third more time."""
+    shard_base: bool = False
+    """Spread the frozen network over the processes (FSDP2), for a teacher that one device cannot hold; slower."""
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     """Of the student; the second keeps its moments in 8 bits and needs a GPU and bitsandbytes."""
     learning_rate: float = Field(gt=0, lt=1)

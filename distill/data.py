@@ -176,7 +176,9 @@ class _Cache:
 
         self.folder, self._model = cache_folder(), model
         self._latents = self.folder / f"latents-{_FORMAT}-{parts('vae')}"
-        self._prompts = self.folder / f"prompts-{_FORMAT}-{model.spec.family}-{parts('t[eo]*')}"  # text encoders, tokenizers
+        # Embeddings are large: they are kept in the precision that text encoders (t*) run in.
+        precision = str(processes.precision()).removeprefix("torch.")
+        self._prompts = self.folder / f"prompts-{_FORMAT}-{model.spec.family}-{precision}-{parts('t[eo]*')}"
 
     def item(self, sample: Sample, size: Size) -> Item:
         """Where the sample's tensors are, or would be."""
@@ -188,13 +190,13 @@ class _Cache:
         """Encode an image [H, W, 3]; where the autoencoder is variational, one draw that the name decides."""
         assert item.latents
         generator = torch.Generator().manual_seed(int(item.latents.stem[:12], 16))
-        image = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(self._model.device).float().div(127.5).sub(1)
+        image = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(processes.device()).float().div(127.5).sub(1)
         with torch.no_grad():
-            _write(item.latents, {"latents": self._model.encode_images(image, generator)[0]})
+            _write(item.latents, {"latents": self._model.encode_images(image, generator)[0].float()})
 
     def put_prompt(self, item: Item, caption: str) -> None:
         rows = self._model.encode_ids(self._model.tokenizer([caption], truncate=True))
-        _write(item.prompt, {name: values[0] for name, values in rows.items()})
+        _write(item.prompt, {name: values[0].to(processes.precision()) for name, values in rows.items()})
 
 
 def _named(folder: Path, *content: bytes | str) -> Path:
@@ -209,7 +211,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Whole or not at all, whoever else writes the same."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    whole = {name: values.contiguous().to("cpu", processes.precision()) for name, values in tensors.items()}
+    whole = {name: values.contiguous().cpu() for name, values in tensors.items()}
     beside.write_bytes(safetensors.torch.save(whole))
     beside.replace(path)
 

@@ -17,13 +17,13 @@ from flashdiff.distill.curriculum import phase_at
 from flashdiff.distill.data import Dataset, load_dataset
 from flashdiff.distill.network import checkpoint_gradients, place
 from flashdiff.distill.objective import Objective, Part
-from flashdiff.distill.previews import save_preview
+from flashdiff.distill.previews import preview, save_image
 from flashdiff.distill.processes import Draws
 from flashdiff.distill.publish import publish
 from flashdiff.distill.step import POOL_BATCHES, Pool, Targets, make_pool, student_x0
 from flashdiff.distill.student import Student
 from flashdiff.distill.trackers import Tracker, open_tracker
-from flashdiff.errors import TrainingError
+from flashdiff.errors import ConfigError, TrainingError
 from flashdiff.families import load_base
 from flashdiff.families.base import TorchModel
 from flashdiff.files import write_whole
@@ -54,15 +54,17 @@ def distill(recipe: Recipe, out: Path) -> None:
             raise TrainingError(
                 f"grid.num_train_timesteps is {recipe.grid.num_train_timesteps}, the base was trained on {trained}; set it so"
             )
-        place(model)
+        if recipe.shard_base and processes.count() == 1:
+            raise ConfigError("shard_base spreads the network over processes, this run has one: start more, or leave it out")
+        place(model, whole=not recipe.shard_base)
         _log.info("reading up to %d samples of '%s'", recipe.data.images, recipe.data.source)
         data = load_dataset(recipe.data, model, renders=work / "renders", batch_size=recipe.batch_size, seed=recipe.seed)
         if processes.device().type != "cpu":
             model.text_encoder.to("cpu", torch.float32)  # all it is needed for now are previews
         targets = recipe.lora.targets or family.lora_targets
         add_adapter(model, targets, rank=recipe.lora.rank, alpha=recipe.lora.alpha, seed=recipe.seed)
-        student = Student(model, recipe)
         objective = Objective(model, family, recipe)
+        student = Student(model, recipe)
         if recipe.gradient_checkpointing:
             checkpoint_gradients(model)
         _resume(work, student, objective)
@@ -167,7 +169,7 @@ def _moments(part: Part) -> dict[str, Tensor]:
 
 
 def _keep(model: TorchModel, student: Student, objective: Objective, recipe: Recipe, work: Path, tracker: Tracker | None) -> None:
-    """A checkpoint, and a look at the average student beside the teacher; the main process does it."""
+    """A checkpoint, and a look at the average student beside the teacher; the main process writes them."""
     if tracker:
         save_state(
             work / "checkpoints" / f"{student.update:06d}.pt",
@@ -175,10 +177,11 @@ def _keep(model: TorchModel, student: Student, objective: Objective, recipe: Rec
         )
         for old in _checkpoints(work)[: -recipe.checkpoints_keep]:
             old.unlink()
-        if recipe.preview_prompts:
-            path = work / "previews" / f"{student.update:06d}.png"
-            with student.holding(student.average):
-                sheet = save_preview(model, flash_sampler(model, recipe), sum(recipe.guidance) / 2, recipe.preview_prompts, path)
+    if recipe.preview_prompts and (tracker or recipe.shard_base):
+        with student.holding(student.average):
+            sheet = preview(model, flash_sampler(model, recipe), sum(recipe.guidance) / 2, recipe.preview_prompts)
+        if tracker:
+            save_image(sheet, work / "previews" / f"{student.update:06d}.png")
             tracker.image(student.update, sheet)
     processes.wait()
 
@@ -210,6 +213,8 @@ def _told_out_of_memory(recipe: Recipe) -> Iterator[None]:
             cures.append(f"accumulate = {next(n for n in range(recipe.accumulate + 1, share + 1) if share % n == 0)}")
         if not recipe.gradient_checkpointing:
             cures.append("gradient_checkpointing = true")
+        if processes.count() > 1 and not recipe.shard_base:
+            cures.append("shard_base = true")
         if recipe.optimizer == "adamw":
             cures.append('optimizer = "adamw_8bit"')
         cures.append("a smaller lora.rank or batch_size")

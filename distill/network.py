@@ -102,12 +102,18 @@ class Tap:
 # --- where and how it runs -------------------------------------------------------------------------------------------
 
 
-def place(model: TorchModel) -> None:
-    """Move the model to this process's device; text encoder and network compute in the run's precision there."""
+def place(model: TorchModel, *, whole: bool = True) -> None:
+    """Move the model to this process's device; text encoder and network compute in the run's precision there.
+
+    Without `whole`, the network itself stays where it is until `shard_base` moves it block by block.
+    """
     device, precision = processes.device(), processes.precision()
     model.text_encoder.to(device, precision)
     model.decoder.to(device)
-    model.denoiser.to(device)
+    if whole:
+        model.denoiser.to(device)
+    for name, buffer in list(model.denoiser.named_buffers(recurse=False)):
+        setattr(model.denoiser, name, buffer.to(device))
     if precision != torch.float32:
         for parameter in model.network.parameters():  # not the buffers: some hold noise levels
             parameter.data = parameter.data.to(precision)
@@ -160,3 +166,23 @@ def checkpoint_gradients(model: TorchModel) -> None:
         return checkpoint(module, *inputs, use_reentrant=False, context_fn=contexts)
 
     model.network.enable_gradient_checkpointing(run)
+
+
+def shard_base(model: TorchModel) -> None:
+    """Spread the frozen base over the processes with FSDP2; each gathers a block while it runs it.
+
+    The adapters stay whole in every process: they are small, and their gradients are averaged as without sharding. From now
+    on all processes must evaluate the network equally often.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    adapters = {p for name, p in model.network.named_parameters() if ".lora_" in name}
+    for parameter in adapters:
+        parameter.data = parameter.data.to(processes.device())
+    mesh = init_device_mesh(processes.device().type, (processes.count(),))
+    blocks = set(model.network._no_split_modules or ())
+    for module in reversed(list(model.network.modules())):  # those inside others first
+        if type(module).__name__ in blocks:
+            fully_shard(module, mesh=mesh, ignored_params=adapters)
+    fully_shard(model.network, mesh=mesh, ignored_params=adapters)

@@ -23,7 +23,7 @@ from flashdiff.distill.losses import (
     generator_loss,
     perceptual_loss,
 )
-from flashdiff.distill.network import Tap, as_adapter, as_teacher, guided, levels, predict_x0
+from flashdiff.distill.network import Tap, as_adapter, as_teacher, guided, levels, predict_x0, shard_base
 from flashdiff.distill.processes import Draws
 from flashdiff.distill.step import Targets
 from flashdiff.errors import ConfigError, TrainingError
@@ -50,13 +50,6 @@ class Objective:
 
     def __init__(self, model: TorchModel, family: ModelFamily, recipe: Recipe) -> None:
         self.model, self.recipe, self.unconditional = model, recipe, model.unconditional()
-        self._tap = Tap(model, family)
-        self.discriminator: Discriminator | None = None
-        if any(phase.adversarial for phase in recipe.phases):
-            self.discriminator = Discriminator(model, self._tap, seed=recipe.seed)
-            self.discriminator_optimizer = torch.optim.AdamW(
-                self.discriminator.parameters(), lr=recipe.loss.adversarial.learning_rate, betas=(0.5, 0.99), weight_decay=0.0
-            )
         self.critic: list[torch.nn.Parameter] = []
         matching = recipe.loss.distribution_matching
         if matching.decoupled and self.unconditional is None:
@@ -64,9 +57,19 @@ class Objective:
         if matching.fake_score == "lora" and any(phase.distribution_matching for phase in recipe.phases):
             targets = recipe.lora.targets or family.lora_targets
             add_adapter(model, targets, rank=recipe.lora.rank, alpha=recipe.lora.alpha, seed=recipe.seed + 1, name=FAKE_SCORE)
-            self.critic = [p for name, p in model.network.named_parameters() if f".{FAKE_SCORE}." in name]
-            self.critic_optimizer = torch.optim.AdamW(self.critic, lr=matching.critic_learning_rate, weight_decay=0.0)
             model.network.set_adapter(ADAPTER)
+            self.critic = [p for name, p in model.network.named_parameters() if f".{FAKE_SCORE}." in name]
+        if recipe.shard_base:  # once all adapters are in, and before the network runs
+            shard_base(model)
+        if self.critic:
+            self.critic_optimizer = torch.optim.AdamW(self.critic, lr=matching.critic_learning_rate, weight_decay=0.0)
+        self._tap = Tap(model, family)
+        self.discriminator: Discriminator | None = None
+        if any(phase.adversarial for phase in recipe.phases):
+            self.discriminator = Discriminator(model, self._tap, seed=recipe.seed)
+            self.discriminator_optimizer = torch.optim.AdamW(
+                self.discriminator.parameters(), lr=recipe.loss.adversarial.learning_rate, betas=(0.5, 0.99), weight_decay=0.0
+            )
 
     # --- the student -------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,6 @@ from flashdiff.distill.network import as_teacher, guided, levels, predict_x0, ru
 from flashdiff.distill.teacher import solve
 from flashdiff.families.base import TorchModel
 from flashdiff.sampling import renoise
-from flashdiff.schedule import Grid
 
 POOL_BATCHES = 16
 """Targets are solved for this many batches at a time, so that reuse shuffles over more than one."""
@@ -122,8 +121,9 @@ def _solved(
     device = model.device
     (mine,) = processes.rows(len(items))
     draws = processes.Draws(torch.Generator().manual_seed(seed), len(items), mine)
-    noises = torch.stack(
-        [draws.normal(noise.shape[1:]) for _ in range(recipe.grid.modes if simulated.any() else 0)] or [noise[mine]]
+    draws_on_student = bool(simulated.any())  # of any process: they evaluate the network equally often
+    noises = (
+        torch.stack([draws.normal(noise.shape[1:]) for _ in range(recipe.grid.modes)]) if draws_on_student else torch.empty(0)
     )
     solver_times = torch.tensor(recipe.grid.solver_times())
     found: dict[str, list[Tensor]] = {"z0": [], "x_t": [], "x0": []}
@@ -132,11 +132,12 @@ def _solved(
         conditioning = {name: values.to(device) for name, values in data.conditioning(items[part.numpy()]).items()}
         eps = noise[part].to(device)
         z0 = data.latents(items[part.numpy()]).to(device) if data.has_images else torch.zeros_like(eps)
-        own = roll_out(
-            model, noises[:, part - mine.start].to(device), starts[part], visits[part], simulated[part], conditioning, recipe.grid
-        )
-        alpha, sigma = levels(model, solver_times[starts[part]].to(device))
-        x_t = renoise(torch.where(_rows(simulated[part], device), own, z0), eps, alpha, sigma)
+        image = z0
+        if draws_on_student:
+            chosen = noises[:, part - mine.start].to(device)
+            own = roll_out(model, chosen, starts[part], visits[part], simulated[part], conditioning, recipe)
+            image = torch.where(_rows(simulated[part], device), own, z0)
+        x_t = renoise(image, eps, *levels(model, solver_times[starts[part]].to(device)))
         # The first grid point is pure noise, without a trace of an image, because inference starts there.
         x_t = torch.where(_rows(starts[part] == 0, device), eps, x_t)
         x0 = _target(model, unconditional, recipe, x_t, starts[part], guidance[part].to(device), conditioning)
@@ -153,7 +154,7 @@ def roll_out(
     visits: Tensor,  # [n, M]
     simulated: Tensor,  # [n]
     conditioning: Mapping[str, Tensor],
-    grid: Grid,
+    recipe: Recipe,
 ) -> Tensor:
     """Backward simulation (DMD2, 2405.14867, section 4.5): x_0 [n, C, h, w] where the student's sampling stands before `starts`.
 
@@ -161,14 +162,17 @@ def roll_out(
     for samples that start at pure noise or are not `simulated`.
     """
     x0 = torch.zeros_like(noises[0])
+    grid = recipe.grid
     for mode, index in enumerate(grid.mode_indices()):
-        active = (simulated & (starts > index) & (visits[:, mode] | (mode == 0))).nonzero().squeeze(1)
-        if not len(active):
+        wanted = (simulated & (starts > index) & (visits[:, mode] | (mode == 0))).nonzero().squeeze(1)
+        if not len(wanted) and not recipe.shard_base:
             continue
+        active = wanted if len(wanted) else torch.tensor([0])  # other processes count on an evaluation; it is dropped
         times = torch.full((len(active),), grid.solver_times()[index], device=x0.device)
         noise = noises[mode][active]
         x_t = renoise(x0[active], noise, *levels(model, times)) if mode else noise
-        x0[active] = predict_x0(model, x_t, times, {name: values[active] for name, values in conditioning.items()})
+        found = predict_x0(model, x_t, times, {name: values[active] for name, values in conditioning.items()})
+        x0[wanted] = found[: len(wanted)]
     return x0
 
 
@@ -195,6 +199,7 @@ def _target(
             schedule=model.spec.sampler.schedule,
             prediction=model.spec.prediction,
             steps=1 if recipe.target == "consistency" else None,
+            in_step=recipe.shard_base,
         )
     if recipe.target == "solution":
         return solution

@@ -23,8 +23,6 @@ class Student:
 
     def __init__(self, model: TorchModel, recipe: Recipe) -> None:
         self.parameters = {name: p for name, p in model.network.named_parameters() if f".{ADAPTER}." in name}
-        for parameter in self.parameters.values():
-            parameter.data = parameter.data.float()
         self.optimizer = _optimizer(recipe)(self.parameters.values(), lr=recipe.learning_rate, weight_decay=0.0)
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.anchor: dict[str, Tensor] = {}

@@ -49,14 +49,15 @@ def _solved(model: TorchModel, recipe: Recipe, tmp_path: Path) -> tuple[Dataset,
 
 
 def test_a_roll_out_takes_the_students_own_sampling_steps(model: TorchModel, tiny_base: Path) -> None:
-    grid = tiny_recipe(tiny_base).grid
+    recipe = tiny_recipe(tiny_base)
+    grid = recipe.grid
     noises = torch.randn(4, 5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     conditioning = model.encode_ids(model.tokenizer(CAPTIONS[:5]))
     starts = torch.tensor([3, 3, 0, 2, 1])
     visits = torch.tensor([[True] * 4, [False, False, True, False], [True] * 4, [True] * 4, [False] * 4])
     simulated = torch.tensor([True, True, True, False, True])
     with torch.no_grad():
-        found = roll_out(model, noises, starts, visits, simulated, conditioning, grid)
+        found = roll_out(model, noises, starts, visits, simulated, conditioning, recipe)
 
     def by_hand(sample: int, modes: list[int]) -> Tensor:
         own = {name: values[sample : sample + 1] for name, values in conditioning.items()}
