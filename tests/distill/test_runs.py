@@ -26,13 +26,14 @@ PROMPTS = ("a dog", "a cat")
 @pytest.fixture(scope="module")
 def run(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run") / "out"
-    recipe = tiny_recipe(tiny_base, checkpoint_every=1, checkpoints_keep=2, preview_prompts=PROMPTS, learning_rate=0.05)
+    settings = {"batch_size": 1, "checkpoint_every": 2, "learning_rate": 0.05, "preview_prompts": PROMPTS}
+    recipe = tiny_recipe(tiny_base, phases=[{"updates": 6, "mode_weights": (1, 1, 1, 1)}], checkpoints_keep=2, **settings)
     distill(recipe, out)
     return out
 
 
 def test_the_last_checkpoints_stay(run: Path) -> None:
-    assert [path.name for path in sorted((run / "training" / "checkpoints").iterdir())] == ["000003.pt", "000004.pt"]
+    assert [path.name for path in sorted((run / "training" / "checkpoints").iterdir())] == ["000004.pt", "000006.pt"]
 
 
 def test_curves_and_previews_are_drawn_for_tensorboard(run: Path) -> None:
@@ -41,7 +42,7 @@ def test_curves_and_previews_are_drawn_for_tensorboard(run: Path) -> None:
 
 
 def test_a_preview_shows_the_teacher_and_the_student_from_the_same_noise(run: Path, tiny_base: Path) -> None:
-    sheet = np.asarray(Image.open(run / "training" / "previews" / "000004.png"))
+    sheet = np.asarray(Image.open(run / "training" / "previews" / "000006.png"))
     rows = [np.split(row, len(PROMPTS), axis=1) for row in np.split(sheet, 4)]  # teacher, then the student at 4, 2 and 1 steps
     _, teacher = load_base(str(tiny_base))
     _, student = load_fused(str(tiny_base), [(run, 1.0)], None)
@@ -54,7 +55,7 @@ def test_a_preview_shows_the_teacher_and_the_student_from_the_same_noise(run: Pa
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = tiny_recipe(tiny_base, checkpoint_every=2)
+    recipe = tiny_recipe(tiny_base, checkpoint_every=2, batch_size=1)
     save = torch.save
 
     def full_at_the_second(state: Any, path: Path) -> None:
@@ -72,21 +73,30 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tiny_base: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    "problem", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 GB")]
+    ("problem", "changes", "said"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory."),
+            {},
+            "with 2 samples at a time: set accumulate = 2, or gradient_checkpointing = true, or",
+        ),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 GB"),
+            {"accumulate": 2, "gradient_checkpointing": True},
+            'with 1 samples at a time: set optimizer = "adamw_8bit", or a smaller',
+        ),
+    ],
+    ids=["gpu", "cpu"],
 )
 def test_out_of_memory_says_what_to_turn(
-    problem: Exception, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    problem: Exception, changes: dict[str, Any], said: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def greedy(*_: Any) -> torch.Tensor:
+    def greedy(*_: Any) -> None:
         raise problem
 
-    monkeypatch.setattr(loop, "student_x0", greedy)
-    with pytest.raises(
-        TrainingError, match=r"with 2 samples at a time: set accumulate = 2, or gradient_checkpointing = true, or"
-    ):
-        distill(tiny_recipe(tiny_base), tmp_path / "a")
-    with pytest.raises(TrainingError, match=r'with 1 samples at a time: set optimizer = "adamw_8bit", or a smaller'):
-        distill(tiny_recipe(tiny_base, accumulate=2, gradient_checkpointing=True), tmp_path / "b")
+    monkeypatch.setattr(loop, "make_pool", greedy)
+    with pytest.raises(TrainingError, match=said):
+        distill(tiny_recipe(tiny_base, **changes), tmp_path / "out")
 
 
 def test_a_missing_tracker_is_named(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
