@@ -96,6 +96,7 @@ def run(recipe: Recipe, out: Path, options: argparse.Namespace) -> dict[str, Any
         distill(recipe, out)
     seconds = time.monotonic() - started  # of this process: a run that went on after a kill tells its last part
     rows = _measured(recipe.base, (str(out),), options.steps, options)
+    rows.pop("real")  # the teacher's result has it
     found = {"updates": recipe.updates, "evaluations": evaluations(recipe), "seconds": round(seconds), "rows": rows}
     write_whole(result, json.dumps(found, indent=2) + "\n")
     return found
