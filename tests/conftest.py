@@ -16,8 +16,14 @@ from tiny import make_tiny_sd15
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Tests neither find nor leave anything in the user's cache."""
-    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    """Tests neither find nor leave tensors in the user's cache; renders, which take minutes to draw, they share with it."""
+    from flashdiff.zoo.images import render_cache
+
+    renders, cache = render_cache(), tmp_path_factory.mktemp("cache")
+    renders.mkdir(parents=True, exist_ok=True)
+    (cache / "flashdiff").mkdir()
+    (cache / "flashdiff" / "renders").symlink_to(renders, target_is_directory=True)
+    os.environ["XDG_CACHE_HOME"] = str(cache)
 
 
 @pytest.fixture(scope="session")
