@@ -8,16 +8,19 @@ from pydantic import Field, model_validator
 from flashdiff.config import Record
 from flashdiff.schedule import Grid
 
-DistillationKind = Literal["l2", "pseudo_huber"]
+LatentDistance = Literal["l2", "pseudo_huber"]
 AdversarialKind = Literal["lsgan", "non_saturating", "relativistic"]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class DataRecipe(Record):
     source: str
-    """`avatars` for renders of the embedded world, or a folder of images, each with its caption beside it in a .txt file."""
+    """`avatars` for renders of the embedded world; a folder of images with captions in .txt files or metadata.jsonl; webdataset
+    shards (.tar) or parquet files, one or a folder of them; or a .txt file of prompts, one a line, without images."""
     images: int = Field(4000, ge=1)
-    """How many images to use at most."""
+    """How many images or prompts to use at most."""
+    buckets: bool = False
+    """Train images at the nearest of several proportions, each batch at one, instead of cropping all to the base's size."""
 
 
 class LoraRecipe(Record):
@@ -75,7 +78,8 @@ class DistributionMatchingRecipe(Record):
 
 
 class LossRecipe(Record):
-    distillation: DistillationKind = "l2"
+    distillation: LatentDistance | Literal["perceptual"] = "l2"
+    """`perceptual` compares features of the frozen teacher (2401.00110), at two more evaluations an update."""
     adversarial: AdversarialRecipe = AdversarialRecipe()
     distribution_matching: DistributionMatchingRecipe = DistributionMatchingRecipe()
 
@@ -92,7 +96,20 @@ class Recipe(Record):
     """Updates over which a phase's loss weights are reached; 0 steps to them, as the paper does."""
     guidance: tuple[float, float]
     """The teacher's guidance scale is drawn per sample between these two."""
+    target: Literal["solution", "consistency"] = "solution"
+    """What the student is regressed on: the end of the teacher's ODE, or, as in LCM, its own answer one step further."""
+    backward_simulation: Share = 0.0
+    """Share of the noisy inputs that come from the student's own earlier steps, as at inference, and not from an image."""
     batch_size: int = Field(ge=1)
+    """Samples an update, over all processes."""
+    accumulate: int = Field(1, ge=1)
+    """Parts that each process takes its share of a batch in: more need less memory and more time, for the same result."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, a third more time."""
+    shard_base: bool = False
+    """Spread the frozen network over the processes (FSDP2), for a teacher that one device cannot hold; slower."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """Of the student; the second keeps its moments in 8 bits and needs a GPU and bitsandbytes."""
     learning_rate: float = Field(gt=0, lt=1)
     warmup_updates: int = Field(100, ge=0)
     ema_decay: float = Field(0.99, ge=0, lt=1)
@@ -100,6 +117,10 @@ class Recipe(Record):
     target_uses: int = Field(1, ge=1)
     """How many updates see one target of the teacher. 1 is the paper; more is cheaper where the teacher is most of the cost."""
     checkpoint_every: int = Field(100, ge=1)
+    checkpoints_keep: int = Field(1, ge=1)
+    """How many of the latest checkpoints stay; a run goes on from the last."""
+    tracker: Literal["tensorboard", "wandb"] = "tensorboard"
+    """Who draws the curves; log.jsonl has the same numbers."""
     preview_prompts: tuple[str, ...] = ()
 
     @model_validator(mode="after")

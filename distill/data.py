@@ -1,82 +1,232 @@
-"""Images and captions for distillation, as scaled latents in memory."""
+"""What training draws: latents and text embeddings from a cache on disk, in batches of one size, in an order that resumes."""
 
-import random
-from collections.abc import Sequence
+import hashlib
+import logging
+import math
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import safetensors
+import safetensors.torch
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from flashdiff.components import Size
+from flashdiff.distill import processes
 from flashdiff.distill.config import DataRecipe
-from flashdiff.errors import TrainingError
+from flashdiff.distill.sources import Damage, Sample, decoded, image_size, read_samples
+from flashdiff.errors import TrainingError, first_line
 from flashdiff.families.base import TorchModel
+from flashdiff.files import hash_files
 
-_IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+_log = logging.getLogger(__name__)
 
-_ENCODE_BATCH = 64
+_FORMAT = 1  # raise it when a cached tensor would come out differently from the same bytes
+_WIDEST = 2.0  # of the aspect buckets, long side to short
+
+
+def cache_folder() -> Path:
+    """Where latents and text embeddings are kept, for all runs: their names say what they were made from."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashdiff" / "distill"
 
 
 @dataclass(frozen=True)
+class Item:
+    """One sample in the cache, by the files that hold its tensors."""
+
+    prompt: Path
+    latents: Path | None  # None: a prompt without an image
+
+
 class Dataset:
-    latents: Tensor  # [N, C, h, w], scaled
-    captions: Sequence[str]  # [N]
+    """The items of a run by their size, batched in an order that is a function of seed and batch number alone.
+
+    An epoch holds every item at least once: each size's items are shuffled and cut into batches, the last one filled up from
+    the same shuffle, and the batches of all sizes are shuffled. So nothing but the number of the update says where a run is.
+    """
+
+    def __init__(self, items: Sequence[tuple[Size, Item]], *, batch_size: int, seed: int) -> None:
+        self.items = [item for _, item in items]
+        self._of_size = {size: np.flatnonzero([s == size for s, _ in items]) for size in sorted({size for size, _ in items})}
+        self._batch_size, self._seed = batch_size, seed
+        self._epoch: tuple[int, list[tuple[Size, NDArray[np.int64]]]] = (-1, [])
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @property
+    def has_images(self) -> bool:
+        """False for a list of prompts."""
+        return self.items[0].latents is not None
+
+    @property
+    def sizes(self) -> list[Size]:
+        """Of the images, each once."""
+        return list(self._of_size)
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return sum(-(-len(indices) // self._batch_size) for indices in self._of_size.values())
+
+    def batch(self, number: int) -> tuple[Size, NDArray[np.int64]]:
+        """Batch `number` of the run, counted from 0: the size of its images and the items in it."""
+        epoch, within = divmod(number, self.batches_per_epoch)
+        if self._epoch[0] != epoch:
+            self._epoch = (epoch, self._shuffled(np.random.default_rng([self._seed, epoch])))
+        return self._epoch[1][within]
+
+    def _shuffled(self, rng: np.random.Generator) -> list[tuple[Size, NDArray[np.int64]]]:
+        batches: list[tuple[Size, NDArray[np.int64]]] = []
+        for size, indices in self._of_size.items():
+            count = -(-len(indices) // self._batch_size)
+            order = np.resize(rng.permutation(indices), count * self._batch_size)
+            batches += [(size, part) for part in order.reshape(count, -1)]
+        return [batches[index] for index in rng.permutation(len(batches))]
+
+    def latents(self, chosen: Sequence[int] | NDArray[np.int64]) -> Tensor:
+        """[len(chosen), C, h, w], scaled; of items that have images."""
+        paths = [self.items[index].latents for index in chosen]
+        return torch.stack([_read(path)["latents"] for path in paths if path]).float()
+
+    def conditioning(self, chosen: Sequence[int] | NDArray[np.int64]) -> dict[str, Tensor]:
+        """Conditioning tensors [len(chosen), ...] of the items' prompts."""
+        rows = [_read(self.items[index].prompt) for index in chosen]
+        return {name: torch.stack([row[name] for row in rows]).float() for name in rows[0]}
 
 
-def load_dataset(recipe: DataRecipe, model: TorchModel, *, cache: Path, seed: int) -> Dataset:
-    """All images encoded once, captions beside them; TrainingError when there is nothing to train on."""
-    size = model.spec.sizes[0]
-    if recipe.source == "avatars":
-        images, captions = _renders(recipe.images, size, cache, seed)
-    else:
-        images, captions = _folder(Path(recipe.source), recipe.images, size)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        parts = torch.from_numpy(images).permute(0, 3, 1, 2).split(_ENCODE_BATCH)
-        latents = torch.cat([model.encode_images(part.float().div(127.5).sub(1), generator) for part in parts])
-    return Dataset(latents, captions)
+def load_dataset(recipe: DataRecipe, model: TorchModel, *, renders: Path, batch_size: int, seed: int) -> Dataset:
+    """Everything the recipe names, encoded into the cache where it is not there yet; each process encodes its share.
 
-
-def _renders(count: int, size: Size, cache: Path, seed: int) -> tuple[NDArray[np.uint8], list[str]]:
-    from flashdiff.zoo.images import rendered
-    from flashdiff.zoo.world import KINDS, caption
-
-    if size.width != size.height:
-        raise TrainingError(f"the embedded world draws squares; this model runs at {size}")
-    images, scenes = rendered(cache, tuple(KINDS), 0, count, size.width)
-    rng = random.Random(seed)
-    return images, [caption(scene, rng) for scene in scenes]
-
-
-def _folder(folder: Path, count: int, size: Size) -> tuple[NDArray[np.uint8], list[str]]:
-    if not folder.is_dir():
-        raise TrainingError(f"data.source '{folder}' is neither 'avatars' nor a folder")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _IMAGE_SUFFIXES)[:count]
-    if not files:
-        raise TrainingError(f"data.source '{folder}' holds no images ({', '.join(sorted(_IMAGE_SUFFIXES))})")
-    images, captions = [], []
-    for path in files:
-        text = path.with_suffix(".txt")
-        if not text.is_file():
-            raise TrainingError(f"{path} has no caption: {text.name} is missing")
+    A few damaged samples are skipped and counted. TrainingError when there is nothing to train on or too much is damaged.
+    """
+    damage, cache = Damage(recipe.source), _Cache(model)
+    default = model.spec.sizes[0]
+    sizes = aspect_sizes(default, model.spec.latent_factor) if recipe.buckets else [default]
+    items: dict[int, tuple[Size, Item]] = {}
+    bad: dict[int, str] = {}
+    processes.main_first(lambda: next(read_samples(recipe, default, renders, seed, Damage("")), None))  # draws the renders
+    samples = read_samples(recipe, default, renders, seed, damage)
+    for number, sample in enumerate(
+        tqdm(samples, desc="encode", unit=" samples", mininterval=1, disable=not processes.is_main())
+    ):
+        is_mine = number % processes.count() == processes.index()
         try:
-            images.append(_fitted(Image.open(path).convert("RGB"), size))
-        except (OSError, Image.DecompressionBombError):
-            raise TrainingError(f"{path} is not a readable image") from None
-        try:
-            captions.append(text.read_text("utf-8").strip())
-        except (OSError, UnicodeDecodeError):
-            raise TrainingError(f"{text} is not readable UTF-8 text") from None
-    return np.stack(images), captions
+            size = default if sample.image is None else nearest_size(sizes, *image_size(sample.image))
+            item = cache.item(sample, size)
+            wanted = is_mine and item.latents is not None and not _is_whole(item.latents)
+            pixels = decoded(sample.image, size) if wanted and sample.image is not None else None
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what pillow has for damaged files
+            bad[number] = f"{sample.where} is not a readable image ({first_line(error)})"
+            continue
+        items[number] = size, item
+        if pixels is not None:
+            cache.put_image(item, pixels)
+        if is_mine and not _is_whole(item.prompt):
+            cache.put_prompt(item, sample.caption)
+    for number, why in sorted(processes.union(bad).items()):
+        damage.skip("samples", why)
+        items.pop(number, None)
+    damage.check()
+    if not items:
+        raise TrainingError(
+            f"data.source '{recipe.source}' holds no images or prompts; docs/distillation.md says what it may hold"
+        )
+    data = Dataset(list(items.values()), batch_size=batch_size, seed=seed)
+    skipped = "".join(f", {count} {kind} skipped" for kind, count in damage.skipped.items())
+    _log.info("%d samples of %s%s; their tensors are in %s", len(data), ", ".join(map(str, data.sizes)), skipped, cache.folder)
+    return data
 
 
-def _fitted(image: Image.Image, size: Size) -> NDArray[np.uint8]:
-    """Centre-cropped to the size's proportions and resampled to it."""
-    scale = max(size.width / image.width, size.height / image.height)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
-    left, top = (image.width - size.width) // 2, (image.height - size.height) // 2
-    return np.asarray(image.crop((left, top, left + size.width, top + size.height)))
+# --- sizes -----------------------------------------------------------------------------------------------------------
+
+
+def aspect_sizes(size: Size, factor: int) -> list[Size]:
+    """Sizes of about the area of `size`, from 1:2 to 2:1, in steps of an eighth of its side and of two latent cells."""
+    step = max(min(size) // 8, 2 * factor)
+    area = size.width * size.height
+    widths = range(step, 2 * max(size) + 1, step)
+    sizes = {Size(width, max(round(area / width / step), 1) * step) for width in widths} | {size}
+    return sorted(found for found in sizes if max(found) <= _WIDEST * min(found))
+
+
+def nearest_size(sizes: Sequence[Size], width: int, height: int) -> Size:
+    """The one whose proportions are nearest to an image's, on a logarithmic scale."""
+    return min(sizes, key=lambda size: abs(math.log(size.width / size.height) - math.log(width / height)))
+
+
+# --- the cache -------------------------------------------------------------------------------------------------------
+
+
+class _Cache:
+    """Tensors in files named by what they were made from: the sample's bytes, and the hash of the parts that encode it.
+
+    Samples are encoded one by one, so that a value never depends on which others were missing.
+    """
+
+    def __init__(self, model: TorchModel) -> None:
+        def parts(pattern: str) -> str:
+            files = [path for folder in model.folder.glob(pattern) for path in folder.iterdir() if path.is_file()]
+            return hash_files(model.folder, files)[:16]
+
+        self.folder, self._model = cache_folder(), model
+        self._latents = self.folder / f"latents-{_FORMAT}-{parts('vae')}"
+        # Embeddings are large: they are kept in the precision that text encoders (t*) run in.
+        precision = str(processes.precision()).removeprefix("torch.")
+        self._prompts = self.folder / f"prompts-{_FORMAT}-{model.spec.family}-{precision}-{parts('t[eo]*')}"
+
+    def item(self, sample: Sample, size: Size) -> Item:
+        """Where the sample's tensors are, or would be."""
+        image = sample.image.tobytes() if isinstance(sample.image, np.ndarray) else sample.image
+        latents = None if image is None else _named(self._latents, image, str(size))
+        return Item(_named(self._prompts, sample.caption.encode()), latents)
+
+    def put_image(self, item: Item, pixels: NDArray[np.uint8]) -> None:
+        """Encode an image [H, W, 3]; where the autoencoder is variational, one draw that the name decides."""
+        assert item.latents
+        generator = torch.Generator().manual_seed(int(item.latents.stem[:12], 16))
+        image = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(processes.device()).float().div(127.5).sub(1)
+        with torch.no_grad():
+            _write(item.latents, {"latents": self._model.encode_images(image, generator)[0].float()})
+
+    def put_prompt(self, item: Item, caption: str) -> None:
+        rows = self._model.encode_ids(self._model.tokenizer([caption], truncate=True))
+        _write(item.prompt, {name: values[0].to(processes.precision()) for name, values in rows.items()})
+
+
+def _named(folder: Path, *content: bytes | str) -> Path:
+    digest = hashlib.sha256()
+    for part in content:
+        digest.update(part.encode() if isinstance(part, str) else part)
+    name = digest.hexdigest()[:40]
+    return folder / name[:2] / f"{name}.safetensors"
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Whole or not at all, whoever else writes the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    whole = {name: values.contiguous().cpu() for name, values in tensors.items()}
+    beside.write_bytes(safetensors.torch.save(whole))
+    beside.replace(path)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the file is there and as long as its header says."""
+    try:
+        with safetensors.safe_open(path, "pt"):
+            return True
+    except (OSError, safetensors.SafetensorError):
+        return False
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise TrainingError(f"{path}: the cache lost this file ({first_line(error)}); start again, it is made anew") from None

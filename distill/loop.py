@@ -1,121 +1,85 @@
-"""The training program: when things happen. What one update is stands in `step`."""
+"""The training program: when things happen. What one update is stands in `step` and `objective`."""
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from flashdiff.checkpoint import load_state, save_state, step_generator
+from flashdiff.distill import processes
 from flashdiff.distill.config import Recipe
 from flashdiff.distill.curriculum import phase_at
 from flashdiff.distill.data import Dataset, load_dataset
-from flashdiff.distill.objective import Objective
-from flashdiff.distill.previews import save_preview
+from flashdiff.distill.network import checkpoint_gradients, place
+from flashdiff.distill.objective import Objective, Part
+from flashdiff.distill.previews import preview, save_image
+from flashdiff.distill.processes import Draws
 from flashdiff.distill.publish import publish
-from flashdiff.distill.step import Targets, make_targets, student_x0
-from flashdiff.errors import TrainingError
+from flashdiff.distill.step import POOL_BATCHES, Pool, Targets, make_pool, student_x0
+from flashdiff.distill.student import Student
+from flashdiff.distill.trackers import Tracker, open_tracker
+from flashdiff.errors import ConfigError, TrainingError
 from flashdiff.families import load_base
 from flashdiff.families.base import TorchModel
 from flashdiff.files import write_whole
-from flashdiff.lora import ADAPTER, FLASH, add_adapter
+from flashdiff.lora import FLASH, add_adapter
 from flashdiff.sampling import Sampler
 
 _log = logging.getLogger(__name__)
 
 _LOSS_STREAM = 1 << 20
-_POOL_BATCHES = 16  # targets are solved for this many batches at a time, so that reuse shuffles over more than one
 
 
 def distill(recipe: Recipe, out: Path) -> None:
     """Train the recipe's flash LoRA into the folder `out`; a killed run goes on when called again.
 
-    Working files (checkpoint, log, previews, renders) are in `out/training`. TrainingError when the run cannot start or
-    its numbers stop being finite; the last checkpoint is then untouched.
+    Working files (checkpoints, log, curves, previews, renders) are in `out/training`. TrainingError when the run cannot start,
+    runs out of memory or its numbers stop being finite; the last checkpoint is then untouched.
     """
     work = out / "training"
     if (out / FLASH).exists():
         raise TrainingError(f"{out} holds a finished run; choose another --out or remove it")
-    _claim(work, recipe)
+    processes.main_first(lambda: _claim(work, recipe))
+    processes.rows(recipe.batch_size, recipe.accumulate)  # refuses what cannot be split
 
-    family, model = load_base(recipe.base)
-    trained = model.spec.sampler.schedule.num_train_timesteps
-    if recipe.grid.num_train_timesteps != trained:
-        raise TrainingError(
-            f"grid.num_train_timesteps is {recipe.grid.num_train_timesteps}, the base was trained on {trained}; set it so"
-        )
-    _log.info("drawing or reading up to %d images of '%s' and encoding them", recipe.data.images, recipe.data.source)
-    data = load_dataset(recipe.data, model, cache=work / "renders", seed=recipe.seed)
-    targets = recipe.lora.targets or family.lora_targets
-    add_adapter(model, targets, rank=recipe.lora.rank, alpha=recipe.lora.alpha, seed=recipe.seed)
-    student = Student(model, recipe)
-    objective = Objective(model, family, recipe)
-    _resume(work / "checkpoint.pt", student, objective)
-    _log.info("training %d LoRA parameters from update %d of %d", student.parameter_count, student.update, recipe.updates)
-    _train(model, student, objective, data, recipe, work)
+    with _told_out_of_memory(recipe):
+        family, model = load_base(recipe.base)
+        trained = model.spec.sampler.schedule.num_train_timesteps
+        if recipe.grid.num_train_timesteps != trained:
+            raise TrainingError(
+                f"grid.num_train_timesteps is {recipe.grid.num_train_timesteps}, the base was trained on {trained}; set it so"
+            )
+        if recipe.shard_base and processes.count() == 1:
+            raise ConfigError("shard_base spreads the network over processes, this run has one: start more, or leave it out")
+        place(model, whole=not recipe.shard_base)
+        _log.info("reading up to %d samples of '%s'", recipe.data.images, recipe.data.source)
+        data = load_dataset(recipe.data, model, renders=work / "renders", batch_size=recipe.batch_size, seed=recipe.seed)
+        if processes.device().type != "cpu":
+            model.text_encoder.to("cpu", torch.float32)  # all it is needed for now are previews
+        targets = recipe.lora.targets or family.lora_targets
+        add_adapter(model, targets, rank=recipe.lora.rank, alpha=recipe.lora.alpha, seed=recipe.seed)
+        objective = Objective(model, family, recipe)
+        student = Student(model, recipe)
+        if recipe.gradient_checkpointing:
+            checkpoint_gradients(model)
+        _resume(work, student, objective)
+        _log.info("training %d LoRA parameters from update %d of %d", student.parameter_count, student.update, recipe.updates)
+        tracker = open_tracker(recipe, work, student.update) if processes.is_main() else None
+        try:
+            _train(model, student, objective, data, recipe, work, tracker)
+        finally:
+            if tracker:
+                tracker.close()
 
-    student.use_average()
-    publish(out, model, family, recipe, student.parameter_count)
-
-
-class Student:
-    """The trainable LoRA with its optimizer, its running average and its update counter."""
-
-    def __init__(self, model: TorchModel, recipe: Recipe) -> None:
-        self.parameters = {name: p for name, p in model.network.named_parameters() if f".{ADAPTER}." in name}
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=recipe.learning_rate, weight_decay=0.0)
-        self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self.update = 0
-        self._recipe = recipe
-
-    @property
-    def parameter_count(self) -> int:
-        return sum(p.numel() for p in self.parameters.values())
-
-    def learn(self, loss: Tensor) -> None:
-        """One optimizer step on `loss`; TrainingError, with weights untouched, when loss or gradient is not finite."""
-        recipe = self._recipe
-        for group in self.optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * _schedule(self.update, recipe)
-        self.optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
-        if not torch.isfinite(loss) or not torch.isfinite(norm):
-            raise TrainingError(f"update {self.update}: loss {loss.item()} or gradient norm {norm.item()} is not finite")
-        self.optimizer.step()
-        self.update += 1
-        decay = min(recipe.ema_decay, self.update / (10 + self.update))
-        for name, parameter in self.parameters.items():
-            self.average[name].lerp_(parameter.detach(), 1 - decay)
-
-    def state_dict(self) -> dict[str, Any]:
-        weights = {name: p.detach() for name, p in self.parameters.items()}
-        return {"weights": weights, "average": self.average, "optimizer": self.optimizer.state_dict(), "update": self.update}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._put(state["weights"])
-        self.average, self.update = state["average"], state["update"]
-        self.optimizer.load_state_dict(state["optimizer"])
-
-    def use_average(self) -> dict[str, Tensor]:
-        """Put the running average in place; returns the weights it replaced."""
-        current = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self._put(self.average)
-        return current
-
-    @torch.no_grad()
-    def _put(self, weights: dict[str, Tensor]) -> None:
-        for name, parameter in self.parameters.items():
-            parameter.copy_(weights[name])
-
-    def preview(self, model: TorchModel, prompts: tuple[str, ...], path: Path) -> None:
-        """Draw the average's images beside the teacher's."""
-        current = self.use_average()
-        save_preview(model, flash_sampler(model, self._recipe), sum(self._recipe.guidance) / 2, prompts, path)
-        self._put(current)
+    if processes.is_main():
+        with student.holding(student.average):
+            publish(out, model, family, recipe, student.parameter_count)
+    processes.wait()
 
 
 def flash_sampler(model: TorchModel, recipe: Recipe) -> Sampler:
@@ -123,73 +87,141 @@ def flash_sampler(model: TorchModel, recipe: Recipe) -> Sampler:
     return Sampler(kind="flash", schedule=model.spec.sampler.schedule, grid=recipe.grid, default_steps=min(4, recipe.grid.modes))
 
 
-def _resume(path: Path, student: Student, objective: Objective) -> None:
-    """Go on from `path` if it exists."""
-    if path.exists():
-        state = load_state(path)
-        student.load_state_dict(state["student"])
-        objective.load_state_dict(state["objective"])
-
-
-def _train(model: TorchModel, student: Student, objective: Objective, data: Dataset, recipe: Recipe, work: Path) -> None:
-    checkpoint, log = work / "checkpoint.pt", work / "log.jsonl"
-    pool_updates = _POOL_BATCHES * recipe.target_uses
-    pool: Targets | None = None
-    with tqdm(total=recipe.updates, initial=student.update, desc="distill", unit="update", mininterval=1) as bar:
+def _train(
+    model: TorchModel, student: Student, objective: Objective, data: Dataset, recipe: Recipe, work: Path, tracker: Tracker | None
+) -> None:
+    log, pool_updates = work / "log.jsonl", POOL_BATCHES * recipe.target_uses
+    pool: Pool | None = None
+    with tqdm(total=recipe.updates, initial=student.update, desc="distill", unit="update", disable=tracker is None) as bar:
         while student.update < recipe.updates:
             update = student.update
             pool_index, within = divmod(update, pool_updates)
             if pool is None or within == 0:
-                # Phases change between pools; a pool depends on seed and index alone, so a resumed run solves the same one.
-                phase = phase_at(recipe.phases, update - within)
-                streams = step_generator(recipe.seed, pool_index)
-                count = _POOL_BATCHES * recipe.batch_size
-                pool = make_targets(model, objective.unconditional, data, recipe, phase, count, *streams)
-            batch = pool[_chosen(recipe, pool_index, within)]
-
-            # The phase of the losses is the update's own; its random stream is apart from the pools'.
-            phase = phase_at(recipe.phases, update, recipe.ramp_updates)
-            _, generator = step_generator(recipe.seed + _LOSS_STREAM, update)
-            x0 = student_x0(model, batch)
-            losses = objective.losses(x0, batch, phase, generator)
+                pool = _new_pool(model, student, objective, data, recipe, pool_index, is_new=within == 0)
+            use, number = divmod(within, POOL_BATCHES)
+            solved, chosen = pool.batch(number, seed=((recipe.seed << 24) + pool_index) * 64 + use)
+            batches = (
+                solved.targets(chosen[rows], data, model.device) for rows in processes.rows(recipe.batch_size, recipe.accumulate)
+            )
             try:
-                student.learn(torch.stack(list(losses.values())).sum())
-                opponents = objective.train_opponents(x0, batch, phase, generator)
+                line = _learn(model, student, objective, list(batches), recipe)
             except TrainingError as error:
-                save_state(work / "bad_batch.pt", vars(batch))
+                if tracker:
+                    save_state(work / "bad_batch.pt", vars(solved.targets(chosen, data, torch.device("cpu"))))
                 raise TrainingError(
                     f"{error}; the batch is in {work / 'bad_batch.pt'}, the last checkpoint is untouched"
                 ) from None
-
-            with log.open("a") as file:
-                told = {name: value.item() for name, value in losses.items()}
-                line = {"update": update, "loss": sum(told.values()), **told, **opponents, **_moments(x0)}
-                file.write(json.dumps(line) + "\n")
-            bar.set_postfix({name: f"{value:.4f}" for name, value in told.items()}, refresh=False)
+            bar.set_postfix(loss=f"{line['loss']:.4f}", refresh=False)
             bar.update()
+            if tracker:
+                with log.open("a") as file:
+                    file.write(json.dumps({"update": update, **line}) + "\n")
+                tracker.numbers(update, line)
             if student.update % recipe.checkpoint_every == 0 or student.update == recipe.updates:
-                save_state(checkpoint, {"student": student.state_dict(), "objective": objective.state_dict()})
-                if recipe.preview_prompts:
-                    student.preview(model, recipe.preview_prompts, work / "previews" / f"{student.update:06d}.png")
+                _keep(model, student, objective, recipe, work, tracker)
 
 
-def _moments(x0: Tensor) -> dict[str, float]:
-    """Mean and deviation of the student's latents: guidance-driven losses make them drift before anything else shows."""
-    return {"latent_mean": x0.mean().item(), "latent_std": x0.std().item()}
+def _new_pool(
+    model: TorchModel, student: Student, objective: Objective, data: Dataset, recipe: Recipe, index: int, *, is_new: bool
+) -> Pool:
+    """A pool depends on seed, index and anchor alone, so a resumed run solves the same one. Phases change between pools."""
+    phase = phase_at(recipe.phases, index * POOL_BATCHES * recipe.target_uses)
+    if not (recipe.backward_simulation or recipe.target == "consistency" or not data.has_images):
+        return make_pool(model, objective.unconditional, data, recipe, phase, index)
+    if is_new:
+        student.drop_anchor()
+    with student.holding(student.anchor):
+        return make_pool(model, objective.unconditional, data, recipe, phase, index)
 
 
-def _chosen(recipe: Recipe, pool_index: int, within: int) -> Tensor:
-    """Indices of one batch: every use of the pool is a shuffle of all of it."""
-    use, batch = divmod(within, _POOL_BATCHES)
-    shuffle = torch.Generator().manual_seed(((recipe.seed << 24) + pool_index) * 64 + use)
-    order = torch.randperm(_POOL_BATCHES * recipe.batch_size, generator=shuffle)
-    return order[batch * recipe.batch_size : (batch + 1) * recipe.batch_size]
+def _learn(model: TorchModel, student: Student, objective: Objective, batches: list[Targets], recipe: Recipe) -> dict[str, float]:
+    """One update of the student and its opponents, from this process's parts of a batch; what there is to tell of it."""
+    # The phase of the losses is the update's own; its random stream is apart from the pools'.
+    phase = phase_at(recipe.phases, student.update, recipe.ramp_updates)
+    parts: list[Part] = []
+    told: dict[str, Tensor] = {}
+    for batch, rows in zip(batches, processes.rows(recipe.batch_size, recipe.accumulate), strict=True):
+        _, generator = step_generator(recipe.seed + _LOSS_STREAM, student.update)
+        part = Part(batch, student_x0(model, batch), Draws(generator, recipe.batch_size, rows, model.device))
+        losses = objective.losses(part, phase)
+        (torch.stack(list(losses.values())).sum() / len(batches)).backward()
+        parts.append(Part(batch, part.x0.detach(), part.draws))
+        for name, value in {**losses, **_moments(part)}.items():
+            told[name] = told.get(name, 0) + value.detach() / len(batches)
+    values = dict(zip(told, processes.mean(torch.stack(list(told.values()))).tolist(), strict=True))
+    mean, square, wanted = (values.pop(name) for name in _MOMENTS)
+    loss = sum(values.values())
+    student.learn(loss)
+    student.bound(square**0.5, wanted**0.5)
+    opponents = objective.train_opponents(parts, phase)
+    return {"loss": loss, **values, **opponents, "latent_mean": mean, "latent_std": (square - mean**2) ** 0.5}
 
 
-def _schedule(update: int, recipe: Recipe) -> float:
-    """Linear warm-up, constant, then linear to zero over the last fifth."""
-    warm = min(1.0, (update + 1) / (recipe.warmup_updates + 1))
-    return warm * min(1.0, 5 * (recipe.updates - update) / recipe.updates)
+_MOMENTS = ("mean", "square", "teacher_square")
+
+
+def _moments(part: Part) -> dict[str, Tensor]:
+    """Of the student's latents: guidance-driven losses make them drift before anything else shows."""
+    return dict(zip(_MOMENTS, (part.x0.mean(), part.x0.square().mean(), part.batch.x0.square().mean()), strict=True))
+
+
+# --- on disk ---------------------------------------------------------------------------------------------------------
+
+
+def _keep(model: TorchModel, student: Student, objective: Objective, recipe: Recipe, work: Path, tracker: Tracker | None) -> None:
+    """A checkpoint, and a look at the average student beside the teacher; the main process writes them."""
+    if tracker:
+        save_state(
+            work / "checkpoints" / f"{student.update:06d}.pt",
+            {"student": student.state_dict(), "objective": objective.state_dict()},
+        )
+        for old in _checkpoints(work)[: -recipe.checkpoints_keep]:
+            old.unlink()
+    if recipe.preview_prompts and (tracker or recipe.shard_base):
+        with student.holding(student.average):
+            sheet = preview(model, flash_sampler(model, recipe), sum(recipe.guidance) / 2, recipe.preview_prompts)
+        if tracker:
+            save_image(sheet, work / "previews" / f"{student.update:06d}.png")
+            tracker.image(student.update, sheet)
+    processes.wait()
+
+
+def _checkpoints(work: Path) -> list[Path]:
+    """Oldest first."""
+    return sorted((work / "checkpoints").glob("*.pt"))
+
+
+def _resume(work: Path, student: Student, objective: Objective) -> None:
+    """Go on from the last checkpoint if there is one."""
+    if found := _checkpoints(work):
+        state = load_state(found[-1])
+        student.load_state_dict(state["student"])
+        objective.load_state_dict(state["objective"])
+
+
+@contextmanager
+def _told_out_of_memory(recipe: Recipe) -> Iterator[None]:
+    """What to turn when memory runs out, by what is not turned yet."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch's own for GPUs is a RuntimeError, as is its allocator's for CPUs
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise
+        share = recipe.batch_size // processes.count()
+        cures = []
+        if recipe.accumulate < share:
+            cures.append(f"accumulate = {next(n for n in range(recipe.accumulate + 1, share + 1) if share % n == 0)}")
+        if not recipe.gradient_checkpointing:
+            cures.append("gradient_checkpointing = true")
+        if processes.count() > 1 and not recipe.shard_base:
+            cures.append("shard_base = true")
+        if recipe.optimizer == "adamw":
+            cures.append('optimizer = "adamw_8bit"')
+        cures.append("a smaller lora.rank or batch_size")
+        raise TrainingError(
+            f"out of memory with {share // recipe.accumulate} samples at a time: set {', or '.join(cures)}; "
+            f"the last checkpoint is untouched"
+        ) from None
 
 
 def _claim(work: Path, recipe: Recipe) -> None:

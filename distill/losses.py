@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from flashdiff.distill.config import AdversarialKind, DistillationKind
+from flashdiff.distill.config import AdversarialKind, LatentDistance
 
 
-def distillation_loss(kind: DistillationKind, student_x0: Tensor, teacher_x0: Tensor) -> Tensor:
+def distillation_loss(kind: LatentDistance, student_x0: Tensor, teacher_x0: Tensor) -> Tensor:
     """How far the student's one-step x_0 is from the teacher's solution (arXiv 2406.02347, eq. 5), averaged over the batch.
 
     pseudo_huber is sqrt(|d|^2 + c^2) - c over each sample, c = 0.00054 sqrt(d) (Song & Dhariwal 2023), divided by the
@@ -26,6 +26,16 @@ def distillation_loss(kind: DistillationKind, student_x0: Tensor, teacher_x0: Te
             return ((difference.square().sum(dim=1) + c**2).sqrt() - c).mean() / size**0.5
         case _:
             assert_never(kind)
+
+
+def perceptual_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
+    """Squared distance of the frozen teacher's features of two images noised alike (the self-perceptual objective of
+    2401.00110), averaged over the batch.
+
+    In shares of the second features' mean square, per sample: so it is 1 where the first are zero, whatever the network.
+    """
+    error = (student_features - teacher_features).flatten(1).square().mean(dim=1)
+    return (error / (teacher_features.flatten(1).square().mean(dim=1) + 1e-8)).mean()
 
 
 def generator_loss(kind: AdversarialKind, fake: Tensor, real: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ def plan(recipe: Recipe) -> Iterator[str]:
         )
         yield (
             f"updates  {start:,} to {start + phase.updates:,}: {weights}; per sample and update {teacher:.1f} evaluations of the "
-            f"teacher's ODE, {_other_evaluations(recipe, phase):g} others"
+            f"teacher's ODE, {round(_other_evaluations(recipe, phase), 1):g} others"
         )
         start += phase.updates
     # Weights of every part, and for what is trained its gradient, average and AdamW's two moments.
@@ -54,16 +54,30 @@ def plan(recipe: Recipe) -> Iterator[str]:
     yield f"samples  {recipe.batch_size * recipe.updates:,} in {recipe.updates:,} updates of {recipe.batch_size}"
 
 
+def evaluations(recipe: Recipe) -> float:
+    """Expected evaluations of the network in the whole run, per sample of a batch: the teacher's ODE and all others."""
+    return sum(
+        phase.updates * (teacher_evaluations(recipe, phase) + _other_evaluations(recipe, phase)) for phase in recipe.phases
+    )
+
+
 def teacher_evaluations(recipe: Recipe, phase: Phase, *, guided_twice: bool = True) -> float:
     """Expected evaluations of the teacher's ODE per sample and update: sum_i pi(i) (K - i), twice for guidance, by reuse."""
     probabilities = start_probabilities(recipe.grid, phase.mode_weights)
-    steps = float(probabilities @ (recipe.grid.solver_steps - np.arange(recipe.grid.solver_steps)))
+    taken = recipe.grid.solver_steps - np.arange(recipe.grid.solver_steps)
+    steps = 1.0 if recipe.target == "consistency" else float(probabilities @ taken)
     return (2 if guided_twice else 1) * steps / recipe.target_uses
 
 
 def _other_evaluations(recipe: Recipe, phase: Phase) -> float:
     """The student's own, and those of the losses beside the distillation loss."""
-    count = 1
+    count = 1.0
+    if recipe.target == "consistency":
+        count += 1 / recipe.target_uses
+    if phase.distillation and recipe.loss.distillation == "perceptual":
+        count += 2
+    if recipe.backward_simulation:  # the first step, and half of the later ones before the start
+        count += recipe.backward_simulation * _roll_out(recipe, phase) / recipe.target_uses
     if phase.adversarial:
         count += 2 + (3 if recipe.loss.adversarial.r1_weight else 2)
     matching = recipe.loss.distribution_matching
@@ -72,3 +86,10 @@ def _other_evaluations(recipe: Recipe, phase: Phase) -> float:
     if matching.fake_score == "lora" and any(other.distribution_matching for other in recipe.phases):
         count += matching.critic_updates
     return count
+
+
+def _roll_out(recipe: Recipe, phase: Phase) -> float:
+    """Expected evaluations of the student on the way to a start."""
+    probabilities = start_probabilities(recipe.grid, phase.mode_weights)
+    earlier = [sum(mode < index for mode in recipe.grid.mode_indices()) for index in range(recipe.grid.solver_steps)]
+    return float(probabilities @ [(count + 1) / 2 if count else 0 for count in earlier])

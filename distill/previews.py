@@ -15,8 +15,8 @@ from flashdiff.sampling import Sampler
 TEACHER_STEPS = 50
 
 
-def save_preview(model: TorchModel, student: Sampler, guidance: float, prompts: Sequence[str], path: Path) -> None:
-    """Rows from the top: teacher at 50 steps, student at its most steps, at 2 and at 1; a column a prompt."""
+def preview(model: TorchModel, student: Sampler, guidance: float, prompts: Sequence[str]) -> Pixels:
+    """A sheet: rows from the top: teacher at 50 steps, student at its most steps, at 2 and at 1; a column a prompt."""
     model.network.disable_adapters()
     teacher = model  # one that takes its guidance as an input has a scale of its own
     if model.guides_twice:
@@ -25,8 +25,12 @@ def save_preview(model: TorchModel, student: Sampler, guidance: float, prompts: 
     model.network.enable_adapters()
     flash = replace(model, spec=_sampled_by(model, student))
     rows += [_images(flash, prompts, steps) for steps in sorted({student.max_steps, min(2, student.max_steps), 1}, reverse=True)]
+    return np.concatenate([np.concatenate(row, axis=1) for row in rows])
+
+
+def save_image(sheet: Pixels, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.concatenate([np.concatenate(row, axis=1) for row in rows])).save(path)
+    Image.fromarray(sheet).save(path)
 
 
 def _sampled_by(model: TorchModel, sampler: Sampler) -> ModelSpec:

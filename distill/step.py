@@ -5,108 +5,216 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from flashdiff.checkpoint import step_generator
+from flashdiff.distill import processes
 from flashdiff.distill.config import Phase, Recipe
 from flashdiff.distill.curriculum import start_probabilities
 from flashdiff.distill.data import Dataset
+from flashdiff.distill.network import as_teacher, guided, levels, predict_x0, run_network
 from flashdiff.distill.teacher import solve
-from flashdiff.families.base import GUIDANCE, TorchModel
-from flashdiff.prediction import to_x0
+from flashdiff.families.base import TorchModel
 from flashdiff.sampling import renoise
+
+POOL_BATCHES = 16
+"""Targets are solved for this many batches at a time, so that reuse shuffles over more than one."""
 
 
 @dataclass(frozen=True)
 class Targets:
     """What the student learns from: noisy latents and the teacher's solution from each. No gradients."""
 
-    z0: Tensor  # [N, C, h, w], the real images
+    z0: Tensor  # [N, C, h, w], the real images; the teacher's solutions where there are prompts only
     x_t: Tensor  # [N, C, h, w]
     times: Tensor  # [N]
     conditioning: Mapping[str, Tensor]  # [N, ...]
     x0: Tensor  # [N, C, h, w]
 
-    def __getitem__(self, chosen: Tensor) -> "Targets":
-        return Targets(
-            self.z0[chosen],
-            self.x_t[chosen],
-            self.times[chosen],
-            {name: values[chosen] for name, values in self.conditioning.items()},
-            self.x0[chosen],
-        )
+
+@dataclass(frozen=True)
+class Solved:
+    """The samples of a pool that share a size, their conditioning still in the data set. On the CPU, in every process."""
+
+    items: NDArray[np.int64]  # [N]
+    z0: Tensor
+    x_t: Tensor
+    times: Tensor
+    x0: Tensor
+
+    def targets(self, chosen: Tensor, data: Dataset, device: torch.device) -> Targets:
+        """Some of the samples, on the device that computes."""
+        z0, x_t, times, x0 = (values[chosen].to(device) for values in (self.z0, self.x_t, self.times, self.x0))
+        conditioning = data.conditioning(self.items[chosen.numpy()])
+        return Targets(z0, x_t, times, {name: values.to(device) for name, values in conditioning.items()}, x0)
 
 
-def guided(conditioning: Mapping[str, Tensor], guidance: Tensor) -> Mapping[str, Tensor]:
-    """The teacher's conditioning: with its guidance scales [B] in it, where the network takes them as an input."""
-    return {**conditioning, GUIDANCE: guidance} if GUIDANCE in conditioning else conditioning
+class Pool:
+    """The samples of `POOL_BATCHES` batches. Each use goes through all of them, shuffled anew among those of one size."""
 
+    def __init__(self, solved: list[Solved], batch_size: int) -> None:
+        self._solved, self._batch_size = solved, batch_size
 
-def run_network(model: TorchModel, latents: Tensor, times: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
-    """The denoiser's raw output, with whatever adapters are on."""
-    output: Tensor = model.denoiser(latents, times, *(conditioning[name] for name in model.conditioning))
-    return output
+    def batch(self, number: int, seed: int) -> tuple[Solved, Tensor]:
+        """The samples of one size, and which of them [batch_size] are batch `number` of the use that `seed` names."""
+        generator = torch.Generator().manual_seed(seed)
+        orders = [torch.randperm(len(solved.items), generator=generator) for solved in self._solved]
+        parts = [
+            (solved, part) for solved, order in zip(self._solved, orders, strict=True) for part in order.split(self._batch_size)
+        ]
+        if len(self._solved) > 1:
+            parts = [parts[index] for index in torch.randperm(len(parts), generator=generator)]
+        return parts[number]
 
 
 @torch.no_grad()
-def make_targets(
+def make_pool(
+    model: TorchModel, unconditional: Mapping[str, Tensor] | None, data: Dataset, recipe: Recipe, phase: Phase, index: int
+) -> Pool:
+    """Pool `index` of the run: each sample with its own item, start time, guidance and noise, solved by the teacher.
+
+    A function of seed, index and, where the recipe draws on the student, of the student's weights in `model`. The processes
+    share the work, and all get all of it.
+    """
+    grid = recipe.grid
+    rng, generator = step_generator(recipe.seed, index)
+    batches = [data.batch(number) for number in range(index * POOL_BATCHES, (index + 1) * POOL_BATCHES)]
+    count = POOL_BATCHES * recipe.batch_size
+    starts = torch.from_numpy(rng.choice(grid.solver_steps, count, p=start_probabilities(grid, phase.mode_weights)))
+    guidance = torch.from_numpy(rng.uniform(*recipe.guidance, count)).float()
+    simulated = torch.from_numpy(rng.random(count) < (recipe.backward_simulation if data.has_images else 1.0))
+    visits = torch.from_numpy(rng.random((count, grid.modes)) < 0.5)
+    shapes = [(recipe.batch_size, *model.spec.latent_shape(size)) for size, _ in batches]
+    noise = [torch.randn(shape, generator=generator) for shape in shapes]
+
+    solved = []
+    for size in dict.fromkeys(size for size, _ in batches):
+        members = [number for number, (of, _) in enumerate(batches) if of == size]
+        samples = torch.arange(count).view(POOL_BATCHES, -1)[members].flatten()
+        solved.append(
+            _solved(
+                model, unconditional, data, recipe,
+                items=np.concatenate([batches[number][1] for number in members]),
+                starts=starts[samples], guidance=guidance[samples], simulated=simulated[samples], visits=visits[samples],
+                noise=torch.cat([noise[number] for number in members]),
+                seed=int(rng.integers(2**62)),
+            )
+        )  # fmt: skip
+    return Pool(solved, recipe.batch_size)
+
+
+def _solved(
     model: TorchModel,
     unconditional: Mapping[str, Tensor] | None,
     data: Dataset,
     recipe: Recipe,
-    phase: Phase,
-    count: int,
-    rng: np.random.Generator,
-    generator: torch.Generator,
-) -> Targets:
-    """`count` samples, each with its own image, start time, guidance and noise, solved by the teacher (adapters off)."""
-    grid, schedule = recipe.grid, model.spec.sampler.schedule
-    chosen = rng.integers(0, len(data.captions), count)
-    starts = torch.from_numpy(rng.choice(grid.solver_steps, count, p=start_probabilities(grid, phase.mode_weights)))
-    guidance = torch.from_numpy(rng.uniform(*recipe.guidance, count)).float()
-    times = torch.tensor(grid.solver_times())[starts]
-
-    alpha, sigma = levels(model, times)
-    noise = torch.randn((count, *data.latents.shape[1:]), generator=generator)
-    # The first grid point is pure noise, without a trace of the image, because inference starts there.
-    pure = (starts == 0).view(-1, 1, 1, 1)
-    z0 = data.latents[torch.from_numpy(chosen)]
-    x_t = torch.where(pure, noise, renoise(z0, noise, alpha, sigma))
-
-    captions = [data.captions[index] for index in chosen]
-    conditioning = model.encode_ids(model.tokenizer(captions, truncate=True))
-    model.network.disable_adapters()
-    x0 = torch.cat(
-        [
-            solve(
-                lambda latents, t, condition: run_network(model, latents, t, condition),
-                x_t[part],
-                starts[part],
-                guidance[part],
-                {name: values[part] for name, values in guided(conditioning, guidance).items()},
-                unconditional,
-                grid=grid,
-                schedule=schedule,
-                prediction=model.spec.prediction,
-            )
-            for part in torch.arange(count).split(recipe.batch_size)  # memory as for one batch, whatever the count
-        ]
+    *,
+    items: NDArray[np.int64],  # [N]
+    starts: Tensor,  # [N] indices into the solver's times
+    guidance: Tensor,  # [N]
+    simulated: Tensor,  # [N] whether the noisy input is the student's own
+    visits: Tensor,  # [N, M] which inference steps its rollout takes
+    noise: Tensor,  # [N, C, h, w]
+    seed: int,
+) -> Solved:
+    device = model.device
+    (mine,) = processes.rows(len(items))
+    draws = processes.Draws(torch.Generator().manual_seed(seed), len(items), mine)
+    draws_on_student = bool(simulated.any())  # of any process: they evaluate the network equally often
+    noises = (
+        torch.stack([draws.normal(noise.shape[1:]) for _ in range(recipe.grid.modes)]) if draws_on_student else torch.empty(0)
     )
-    model.network.enable_adapters()
-    return Targets(z0, x_t, times, conditioning, x0)
+    solver_times = torch.tensor(recipe.grid.solver_times())
+    found: dict[str, list[Tensor]] = {"z0": [], "x_t": [], "x0": []}
+    # Memory as for one part of one batch, whatever the size of the pool.
+    for part in torch.arange(len(items))[mine].split(recipe.batch_size // (processes.count() * recipe.accumulate)):
+        conditioning = {name: values.to(device) for name, values in data.conditioning(items[part.numpy()]).items()}
+        eps = noise[part].to(device)
+        z0 = data.latents(items[part.numpy()]).to(device) if data.has_images else torch.zeros_like(eps)
+        image = z0
+        if draws_on_student:
+            chosen = noises[:, part - mine.start].to(device)
+            own = roll_out(model, chosen, starts[part], visits[part], simulated[part], conditioning, recipe)
+            image = torch.where(_rows(simulated[part], device), own, z0)
+        x_t = renoise(image, eps, *levels(model, solver_times[starts[part]].to(device)))
+        # The first grid point is pure noise, without a trace of an image, because inference starts there.
+        x_t = torch.where(_rows(starts[part] == 0, device), eps, x_t)
+        x0 = _target(model, unconditional, recipe, x_t, starts[part], guidance[part].to(device), conditioning)
+        for name, values in (("z0", z0 if data.has_images else x0), ("x_t", x_t), ("x0", x0)):
+            found[name].append(values)
+    z0, x_t, x0 = (processes.gather(torch.cat(values)) for values in found.values())
+    return Solved(items, z0, x_t, solver_times[starts], x0)
+
+
+def roll_out(
+    model: TorchModel,
+    noises: Tensor,  # [M, n, C, h, w], one a step
+    starts: Tensor,  # [n] indices into the solver's times
+    visits: Tensor,  # [n, M]
+    simulated: Tensor,  # [n]
+    conditioning: Mapping[str, Tensor],
+    recipe: Recipe,
+) -> Tensor:
+    """Backward simulation (DMD2, 2405.14867, section 4.5): x_0 [n, C, h, w] where the student's sampling stands before `starts`.
+
+    From pure noise over the inference steps that a sample `visits`, so that the paths of all numbers of steps occur. Zeros
+    for samples that start at pure noise or are not `simulated`.
+    """
+    x0 = torch.zeros_like(noises[0])
+    grid = recipe.grid
+    for mode, index in enumerate(grid.mode_indices()):
+        wanted = (simulated & (starts > index) & (visits[:, mode] | (mode == 0))).nonzero().squeeze(1)
+        if not len(wanted) and not recipe.shard_base:
+            continue
+        active = wanted if len(wanted) else torch.tensor([0])  # other processes count on an evaluation; it is dropped
+        times = torch.full((len(active),), grid.solver_times()[index], device=x0.device)
+        noise = noises[mode][active]
+        x_t = renoise(x0[active], noise, *levels(model, times)) if mode else noise
+        found = predict_x0(model, x_t, times, {name: values[active] for name, values in conditioning.items()})
+        x0[wanted] = found[: len(wanted)]
+    return x0
+
+
+def _target(
+    model: TorchModel,
+    unconditional: Mapping[str, Tensor] | None,
+    recipe: Recipe,
+    x_t: Tensor,  # [n, C, h, w]
+    starts: Tensor,  # [n]
+    guidance: Tensor,  # [n]
+    conditioning: Mapping[str, Tensor],
+) -> Tensor:
+    """What the student's x_0 is regressed on: the end of the teacher's ODE, or of one step of it and the student from there."""
+    grid = recipe.grid
+    with as_teacher(model):
+        solution = solve(
+            lambda latents, t, condition: run_network(model, latents, t, condition),
+            x_t,
+            starts,
+            guidance,
+            guided(conditioning, guidance),
+            unconditional,
+            grid=grid,
+            schedule=model.spec.sampler.schedule,
+            prediction=model.spec.prediction,
+            steps=1 if recipe.target == "consistency" else None,
+            in_step=recipe.shard_base,
+        )
+    if recipe.target == "solution":
+        return solution
+    # Consistency distillation with guidance inside the target (LCM, 2310.04378, algorithm 1); the last step ends clean.
+    times = torch.tensor([*grid.solver_times()[1:], 0])[starts].to(x_t.device)
+    return torch.where(
+        _rows(starts == grid.solver_steps - 1, x_t.device), solution, predict_x0(model, solution, times, conditioning)
+    )
+
+
+def _rows(chosen: Tensor, device: torch.device) -> Tensor:
+    """[n] as [n, 1, 1, 1] on `device`."""
+    return chosen.view(-1, 1, 1, 1).to(device)
 
 
 def student_x0(model: TorchModel, batch: Targets) -> Tensor:
     """The student's single conditional evaluation at each sample's start, as x_0."""
     return predict_x0(model, batch.x_t, batch.times, batch.conditioning)
-
-
-def predict_x0(model: TorchModel, latents: Tensor, times: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
-    """x_0 of latents at `times` [B], by the denoiser with whatever adapters are on."""
-    alpha, sigma = levels(model, times)
-    return to_x0(model.spec.prediction, run_network(model, latents, times, conditioning), latents, alpha, sigma)
-
-
-def levels(model: TorchModel, times: Tensor) -> tuple[Tensor, Tensor]:
-    """alpha and sigma [B, 1, 1, 1] of `times` [B]."""
-    alpha, sigma = (torch.from_numpy(x).float().view(-1, 1, 1, 1) for x in model.spec.sampler.schedule.levels(times.tolist()))
-    return alpha, sigma

@@ -24,18 +24,27 @@ def solve(
     grid: Grid,
     schedule: Schedule,
     prediction: Prediction,
+    steps: int | None = None,
+    in_step: bool = False,
 ) -> Tensor:
     """x_0 [B, C, h, w] at the end of the guided probability-flow ODE from `x_t`, by DPM-Solver++(2M).
 
     Sample b takes K - starts[b] steps of two evaluations (one without `unconditional`); samples that have not started yet
-    cost nothing. Each sample's first step is first order, so no history leaks between samples.
+    cost nothing. Each sample's first step is first order, so no history leaks between samples. With `steps`, each sample
+    takes that many at most, and stands at the time after them. With `in_step` the network is evaluated K times whatever the
+    samples, because other processes count on it.
     """
     times = grid.solver_times()
     levels = [torch.from_numpy(values).to(x_t) for values in schedule.levels([*times, -1])]
     weights = ode_weights(schedule, times)
     x_t, previous_x0 = x_t.clone(), x_t.clone()
-    for index in range(int(starts.min()), len(times)):
-        active = (starts <= index).nonzero().squeeze(1)
+    for index in range(0 if in_step else int(starts.min()), len(times)):
+        active = ((starts <= index) & (index < starts + (steps or len(times)))).nonzero().squeeze(1)
+        if not len(active):
+            if in_step:
+                one = {name: values[:1] for name, values in conditioning.items()}
+                network(x_t[:1], torch.full((1,), times[index], device=x_t.device), one)
+            continue
         alpha, next_alpha = (levels[0][i].view(1, 1, 1, 1) for i in (index, index + 1))
         sigma, next_sigma = (levels[1][i].view(1, 1, 1, 1) for i in (index, index + 1))
         x = x_t[active]

@@ -154,16 +154,20 @@ def _distill(options: argparse.Namespace) -> None:
     bundled = bundled_recipe(options.recipe.name)
     path = bundled if not options.recipe.exists() and options.recipe.parent == Path() and bundled.exists() else options.recipe
     recipe = load_recipe(path, Recipe)
+    from flashdiff.distill import processes
     from flashdiff.distill.loop import distill
     from flashdiff.distill.plan import plan
 
     _quiet_libraries()
+    if not processes.is_main():
+        logging.getLogger("flashdiff").setLevel(logging.WARNING)  # one process tells
     if options.dry_run:
         for line in plan(recipe):
             print(line)
         return
     distill(recipe, options.out)
-    print(f"published {options.out}")
+    if processes.is_main():
+        print(f"published {options.out}")
 
 
 def _build_engine(options: argparse.Namespace) -> None:

@@ -67,6 +67,9 @@ def add_adapter(model: TorchModel, targets: Sequence[str], *, rank: int, alpha: 
             model.network.add_adapter(config, adapter_name=name)
     except ValueError as error:  # no such layer
         raise ConfigError(f"lora.targets: {first_line(error)}") from None
+    for key, parameter in model.network.named_parameters():
+        if f".{name}." in key:
+            parameter.data = parameter.data.float()  # peft gives it the base's precision, too coarse to learn in
 
 
 def save_flash_lora(folder: Path, model: TorchModel, family: ModelFamily, info: FlashInfo) -> None:

@@ -16,10 +16,16 @@ from tiny import make_tiny_sd15
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _cache_of_this_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Builds of one run share their exports; nothing is read from or left in the user's own cache."""
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests neither find nor leave anything in the user's cache, but share its renders, which take minutes to draw."""
+    from flashdiff.zoo.images import render_cache
+
+    renders, cache = render_cache(), tmp_path_factory.mktemp("cache")
+    renders.mkdir(parents=True, exist_ok=True)
+    (cache / "flashdiff").mkdir()
+    (cache / "flashdiff" / "renders").symlink_to(renders, target_is_directory=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("XDG_CACHE_HOME", str(cache))
         yield
 
 

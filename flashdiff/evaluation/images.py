@@ -172,7 +172,7 @@ def read_images(source: Path, count: int | None = None) -> ImageSet:
 
 
 def _read_folder(folder: Path) -> Iterator[tuple[str, bytes, Prompt | None, int]]:
-    known = _read_metadata(folder / METADATA)
+    known = read_metadata(folder / METADATA)
     for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES):
         name = path.relative_to(folder).as_posix()
         prompt, seed = known.get(name, (None, 0))
@@ -199,7 +199,8 @@ class _Entry(BaseModel):
     scene: Annotated[tuple[str, int], AfterValidator(_known_kind)] | None = None
 
 
-def _read_metadata(path: Path) -> dict[str, tuple[Prompt | None, int]]:
+def read_metadata(path: Path) -> dict[str, tuple[Prompt | None, int]]:
+    """Prompt and seed by file name; empty where there is no such file. EvaluationError names the line that cannot be read."""
     if not path.exists():
         return {}
     known: dict[str, tuple[Prompt | None, int]] = {}
@@ -216,25 +217,35 @@ def _read_metadata(path: Path) -> dict[str, tuple[Prompt | None, int]]:
 
 
 def _read_shard(path: Path) -> Iterator[tuple[str, bytes, Prompt | None, int]]:
-    """A webdataset shard: members that share a name up to the first dot are one sample."""
     try:
-        with tarfile.open(path) as shard:
-            sample: dict[str, bytes] = {}
-            key = None
-            for member in shard:
-                if not member.isfile():
-                    continue
-                folder, _, name = member.name.rpartition("/")
-                stem, _, extension = name.partition(".")
-                if (folder, stem) != key:
-                    yield from _sample(sample, path.name)
-                    key, sample = (folder, stem), {}
-                content = shard.extractfile(member)
-                assert content
-                sample[f"{stem}.{extension.lower()}"] = content.read()
-            yield from _sample(sample, path.name)
+        for members in shard_samples(path):
+            yield from _sample(members, path.name)
     except tarfile.TarError as error:
         raise EvaluationError(f"{path}: not a readable tar file ({error})") from None
+
+
+def shard_samples(path: Path) -> Iterator[dict[str, bytes]]:
+    """The samples of a webdataset shard, each its members by name: those that share a name up to the first dot.
+
+    Raises what tarfile raises for a damaged shard, after the samples before the damage.
+    """
+    with tarfile.open(path) as shard:
+        sample: dict[str, bytes] = {}
+        key = None
+        for member in shard:
+            if not member.isfile():
+                continue
+            folder, _, name = member.name.rpartition("/")
+            stem, _, extension = name.partition(".")
+            if (folder, stem) != key:
+                if sample:
+                    yield sample
+                key, sample = (folder, stem), {}
+            content = shard.extractfile(member)
+            assert content
+            sample[f"{stem}.{extension.lower()}"] = content.read()
+        if sample:
+            yield sample
 
 
 def _sample(members: dict[str, bytes], shard: str) -> Iterator[tuple[str, bytes, Prompt | None, int]]:

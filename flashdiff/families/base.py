@@ -85,13 +85,20 @@ class TorchModel:
         return base_hash(self.folder)
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        return {name: value.numpy() for name, value in self.encode_ids(self.tokenizer(prompts)).items()}
+        return {name: value.cpu().numpy() for name, value in self.encode_ids(self.tokenizer(prompts)).items()}
 
     def encode_ids(self, ids: Mapping[str, NDArray[np.int64]]) -> dict[str, Tensor]:
         """`encode` of token ids [B, T] of every tokenizer, for callers that go on in torch."""
+        place = next(self.text_encoder.parameters()).device
         with torch.no_grad():
-            outputs = self.text_encoder(*(torch.from_numpy(ids[tokenizer.name]) for tokenizer in self.spec.tokenizers))
-        return dict(zip(self.conditioning, outputs, strict=True))
+            outputs = self.text_encoder(*(torch.from_numpy(ids[tokenizer.name]).to(place) for tokenizer in self.spec.tokenizers))
+        return {name: values.to(self.device, torch.float32) for name, values in zip(self.conditioning, outputs, strict=True)}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        device: torch.device = next(self.network.parameters()).device
+        return device
 
     @property
     def guides_twice(self) -> bool:
@@ -111,12 +118,14 @@ class TorchModel:
     ) -> NDArray[np.float32]:
         inputs = (latents, times, *(conditioning[name] for name in self.conditioning))
         with torch.no_grad():
-            output: NDArray[np.float32] = self.denoiser(*(torch.from_numpy(values) for values in inputs)).numpy()
+            output: NDArray[np.float32] = (
+                self.denoiser(*(torch.from_numpy(values).to(self.device) for values in inputs)).cpu().numpy()
+            )
         return output
 
     def decode(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
         with torch.no_grad():
-            images: NDArray[np.float32] = self.decoder(torch.from_numpy(latents)).numpy()
+            images: NDArray[np.float32] = self.decoder(torch.from_numpy(latents).to(self.device)).cpu().numpy()
         return images
 
 

@@ -1,11 +1,12 @@
 """The training program on the tiny model."""
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from recipes import image_folder, tiny_recipe
+from recipes import tiny_recipe
 from safetensors.torch import load_file
 
 from flashdiff.config import load_recipe
@@ -53,7 +54,7 @@ def test_a_killed_run_goes_on_and_equals_the_unbroken_one(
 
     learn = loop.Student.learn
 
-    def learn_until_killed(student: loop.Student, loss: torch.Tensor) -> None:
+    def learn_until_killed(student: loop.Student, loss: float) -> None:
         if student.update == 19:  # between two checkpoints, in the second use of a pool
             raise KilledError
         learn(student, loss)
@@ -100,22 +101,6 @@ def test_a_finished_folder_and_a_folder_of_another_recipe_are_refused(tiny_base:
         distill(tiny_recipe(tiny_base), tmp_path)
 
 
-def test_data_without_images_or_captions_is_named(tiny_base: Path, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="neither 'avatars' nor a folder"):
-        distill(tiny_recipe(tiny_base, data={"source": str(tmp_path / "none")}), tmp_path / "a")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(TrainingError, match="holds no images"):
-        distill(tiny_recipe(tiny_base, data={"source": str(tmp_path / "empty")}), tmp_path / "b")
-    folder = image_folder(tmp_path / "images")
-    (folder / "3.txt").unlink()
-    with pytest.raises(TrainingError, match=r"3\.png has no caption"):
-        distill(tiny_recipe(tiny_base, data={"source": str(folder)}), tmp_path / "c")
-    (folder / "3.txt").write_text("x")
-    (folder / "3.png").write_bytes(b"not a picture")
-    with pytest.raises(TrainingError, match=r"3\.png is not a readable image"):
-        distill(tiny_recipe(tiny_base, data={"source": str(folder)}), tmp_path / "d")
-
-
 def test_a_lora_of_another_base_is_refused_by_hash(flash_lora: Path, tmp_path: Path) -> None:
     from tiny import make_tiny_sd15
 
@@ -125,6 +110,42 @@ def test_a_lora_of_another_base_is_refused_by_hash(flash_lora: Path, tmp_path: P
         fuse(model, family, [(flash_lora, 1.0)])
     with pytest.raises(LoraError, match="no LoRA 'nothing'"):
         find_lora("nothing")
+
+
+def test_a_style_lora_beside_the_flash_lora_adds_its_own_change(tiny_base: Path, flash_lora: Path, tmp_path: Path) -> None:
+    from diffusers import StableDiffusionPipeline
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    _, drawn = load_base(str(tiny_base))
+    drawn.network.add_adapter(LoraConfig(r=3, lora_alpha=6, init_lora_weights=False, target_modules=["to_k", "to_v"]))
+    style = tmp_path / "style"
+    StableDiffusionPipeline.save_lora_weights(style, unet_lora_layers=get_peft_model_state_dict(drawn.network))
+    # Without its configuration in the file, a LoRA's alpha is its rank: half of what `drawn` had.
+
+    def weights(loras: list[tuple[Path, float]]) -> dict[str, torch.Tensor]:
+        family, model = load_base(str(tiny_base))
+        fuse(model, family, loras)
+        return dict(model.network.named_parameters())
+
+    base, flash, styled, both = (
+        weights(loras) for loras in ([], [(flash_lora, 1.0)], [(style, 0.7)], [(flash_lora, 1.0), (style, 0.7)])
+    )
+    for name, value in base.items():
+        torch.testing.assert_close(both[name] - value, (flash[name] - value) + (styled[name] - value), atol=1e-5, rtol=1e-4)
+    assert all(any((one[name] - value).abs().max() > 1e-3 for name, value in base.items()) for one in (flash, styled))
+
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_base)
+    inputs = (torch.randn(2, 4, 8, 8), torch.tensor([999, 249]), torch.randn(2, 16, 32))
+    pipeline.load_lora_weights(flash_lora, weight_name=WEIGHTS, adapter_name="flash")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # two adapters are meant
+        pipeline.load_lora_weights(style, adapter_name="style")
+    pipeline.set_adapters(["flash", "style"], [1.0, 0.7])
+    family, model = load_base(str(tiny_base))
+    fuse(model, family, [(flash_lora, 1.0), (style, 0.7)])
+    with torch.no_grad():
+        torch.testing.assert_close(model.denoiser(*inputs), pipeline.unet(*inputs).sample, atol=1e-4, rtol=1e-4)
 
 
 def test_an_unfinished_run_and_layers_of_other_parts_are_not_fused(tiny_base: Path, flash_lora: Path, tmp_path: Path) -> None:

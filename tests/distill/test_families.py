@@ -28,7 +28,7 @@ def test_a_family_trains_resumes_publishes_and_loads(name: str, tmp_path: Path, 
 
     learn = loop.Student.learn
 
-    def learn_until_killed(student: loop.Student, loss: Tensor) -> None:
+    def learn_until_killed(student: loop.Student, loss: float) -> None:
         if student.update == 1:
             raise KeyboardInterrupt
         learn(student, loss)

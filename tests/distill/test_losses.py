@@ -10,6 +10,7 @@ from flashdiff.distill.losses import (
     distillation_loss,
     distribution_matching_loss,
     generator_loss,
+    perceptual_loss,
 )
 
 
@@ -25,6 +26,13 @@ def test_pseudo_huber_is_smooth_at_zero_and_linear_far_out() -> None:
     near, far = (distillation_loss("pseudo_huber", torch.full((1, 1, 2, 2), x), torch.zeros(1, 1, 2, 2)) for x in (10.0, 20.0))
     assert torch.isclose(far, 2 * near, rtol=1e-3)
     assert torch.isclose(near, torch.tensor(10.0), rtol=1e-3)
+
+
+def test_perceptual_distance_is_a_share_of_the_teachers_features_sample_by_sample() -> None:
+    teacher = torch.stack([torch.full((3, 2, 2), 2.0), torch.full((3, 2, 2), 100.0)])
+    assert perceptual_loss(teacher, teacher) == 0
+    assert perceptual_loss(torch.zeros_like(teacher), teacher).item() == pytest.approx(1)
+    assert perceptual_loss(torch.stack([teacher[0] * 2, teacher[1]]), teacher).item() == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(

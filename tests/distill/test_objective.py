@@ -14,7 +14,8 @@ from torch import Tensor
 from flashdiff.distill import loop
 from flashdiff.distill.config import Recipe
 from flashdiff.distill.loop import distill
-from flashdiff.distill.objective import FAKE_SCORE, Objective
+from flashdiff.distill.objective import FAKE_SCORE, Objective, Part
+from flashdiff.distill.processes import Draws
 from flashdiff.distill.step import Targets, student_x0
 from flashdiff.families import load_base
 from flashdiff.families.base import TorchModel
@@ -52,8 +53,8 @@ def _objective(model: TorchModel, tiny_base: Path, **loss: Any) -> Objective:
     return Objective(model, load_base(str(tiny_base))[0], recipe)
 
 
-def _generator() -> torch.Generator:
-    return torch.Generator().manual_seed(1)
+def _part(batch: Targets, x0: Tensor) -> Part:
+    return Part(batch, x0, Draws(torch.Generator().manual_seed(1), len(x0)))
 
 
 @pytest.mark.parametrize(
@@ -62,6 +63,7 @@ def _generator() -> torch.Generator:
         # Student: its own, fake and real features, guided teacher (twice the batch), itself as fake score.
         # Discriminator: real, fake, real with noise.
         ({}, [2, 2, 2, 4, 2], [2, 2, 2]),
+        ({"distillation": "perceptual"}, [2, 2, 2, 2, 2, 4, 2], [2, 2, 2]),
         ({"adversarial": {"r1_weight": 0}}, [2, 2, 2, 4, 2], [2, 2]),
         ({"distribution_matching": {"decoupled": True}}, [2, 2, 2, 4, 4, 2], [2, 2, 2]),
         ({"distribution_matching": {"fake_score": "lora", "critic_updates": 3}}, [2, 2, 2, 4, 2], [2, 2, 2, 2, 2, 2]),
@@ -79,20 +81,21 @@ def test_what_an_update_costs_in_network_evaluations(
     objective = _objective(model, tiny_base, **loss)
     evaluations.clear()
     x0 = student_x0(model, batch)
-    losses = objective.losses(x0, batch, objective.recipe.phases[0], _generator())
+    losses = objective.losses(_part(batch, x0), objective.recipe.phases[0])
     assert evaluations == student
     assert set(losses) == {"distillation", "adversarial", "distribution_matching"}
     evaluations.clear()
-    objective.train_opponents(x0, batch, objective.recipe.phases[0], _generator())
+    objective.train_opponents([_part(batch, x0)], objective.recipe.phases[0])
     assert evaluations == opponents
 
 
-def test_every_loss_reaches_the_student_and_nobody_else(model: TorchModel, tiny_base: Path, batch: Targets) -> None:
-    objective = _objective(model, tiny_base, distribution_matching={"fake_score": "lora"})
+@pytest.mark.parametrize("kind", ["l2", "perceptual"])
+def test_every_loss_reaches_the_student_and_nobody_else(kind: str, model: TorchModel, tiny_base: Path, batch: Targets) -> None:
+    objective = _objective(model, tiny_base, distillation=kind, distribution_matching={"fake_score": "lora"})
     for name in ("distillation", "adversarial", "distribution_matching"):
         model.network.zero_grad()
         x0 = student_x0(model, batch)
-        objective.losses(x0, batch, objective.recipe.phases[0], _generator())[name].backward()
+        objective.losses(_part(batch, x0), objective.recipe.phases[0])[name].backward()
         touched = {key for key, p in model.network.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
         assert touched, name
         assert all(f".{ADAPTER}." in key for key in touched), name
@@ -102,7 +105,7 @@ def test_opponents_learn_without_moving_the_student(model: TorchModel, tiny_base
     objective = _objective(model, tiny_base, distribution_matching={"fake_score": "lora", "critic_learning_rate": 0.01})
     before = {key: p.detach().clone() for key, p in model.network.named_parameters()}
     x0 = student_x0(model, batch)
-    told = [objective.train_opponents(x0, batch, objective.recipe.phases[0], _generator()) for _ in range(12)]
+    told = [objective.train_opponents([_part(batch, x0)], objective.recipe.phases[0]) for _ in range(12)]
     assert told[-1]["discriminator"] < told[0]["discriminator"]
     assert told[-1]["fake_score"] < told[0]["fake_score"]
     moved = {key for key, p in model.network.named_parameters() if not torch.equal(p, before[key])}
@@ -115,10 +118,10 @@ def test_a_loss_without_weight_costs_nothing(model: TorchModel, tiny_base: Path,
     recipe = tiny_recipe(tiny_base)
     objective = Objective(model, load_base(str(tiny_base))[0], recipe)
     evaluations.clear()
-    losses = objective.losses(student_x0(model, batch), batch, recipe.phases[0], _generator())
+    losses = objective.losses(_part(batch, student_x0(model, batch)), recipe.phases[0])
     assert list(losses) == ["distillation"]
     assert len(evaluations) == 1
-    assert objective.train_opponents(batch.x0, batch, recipe.phases[0], _generator()) == {}
+    assert objective.train_opponents([_part(batch, batch.x0)], recipe.phases[0]) == {}
 
 
 def test_a_killed_run_with_all_losses_goes_on_and_equals_the_unbroken_one(
@@ -137,7 +140,7 @@ def test_a_killed_run_with_all_losses_goes_on_and_equals_the_unbroken_one(
 
     learn = loop.Student.learn
 
-    def learn_until_killed(student: loop.Student, loss: Tensor) -> None:
+    def learn_until_killed(student: loop.Student, loss: float) -> None:
         if student.update == 7:
             raise KilledError
         learn(student, loss)

@@ -31,3 +31,11 @@ def test_a_plan_counts_parameters_apart_and_writes_nothing(tiny_base: Path, tmp_
     assert "ODE, 11 others" in lines  # student 1, adversarial 2 + 3, matching 3, critic 2
     assert "16 in 8 updates of 2" in lines
     assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_counts_what_other_targets_and_inputs_cost(tiny_base: Path) -> None:
+    one_phase = [{"updates": 3, "mode_weights": (0, 0, 0, 1)}]
+    lines = "\n".join(plan(tiny_recipe(tiny_base, phases=one_phase, target="consistency", loss={"distillation": "perceptual"})))
+    assert "2.0 evaluations of the teacher's ODE, 4 others" in lines  # student, its answer as target, two for the features
+    lines = "\n".join(plan(tiny_recipe(tiny_base, phases=one_phase, backward_simulation=0.5)))
+    assert "2.2 evaluations of the teacher's ODE, 2 others" in lines  # mostly the last mode: two of three earlier steps

@@ -1,0 +1,188 @@
+"""The one network behind teacher, student and fake score: which adapter is on, where and in which precision it runs."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from flashdiff.distill import processes
+from flashdiff.families.base import GUIDANCE, ModelFamily, TorchModel
+from flashdiff.lora import ADAPTER
+from flashdiff.prediction import to_x0
+from flashdiff.schedule import Schedule
+
+# --- evaluations -----------------------------------------------------------------------------------------------------
+
+
+def guided(conditioning: Mapping[str, Tensor], guidance: Tensor) -> Mapping[str, Tensor]:
+    """The teacher's conditioning: with its guidance scales [B] in it, where the network takes them as an input."""
+    return {**conditioning, GUIDANCE: guidance} if GUIDANCE in conditioning else conditioning
+
+
+def run_network(model: TorchModel, latents: Tensor, times: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+    """The denoiser's raw output, with whatever adapters are on."""
+    output: Tensor = model.denoiser(latents, times, *(conditioning[name] for name in model.conditioning))
+    return output
+
+
+def predict_x0(model: TorchModel, latents: Tensor, times: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+    """x_0 of latents at `times` [B], by the denoiser with whatever adapters are on."""
+    alpha, sigma = levels(model, times)
+    return to_x0(model.spec.prediction, run_network(model, latents, times, conditioning), latents, alpha, sigma)
+
+
+def levels(model: TorchModel, times: Tensor) -> tuple[Tensor, Tensor]:
+    """alpha and sigma [B, 1, 1, 1] of `times` [B], where those are."""
+    alpha, sigma = (table.to(times.device)[times].view(-1, 1, 1, 1) for table in _level_tables(model.spec.sampler.schedule))
+    return alpha, sigma
+
+
+@cache
+def _level_tables(schedule: Schedule) -> tuple[Tensor, Tensor]:
+    alphas, sigmas = schedule.levels(list(range(schedule.num_train_timesteps)))
+    return torch.from_numpy(alphas).float(), torch.from_numpy(sigmas).float()
+
+
+# --- whose network it is now -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def as_teacher(model: TorchModel) -> Iterator[None]:
+    """The frozen base: all adapters off."""
+    model.network.disable_adapters()
+    try:
+        yield
+    finally:
+        model.network.enable_adapters()
+
+
+@contextmanager
+def as_adapter(model: TorchModel, name: str) -> Iterator[None]:
+    """Another adapter than the student's; peft lets only the active one's weights take gradients."""
+    model.network.set_adapter(name)
+    try:
+        yield
+    finally:
+        model.network.set_adapter(ADAPTER)
+
+
+class Tap:
+    """What the family's tapped module of the frozen teacher puts out: features of latents at a noise level."""
+
+    def __init__(self, model: TorchModel, family: ModelFamily) -> None:
+        self._model, self._module = model, family.feature_tap(model.network)
+
+    def __call__(self, latents: Tensor, times: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+        """A map [B, C', h', w'] of latents [B, C, h, w] noised to `times` [B]; gradients flow through the teacher to them.
+
+        Whose network it is, the caller says: see `as_teacher`.
+        """
+        caught: list[Tensor] = []
+
+        def catch(module: nn.Module, inputs: Any, output: Any) -> None:
+            caught.append(output[-1] if isinstance(output, tuple) else output)  # text comes first, the image last
+
+        handle = self._module.register_forward_hook(catch)
+        try:
+            run_network(self._model, latents, times, conditioning)
+        finally:
+            handle.remove()
+        features = caught[0]
+        if features.ndim == 3:  # a transformer's tokens [B, N, C], in rows as long as the image is wide
+            rows = round((features.shape[1] * latents.shape[2] / latents.shape[3]) ** 0.5)
+            features = features.transpose(1, 2).unflatten(2, (rows, -1))
+        return features.float()
+
+
+# --- where and how it runs -------------------------------------------------------------------------------------------
+
+
+def place(model: TorchModel, *, whole: bool = True) -> None:
+    """Move the model to this process's device; text encoder and network compute in the run's precision there.
+
+    Without `whole`, the network itself stays where it is until `shard_base` moves it block by block.
+    """
+    device, precision = processes.device(), processes.precision()
+    model.text_encoder.to(device, precision)
+    model.decoder.to(device)
+    if whole:
+        model.denoiser.to(device)
+    for name, buffer in list(model.denoiser.named_buffers(recurse=False)):
+        setattr(model.denoiser, name, buffer.to(device))
+    if precision != torch.float32:
+        for parameter in model.network.parameters():  # not the buffers: some hold noise levels
+            parameter.data = parameter.data.to(precision)
+        model.denoiser = _InPrecision(model.denoiser, precision)
+
+
+class _InPrecision(nn.Module):
+    """Computes in a lower precision and answers in float32; what is trained stays in float32."""
+
+    def __init__(self, denoiser: nn.Module, precision: torch.dtype) -> None:
+        super().__init__()
+        self.denoiser, self.precision = denoiser, precision
+
+    def forward(self, latents: Tensor, *inputs: Tensor) -> Tensor:
+        with torch.autocast(latents.device.type, self.precision):
+            output: Tensor = self.denoiser(latents, *inputs)
+        return output.float()
+
+
+def checkpoint_gradients(model: TorchModel) -> None:
+    """Keep no activations inside the network's blocks, but compute them again in the backward pass.
+
+    That may come when another role is on than in the forward pass, so each block remembers its own.
+    """
+    adapters = [module for module in model.network.modules() if isinstance(module, BaseTunerLayer)]
+
+    def states() -> list[tuple[bool, list[str]]]:
+        return [(module._disable_adapters, module._active_adapter) for module in adapters]  # type: ignore[misc]
+
+    def put(values: list[tuple[bool, list[str]]]) -> None:
+        for module, (disabled, active) in zip(adapters, values, strict=True):
+            # Not through peft's setters: they also say which weights take gradients, in the middle of a backward pass.
+            module._disable_adapters, module._active_adapter = disabled, active
+
+    @contextmanager
+    def again(then: list[tuple[bool, list[str]]]) -> Iterator[None]:
+        now = states()
+        put(then)
+        try:
+            yield
+        finally:
+            put(now)
+
+    def run(module: Callable[..., Any], *inputs: Any) -> Any:
+        then = states()
+
+        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            return nullcontext(), again(then)
+
+        return checkpoint(module, *inputs, use_reentrant=False, context_fn=contexts)
+
+    model.network.enable_gradient_checkpointing(run)
+
+
+def shard_base(model: TorchModel) -> None:
+    """Spread the frozen base over the processes with FSDP2; each gathers a block while it runs it.
+
+    The adapters stay whole in every process: they are small, and their gradients are averaged as without sharding. From now
+    on all processes must evaluate the network equally often.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    adapters = {p for name, p in model.network.named_parameters() if ".lora_" in name}
+    for parameter in adapters:
+        parameter.data = parameter.data.to(processes.device())
+    mesh = init_device_mesh(processes.device().type, (processes.count(),))
+    blocks = set(model.network._no_split_modules or ())
+    for module in reversed(list(model.network.modules())):  # those inside others first
+        if type(module).__name__ in blocks:
+            fully_shard(module, mesh=mesh, ignored_params=adapters)
+    fully_shard(model.network, mesh=mesh, ignored_params=adapters)

@@ -1,0 +1,204 @@
+"""Where training images and captions come from: renders, folders, webdataset shards, parquet files, lists of prompts."""
+
+import io
+import logging
+import random
+import tarfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, ImageOps
+
+from flashdiff.components import Size
+from flashdiff.distill.config import DataRecipe
+from flashdiff.errors import EvaluationError, TrainingError, first_line
+from flashdiff.evaluation.images import METADATA, SUFFIXES, WORLD, read_metadata, shard_samples
+
+_log = logging.getLogger(__name__)
+
+DAMAGE_LIMIT = 0.05
+"""A run stops when more than this share of the samples, or of the files that hold several, cannot be used."""
+_CAPTIONS = ("text", "caption", "prompt")  # what parquet data sets call theirs
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image with its caption, or a prompt alone."""
+
+    where: str
+    """For messages: the file, and the row or member in it."""
+    caption: str
+    image: bytes | NDArray[np.uint8] | None  # an image file, or pixels [H, W, 3]
+
+
+class Damage:
+    """What was read and what had to be left out: a few damaged samples are skipped, many stop the run."""
+
+    def __init__(self, source: str) -> None:
+        self.source, self.skipped, self._read, self._first = source, Counter[str](), Counter[str](), dict[str, str]()
+
+    def count(self, kind: str) -> None:
+        """One more `kind`, damaged or not."""
+        self._read[kind] += 1
+
+    def skip(self, kind: str, why: str) -> None:
+        """One of those counted cannot be used."""
+        if not self.skipped[kind]:
+            _log.warning("skipped: %s", why)
+        self._first.setdefault(kind, why)
+        self.skipped[kind] += 1
+
+    def check(self) -> None:
+        """TrainingError when too much was skipped; the first of it is named."""
+        for kind, skipped in self.skipped.items():
+            if skipped > DAMAGE_LIMIT * self._read[kind]:
+                raise TrainingError(
+                    f"data.source '{self.source}': {skipped} of {self._read[kind]} {kind} cannot be used, more than "
+                    f"{DAMAGE_LIMIT:.0%}; the first: {self._first[kind]}"
+                )
+
+
+def read_samples(recipe: DataRecipe, size: Size, renders: Path, seed: int, damage: Damage) -> Iterator[Sample]:
+    """Up to `recipe.images` samples in a fixed order; what cannot be used is told to `damage`.
+
+    TrainingError when the source is none of the known kinds.
+    """
+    source = Path(recipe.source)
+    if recipe.source == WORLD:
+        samples = _renders(recipe.images, size, renders, seed)
+    elif source.is_dir():
+        files = sorted([*source.rglob("*.tar"), *source.rglob("*.parquet")])
+        samples = _files(files, damage) if files else _folder(source, damage)
+    elif source.is_file() and source.suffix in (".tar", ".parquet"):
+        samples = _files([source], damage)
+    elif source.is_file() and source.suffix == ".txt":
+        samples = _prompts(source)
+    else:
+        raise TrainingError(
+            f"data.source '{source}' is neither '{WORLD}' nor a folder, a .tar or .parquet file, or a .txt file of prompts"
+        )
+    for _, sample in zip(range(recipe.images), samples, strict=False):
+        yield sample
+
+
+def image_size(image: bytes | NDArray[np.uint8]) -> tuple[int, int]:
+    """Width and height as shown, from the file's header. Raises what pillow raises for a file that is no image."""
+    if isinstance(image, np.ndarray):
+        return image.shape[1], image.shape[0]
+    with Image.open(io.BytesIO(image)) as opened:
+        turned = opened.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        return (opened.height, opened.width) if turned else (opened.width, opened.height)
+
+
+def decoded(image: bytes | NDArray[np.uint8], size: Size) -> NDArray[np.uint8]:
+    """RGB pixels [H, W, 3] of `size`, the image centre-cropped to its proportions. Raises as `image_size` does."""
+    opened = Image.fromarray(image) if isinstance(image, np.ndarray) else Image.open(io.BytesIO(image))
+    return np.array(ImageOps.fit(ImageOps.exif_transpose(opened).convert("RGB"), size, Image.Resampling.LANCZOS))
+
+
+# --- the kinds of sources --------------------------------------------------------------------------------------------
+
+
+def _renders(count: int, size: Size, renders: Path, seed: int) -> Iterator[Sample]:
+    from flashdiff.zoo.images import rendered
+    from flashdiff.zoo.world import KINDS, caption
+
+    if size.width != size.height:
+        raise TrainingError(f"the embedded world draws squares; this model runs at {size}")
+    images, scenes = rendered(renders, tuple(KINDS), 0, count, size.width)
+    rng = random.Random(seed)
+    for number, (image, scene) in enumerate(zip(images, scenes, strict=True)):
+        yield Sample(f"render {number}", caption(scene, rng), image)
+
+
+def _folder(folder: Path, damage: Damage) -> Iterator[Sample]:
+    """Image files, each with its caption in a .txt file beside it or in a line of metadata.jsonl."""
+    try:
+        known = read_metadata(folder / METADATA)
+    except EvaluationError as error:  # a senseless line
+        raise TrainingError(str(error)) from None
+    for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES):
+        prompt, _ = known.get(path.relative_to(folder).as_posix(), (None, 0))
+        text = path.with_suffix(".txt")
+        try:
+            caption = prompt.text.encode() if prompt else text.read_bytes() if text.is_file() else None
+            image = path.read_bytes()
+        except OSError as error:
+            damage.count("samples")
+            damage.skip("samples", f"{error.filename} cannot be read: {error.strerror}")
+            continue
+        missing = f"no line in {METADATA} names it" if known else f"{text.name} is missing"
+        yield from _checked(str(path), image, caption, missing, damage)
+
+
+def _files(files: list[Path], damage: Damage) -> Iterator[Sample]:
+    """Shards and parquet files; one that is damaged gives what stands before the damage."""
+    for path in files:
+        damage.count("files")
+        try:
+            yield from (_shard if path.suffix == ".tar" else _parquet)(path, damage)
+        except (OSError, EOFError, tarfile.TarError) as error:
+            damage.skip("files", f"{path} is damaged ({first_line(error)})")
+
+
+def _shard(path: Path, damage: Damage) -> Iterator[Sample]:
+    """Webdataset: members that share a name are one sample, its caption in the .txt member."""
+    for members in shard_samples(path):
+        name = next((name for name in members if Path(name).suffix in SUFFIXES), None)
+        if name is None:
+            continue  # of another kind: an index, a set of features
+        text = next((content for member, content in members.items() if member.endswith(".txt")), None)
+        yield from _checked(f"{path}/{name}", members[name], text, "it has no .txt member", damage)
+
+
+def _parquet(path: Path, damage: Damage) -> Iterator[Sample]:
+    """Rows as Hugging Face data sets have them: `image` as bytes or as a struct with `bytes`, the caption beside it."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise TrainingError(f"{path}: reading parquet needs 'pyarrow': pip install 'flashdiff[distill]'") from None
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        names = file.schema_arrow.names
+        caption = next((name for name in _CAPTIONS if name in names), None)
+        if caption is None or "image" not in names:
+            raise TrainingError(f"{path} has columns {', '.join(names)}; it needs 'image' and one of {', '.join(_CAPTIONS)}")
+        row = 0
+        for batch in file.iter_batches(batch_size=64, columns=["image", caption]):
+            for values in batch.to_pylist():
+                image, text = values["image"], values[caption]
+                content = image.get("bytes") if isinstance(image, dict) else image
+                row += 1
+                where = f"{path}, row {row}"
+                yield from _checked(where, content, text.encode() if text else None, f"column '{caption}' is empty", damage)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise OSError(first_line(error)) from None
+
+
+def _prompts(path: Path) -> Iterator[Sample]:
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise TrainingError(f"data.source '{path}': cannot read the prompts: {first_line(error)}") from None
+    yield from (Sample(f"{path}:{number}", line.strip(), None) for number, line in enumerate(lines, start=1) if line.strip())
+
+
+def _checked(where: str, image: bytes | None, caption: bytes | None, missing: str, damage: Damage) -> Iterator[Sample]:
+    """The sample, unless it has no image or no caption. Whether the image can be decoded shows when it is."""
+    damage.count("samples")
+    try:
+        text = caption.decode("utf-8").strip() if caption is not None else ""
+    except UnicodeDecodeError:
+        damage.skip("samples", f"{where}: its caption is not UTF-8 text")
+        return
+    if not text:
+        damage.skip("samples", f"{where} has no caption: {missing if caption is None else 'it is empty'}")
+    elif not image:
+        damage.skip("samples", f"{where} has no image: it holds no bytes")
+    else:
+        yield Sample(where, text, image)

@@ -1,0 +1,129 @@
+"""The student: the trainable LoRA with its optimizer, its running average and its update counter."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashdiff.distill import processes
+from flashdiff.distill.config import Recipe
+from flashdiff.errors import ConfigError, TrainingError
+from flashdiff.families.base import TorchModel
+from flashdiff.lora import ADAPTER
+
+_DRIFT_DECAY = 0.95
+_DRIFT_LIMIT = 2.0
+
+
+class Student:
+    """The adapter in `model` that is trained and published."""
+
+    def __init__(self, model: TorchModel, recipe: Recipe) -> None:
+        self.parameters = {name: p for name, p in model.network.named_parameters() if f".{ADAPTER}." in name}
+        self.optimizer = _optimizer(recipe)(self.parameters.values(), lr=recipe.learning_rate, weight_decay=0.0)
+        self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.anchor: dict[str, Tensor] = {}
+        """The average when the present pool was made, where the pool depends on it: a resumed run makes the same one."""
+        self.update = 0
+        self._drift = 0.0
+        self._recipe = recipe
+
+    @property
+    def parameter_count(self) -> int:
+        return sum(p.numel() for p in self.parameters.values())
+
+    def learn(self, loss: float) -> None:
+        """One optimizer step on the gradients there are, averaged over the processes.
+
+        TrainingError, with weights untouched, when these or the `loss` are not finite.
+        """
+        recipe = self._recipe
+        for group in self.optimizer.param_groups:
+            group["lr"] = recipe.learning_rate * _schedule(self.update, recipe)
+        processes.average_gradients(self.parameters.values())
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
+        if not math.isfinite(loss) or not torch.isfinite(norm):
+            raise TrainingError(f"update {self.update}: loss {loss} or gradient norm {norm.item()} is not finite")
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.update += 1
+        decay = min(recipe.ema_decay, self.update / (10 + self.update))
+        for name, parameter in self.parameters.items():
+            self.average[name].lerp_(parameter.detach(), 1 - decay)
+
+    def bound(self, student_rms: float, teacher_rms: float) -> None:
+        """TrainingError when the student's latents stay much larger than the teacher's.
+
+        Losses driven by guidance blow latents up, mean or deviation, long before images fall apart or a loss shows it
+        (Decoupled DMD, 2511.22677): a run that is there has been lost since its last good preview.
+        """
+        self._drift = _DRIFT_DECAY * self._drift + (1 - _DRIFT_DECAY) * math.log(
+            max(student_rms, 1e-12) / max(teacher_rms, 1e-12)
+        )
+        if self._drift > math.log(_DRIFT_LIMIT):
+            raise TrainingError(
+                f"update {self.update}: the student's latents have grown to {math.exp(self._drift):.2f} times the teacher's; "
+                f"lower the weights of adversarial and distribution_matching, the guidance or the learning_rate"
+            )
+
+    # --- its weights -------------------------------------------------------------------------------------------------
+
+    def drop_anchor(self) -> None:
+        """Remember the average as what the next pool is made with."""
+        self.anchor = {name: values.clone() for name, values in self.average.items()}
+
+    @contextmanager
+    def holding(self, weights: dict[str, Tensor]) -> Iterator[None]:
+        """Other weights in place of the trained ones, for as long as it takes."""
+        current = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self._put(weights)
+        try:
+            yield
+        finally:
+            self._put(current)
+
+    @torch.no_grad()
+    def _put(self, weights: dict[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(weights[name])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "weights": {name: p.detach() for name, p in self.parameters.items()},
+            "average": self.average,
+            "anchor": self.anchor,
+            "optimizer": self.optimizer.state_dict(),
+            "update": self.update,
+            "drift": self._drift,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._put(state["weights"])
+        for name, values in self.average.items():
+            values.copy_(state["average"][name])
+        self.anchor = state["anchor"]
+        self.update, self._drift = state["update"], state["drift"]
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def _optimizer(recipe: Recipe) -> Any:
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW
+    if processes.device().type != "cuda":
+        raise ConfigError(
+            f"optimizer 'adamw_8bit' needs an NVIDIA GPU, this process runs on {processes.device()}; set it to 'adamw'"
+        )
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise ConfigError("optimizer 'adamw_8bit' needs 'bitsandbytes': pip install bitsandbytes") from None
+    return bitsandbytes.optim.AdamW8bit
+
+
+def _schedule(update: int, recipe: Recipe) -> float:
+    """Linear warm-up, constant, then linear to zero over the last fifth."""
+    warm = min(1.0, (update + 1) / (recipe.warmup_updates + 1))
+    return warm * min(1.0, 5 * (recipe.updates - update) / recipe.updates)

@@ -1,0 +1,69 @@
+"""Curves and previews of a run where people look at them: TensorBoard files in OUT/training, or Weights & Biases."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from flashdiff.distill.config import Recipe
+from flashdiff.errors import ConfigError
+from flashdiff.generate import Pixels
+
+
+class Tracker(Protocol):
+    def numbers(self, update: int, values: Mapping[str, float]) -> None:
+        """One point of every curve."""
+        ...
+
+    def image(self, update: int, sheet: Pixels) -> None:
+        """A preview sheet [H, W, 3]."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def open_tracker(recipe: Recipe, work: Path, update: int) -> Tracker:
+    """The recipe's tracker, going on at `update`: what a killed run told beyond it is replaced."""
+    try:
+        return (_TensorBoard if recipe.tracker == "tensorboard" else _WandB)(recipe, work, update)
+    except ImportError as error:
+        raise ConfigError(
+            f"tracker '{recipe.tracker}' needs '{error.name}', which is not installed: pip install {error.name}"
+        ) from None
+
+
+class _TensorBoard:
+    def __init__(self, recipe: Recipe, work: Path, update: int) -> None:
+        from tensorboardX import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(work / "tensorboard"), purge_step=update)
+
+    def numbers(self, update: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, update)
+
+    def image(self, update: int, sheet: Pixels) -> None:
+        self._writer.add_image("preview", sheet, update, dataformats="HWC")
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WandB:
+    def __init__(self, recipe: Recipe, work: Path, update: int) -> None:
+        import wandb
+
+        self._wandb: Any = wandb
+        config = recipe.model_dump(mode="json")
+        # The id is the folder's and recipe's own, so that a resumed run draws on in the same curve.
+        self._run: Any = wandb.init(
+            project="flashdiff", id=recipe.content_hash[:16], resume="allow", dir=str(work), config=config
+        )
+
+    def numbers(self, update: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=update)
+
+    def image(self, update: int, sheet: Pixels) -> None:
+        self._run.log({"preview": self._wandb.Image(sheet)}, step=update)
+
+    def close(self) -> None:
+        self._run.finish()

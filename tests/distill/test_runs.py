@@ -1,0 +1,121 @@
+"""What a run leaves behind and how it ends: checkpoints, curves, previews, and errors that say what to do."""
+
+import errno
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from recipes import tiny_recipe
+
+from flashdiff import checkpoint
+from flashdiff.distill import loop
+from flashdiff.distill.loop import distill
+from flashdiff.distill.student import Student
+from flashdiff.errors import ConfigError, TrainingError
+from flashdiff.families import load_base
+from flashdiff.generate import check_order, generate
+from flashdiff.lora import FLASH, add_adapter, load_fused
+
+PROMPTS = ("a dog", "a cat")
+
+
+@pytest.fixture(scope="module")
+def run(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("run") / "out"
+    settings = {"batch_size": 1, "checkpoint_every": 2, "learning_rate": 0.05, "preview_prompts": PROMPTS}
+    recipe = tiny_recipe(tiny_base, phases=[{"updates": 6, "mode_weights": (1, 1, 1, 1)}], checkpoints_keep=2, **settings)
+    distill(recipe, out)
+    return out
+
+
+def test_the_last_checkpoints_stay(run: Path) -> None:
+    assert [path.name for path in sorted((run / "training" / "checkpoints").iterdir())] == ["000004.pt", "000006.pt"]
+
+
+def test_curves_and_previews_are_drawn_for_tensorboard(run: Path) -> None:
+    (events,) = (run / "training" / "tensorboard").iterdir()
+    assert all(name in events.read_bytes() for name in (b"distillation", b"latent_std", b"preview"))
+
+
+def test_a_preview_shows_the_teacher_and_the_student_from_the_same_noise(run: Path, tiny_base: Path) -> None:
+    sheet = np.asarray(Image.open(run / "training" / "previews" / "000006.png"))
+    rows = [np.split(row, len(PROMPTS), axis=1) for row in np.split(sheet, 4)]  # teacher, then the student at 4, 2 and 1 steps
+    _, teacher = load_base(str(tiny_base))
+    _, student = load_fused(str(tiny_base), [(run, 1.0)], None)
+    teacher.spec = teacher.spec.model_copy(update={"sampler": teacher.spec.sampler.model_copy(update={"guidance": 3.0})})
+    for row, model, steps in zip(rows, (teacher, student, student, student), (50, 4, 2, 1), strict=True):
+        for seed, (shown, prompt) in enumerate(zip(row, PROMPTS, strict=True)):
+            drawn = generate(model, [check_order(model.spec, prompt=prompt, seed=seed, steps=steps)])[0][0]
+            assert np.abs(shown.astype(int) - drawn).max() <= 2
+    assert (rows[0][0] != rows[3][0]).any()
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tiny_recipe(tiny_base, checkpoint_every=2, batch_size=1)
+    save = torch.save
+
+    def full_at_the_second(state: Any, path: Path) -> None:
+        save(state, path)
+        if "000004" in path.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.torch, "save", full_at_the_second)
+    with pytest.raises(TrainingError, match=r"cannot save the checkpoint .*No space left.* the one before is untouched"):
+        distill(recipe, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out" / "training" / "checkpoints").iterdir()] == ["000002.pt"]
+    monkeypatch.undo()
+    distill(recipe, tmp_path / "out")
+    assert (tmp_path / "out" / FLASH).exists()
+
+
+@pytest.mark.parametrize(
+    ("problem", "changes", "said"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory."),
+            {},
+            "with 2 samples at a time: set accumulate = 2, or gradient_checkpointing = true, or",
+        ),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 GB"),
+            {"accumulate": 2, "gradient_checkpointing": True},
+            'with 1 samples at a time: set optimizer = "adamw_8bit", or a smaller',
+        ),
+    ],
+    ids=["gpu", "cpu"],
+)
+def test_out_of_memory_says_what_to_turn(
+    problem: Exception, changes: dict[str, Any], said: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def greedy(*_: Any) -> None:
+        raise problem
+
+    monkeypatch.setattr(loop, "make_pool", greedy)
+    with pytest.raises(TrainingError, match=said):
+        distill(tiny_recipe(tiny_base, **changes), tmp_path / "out")
+
+
+def test_a_missing_tracker_is_named(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match="tracker 'wandb' needs 'wandb', which is not installed"):
+        distill(tiny_recipe(tiny_base, tracker="wandb"), tmp_path / "out")
+
+
+def test_latents_that_stay_too_large_stop_the_run_and_a_spike_does_not(tiny_base: Path) -> None:
+    recipe = tiny_recipe(tiny_base)
+    _, model = load_base(recipe.base)
+    add_adapter(model, recipe.lora.targets, rank=2, alpha=2, seed=0)
+    student = Student(model, recipe)
+    for update in range(200):
+        student.bound(5.0 if update % 50 == 20 else 1.7, 1.0)
+
+    def stay_large() -> None:
+        for _ in range(60):
+            student.bound(2.5, 1.0)
+
+    with pytest.raises(TrainingError, match=r"latents have grown to 2\.0. times the teacher's; lower the weights"):
+        stay_large()
