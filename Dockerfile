@@ -1,6 +1,6 @@
 # Serves a bundle. CPU by default; for the CUDA base:
 #   docker build --build-arg BASE=nvidia/cuda:13.0.1-runtime-ubuntu24.04 --build-arg EXTRAS=server,tensorrt .
-#   docker run -p 50051:50051 -v $PWD/bundle:/bundle:ro IMAGE
+#   docker run -p 127.0.0.1:50051:50051 -v $PWD/bundle:/bundle:ro IMAGE
 ARG BASE=python:3.11-slim
 FROM ${BASE}
 ARG EXTRAS=server,cpu

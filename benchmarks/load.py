@@ -89,8 +89,11 @@ def _prompt(rng: random.Random) -> str:
     return f"a {color} {thing} with {detail} number {rng.randrange(10**6)}"
 
 
-async def _ask(client: AsyncClient, rng: random.Random, outcome: Outcome, timeout_s: float | None) -> None:
-    started = time.perf_counter()
+async def _ask(
+    client: AsyncClient, rng: random.Random, outcome: Outcome, timeout_s: float | None, planned: float | None = None
+) -> None:
+    """One request; its time counts from when it was planned, so that a late client hides nothing."""
+    started = planned or time.perf_counter()
     outcome.sent += 1
     try:
         await client.generate(_prompt(rng), steps=rng.choice(_STEPS), seed=rng.randrange(2**32), timeout_s=timeout_s)
@@ -141,7 +144,7 @@ async def open_loop(client: AsyncClient, per_second: float, seconds: float, time
     at = 0.0
     while (at := at + rng.expovariate(per_second)) < seconds:
         await asyncio.sleep(max(0.0, started + at - time.perf_counter()))
-        calls.append(asyncio.create_task(_ask(client, random.Random(rng.random()), outcome, timeout_s)))
+        calls.append(asyncio.create_task(_ask(client, random.Random(rng.random()), outcome, timeout_s, started + at)))
     await asyncio.gather(*calls)
     outcome.seconds = time.perf_counter() - started
     return outcome

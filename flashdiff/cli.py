@@ -128,6 +128,10 @@ def _parser() -> argparse.ArgumentParser:
         "--tls-client-ca", type=Path, metavar="FILE", help="let in only clients with a certificate of this authority"
     )
     serve.add_argument("--no-auth", action="store_true", help="let anyone in who reaches a public --host")
+    serve.add_argument(
+        "--shared-memory", action="store_true", help="Triton clients of this machine may pass tensors through shared memory"
+    )
+    serve.add_argument("--metrics-host", default="127.0.0.1", metavar="HOST", help="default: %(default)s")
     serve.add_argument("--metrics-port", type=int, metavar="PORT", help="Prometheus metrics; default: none")
     serve.set_defaults(run=_serve)
 
@@ -272,6 +276,7 @@ def _serve(options: argparse.Namespace) -> None:
         raise ConfigError(f"--repository {options.repository}: there is no such folder")
     import asyncio
 
+    from flashdiff.engines.bundle import read_manifest
     from flashdiff.server.app import Listen, serve
     from flashdiff.server.models import Models
 
@@ -282,14 +287,17 @@ def _serve(options: argparse.Namespace) -> None:
         tls_cert=options.tls_cert,
         tls_key=options.tls_key,
         tls_client_ca=options.tls_client_ca,
+        shared_memory=options.shared_memory,
         no_auth=options.no_auth,
+        metrics_host=options.metrics_host,
         metrics_port=options.metrics_port,
     )
     names = [bundle.absolute().name for bundle in options.bundles]
     if len(set(names)) < len(names):
         raise ConfigError(f"two bundles have the same folder name: {', '.join(names)}")
     served = {name: open_model(bundle) for name, bundle in zip(names, options.bundles, strict=True)}
-    asyncio.run(serve(Models(served, options.repository, open_model), listen))
+    models = Models(served, options.repository, opener=open_model, identify=lambda bundle: read_manifest(bundle).bundle_hash)
+    asyncio.run(serve(models, listen))
 
 
 def open_model(bundle: Path) -> "Model":

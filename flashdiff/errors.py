@@ -9,7 +9,8 @@ FlashdiffError
   TrainingError        a training run that cannot go on
   EvaluationError      images, prompts or a reference set that cannot be measured
   RequestError         a request that asks for what this model cannot do
-    UnknownModelError  or for a model that is not there
+    NotFoundError      or names a model, or a region of memory, that is not there
+    ExistsError        or makes one that is
   AuthError            a call without a token that this server knows
   RefusedError         a sound request that is not served
     OverloadedError    the queue is full
@@ -61,7 +62,10 @@ class TensorError(RequestError):
         FlashdiffError.__init__(self, message)
 
 
-class UnknownModelError(RequestError): ...
+class NotFoundError(RequestError): ...
+
+
+class ExistsError(RequestError): ...
 
 
 class AuthError(FlashdiffError): ...

@@ -34,6 +34,7 @@ _MAX_CALLS = 2000  # at once, refused RESOURCE_EXHAUSTED beyond: far more than t
 _OPTIONS = [
     ("grpc.max_send_message_length", _MAX_REPLY),
     ("grpc.max_receive_message_length", 1024 * 1024),  # a request is a prompt and some numbers
+    ("grpc.max_concurrent_streams", 500),  # of one connection
     ("grpc.so_reuseport", 0),  # otherwise two servers share one port in silence
     ("grpc.keepalive_time_ms", 60_000),  # a client that vanished without a word is noticed
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
@@ -54,8 +55,11 @@ class Listen:
     tls_cert: Path | None = None
     tls_key: Path | None = None
     tls_client_ca: Path | None = None
+    shared_memory: bool = False
+    """Lets clients of this machine pass tensors through any shared memory object of this server's user."""
     no_auth: bool = False
     """Said for a public address without tokens or client certificates."""
+    metrics_host: str = "127.0.0.1"
     metrics_port: int | None = None
 
     def __post_init__(self) -> None:
@@ -64,6 +68,8 @@ class Listen:
             raise ConfigError(
                 f"--host {self.host} lets anyone who reaches it in: give --tokens FILE or --tls-client-ca FILE, or say --no-auth"
             )
+        if self.shared_memory and self.host not in _LOOPBACK:
+            raise ConfigError("--shared-memory is for clients of this machine: it needs a loopback --host")
         if asks_who and self.no_auth:
             raise ConfigError("--no-auth contradicts --tokens and --tls-client-ca")
 
@@ -95,14 +101,14 @@ async def start(models: Models, listen: Listen, worker: type[Worker] = Worker) -
     credentials = server_credentials(listen.tls_cert, listen.tls_key, listen.tls_client_ca)
     gate = Gate(Tokens(listen.tokens) if listen.tokens else None)
     metrics = Metrics()
-    metrics_port = None if listen.metrics_port is None else metrics.listen(host, listen.metrics_port)
+    metrics_port = None if listen.metrics_port is None else metrics.listen(listen.metrics_host, listen.metrics_port)
     device = worker(observer=metrics)
     metrics.watch_queue(lambda: device.pending_images)
 
     server = grpc.aio.server(options=_OPTIONS, interceptors=[gate], maximum_concurrent_rpcs=_MAX_CALLS)
     encoders = ImageEncoders()
     image_pb2_grpc.add_ImageServiceServicer_to_server(ImageService(device, models, encoders), server)
-    server.add_generic_rpc_handlers((triton_handler(device, models, encoders, Regions() if host in _LOOPBACK else None),))
+    server.add_generic_rpc_handlers((triton_handler(device, models, encoders, Regions() if listen.shared_memory else None),))
     servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)

@@ -3,7 +3,9 @@
 Neither names a prompt.
 """
 
+import asyncio
 import logging
+import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -21,7 +23,8 @@ from flashdiff.server.auth import Tokens
 from flashdiff.server.status import code_of, trailers_of
 
 _UNWATCHED = ("/grpc.health.v1.Health/", "/grpc.reflection.")  # asked every second, by who supervises
-_OPEN_TO_ALL = "/grpc.health.v1.Health/"
+_OPEN_TO_ALL = "/grpc.health.v1.Health/Check"
+_REQUEST_ID = re.compile(r"[\w.-]{1,64}")
 _client: ContextVar[str] = ContextVar("client", default="")
 
 _log = logging.getLogger(__name__)
@@ -39,7 +42,7 @@ def describe_call(**attributes: float | str) -> None:
 
 
 @dataclass(frozen=True)
-class _Malformed:
+class Malformed:
     """In the place of a message that could not be read."""
 
     message: str
@@ -56,49 +59,78 @@ class Gate(grpc.aio.ServerInterceptor):
         if handler is None:
             return handler
         metadata = {key: str(value) for key, value in details.invocation_metadata or ()}
-        if self._tokens and not details.method.startswith(_OPEN_TO_ALL):
-            try:
+
+        def admit() -> None:
+            if self._tokens:
                 _client.set(self._tokens.admit(metadata.get("authorization", "")))
+
+        if details.method != _OPEN_TO_ALL:
+            try:
+                admit()
             except FlashdiffError as error:
+                _log.info("call method=%s code=%s", details.method, code_of(error).name)
                 return _refusing(handler, error)
-        return handler if details.method.startswith(_UNWATCHED) else _watched(handler, details.method, metadata)
+        return handler if details.method.startswith(_UNWATCHED) else _watched(handler, details.method, metadata, admit)
 
 
-def _watched(handler: Any, method: str, metadata: dict[str, str]) -> Any:
-    """The handler, its calls traced and logged, and bytes that are no message answered INVALID_ARGUMENT."""
+def _watched(handler: Any, method: str, metadata: dict[str, str], admit: Callable[[], None]) -> Any:
+    """The handler, its calls traced and logged, and bytes that are no message answered INVALID_ARGUMENT.
+
+    Each further message of a stream is admitted like a call.
+    """
 
     def read(data: bytes) -> Any:
         try:
             return handler.request_deserializer(data)
         except DecodeError:
-            return _Malformed(f"{len(data)} bytes that are no request of {method}")
+            return Malformed(f"{len(data)} bytes that are no request of {method}")
 
     @contextmanager
-    def watch(context: Any) -> Iterator[None]:
-        request_id = metadata.get("x-request-id") or secrets.token_hex(8)
+    def watch(context: Any) -> Iterator[Any]:
+        given = metadata.get("x-request-id", "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
         client = client_of(context)  # now: gRPC hangs when a cancelled call is asked for its peer
         started = time.perf_counter()
-        caller = propagate.extract(metadata)
-        with _tracer.start_as_current_span(method.lstrip("/"), caller, trace.SpanKind.SERVER, {"request_id": request_id}):
+        span = _tracer.start_span(
+            method.lstrip("/"), propagate.extract(metadata), trace.SpanKind.SERVER, {"request_id": request_id}
+        )
+        name = "OK"
+        try:
+            yield span
+        except (asyncio.CancelledError, GeneratorExit):
+            name = "CANCELLED"
+            raise
+        except BaseException as error:  # an abort, mostly, which has left its code
+            name = context.code().name if isinstance(error, grpc.aio.AbortError) else "UNKNOWN"
+            raise
+        finally:
+            span.end()
+            spent_ms = 1000 * (time.perf_counter() - started)
+            _log.info("call method=%s id=%s client=%s code=%s ms=%.1f", method, request_id, client, name, spent_ms)
+
+    async def admitted(requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
+        first = True
+        async for request in requests:
             try:
-                yield
-            finally:
-                spent_ms = 1000 * (time.perf_counter() - started)
-                code = context.code()
-                name = code.name if isinstance(code, grpc.StatusCode) else "OK"
-                _log.info("call method=%s id=%s client=%s code=%s ms=%.1f", method, request_id, client, name, spent_ms)
+                if not first:
+                    admit()
+            except FlashdiffError as error:
+                await context.abort(code_of(error), str(error), trailers_of(error))
+            first = False
+            yield request
 
     async def answer(request: Any, context: Any) -> Any:
-        with watch(context):
-            if isinstance(request, _Malformed):
+        with watch(context) as span, trace.use_span(span):
+            if isinstance(request, Malformed):
                 await context.abort(grpc.StatusCode.INVALID_ARGUMENT, request.message)
-            return await (handler.unary_unary or handler.stream_unary)(request, context)
+            return await handler.unary_unary(request, context)
 
     async def answer_stream(request: Any, context: Any) -> AsyncIterator[Any]:
-        with watch(context):
-            if isinstance(request, _Malformed):
+        with watch(context):  # not the current span: a stream that is left unread is closed in another context
+            if isinstance(request, Malformed):
                 await context.abort(grpc.StatusCode.INVALID_ARGUMENT, request.message)
-            async for response in (handler.unary_stream or handler.stream_stream)(request, context):
+            given = admitted(request, context) if handler.request_streaming else request
+            async for response in (handler.unary_stream or handler.stream_stream)(given, context):
                 yield response
 
     return _handler_like(handler, answer_stream if handler.response_streaming else answer, read)

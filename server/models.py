@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashdiff.components import Components, Conditioning, Costs
-from flashdiff.errors import OverloadedError, UnknownModelError
+from flashdiff.errors import BundleError, NotFoundError, OverloadedError
 from flashdiff.generate import unconditional_of
 from flashdiff.preview import fit_preview
 
@@ -61,15 +61,14 @@ class Model:
 
     identity: ModelIdentity
     components: Components
-    first_costs: Costs
-    costs: Costs = field(init=False)
+    costs: Costs
     """As measured of late, in milliseconds."""
     unconditional: Conditioning | None = field(init=False)
     preview_colors: NDArray[np.float32] = field(init=False)
     embeddings: Embeddings = field(default_factory=Embeddings)
 
     def __post_init__(self) -> None:
-        self.costs = {part: dict(by_batch) for part, by_batch in self.first_costs.items()}
+        self.costs = {part: dict(by_batch) for part, by_batch in self.costs.items()}
         self.unconditional = unconditional_of(self.components)
         self.preview_colors = fit_preview(self.components)
 
@@ -77,16 +76,23 @@ class Model:
 class Models:
     """The names a server answers to; safe to use from any thread.
 
-    A bundle that several names lead to is opened once. Whoever asked for a name keeps the model it led to then, so loading
-    a name again (after its folder or symbolic link was changed) takes no request away; the old model goes with its last one.
+    A bundle that several names lead to is opened once: `identify` tells its hash without opening it. Whoever asked for a name
+    keeps the model it led to then, so loading a name again (after its folder or symbolic link was changed) takes no request
+    away; the old model goes with its last one.
     """
 
     def __init__(
-        self, served: Mapping[str, Model], repository: Path | None = None, opener: Callable[[Path], Model] | None = None
+        self,
+        served: Mapping[str, Model],
+        repository: Path | None = None,
+        *,
+        opener: Callable[[Path], Model] | None = None,
+        identify: Callable[[Path], str] | None = None,
     ) -> None:
         self._served = dict(served)
-        self._repository, self._opener = repository, opener
-        self._changing = threading.Lock()
+        self._default = next(iter(self._served), "")
+        self._repository, self._opener, self._identify = repository, opener, identify
+        self._loading, self._changing = threading.Lock(), threading.Lock()
 
     @property
     def served(self) -> dict[str, Model]:
@@ -94,12 +100,12 @@ class Models:
         return dict(self._served)
 
     def get(self, name: str = "") -> Model:
-        """The model of that name, or the first without one; UnknownModelError names those there are."""
+        """The model of that name, or the first without one; NotFoundError names those there are."""
         served = self.served
         if not name and served:
-            return next(iter(served.values()))
+            return served.get(self._default) or next(iter(served.values()))
         if name not in served:
-            raise UnknownModelError("model", name, f"this server has {', '.join(served) or 'none'}")
+            raise NotFoundError("model", name, f"this server has {', '.join(served) or 'none'}")
         return served[name]
 
     def available(self) -> list[str]:
@@ -110,20 +116,27 @@ class Models:
 
     def load(self, name: str) -> None:
         """Open what the repository has under that name, and answer to it once it is warm."""
-        if self._repository is None or self._opener is None or name not in self.available():
-            raise UnknownModelError("model", name, f"the repository has {', '.join(self.available()) or 'none'}")
-        folder = (self._repository / name).resolve()  # a symbolic link is an alias: follow it now
-        with self._changing:
-            _ensure_memory(folder)
-            opened = self._opener(folder)
-            twin = next((m for m in self._served.values() if m.identity.bundle_hash == opened.identity.bundle_hash), opened)
-            self._served = {**self._served, name: twin}
+        if self._repository is None or self._opener is None or self._identify is None:
+            raise BundleError("this server was started without --repository: what it serves does not change")
+        with self._loading:  # one at a time: each takes memory and the processor
+            if name not in self.available():
+                raise NotFoundError("model", name, f"the repository has {', '.join(self.available()) or 'none'}")
+            folder = (self._repository / name).resolve()  # a symbolic link is an alias: follow it now
+            wanted = self._identify(folder)
+            model = next((m for m in self.served.values() if m.identity.bundle_hash == wanted), None)
+            if model is None:
+                _ensure_memory(folder)
+                model = self._opener(folder)
+            with self._changing:
+                self._served = {**self._served, name: model}
 
     def unload(self, name: str) -> None:
         """Stop answering to the name; requests that run keep their model."""
+        if self._repository is None:
+            raise BundleError("this server was started without --repository: what it serves does not change")
         with self._changing:
             if name not in self._served:
-                raise UnknownModelError("model", name, f"this server has {', '.join(self._served) or 'none'}")
+                raise NotFoundError("model", name, f"this server has {', '.join(self._served) or 'none'}")
             self._served = {kept: model for kept, model in self._served.items() if kept != name}
 
 

@@ -1,79 +1,98 @@
-"""Regions of system shared memory that Triton clients on this machine register, to pass tensors without copies over the wire."""
+"""Regions of system shared memory that Triton clients on this machine register, to pass tensors without the wire.
 
-import mmap
+A client can name any object that this server's user may open, so the server offers it only when told to.
+"""
+
 import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from flashdiff.errors import RequestError
+from flashdiff.errors import BackendError, ExistsError, NotFoundError, OverloadedError, RequestError
 
 _FOLDER = Path("/dev/shm")
+_MAX_REGIONS = 64
 
 
 @dataclass(frozen=True)
 class Region:
-    """`byte_size` bytes from `offset` on of the POSIX shared memory object `key`."""
+    """`byte_size` bytes from `offset` on of the POSIX shared memory object `key`; `file` is open."""
 
     name: str
     key: str
     offset: int
     byte_size: int
-    memory: mmap.mmap
+    file: int
 
 
 class Regions:
-    """The registered regions by name; safe to use from any thread."""
+    """The registered regions by name; safe to use from any thread.
+
+    Read and written through the file and not through a mapping: an object that its owner cuts short ends a mapping's
+    user with SIGBUS, and a read with an error.
+    """
 
     def __init__(self) -> None:
         self._regions: dict[str, Region] = {}
         self._changing = threading.Lock()
 
     def register(self, name: str, key: str, offset: int, byte_size: int) -> None:
-        """Map an object that is there; RequestError says what is wrong with it."""
+        """Open an object that is there; an error says what is wrong with it, with Triton's status."""
         with self._changing:
             if name in self._regions:
-                raise RequestError("name", name, "a region of that name is registered already")
-            if not key.strip("/") or "/" in key.strip("/") or key.strip("/") in (".", ".."):
-                raise RequestError("key", key, "it must be the name of a shared memory object")
+                raise ExistsError("name", name, "a region of that name is registered already")
+            if len(self._regions) >= _MAX_REGIONS:
+                raise OverloadedError(f"{_MAX_REGIONS} regions are registered; unregister one first")
+            plain = key.strip("/")
+            if not name or plain in ("", ".", "..") or "/" in plain or "\0" in plain:
+                raise RequestError("key", key, "it must be the name of a shared memory object, and the region must have a name")
             try:
-                handle = os.open(_FOLDER / key.strip("/"), os.O_RDWR | os.O_NOFOLLOW)
-            except OSError:
-                raise RequestError("key", key, "there is no such shared memory object here") from None
-            try:
-                size = os.fstat(handle).st_size
-                if byte_size == 0 or offset + byte_size > size:
-                    raise RequestError("byte_size", byte_size, f"the object has {size} bytes and the region starts at {offset}")
-                memory = mmap.mmap(handle, offset + byte_size)
-            finally:
-                os.close(handle)
-            self._regions = {**self._regions, name: Region(name, key, offset, byte_size, memory)}
+                file = os.open(_FOLDER / plain, os.O_RDWR | os.O_NOFOLLOW)
+            except OSError as error:
+                raise BackendError(f"cannot open the shared memory object '{key[:80]}': {error.strerror}") from None
+            size = os.fstat(file).st_size
+            if byte_size == 0 or offset + byte_size > size:
+                os.close(file)
+                raise RequestError("byte_size", byte_size, f"the object has {size} bytes and the region starts at {offset}")
+            self._regions = {**self._regions, name: Region(name, key, offset, byte_size, file)}
 
     def unregister(self, name: str) -> None:
         """Forget one region, or all of them without a name; an unknown name is no error, as with Triton."""
         with self._changing:
-            self._regions = {kept: region for kept, region in self._regions.items() if name and kept != name}
+            gone = [region for region in self._regions.values() if not name or region.name == name]
+            self._regions = {kept: region for kept, region in self._regions.items() if region not in gone}
+            for region in gone:
+                os.close(region.file)
 
     def find(self, name: str = "") -> list[Region]:
-        """All regions, or the one of that name; RequestError when it is not there."""
+        """All regions, or the one of that name; NotFoundError when it is not there."""
         regions = self._regions
         if name and name not in regions:
-            raise RequestError("shared_memory_region", name, "register it first")
+            raise NotFoundError("shared_memory_region", name, "register it first")
         return [regions[name]] if name else list(regions.values())
 
     def read(self, name: str, offset: int, byte_size: int) -> bytes:
-        region, start = self._place(name, offset, byte_size)
-        return region.memory[start : start + byte_size]
+        with self._changing:  # or the file could be closed, and its number be another's
+            region = self._place(name, offset, byte_size)
+            data = os.pread(region.file, byte_size, region.offset + offset)
+        if len(data) < byte_size:
+            raise RequestError("shared_memory_region", name, "its object has become shorter")
+        return data
 
     def write(self, name: str, offset: int, data: bytes, room: int) -> None:
         """Put `data` where the client made `room` for it."""
         if len(data) > room:
             raise RequestError("shared_memory_byte_size", room, f"this output takes {len(data)} bytes")
-        region, start = self._place(name, offset, len(data))
-        region.memory[start : start + len(data)] = data
+        with self._changing:
+            region = self._place(name, offset, len(data))
+            if os.fstat(region.file).st_size < region.offset + offset + len(data):
+                raise RequestError("shared_memory_region", name, "its object has become shorter")
+            os.pwrite(region.file, data, region.offset + offset)
 
-    def _place(self, name: str, offset: int, byte_size: int) -> tuple[Region, int]:
+    def _place(self, name: str, offset: int, byte_size: int) -> Region:
+        if not name:
+            raise NotFoundError("shared_memory_region", name, "name one")
         (region,) = self.find(name)
         if offset < 0 or byte_size < 0 or offset + byte_size > region.byte_size:
             raise RequestError("shared_memory_offset", offset, f"region '{name}' has {region.byte_size} bytes for {byte_size}")
-        return region, region.offset + offset
+        return region

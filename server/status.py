@@ -9,15 +9,17 @@ from flashdiff.errors import (
     CancelledError,
     DeadlineError,
     DrainingError,
+    ExistsError,
     FlashdiffError,
+    NotFoundError,
     OverloadedError,
     RequestError,
-    UnknownModelError,
 )
 
 # The first row that fits counts: kinds stand before what they are kinds of.
 _CODES: tuple[tuple[type[FlashdiffError], grpc.StatusCode], ...] = (
-    (UnknownModelError, grpc.StatusCode.NOT_FOUND),
+    (NotFoundError, grpc.StatusCode.NOT_FOUND),
+    (ExistsError, grpc.StatusCode.ALREADY_EXISTS),
     (RequestError, grpc.StatusCode.INVALID_ARGUMENT),
     (AuthError, grpc.StatusCode.UNAUTHENTICATED),
     (OverloadedError, grpc.StatusCode.RESOURCE_EXHAUSTED),

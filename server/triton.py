@@ -5,6 +5,7 @@ A model has a prompt and some numbers as inputs; IMAGES, ENCODED, SEEDS and, in 
 
 import asyncio
 import contextlib
+import logging
 import secrets
 import struct
 import time
@@ -19,11 +20,11 @@ from numpy.typing import NDArray
 
 import flashdiff
 from flashdiff.components import Size
-from flashdiff.errors import FlashdiffError, RequestError, TensorError, UnknownModelError
+from flashdiff.errors import FlashdiffError, NotFoundError, RequestError, TensorError
 from flashdiff.generate import Order, check_order
 from flashdiff.noise import image_seed
 from flashdiff.proto.v1 import triton_pb2 as pb
-from flashdiff.server.gate import client_of
+from flashdiff.server.gate import Malformed, client_of
 from flashdiff.server.images import ImageFormat
 from flashdiff.server.models import Model, Models
 from flashdiff.server.scheduler import Priority
@@ -40,8 +41,12 @@ _EXTENSIONS = (
     "parameters",
     "statistics",
     "schedule_policy",
-    "system_shared_memory",
 )
+_IN_STREAM = 32  # requests of one stream that are worked on at once; the next is read when one is answered
+_MAX_ID = 256
+_MAX_INPUT_BYTES = 1024 * 1024  # as for requests on the wire
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -126,13 +131,14 @@ class TritonService:
         return pb.ServerReadyResponse(ready=not self._worker.failure)
 
     async def ModelReady(self, request: pb.ModelReadyRequest, context: Any) -> pb.ModelReadyResponse:
-        with contextlib.suppress(UnknownModelError):
+        with contextlib.suppress(NotFoundError):
             self._find(request.name, request.version)
             return pb.ModelReadyResponse(ready=not self._worker.failure)
         return pb.ModelReadyResponse(ready=False)
 
     async def ServerMetadata(self, request: Any, context: Any) -> pb.ServerMetadataResponse:
-        return pb.ServerMetadataResponse(name="flashdiff", version=flashdiff.__version__, extensions=_EXTENSIONS)
+        extensions = [*_EXTENSIONS, *(["system_shared_memory"] if self._shared else [])]
+        return pb.ServerMetadataResponse(name="flashdiff", version=flashdiff.__version__, extensions=extensions)
 
     async def ModelMetadata(self, request: pb.ModelMetadataRequest, context: Any) -> pb.ModelMetadataResponse:
         model = await self._found(request, context)
@@ -178,6 +184,8 @@ class TritonService:
 
     async def RepositoryModelLoad(self, request: pb.RepositoryModelLoadRequest, context: Any) -> pb.RepositoryModelLoadResponse:
         try:
+            if request.parameters:
+                raise TensorError("loading takes no parameters: a bundle has its configuration in its manifest")
             await asyncio.to_thread(self._models.load, request.model_name)
         except FlashdiffError as error:
             await abort(context, error)
@@ -224,7 +232,7 @@ class TritonService:
     @property
     def _regions(self) -> Regions:
         if self._shared is None:
-            raise TensorError("shared memory is for clients of this machine: this server listens on a public address")
+            raise TensorError("this server was started without --shared-memory")
         return self._shared
 
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Any) -> pb.ModelInferResponse:
@@ -239,24 +247,38 @@ class TritonService:
         self, requests: AsyncIterator[pb.ModelInferRequest], context: Any
     ) -> AsyncIterator[pb.ModelStreamInferResponse]:
         """Requests of one stream run side by side; an error is told in the stream, which goes on."""
-        responses: asyncio.Queue[pb.ModelStreamInferResponse | None] = asyncio.Queue()
+        # Both are bounded, so that a client who sends and does not read waits for itself.
+        responses: asyncio.Queue[pb.ModelStreamInferResponse | None] = asyncio.Queue(_IN_STREAM)
+        room = asyncio.Semaphore(_IN_STREAM)
         client = client_of(context)
 
-        async def answer(request: pb.ModelInferRequest) -> None:
+        async def answer(request: pb.ModelInferRequest | Malformed) -> None:
             try:
+                if isinstance(request, Malformed):
+                    raise TensorError(request.message)
                 async for response in self._infer(request, context.time_remaining(), client, stream=True):
-                    responses.put_nowait(pb.ModelStreamInferResponse(infer_response=response))
-            except FlashdiffError as error:
-                failed = pb.ModelInferResponse(model_name=request.model_name, id=request.id)
-                responses.put_nowait(pb.ModelStreamInferResponse(error_message=str(error), infer_response=failed))
+                    await responses.put(pb.ModelStreamInferResponse(infer_response=response))
+            except Exception as error:
+                if not isinstance(error, FlashdiffError):
+                    _log.exception("a request of a stream failed")
+                message = str(error) if isinstance(error, FlashdiffError) else "internal error"
+                failed = pb.ModelInferResponse()
+                if not isinstance(request, Malformed):
+                    failed.model_name, failed.id = request.model_name[:_MAX_ID], request.id[:_MAX_ID]
+                await responses.put(pb.ModelStreamInferResponse(error_message=message, infer_response=failed))
+            finally:
+                room.release()
 
         async def read() -> None:
             try:
                 async with asyncio.TaskGroup() as group:
                     async for request in requests:
+                        await room.acquire()
                         group.create_task(answer(request))
-            finally:
-                responses.put_nowait(None)
+            except Exception:
+                await responses.put(None)
+                raise
+            await responses.put(None)  # not when cancelled: then nobody reads any more
 
         reading = asyncio.ensure_future(read())
         try:
@@ -305,12 +327,16 @@ class TritonService:
 
     def _read(self, request: pb.ModelInferRequest, remaining_s: float | None, *, stream: bool) -> _Call:
         model = self._find(request.model_name, request.model_version)
+        if len(request.id) > _MAX_ID:
+            raise TensorError(f"the request's id has {len(request.id)} characters, at most {_MAX_ID} are taken")
         values = self._read_inputs(request)
         parameters = _parameters(request.parameters)
         outputs = {output.name: _parameters(output.parameters) for output in request.outputs} or {name: {} for name in _OUTPUTS}
         for name in outputs:
             if name not in _OUTPUTS:
                 raise TensorError(f"unexpected inference output '{name}' for model '{request.model_name}'")
+        if "shared_memory_region" in outputs.get("PREVIEW", {}):
+            raise TensorError("output 'PREVIEW' does not go to shared memory: it comes more than once")
         if not stream and "PREVIEW" in outputs:
             if request.outputs:
                 raise TensorError("output 'PREVIEW' comes in a stream only: use ModelStreamInfer")
@@ -352,7 +378,7 @@ class TritonService:
                 )
             # Raw contents are those of the inputs that have no place in shared memory, in their order.
             place = _parameters(tensor.parameters)
-            raw = self._regions.read(*_place(place)) if "shared_memory_region" in place else next(raws, None)
+            raw = self._read_shared(place) if "shared_memory_region" in place else next(raws, None)
             if raw is not None and tensor.HasField("contents"):
                 raise TensorError(f"input '{tensor.name}' has both contents and raw contents")
             value = _typed_value(tensor, expected) if raw is None else _raw_value(tensor.name, expected, raw)
@@ -363,6 +389,12 @@ class TritonService:
         if missing:
             raise TensorError(f"expected input '{missing[0]}' for model '{model}' is not there")
         return values
+
+    def _read_shared(self, place: Mapping[str, Any]) -> bytes:
+        region, offset, byte_size = _place(place)
+        if byte_size > _MAX_INPUT_BYTES:
+            raise TensorError(f"an input of {byte_size} bytes is more than the {_MAX_INPUT_BYTES} that are taken")
+        return self._regions.read(region, offset, byte_size)
 
     def _result(
         self, request: pb.ModelInferRequest, call: _Call, finished: Finished, files: Sequence[bytes]
@@ -398,9 +430,9 @@ class TritonService:
     def _find(self, name: str, version: str) -> Model:
         """Triton's words, so that who looks for them finds them."""
         if version not in ("", _VERSION):
-            raise UnknownModelError("model", f"{name} version {version}", f"every model has version {_VERSION} only")
+            raise NotFoundError("model", f"{name} version {version}", f"every model has version {_VERSION} only")
         if not name:
-            raise UnknownModelError("model", name, "name one")
+            raise NotFoundError("model", name, "name one")
         return self._models.get(name)
 
     async def _found(self, request: Any, context: Any) -> Model:

@@ -83,6 +83,7 @@ class Job:
     batches: list[int] = field(default_factory=list)
     answer: "Future[Finished]" = field(default_factory=Future)
     departed: bool = False
+    ended: bool = False
 
 
 class Observer(Protocol):
@@ -182,21 +183,19 @@ class Worker:
         if self._is_draining:
             raise DrainingError("the server is shutting down")
         own = [job for job in self._jobs if client and job.client == client]
-        for pending, limit, whose in (
-            (self.pending_images, self._max_pending_images, ""),
-            (sum(job.order.count for job in own), int(_CLIENT_SHARE * self._max_pending_images), " of yours"),
-        ):
-            if pending + order.count > limit and (own or not whose):
+        for jobs, share, whose in ((self._jobs, 1.0, ""), (own, _CLIENT_SHARE, " of yours")):
+            images, limit = sum(job.order.count for job in jobs), int(share * self._max_pending_images)
+            pixels = sum(_pixel_bytes(job.order) for job in jobs)
+            too_many = images + order.count > limit
+            if (jobs or not whose) and (too_many or (jobs and pixels + _pixel_bytes(order) > share * MAX_PENDING_BYTES)):
                 retry_s = sum(_work_left(job).share_ms for job in self._jobs) / 1000
+                held = f"{images} images" if too_many else f"{pixels / 1e6:.0f} MB of images"
+                most = f"{limit}" if too_many else f"{share * MAX_PENDING_BYTES / 1e6:.0f} MB"
                 raise OverloadedError(
-                    f"the queue is full: {pending} images{whose} are pending, at most {limit} fit; "
+                    f"the queue is full: {held}{whose} are pending, at most {most} fit; "
                     f"try again in about {1000 * retry_s:.0f} ms",
                     retry_after_s=retry_s,
                 )
-        pending_bytes = sum(_pixel_bytes(job.order) for job in self._jobs)
-        if self._jobs and pending_bytes + _pixel_bytes(order) > MAX_PENDING_BYTES:
-            retry_s = sum(_work_left(job).share_ms for job in self._jobs) / 1000
-            raise OverloadedError(f"the queue is full: {pending_bytes / 1e6:.0f} MB of images are pending", retry_s)
         deadline = math.inf if timeout_s is None else now + timeout_s
         due_at = due(now, priority, deadline, sum(_work_left(job).share_ms for job in own) / 1000)
         if timeout_s is not None:
@@ -337,11 +336,12 @@ class Worker:
 
     def _answer(self, jobs: list[Job]) -> None:
         for job in jobs:
-            if len(job.images) == job.order.count and not job.answer.done():
+            if len(job.images) == job.order.count:
                 timings = job.timings
                 timings.total = 1000 * (time.monotonic() - job.arrived)
                 timings.queue = max(0.0, timings.total - timings.text - timings.denoise - timings.decode)
-                self._remove(job)
+                if not self._end(job):
+                    continue
                 if self._observer:
                     self._observer.answered(job.model.identity.name, timings, None)
                 images = [job.images[row] for row in range(job.order.count)]
@@ -349,16 +349,19 @@ class Worker:
 
     def _fail(self, jobs: list[Job], error: FlashdiffError) -> None:
         for job in jobs:
-            self._remove(job)
-            if not job.answer.done():
+            if self._end(job):
                 if self._observer:
                     self._observer.answered(job.model.identity.name, job.timings, error)
                 job.answer.set_exception(error)
 
-    def _remove(self, job: Job) -> None:
+    def _end(self, job: Job) -> bool:
+        """Take the job off the list; True for the one who may answer it."""
         with self._changed:
-            if job in self._jobs:
-                self._jobs.remove(job)
+            if job.ended:
+                return False
+            job.ended = True
+            self._jobs.remove(job)
+            return True
 
 
 def _needs(job: Job) -> list[tuple[Stage, int | str]]:
@@ -392,7 +395,7 @@ def _work_left(job: Job) -> Work:
 
 
 def _forget_slowness(model: Model) -> None:
-    """Refusing while idle measures nothing, so a slow past would refuse for ever: let it fade to the costs at the start."""
-    for part, by_batch in model.costs.items():
+    """Refusing while idle measures nothing, so a slow past would refuse for ever: let it fade until someone gets in."""
+    for by_batch in model.costs.values():
         for batch in by_batch:
-            by_batch[batch] = max(model.first_costs[part][batch], 0.9 * by_batch[batch])
+            by_batch[batch] *= 0.9

@@ -178,10 +178,12 @@ def test_the_log_has_a_line_a_call_with_its_id_and_no_prompt(caplog: pytest.LogC
     with serving(FakeComponents()) as running, grpc.insecure_channel(running.address) as channel:
         stub = image_pb2_grpc.ImageServiceStub(channel)
         stub.Generate(image_pb2.GenerateRequest(prompt="my secret wish"), metadata=(("x-request-id", "r-17"),), timeout=10)
+        forged = (("x-request-id", "1 forged code=OK"),)
         with pytest.raises(grpc.RpcError):
-            stub.Generate(image_pb2.GenerateRequest(prompt="my secret wish", steps=99), timeout=10)
+            stub.Generate(image_pb2.GenerateRequest(prompt="my secret wish", steps=99), metadata=forged, timeout=10)
     lines = [line for line in caplog.messages if line.startswith("call ")]
     assert "id=r-17" in lines[0]
+    assert "forged" not in lines[1]
     assert "code=OK" in lines[0]
     assert "code=INVALID_ARGUMENT" in lines[1]
     assert "secret" not in caplog.text

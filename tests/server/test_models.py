@@ -11,7 +11,7 @@ from served import model_of, serving
 from tritonclient.utils import InferenceServerException
 
 from flashdiff.engines.runtime.fake_backend import FakeComponents
-from flashdiff.errors import BundleError, OverloadedError, UnknownModelError
+from flashdiff.errors import BundleError, NotFoundError, OverloadedError
 from flashdiff.server import models as models_module
 from flashdiff.server.client import Client, ServerError
 from flashdiff.server.models import Embeddings, Model, ModelIdentity, Models
@@ -20,24 +20,32 @@ from flashdiff.server.models import Embeddings, Model, ModelIdentity, Models
 def _bundle(repository: Path, name: str) -> Path:
     folder = repository / name
     folder.mkdir(parents=True)
-    (folder / "manifest.json").write_text("{}")
+    (folder / "manifest.json").write_text(name)
     return folder
 
 
 def _opener(opened: list[str]) -> Callable[[Path], Model]:
     def open_model(folder: Path) -> Model:
         opened.append(folder.name)
-        return model_of(FakeComponents(), ModelIdentity(folder.name, f"hash of {folder.name}", "fake", "fake", "fp32"))
+        return model_of(FakeComponents(), ModelIdentity(folder.name, _hash(folder), "fake", "fake", "fp32"))
 
     return open_model
+
+
+def _hash(folder: Path) -> str:
+    return (folder / "manifest.json").read_text()
+
+
+def _models(repository: Path, opened: list[str]) -> Models:
+    return Models({}, repository, opener=_opener(opened), identify=_hash)
 
 
 def test_the_first_is_the_default_and_an_unknown_name_is_told_those_there_are() -> None:
     models = Models({"a": model_of(FakeComponents()), "b": model_of(FakeComponents())})
     assert models.get() is models.get("a")
-    with pytest.raises(UnknownModelError, match="model: 'c' is not allowed; this server has a, b"):
+    with pytest.raises(NotFoundError, match="model: 'c' is not allowed; this server has a, b"):
         models.get("c")
-    with pytest.raises(UnknownModelError, match="this server has none"):
+    with pytest.raises(NotFoundError, match="this server has none"):
         Models({}).get()
 
 
@@ -47,7 +55,7 @@ def test_a_name_loads_from_the_repository_an_alias_follows_its_link_and_nothing_
         _bundle(tmp_path / "repository", name)
     _bundle(tmp_path, "outside")
     (tmp_path / "repository" / "latest").symlink_to("v1")
-    models = Models({}, tmp_path / "repository", _opener(opened))
+    models = _models(tmp_path / "repository", opened)
     assert models.available() == ["latest", "v1", "v2"]
     models.load("v1")
     models.load("latest")
@@ -60,11 +68,11 @@ def test_a_name_loads_from_the_repository_an_alias_follows_its_link_and_nothing_
     models.unload("v1")
     assert list(models.served) == ["latest"]
     for bad in ("../outside", "", "none", "/etc"):
-        with pytest.raises(UnknownModelError, match="the repository has latest, v1, v2"):
+        with pytest.raises(NotFoundError, match="the repository has latest, v1, v2"):
             models.load(bad)
-    with pytest.raises(UnknownModelError):
+    with pytest.raises(NotFoundError):
         models.unload("v1")
-    assert set(opened) == {"v1", "v2"}
+    assert opened == ["v1", "v2"]
 
 
 def test_a_bundle_that_does_not_open_or_does_not_fit_leaves_what_is_served(
@@ -75,7 +83,7 @@ def test_a_bundle_that_does_not_open_or_does_not_fit_leaves_what_is_served(
     def broken(_: Path) -> Model:
         raise BundleError("damaged")
 
-    models = Models({"a": model_of(FakeComponents())}, tmp_path, broken)
+    models = Models({"a": model_of(FakeComponents())}, tmp_path, opener=broken, identify=_hash)
     with pytest.raises(BundleError):
         models.load("v1")
     (folder / "weights").write_bytes(bytes(1000))
@@ -86,8 +94,9 @@ def test_a_bundle_that_does_not_open_or_does_not_fit_leaves_what_is_served(
 
 
 def test_switching_a_model_under_fire_loses_no_request(tmp_path: Path) -> None:
-    _bundle(tmp_path, "m")
-    models = Models({}, tmp_path, _opener([]))
+    """The folder's content changes between loads, so every load opens another model."""
+    folder, opened = _bundle(tmp_path, "m"), list[str]()
+    models = _models(tmp_path, opened)
     models.load("m")
     with serving(FakeComponents(), models=models) as running, Client(running.address) as client:
         failures: list[Exception] = []
@@ -104,8 +113,10 @@ def test_switching_a_model_under_fire_loses_no_request(tmp_path: Path) -> None:
         for thread in asking:
             thread.start()
         stock = triton.InferenceServerClient(running.address)
-        for _ in range(10):
+        for number in range(10):
+            (folder / "manifest.json").write_text(str(number))
             stock.load_model("m")
+        assert len(opened) == 11
         for thread in asking:
             thread.join(30)
         assert failures == []
@@ -117,7 +128,31 @@ def test_switching_a_model_under_fire_loses_no_request(tmp_path: Path) -> None:
             client.generate("x", timeout_s=10)
         with pytest.raises(InferenceServerException, match="NOT_FOUND"):
             stock.load_model("none")
+        with pytest.raises(InferenceServerException, match="takes no parameters"):
+            stock.load_model("m", config="{}")
         stock.close()
+
+
+def test_without_a_repository_nothing_is_loaded_or_taken_away() -> None:
+    with serving(FakeComponents()) as running:
+        stock = triton.InferenceServerClient(running.address)
+        for change in (stock.load_model, stock.unload_model):
+            with pytest.raises(InferenceServerException, match="started without --repository") as caught:
+                change("fake")
+            assert caught.value.status() == "StatusCode.FAILED_PRECONDITION"
+        assert stock.is_model_ready("fake")
+        stock.close()
+
+
+def test_the_default_stays_the_default_when_it_is_loaded_anew(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        _bundle(tmp_path, name)
+    first = {name: _opener([])(tmp_path / name) for name in ("a", "b")}
+    models = Models(first, tmp_path, opener=_opener([]), identify=_hash)
+    models.unload("a")
+    assert models.get().identity.name == "b"
+    models.load("a")
+    assert models.get().identity.name == "a"
 
 
 def test_embeddings_are_kept_up_to_their_bytes_the_least_used_go() -> None:

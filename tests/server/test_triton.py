@@ -3,7 +3,9 @@
 import io
 import queue
 import struct
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -11,13 +13,14 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton
 from PIL import Image
-from served import Running, until
+from served import Running, serving, until
 from tritonclient.utils import InferenceServerException, serialize_byte_tensor
 from tritonclient.utils import shared_memory as shm
 
 from flashdiff.engines.runtime.fake_backend import FakeComponents
 from flashdiff.generate import check_order, generate
 from flashdiff.proto.v1 import triton_pb2 as pb
+from flashdiff.server.app import Listen
 
 
 @pytest.fixture
@@ -171,6 +174,39 @@ def test_a_stream_brings_previews_results_and_errors_and_goes_on(stock: triton.I
     stock.stop_stream()
 
 
+def test_a_malformed_message_is_an_error_in_the_stream_which_goes_on(running: Running) -> None:
+    fine = pb.ModelInferRequest(model_name="fake", id="fine")
+    fine.inputs.add(name="PROMPT", datatype="BYTES", shape=[1]).contents.bytes_contents.append(b"x")
+    with grpc.insecure_channel(running.address) as channel:
+        stream = channel.stream_stream(
+            "/inference.GRPCInferenceService/ModelStreamInfer", response_deserializer=pb.ModelStreamInferResponse.FromString
+        )
+        answers = list(stream(iter([b"\xff\xff", fine.SerializeToString()]), timeout=10))
+    assert "bytes that are no request" in next(a.error_message for a in answers if a.error_message)
+    assert [a.infer_response.id for a in answers if not a.error_message][-1] == "fine"
+
+
+def test_who_sends_and_does_not_read_waits_for_himself(running: Running) -> None:
+    request = pb.ModelInferRequest(model_name="none", id="x" * 200)
+    sent = 0
+
+    def endless() -> Iterator[bytes]:
+        nonlocal sent
+        while sent < 100_000:
+            sent += 1
+            yield request.SerializeToString() + b"\x32\x00" * 10_000  # unknown outputs: 20 kB of them
+        return
+
+    with grpc.insecure_channel(running.address) as channel:
+        call = channel.stream_stream("/inference.GRPCInferenceService/ModelStreamInfer")(endless(), timeout=30)
+        before = -1
+        while before != sent:  # until nothing moves any more
+            before = sent
+            time.sleep(0.3)
+        call.cancel()
+    assert sent < 20_000
+
+
 def test_a_cancelled_stream_frees_its_rows(running: Running, stock: triton.InferenceServerClient) -> None:
     running.fake.delay_s = 0.1
     answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
@@ -196,7 +232,22 @@ def test_timeouts_priorities_and_cancelling_reach_the_scheduler(running: Running
     until(lambda: running.server.worker.pending_images == 0)
 
 
-def test_tensors_go_through_shared_memory_both_ways(stock: triton.InferenceServerClient) -> None:
+@pytest.fixture
+def sharing() -> Iterator[triton.InferenceServerClient]:
+    with serving(FakeComponents(), Listen(port=0, shared_memory=True)) as running:
+        client = triton.InferenceServerClient(running.address)
+        yield client
+        client.close()
+
+
+def test_shared_memory_is_only_for_who_asked_for_it(stock: triton.InferenceServerClient) -> None:
+    with pytest.raises(InferenceServerException, match="started without --shared-memory"):
+        stock.register_system_shared_memory("in", "/flashdiff_none", 64)
+    assert "system_shared_memory" not in stock.get_server_metadata().extensions
+
+
+def test_tensors_go_through_shared_memory_both_ways(sharing: triton.InferenceServerClient) -> None:
+    stock = sharing
     image_bytes = 64 * 64 * 3
     given = shm.create_shared_memory_region("in", "/flashdiff_test_in", 64)
     taken = shm.create_shared_memory_region("out", "/flashdiff_test_out", image_bytes)
@@ -227,11 +278,15 @@ def test_tensors_go_through_shared_memory_both_ways(stock: triton.InferenceServe
         for name, key, count, message in (
             ("in", "/flashdiff_test_in", 64, "registered already"),
             ("x", "/../etc/passwd", 64, "must be the name of a shared memory object"),
-            ("x", "/flashdiff_none", 64, "no such shared memory object"),
+            ("x", "/flashdiff_none", 64, "cannot open the shared memory object"),
             ("x", "/flashdiff_test_in", 65, "the object has 64 bytes"),
         ):
             with pytest.raises(InferenceServerException, match=message):
                 stock.register_system_shared_memory(name, key, count)
+        Path("/dev/shm/flashdiff_test_in").write_bytes(b"")  # cut short: an error, not a signal
+        shared.set_shared_memory("in", size)
+        with pytest.raises(InferenceServerException, match="has become shorter"):
+            stock.infer("fake", [shared])
         stock.unregister_system_shared_memory("in")
         with pytest.raises(InferenceServerException, match="register it first"):
             stock.infer("fake", [shared])
