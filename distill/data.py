@@ -23,17 +23,12 @@ from flashdiff.distill.config import DataRecipe
 from flashdiff.distill.sources import Damage, Sample, decoded, image_size, read_samples
 from flashdiff.errors import TrainingError, first_line
 from flashdiff.families.base import TorchModel
-from flashdiff.files import hash_files
+from flashdiff.files import cache_folder, hash_files
 
 _log = logging.getLogger(__name__)
 
 _FORMAT = 1  # raise it when a cached tensor would come out differently from the same bytes
 _WIDEST = 2.0  # of the aspect buckets, long side to short
-
-
-def cache_folder() -> Path:
-    """Where latents and text embeddings are kept, for all runs: their names say what they were made from."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashdiff" / "distill"
 
 
 @dataclass(frozen=True)
@@ -174,7 +169,7 @@ class _Cache:
             files = [path for folder in model.folder.glob(pattern) for path in folder.iterdir() if path.is_file()]
             return hash_files(model.folder, files)[:16]
 
-        self.folder, self._model = cache_folder(), model
+        self.folder, self._model = cache_folder() / "distill", model
         self._latents = self.folder / f"latents-{_FORMAT}-{parts('vae')}"
         # Embeddings are large: they are kept in the precision that text encoders (t*) run in.
         precision = str(processes.precision()).removeprefix("torch.")

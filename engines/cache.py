@@ -1,20 +1,14 @@
 """What is slow to make is made once: folders of files kept by the hash of all that decides them."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from flashdiff.errors import BackendError
-from flashdiff.files import hash_file, new_folder, write_whole
+from flashdiff.files import cache_folder, hash_file, new_folder, write_whole
 
 _HASHES = "hashes.json"
-
-
-def cache_folder() -> Path:
-    """Where it is kept: `flashdiff` in the user's cache directory. It may be removed at any time."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashdiff"
 
 
 def is_cached(key: str) -> bool:

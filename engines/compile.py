@@ -5,11 +5,12 @@ from pathlib import Path
 
 from flashdiff.components import ModelSpec, Size
 from flashdiff.engines.bundle import BuildInputs, PartFile
-from flashdiff.engines.cache import cache_folder, cached
+from flashdiff.engines.cache import cached
 from flashdiff.engines.export import GRAPH
 from flashdiff.engines.parts import Part
 from flashdiff.engines.plan import Export, key_of
 from flashdiff.engines.runtime import backend_module, bucket_shapes, dimensions_of
+from flashdiff.files import cache_folder
 
 
 def compile_export(

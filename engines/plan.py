@@ -14,7 +14,7 @@ import safetensors
 import flashdiff
 from flashdiff.components import ModelSpec, Size
 from flashdiff.engines.bundle import MANIFEST, PARTS, BuildInputs, LoraRecord, Manifest, Precision, read_manifest
-from flashdiff.engines.cache import cache_folder, is_cached
+from flashdiff.engines.cache import is_cached
 from flashdiff.engines.config import BuildOptions
 from flashdiff.engines.runtime import backend_module
 from flashdiff.engines.runtime.machine import check_backend, this_machine
@@ -22,7 +22,7 @@ from flashdiff.errors import BundleError
 from flashdiff.families import family_of, find_base
 from flashdiff.families.base import ModelFamily, base_hash
 from flashdiff.families.loading import read_config
-from flashdiff.files import hash_files
+from flashdiff.files import cache_folder, hash_files
 from flashdiff.lora import check_base, find_lora, fused_spec, lora_hash
 
 _LIBRARIES = {

@@ -56,6 +56,11 @@ def write_whole(path: Path, content: bytes | str) -> None:
     beside.replace(path)
 
 
+def cache_folder() -> Path:
+    """`flashdiff` in the user's cache directory: what is there can be made again, and may be removed at any time."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashdiff"
+
+
 def hash_file(path: Path) -> str:
     """SHA-256 of the content, as hex."""
     with open(path, "rb") as file:

@@ -3,7 +3,6 @@
 import hashlib
 import importlib.metadata
 import json
-import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from flashdiff.files import write_whole
+from flashdiff.files import cache_folder, write_whole
 from flashdiff.zoo import world
 from flashdiff.zoo.world import Scene, scenes
 
@@ -40,7 +39,7 @@ def rendered(folder: Path, kinds: Sequence[str], first_seed: int, count: int, si
 
 def render_cache() -> Path:
     """Where renders that belong to no run are kept: 12 kB an image of 64x64."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashdiff" / "renders"
+    return cache_folder() / "renders"
 
 
 def _world_hash() -> str:

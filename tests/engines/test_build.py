@@ -14,12 +14,13 @@ from flashdiff.components import Size
 from flashdiff.engines import plan as planning
 from flashdiff.engines.build import build_engine
 from flashdiff.engines.bundle import read_manifest
-from flashdiff.engines.cache import cache_folder, cached, is_cached
+from flashdiff.engines.cache import cached, is_cached
 from flashdiff.engines.config import BuildOptions
 from flashdiff.engines.plan import describe, plan_build
 from flashdiff.engines.runtime.engine import open_bundle
 from flashdiff.engines.runtime.machine import check_backend
 from flashdiff.errors import BackendError, BundleError, ConfigError, FlashdiffError, LoraError, ModelError
+from flashdiff.files import cache_folder
 from flashdiff.lora import WEIGHTS, load_fused
 
 
