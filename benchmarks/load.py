@@ -4,6 +4,9 @@
 
 The server runs in a process of its own, the client here, over a real port. Arrivals are Poisson and do not wait for answers
 (open loop). Every request has a prompt of its own, so the cache of text embeddings helps nobody.
+
+The engine has half of the cores to itself, online and offline; the client and the rest of the server share the others. Otherwise
+a load that the client makes would slow the engine that it measures. One pair of rows, offline and saturated, is on all cores.
 """
 
 import argparse
@@ -22,7 +25,7 @@ if __package__ in (None, ""):  # run as a file: the repository's root is what it
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.rows import environment
-from benchmarks.serving import Batching, memory_mb, server
+from benchmarks.serving import Batching, memory_mb, on_cores, server, split_cores
 from flashdiff.engines.bundle import read_manifest
 from flashdiff.engines.runtime.engine import open_bundle
 from flashdiff.errors import FlashdiffError
@@ -146,24 +149,27 @@ async def open_loop(client: AsyncClient, per_second: float, seconds: float, time
     return outcome
 
 
-async def chaos(client: AsyncClient, count: int, per_second: float) -> dict[str, Any]:
-    """Requests of which a third are cancelled at a random moment and a third have a random deadline: each ends exactly once."""
+async def chaos(client: AsyncClient, address: str, count: int, per_second: float) -> dict[str, Any]:
+    """Requests that at a random moment are cancelled (a third) or lose their connection (a tenth), or have a random deadline
+    (a third): each ends exactly once, and none keeps its place."""
     rng, ends = random.Random(2), Counter[str]()
 
     async def one(seed: float) -> None:
         own = random.Random(seed)
         timeout_s = own.choice((None, None, own.uniform(0.001, 0.5)))
-        call = asyncio.create_task(client.generate(_prompt(own), steps=own.choice(_STEPS), timeout_s=timeout_s))
-        if own.random() < 0.33:
+        fate = own.choices(("stays", "cancels", "disconnects"), (57, 33, 10))[0]
+        through = AsyncClient(address, retries=False) if fate == "disconnects" else client
+        call = asyncio.create_task(through.generate(_prompt(own), steps=own.choice(_STEPS), timeout_s=timeout_s))
+        if fate != "stays":
             await asyncio.sleep(own.uniform(0.0, 0.2))
-            call.cancel()
+            await through.close() if fate == "disconnects" else call.cancel()
         try:
             await call
             ends["OK"] += 1
         except ServerError as error:
             ends[error.code.name] += 1
         except asyncio.CancelledError:
-            ends["cancelled here"] += 1
+            ends[f"{fate} here"] += 1
 
     calls = []
     for _ in range(count):
@@ -176,17 +182,18 @@ async def chaos(client: AsyncClient, count: int, per_second: float) -> dict[str,
     return {"phase": "chaos", "sent": count, "ends": dict(ends), "answered": sum(ends.values()), "slots_left": pending}
 
 
-def offline(bundle: Path, seconds: float) -> dict[str, Any]:
+def offline(bundle: Path, seconds: float, cores: set[int]) -> dict[str, Any]:
     """The engine alone with full batches of the same mixture: the most images a second that any server of it could send."""
-    engine, rng, made = open_bundle(bundle), random.Random(0), 0
-    batch = engine.max_batch // engine.spec.sampler.evaluations_per_step
-    generate(engine, [Order(prompt="warm", seed=0, steps=1, size=engine.spec.sizes[0], count=batch)])
-    started = time.perf_counter()
-    while (spent := time.perf_counter() - started) < seconds:
-        steps = _STEPS[made // batch % len(_STEPS)]
-        orders = [Order(prompt=_prompt(rng), seed=index, steps=steps, size=engine.spec.sizes[0]) for index in range(batch)]
-        generate(engine, orders)
-        made += batch
+    with on_cores(cores):
+        engine, rng, made = open_bundle(bundle), random.Random(0), 0
+        batch = engine.max_batch // engine.spec.sampler.evaluations_per_step
+        generate(engine, [Order(prompt="warm", seed=0, steps=1, size=engine.spec.sizes[0], count=batch)])
+        started = time.perf_counter()
+        while (spent := time.perf_counter() - started) < seconds:
+            steps = _STEPS[made // batch % len(_STEPS)]
+            orders = [Order(prompt=_prompt(rng), seed=index, steps=steps, size=engine.spec.sizes[0]) for index in range(batch)]
+            generate(engine, orders)
+            made += batch
     return {"phase": "offline", "images_per_s": round(made / spent, 2), "batch": batch}
 
 
@@ -198,53 +205,77 @@ async def _with_client(address: str, use: Callable[[AsyncClient], Awaitable[Any]
 
 def run(bundle: Path, plan: Plan, report: Callable[[str], None]) -> dict[str, Any]:
     """Every phase once; {"environment": ..., "rows": [...]}."""
+    engine_cores, other_cores = split_cores()
     record = environment({"student": read_manifest(bundle)})
-    rows: list[dict[str, Any]] = [offline(bundle, plan.offline_s)]
-    report(f"offline: {rows[0]['images_per_s']} images/s in batches of {rows[0]['batch']}")
-    at_once = 2 * rows[0]["batch"]
+    rows: list[dict[str, Any]] = []
 
     def phase(address: str, use: Callable[[AsyncClient], Awaitable[Any]], **about: Any) -> dict[str, Any]:
         result = asyncio.run(_with_client(address, use))
-        row: dict[str, Any] = result if isinstance(result, dict) else result.row(**about)
+        return keep(result if isinstance(result, dict) else result.row(**about))
+
+    def keep(row: dict[str, Any]) -> dict[str, Any]:
         rows.append(row)
         report(" ".join(f"{name}={value}" for name, value in row.items() if name != "samples_ms"))
         return row
 
-    with server(bundle, "step") as (address, _):
-        phase(address, lambda client: quiet(client, plan.quiet))
-        best = phase(address, lambda client: saturated(client, plan.saturated_s, at_once), phase="saturated", batching="step")
-    capacity = best["goodput_per_s"]
-    batchings: tuple[Batching, ...] = ("step", "request")
-    for load in plan.loads:  # the two in turn, so that a noisy machine is noisy for both
-        for batching in batchings:
-            with server(bundle, batching) as (address, _):
-                phase(
-                    address,
-                    lambda client, load=load: open_loop(client, load * capacity, plan.open_loop_s),  # type: ignore[misc]
-                    phase="open loop",
-                    batching=batching,
-                    load=load,
-                    offered_per_s=round(load * capacity, 2),
-                )
-    with server(bundle, "step") as (address, process):
-        before = memory_mb(process)
-        over = phase(
-            address, lambda client: open_loop(client, 3 * capacity, plan.overload_s), phase="overload", batching="step", load=3.0
-        )
-        over["memory_growth_mb"] = round(memory_mb(process) - before, 1)
-        phase(address, lambda client: chaos(client, plan.chaos, 2 * capacity))
+    def fill(cores: set[int], which: str) -> dict[str, Any]:
+        """What the engine makes on these cores, then what the server does with it."""
+        alone = keep(offline(bundle, plan.offline_s, cores) | {"cores": which})
+        with server(bundle, "step", cores) as (address, _):
+            if cores == engine_cores:
+                phase(address, lambda client: quiet(client, plan.quiet))
+            at_once = 2 * int(alone["batch"])
+            return phase(
+                address,
+                lambda client: saturated(client, plan.saturated_s, at_once),
+                phase="saturated",
+                batching="step",
+                cores=which,
+                of_offline=alone["images_per_s"],
+            )
+
+    fill(engine_cores | other_cores, "shared")
+    with on_cores(other_cores):
+        capacity = fill(engine_cores, "own")["goodput_per_s"]
+        batchings: tuple[Batching, ...] = ("step", "request")
+        for load in plan.loads:  # the two in turn, so that a noisy machine is noisy for both
+            for batching in batchings:
+                with server(bundle, batching, engine_cores) as (address, _):
+                    phase(
+                        address,
+                        lambda client, load=load: open_loop(client, load * capacity, plan.open_loop_s),  # type: ignore[misc]
+                        phase="open loop",
+                        batching=batching,
+                        load=load,
+                        offered_per_s=round(load * capacity, 2),
+                    )
+        with server(bundle, "step", engine_cores) as (address, process):
+            before = memory_mb(process)
+            over = phase(
+                address,
+                lambda client: open_loop(client, 3 * capacity, plan.overload_s),
+                phase="overload",
+                batching="step",
+                load=3.0,
+            )
+            over["memory_growth_mb"] = round(memory_mb(process) - before, 1)
+            phase(address, lambda client: chaos(client, address, plan.chaos, 2 * capacity))
     return {"environment": record, "rows": rows}
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """What the rows say, each beside what it is measured against."""
     by_phase = {row["phase"]: row for row in rows}
-    best, quiet_row, full = by_phase["offline"], by_phase["quiet"], by_phase["saturated"]
-    over, storm = by_phase["overload"], by_phase["chaos"]
-    kept = over["goodput_per_s"] / full["goodput_per_s"]
+    quiet_row, over, storm = by_phase["quiet"], by_phase["overload"], by_phase["chaos"]
+    full = {row["cores"]: row for row in rows if row["phase"] == "saturated"}
+    kept = over["goodput_per_s"] / full["own"]["goodput_per_s"]
     lines = [
         f"- quiet: client-seen p50 {quiet_row['p50_ms']} ms, {quiet_row['p50_beyond_engine_ms']} ms of it beyond the engine",
-        f"- saturated: {full['goodput_per_s']} images/s, {full['goodput_per_s'] / best['images_per_s']:.2f} of the engine alone",
+        *(
+            f"- saturated, engine on {'cores of its own' if cores == 'own' else 'the cores of server and client'}: "
+            f"{row['goodput_per_s']} images/s, {row['goodput_per_s'] / row['of_offline']:.2f} of the engine alone"
+            for cores, row in full.items()
+        ),
         f"- overload, 3 x capacity for {over['seconds']:.0f} s: goodput {kept:.2f} of capacity, "
         f"refusals within {over['refusal_p99_ms']} ms (p99), memory {over['memory_growth_mb']:+} MB",
         f"- chaos: {storm['answered']} of {storm['sent']} requests ended once, {storm['slots_left']} slots left behind",

@@ -14,6 +14,27 @@ from flashdiff.server.worker import Job, Worker
 Batching = Literal["step", "request"]
 
 
+def split_cores() -> tuple[set[int], set[int]]:
+    """(the engine's, everybody else's): halves of the cores this process may use, so that client and engine do not compete.
+
+    On a GPU the device is nobody else's either. With one core both are that one.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    middle = max(1, len(cores) // 2)
+    return set(cores[:middle]), set(cores[middle:] or cores)
+
+
+@contextmanager
+def on_cores(cores: set[int]) -> Iterator[None]:
+    """This thread, and those it starts, on these cores alone."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
 class RequestLevelWorker(Worker):
     """What most servers do, for comparison: a batch is closed when it starts, all of one number of steps; who comes waits."""
 
@@ -36,11 +57,11 @@ class RequestLevelWorker(Worker):
 
 
 @contextmanager
-def server(bundle: Path, batching: Batching = "step") -> Iterator[tuple[str, int]]:
-    """(address, process id) of a server of the bundle that is ready."""
+def server(bundle: Path, batching: Batching = "step", engine_cores: set[int] | None = None) -> Iterator[tuple[str, int]]:
+    """(address, process id) of a server of the bundle that is ready, its engine on `engine_cores` (None: on any)."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(bundle, batching, theirs), daemon=True)
+    process = context.Process(target=_serve, args=(bundle, batching, engine_cores, theirs), daemon=True)
     process.start()
     try:
         if not ours.poll(120) or process.pid is None:
@@ -51,15 +72,23 @@ def server(bundle: Path, batching: Batching = "step") -> Iterator[tuple[str, int
         process.join(30)
 
 
-def _serve(bundle: Path, batching: Batching, pipe: Any) -> None:
+def _serve(bundle: Path, batching: Batching, engine_cores: set[int] | None, pipe: Any) -> None:
     from flashdiff.cli import open_model
     from flashdiff.server.app import Listen, start
     from flashdiff.server.models import Models
 
+    cores = engine_cores or os.sched_getaffinity(0)
+    base = {"step": Worker, "request": RequestLevelWorker}[batching]
+
+    class PinnedWorker(base):  # type: ignore[valid-type,misc]
+        def _run(self) -> None:
+            with on_cores(cores):
+                super()._run()
+
     async def run() -> None:
-        models = Models({"student": open_model(bundle)})
-        worker = {"step": Worker, "request": RequestLevelWorker}[batching]
-        running = await start(models, Listen(port=0), worker=worker)
+        with on_cores(cores):  # where the engine's own threads start
+            models = Models({"student": open_model(bundle)})
+        running = await start(models, Listen(port=0), worker=PinnedWorker)
         pipe.send(running.port)
         await asyncio.Event().wait()
 

@@ -191,8 +191,12 @@ class AsyncClient:
         except grpc.RpcError as error:
             raise _server_error(error) from None
 
+    async def close(self) -> None:
+        """End the connection, and with it the calls that run."""
+        await self._channel.close()
+
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        await self._channel.close()
+        await self.close()

@@ -1,5 +1,6 @@
 """The policy: what the device does next, and whether a new request can be on time. Pure functions, no clock, no threads."""
 
+import heapq
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -46,11 +47,25 @@ class Ready:
 def choose(ready: Iterable[Ready]) -> list[Ready]:
     """The next batch: one stage, one model, one size, at most `max_slots`; empty when nothing is ready.
 
-    Finished rows are decoded first, since that answers someone; then texts are encoded, so that they join the very next
-    step; then one denoise step. Within a stage, the most urgent item (due, then arrival) picks model and size, so none
-    blocks another, and the rest of its bucket fills the batch in the same order.
+    Finished rows are decoded first, since that answers someone. Then texts are encoded, so that they join the very next step,
+    unless that step is full of rows no less urgent: they would wait anyway, and are read together with those to come. Then
+    one denoise step. Within a stage, the most urgent item (due, then arrival) picks model and size, so none blocks another,
+    and the rest of its bucket fills the batch in the same order.
     """
-    urgent = sorted(ready, key=lambda item: (_STAGES.index(item.stage), item.due, item.arrival, item.index))
+    urgent = sorted(ready, key=_urgency)
+    decode, texts, step = (_fill([item for item in urgent if item.stage == stage]) for stage in _STAGES)
+    is_full = bool(step) and sum(item.slots for item in step) + step[-1].slots > step[0].max_slots
+    if texts and is_full and _urgency(step[-1]) <= _urgency(texts[0]):
+        texts = []
+    return decode or texts or step
+
+
+def _urgency(item: Ready) -> tuple[float, int, int]:
+    return item.due, item.arrival, item.index
+
+
+def _fill(urgent: Sequence[Ready]) -> list[Ready]:
+    """The first item's bucket, as far as the batch holds it."""
     batch: list[Ready] = []
     slots = 0
     for item in urgent:
@@ -69,29 +84,57 @@ class Work:
     slots: int  # of each row's step
     texts: int
     costs: Costs
+    bucket: Hashable = None  # whose rows share a denoise step
 
     @property
     def share_ms(self) -> float:
         """Its share of the device, in full batches."""
-        return (
-            self.rows * self.steps * self.slots * _per_slot(self.costs["denoiser"])
-            + self.rows * _per_slot(self.costs["decoder"])
-            + self.texts * _per_slot(self.costs["text_encoder"])
-        )
+        return self.rows * self.steps * self.slots * _per_slot(self.costs["denoiser"]) + self.around_ms
+
+    @property
+    def around_ms(self) -> float:
+        """Of that, what comes before the first and after the last step."""
+        return self.rows * _per_slot(self.costs["decoder"]) + self.texts * _per_slot(self.costs["text_encoder"])
 
     @property
     def alone_ms(self) -> float:
         """How long it takes when nothing else is there."""
-        return (
-            _cost(self.costs["text_encoder"], self.texts)
-            + self.steps * _cost(self.costs["denoiser"], self.rows * self.slots)
-            + _cost(self.costs["decoder"], self.rows)
-        )
+        return expected_ms(self, [])
 
 
 def expected_ms(new: Work, ahead: Sequence[Work]) -> float:
-    """How long until `new` is done, all of `ahead` going first in full batches and `new` then running alone."""
-    return sum(work.share_ms for work in ahead) + new.alone_ms
+    """How long until `new` is done, all of `ahead` going first.
+
+    The batch is so many places. A row takes the place that is free first and keeps it for all of its steps, so a request
+    waits for places, and then for its steps at the cost of the batch they share; what shares no step comes on top.
+    """
+    beside = [work for work in ahead if work.bucket == new.bucket]
+    return (
+        (_steps_ms(new, beside) if beside else new.steps * _cost(new.costs["denoiser"], new.rows * new.slots))
+        + _cost(new.costs["text_encoder"], new.texts)
+        + _cost(new.costs["decoder"], new.rows)
+        + sum(work.around_ms if work.bucket == new.bucket else work.share_ms for work in ahead)
+    )
+
+
+_WAIT_MARGIN = 1.25
+
+
+def promised_ms(new: Work, ahead: Sequence[Work]) -> float:
+    """The time within which `new` can be promised: waiting, the uncertain part of `expected_ms`, counts a quarter more.
+
+    Planned to the last millisecond, a queue under overload would be all work that ends just too late.
+    """
+    return new.alone_ms + _WAIT_MARGIN * (expected_ms(new, ahead) - new.alone_ms)
+
+
+def _steps_ms(new: Work, beside: Sequence[Work]) -> float:
+    by_batch = new.costs["denoiser"]
+    largest = max(by_batch)
+    places = [0] * max(1, largest // new.slots)  # a heap: after how many steps each is free
+    ends = [heapq.heapreplace(places, places[0] + work.steps) + work.steps for work in (*beside, new) for _ in range(work.rows)]
+    slots = sum(work.rows * work.slots for work in (*beside, new))
+    return max(ends[-new.rows :]) * _cost(by_batch, min(slots, largest))
 
 
 def _per_slot(by_batch: dict[int, float]) -> float:

@@ -4,9 +4,9 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from flashdiff.components import Conditioning
@@ -21,7 +21,7 @@ from flashdiff.errors import (
 from flashdiff.generate import Order, Pixels, Row, decode_rows, denoise_rows, encode_prompts, start_rows
 from flashdiff.preview import preview
 from flashdiff.server.models import Model
-from flashdiff.server.scheduler import PART_OF, Priority, Ready, Stage, Work, choose, due, expected_ms
+from flashdiff.server.scheduler import PART_OF, Priority, Ready, Stage, Work, choose, due, expected_ms, promised_ms
 
 MAX_PENDING_IMAGES = 128
 """Accepted and not yet finished; what comes beyond is refused at once."""
@@ -146,7 +146,8 @@ class Worker:
         """How long the order would take if it were submitted now, as admission sees it."""
         now = time.monotonic()
         with self._changed:
-            return self._expected_ms(model, order, due(now, priority, math.inf, 0.0))
+            left = {job: _work_left(job) for job in self._jobs}
+            return expected_ms(_work_of(model, order), _ahead_of(due(now, priority, math.inf, 0.0), left))
 
     def cancel(self, job: Job) -> None:
         """The client has left: its rows are dropped before the next step."""
@@ -184,22 +185,12 @@ class Worker:
             raise DrainingError("the server is shutting down")
         own = [job for job in self._jobs if client and job.client == client]
         for jobs, share, whose in ((self._jobs, 1.0, ""), (own, _CLIENT_SHARE, " of yours")):
-            images, limit = sum(job.order.count for job in jobs), int(share * self._max_pending_images)
-            pixels = sum(_pixel_bytes(job.order) for job in jobs)
-            too_many = images + order.count > limit
-            if (jobs or not whose) and (too_many or (jobs and pixels + _pixel_bytes(order) > share * MAX_PENDING_BYTES)):
-                retry_s = sum(_work_left(job).share_ms for job in self._jobs) / 1000
-                held = f"{images} images" if too_many else f"{pixels / 1e6:.0f} MB of images"
-                most = f"{limit}" if too_many else f"{share * MAX_PENDING_BYTES / 1e6:.0f} MB"
-                raise OverloadedError(
-                    f"the queue is full: {held}{whose} are pending, at most {most} fit; "
-                    f"try again in about {1000 * retry_s:.0f} ms",
-                    retry_after_s=retry_s,
-                )
+            self._check_room(order, jobs, share, whose)
+        left = {job: _work_left(job) for job in self._jobs}
         deadline = math.inf if timeout_s is None else now + timeout_s
-        due_at = due(now, priority, deadline, sum(_work_left(job).share_ms for job in own) / 1000)
+        due_at = due(now, priority, deadline, sum(left[job].share_ms for job in own) / 1000)
         if timeout_s is not None:
-            expected = self._expected_ms(model, order, due_at)
+            expected = promised_ms(_work_of(model, order), _ahead_of(due_at, left))
             if expected > 1000 * timeout_s:
                 if not self._jobs:
                     _forget_slowness(model)
@@ -209,10 +200,20 @@ class Worker:
         self._arrivals += 1
         return Job(model, order, client, deadline, due_at, arrived=now, arrival=self._arrivals, on_step=on_step)
 
-    def _expected_ms(self, model: Model, order: Order, due_at: float) -> float:
-        # Behind it: whoever was promised a time, and whoever is due earlier anyway.
-        ahead = [_work_left(job) for job in self._jobs if job.deadline < math.inf or job.due <= due_at]
-        return expected_ms(_work_of(model, order), ahead)
+    def _check_room(self, order: Order, jobs: Sequence[Job], share: float, whose: str) -> None:
+        """OverloadedError when an order does not fit beside these jobs into their share of the queue."""
+        images, limit = sum(job.order.count for job in jobs), int(share * self._max_pending_images)
+        pixels = sum(_pixel_bytes(job.order) for job in jobs)
+        too_many = images + order.count > limit
+        too_large = bool(jobs) and pixels + _pixel_bytes(order) > share * MAX_PENDING_BYTES
+        if (too_many or too_large) and (jobs or not whose):
+            retry_s = sum(_work_left(job).share_ms for job in self._jobs) / 1000
+            held = f"{images} images" if too_many else f"{pixels / 1e6:.0f} MB of images"
+            most = f"{limit}" if too_many else f"{share * MAX_PENDING_BYTES / 1e6:.0f} MB"
+            raise OverloadedError(
+                f"the queue is full: {held}{whose} are pending, at most {most} fit; try again in about {1000 * retry_s:.0f} ms",
+                retry_after_s=retry_s,
+            )
 
     # --- below here: the worker's thread ---------------------------------------------------------------------------
 
@@ -330,9 +331,9 @@ class Worker:
     def _drop_departed(self, now: float) -> None:
         with self._changed:
             departed = [job for job in self._jobs if job.departed]
-            late = [job for job in self._jobs if not job.departed and job.deadline <= now]
+            late = [job for job in self._jobs if not job.departed and job.deadline <= now + _work_left(job).alone_ms / 1000]
         self._fail(departed, CancelledError("the client has left"))
-        self._fail(late, DeadlineError("the deadline passed before the images were done"))
+        self._fail(late, DeadlineError("the deadline cannot be kept any more: the images would be done after it"))
 
     def _answer(self, jobs: list[Job]) -> None:
         for job in jobs:
@@ -383,15 +384,20 @@ def _pixel_bytes(order: Order) -> int:
 
 def _work_of(model: Model, order: Order) -> Work:
     slots = model.components.spec.sampler.evaluations_per_step
-    return Work(rows=order.count, steps=order.steps, slots=slots, texts=len(order.texts), costs=model.costs)
+    return Work(order.count, order.steps, slots, len(order.texts), model.costs, bucket=(id(model), order.size))
 
 
 def _work_left(job: Job) -> Work:
-    steps = max((len(row.times) - row.step for row in job.rows), default=job.order.steps)
     whole = _work_of(job.model, job.order)
-    return Work(
-        rows=whole.rows - len(job.images), steps=steps, slots=whole.slots, texts=0 if job.rows else whole.texts, costs=whole.costs
-    )
+    if not job.rows:
+        return whole
+    steps = max(len(row.times) - row.step for row in job.rows)
+    return replace(whole, rows=whole.rows - len(job.images), steps=steps, texts=0)
+
+
+def _ahead_of(due_at: float, left: Mapping[Job, Work]) -> list[Work]:
+    """Whoever was promised a time, and whoever is due earlier anyway."""
+    return [work for job, work in left.items() if job.deadline < math.inf or job.due <= due_at]
 
 
 def _forget_slowness(model: Model) -> None:

@@ -2,12 +2,13 @@
 
 import math
 import random
+from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flashdiff.components import Size
-from flashdiff.server.scheduler import PATIENCE_S, Priority, Ready, Stage, Work, choose, due, expected_ms
+from flashdiff.server.scheduler import PATIENCE_S, Priority, Ready, Stage, Work, choose, due, expected_ms, promised_ms
 
 SMALL, LARGE = Size(64, 64), Size(128, 64)
 COSTS = {"text_encoder": {1: 1.0, 4: 2.0}, "denoiser": {1: 10.0, 4: 20.0}, "decoder": {1: 4.0, 4: 8.0}}
@@ -27,6 +28,14 @@ def test_finished_rows_are_decoded_before_prompts_are_encoded_before_steps_are_t
     ready = [_ready("denoise", 0), _ready("encode", 1, size=None), _ready("decode", 2)]
     assert [item.stage for item in choose(ready)] == ["decode"]
     assert [item.stage for item in choose(ready[:2])] == ["encode"]
+
+
+def test_texts_wait_for_room_in_the_step_unless_they_are_more_urgent() -> None:
+    full = [_ready("denoise", index, due=2) for index in range(4)]
+    text = _ready("encode", 9, size=None, due=3)
+    assert [item.stage for item in choose([*full, text])] == 4 * ["denoise"]
+    assert [item.stage for item in choose([*full[:3], text])] == ["encode"]
+    assert [item.stage for item in choose([*full, _ready("encode", 9, size=None, due=1)])] == ["encode"]
 
 
 def test_the_most_urgent_deadline_picks_the_size_and_the_rest_of_its_size_joins() -> None:
@@ -126,6 +135,27 @@ def test_under_lasting_overload_even_low_priority_is_served() -> None:
 def test_the_estimate_is_the_sum_of_the_stages_alone_and_grows_with_the_backlog() -> None:
     new = Work(rows=1, steps=4, slots=1, texts=1, costs=COSTS)
     assert expected_ms(new, []) == 1 + 4 * 10 + 4
-    ahead = Work(rows=2, steps=3, slots=1, texts=0, costs=COSTS)
-    assert expected_ms(new, [ahead]) == 45 + 2 * 3 * 5 + 2 * 2
     assert expected_ms(Work(rows=5, steps=1, slots=1, texts=1, costs=COSTS), []) == 1 + (20 + 10) + (8 + 4)
+    beside = Work(rows=2, steps=3, slots=1, texts=0, costs=COSTS)  # all three fit one batch of four
+    assert expected_ms(new, [beside]) == 1 + 4 * 20 + 4 + 2 * 2
+    elsewhere = replace(beside, bucket="another size")
+    assert expected_ms(new, [elsewhere]) == expected_ms(new, []) + 2 * 3 * 5 + 2 * 2
+    assert promised_ms(new, []) == expected_ms(new, [])
+    assert promised_ms(new, [beside]) > expected_ms(new, [beside])
+    assert expected_ms(new, 4 * [beside]) == 1 + (6 + 4) * 20 + 4 + 4 * 4  # eight rows of three steps go before it
+
+
+@given(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 6)), max_size=20), st.integers(1, 3), st.integers(1, 6))
+def test_the_estimate_is_what_the_policy_then_takes(ahead: list[tuple[int, int]], rows: int, steps: int) -> None:
+    """Requests of so many rows and steps, in order, stepped as `choose` says, at the cost of a full batch each."""
+    works = [Work(rows=r, steps=s, slots=1, texts=0, costs=COSTS) for r, s in (*ahead, (rows, steps))]
+    left = {(job, row): work.steps for job, work in enumerate(works) for row in range(work.rows)}
+    took = 0
+    while any(job == len(ahead) for job, _ in left):
+        handles = list(left)
+        for item in choose([_ready("denoise", index, due=float(job)) for index, (job, _) in enumerate(handles)]):
+            left[handles[item.index]] -= 1
+        left = {key: steps for key, steps in left.items() if steps}
+        took += 1
+    around = sum(2.0 * r for r, _ in ahead) + (4.0 if rows == 1 else 8.0)
+    assert expected_ms(works[-1], works[:-1]) == took * (20.0 if ahead or rows > 1 else 10.0) + around
