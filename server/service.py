@@ -2,9 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NoReturn
+from contextlib import aclosing
+from typing import Any, NoReturn, TypeVar
 
 from flashdiff.errors import FlashdiffError
 from flashdiff.generate import Order, Pixels
@@ -22,34 +23,50 @@ from flashdiff.server.convert import (
 from flashdiff.server.gate import client_of, describe_call
 from flashdiff.server.images import ImageFormat, encode_image
 from flashdiff.server.models import Model, Models
+from flashdiff.server.scheduler import Priority
 from flashdiff.server.status import code_of, trailers_of
-from flashdiff.server.worker import Finished, Job, Step, Worker
+from flashdiff.server.worker import Finished, Step, Worker
+
+_Made = TypeVar("_Made")
 
 
 class ImageEncoders:
-    """Image files off the event loop and off the device thread."""
+    """Image files, and other long work, off the event loop and off the device thread."""
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="flashdiff-images")
 
+    async def run(self, function: Callable[..., _Made], *args: object) -> _Made:
+        """Any work that is too long for the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
+
     async def encode(self, images: list[Pixels], image_format: ImageFormat, quality: int | None = None) -> list[bytes]:
-        loop = asyncio.get_running_loop()
-        return await asyncio.gather(
-            *(loop.run_in_executor(self._threads, encode_image, image, image_format, quality) for image in images)
-        )
+        return await asyncio.gather(*(self.run(encode_image, image, image_format, quality) for image in images))
 
 
-async def finish(worker: Worker, job: Job) -> Finished:
-    """The job's answer; a caller that is cancelled gives the job's place up."""
+async def progress(
+    worker: Worker, model: Model, order: Order, timeout_s: float | None, client: str, priority: Priority, *, steps: bool
+) -> AsyncGenerator[Step | Finished, None]:
+    """Submit an order and tell how it goes: every step where `steps` are wanted, then what was made.
+
+    It keeps its place, and its pixels count as pending, until the iterator is closed: close it, by `contextlib.aclosing`.
+    """
+    loop = asyncio.get_running_loop()
+    told: asyncio.Queue[Step | None] = asyncio.Queue()
+
+    def tell(step: Step | None) -> None:
+        loop.call_soon_threadsafe(told.put_nowait, step)
+
+    job = worker.submit(model, order, timeout_s, client=client, priority=priority, on_step=tell if steps else None)
     try:
-        finished = await asyncio.wrap_future(job.answer)
-    except asyncio.CancelledError:  # the client has left or its deadline has passed
-        worker.cancel(job)
-        raise
-    describe_call(
-        model=job.model.identity.name, steps=job.order.steps, **{f"{k}_ms": v for k, v in vars(finished.timings).items()}
-    )
-    return finished
+        job.answer.add_done_callback(lambda _: tell(None))
+        while (step := await told.get()) is not None:
+            yield step
+        finished = job.answer.result()
+        describe_call(model=model.identity.name, steps=order.steps, **{f"{k}_ms": v for k, v in vars(finished.timings).items()})
+        yield finished
+    finally:
+        worker.release(job)  # the client may have left or its deadline have passed
 
 
 async def abort(context: Any, error: FlashdiffError) -> NoReturn:
@@ -65,33 +82,29 @@ class ImageService(image_pb2_grpc.ImageServiceServicer):
         self._worker, self._models, self._encoders = worker, models, encoders
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
-        try:
-            model, order, wish = self._read(request)
-            timeout_s, client = context.time_remaining(), client_of(context)
-            job = self._worker.submit(model, order, timeout_s, client=client, priority=wish.priority)
-            return await self._respond(model, order, wish, await finish(self._worker, job))
-        except FlashdiffError as error:
-            await abort(context, error)
+        async with aclosing(self._updates(request, context, previews=False)) as updates:
+            return (await anext(updates)).result
 
     async def GenerateStream(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateUpdate]:
-        loop = asyncio.get_running_loop()
-        steps: asyncio.Queue[Step | None] = asyncio.Queue()
+        async with aclosing(self._updates(request, context, previews=True)) as updates:
+            async for update in updates:
+                yield update
 
-        def tell(step: Step | None) -> None:
-            loop.call_soon_threadsafe(steps.put_nowait, step)
-
+    async def _updates(
+        self, request: pb.GenerateRequest, context: Any, *, previews: bool
+    ) -> AsyncGenerator[pb.GenerateUpdate, None]:
+        """The previews where they are wanted, then the result; an error ends the call."""
         try:
             model, order, wish = self._read(request)
             timeout_s, client = context.time_remaining(), client_of(context)
-            job = self._worker.submit(model, order, timeout_s, client=client, priority=wish.priority, on_step=tell)
-            job.answer.add_done_callback(lambda _: tell(None))
-            try:
-                while (step := await steps.get()) is not None:
-                    png = (await self._encoders.encode([step.picture], "png"))[0]
-                    yield write_preview(step, png)
-                yield write_result(await self._respond(model, order, wish, await finish(self._worker, job)))
-            finally:
-                self._worker.cancel(job)  # the client may have left; nothing to free otherwise
+            updates = progress(self._worker, model, order, timeout_s, client, wish.priority, steps=previews)
+            async with aclosing(updates):
+                async for update in updates:
+                    if isinstance(update, Step):
+                        png = (await self._encoders.encode([update.picture], "png"))[0]
+                        yield write_preview(update, png)
+                    else:
+                        yield write_result(await self._respond(model, order, wish, update))
         except FlashdiffError as error:
             await abort(context, error)
 

@@ -28,7 +28,7 @@ from flashdiff.server.gate import Malformed, client_of
 from flashdiff.server.images import ImageFormat
 from flashdiff.server.models import Model, Models
 from flashdiff.server.scheduler import Priority
-from flashdiff.server.service import ImageEncoders, abort, finish
+from flashdiff.server.service import ImageEncoders, abort, progress
 from flashdiff.server.shared_memory import Regions
 from flashdiff.server.worker import Finished, Step, Worker
 
@@ -292,32 +292,21 @@ class TritonService:
         self, request: pb.ModelInferRequest, remaining_s: float | None, client: str, *, stream: bool
     ) -> AsyncIterator[pb.ModelInferResponse]:
         """The previews, where they are asked for, and the result; errors count as failed in the statistics."""
-        loop = asyncio.get_running_loop()
-        steps: asyncio.Queue[Step | None] = asyncio.Queue()
-
-        def tell(step: Step | None) -> None:
-            loop.call_soon_threadsafe(steps.put_nowait, step)
-
         started = time.monotonic()
         statistics = None
         try:
             call = self._read(request, remaining_s, stream=stream)
             statistics = self._statistics.setdefault(request.model_name, _Statistics())
-            on_step = tell if "PREVIEW" in call.outputs else None
-            job = self._worker.submit(
-                call.model, call.order, call.timeout_s, client=client, priority=call.priority, on_step=on_step
-            )
-            if on_step:
-                job.answer.add_done_callback(lambda _: tell(None))
-                try:
-                    while (step := await steps.get()) is not None:
-                        yield _preview(request, step)
-                finally:
-                    self._worker.cancel(job)  # nothing to free when it is done
-            finished = await finish(self._worker, job)
-            encoding = time.monotonic()
-            files = await self._encoders.encode(finished.images, call.format) if "ENCODED" in call.outputs else []
-            response = self._result(request, call, finished, files)
+            steps = "PREVIEW" in call.outputs
+            updates = progress(self._worker, call.model, call.order, call.timeout_s, client, call.priority, steps=steps)
+            async with contextlib.aclosing(updates):
+                async for update in updates:
+                    if isinstance(update, Step):
+                        yield _preview(request, update)
+                    else:
+                        finished, encoding = update, time.monotonic()
+                        files = await self._encoders.encode(finished.images, call.format) if "ENCODED" in call.outputs else []
+                        response = await self._encoders.run(self._result, request, call, finished, files)
         except FlashdiffError:
             if statistics:
                 statistics.add("fail", 1000 * (time.monotonic() - started))

@@ -27,7 +27,7 @@ MAX_PENDING_IMAGES = 128
 """Accepted and not yet finished; what comes beyond is refused at once."""
 
 MAX_PENDING_BYTES = 512 * 1024**2
-"""Of their pixels, likewise: large images need more room than small ones."""
+"""Of their pixels and of those still being sent, likewise: large images need more room than small ones."""
 
 _CLIENT_SHARE = 0.75  # of the queue, for one client, so that others always find room
 _HANG_S = 60.0  # a device call that takes this long and 20 times its usual cost will not come back
@@ -66,7 +66,7 @@ class Step:
 
 @dataclass(eq=False)
 class Job:
-    """One accepted request. The worker fills everything below `on_step`; `departed` is set by whoever took the request."""
+    """One accepted request. The worker fills everything below `on_step`; `departed` says that nobody waits for it any more."""
 
     model: Model
     order: Order
@@ -104,6 +104,7 @@ class Worker:
         self._max_pending_images = max_pending_images
         self._observer = observer
         self._jobs: list[Job] = []
+        self._unsent: set[Job] = set()  # answered, their pixels not yet released
         self._arrivals = 0
         self._is_draining = False
         self._hopeless_at = math.inf  # when the call that runs now counts as hung
@@ -149,9 +150,14 @@ class Worker:
             left = {job: _work_left(job) for job in self._jobs}
             return expected_ms(_work_of(model, order), _ahead_of(due(now, priority, math.inf, 0.0), left))
 
-    def cancel(self, job: Job) -> None:
-        """The client has left: its rows are dropped before the next step."""
-        job.departed = True
+    def release(self, job: Job) -> None:
+        """The client has what it asked for, or has left: rows in progress are dropped before the next step.
+
+        Whoever submits releases; until then the job's pixels count as pending.
+        """
+        with self._changed:
+            job.departed = True
+            self._unsent.discard(job)
 
     def drain(self) -> None:
         """Refuse new orders from now on, finish the accepted ones, and stop the thread."""
@@ -183,12 +189,13 @@ class Worker:
             raise BackendError(f"the device thread has stopped: {self.failure}")
         if self._is_draining:
             raise DrainingError("the server is shutting down")
-        own = [job for job in self._jobs if client and job.client == client]
-        for jobs, share, whose in ((self._jobs, 1.0, ""), (own, _CLIENT_SHARE, " of yours")):
+        held = [*self._jobs, *self._unsent]
+        own = [job for job in held if client and job.client == client]
+        for jobs, share, whose in ((held, 1.0, ""), (own, _CLIENT_SHARE, " of yours")):
             self._check_room(order, jobs, share, whose)
         left = {job: _work_left(job) for job in self._jobs}
         deadline = math.inf if timeout_s is None else now + timeout_s
-        due_at = due(now, priority, deadline, sum(left[job].share_ms for job in own) / 1000)
+        due_at = due(now, priority, deadline, sum(left[job].share_ms for job in own if job in left) / 1000)
         if timeout_s is not None:
             expected = promised_ms(_work_of(model, order), _ahead_of(due_at, left))
             if expected > 1000 * timeout_s:
@@ -201,8 +208,9 @@ class Worker:
         return Job(model, order, client, deadline, due_at, arrived=now, arrival=self._arrivals, on_step=on_step)
 
     def _check_room(self, order: Order, jobs: Sequence[Job], share: float, whose: str) -> None:
-        """OverloadedError when an order does not fit beside these jobs into their share of the queue."""
-        images, limit = sum(job.order.count for job in jobs), int(share * self._max_pending_images)
+        """OverloadedError when an order does not fit beside these jobs into their share of the queue and of its bytes."""
+        images = sum(job.order.count for job in jobs if not job.ended)
+        limit = int(share * self._max_pending_images)
         pixels = sum(_pixel_bytes(job.order) for job in jobs)
         too_many = images + order.count > limit
         too_large = bool(jobs) and pixels + _pixel_bytes(order) > share * MAX_PENDING_BYTES
@@ -362,6 +370,8 @@ class Worker:
                 return False
             job.ended = True
             self._jobs.remove(job)
+            if len(job.images) == job.order.count and not job.departed:
+                self._unsent.add(job)
             return True
 
 

@@ -189,6 +189,16 @@ def test_stopping_answers_what_was_accepted_and_refuses_the_rest(running: Runnin
         client.generate("x", timeout_s=5)
 
 
+def test_stopping_does_not_wait_for_who_only_watches(running: Running) -> None:
+    with grpc.insecure_channel(running.address) as channel:
+        watching = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert next(watching).status == health_pb2.HealthCheckResponse.SERVING
+        started = time.monotonic()
+        running.stop(grace_s=15.0)
+        assert time.monotonic() - started < 10
+        assert next(watching).status == health_pb2.HealthCheckResponse.NOT_SERVING
+
+
 def test_health_and_reflection_name_the_service(running: Running) -> None:
     with grpc.insecure_channel(running.address) as channel:
         health = health_pb2_grpc.HealthStub(channel)

@@ -112,7 +112,7 @@ def test_who_left_and_whose_deadline_passed_free_their_place(fake: FakeComponent
     running = asking.submit(_order(fake))
     gate.entered.wait(10)
     left, late = asking.submit(_order(fake, 1)), asking.submit(_order(fake, 2), timeout_s=0.05)
-    asking.worker.cancel(left)
+    asking.worker.release(left)
     time.sleep(0.1)
     gate.open()
     assert len(running.answer.result(10).images) == 1
@@ -257,6 +257,11 @@ def test_large_images_fill_the_queue_by_their_bytes(
     jobs.append(asking.submit(_order(fake)))
     gate.open()
     wait([job.answer for job in jobs], 10)
+    with pytest.raises(OverloadedError, match="MB of images are pending"):  # made, but not yet sent
+        asking.submit(_order(fake, size=Size(128, 64)))
+    for job in jobs:
+        asking.worker.release(job)
+    assert asking.submit(_order(fake, size=Size(128, 64))).answer.result(10)
 
 
 def test_a_hundred_of_one_client_do_not_go_before_the_one_of_another() -> None:
