@@ -53,7 +53,7 @@ class Regions:
             size = os.fstat(file).st_size
             if byte_size == 0 or offset + byte_size > size:
                 os.close(file)
-                raise RequestError("byte_size", byte_size, f"the object has {size} bytes and the region starts at {offset}")
+                raise BackendError(f"a region of {byte_size} bytes from {offset} on does not fit '{key[:80]}', which has {size}")
             self._regions = {**self._regions, name: Region(name, key, offset, byte_size, file)}
 
     def unregister(self, name: str) -> None:
@@ -82,7 +82,7 @@ class Regions:
     def write(self, name: str, offset: int, data: bytes, room: int) -> None:
         """Put `data` where the client made `room` for it."""
         if len(data) > room:
-            raise RequestError("shared_memory_byte_size", room, f"this output takes {len(data)} bytes")
+            raise BackendError(f"shared_memory_byte_size: the output takes {len(data)} bytes, there is room for {room}")
         with self._changing:
             region = self._place(name, offset, len(data))
             if os.fstat(region.file).st_size < region.offset + offset + len(data):

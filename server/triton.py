@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 import flashdiff
 from flashdiff.components import Size
-from flashdiff.errors import FlashdiffError, NotFoundError, RequestError, TensorError
+from flashdiff.errors import BackendError, FlashdiffError, NotFoundError, RequestError, TensorError
 from flashdiff.generate import Order, check_order
 from flashdiff.noise import image_seed
 from flashdiff.proto.v1 import triton_pb2 as pb
@@ -188,14 +188,15 @@ class TritonService:
                 raise TensorError("loading takes no parameters: a bundle has its configuration in its manifest")
             await asyncio.to_thread(self._models.load, request.model_name)
         except FlashdiffError as error:
-            await abort(context, error)
+            await abort(context, BackendError(f"failed to load '{request.model_name[:_MAX_ID]}': {error}"))
         return pb.RepositoryModelLoadResponse()
 
     async def RepositoryModelUnload(
         self, request: pb.RepositoryModelUnloadRequest, context: Any
     ) -> pb.RepositoryModelUnloadResponse:
         try:
-            self._models.unload(request.model_name)
+            with contextlib.suppress(NotFoundError):  # not there, as asked
+                self._models.unload(request.model_name)
         except FlashdiffError as error:
             await abort(context, error)
         return pb.RepositoryModelUnloadResponse()

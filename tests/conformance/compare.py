@@ -16,14 +16,17 @@ from typing import Any
 
 import numpy as np
 import tritonclient.grpc as triton
-from tritonclient.utils import InferenceServerException
+from tritonclient.utils import InferenceServerException, serialize_byte_tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from served import serving
+from served import model_of, serving
 
 from flashdiff.engines.runtime.fake_backend import FakeComponents
+from flashdiff.server.app import Listen
+from flashdiff.server.models import Models
 
+_KEY, _REGION = "/flashdiff-conformance", 4096  # a shared memory object and its bytes
 _PORTS = (18001, 18000, 18002)
 _KINDS: dict[str, Any] = {"BYTES": np.object_, "UINT64": np.uint64, "INT32": np.int32, "FP32": np.float32}
 _TYPES = {"PROMPT": "BYTES", "FORMAT": "BYTES", "NEGATIVE_PROMPT": "BYTES", "SEED": "UINT64"}
@@ -102,9 +105,37 @@ TABLE: dict[str, Callable[[triton.InferenceServerClient], Any]] = {
     "too few bytes": _infer(_prompt(), _short("STEPS")),
     "unknown output": _infer(_prompt(), outputs=("NONE",)),
     "deadline passed": _infer(_prompt(), client_timeout=1e-4),
+    "region, object not there": lambda client: client.register_system_shared_memory("none", "/flashdiff-none", 64),
+    "region": lambda client: client.register_system_shared_memory("table", _KEY, _REGION),
+    "region, name taken": lambda client: client.register_system_shared_memory("table", _KEY, _REGION),
+    "region, larger than its object": lambda client: client.register_system_shared_memory("large", _KEY, 2**30),
+    "regions": lambda client: sorted(client.get_system_shared_memory_status(as_json=True).get("regions", {})),
+    "region status, unknown": lambda client: client.get_system_shared_memory_status("none"),
+    "through shared memory": lambda client: _through_memory(client),
+    "input in an unknown region": lambda client: _through_memory(client, region="none"),
+    "input beyond its region": lambda client: _through_memory(client, offset=_REGION - 4),
+    "output larger than its place": lambda client: _through_memory(client, room=4),
+    "unregister": lambda client: client.unregister_system_shared_memory("table"),
+    "unregister, unknown": lambda client: client.unregister_system_shared_memory("table"),
+    "load, unknown": lambda client: client.load_model("none"),
+    "unload, unknown": lambda client: client.unload_model("none"),
     "stream": lambda client: _streamed(client, "fake"),
     "stream, unknown model": lambda client: _streamed(client, "none"),
 }
+
+
+def _through_memory(client: triton.InferenceServerClient, region: str = "table", offset: int = 0, room: int = 8) -> Any:
+    """A prompt read from the region and a seed written behind it, as the bytes that were there then."""
+    written = serialize_byte_tensor(np.array([b"a red car"], dtype=np.object_)).item()
+    with open(f"/dev/shm{_KEY}", "r+b") as memory:
+        memory.write(written)
+    prompt, seeds = triton.InferInput("PROMPT", [1], "BYTES"), triton.InferRequestedOutput("SEEDS")
+    prompt.set_shared_memory(region, len(written), offset)
+    seeds.set_shared_memory("table", room, _REGION // 2)
+    outputs = client.infer("fake", [prompt, _tensor("SEED", 5)], outputs=[seeds]).get_response().outputs
+    with open(f"/dev/shm{_KEY}", "rb") as memory:
+        memory.seek(_REGION // 2)
+        return [(o.name, o.datatype, tuple(o.shape)) for o in outputs], memory.read(room)
 
 
 def _streamed(client: triton.InferenceServerClient, model: str) -> Any:
@@ -152,7 +183,10 @@ def main() -> None:
     try:
         oracle = triton.InferenceServerClient(f"127.0.0.1:{_PORTS[0]}")
         _wait(oracle)
-        with serving(FakeComponents()) as running:
+        Path(f"/dev/shm{_KEY}").write_bytes(bytes(_REGION))
+        fake = FakeComponents()
+        models = Models({"fake": model_of(fake)}, Path(__file__).parent, opener=lambda _: model_of(fake), identify=str)
+        with serving(fake, Listen(port=0, shared_memory=True), models) as running:
             ours = triton.InferenceServerClient(running.address)
             for name, ask in TABLE.items():
                 theirs, own = _answer(oracle, ask), _answer(ours, ask)
@@ -167,6 +201,7 @@ def main() -> None:
     finally:
         oracle_process.terminate()
         oracle_process.wait(30)
+        Path(f"/dev/shm{_KEY}").unlink(missing_ok=True)
     print(f"{len(TABLE)} requests, {len(unexplained)} unexplained differences")
     sys.exit(bool(unexplained))
 

@@ -4,7 +4,7 @@ import sys
 
 import numpy as np
 from pytriton.model_config import ModelConfig, Tensor
-from pytriton.triton import Triton, TritonConfig
+from pytriton.triton import Triton, TritonConfig, TritonSecurityConfig
 
 _OPTIONAL = {
     "NEGATIVE_PROMPT": bytes,
@@ -36,7 +36,8 @@ def infer(requests):
 
 def main() -> None:
     with Triton(
-        config=TritonConfig(grpc_port=int(sys.argv[1]), http_port=int(sys.argv[2]), metrics_port=int(sys.argv[3]), log_verbose=0)
+        config=TritonConfig(grpc_port=int(sys.argv[1]), http_port=int(sys.argv[2]), metrics_port=int(sys.argv[3]), log_verbose=0),
+        security_config=TritonSecurityConfig(restricted_endpoints=[]),  # or regions and the repository would ask for a token
     ) as triton:
         triton.bind(
             model_name="fake",
