@@ -1,11 +1,11 @@
-"""What helps: variants of a recipe, several seeds each, at equal numbers of network evaluations, by `flashdiff evaluate`.
+"""What helps: variants of a recipe, several seeds each, at an equal budget of network evaluations, by `flashdiff evaluate`.
 
     python benchmarks/ablation.py --out ablation                       # every variant, seeds 0, 1 and 2: hours
     python benchmarks/ablation.py --out ablation --only lcm,ours       # some of them; what is there already is not run again
 
-The budget is what the recipe's own length costs with the variant `distillation`: the teacher's evaluations, the student's, and
-those of the other losses, each counted as one with or without a backward pass. A variant that costs more an update gets fewer
-updates, in all phases alike.
+The budget is what the recipe's own length costs with the variant `distillation`, in forward passes of the network: the teacher's,
+the student's and those of the other losses, a backward pass as what it takes beside them (`flashdiff.distill.plan.cost`). A variant
+that costs more an update gets fewer updates, in all phases alike.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from flashdiff.components import Components
 from flashdiff.config import load_recipe
 from flashdiff.distill.config import Recipe, bundled_recipe
 from flashdiff.distill.loop import distill
-from flashdiff.distill.plan import evaluations
+from flashdiff.distill.plan import cost
 from flashdiff.errors import ConfigError, FlashdiffError
 from flashdiff.evaluation.command import EvaluateOptions, evaluate
 from flashdiff.files import write_whole
@@ -59,9 +59,9 @@ METRICS = ("FID", "KID x1000", "large %", "small %", "text", "diversity")
 
 def variant(recipe: Recipe, name: str, seed: int, scale: float) -> Recipe:
     """The recipe changed as `name` says, as long as the budget allows: `scale` times the length of `recipe`."""
-    budget = scale * evaluations(_changed(recipe, VARIANTS["distillation"]))
+    budget = scale * cost(_changed(recipe, VARIANTS["distillation"]))
     changed = _changed(recipe, {**VARIANTS[name], "seed": seed})
-    share = budget / evaluations(changed)
+    share = budget / cost(changed)
     phases = [{**phase.model_dump(), "updates": max(1, round(phase.updates * share))} for phase in changed.phases]
     settings = {
         "phases": phases,
@@ -97,7 +97,7 @@ def run(recipe: Recipe, out: Path, options: argparse.Namespace) -> dict[str, Any
     seconds = time.monotonic() - started  # of this process: a run that went on after a kill tells its last part
     rows = _measured(recipe.base, (str(out),), options.steps, options)
     rows.pop("real")  # the teacher's result has it
-    found = {"updates": recipe.updates, "evaluations": evaluations(recipe), "seconds": round(seconds), "rows": rows}
+    found = {"updates": recipe.updates, "cost": cost(recipe), "seconds": round(seconds), "rows": rows}
     write_whole(result, json.dumps(found, indent=2) + "\n")
     return found
 
@@ -181,7 +181,7 @@ def _ablate(options: argparse.Namespace) -> None:
     teacher = options.out / f"{TEACHER}.json"
     if not teacher.exists():
         rows = _measured(recipe.base, (), (50, *(steps for steps in options.steps if steps > 1)), options)
-        write_whole(teacher, json.dumps({"updates": 0, "evaluations": 0, "seconds": 0, "rows": rows}, indent=2) + "\n")
+        write_whole(teacher, json.dumps({"updates": 0, "cost": 0, "seconds": 0, "rows": rows}, indent=2) + "\n")
     results: dict[str, list[dict[str, Any]]] = {TEACHER: [json.loads(teacher.read_text())]}
     for seed in options.seeds:  # all variants with one seed first: a table of all comes early
         for name in options.only:

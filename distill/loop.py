@@ -2,8 +2,11 @@
 
 import json
 import logging
+import statistics
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -17,10 +20,11 @@ from flashdiff.distill.curriculum import phase_at
 from flashdiff.distill.data import Dataset, load_dataset
 from flashdiff.distill.network import checkpoint_gradients, place
 from flashdiff.distill.objective import Objective, Part
+from flashdiff.distill.plan import remaining_s
 from flashdiff.distill.previews import preview, save_image
 from flashdiff.distill.processes import Draws
 from flashdiff.distill.publish import publish
-from flashdiff.distill.step import POOL_BATCHES, Pool, Targets, make_pool, student_x0
+from flashdiff.distill.step import Pool, Targets, make_pool, pool_batches, pool_updates, student_x0
 from flashdiff.distill.student import Student
 from flashdiff.distill.trackers import Tracker, open_tracker
 from flashdiff.errors import ConfigError, TrainingError
@@ -33,6 +37,7 @@ from flashdiff.sampling import Sampler
 _log = logging.getLogger(__name__)
 
 _LOSS_STREAM = 1 << 20
+_TIMED_UPDATES = 10  # of this process, whether it began the run or goes on with it: then it tells how long the rest takes
 
 
 def distill(recipe: Recipe, out: Path) -> None:
@@ -90,15 +95,19 @@ def flash_sampler(model: TorchModel, recipe: Recipe) -> Sampler:
 def _train(
     model: TorchModel, student: Student, objective: Objective, data: Dataset, recipe: Recipe, work: Path, tracker: Tracker | None
 ) -> None:
-    log, pool_updates = work / "log.jsonl", POOL_BATCHES * recipe.target_uses
+    log = work / "log.jsonl"
     pool: Pool | None = None
+    target_s, update_s = 0.0, list[float]()
     with tqdm(total=recipe.updates, initial=student.update, desc="distill", unit="update", disable=tracker is None) as bar:
         while student.update < recipe.updates:
             update = student.update
-            pool_index, within = divmod(update, pool_updates)
+            pool_index, within = divmod(update, pool_updates(recipe))
+            started = time.monotonic()
             if pool is None or within == 0:
                 pool = _new_pool(model, student, objective, data, recipe, pool_index, is_new=within == 0)
-            use, number = divmod(within, POOL_BATCHES)
+                target_s = (time.monotonic() - started) / (pool_batches(recipe, pool_index) * recipe.target_uses)
+                started = time.monotonic()
+            use, number = divmod(within, pool_batches(recipe, pool_index))
             solved, chosen = pool.batch(number, seed=((recipe.seed << 24) + pool_index) * 64 + use)
             batches = (
                 solved.targets(chosen[rows], data, model.device) for rows in processes.rows(recipe.batch_size, recipe.accumulate)
@@ -111,6 +120,14 @@ def _train(
                 raise TrainingError(
                     f"{error}; the batch is in {work / 'bad_batch.pt'}, the last checkpoint is untouched"
                 ) from None
+            update_s.append(time.monotonic() - started)
+            if len(update_s) == _TIMED_UPDATES and tracker:
+                median_s = statistics.median(update_s)
+                left_s = remaining_s(recipe, student.update, target_s=target_s, update_s=median_s)
+                _log.info(
+                    "%.3g s an update and %.3g s for its targets, by the first %d: about %s to go, previews aside",
+                    *(median_s, target_s, _TIMED_UPDATES, timedelta(seconds=round(left_s))),
+                )
             bar.set_postfix(loss=f"{line['loss']:.4f}", refresh=False)
             bar.update()
             if tracker:
@@ -125,7 +142,7 @@ def _new_pool(
     model: TorchModel, student: Student, objective: Objective, data: Dataset, recipe: Recipe, index: int, *, is_new: bool
 ) -> Pool:
     """A pool depends on seed, index and anchor alone, so a resumed run solves the same one. Phases change between pools."""
-    phase = phase_at(recipe.phases, index * POOL_BATCHES * recipe.target_uses)
+    phase = phase_at(recipe.phases, index * pool_updates(recipe))
     if not (recipe.backward_simulation or recipe.target == "consistency" or not data.has_images):
         return make_pool(model, objective.unconditional, data, recipe, phase, index)
     if is_new:

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from flashdiff.distill.config import Phase, Recipe
-from flashdiff.distill.curriculum import start_probabilities
+from flashdiff.distill.curriculum import phase_at, start_probabilities
 from flashdiff.distill.objective import Objective
+from flashdiff.distill.step import pool_updates
 from flashdiff.families import load_base
 from flashdiff.lora import ADAPTER, add_adapter
 
@@ -36,6 +37,7 @@ def plan(recipe: Recipe) -> Iterator[str]:
     start = 0
     for phase in recipe.phases:
         teacher = teacher_evaluations(recipe, phase, guided_twice=model.guides_twice)
+        beside = target_cost(recipe, phase) - teacher_evaluations(recipe, phase) + update_cost(recipe, phase)
         weights = ", ".join(
             f"{name.replace('_', ' ')} {getattr(phase, name):g}"
             for name in ("distillation", "adversarial", "distribution_matching")
@@ -43,7 +45,7 @@ def plan(recipe: Recipe) -> Iterator[str]:
         )
         yield (
             f"updates  {start:,} to {start + phase.updates:,}: {weights}; per sample and update {teacher:.1f} evaluations of the "
-            f"teacher's ODE, {round(_other_evaluations(recipe, phase), 1):g} others"
+            f"teacher's ODE, {round(beside, 1):g} forward passes beside"
         )
         start += phase.updates
     # Weights of every part, and for what is trained its gradient, average and AdamW's two moments.
@@ -54,10 +56,22 @@ def plan(recipe: Recipe) -> Iterator[str]:
     yield f"samples  {recipe.batch_size * recipe.updates:,} in {recipe.updates:,} updates of {recipe.batch_size}"
 
 
-def evaluations(recipe: Recipe) -> float:
-    """Expected evaluations of the network in the whole run, per sample of a batch: the teacher's ODE and all others."""
+def cost(recipe: Recipe) -> float:
+    """What the whole run costs a sample of a batch, in forward passes of the network: see `target_cost` and `update_cost`."""
+    return sum(phase.updates * (target_cost(recipe, phase) + update_cost(recipe, phase)) for phase in recipe.phases)
+
+
+def remaining_s(recipe: Recipe, update: int, *, target_s: float, update_s: float) -> float:
+    """Expected seconds from `update` to the end, previews aside.
+
+    `target_s` and `update_s` are what its pool, per update, and an update itself took; other phases take what they cost beside it.
+    """
+    now, pool_end = phase_at(recipe.phases, update), (update // pool_updates(recipe) + 1) * pool_updates(recipe)
+    target_rate, update_rate = target_s / target_cost(recipe, now), update_s / update_cost(recipe, now)
+    later = [(number, phase_at(recipe.phases, number)) for number in range(update, recipe.updates)]
     return sum(
-        phase.updates * (teacher_evaluations(recipe, phase) + _other_evaluations(recipe, phase)) for phase in recipe.phases
+        update_rate * update_cost(recipe, phase) + target_rate * target_cost(recipe, phase) * (number >= pool_end)
+        for number, phase in later
     )
 
 
@@ -69,22 +83,31 @@ def teacher_evaluations(recipe: Recipe, phase: Phase, *, guided_twice: bool = Tr
     return (2 if guided_twice else 1) * steps / recipe.target_uses
 
 
-def _other_evaluations(recipe: Recipe, phase: Phase) -> float:
-    """The student's own, and those of the losses beside the distillation loss."""
-    count = 1.0
-    if recipe.target == "consistency":
-        count += 1 / recipe.target_uses
-    if phase.distillation and recipe.loss.distillation == "perceptual":
-        count += 2
+def target_cost(recipe: Recipe, phase: Phase) -> float:
+    """Forward passes per sample and update for its input and target: the teacher's, and the student's where it has a part."""
+    student = float(recipe.target == "consistency")
     if recipe.backward_simulation:  # the first step, and half of the later ones before the start
-        count += recipe.backward_simulation * _roll_out(recipe, phase) / recipe.target_uses
-    if phase.adversarial:
-        count += 2 + (3 if recipe.loss.adversarial.r1_weight else 2)
+        student += recipe.backward_simulation * _roll_out(recipe, phase)
+    return teacher_evaluations(recipe, phase) + student / recipe.target_uses
+
+
+def update_cost(recipe: Recipe, phase: Phase) -> float:
+    """Forward passes per sample that an update itself costs: the student's, and those of the losses.
+
+    A backward pass counts as two forward passes where it trains a LoRA and as one where it only passes through, which is what
+    they take on a CPU (2.7 and 2.0 for both ways together).
+    """
+    trained, passed = 3, 2
+    count = float(trained)
+    if phase.distillation and recipe.loss.distillation == "perceptual":
+        count += passed + 1
+    if phase.adversarial:  # the student's loss sees both sides; then the head's, which needs no gradient of the network
+        count += passed + 1 + (3 if recipe.loss.adversarial.r1_weight else 2)
     matching = recipe.loss.distribution_matching
     if phase.distribution_matching:
         count += 3 + 2 * matching.decoupled
     if matching.fake_score == "lora" and any(other.distribution_matching for other in recipe.phases):
-        count += matching.critic_updates
+        count += trained * matching.critic_updates
     return count
 
 

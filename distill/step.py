@@ -19,7 +19,17 @@ from flashdiff.families.base import TorchModel
 from flashdiff.sampling import renoise
 
 POOL_BATCHES = 16
-"""Targets are solved for this many batches at a time, so that reuse shuffles over more than one."""
+"""Targets are solved for this many batches at a time, so that reuse shuffles over more than one; the last pool of a run has what is left."""
+
+
+def pool_updates(recipe: Recipe) -> int:
+    """How many updates a pool lasts."""
+    return POOL_BATCHES * recipe.target_uses
+
+
+def pool_batches(recipe: Recipe, index: int) -> int:
+    """How many batches pool `index` of the run has."""
+    return min(POOL_BATCHES, -(-(recipe.updates - index * pool_updates(recipe)) // recipe.target_uses))
 
 
 @dataclass(frozen=True)
@@ -51,7 +61,7 @@ class Solved:
 
 
 class Pool:
-    """The samples of `POOL_BATCHES` batches. Each use goes through all of them, shuffled anew among those of one size."""
+    """The samples of a few batches. Each use goes through all of them, shuffled anew among those of one size."""
 
     def __init__(self, solved: list[Solved], batch_size: int) -> None:
         self._solved, self._batch_size = solved, batch_size
@@ -79,8 +89,9 @@ def make_pool(
     """
     grid = recipe.grid
     rng, generator = step_generator(recipe.seed, index)
-    batches = [data.batch(number) for number in range(index * POOL_BATCHES, (index + 1) * POOL_BATCHES)]
-    count = POOL_BATCHES * recipe.batch_size
+    first, number_of_batches = index * POOL_BATCHES, pool_batches(recipe, index)
+    batches = [data.batch(number) for number in range(first, first + number_of_batches)]
+    count = number_of_batches * recipe.batch_size
     starts = torch.from_numpy(rng.choice(grid.solver_steps, count, p=start_probabilities(grid, phase.mode_weights)))
     guidance = torch.from_numpy(rng.uniform(*recipe.guidance, count)).float()
     simulated = torch.from_numpy(rng.random(count) < (recipe.backward_simulation if data.has_images else 1.0))
@@ -91,7 +102,7 @@ def make_pool(
     solved = []
     for size in dict.fromkeys(size for size, _ in batches):
         members = [number for number, (of, _) in enumerate(batches) if of == size]
-        samples = torch.arange(count).view(POOL_BATCHES, -1)[members].flatten()
+        samples = torch.arange(count).view(number_of_batches, -1)[members].flatten()
         solved.append(
             _solved(
                 model, unconditional, data, recipe,

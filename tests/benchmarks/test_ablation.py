@@ -3,17 +3,17 @@ import pytest
 from benchmarks.ablation import VARIANTS, table, variant
 from flashdiff.config import load_recipe
 from flashdiff.distill.config import Recipe, bundled_recipe
-from flashdiff.distill.plan import evaluations
+from flashdiff.distill.plan import cost
 
 
 @pytest.mark.parametrize("name", list(VARIANTS))
 def test_every_variant_costs_the_same_budget(name: str) -> None:
     recipe = load_recipe(bundled_recipe("avatars.toml"), Recipe)
-    budget = evaluations(variant(recipe, "distillation", 0, 1.0))
+    budget = cost(variant(recipe, "distillation", 0, 1.0))
     changed = variant(recipe, name, 7, 1.0)
-    assert evaluations(changed) == pytest.approx(budget, rel=0.01)
+    assert cost(changed) == pytest.approx(budget, rel=0.01)
     assert changed.seed == 7
-    assert evaluations(variant(recipe, name, 7, 0.5)) == pytest.approx(budget / 2, rel=0.02)
+    assert cost(variant(recipe, name, 7, 0.5)) == pytest.approx(budget / 2, rel=0.02)
 
 
 def test_variants_differ_in_what_they_name() -> None:

@@ -6,7 +6,7 @@ import pytest
 from recipes import tiny_recipe
 
 from flashdiff.distill.config import Phase
-from flashdiff.distill.plan import plan, teacher_evaluations
+from flashdiff.distill.plan import plan, remaining_s, teacher_evaluations
 
 PAPER = ((0, 0, 0.5, 0.5), (0.1, 0.3, 0.3, 0.3), (0.25,) * 4, (0.4, 0.2, 0.2, 0.2))
 
@@ -26,9 +26,9 @@ def test_a_plan_counts_parameters_apart_and_writes_nothing(tiny_base: Path, tmp_
     lines = "\n".join(plan(tiny_recipe(tiny_base, phases=phases, loss=loss)))
     assert "fake score LoRA" in lines
     assert "discriminator head" in lines
-    assert "0 to 3: distillation 1; per sample and update 5.0 evaluations of the teacher's ODE, 3 others" in lines
+    assert "0 to 3: distillation 1; per sample and update 5.0 evaluations of the teacher's ODE, 9 forward passes" in lines  # student 3, critic 2 x 3
     assert "3 to 8: distillation 1, adversarial 0.1, distribution matching 0.3" in lines
-    assert "ODE, 11 others" in lines  # student 1, adversarial 2 + 3, matching 3, critic 2
+    assert "ODE, 18 forward passes" in lines  # adversarial 3 + 3 and matching 3 more
     assert "16 in 8 updates of 2" in lines
     assert not list(tmp_path.iterdir())
 
@@ -36,6 +36,15 @@ def test_a_plan_counts_parameters_apart_and_writes_nothing(tiny_base: Path, tmp_
 def test_a_plan_counts_what_other_targets_and_inputs_cost(tiny_base: Path) -> None:
     one_phase = [{"updates": 3, "mode_weights": (0, 0, 0, 1)}]
     lines = "\n".join(plan(tiny_recipe(tiny_base, phases=one_phase, target="consistency", loss={"distillation": "perceptual"})))
-    assert "2.0 evaluations of the teacher's ODE, 4 others" in lines  # student, its answer as target, two for the features
+    assert "2.0 evaluations of the teacher's ODE, 7 forward passes" in lines  # student, its answer as target, the features
     lines = "\n".join(plan(tiny_recipe(tiny_base, phases=one_phase, backward_simulation=0.5)))
-    assert "2.2 evaluations of the teacher's ODE, 2 others" in lines  # mostly the last mode: two of three earlier steps
+    assert "2.2 evaluations of the teacher's ODE, 4 forward passes" in lines  # mostly the last mode: two of three earlier steps
+
+
+def test_the_time_that_remains_counts_pools_and_dearer_phases_to_come(tiny_base: Path) -> None:
+    modes = {"mode_weights": (0, 0, 0, 1)}
+    recipe = tiny_recipe(tiny_base, phases=[{"updates": 20, **modes}, {"updates": 20, **modes, "distribution_matching": 0.5}])
+    # 10 updates of 3 passes and 20 of 6; the pool of 16 updates is there, 24 more are to be solved.
+    assert remaining_s(recipe, 10, target_s=0.5, update_s=1.0) == pytest.approx(10 * 1 + 20 * 2 + 24 * 0.5, rel=0.01)
+    # In the second phase, and with a pool that lasts to the end.
+    assert remaining_s(recipe, 33, target_s=0.5, update_s=2.0) == pytest.approx(7 * 2)

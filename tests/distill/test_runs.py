@@ -1,8 +1,10 @@
 """What a run leaves behind and how it ends: checkpoints, curves, previews, and errors that say what to do."""
 
 import errno
+import itertools
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -70,6 +72,29 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tiny_base: Path, tmp_path: 
     monkeypatch.undo()
     distill(recipe, tmp_path / "out")
     assert (tmp_path / "out" / FLASH).exists()
+
+
+def test_after_ten_updates_a_run_tells_how_long_the_rest_takes_and_so_does_one_that_goes_on(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ticks = itertools.count()
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: next(ticks)))  # every pool and update takes a second
+    recipe = tiny_recipe(tiny_base, phases=[{"updates": 36, "mode_weights": (0, 0, 0, 1)}], checkpoint_every=12, batch_size=1)
+    learn = Student.learn
+
+    def learn_until_killed(student: Student, loss: float) -> None:
+        if student.update == 14:
+            raise KeyboardInterrupt
+        learn(student, loss)
+
+    with caplog.at_level("INFO"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Student, "learn", learn_until_killed)
+            distill(recipe, tmp_path / "out")
+        assert "1 s an update and 0.0625 s for its targets, by the first 10: about 0:00:27 to go" in caplog.text
+        caplog.clear()
+        distill(recipe, tmp_path / "out")  # from update 12, with 14 to go after ten
+    assert "by the first 10: about 0:00:14 to go" in caplog.text
 
 
 @pytest.mark.parametrize(
