@@ -3,12 +3,19 @@
 from collections.abc import Iterator
 
 import numpy as np
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 
+from flashdiff.distill import processes
 from flashdiff.distill.config import Phase, Recipe
 from flashdiff.distill.curriculum import phase_at, start_probabilities
+from flashdiff.distill.network import checkpoint_gradients, run_network
 from flashdiff.distill.objective import Objective
 from flashdiff.distill.step import pool_updates
 from flashdiff.families import load_base
+from flashdiff.families.base import TorchModel
 from flashdiff.lora import ADAPTER, add_adapter
 
 _GIB = 2**30
@@ -52,8 +59,39 @@ def plan(recipe: Recipe) -> Iterator[str]:
     parts = (model.text_encoder, model.denoiser, model.decoder)
     weights_bytes = 4 * sum(p.numel() for part in parts for p in part.parameters())
     trained = lora + sum(p.numel() for p in objective.critic)
-    yield f"memory   {(weights_bytes + 4 * 4 * trained) / _GIB:.2f} GiB for weights and optimizers; activations come on top"
+    samples = recipe.batch_size // (processes.count() * recipe.accumulate)
+    passes = 1 + any(phase.adversarial for phase in recipe.phases) + (recipe.loss.distillation == "perceptual")
+    kept_bytes = samples * passes * activation_bytes(model, checkpointing=recipe.gradient_checkpointing)
+    yield (
+        f"memory   in float32 {(weights_bytes + 4 * 4 * trained) / _GIB:.2f} GiB for weights and optimizers, and {kept_bytes / _GIB:.2f} "
+        f"GiB that {samples} samples at a time keep for the backward pass; what a layer takes while it runs comes on top"
+    )
     yield f"samples  {recipe.batch_size * recipe.updates:,} in {recipe.updates:,} updates of {recipe.batch_size}"
+
+
+def activation_bytes(model: TorchModel, *, checkpointing: bool) -> int:
+    """What one sample's forward pass keeps for the backward pass, from a pass of tensors without memory.
+
+    The difference of two samples and one: weights are kept too, but once.
+    """
+    if checkpointing:
+        checkpoint_gradients(model)
+    conditioning = model.encode_ids(model.tokenizer([""]))
+
+    def kept(samples: int) -> int:
+        found: dict[int, Tensor] = {}
+
+        def keep(values: Tensor) -> Tensor:
+            found[values.untyped_storage()._cdata] = values
+            return values
+
+        with FakeTensorMode(allow_non_fake_inputs=True), saved_tensors_hooks(keep, lambda values: values):
+            latents = torch.zeros(samples, *model.spec.latent_shape(model.spec.sizes[0]))
+            rows = {name: values.expand(samples, *values.shape[1:]) for name, values in conditioning.items()}
+            run_network(model, latents, torch.zeros(samples, dtype=torch.int64), rows)
+        return sum(values.untyped_storage().nbytes() for values in found.values())
+
+    return kept(2) - kept(1)
 
 
 def cost(recipe: Recipe) -> float:

@@ -3,10 +3,15 @@
 from pathlib import Path
 
 import pytest
+import torch
 from recipes import tiny_recipe
+from tiny import FAMILIES
 
 from flashdiff.distill.config import Phase
-from flashdiff.distill.plan import plan, remaining_s, teacher_evaluations
+from flashdiff.distill.network import run_network
+from flashdiff.distill.plan import activation_bytes, plan, remaining_s, teacher_evaluations
+from flashdiff.families import load_base
+from flashdiff.lora import add_adapter
 
 PAPER = ((0, 0, 0.5, 0.5), (0.1, 0.3, 0.3, 0.3), (0.25,) * 4, (0.4, 0.2, 0.2, 0.2))
 
@@ -48,3 +53,17 @@ def test_the_time_that_remains_counts_pools_and_dearer_phases_to_come(tiny_base:
     assert remaining_s(recipe, 10, target_s=0.5, update_s=1.0) == pytest.approx(10 * 1 + 20 * 2 + 24 * 0.5, rel=0.01)
     # In the second phase, and with a pool that lasts to the end.
     assert remaining_s(recipe, 33, target_s=0.5, update_s=2.0) == pytest.approx(7 * 2)
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_activations_are_what_a_real_pass_keeps(name: str, tmp_path: Path) -> None:
+    family, model = load_base(str(FAMILIES[name](tmp_path / name)))
+    add_adapter(model, family.lora_targets, rank=2, alpha=4, seed=0)
+    conditioning = model.encode_ids(model.tokenizer(["a dog", "two cats"]))
+    kept: dict[int, torch.Tensor] = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.setdefault(x.untyped_storage().data_ptr(), x), lambda x: x):
+        run_network(model, torch.randn(2, *model.spec.latent_shape(model.spec.sizes[0])), torch.tensor([999, 249]), conditioning)
+    weights = {p.untyped_storage().data_ptr() for p in model.network.parameters()}
+    real = sum(x.untyped_storage().nbytes() for place, x in kept.items() if place not in weights)
+    assert 2 * activation_bytes(model, checkpointing=False) == pytest.approx(real, rel=0.25)
+    assert activation_bytes(model, checkpointing=True) < real / 4
