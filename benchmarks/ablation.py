@@ -3,9 +3,9 @@
     python benchmarks/ablation.py --out ablation                       # every variant, seeds 0, 1 and 2: hours
     python benchmarks/ablation.py --out ablation --only lcm,ours       # some of them; what is there already is not run again
 
-The budget is what the recipe's own length costs with the variant `distillation`, in forward passes of the network: the teacher's,
-the student's and those of the other losses, a backward pass as what it takes beside them (`flashdiff.distill.plan.cost`). A variant
-that costs more an update gets fewer updates, in all phases alike.
+The budget is what the recipe's own length costs with the variant `distillation`, in forward passes of the network: the
+teacher's, the student's and those of the other losses, a backward pass as what it takes beside them
+(`flashdiff.distill.plan.cost`). A variant that costs more an update gets fewer updates, in all phases alike.
 """
 
 import argparse

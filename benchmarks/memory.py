@@ -2,10 +2,10 @@
 
     python benchmarks/memory.py --json memory.json            # two minutes on two cores, 8 GiB of memory
 
-The weights are random and of the public configuration, so nothing is downloaded; 4.3 GB of them are written to a temporary folder.
-The command runs in a process of its own, once, with all three losses and gradient checkpointing, at batch 1 in float32; its peak is
-the kernel's own count. What the parts take is their number of values; what is left over them are activations, and whatever else was
-there at the peak.
+The weights are random and of the public configuration, so nothing is downloaded; 4.3 GB of them are written to a
+temporary folder. The command runs in a process of its own, once, with all three losses and gradient checkpointing, at
+batch 1 in float32; its peak is the kernel's own count. What the parts take is their number of values; what is left over
+them are activations, and whatever else was there at the peak.
 """
 
 import argparse
@@ -74,7 +74,11 @@ def make_sd15(folder: Path) -> dict[str, int]:
         )
         text = CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12))
     counts = {}
-    parts = (("unet", unet, "diffusion_pytorch_model"), ("vae", vae, "diffusion_pytorch_model"), ("text_encoder", text, "model"))
+    parts: tuple[tuple[str, Any, str], ...] = (
+        ("unet", unet, "diffusion_pytorch_model"),
+        ("vae", vae, "diffusion_pytorch_model"),
+        ("text_encoder", text, "model"),
+    )
     for name, model, file in parts:
         (folder / name).mkdir(parents=True)
         (model.config.save_pretrained if model is text else model.save_config)(folder / name)
@@ -85,7 +89,8 @@ def make_sd15(folder: Path) -> dict[str, int]:
     words = [*alphabet, *(symbol + "</w>" for symbol in alphabet), "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {word: index for index, word in enumerate(words)}
     CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77).save_pretrained(folder / "tokenizer")
-    DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").save_pretrained(folder / "scheduler")
+    scheduler: Any = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    scheduler.save_pretrained(folder / "scheduler")
     write_whole(folder / "model_index.json", json.dumps({"_class_name": "StableDiffusionPipeline"}))
     return counts
 
@@ -115,6 +120,7 @@ def run() -> dict[str, Any]:
         "lora, gradients, average, moments": 4 * _LORA_COPIES * lora / _GIB,
         "libraries": libraries,
     }
+    parts["activations and the rest"] = peak - sum(parts.values())
     row = {
         "model": "sd15, random weights",
         "backend": "torch",
@@ -126,7 +132,7 @@ def run() -> dict[str, Any]:
         "parameters": {**counts, "lora": lora},
         "planned": next(line for line in told.splitlines() if line.startswith("memory")),
         "peak_gib": round(peak, 2),
-        "parts_gib": {part: round(gib, 2) for part, gib in {**parts, "activations and the rest": peak - sum(parts.values())}.items()},
+        "parts_gib": {part: round(gib, 2) for part, gib in parts.items()},
         "command_s": round(seconds),
     }
     return {"environment": environment({}), "rows": [row]}

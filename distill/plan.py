@@ -63,8 +63,9 @@ def plan(recipe: Recipe) -> Iterator[str]:
     passes = 1 + any(phase.adversarial for phase in recipe.phases) + (recipe.loss.distillation == "perceptual")
     kept_bytes = samples * passes * activation_bytes(model, checkpointing=recipe.gradient_checkpointing)
     yield (
-        f"memory   in float32 {(weights_bytes + 4 * 4 * trained) / _GIB:.2f} GiB for weights and optimizers, and {kept_bytes / _GIB:.2f} "
-        f"GiB that {samples} samples at a time keep for the backward pass; what a layer takes while it runs comes on top"
+        f"memory   in float32 {(weights_bytes + 4 * 4 * trained) / _GIB:.2f} GiB for weights and optimizers, and "
+        f"{kept_bytes / _GIB:.2f} GiB that {samples} samples at a time keep for the backward pass; "
+        "what a layer takes while it runs comes on top"
     )
     yield f"samples  {recipe.batch_size * recipe.updates:,} in {recipe.updates:,} updates of {recipe.batch_size}"
 
@@ -102,7 +103,8 @@ def cost(recipe: Recipe) -> float:
 def remaining_s(recipe: Recipe, update: int, *, target_s: float, update_s: float) -> float:
     """Expected seconds from `update` to the end, previews aside.
 
-    `target_s` and `update_s` are what its pool, per update, and an update itself took; other phases take what they cost beside it.
+    `target_s` and `update_s` are what its pool, per update, and an update itself took; other phases take what they cost beside
+    it.
     """
     now, pool_end = phase_at(recipe.phases, update), (update // pool_updates(recipe) + 1) * pool_updates(recipe)
     target_rate, update_rate = target_s / target_cost(recipe, now), update_s / update_cost(recipe, now)

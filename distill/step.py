@@ -19,7 +19,10 @@ from flashdiff.families.base import TorchModel
 from flashdiff.sampling import renoise
 
 POOL_BATCHES = 16
-"""Targets are solved for this many batches at a time, so that reuse shuffles over more than one; the last pool of a run has what is left."""
+"""Targets are solved for this many batches at a time, so that reuse shuffles over more than one.
+
+The last pool of a run has what is left.
+"""
 
 
 def pool_updates(recipe: Recipe) -> int:

@@ -31,7 +31,8 @@ def test_a_plan_counts_parameters_apart_and_writes_nothing(tiny_base: Path, tmp_
     lines = "\n".join(plan(tiny_recipe(tiny_base, phases=phases, loss=loss)))
     assert "fake score LoRA" in lines
     assert "discriminator head" in lines
-    assert "0 to 3: distillation 1; per sample and update 5.0 evaluations of the teacher's ODE, 9 forward passes" in lines  # student 3, critic 2 x 3
+    # The student's 3, and the critic's 2 x 3.
+    assert "0 to 3: distillation 1; per sample and update 5.0 evaluations of the teacher's ODE, 9 forward passes" in lines
     assert "3 to 8: distillation 1, adversarial 0.1, distribution matching 0.3" in lines
     assert "ODE, 18 forward passes" in lines  # adversarial 3 + 3 and matching 3 more
     assert "16 in 8 updates of 2" in lines
