@@ -160,7 +160,10 @@ def stock_diffusers(base: str, lora: Path, *, compiled: bool) -> Callable[[int, 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The totals as a table, each row with its speed-up over the teacher at the most steps and the ideal one."""
-    titles = ("model", "batch", "steps", "evaluations", "text", "one step", "decode", "PNG", "queue", "wire")
+    measured = {row["stage"] for row in rows} - {"total"}
+    names = {"denoise_step": "one step", "image_encoding": "PNG"}
+    stages = [stage for stage in STAGES if stage in measured]
+    titles = ("model", "batch", "steps", "evaluations", *(names.get(stage, stage) for stage in stages))
     lines = [f"| {' | '.join(titles)} | total, median (p95) ms | speed-up | ideal |", "|---" * (len(titles) + 3) + "|"]
     for total in (r for r in rows if r["stage"] == "total"):
         key = ("model", "batch", "steps")
@@ -169,8 +172,8 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         teacher = max(teachers, key=lambda r: r["steps"])
         lines.append(
             f"| {total['model']} | {total['batch']} | {total['steps']} | {total['nfe']} | "
-            + " | ".join(f"{stage[name]:.2f}" if name in stage else "" for name in STAGES[:-1])
-            + f" | {total['median_ms']:.1f} ({total['p95_ms']:.1f}) | {teacher['median_ms'] / total['median_ms']:.1f}x"
+            + "".join(f"{stage[name]:.2f} | " if name in stage else " | " for name in stages)
+            + f"{total['median_ms']:.1f} ({total['p95_ms']:.1f}) | {teacher['median_ms'] / total['median_ms']:.1f}x"
             + f" | {teacher['nfe'] / total['nfe']:.0f}x |"
         )
     return "\n".join(lines)

@@ -1,9 +1,10 @@
 """Result files to one page: plots, tables, and what was measured where.
 
     python -m benchmarks.report latency.json load.json quality.json --images docs/images.png --out report
+    python -m benchmarks.report benchmarks/results/LATENCY.json --readme README.md      # the README's table of speeds
 
-Files are told apart by what is in them. The page, report.html, needs no other file; the plots lie beside it as PNG, and table.md
-is for a README. Files measured on different machines or bundles are refused: they must not be compared.
+Files are told apart by what is in them. The page, report.html, needs no other file; the plots lie beside it as PNG. Files
+measured on different machines, with different libraries or of different bundles are refused: they must not be compared.
 """
 
 import argparse
@@ -11,6 +12,8 @@ import base64
 import html
 import io
 import json
+import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,13 +22,13 @@ from typing import Any
 
 from benchmarks import latency, load, quality
 from flashdiff.errors import ConfigError, FlashdiffError
-from flashdiff.files import new_folder
+from flashdiff.files import new_folder, write_whole
 
 _STAGE_COLORS = {
     "text": "#8ab6d6", "denoise": "#2f6f9f", "decode": "#e0a458", "PNG": "#b56576",
     "queue": "#999999", "wire": "#cccccc", "whole": "#666666",
 }  # fmt: skip
-_SAME = ("cpu", "threads", "system", "bundles")  # what must agree for numbers to stand side by side
+_SAME = ("cpu", "threads", "system", "libraries", "bundles")  # what must agree for numbers to stand side by side
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -57,9 +60,9 @@ def read_results(files: Sequence[Path]) -> Results:
             raise ConfigError(f"{file}: not a result of these benchmarks") from None
         results = results or Results(environment)
         for name in _SAME:
-            # Each benchmark names the bundles it used: those that two of them share must be the same.
+            # Each benchmark names the bundles and libraries it used: those that two of them share must be the same.
             ours, theirs = results.environment.get(name), environment.get(name)
-            if name == "bundles":
+            if name in ("libraries", "bundles"):
                 shared = set(ours or {}) & set(theirs or {})
                 ours, theirs = ({key: (side or {}).get(key) for key in shared} for side in (ours, theirs))
             if ours != theirs:
@@ -70,6 +73,8 @@ def read_results(files: Sequence[Path]) -> Results:
             results.quality = found
         elif any("phase" in row for row in found.get("rows", ())):
             results.load = found["rows"]
+            if any("cores" not in row for row in results.load if row["phase"] == "saturated"):
+                raise ConfigError(f"{file}: rows of an older load.py, without the cores they ran on; measure them again")
         elif found.get("rows"):
             results.latency = found["rows"]
         else:
@@ -84,7 +89,7 @@ def read_results(files: Sequence[Path]) -> Results:
 
 def stage_bars(rows: Sequence[dict[str, Any]]) -> Any:
     """Where the milliseconds of one image go, a bar per configuration."""
-    figure, axes = _figure(height=0.4 * len({(r["model"], r["steps"]) for r in rows}) + 1.2)
+    figure, axes = _figure(height=0.3 * len({(r["model"], r["steps"]) for r in rows}) + 1.2)
     totals = [row for row in rows if row["stage"] == "total" and row["batch"] == 1]
     # The teacher's bars are cut, or nothing could be seen of the others.
     limit = 1.2 * max((row["median_ms"] for row in totals if row["model"] != "teacher"), default=totals[0]["median_ms"])
@@ -95,7 +100,6 @@ def stage_bars(rows: Sequence[dict[str, Any]]) -> Any:
         else:
             parts = {"text": of["text"], "denoise": total["steps"] * of["denoise_step"]}
             parts |= {"decode": of["decode"], "PNG": of["image_encoding"]}
-
             parts |= {name: of[name] for name in ("queue", "wire") if name in of}
         left = 0.0
         for name, spent in parts.items():
@@ -113,17 +117,22 @@ def stage_bars(rows: Sequence[dict[str, Any]]) -> Any:
 
 
 def load_curves(rows: Sequence[dict[str, Any]]) -> Any:
-    """p50 and p99 over offered load, both batchings."""
-    figure, axes = _figure(height=4)
+    """p50 and p99 over offered load, and beside them the share of requests that they are the times of."""
+    figure, (left, right) = _figure(height=4, columns=2)
     for batching, color in (("step", "#2f6f9f"), ("request", "#e0a458")):
         open_loop = [row for row in rows if row["phase"] == "open loop" and row["batching"] == batching]
         for share, line in ((99, "-"), (50, "--")):
             known = [(100 * row["load"], row[f"p{share}_ms"]) for row in open_loop if row[f"p{share}_ms"] is not None]
-            axes.plot(*zip(*known, strict=True), line, color=color, marker="o", label=f"{batching}-level, p{share}")
-    axes.set_yscale("log")
-    axes.set_xlabel("offered load, % of what the server does saturated")
-    axes.set_ylabel("ms, as the client sees it")
-    axes.legend(fontsize=8)
+            left.plot(*zip(*known, strict=True), line, color=color, marker="o", label=f"{batching}-level, p{share}")
+        in_time = [100 * row["statuses"].get("OK", 0) / max(1, row["sent"]) for row in open_loop]
+        right.plot([100 * row["load"] for row in open_loop], in_time, color=color, marker="o", label=f"{batching}-level")
+    left.set_yscale("log")
+    left.set_ylabel("ms, as the client sees it, of what was in time")
+    right.set_ylim(0, 105)
+    right.set_ylabel("answered in time, %")
+    for axes in (left, right):
+        axes.set_xlabel("offered load, % of what the server does saturated")
+        axes.legend(fontsize=8)
     return figure
 
 
@@ -145,13 +154,14 @@ def quality_front(found: dict[str, Any]) -> Any:
     return figure
 
 
-def _figure(height: float) -> tuple[Any, Any]:
+def _figure(height: float, columns: int = 1) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, height), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    figure = Figure(figsize=(9, height), dpi=120, layout="constrained")
+    figures = figure.subplots(ncols=columns)
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, figures
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
@@ -178,31 +188,46 @@ def claims(results: Results) -> list[str]:
     return said
 
 
+@dataclass(frozen=True)
+class Section:
+    """A plot and the numbers in it."""
+
+    name: str
+    title: str
+    rows: Callable[[Results], Any]
+    draw: Callable[[Any], Any]
+    table: Callable[[Any], str]
+
+
+SECTIONS = (
+    Section("stages", "Where the time of one image goes", lambda r: r.latency, stage_bars, latency.markdown),
+    Section("quality", "Quality against latency", lambda r: r.quality, quality_front, lambda q: quality.markdown(q["points"])),
+    Section("load", "Latency under load: Poisson arrivals, 2 and 4 steps mixed", lambda r: r.load, load_curves, load.markdown),
+)
+
+
 def page(results: Results, plots: dict[str, bytes], images: Sequence[Path]) -> str:
-    """The HTML, pictures inside."""
-    sections = [f'<p class="claim">{html.escape(sentence)}</p>' for sentence in claims(results)]
-    captions = {
-        "stages": "Where the time of one image goes.",
-        "load": "Latency under load: Poisson arrivals, 2 and 4 steps mixed.",
-        "quality": "Quality against latency.",
-    }
-    tables = {"stages": results.latency, "load": results.load, "quality": results.quality}
-    texts = {
-        "stages": lambda: latency.markdown(results.latency),
-        "load": lambda: load.markdown(results.load),
-        "quality": lambda: quality.markdown(results.quality["points"]),
-    }
-    for name, png in plots.items():
-        if tables[name]:
-            sections.append(f"<h2>{captions[name]}</h2>{_picture(png, captions[name])}{_html_table(texts[name]())}")
+    """The HTML, pictures inside; the numbers of every plot are folded below it."""
+    parts = [f'<p class="claim">{html.escape(sentence)}</p>' for sentence in claims(results)]
     for image in images:
-        sections.append(f"<h2>Samples</h2>{_picture(image.read_bytes(), image.name)}")
+        parts.append(f"<h2>Samples</h2>{_picture(image.read_bytes(), image.name)}")
+    for section in SECTIONS:
+        if section.name in plots:
+            numbers = f"<details><summary>The numbers</summary>{_html(section.table(section.rows(results)))}</details>"
+            parts.append(f"<h2>{section.title}</h2>{_picture(plots[section.name], section.title)}{numbers}")
     environment = html.escape(json.dumps(results.environment, indent=2))
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>flashdiff: what was measured</title><style>{_STYLE}</style>"
-        f"<h1>flashdiff: what was measured</h1>{''.join(sections)}"
-        f"<h2>Where</h2><details><summary>machine, versions, bundles</summary><pre>{environment}</pre></details></html>\n"
+        f"<h1>flashdiff: what was measured</h1><p>{html.escape(machine(results.environment))}.</p>{''.join(parts)}"
+        f"<h2>Where</h2><details><summary>Machine, versions, bundles</summary><pre>{environment}</pre></details></html>\n"
     )
+
+
+def machine(environment: dict[str, Any]) -> str:
+    """What it ran on, in a line."""
+    libraries = environment.get("libraries", {})
+    engine = f", OpenVINO {libraries['openvino']}" if libraries.get("openvino") else ""
+    return f"{environment['threads']} threads of {environment['cpu']}{engine}"
 
 
 def _picture(data: bytes, caption: str) -> str:
@@ -210,7 +235,7 @@ def _picture(data: bytes, caption: str) -> str:
     return f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{encoded}"></figure>'
 
 
-def _html_table(markdown: str) -> str:
+def _html(markdown: str) -> str:
     """Our own Markdown (lines, lists and one table) as HTML."""
     parts: list[str] = []
     rows: list[str] = []
@@ -225,34 +250,62 @@ def _html_table(markdown: str) -> str:
 
 
 def write_report(results: Results, images: Sequence[Path], out: Path) -> None:
-    """report.html, the plots and table.md in a new folder."""
-    figures: dict[str, tuple[Callable[[Any], Any], Any]] = {
-        "stages": (stage_bars, results.latency),
-        "load": (load_curves, results.load),
-        "quality": (quality_front, results.quality),
-    }
+    """report.html and the plots in a new folder."""
     plots = {}
-    for name, (draw, rows) in figures.items():
-        if rows:
+    for section in SECTIONS:
+        if rows := section.rows(results):
             buffer = io.BytesIO()
-            draw(rows).savefig(buffer, format="png")
-            plots[name] = buffer.getvalue()
+            section.draw(rows).savefig(buffer, format="png")
+            plots[section.name] = buffer.getvalue()
     with new_folder(out) as folder:
         for name, png in plots.items():
             (folder / f"{name}.png").write_bytes(png)
         (folder / "report.html").write_text(page(results, plots, images), "utf-8")
-        (folder / "table.md").write_text((latency.markdown(results.latency) if results.latency else "") + "\n", "utf-8")
+
+
+# --- the README ------------------------------------------------------------------------------------------------------
+
+_REGION = re.compile(r"(<!-- speed: .*? -->\n).*?(<!-- /speed -->)", re.DOTALL)
+
+
+def with_speed(readme: str, results: Results, link: str) -> str:
+    """The README with its table of speeds made anew from rows that lie at `link`; ConfigError where there is no place for it."""
+    if not _REGION.search(readme):
+        raise ConfigError("the README has no lines `<!-- speed: ... -->` and `<!-- /speed -->` to write the table between")
+    rows = [row for row in results.latency if row["batch"] == 1]
+    if not rows:
+        raise ConfigError("the README's table needs rows of latency.py at batch 1")
+    step = {row["model"]: row["median_ms"] for row in rows if row["stage"] == "denoise_step"}
+    where = f"{machine(results.environment)}, {rows[0]['precision']}"
+    about = (
+        f"*Medians of {rows[0]['n']} interleaved runs on {where}; prompt to PNG bytes, in\n"
+        f"milliseconds ([rows]({link})). Ideal is the ratio of network\n"
+        "evaluations. The teacher's two evaluations of a step run as one batch, which costs\n"
+        f"{step['teacher'] / step['student']:.1f} times one; text, decoding and PNG take the rest.*"
+    )
+    return _REGION.sub(lambda found: f"{found[1]}\n{latency.markdown(rows)}\n\n{about}\n{found[2]}", readme)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="+", metavar="FILE", help="JSON of latency.py, load.py or quality.py")
+    parser.add_argument("results", type=Path, nargs="+", metavar="FILE", help="JSON of the other benchmarks")
     parser.add_argument("--images", type=Path, nargs="*", default=[], metavar="PNG", help="sample sheets to show")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write the page here")
+    parser.add_argument(
+        "--readme", type=Path, metavar="FILE", help="write the table of speeds into it; FILE has latency.py's rows"
+    )
     options = parser.parse_args()
     try:
-        write_report(read_results(options.results), options.images, options.out)
-        print(f"{options.out}/report.html")
+        if not (options.out or options.readme) or (options.readme and len(options.results) > 1):
+            raise ConfigError("give --out FOLDER, or one file of rows and --readme FILE")
+        results = read_results(options.results)
+        if options.out:
+            write_report(results, options.images, options.out)
+            print(f"{options.out}/report.html")
+        if options.readme:
+            link = Path(os.path.relpath(options.results[0], options.readme.parent)).as_posix()
+            write_whole(options.readme, with_speed(options.readme.read_text("utf-8"), results, link))
+            print(options.readme)
     except (FlashdiffError, OSError) as error:
         print(f"report: error: {error}", file=sys.stderr)
         return 1

@@ -1,6 +1,7 @@
 """The report on made-up rows: what it says, shows and refuses."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +9,21 @@ import pytest
 from PIL import Image
 
 from benchmarks.quality import points
-from benchmarks.report import claims, read_results, write_report
+from benchmarks.report import claims, read_results, with_speed, write_report
 from flashdiff.errors import ConfigError
 
-_HERE = {"cpu": "a cpu", "threads": 2, "system": "linux", "bundles": {"student": {"hash": "s"}, "teacher": {"hash": "t"}}}
+_HERE = {
+    "cpu": "a cpu",
+    "threads": 2,
+    "system": "linux",
+    "libraries": {"openvino": "1"},
+    "bundles": {"student": {"hash": "s"}, "teacher": {"hash": "t"}},
+}
 
 
 def _timed(model: str, steps: int, nfe: int, total: float, **stages: float) -> list[dict[str, Any]]:
     about = {"model": model, "backend": "openvino", "precision": "fp32", "batch": 1, "steps": steps, "nfe": nfe}
-    return [{**about, "stage": name, "median_ms": ms, "p95_ms": ms} for name, ms in {**stages, "total": total}.items()]
+    return [{**about, "stage": name, "median_ms": ms, "p95_ms": ms, "n": 20} for name, ms in {**stages, "total": total}.items()]
 
 
 def _write(folder: Path, name: str, **content: Any) -> Path:
@@ -53,9 +60,9 @@ def files(tmp_path: Path) -> list[Path]:
         for batching in ("step", "request")
     ]
     load_rows = [
-        {"phase": "offline", "images_per_s": 100},
+        {"phase": "offline", "images_per_s": 100, "cores": "own"},
         {"phase": "quiet", "p50_ms": 20, "p50_beyond_engine_ms": 2},
-        {"phase": "saturated", "goodput_per_s": 90},
+        {"phase": "saturated", "goodput_per_s": 90, "cores": "own", "of_offline": 100},
         *open_loop,
         {"phase": "overload", "seconds": 60, "goodput_per_s": 85, "refusal_p99_ms": 5, "memory_growth_mb": 1},
         {"phase": "chaos", "answered": 10, "sent": 10, "slots_left": 0},
@@ -87,22 +94,47 @@ def test_one_page_holds_all_and_says_what_the_numbers_say(files: list[Path], tmp
     assert html.count("<img ") == 4
     assert 'src="data:image/png;base64,' in html
     assert "http" not in html
-    assert "student, served" in (tmp_path / "report" / "table.md").read_text()
+    assert "<td>student, served</td>" in html
     for name in ("stages", "load", "quality"):
         with Image.open(tmp_path / "report" / f"{name}.png") as plot:
             assert plot.width > 500
 
 
 def test_numbers_of_two_machines_or_bundles_do_not_stand_side_by_side(files: list[Path], tmp_path: Path) -> None:
-    for name, value in (("cpu", "another"), ("bundles", {"student": {"hash": "other"}})):
+    for name, value in (("cpu", "another"), ("libraries", {"openvino": "2"}), ("bundles", {"student": {"hash": "other"}})):
         other = tmp_path / "other.json"
         other.write_text(json.dumps({**json.loads(files[1].read_text()), "environment": {**_HERE, name: value}}))
         with pytest.raises(ConfigError, match=f"its {name} differs from that of"):
             read_results([files[0], other])
+    old = _write(tmp_path, "old.json", rows=[{"phase": "saturated", "goodput_per_s": 90}])
+    with pytest.raises(ConfigError, match=r"old\.json: rows of an older load\.py"):
+        read_results([old])
     bad = tmp_path / "bad.json"
     bad.write_text("{}")
     with pytest.raises(ConfigError, match=r"bad\.json: not a result"):
         read_results([bad])
+
+
+def test_the_readme_says_what_the_committed_rows_say() -> None:
+    root = Path(__file__).parents[2]
+    readme = (root / "README.md").read_text()
+    found = re.search(r"<!-- speed: .*?\(\[rows\]\((.*?)\)\).*?<!-- /speed -->", readme, re.DOTALL)
+    assert found
+    assert with_speed(readme, read_results([root / found[1]]), found[1]) == readme
+
+
+def test_the_readmes_table_is_replaced_and_nothing_around_it(files: list[Path]) -> None:
+    results = read_results(files[:1])
+    readme = with_speed("before\n<!-- speed: x -->\nold\n<!-- /speed -->\nafter\n", results, "rows.json")
+    assert readme.startswith("before\n<!-- speed: x -->\n\n| model |")
+    assert "| student | 1 | 4 | 4 | 1.00 | 4.00 | 1.00 | 0.10 |  |  | 20.0 (20.0) | 20.0x | 25x |" in readme
+    assert "costs\n2.0 times one" in readme
+    assert readme.endswith("*\n<!-- /speed -->\nafter\n")
+    assert "old" not in readme
+    with pytest.raises(ConfigError, match="no lines"):
+        with_speed("nothing to fill in", results, "rows.json")
+    with pytest.raises(ConfigError, match="at batch 1"):
+        with_speed(readme, read_results(files[1:2]), "rows.json")
 
 
 def test_a_point_has_the_quality_and_the_time_of_one_number_of_steps() -> None:
