@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks import latency, load, quality
+from benchmarks import latency, load, quality, scaling
 from flashdiff.errors import ConfigError, FlashdiffError
 from flashdiff.files import new_folder, write_whole
 
@@ -47,6 +47,7 @@ class Results:
     latency: list[dict[str, Any]] = field(default_factory=list)
     load: list[dict[str, Any]] = field(default_factory=list)
     quality: dict[str, Any] = field(default_factory=dict)
+    scaling: list[dict[str, Any]] = field(default_factory=list)
 
 
 def read_results(files: Sequence[Path]) -> Results:
@@ -71,6 +72,8 @@ def read_results(files: Sequence[Path]) -> Results:
                 )
         if "points" in found:
             results.quality = found
+        elif any("parameters" in row for row in found.get("rows", ())):
+            results.scaling = found["rows"]
         elif any("phase" in row for row in found.get("rows", ())):
             results.load = found["rows"]
             if any("cores" not in row for row in results.load if row["phase"] == "saturated"):
@@ -112,6 +115,7 @@ def stage_bars(rows: Sequence[dict[str, Any]]) -> Any:
     axes.set_xlim(0, limit)
     axes.set_xlabel("ms an image, median; the teacher's bars are cut")
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    handles = {name: handles[name] for name in _STAGE_COLORS if name in handles}
     axes.legend(handles.values(), handles.keys(), ncols=7, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1))
     return figure
 
@@ -126,7 +130,7 @@ def load_curves(rows: Sequence[dict[str, Any]]) -> Any:
             left.plot(*zip(*known, strict=True), line, color=color, marker="o", label=f"{batching}-level, p{share}")
         in_time = [100 * row["statuses"].get("OK", 0) / max(1, row["sent"]) for row in open_loop]
         right.plot([100 * row["load"] for row in open_loop], in_time, color=color, marker="o", label=f"{batching}-level")
-    left.set_yscale("log")
+    _plain_log(left.yaxis)
     left.set_ylabel("ms, as the client sees it, of what was in time")
     right.set_ylim(0, 105)
     right.set_ylabel("answered in time, %")
@@ -145,13 +149,50 @@ def quality_front(found: dict[str, Any]) -> Any:
         spread = [[p["fid"]["value"] - p["fid"]["low"] for p in points], [p["fid"]["high"] - p["fid"]["value"] for p in points]]
         axes.errorbar(x, y, yerr=spread, color=color, marker="o", capsize=3, label=model)
         for p in points:
-            axes.annotate(f" {p['steps']}", (p["median_ms"], p["fid"]["value"]), fontsize=9)
+            place = (p["median_ms"], p["fid"]["value"])
+            axes.annotate(p["steps"], place, (6, 6), textcoords="offset points", fontsize=9)
     axes.axhline(found["real"]["fid"]["value"], color="#999999", linestyle=":", label="real images")
-    axes.set_xscale("log")
+    _plain_log(axes.xaxis)
     axes.set_xlabel("ms an image, median; the number of steps beside each point")
     axes.set_ylabel("Fréchet distance (lower is better)")
     axes.legend(fontsize=8)
     return figure
+
+
+def scaling_curves(rows: Sequence[dict[str, Any]]) -> Any:
+    """A step's cost over parameters, and what a row of a batch costs of one alone."""
+    figure, (left, right) = _figure(height=4, columns=2)
+    colors = ("#2f6f9f", "#e0a458", "#b56576", "#8ab6d6")
+    largest = max(row["batch"] for row in rows)
+    for (width, height), color in zip(sorted({tuple(row["size"]) for row in rows}), colors, strict=False):
+        for batch, mark in ((1, "-"), (largest, "--")):
+            known = [(r["parameters"] / 1e6, r["median_ms"]) for r in rows if (*r["size"], r["batch"]) == (width, height, batch)]
+            left.plot(*zip(*known, strict=True), mark, color=color, marker="o", label=f"{width}x{height}, batch {batch}")
+    default = min(row["size"] for row in rows)
+    for parameters, color in zip(sorted({row["parameters"] for row in rows}), colors, strict=False):
+        known = [(r["batch"], r["median_ms"]) for r in rows if (r["parameters"], r["size"]) == (parameters, default)]
+        shares = [100 * ms / batch / known[0][1] for batch, ms in known]
+        right.plot([batch for batch, _ in known], shares, color=color, marker="o", label=f"{parameters / 1e6:.0f} M parameters")
+    _plain_log(left.xaxis)
+    _plain_log(left.yaxis)
+    left.set_xlabel("million parameters")
+    left.set_ylabel("ms a step, median")
+    right.set_xlabel(f"rows in the batch, {default[0]}x{default[1]}")
+    right.set_ylabel("% of a row alone, each")
+    right.set_ylim(0, 105)
+    for axes in (left, right):
+        axes.legend(fontsize=8)
+    return figure
+
+
+def _plain_log(axis: Any) -> None:
+    """Logarithmic, with 1, 2, 5, 10 and so on written out."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter("{x:g}")
 
 
 def _figure(height: float, columns: int = 1) -> tuple[Any, Any]:
@@ -203,6 +244,7 @@ SECTIONS = (
     Section("stages", "Where the time of one image goes", lambda r: r.latency, stage_bars, latency.markdown),
     Section("quality", "Quality against latency", lambda r: r.quality, quality_front, lambda q: quality.markdown(q["points"])),
     Section("load", "Latency under load: Poisson arrivals, 2 and 4 steps mixed", lambda r: r.load, load_curves, load.markdown),
+    Section("scaling", "How a step's cost grows: random networks", lambda r: r.scaling, scaling_curves, scaling.markdown),
 )
 
 

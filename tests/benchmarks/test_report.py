@@ -74,10 +74,17 @@ def files(tmp_path: Path) -> list[Path]:
             for model, steps, ms in (("student", 4, 20.0), ("teacher", 50, 400.0))
         ]
     }
+    networks = [
+        {"parameters": parameters, "size": [side, side], "batch": batch, "median_ms": 2.0, "samples_ms": [2.0, 2.0]}
+        for parameters in (10**6, 4 * 10**6)
+        for side in (64, 128)
+        for batch in (1, 8)
+    ]
     return [
         _write(tmp_path, "latency.json", rows=rows),
         _write(tmp_path, "load.json", rows=load_rows),
         _write(tmp_path, "quality.json", real=measures, **timed),
+        _write(tmp_path, "scaling.json", rows=networks),
     ]
 
 
@@ -91,11 +98,11 @@ def test_one_page_holds_all_and_says_what_the_numbers_say(files: list[Path], tmp
     ]
     write_report(results, [sheet], tmp_path / "report")
     html = (tmp_path / "report" / "report.html").read_text()
-    assert html.count("<img ") == 4
+    assert html.count("<img ") == 5
     assert 'src="data:image/png;base64,' in html
     assert "http" not in html
     assert "<td>student, served</td>" in html
-    for name in ("stages", "load", "quality"):
+    for name in ("stages", "load", "quality", "scaling"):
         with Image.open(tmp_path / "report" / f"{name}.png") as plot:
             assert plot.width > 500
 
