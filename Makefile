@@ -1,5 +1,5 @@
 # Everything a newcomer needs: `make demo` and `make test`. Both install into .venv first.
-.PHONY: demo test check stubs conformance install clean
+.PHONY: demo test check stubs conformance bench-peers install clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -34,6 +34,27 @@ $(ORACLE)/.installed:
 	@$(ORACLE)/bin/pip install -qq nvidia-pytriton==0.7.0 'numpy<2'
 	@touch $@
 
+# The same bundle behind flashdiff, LitServe and Triton, the same arrivals; each peer in an environment of its own. Four minutes.
+BUNDLE ?= demo/student
+LITSERVE := .venv-litserve
+PYTRITON := .venv-pytriton
+BUNDLE_NEEDS := openvino==2026.4.1 tokenizers pydantic pillow fpng==0.1.0
+bench-peers: $(VENV)/.installed $(LITSERVE)/.installed $(PYTRITON)/.installed $(BUNDLE)
+	$(BIN)/python benchmarks/peers/compare.py $(BUNDLE) --litserve $(LITSERVE)/bin/python --pytriton $(PYTRITON)/bin/python --json peers.json
+
+demo/student:
+	@$(MAKE) demo
+
+$(LITSERVE)/.installed:
+	@$(PYTHON) -m venv $(LITSERVE)
+	@$(LITSERVE)/bin/pip install -qq litserve==0.2.19 numpy $(BUNDLE_NEEDS)
+	@touch $@
+
+$(PYTRITON)/.installed:
+	@$(ORACLE_PYTHON) -m venv $(PYTRITON)
+	@$(PYTRITON)/bin/pip install -qq nvidia-pytriton==0.7.0 'numpy<2' $(BUNDLE_NEEDS)
+	@touch $@
+
 install: $(VENV)/.installed
 
 # Without an NVIDIA GPU torch's CPU build goes in first: left to itself, pip fetches gigabytes of CUDA libraries.
@@ -48,4 +69,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(ORACLE) demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(ORACLE) $(LITSERVE) $(PYTRITON) demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import latency, load, quality, scaling
+from benchmarks.peers import compare as peers
 from flashdiff.errors import ConfigError, FlashdiffError
 from flashdiff.files import new_folder, write_whole
 
@@ -28,6 +29,7 @@ _STAGE_COLORS = {
     "text": "#8ab6d6", "denoise": "#2f6f9f", "decode": "#e0a458", "PNG": "#b56576",
     "queue": "#999999", "wire": "#cccccc", "whole": "#666666",
 }  # fmt: skip
+_COLORS = ("#2f6f9f", "#e0a458", "#b56576", "#8ab6d6")
 _SAME = ("cpu", "threads", "system", "libraries", "bundles")  # what must agree for numbers to stand side by side
 
 _STYLE = """
@@ -47,6 +49,7 @@ class Results:
     latency: list[dict[str, Any]] = field(default_factory=list)
     load: list[dict[str, Any]] = field(default_factory=list)
     quality: dict[str, Any] = field(default_factory=dict)
+    peers: list[dict[str, Any]] = field(default_factory=list)
     scaling: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -74,6 +77,8 @@ def read_results(files: Sequence[Path]) -> Results:
             results.quality = found
         elif any("parameters" in row for row in found.get("rows", ())):
             results.scaling = found["rows"]
+        elif any("server" in row for row in found.get("rows", ())):
+            results.peers = found["rows"]
         elif any("phase" in row for row in found.get("rows", ())):
             results.load = found["rows"]
             if any("cores" not in row for row in results.load if row["phase"] == "saturated"):
@@ -121,21 +126,23 @@ def stage_bars(rows: Sequence[dict[str, Any]]) -> Any:
 
 
 def load_curves(rows: Sequence[dict[str, Any]]) -> Any:
-    """p50 and p99 over offered load, and beside them the share of requests that they are the times of."""
+    """p50 and p99 over offered load of every batching or server, and beside them the share of requests they are the times of."""
     figure, (left, right) = _figure(height=4, columns=2)
-    for batching, color in (("step", "#2f6f9f"), ("request", "#e0a458")):
-        open_loop = [row for row in rows if row["phase"] == "open loop" and row["batching"] == batching]
+    open_loops: dict[str, list[dict[str, Any]]] = {}
+    for row in (row for row in rows if row["phase"] == "open loop"):
+        open_loops.setdefault(row.get("server") or f"{row['batching']}-level", []).append(row)
+    for (name, open_loop), color in zip(open_loops.items(), _COLORS, strict=False):
         for share, line in ((99, "-"), (50, "--")):
             known = [(100 * row["load"], row[f"p{share}_ms"]) for row in open_loop if row[f"p{share}_ms"] is not None]
-            left.plot(*zip(*known, strict=True), line, color=color, marker="o", label=f"{batching}-level, p{share}")
+            left.plot([at for at, _ in known], [ms for _, ms in known], line, color=color, marker="o", label=f"{name}, p{share}")
         in_time = [100 * row["statuses"].get("OK", 0) / max(1, row["sent"]) for row in open_loop]
-        right.plot([100 * row["load"] for row in open_loop], in_time, color=color, marker="o", label=f"{batching}-level")
+        right.plot([100 * row["load"] for row in open_loop], in_time, color=color, marker="o", label=name)
     _plain_log(left.yaxis)
     left.set_ylabel("ms, as the client sees it, of what was in time")
     right.set_ylim(0, 105)
     right.set_ylabel("answered in time, %")
     for axes in (left, right):
-        axes.set_xlabel("offered load, % of what the server does saturated")
+        axes.set_xlabel("offered load, % of what flashdiff does saturated")
         axes.legend(fontsize=8)
     return figure
 
@@ -162,14 +169,13 @@ def quality_front(found: dict[str, Any]) -> Any:
 def scaling_curves(rows: Sequence[dict[str, Any]]) -> Any:
     """A step's cost over parameters, and what a row of a batch costs of one alone."""
     figure, (left, right) = _figure(height=4, columns=2)
-    colors = ("#2f6f9f", "#e0a458", "#b56576", "#8ab6d6")
     largest = max(row["batch"] for row in rows)
-    for (width, height), color in zip(sorted({tuple(row["size"]) for row in rows}), colors, strict=False):
+    for (width, height), color in zip(sorted({tuple(row["size"]) for row in rows}), _COLORS, strict=False):
         for batch, mark in ((1, "-"), (largest, "--")):
             known = [(r["parameters"] / 1e6, r["median_ms"]) for r in rows if (*r["size"], r["batch"]) == (width, height, batch)]
             left.plot(*zip(*known, strict=True), mark, color=color, marker="o", label=f"{width}x{height}, batch {batch}")
     default = min(row["size"] for row in rows)
-    for parameters, color in zip(sorted({row["parameters"] for row in rows}), colors, strict=False):
+    for parameters, color in zip(sorted({row["parameters"] for row in rows}), _COLORS, strict=False):
         known = [(r["batch"], r["median_ms"]) for r in rows if (r["parameters"], r["size"]) == (parameters, default)]
         shares = [100 * ms / batch / known[0][1] for batch, ms in known]
         right.plot([batch for batch, _ in known], shares, color=color, marker="o", label=f"{parameters / 1e6:.0f} M parameters")
@@ -244,6 +250,7 @@ SECTIONS = (
     Section("stages", "Where the time of one image goes", lambda r: r.latency, stage_bars, latency.markdown),
     Section("quality", "Quality against latency", lambda r: r.quality, quality_front, lambda q: quality.markdown(q["points"])),
     Section("load", "Latency under load: Poisson arrivals, 2 and 4 steps mixed", lambda r: r.load, load_curves, load.markdown),
+    Section("peers", "Other servers of the same bundle, same arrivals", lambda r: r.peers, load_curves, peers.markdown),
     Section("scaling", "How a step's cost grows: random networks", lambda r: r.scaling, scaling_curves, scaling.markdown),
 )
 

@@ -84,6 +84,7 @@ def files(tmp_path: Path) -> list[Path]:
         _write(tmp_path, "latency.json", rows=rows),
         _write(tmp_path, "load.json", rows=load_rows),
         _write(tmp_path, "quality.json", real=measures, **timed),
+        _write(tmp_path, "peers.json", rows=[{**row, "server": "LitServe", "goodput_per_s": 9.0} for row in open_loop]),
         _write(tmp_path, "scaling.json", rows=networks),
     ]
 
@@ -98,11 +99,11 @@ def test_one_page_holds_all_and_says_what_the_numbers_say(files: list[Path], tmp
     ]
     write_report(results, [sheet], tmp_path / "report")
     html = (tmp_path / "report" / "report.html").read_text()
-    assert html.count("<img ") == 5
+    assert html.count("<img ") == 6
     assert 'src="data:image/png;base64,' in html
     assert "http" not in html
     assert "<td>student, served</td>" in html
-    for name in ("stages", "load", "quality", "scaling"):
+    for name in ("stages", "load", "quality", "peers", "scaling"):
         with Image.open(tmp_path / "report" / f"{name}.png") as plot:
             assert plot.width > 500
 
