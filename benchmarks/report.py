@@ -227,6 +227,10 @@ def claims(results: Results) -> list[str]:
                 f"{steps} steps take {row['median_ms']:.1f} ms where the teacher's {teacher['steps']} guided ones take "
                 f"{teacher['median_ms']:.0f} ms: {speed:.1f} times as fast, {speed / ideal:.2f} of the ideal {ideal:.0f}."
             )
+    for (model, steps), row in totals.items():
+        if model.startswith("diffusers") and ("student", steps) in totals and steps == 4:
+            ratio = row["median_ms"] / totals["student", steps]["median_ms"]
+            said.append(f"The same {steps} steps in stock {model} take {row['median_ms']:.1f} ms, {ratio:.1f} times as long.")
     by = {(p["model"], p["steps"]): p["fid"]["value"] for p in results.quality.get("points", ())}
     for steps in (4, 2):
         if ("student", steps) in by and ("teacher", 50) in by:

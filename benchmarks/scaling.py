@@ -32,7 +32,7 @@ from benchmarks.rows import environment, timed_row
 from flashdiff.components import Size
 from flashdiff.engines.bundle import Manifest, PartFile, PartSpec
 from flashdiff.engines.runtime import backend_module, bucket_shapes, dimensions_of
-from flashdiff.errors import FlashdiffError
+from flashdiff.errors import ConfigError, FlashdiffError
 from flashdiff.files import write_whole
 
 _WIDTHS = (32, 64, 128, 256)  # of the first level: 1, 4, 16 and 64 million parameters; 64 is the embedded model's
@@ -64,8 +64,8 @@ def networks(widths: Sequence[int], sizes: Sequence[Size], batches: Sequence[int
             openvino.convert(Path(name, GRAPH), Path(name, "model.xml"), "fp32")
             spec = PartSpec(files=(PartFile(file="model.xml"),), inputs=part.inputs, outputs=part.outputs)
             # No bundle is published, so its manifest has only what the backend reads.
-            manifest = Manifest.model_construct(precision="fp32", parts={part.name: spec})
-            compile_part = openvino.open_parts(Path(name), manifest)
+            read: dict[str, Any] = {"precision": "fp32", "parts": {part.name: spec}}
+            compile_part = openvino.open_parts(Path(name), Manifest.model_construct(**read))
             for size, batch in product(sizes, batches):
                 dimensions = dimensions_of(model.spec, size, batch)
                 compiled = compile_part(part.name, Path(name, "model.xml"), dimensions)
@@ -170,8 +170,11 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write environment, rows and every sample")
     options = parser.parse_args()
     try:
-        chosen = (_WIDTHS[:1], _SIZES[:1], _BATCHES[:2]) if options.quick else (_WIDTHS, _SIZES, _BATCHES)
-        report = run(*chosen, 1 if options.quick else max(2, options.repeats), lambda line: print(line, flush=True))
+        if options.repeats < 1:
+            raise ConfigError(f"--repeats {options.repeats}: give a number from 1 on")
+        widths, sizes, batches = (_WIDTHS[:1], _SIZES[:1], _BATCHES[:2]) if options.quick else (_WIDTHS, _SIZES, _BATCHES)
+        repeats = 1 if options.quick else options.repeats
+        report = run(widths, sizes, batches, repeats, lambda line: print(line, flush=True))
         print(markdown(report["rows"]))
         if options.json:
             write_whole(options.json, json.dumps(report) + "\n")

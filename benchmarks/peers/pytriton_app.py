@@ -15,7 +15,7 @@ def main() -> None:
     pipeline = Pipeline(place)
     os.sched_setaffinity(0, others)  # Triton's own process starts from here
 
-    @batch
+    @batch  # type: ignore[untyped-decorator]
     def infer(PROMPT: np.ndarray, STEPS: np.ndarray, SEED: np.ndarray) -> dict[str, np.ndarray]:  # noqa: N803 - Triton's names
         requests = [(p.decode(), int(n), int(s)) for (p,), (n,), (s,) in zip(PROMPT, STEPS, SEED, strict=True)]
         return {"IMAGE": np.array([[png] for png in pipeline(requests)], dtype=np.object_)}
