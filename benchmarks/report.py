@@ -37,7 +37,8 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto
 h1, h2 { line-height: 1.2 } img { max-width: 100% } figure { margin: 1.5rem 0 } figcaption { color: #555 }
 table { border-collapse: collapse; font-size: 14px; display: block; overflow-x: auto }
 td, th { border: 1px solid #ddd; padding: .25rem .6rem }
-td { text-align: right } td:first-child { text-align: left } code, pre { font-size: 13px } .claim { font-size: 1.2rem }
+td { text-align: right } td:first-child { text-align: left; white-space: nowrap }
+code, pre { font-size: 13px } .claim { font-size: 1.2rem }
 """
 
 
