@@ -123,7 +123,6 @@ def _manifest(plan: Plan, model: TorchModel, parts: list[Part], files: dict[str,
         **dict(plan.inputs),
         schema_version=SCHEMA_VERSION,
         flashdiff_version=flashdiff.__version__,
-        model=model.spec,
         latent_codec=LatentCodec(
             channels=model.spec.latent_channels,
             factor=model.spec.latent_factor,

@@ -108,6 +108,8 @@ class BuildInputs(Record):
     """Its name; the hash is what counts."""
     base_hash: str
     loras: tuple[LoraRecord, ...]
+    model: ModelSpec
+    """What is served, as the base's configuration, a LoRA's flash.json (its grid) and the options make it."""
     guidance: float | None
     """Asked for; None: the family's default, or a flash student's none."""
     backend: BackendName
@@ -126,14 +128,14 @@ class BuildInputs(Record):
     def fingerprint(self) -> str:
         """Equal when a build would give the same bundle."""
         values = {name: getattr(self, name) for name in BuildInputs.model_fields}
-        unnamed = [lora.model_copy(update={"name": ""}) for lora in self.loras]
-        return BuildInputs(**{**values, "base": "", "loras": unnamed}).content_hash
+        unnamed = {"loras": [lora.model_copy(update={"name": ""}) for lora in self.loras]}
+        unnamed |= {"base": "", "model": self.model.model_copy(update={"name": ""})}
+        return BuildInputs(**{**values, **unnamed}).content_hash
 
 
 class Manifest(BuildInputs):
     schema_version: int
     flashdiff_version: str
-    model: ModelSpec
     latent_codec: LatentCodec
     parts: dict[str, PartSpec]
     rows_are_exact: bool

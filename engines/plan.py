@@ -120,6 +120,7 @@ def plan_build(options: BuildOptions) -> Plan:
         base=spec.name,
         base_hash=hash_of_base,
         loras=tuple(LoraRecord(name=lora.name, weights_hash=lora_hash(lora), weight=weight) for lora, weight in found),
+        model=spec,
         guidance=options.guidance,
         backend=options.backend,
         precision=options.precision,
@@ -322,6 +323,11 @@ def _differences(old: BuildInputs, new: BuildInputs) -> Iterator[str]:
         then, now = getattr(old, field), getattr(new, field)
         if then != now:
             yield f"{field.replace('_', ' ')}: {_words(then)} -> {_words(now)}"
+    if old.base_hash == new.base_hash and (old.loras, old.guidance) == (new.loras, new.guidance):
+        # The weights are the same, so what changed stands beside them.
+        for field in ("prediction", "sampler", "tokenizers", "unconditional"):
+            if getattr(old.model, field) != getattr(new.model, field):
+                yield f"another {field}: flash.json or the base's configuration changed"
     for name in sorted({*old.library_versions, *new.library_versions}):
         then, now = old.library_versions.get(name, "none"), new.library_versions.get(name, "none")
         if then != now:

@@ -21,10 +21,6 @@ Conditioning = dict[str, NDArray[np.float32]]
 """Named conditioning tensors of a batch, [B, ...] each, such as encoder_hidden_states [B, T, D]."""
 
 
-Costs = dict[str, dict[int, float]]
-"""Milliseconds by part (text_encoder, denoiser, decoder) and batch size."""
-
-
 class Size(NamedTuple):
     """Pixels."""
 
@@ -33,6 +29,10 @@ class Size(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.width}x{self.height}"
+
+
+Costs = dict[tuple[str, Size | None], dict[int, float]]
+"""Milliseconds of a call by part (text_encoder, denoiser, decoder) and image size (None for texts), then by batch size."""
 
 
 class ModelSpec(Record):

@@ -68,7 +68,7 @@ class Model:
     embeddings: Embeddings = field(default_factory=Embeddings)
 
     def __post_init__(self) -> None:
-        self.costs = {part: dict(by_batch) for part, by_batch in self.costs.items()}
+        self.costs = {key: dict(by_batch) for key, by_batch in self.costs.items()}
         self.unconditional = unconditional_of(self.components)
         self.preview_colors = fit_preview(self.components)
 

@@ -1,11 +1,11 @@
 """The policy: what the device does next, and whether a new request can be on time. Pure functions, no clock, no threads."""
 
 import heapq
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from flashdiff.components import Costs, Size
+from flashdiff.components import Size
 
 Stage = Literal["decode", "encode", "denoise"]
 _STAGES: tuple[Stage, ...] = ("decode", "encode", "denoise")
@@ -83,7 +83,7 @@ class Work:
     steps: int  # of each row
     slots: int  # of each row's step
     texts: int
-    costs: Costs
+    costs: Mapping[str, Mapping[int, float]]  # ms by part, at its size, and batch
     bucket: Hashable = None  # whose rows share a denoise step
 
     @property
@@ -137,12 +137,12 @@ def _steps_ms(new: Work, beside: Sequence[Work]) -> float:
     return max(ends[-new.rows :]) * _cost(by_batch, min(slots, largest))
 
 
-def _per_slot(by_batch: dict[int, float]) -> float:
+def _per_slot(by_batch: Mapping[int, float]) -> float:
     largest = max(by_batch)
     return by_batch[largest] / largest
 
 
-def _cost(by_batch: dict[int, float], slots: int) -> float:
+def _cost(by_batch: Mapping[int, float], slots: int) -> float:
     """Of as many full batches as needed and the smallest bucket for the rest."""
     largest = max(by_batch)
     full, rest = divmod(slots, largest)

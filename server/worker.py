@@ -291,7 +291,7 @@ class Worker:
     def _call(self, stage: Stage, chosen: Sequence[tuple[Job, int | str]], slots: int) -> None:
         """One call of one model; an error leaves every row as it was."""
         model = chosen[0][0].model
-        by_batch = model.costs[PART_OF[stage]]
+        by_batch = model.costs[PART_OF[stage], None if stage == "encode" else chosen[0][0].order.size]
         bucket = min(batch for batch in by_batch if batch >= slots)
         started = time.monotonic()
         self._hopeless_at = started + max(_HANG_S, 20 * by_batch[bucket] / 1000)
@@ -394,7 +394,8 @@ def _pixel_bytes(order: Order) -> int:
 
 def _work_of(model: Model, order: Order) -> Work:
     slots = model.components.spec.sampler.evaluations_per_step
-    return Work(order.count, order.steps, slots, len(order.texts), model.costs, bucket=(id(model), order.size))
+    costs = {part: by_batch for (part, size), by_batch in model.costs.items() if size in (None, order.size)}
+    return Work(order.count, order.steps, slots, len(order.texts), costs, bucket=(id(model), order.size))
 
 
 def _work_left(job: Job) -> Work:

@@ -7,11 +7,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from flashdiff.components import Size
 from flashdiff.engines.runtime.fake_backend import FakeComponents
 from flashdiff.server.app import Listen, Server, start
 from flashdiff.server.models import Model, ModelIdentity, Models
 
 MODEL = ModelIdentity(name="fake", bundle_hash="0" * 64, family="fake", backend="fake", precision="fp32")
+SIZE = Size(64, 64)
+"""Of an order that names none."""
 
 
 def model_of(fake: FakeComponents, identity: ModelIdentity = MODEL) -> Model:

@@ -48,11 +48,10 @@ class Engine:
         return tuple(costs)
 
     def measure_costs(self) -> Costs:
-        """`measure_buckets`, of the default size alone, as the scheduler wants it."""
-        costs: Costs = {part: {} for part in PARTS}
+        """`measure_buckets` as the scheduler wants it."""
+        costs: Costs = {}
         for cost in self.measure_buckets():
-            if cost.size in (None, self.spec.sizes[0]):
-                costs[cost.part][cost.batch] = cost.ms
+            costs.setdefault((cost.part, cost.size), {})[cost.batch] = cost.ms
         return costs
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:

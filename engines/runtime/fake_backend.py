@@ -39,8 +39,9 @@ class FakeComponents:
 
     @property
     def costs(self) -> Costs:
-        """What each call takes: the delay, whatever the batch."""
-        return {part: {self.max_batch: 1000 * self.delay_s} for part in ("text_encoder", "denoiser", "decoder")}
+        """What each call takes: the delay, whatever the size and the batch."""
+        spatial = [(part, size) for part in ("denoiser", "decoder") for size in self.spec.sizes]
+        return {key: {self.max_batch: 1000 * self.delay_s} for key in (("text_encoder", None), *spatial)}
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         self._called("text_encoder", len(prompts))

@@ -1,5 +1,6 @@
 """Builds: what is refused before any work, what is done again and why, and what an interrupted one leaves."""
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ from flashdiff.engines.runtime.engine import open_bundle
 from flashdiff.engines.runtime.machine import check_backend
 from flashdiff.errors import BackendError, BundleError, ConfigError, FlashdiffError, LoraError, ModelError
 from flashdiff.files import cache_folder
-from flashdiff.lora import WEIGHTS, load_fused
+from flashdiff.lora import FLASH, WEIGHTS, load_fused
 
 
 @pytest.fixture
@@ -93,6 +94,22 @@ def test_changed_weights_libraries_and_code_are_noticed(
     reasons = plan_build(BuildOptions(**options)).changes
     assert "flashdiff's own code changed" in reasons
     assert any(reason.startswith("openvino: 20") and reason.endswith(" -> 0.1") for reason in reasons)
+
+
+def test_what_stands_beside_the_weights_is_noticed(options: dict[str, Any], tmp_path: Path) -> None:
+    lora = Path(shutil.copytree(options["loras"][0][0], tmp_path / "flash"))
+    moved = BuildOptions(**options | {"loras": ((str(lora), 1.0),)})
+    assert plan_build(moved).changes == []
+    info = json.loads((lora / FLASH).read_text())
+    info["updates"] += 1  # says how it was trained: the engine is the same
+    (lora / FLASH).write_text(json.dumps(info))
+    assert plan_build(moved).changes == []
+    info["grid"]["modes"] = 2  # the server would step at other times
+    (lora / FLASH).write_text(json.dumps(info))
+    assert plan_build(moved).changes == ["another sampler: flash.json or the base's configuration changed"]
+
+    base = Path(shutil.copytree(options["base"], tmp_path / "renamed"))
+    assert plan_build(BuildOptions(**options | {"base": str(base)})).changes == []
 
 
 def test_a_bundle_that_is_out_of_date_is_replaced_and_only_what_changed_is_exported(

@@ -46,6 +46,8 @@ def test_the_manifest_says_what_was_built_and_how_exact_it_is(student: Engine, t
         assert engine.manifest.rows_are_exact
         timed = {(cost.size, cost.batch) for cost in engine.manifest.step_costs if cost.part == "denoiser"}
         assert timed == {(size, batch) for size in engine.spec.sizes for batch in engine.manifest.batch_sizes}
+        spatial = {(part, size) for part in ("denoiser", "decoder") for size in engine.spec.sizes}
+        assert engine.measure_costs().keys() == {("text_encoder", None), *spatial}
     assert (student.spec.sampler.kind, teacher.spec.sampler.kind) == ("flash", "ode")
     assert teacher.spec.sizes == (Size(32, 32), Size(48, 32))
 

@@ -19,7 +19,7 @@ from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from served import serving
+from served import SIZE, serving
 
 from flashdiff.engines.runtime.fake_backend import FakeComponents
 from flashdiff.errors import ConfigError
@@ -208,7 +208,7 @@ def test_a_span_belongs_to_the_callers_trace_and_says_where_the_time_went() -> N
 def test_metrics_tell_of_batches_times_and_refusals() -> None:
     with serving(FakeComponents(), Listen(port=0, metrics_port=0)) as running, Client(running.address) as client:
         client.generate("x", steps=3, timeout_s=10)
-        running.server.models.get().costs["denoiser"][4] = 5000.0
+        running.server.models.get().costs["denoiser", SIZE][4] = 5000.0
         with pytest.raises(ServerError):
             client.generate("x", timeout_s=1)
         with urllib.request.urlopen(f"http://127.0.0.1:{running.server.metrics_port}/metrics", timeout=10) as page:

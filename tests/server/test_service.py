@@ -12,7 +12,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from PIL import Image
-from served import MODEL, Running, model_of, until
+from served import MODEL, SIZE, Running, model_of, until
 
 from flashdiff.components import Size
 from flashdiff.engines.runtime.fake_backend import FakeComponents
@@ -125,7 +125,7 @@ def test_a_refused_stream_has_the_status_of_the_plain_call(client: Client) -> No
 
 def test_models_are_listed_and_an_estimate_is_what_admission_would_say(running: Running, client: Client) -> None:
     assert client.models() == ["fake"]
-    running.server.models.get().costs["denoiser"][4] = 100.0
+    running.server.models.get().costs["denoiser", SIZE][4] = 100.0
     assert client.estimate("x", steps=4).expected_ms == pytest.approx(400, abs=20)
     with pytest.raises(ServerError, match="INVALID_ARGUMENT: steps: 9"):
         client.estimate("x", steps=9)
@@ -154,7 +154,7 @@ def test_quality_makes_files_smaller(running: Running, client: Client) -> None:
 
 
 def test_deadlines_failures_and_overload_have_their_own_status(running: Running, client: Client) -> None:
-    running.server.models.get().costs["denoiser"][4] = 5000.0
+    running.server.models.get().costs["denoiser", SIZE][4] = 5000.0
     with pytest.raises(ServerError, match="DEADLINE_EXCEEDED: this would take about") as caught:
         client.generate("x", timeout_s=5)
     assert caught.value.code == grpc.StatusCode.DEADLINE_EXCEEDED

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton
 from PIL import Image
-from served import Running, serving, until
+from served import SIZE, Running, serving, until
 from tritonclient.utils import InferenceServerException, serialize_byte_tensor
 from tritonclient.utils import shared_memory as shm
 
@@ -219,7 +219,7 @@ def test_a_cancelled_stream_frees_its_rows(running: Running, stock: triton.Infer
 
 
 def test_timeouts_priorities_and_cancelling_reach_the_scheduler(running: Running, stock: triton.InferenceServerClient) -> None:
-    running.server.models.get().costs["denoiser"][4] = 5000.0
+    running.server.models.get().costs["denoiser", SIZE][4] = 5000.0
     with pytest.raises(InferenceServerException, match=r"DEADLINE_EXCEEDED.*the deadline is"):
         stock.infer("fake", inputs(), timeout=100_000)
     with pytest.raises(InferenceServerException, match="DEADLINE_EXCEEDED"):

@@ -7,7 +7,7 @@ from concurrent.futures import wait
 
 import numpy as np
 import pytest
-from served import model_of
+from served import SIZE, model_of
 
 from flashdiff.components import Size
 from flashdiff.engines.runtime.fake_backend import GUIDED, FakeComponents
@@ -100,7 +100,7 @@ def test_a_full_queue_and_a_hopeless_deadline_are_refused_at_once(fake: FakeComp
         asking.submit(_order(fake))
     gate.open()
     wait([job.answer for job in jobs], 10)
-    asking.model.costs["denoiser"][4] = 1000.0
+    asking.model.costs["denoiser", SIZE][4] = 1000.0
     with pytest.raises(DeadlineError, match=r"this would take about \d+ ms, the deadline is 100 ms away"):
         asking.submit(_order(fake), timeout_s=0.1)
     with pytest.raises(DeadlineError):
@@ -172,8 +172,20 @@ def test_draining_finishes_what_was_accepted_and_refuses_the_rest(fake: FakeComp
     assert accepted.answer.result(10).images
 
 
+def test_each_size_costs_what_its_own_calls_take(fake: FakeComponents, asking: Asking) -> None:
+    small, large = fake.spec.sizes
+    costs = asking.model.costs
+    asking.submit(_order(fake, size=large, steps=1)).answer.result(10)
+    for part in ("denoiser", "decoder"):
+        assert costs[part, large][4] > costs[part, small][4] == 0
+    costs["denoiser", large][4] = 1000.0
+    with pytest.raises(DeadlineError):
+        asking.submit(_order(fake, 1, size=large), timeout_s=0.5)
+    assert asking.submit(_order(fake, 2, size=small), timeout_s=0.5).answer.result(10)
+
+
 def test_a_slow_past_does_not_refuse_for_ever(fake: FakeComponents, asking: Asking) -> None:
-    asking.model.costs["denoiser"][4] = 1000.0
+    asking.model.costs["denoiser", SIZE][4] = 1000.0
     for _ in range(200):
         try:
             asking.submit(_order(fake), timeout_s=0.5).answer.result(10)
@@ -233,7 +245,7 @@ def test_one_client_leaves_room_in_the_queue_and_the_refusal_says_when_to_come_a
     fake: FakeComponents, asking: Asking
 ) -> None:
     fake.delay_s = 0.001
-    asking.model.costs["denoiser"][4] = 100.0
+    asking.model.costs["denoiser", SIZE][4] = 100.0
     gate = Gate(fake)
     greedy = asking.submit(_order(fake, count=6), client="greedy")
     with pytest.raises(OverloadedError, match="6 images of yours are pending, at most 6 fit; try again in about") as caught:
@@ -267,7 +279,7 @@ def test_large_images_fill_the_queue_by_their_bytes(
 def test_a_hundred_of_one_client_do_not_go_before_the_one_of_another() -> None:
     fake = FakeComponents()
     asking = Asking(fake)
-    asking.model.costs["denoiser"][4] = 1000.0
+    asking.model.costs["denoiser", SIZE][4] = 1000.0
     gate = Gate(fake)
     many = [asking.submit(_order(fake, seed, steps=1), client="many") for seed in range(40)]
     one = asking.submit(_order(fake, 99, steps=1), client="one")
@@ -283,7 +295,7 @@ def test_a_hundred_of_one_client_do_not_go_before_the_one_of_another() -> None:
 def test_a_promise_is_not_broken_by_who_is_in_a_hurry_and_a_backlog_without_deadlines_does_not_refuse_him(
     fake: FakeComponents, asking: Asking
 ) -> None:
-    asking.model.costs["denoiser"][4] = 100.0
+    asking.model.costs["denoiser", SIZE][4] = 100.0
     gate = Gate(fake)
     patient = asking.submit(_order(fake, count=3, steps=4))
     hurried = asking.submit(_order(fake, 1, steps=1), timeout_s=0.35)  # the patient one alone would take longer than that
