@@ -222,7 +222,7 @@ def run(bundle: Path, plan: Plan, report: Callable[[str], None]) -> dict[str, An
         """What the engine makes on these cores, then what the server does with it."""
         alone = keep(offline(bundle, plan.offline_s, cores) | {"cores": which})
         with server(bundle, "step", cores) as (address, _):
-            if cores == engine_cores:
+            if which == "own":
                 phase(address, lambda client: quiet(client, plan.quiet))
             at_once = 2 * int(alone["batch"])
             return phase(

@@ -27,7 +27,7 @@ from flashdiff.server.worker import Worker
 DRAIN_S = 30.0
 """How long accepted requests may take after SIGTERM before they are cut off."""
 
-_LAST_REPLIES_S = 2.0  # to encode and send what the device has finished
+_LAST_S = 1.0  # for refusals on their way when all images are sent
 _WATCH_S = 0.5  # how often the device thread is looked after
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _MAX_REPLY = 256 * 1024 * 1024
@@ -92,7 +92,7 @@ class Server:
         self.worker.drain()
         stopping = asyncio.ensure_future(self._server.stop(grace_s))
         await asyncio.to_thread(self.worker.join, grace_s)
-        await self._server.stop(_LAST_REPLIES_S)  # not for those who only listen, to the health of the server say
+        await self._server.stop(min(grace_s, _LAST_S))  # not for those who only listen, to the health of the server say
         await stopping
 
 

@@ -41,6 +41,9 @@ class Embeddings:
             self._kept.move_to_end(text)
         return self._kept.get(text)
 
+    def __contains__(self, text: str) -> bool:
+        return text in self._kept
+
     def put(self, text: str, conditioning: Conditioning) -> None:
         if text in self._kept:
             return
@@ -63,12 +66,14 @@ class Model:
     components: Components
     costs: Costs
     """As measured of late, in milliseconds."""
+    first_costs: Costs = field(init=False)
+    """As measured when it was opened."""
     unconditional: Conditioning | None = field(init=False)
     preview_colors: NDArray[np.float32] = field(init=False)
     embeddings: Embeddings = field(default_factory=Embeddings)
 
     def __post_init__(self) -> None:
-        self.costs = {key: dict(by_batch) for key, by_batch in self.costs.items()}
+        self.first_costs, self.costs = self.costs, {key: dict(by_batch) for key, by_batch in self.costs.items()}
         self.unconditional = unconditional_of(self.components)
         self.preview_colors = fit_preview(self.components)
 

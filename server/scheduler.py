@@ -1,6 +1,6 @@
 """The policy: what the device does next, and whether a new request can be on time. Pure functions, no clock, no threads."""
 
-import heapq
+from collections import deque
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -11,6 +11,8 @@ Stage = Literal["decode", "encode", "denoise"]
 _STAGES: tuple[Stage, ...] = ("decode", "encode", "denoise")
 
 PART_OF: dict[Stage, str] = {"decode": "decoder", "encode": "text_encoder", "denoise": "denoiser"}
+
+_WAIT_MARGIN = 1.25
 
 Priority = Literal["high", "normal", "low"]
 PATIENCE_S: dict[Priority, float] = {"high": 1.0, "normal": 10.0, "low": 100.0}
@@ -79,8 +81,8 @@ def _fill(urgent: Sequence[Ready]) -> list[Ready]:
 class Work:
     """What is left to do for one request."""
 
-    rows: int
-    steps: int  # of each row
+    steps: tuple[int, ...]
+    """Of each row that is not decoded yet."""
     slots: int  # of each row's step
     texts: int
     costs: Mapping[str, Mapping[int, float]]  # ms by part, at its size, and batch
@@ -89,57 +91,53 @@ class Work:
     @property
     def share_ms(self) -> float:
         """Its share of the device, in full batches."""
-        return self.rows * self.steps * self.slots * _per_slot(self.costs["denoiser"]) + self.around_ms
-
-    @property
-    def around_ms(self) -> float:
-        """Of that, what comes before the first and after the last step."""
-        return self.rows * _per_slot(self.costs["decoder"]) + self.texts * _per_slot(self.costs["text_encoder"])
+        calls = {"denoiser": sum(self.steps) * self.slots, "decoder": len(self.steps), "text_encoder": self.texts}
+        return sum(
+            slots * by_batch[max(by_batch)] / max(by_batch) for part, slots in calls.items() for by_batch in [self.costs[part]]
+        )
 
     @property
     def alone_ms(self) -> float:
         """How long it takes when nothing else is there."""
-        return expected_ms(self, [])
+        return finish_times([self])[0]
 
 
-def expected_ms(new: Work, ahead: Sequence[Work]) -> float:
-    """How long until `new` is done, all of `ahead` going first.
+def finish_times(works: Sequence[Work]) -> list[float]:
+    """When each is done, in ms from now, if nothing comes in between; the works in order of urgency.
 
-    The batch is so many places. A row takes the place that is free first and keeps it for all of its steps, so a request
-    waits for places, and then for its steps at the cost of the batch they share; what shares no step comes on top.
+    This is `choose`, played through: a row keeps its place in the batch until it is done, so it plays from one row's end to
+    the next. It leaves out that texts of several requests share a call.
     """
-    beside = [work for work in ahead if work.bucket == new.bucket]
-    return (
-        (_steps_ms(new, beside) if beside else new.steps * _cost(new.costs["denoiser"], new.rows * new.slots))
-        + _cost(new.costs["text_encoder"], new.texts)
-        + _cost(new.costs["decoder"], new.rows)
-        + sum(work.around_ms if work.bucket == new.bucket else work.share_ms for work in ahead)
-    )
+    lines: dict[Hashable, deque[list[int]]] = {}  # by bucket: a row's work and its steps left
+    for index, work in enumerate(works):
+        lines.setdefault(work.bucket, deque()).extend([index, steps] for steps in work.steps)
+    batches: dict[Hashable, list[list[int]]] = {bucket: [] for bucket in lines}
+    clock, ends, read = 0.0, [0.0] * len(works), set[int]()
+    while lines := {bucket: line for bucket, line in lines.items() if line or batches[bucket]}:
+        bucket = min(lines, key=lambda bucket: (batches[bucket] or lines[bucket])[0][0])
+        line, batch = lines[bucket], batches[bucket]
+        work = works[(batch or line)[0][0]]
+        while line and len(batch) < max(1, max(work.costs["denoiser"]) // work.slots):
+            batch.append(line.popleft())
+            if (index := batch[-1][0]) not in read:
+                read.add(index)
+                clock += _cost(work.costs["text_encoder"], works[index].texts)
+        steps = min(left for _, left in batch)
+        clock += steps * _cost(work.costs["denoiser"], len(batch) * work.slots)
+        done = [index for index, left in batch if left == steps]
+        clock += _cost(work.costs["decoder"], len(done))
+        for index in done:
+            ends[index] = clock
+        batches[bucket] = [[index, left - steps] for index, left in batch if left > steps]
+    return ends
 
 
-_WAIT_MARGIN = 1.25
-
-
-def promised_ms(new: Work, ahead: Sequence[Work]) -> float:
-    """The time within which `new` can be promised: waiting, the uncertain part of `expected_ms`, counts a quarter more.
+def promise_ms(alone_ms: float, expected_ms: float) -> float:
+    """The time within which a request can be promised: waiting, the uncertain part of it, counts a quarter more.
 
     Planned to the last millisecond, a queue under overload would be all work that ends just too late.
     """
-    return new.alone_ms + _WAIT_MARGIN * (expected_ms(new, ahead) - new.alone_ms)
-
-
-def _steps_ms(new: Work, beside: Sequence[Work]) -> float:
-    by_batch = new.costs["denoiser"]
-    largest = max(by_batch)
-    places = [0] * max(1, largest // new.slots)  # a heap: after how many steps each is free
-    ends = [heapq.heapreplace(places, places[0] + work.steps) + work.steps for work in (*beside, new) for _ in range(work.rows)]
-    slots = sum(work.rows * work.slots for work in (*beside, new))
-    return max(ends[-new.rows :]) * _cost(by_batch, min(slots, largest))
-
-
-def _per_slot(by_batch: Mapping[int, float]) -> float:
-    largest = max(by_batch)
-    return by_batch[largest] / largest
+    return alone_ms + _WAIT_MARGIN * (expected_ms - alone_ms)
 
 
 def _cost(by_batch: Mapping[int, float], slots: int) -> float:

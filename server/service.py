@@ -27,6 +27,7 @@ from flashdiff.server.scheduler import Priority
 from flashdiff.server.status import code_of, trailers_of
 from flashdiff.server.worker import Finished, Step, Worker
 
+_SENDING_S = 30.0
 _Made = TypeVar("_Made")
 
 
@@ -49,7 +50,8 @@ async def progress(
 ) -> AsyncGenerator[Step | Finished, None]:
     """Submit an order and tell how it goes: every step where `steps` are wanted, then what was made.
 
-    It keeps its place, and its pixels count as pending, until the iterator is closed: close it, by `contextlib.aclosing`.
+    It keeps its place, and its pixels count as pending, until the iterator is closed: close it, by `contextlib.aclosing`, when
+    they are sent. Who does not read them for `_SENDING_S` keeps no room from others.
     """
     loop = asyncio.get_running_loop()
     told: asyncio.Queue[Step | None] = asyncio.Queue()
@@ -64,6 +66,7 @@ async def progress(
             yield step
         finished = job.answer.result()
         describe_call(model=model.identity.name, steps=order.steps, **{f"{k}_ms": v for k, v in vars(finished.timings).items()})
+        loop.call_later(_SENDING_S, worker.release, job)
         yield finished
     finally:
         worker.release(job)  # the client may have left or its deadline have passed
@@ -82,8 +85,9 @@ class ImageService(image_pb2_grpc.ImageServiceServicer):
         self._worker, self._models, self._encoders = worker, models, encoders
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
-        async with aclosing(self._updates(request, context, previews=False)) as updates:
-            return (await anext(updates)).result
+        updates, loop = self._updates(request, context, previews=False), asyncio.get_running_loop()
+        context.add_done_callback(lambda _: loop.create_task(updates.aclose()))  # when the reply is sent
+        return (await anext(updates)).result
 
     async def GenerateStream(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateUpdate]:
         async with aclosing(self._updates(request, context, previews=True)) as updates:

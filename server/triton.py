@@ -9,7 +9,7 @@ import logging
 import secrets
 import struct
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -238,18 +238,21 @@ class TritonService:
 
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Any) -> pb.ModelInferResponse:
         try:
-            async for response in self._infer(request, context.time_remaining(), client_of(context), stream=False):
-                return response
+            updates, loop = (
+                self._infer(request, context.time_remaining(), client_of(context), stream=False),
+                asyncio.get_running_loop(),
+            )
+            context.add_done_callback(lambda _: loop.create_task(updates.aclose()))  # when the response is sent
+            return await anext(updates)
         except FlashdiffError as error:
             await abort(context, error)
-        raise AssertionError("an inference ends in a response or an error")
 
     async def ModelStreamInfer(
         self, requests: AsyncIterator[pb.ModelInferRequest], context: Any
     ) -> AsyncIterator[pb.ModelStreamInferResponse]:
         """Requests of one stream run side by side; an error is told in the stream, which goes on."""
-        # Both are bounded, so that a client who sends and does not read waits for itself.
-        responses: asyncio.Queue[pb.ModelStreamInferResponse | None] = asyncio.Queue(_IN_STREAM)
+        # Both are bounded, so that a client who sends and does not read waits for itself, and holds room by what it has not read.
+        responses: asyncio.Queue[pb.ModelStreamInferResponse | None] = asyncio.Queue(1)
         room = asyncio.Semaphore(_IN_STREAM)
         client = client_of(context)
 
@@ -291,7 +294,7 @@ class TritonService:
 
     async def _infer(
         self, request: pb.ModelInferRequest, remaining_s: float | None, client: str, *, stream: bool
-    ) -> AsyncIterator[pb.ModelInferResponse]:
+    ) -> AsyncGenerator[pb.ModelInferResponse, None]:
         """The previews, where they are asked for, and the result; errors count as failed in the statistics."""
         started = time.monotonic()
         statistics = None
@@ -308,12 +311,13 @@ class TritonService:
                         finished, encoding = update, time.monotonic()
                         files = await self._encoders.encode(finished.images, call.format) if "ENCODED" in call.outputs else []
                         response = await self._encoders.run(self._result, request, call, finished, files)
+                        now = time.monotonic()
+                        _count(statistics, finished, 1000 * (now - started), 1000 * (now - encoding))
+                        yield response
         except FlashdiffError:
             if statistics:
                 statistics.add("fail", 1000 * (time.monotonic() - started))
             raise
-        _count(statistics, finished, 1000 * (time.monotonic() - started), 1000 * (time.monotonic() - encoding))
-        yield response
 
     def _read(self, request: pb.ModelInferRequest, remaining_s: float | None, *, stream: bool) -> _Call:
         model = self._find(request.model_name, request.model_version)

@@ -4,7 +4,8 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -21,7 +22,7 @@ from flashdiff.errors import (
 from flashdiff.generate import Order, Pixels, Row, decode_rows, denoise_rows, encode_prompts, start_rows
 from flashdiff.preview import preview
 from flashdiff.server.models import Model
-from flashdiff.server.scheduler import PART_OF, Priority, Ready, Stage, Work, choose, due, expected_ms, promised_ms
+from flashdiff.server.scheduler import PART_OF, Priority, Ready, Stage, Work, choose, due, finish_times, promise_ms
 
 MAX_PENDING_IMAGES = 128
 """Accepted and not yet finished; what comes beyond is refused at once."""
@@ -29,6 +30,7 @@ MAX_PENDING_IMAGES = 128
 MAX_PENDING_BYTES = 512 * 1024**2
 """Of their pixels and of those still being sent, likewise: large images need more room than small ones."""
 
+_SHORTEST_RETRY_S = 0.1  # when all that fills the queue is being sent
 _CLIENT_SHARE = 0.75  # of the queue, for one client, so that others always find room
 _HANG_S = 60.0  # a device call that takes this long and 20 times its usual cost will not come back
 
@@ -107,7 +109,7 @@ class Worker:
         self._unsent: set[Job] = set()  # answered, their pixels not yet released
         self._arrivals = 0
         self._is_draining = False
-        self._hopeless_at = math.inf  # when the call that runs now counts as hung
+        self._hung_at = math.inf  # when the call that runs now counts as hung
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="flashdiff-device", daemon=True)
         self._thread.start()
@@ -144,11 +146,10 @@ class Worker:
         return job
 
     def estimate_ms(self, model: Model, order: Order, priority: Priority = "normal") -> float:
-        """How long the order would take if it were submitted now, as admission sees it."""
-        now = time.monotonic()
+        """How long the order would take if it were submitted now; a deadline needs a quarter more of the waiting in it."""
         with self._changed:
-            left = {job: _work_left(job) for job in self._jobs}
-            return expected_ms(_work_of(model, order), _ahead_of(due(now, priority, math.inf, 0.0), left))
+            before, after = self._around(due(time.monotonic(), priority, math.inf, 0.0))
+            return finish_times([*map(_work_left, before), _work_of(model, order), *map(_work_left, after)])[len(before)]
 
     def release(self, job: Job) -> None:
         """The client has what it asked for, or has left: rows in progress are dropped before the next step.
@@ -166,13 +167,17 @@ class Worker:
             self._changed.notify()
 
     def join(self, timeout_s: float) -> bool:
-        """Wait for the thread after `drain`; False when it is still busy."""
-        self._thread.join(timeout_s)
+        """Wait, after `drain`, until everything is made and released; False when that takes longer, or the thread hangs."""
+        until = time.monotonic() + timeout_s
+        while (self._thread.is_alive() and not self.failure) or self._unsent:
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.01)
         return not self._thread.is_alive()
 
     def check_alive(self) -> None:
         """Give up on a device call that does not come back: its jobs are answered, and new ones refused."""
-        if time.monotonic() > self._hopeless_at and not self.failure:
+        if time.monotonic() > self._hung_at and not self.failure:
             self._give_up(BackendError(f"a device call has not come back for more than {_HANG_S:.0f} s"))
 
     def _accept(
@@ -193,19 +198,37 @@ class Worker:
         own = [job for job in held if client and job.client == client]
         for jobs, share, whose in ((held, 1.0, ""), (own, _CLIENT_SHARE, " of yours")):
             self._check_room(order, jobs, share, whose)
-        left = {job: _work_left(job) for job in self._jobs}
         deadline = math.inf if timeout_s is None else now + timeout_s
-        due_at = due(now, priority, deadline, sum(left[job].share_ms for job in own if job in left) / 1000)
+        due_at = due(now, priority, deadline, sum(_work_left(job).share_ms for job in own) / 1000)
         if timeout_s is not None:
-            expected = promised_ms(_work_of(model, order), _ahead_of(due_at, left))
-            if expected > 1000 * timeout_s:
-                if not self._jobs:
-                    _forget_slowness(model)
-                raise DeadlineError(
-                    f"this would take about {expected:.0f} ms, the deadline is {max(0.0, 1000 * timeout_s):.0f} ms away"
-                )
+            self._check_deadline(model, order, due_at, now, timeout_s)
         self._arrivals += 1
         return Job(model, order, client, deadline, due_at, arrived=now, arrival=self._arrivals, on_step=on_step)
+
+    def _check_deadline(self, model: Model, order: Order, due_at: float, now: float, timeout_s: float) -> None:
+        """DeadlineError when the order cannot be promised in time, or would break a promise that would hold without it."""
+        new = _work_of(model, order)
+        before, after = self._around(due_at)
+        ends = finish_times([*map(_work_left, before), new, *map(_work_left, after)])
+        promised = promise_ms(new.alone_ms, ends.pop(len(before)))
+        if promised > 1000 * timeout_s:
+            if not self._jobs:
+                _forget_slowness(model)
+            raise DeadlineError(
+                f"this can be promised in about {promised:.0f} ms, the deadline is {max(0.0, 1000 * timeout_s):.0f} ms away"
+            )
+        jobs = [*before, *after]
+        late = [index for index, job in enumerate(jobs) if now + ends[index] / 1000 > job.deadline]
+        if late:
+            without = finish_times([_work_left(job) for job in jobs])
+            if any(now + without[index] / 1000 <= jobs[index].deadline for index in late):
+                raise DeadlineError("this can be in time, but others who were promised a time would then be late")
+
+    def _around(self, due_at: float) -> tuple[list[Job], list[Job]]:
+        """Who goes before an order that is due then, and who after it."""
+        jobs = sorted(self._jobs, key=lambda job: (job.due, job.arrival))
+        place = bisect_right(jobs, due_at, key=lambda job: job.due)
+        return jobs[:place], jobs[place:]
 
     def _check_room(self, order: Order, jobs: Sequence[Job], share: float, whose: str) -> None:
         """OverloadedError when an order does not fit beside these jobs into their share of the queue and of its bytes."""
@@ -215,7 +238,7 @@ class Worker:
         too_many = images + order.count > limit
         too_large = bool(jobs) and pixels + _pixel_bytes(order) > share * MAX_PENDING_BYTES
         if (too_many or too_large) and (jobs or not whose):
-            retry_s = sum(_work_left(job).share_ms for job in self._jobs) / 1000
+            retry_s = max(_SHORTEST_RETRY_S, sum(_work_left(job).share_ms for job in self._jobs) / 1000)
             held = f"{images} images" if too_many else f"{pixels / 1e6:.0f} MB of images"
             most = f"{limit}" if too_many else f"{share * MAX_PENDING_BYTES / 1e6:.0f} MB"
             raise OverloadedError(
@@ -294,7 +317,7 @@ class Worker:
         by_batch = model.costs[PART_OF[stage], None if stage == "encode" else chosen[0][0].order.size]
         bucket = min(batch for batch in by_batch if batch >= slots)
         started = time.monotonic()
-        self._hopeless_at = started + max(_HANG_S, 20 * by_batch[bucket] / 1000)
+        self._hung_at = started + max(_HANG_S, 20 * by_batch[bucket] / 1000)
         try:
             if stage == "encode":
                 self._encode(model, chosen)
@@ -307,7 +330,7 @@ class Worker:
                     for (job, target), image in zip(chosen, images, strict=True):
                         job.images[int(target)] = image
         finally:
-            self._hopeless_at = math.inf
+            self._hung_at = math.inf
         spent_ms = 1000 * (time.monotonic() - started)
         if self._observer:
             self._observer.called(model.identity.name, stage, slots, spent_ms, by_batch[bucket])
@@ -339,7 +362,8 @@ class Worker:
     def _drop_departed(self, now: float) -> None:
         with self._changed:
             departed = [job for job in self._jobs if job.departed]
-            late = [job for job in self._jobs if not job.departed and job.deadline <= now + _work_left(job).alone_ms / 1000]
+            promised = [job for job in self._jobs if not job.departed and job.deadline < math.inf]
+            late = [job for job in promised if job.deadline <= now + _work_left(job).alone_ms / 1000]
         self._fail(departed, CancelledError("the client has left"))
         self._fail(late, DeadlineError("the deadline cannot be kept any more: the images would be done after it"))
 
@@ -394,25 +418,22 @@ def _pixel_bytes(order: Order) -> int:
 
 def _work_of(model: Model, order: Order) -> Work:
     slots = model.components.spec.sampler.evaluations_per_step
+    texts = sum(text not in model.embeddings for text in order.texts)
     costs = {part: by_batch for (part, size), by_batch in model.costs.items() if size in (None, order.size)}
-    return Work(order.count, order.steps, slots, len(order.texts), costs, bucket=(id(model), order.size))
+    return Work((order.steps,) * order.count, slots, texts, costs, bucket=(id(model), order.size))
 
 
 def _work_left(job: Job) -> Work:
     whole = _work_of(job.model, job.order)
     if not job.rows:
-        return whole
-    steps = max(len(row.times) - row.step for row in job.rows)
-    return replace(whole, rows=whole.rows - len(job.images), steps=steps, texts=0)
-
-
-def _ahead_of(due_at: float, left: Mapping[Job, Work]) -> list[Work]:
-    """Whoever was promised a time, and whoever is due earlier anyway."""
-    return [work for job, work in left.items() if job.deadline < math.inf or job.due <= due_at]
+        texts = sum(text not in job.encoded and text not in job.model.embeddings for text in job.order.texts)
+        return replace(whole, texts=texts)
+    steps = tuple(len(row.times) - row.step for index, row in enumerate(job.rows) if index not in job.images)
+    return replace(whole, steps=steps, texts=0)
 
 
 def _forget_slowness(model: Model) -> None:
-    """Refusing while idle measures nothing, so a slow past would refuse for ever: let it fade until someone gets in."""
-    for by_batch in model.costs.values():
-        for batch in by_batch:
-            by_batch[batch] *= 0.9
+    """Refusing while idle measures nothing, so a slow past would refuse for ever: let it fade to what was measured at first."""
+    for key, by_batch in model.costs.items():
+        for batch, first in model.first_costs[key].items():
+            by_batch[batch] = min(by_batch[batch], max(first, 0.9 * by_batch[batch]))

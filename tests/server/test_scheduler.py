@@ -4,11 +4,11 @@ import math
 import random
 from dataclasses import replace
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashdiff.components import Size
-from flashdiff.server.scheduler import PATIENCE_S, Priority, Ready, Stage, Work, choose, due, expected_ms, promised_ms
+from flashdiff.server.scheduler import PATIENCE_S, Priority, Ready, Stage, Work, choose, due, finish_times, promise_ms
 
 SMALL, LARGE = Size(64, 64), Size(128, 64)
 COSTS = {"text_encoder": {1: 1.0, 4: 2.0}, "denoiser": {1: 10.0, 4: 20.0}, "decoder": {1: 4.0, 4: 8.0}}
@@ -132,30 +132,57 @@ def test_under_lasting_overload_even_low_priority_is_served() -> None:
     assert clock > PATIENCE_S["low"] / 2
 
 
-def test_the_estimate_is_the_sum_of_the_stages_alone_and_grows_with_the_backlog() -> None:
-    new = Work(rows=1, steps=4, slots=1, texts=1, costs=COSTS)
-    assert expected_ms(new, []) == 1 + 4 * 10 + 4
-    assert expected_ms(Work(rows=5, steps=1, slots=1, texts=1, costs=COSTS), []) == 1 + (20 + 10) + (8 + 4)
-    beside = Work(rows=2, steps=3, slots=1, texts=0, costs=COSTS)  # all three fit one batch of four
-    assert expected_ms(new, [beside]) == 1 + 4 * 20 + 4 + 2 * 2
+def test_a_request_alone_takes_its_stages_and_with_others_waits_for_places() -> None:
+    new = Work(steps=(4,), slots=1, texts=1, costs=COSTS)
+    assert finish_times([new]) == [1 + 4 * 10 + 4]
+    assert finish_times([replace(new, steps=5 * (1,))]) == [1 + (20 + 8) + (10 + 4)]
+    beside = Work(steps=(3, 3), slots=1, texts=0, costs=COSTS)  # all three fit one batch of four
+    assert finish_times([beside, new]) == [1 + 3 * 20 + 8, 1 + 3 * 20 + 8 + 10 + 4]
     elsewhere = replace(beside, bucket="another size")
-    assert expected_ms(new, [elsewhere]) == expected_ms(new, []) + 2 * 3 * 5 + 2 * 2
-    assert promised_ms(new, []) == expected_ms(new, [])
-    assert promised_ms(new, [beside]) > expected_ms(new, [beside])
-    assert expected_ms(new, 4 * [beside]) == 1 + (6 + 4) * 20 + 4 + 4 * 4  # eight rows of three steps go before it
+    assert finish_times([elsewhere, new]) == [3 * 20 + 8, 3 * 20 + 8 + 45]
+    assert finish_times([replace(new, steps=(0, 2))]) == [1 + 4 + 2 * 10 + 4]  # the first row is only to be decoded
 
 
-@given(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 6)), max_size=20), st.integers(1, 3), st.integers(1, 6))
-def test_the_estimate_is_what_the_policy_then_takes(ahead: list[tuple[int, int]], rows: int, steps: int) -> None:
-    """Requests of so many rows and steps, in order, stepped as `choose` says, at the cost of a full batch each."""
-    works = [Work(rows=r, steps=s, slots=1, texts=0, costs=COSTS) for r, s in (*ahead, (rows, steps))]
-    left = {(job, row): work.steps for job, work in enumerate(works) for row in range(work.rows)}
-    took = 0
-    while any(job == len(ahead) for job, _ in left):
+def test_a_promise_leaves_a_margin_for_waiting_alone() -> None:
+    assert promise_ms(40.0, 40.0) == 40.0
+    assert promise_ms(40.0, 140.0) > 140.0
+
+
+_REQUEST = st.tuples(st.lists(st.integers(1, 6), min_size=1, max_size=6), st.integers(1, 2), st.booleans(), st.booleans())
+
+
+@settings(deadline=None)
+@given(st.lists(_REQUEST, min_size=1, max_size=12))
+def test_finish_times_are_what_the_policy_then_takes(requests: list[tuple[list[int], int, bool, bool]]) -> None:
+    """Requests of so many steps a row, in two sizes, guided or not, in order of urgency, stepped and decoded as `choose` says."""
+    works = [
+        Work(steps=tuple(steps), slots=slots, texts=0, costs=COSTS, bucket=(LARGE if large else SMALL, slots))
+        for steps, slots, large, _ in requests
+    ]
+    left = {(job, row): steps for job, work in enumerate(works) for row, steps in enumerate(work.steps)}
+    clock, ends = 0.0, dict[int, float]()
+    while left:
         handles = list(left)
-        for item in choose([_ready("denoise", index, due=float(job)) for index, (job, _) in enumerate(handles)]):
-            left[handles[item.index]] -= 1
-        left = {key: steps for key, steps in left.items() if steps}
-        took += 1
-    around = sum(2.0 * r for r, _ in ahead) + (4.0 if rows == 1 else 8.0)
-    assert expected_ms(works[-1], works[:-1]) == took * (20.0 if ahead or rows > 1 else 10.0) + around
+        ready = [
+            _ready(
+                "denoise" if left[job, row] else "decode",
+                index,
+                size=works[job].bucket[0],  # type: ignore[index]
+                slots=works[job].slots if left[job, row] else 1,
+                due=float(job),
+                model=str(works[job].slots),
+            )
+            for index, (job, row) in enumerate(handles)
+        ]
+        batch = choose(ready)
+        clock += (COSTS["decoder"] if batch[0].stage == "decode" else COSTS["denoiser"])[
+            1 if sum(i.slots for i in batch) == 1 else 4
+        ]
+        for item in batch:
+            job, row = handles[item.index]
+            if item.stage == "denoise":
+                left[job, row] -= 1
+            else:
+                del left[job, row]
+                ends[job] = clock
+    assert finish_times(works) == [ends[job] for job in range(len(works))]

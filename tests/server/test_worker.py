@@ -101,7 +101,7 @@ def test_a_full_queue_and_a_hopeless_deadline_are_refused_at_once(fake: FakeComp
     gate.open()
     wait([job.answer for job in jobs], 10)
     asking.model.costs["denoiser", SIZE][4] = 1000.0
-    with pytest.raises(DeadlineError, match=r"this would take about \d+ ms, the deadline is 100 ms away"):
+    with pytest.raises(DeadlineError, match=r"this can be promised in about \d+ ms, the deadline is 100 ms away"):
         asking.submit(_order(fake), timeout_s=0.1)
     with pytest.raises(DeadlineError):
         asking.submit(_order(fake), timeout_s=-1.0)
@@ -322,3 +322,38 @@ def test_a_call_that_hangs_answers_everyone_and_refuses_what_comes(fake: FakeCom
         asking.submit(_order(fake))
     gate.open()
     assert asking.worker.join(10)
+
+
+def test_an_order_larger_than_a_batch_keeps_its_promise(fake: FakeComponents, asking: Asking) -> None:
+    """Its texts and steps done count no more, or it would be given up as too late on the way."""
+    fake.delay_s = 0.02
+    for by_batch in asking.model.costs.values():
+        by_batch.update(dict.fromkeys(by_batch, 20.0))
+    order = _order(fake, count=7, steps=3)
+    promised_s = asking.worker.estimate_ms(asking.model, order) / 1000
+    assert promised_s >= 0.02 * (1 + 2 * 3 + 2)
+    assert len(asking.submit(order, timeout_s=1.3 * promised_s).answer.result(10).images) == 7
+
+
+def test_patient_requests_with_deadlines_do_not_shut_out_a_hurried_one(fake: FakeComponents) -> None:
+    asking = Asking(fake)
+    for by_batch in asking.model.costs.values():
+        by_batch.update(dict.fromkeys(by_batch, 20.0))
+    gate = Gate(fake)
+    patient = [asking.submit(_order(fake, seed, count=4, steps=4), timeout_s=60) for seed in range(12)]
+    hurried = asking.submit(_order(fake, 99, steps=1), timeout_s=0.5, client="another")
+    assert asking.worker._around(hurried.due)[0] == [hurried]
+    with pytest.raises(DeadlineError, match="others who were promised a time"):
+        asking.submit(_order(fake, 98, count=16, steps=4), timeout_s=patient[0].deadline - time.monotonic() - 0.2)
+    gate.open()
+    wait([job.answer for job in (*patient, hurried)], 30)
+    asking.finish()
+
+
+def test_refusing_while_idle_does_not_make_the_costs_vanish(fake: FakeComponents, asking: Asking) -> None:
+    first = {key: dict(by_batch) for key, by_batch in asking.model.costs.items()}
+    asking.model.costs["denoiser", _order(fake).size][1] *= 100
+    for _ in range(100):
+        with pytest.raises(DeadlineError):
+            asking.submit(_order(fake), timeout_s=-1.0)
+    assert asking.model.costs == first
