@@ -37,13 +37,18 @@ from flashdiff.sampling import Sampler
 _log = logging.getLogger(__name__)
 
 _LOSS_STREAM = 1 << 20
+_SAME_RESULT = (
+    "hash", "accumulate", "gradient_checkpointing", "shard_base", "checkpoint_every", "checkpoints_keep", "tracker",
+    "preview_prompts",
+)  # fmt: skip
+"""What may be another when a run goes on, such as after it ran out of memory: no number depends on it."""
 _TIMED_UPDATES = 10  # of this process, whether it began the run or goes on with it: then it tells how long the rest takes
 
 
 def distill(recipe: Recipe, out: Path) -> None:
     """Train the recipe's flash LoRA into the folder `out`; a killed run goes on when called again.
 
-    Working files (checkpoints, log, curves, previews, renders) are in `out/training`. TrainingError when the run cannot start,
+    Working files (checkpoints, log, curves, previews) are in `out/training`. TrainingError when the run cannot start,
     runs out of memory or its numbers stop being finite; the last checkpoint is then untouched.
     """
     work = out / "training"
@@ -63,7 +68,7 @@ def distill(recipe: Recipe, out: Path) -> None:
             raise ConfigError("shard_base spreads the network over processes, this run has one: start more, or leave it out")
         place(model, whole=not recipe.shard_base)
         _log.info("reading up to %d samples of '%s'", recipe.data.images, recipe.data.source)
-        data = load_dataset(recipe.data, model, renders=work / "renders", batch_size=recipe.batch_size, seed=recipe.seed)
+        data = load_dataset(recipe.data, model, batch_size=recipe.batch_size, seed=recipe.seed)
         if processes.device().type != "cpu":
             model.text_encoder.to("cpu", torch.float32)  # all it is needed for now are previews
         targets = recipe.lora.targets or family.lora_targets
@@ -96,6 +101,8 @@ def _train(
     model: TorchModel, student: Student, objective: Objective, data: Dataset, recipe: Recipe, work: Path, tracker: Tracker | None
 ) -> None:
     log = work / "log.jsonl"
+    if tracker and log.exists():  # what a killed run told beyond its checkpoint is told again, half a line perhaps included
+        write_whole(log, "".join(log.read_text().splitlines(keepends=True)[: student.update]))
     pool: Pool | None = None
     target_s, update_s = 0.0, list[float]()
     with tqdm(total=recipe.updates, initial=student.update, desc="distill", unit="update", disable=tracker is None) as bar:
@@ -232,7 +239,7 @@ def _told_out_of_memory(recipe: Recipe) -> Iterator[None]:
             cures.append("gradient_checkpointing = true")
         if processes.count() > 1 and not recipe.shard_base:
             cures.append("shard_base = true")
-        if recipe.optimizer == "adamw":
+        if recipe.optimizer == "adamw" and processes.device().type == "cuda":
             cures.append('optimizer = "adamw_8bit"')
         cures.append("a smaller lora.rank or batch_size")
         raise TrainingError(
@@ -242,11 +249,16 @@ def _told_out_of_memory(recipe: Recipe) -> Iterator[None]:
 
 
 def _claim(work: Path, recipe: Recipe) -> None:
-    """Make the working folder this recipe's own; refuses one that holds another recipe's run."""
+    """Make the working folder this recipe's own; refuses one that holds a run of another, unless the results are the same."""
     resolved = work / "recipe.json"
     try:
-        if resolved.exists() and json.loads(resolved.read_text())["hash"] != recipe.content_hash:
-            raise TrainingError(f"{work} holds a run of another recipe; choose another --out or remove it")
-        write_whole(resolved, json.dumps({"hash": recipe.content_hash, **recipe.model_dump(mode="json")}, indent=2) + "\n")
+        values = {"hash": recipe.content_hash, **recipe.model_dump(mode="json")}
+        before = json.loads(resolved.read_text()) if resolved.exists() else values
+        changed = [name for name in values if name not in _SAME_RESULT and before.get(name) != values[name]]
+        if changed:
+            raise TrainingError(
+                f"{work} holds a run of another recipe, which differs in {', '.join(changed)}; choose another --out or remove it"
+            )
+        write_whole(resolved, json.dumps(values, indent=2) + "\n")
     except OSError as error:
         raise TrainingError(f"{work}: cannot write there: {error.strerror}") from None

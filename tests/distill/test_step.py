@@ -42,7 +42,7 @@ def _prompts(tmp_path: Path) -> Path:
 
 
 def _solved(model: TorchModel, recipe: Recipe, tmp_path: Path) -> tuple[Dataset, Solved]:
-    data = load_dataset(recipe.data, model, renders=tmp_path, batch_size=recipe.batch_size, seed=0)
+    data = load_dataset(recipe.data, model, batch_size=recipe.batch_size, seed=0)
     pool = make_pool(model, model.unconditional(), data, recipe, recipe.phases[0], 0)
     solved, _ = pool.batch(0, seed=0)
     return data, solved
@@ -94,7 +94,8 @@ def test_prompts_alone_start_from_noise_or_from_the_students_own_steps(
 def test_a_consistency_target_is_the_students_answer_one_step_of_the_teacher_further(
     model: TorchModel, tiny_base: Path, tmp_path: Path
 ) -> None:
-    recipe = tiny_recipe(tiny_base, target="consistency", guidance=(2.0, 2.0))
+    phases = [{"updates": POOL_BATCHES, "mode_weights": (1, 1, 1, 1)}]
+    recipe = tiny_recipe(tiny_base, target="consistency", guidance=(2.0, 2.0), phases=phases)
     data, solved = _solved(model, recipe, tmp_path)
     times = [*recipe.grid.solver_times(), -1]
     conditional, empty = data.conditioning(solved.items), model.unconditional()
