@@ -24,7 +24,7 @@ from flashdiff.distill.plan import remaining_s
 from flashdiff.distill.previews import preview, save_image
 from flashdiff.distill.processes import Draws
 from flashdiff.distill.publish import publish
-from flashdiff.distill.step import Pool, Targets, make_pool, pool_batches, pool_updates, student_x0
+from flashdiff.distill.step import Pool, Targets, make_pool, pool_batches, pool_updates, shared_pool, student_x0
 from flashdiff.distill.student import Student
 from flashdiff.distill.trackers import Tracker, open_tracker
 from flashdiff.errors import ConfigError, TrainingError
@@ -45,8 +45,10 @@ _SAME_RESULT = (
 _TIMED_UPDATES = 10  # of this process, whether it began the run or goes on with it: then it tells how long the rest takes
 
 
-def distill(recipe: Recipe, out: Path) -> None:
+def distill(recipe: Recipe, out: Path, *, pools: Path | None = None) -> None:
     """Train the recipe's flash LoRA into the folder `out`; a killed run goes on when called again.
+
+    `pools` is a folder where runs of one process leave the teacher's targets for others that need the same.
 
     Working files (checkpoints, log, curves, previews) are in `out/training`. TrainingError when the run cannot start,
     runs out of memory or its numbers stop being finite; the last checkpoint is then untouched.
@@ -81,7 +83,7 @@ def distill(recipe: Recipe, out: Path) -> None:
         _log.info("training %d LoRA parameters from update %d of %d", student.parameter_count, student.update, recipe.updates)
         tracker = open_tracker(recipe, work, student.update) if processes.is_main() else None
         try:
-            _train(model, student, objective, data, recipe, work, tracker)
+            _train(model, student, objective, data, recipe, work, tracker, pools)
         finally:
             if tracker:
                 tracker.close()
@@ -98,7 +100,14 @@ def flash_sampler(model: TorchModel, recipe: Recipe) -> Sampler:
 
 
 def _train(
-    model: TorchModel, student: Student, objective: Objective, data: Dataset, recipe: Recipe, work: Path, tracker: Tracker | None
+    model: TorchModel,
+    student: Student,
+    objective: Objective,
+    data: Dataset,
+    recipe: Recipe,
+    work: Path,
+    tracker: Tracker | None,
+    pools: Path | None,
 ) -> None:
     log = work / "log.jsonl"
     if tracker and log.exists():  # what a killed run told beyond its checkpoint is told again, half a line perhaps included
@@ -111,7 +120,7 @@ def _train(
             pool_index, within = divmod(update, pool_updates(recipe))
             started = time.monotonic()
             if pool is None or within == 0:
-                pool = _new_pool(model, student, objective, data, recipe, pool_index, is_new=within == 0)
+                pool = _new_pool(model, student, objective, data, recipe, pool_index, pools, is_new=within == 0)
                 target_s = (time.monotonic() - started) / (pool_batches(recipe, pool_index) * recipe.target_uses)
                 started = time.monotonic()
             use, number = divmod(within, pool_batches(recipe, pool_index))
@@ -146,16 +155,28 @@ def _train(
 
 
 def _new_pool(
-    model: TorchModel, student: Student, objective: Objective, data: Dataset, recipe: Recipe, index: int, *, is_new: bool
+    model: TorchModel,
+    student: Student,
+    objective: Objective,
+    data: Dataset,
+    recipe: Recipe,
+    index: int,
+    pools: Path | None,
+    *,
+    is_new: bool,
 ) -> Pool:
     """A pool depends on seed, index and anchor alone, so a resumed run solves the same one. Phases change between pools."""
     phase = phase_at(recipe.phases, index * pool_updates(recipe))
-    if not (recipe.backward_simulation or recipe.target == "consistency" or not data.has_images):
+
+    def make() -> Pool:
         return make_pool(model, objective.unconditional, data, recipe, phase, index)
+
+    if not (recipe.backward_simulation or recipe.target == "consistency" or not data.has_images):
+        return shared_pool(pools, model, recipe, phase, index, make) if pools and processes.count() == 1 else make()
     if is_new:
         student.drop_anchor()
     with student.holding(student.anchor):
-        return make_pool(model, objective.unconditional, data, recipe, phase, index)
+        return make()
 
 
 def _learn(model: TorchModel, student: Student, objective: Objective, batches: list[Targets], recipe: Recipe) -> dict[str, float]:

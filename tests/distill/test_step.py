@@ -146,3 +146,21 @@ def test_a_killed_run_that_draws_on_the_student_goes_on_exactly(
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
     told = [json.loads(line)["loss"] for line in (tmp_path / "whole" / "training" / "log.jsonl").read_text().splitlines()]
     assert np.isfinite(told).all()
+
+
+def test_runs_that_need_the_same_targets_share_them(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, pools = tiny_recipe(tiny_base, batch_size=1), tmp_path / "pools"
+    for name, folder in (("alone", None), ("first", pools)):
+        distill(recipe, tmp_path / name, pools=folder)
+    make_pool = loop.make_pool
+    monkeypatch.setattr(loop, "make_pool", lambda *_: pytest.fail("solved again"))
+    distill(recipe, tmp_path / "second", pools=pools)
+    distill(recipe.model_copy(update={"learning_rate": 0.01}), tmp_path / "other", pools=pools)
+    alone, *same, other = (load_file(tmp_path / name / WEIGHTS) for name in ("alone", "first", "second", "other"))
+    assert all(torch.equal(alone[name], found[name]) for found in same for name in alone)
+    assert any(not torch.equal(alone[name], other[name]) for name in alone)
+    solved: list[int] = []
+    monkeypatch.setattr(loop, "make_pool", lambda *inputs: (solved.append(inputs[-1]), make_pool(*inputs))[1])
+    distill(recipe.model_copy(update={"seed": 1}), tmp_path / "another seed", pools=pools)
+    distill(recipe.model_copy(update={"guidance": (2.0, 3.0)}), tmp_path / "another guidance", pools=pools)
+    assert solved == [0, 0]
