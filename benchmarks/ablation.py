@@ -1,18 +1,25 @@
-"""What helps: variants of a recipe, several seeds each, at an equal budget of network evaluations, by `flashdiff evaluate`.
+"""What helps: variants of a recipe, several seeds each, at an equal budget of network evaluations, measured as `evaluate` does.
 
-    python benchmarks/ablation.py --out ablation                       # every variant, seeds 0, 1 and 2: hours
-    python benchmarks/ablation.py --out ablation --only lcm,ours       # some of them; what is there already is not run again
+    python benchmarks/ablation.py --out ablation --scale 0.2 --only distillation,+adversarial,paper,lcm,ours
+    python benchmarks/ablation.py --out ablation --scale 0.2           # then the rest; what is there is not run again
 
-The budget is what the recipe's own length costs with the variant `distillation`, in forward passes of the network: the
-teacher's, the student's and those of the other losses, a backward pass as what it takes beside them
-(`flashdiff.distill.plan.cost`). A variant that costs more an update gets fewer updates, in all phases alike.
+The first line should take about 65 minutes on two cores and the second 75 more, by a model of the costs and not by a run: 4.1 ms
+a sample's forward pass (38 and 43 minutes of training), 30 s a row, 5 minutes for the teacher, renders and their encoding once.
+
+The budget is what the recipe's own length, times `--scale`, costs with the variant `distillation`, in forward passes of the
+network: the teacher's, the student's and those of the other losses, a backward pass as what it takes beside them
+(`flashdiff.distill.plan.cost`). A variant that costs more an update gets fewer updates, in all phases and the warm-up alike.
+Each is charged for all its targets; those that several variants need with the same seed are solved once and kept in OUT/pools.
+Learning rate, batch and LoRA are the recipe's for all, so a variant that needs others is not at its best.
+
+A killed ablation goes on where it was. Results of another base, recipe, budget or measure in OUT are refused.
 """
 
 import argparse
 import json
+import logging
 import statistics
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,11 +34,17 @@ from flashdiff.distill.config import Recipe, bundled_recipe
 from flashdiff.distill.loop import distill
 from flashdiff.distill.plan import cost
 from flashdiff.errors import ConfigError, FlashdiffError
-from flashdiff.evaluation.command import EvaluateOptions, evaluate
+from flashdiff.evaluation.evaluate import Subject, Yardstick, make_images, measure
+from flashdiff.evaluation.features import feature_extractor, text_scorer
+from flashdiff.evaluation.images import WORLD, WORLD_SIZE, read_prompts, read_reference, real_images
+from flashdiff.families import find_base
+from flashdiff.families.base import base_hash
 from flashdiff.files import write_whole
-from flashdiff.lora import FLASH
+from flashdiff.lora import FLASH, load_fused
 
 TEACHER = "teacher"
+_TEACHER_STEPS = 50
+_IMAGE_SEEDS = 2
 _PAPER = {"adversarial": {"kind": "lsgan", "r1_weight": 0.0}, "distribution_matching": {"times": (0.0, 1.0)}}
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -65,6 +78,7 @@ def variant(recipe: Recipe, name: str, seed: int, scale: float) -> Recipe:
     phases = [{**phase.model_dump(), "updates": max(1, round(phase.updates * share))} for phase in changed.phases]
     settings = {
         "phases": phases,
+        "warmup_updates": round(recipe.warmup_updates * sum(phase["updates"] for phase in phases) / recipe.updates),
         "checkpoint_every": max(1, sum(phase["updates"] for phase in phases) // 4),
         "preview_prompts": (),
     }
@@ -85,63 +99,63 @@ def _changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     return Recipe.model_validate({**recipe.model_dump(), "grid": grid, "phases": phases, **settings})
 
 
-def run(recipe: Recipe, out: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Train and measure one variant with one seed, unless it has been: its updates, seconds, and rows by number of steps."""
+class Meter:
+    """What every model is measured with, made once: prompts, networks and the reference of `flashdiff evaluate avatars`."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.prompts = read_prompts(WORLD, options.count)
+        reference = read_reference(WORLD, options.reference_count, WORLD_SIZE)
+        self.yardstick = Yardstick(feature_extractor("avatars"), text_scorer("avatars"), reference)
+
+    def real(self) -> dict[str, float]:
+        """Metrics of real images: the floor."""
+        return self._numbers(Subject(real_images(self.prompts, _IMAGE_SEEDS, WORLD_SIZE)))
+
+    def rows(self, model: Components, name: str, steps: Sequence[int]) -> dict[str, dict[str, float]]:
+        """Metrics by number of steps; the images' noise is the same for every model."""
+        return {
+            str(count): self._numbers(
+                make_images(model, self.prompts, seeds=_IMAGE_SEEDS, steps=count, name=f"{name}, {count} steps", report=_report)
+            )
+            for count in steps
+        }
+
+    def _numbers(self, subject: Subject) -> dict[str, float]:
+        row, _ = measure(subject, self.yardstick)
+        assert row.kid
+        assert row.text
+        assert row.diversity
+        found = {"FID": row.fid, "KID x1000": row.kid, "text": row.text, "diversity": row.diversity}
+        shares = {f"{name} %": 100 * row.attributes[name].value for name in ("large", "small")}
+        return {**{name: estimate.value for name, estimate in found.items()}, **shares}
+
+
+def run(recipe: Recipe, out: Path, meter: Meter, steps: Sequence[int]) -> dict[str, Any]:
+    """Train and measure one variant with one seed, unless it has been: its updates, cost, and rows by number of steps."""
     result = out.with_suffix(".json")
     if result.exists():
         found: dict[str, Any] = json.loads(result.read_text())
         return found
-    started = time.monotonic()
     if not (out / FLASH).exists():
-        distill(recipe, out)
-    seconds = time.monotonic() - started  # of this process: a run that went on after a kill tells its last part
-    rows = _measured(recipe.base, (str(out),), options.steps, options)
-    rows.pop("real")  # the teacher's result has it
-    found = {"updates": recipe.updates, "cost": cost(recipe), "seconds": round(seconds), "rows": rows}
+        distill(recipe, out, pools=out.parent / "pools")
+    _, student = load_fused(recipe.base, [(out, 1.0)], None)
+    found = {"updates": recipe.updates, "cost": round(cost(recipe)), "rows": meter.rows(student, out.name, steps)}
     write_whole(result, json.dumps(found, indent=2) + "\n")
     return found
 
 
-def _measured(base: str, loras: Sequence[str], steps: Sequence[int], options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Metrics by number of steps; the real images' own under `real`."""
-    report = options.out / "report.json"
-    settings = EvaluateOptions(
-        subject=base,
-        loras=tuple((lora, 1.0) for lora in loras),
-        steps=tuple(steps),
-        guidance=None if loras else options.guidance,
-        count=options.count,
-        reference_count=options.reference_count,
-        json_file=report,
-    )
-    evaluate(settings, open_bundle=_no_bundle, report=lambda line: print(line, file=sys.stderr, flush=True))
-    rows = json.loads(report.read_text())["rows"]
-    report.unlink()
-    return {name: _numbers(row) for name, row in zip(("real", *map(str, steps)), rows, strict=True)}
-
-
-def _no_bundle(path: Path) -> Components:
-    raise ConfigError(f"{path} is a bundle; the recipe's base must be a model")
-
-
-def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
-    attributes = {name: 100 * row["attributes"][name]["value"] for name in ("large", "small") if name in row["attributes"]}
-    values = {
-        name: row[key]["value"]
-        for name, key in (("FID", "fid"), ("KID x1000", "kid"), ("text", "text"), ("diversity", "diversity"))
-    }
-    return {**values, **{f"{name} %": value for name, value in attributes.items()}}
+def _report(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """One line a variant and number of steps: the mean over seeds, and their standard deviation where there are several."""
-    head = ["variant", "seeds", "updates", "minutes", "steps", *METRICS]
+    head = ["variant", "seeds", "updates", "steps", *METRICS]
     lines = [head, ["---"] * len(head)]
     for name, seeds in results.items():
         for steps in seeds[0]["rows"]:
             cells = [_mean([seed["rows"][steps][metric] for seed in seeds]) for metric in METRICS]
-            minutes = f"{statistics.mean(seed['seconds'] for seed in seeds) / 60:.1f}"
-            lines.append([name, str(len(seeds)), str(seeds[0]["updates"]), minutes, steps, *cells])
+            lines.append([name, str(len(seeds)), str(seeds[0]["updates"]), steps, *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -156,15 +170,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="runs and results are kept here")
     parser.add_argument("--recipe", type=Path, default=bundled_recipe("avatars.toml"), help="default: the embedded model's")
     parser.add_argument(
-        "--only", type=lambda text: text.split(","), default=[*VARIANTS], metavar="NAME[,NAME...]", help="variants"
+        "--only", type=lambda text: text.split(","), default=[*VARIANTS], metavar="NAME[,NAME...]", help="variants; default: all"
     )
     parser.add_argument("--seeds", type=_whole_numbers, default=(0, 1, 2), metavar="N[,N...]", help="default: 0,1,2")
-    parser.add_argument("--steps", type=_whole_numbers, default=(4, 2, 1), metavar="N[,N...]", help="default: 4,2,1")
+    parser.add_argument("--steps", type=_whole_numbers, default=(4, 2), metavar="N[,N...]", help="default: 4,2")
     parser.add_argument("--scale", type=float, default=1.0, help="budget in lengths of the recipe; default: %(default)s")
     parser.add_argument("--guidance", type=float, default=3.0, help="of the teacher's rows; default: %(default)s")
-    parser.add_argument("--count", type=int, default=500, help="prompts, with two seeds each; default: %(default)s")
+    parser.add_argument("--count", type=int, default=150, help="prompts, with two seeds each; default: %(default)s")
     parser.add_argument("--reference-count", type=int, default=5000, help="reference images; default: %(default)s")
     options = parser.parse_args(arguments)
+    logging.basicConfig(format="%(asctime)s %(message)s", stream=sys.stderr)
+    logging.getLogger("flashdiff").setLevel(logging.INFO)
     try:
         _ablate(options)
     except FlashdiffError as error:
@@ -177,24 +193,36 @@ def _ablate(options: argparse.Namespace) -> None:
     if unknown := [name for name in options.only if name not in VARIANTS]:
         raise ConfigError(f"--only {unknown[0]}: the variants are {', '.join(VARIANTS)}")
     recipe = load_recipe(options.recipe, Recipe)
-    options.out.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "recipe": recipe.content_hash,
+        "base": base_hash(find_base(recipe.base)),
+        **{name: getattr(options, name) for name in ("scale", "guidance", "count", "reference_count")},
+        "steps": list(options.steps),
+    }
+    _claim(options.out / "settings.json", settings)
+    meter = Meter(options)
     teacher = options.out / f"{TEACHER}.json"
     if not teacher.exists():
-        rows = _measured(recipe.base, (), (50, *(steps for steps in options.steps if steps > 1)), options)
-        write_whole(teacher, json.dumps({"updates": 0, "cost": 0, "seconds": 0, "rows": rows}, indent=2) + "\n")
+        _, base = load_fused(recipe.base, (), options.guidance)
+        steps = (_TEACHER_STEPS, *(count for count in options.steps if count > 1))
+        rows = {"real": meter.real(), **meter.rows(base, TEACHER, steps)}
+        write_whole(teacher, json.dumps({"updates": 0, "cost": 0, "rows": rows}, indent=2) + "\n")
     results: dict[str, list[dict[str, Any]]] = {TEACHER: [json.loads(teacher.read_text())]}
     for seed in options.seeds:  # all variants with one seed first: a table of all comes early
         for name in options.only:
             changed = variant(recipe, name, seed, options.scale)
-            found = run(changed, options.out / f"{name}-{seed}", options)
-            results.setdefault(name, []).append(found)
-            _write(options.out, recipe, results)
+            results.setdefault(name, []).append(run(changed, options.out / f"{name}-{seed}", meter, options.steps))
+            record = {"environment": environment({}), "settings": settings, "results": results}
+            write_whole(options.out / "ablation.json", json.dumps(record, indent=2) + "\n")
+            write_whole(options.out / "ablation.md", table(results) + "\n")
 
 
-def _write(out: Path, recipe: Recipe, results: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-    record = {"environment": environment({}), "recipe_hash": recipe.content_hash, "results": results}
-    write_whole(out / "ablation.json", json.dumps(record, indent=2) + "\n")
-    write_whole(out / "ablation.md", table({name: seeds for name, seeds in results.items() if seeds}) + "\n")
+def _claim(path: Path, settings: Mapping[str, Any]) -> None:
+    """ConfigError when the results there are of another model, recipe, budget or measure: they would share a table."""
+    before = json.loads(path.read_text()) if path.exists() else settings
+    if changed := [name for name in settings if before.get(name) != settings[name]]:
+        raise ConfigError(f"{path.parent} holds results of another {', '.join(changed)}; choose another --out or remove it")
+    write_whole(path, json.dumps(settings, indent=2) + "\n")
 
 
 def _whole_numbers(text: str) -> tuple[int, ...]:

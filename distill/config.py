@@ -78,7 +78,7 @@ class DistributionMatchingRecipe(Record):
 
 
 class LossRecipe(Record):
-    distillation: LatentDistance | Literal["perceptual"] = "l2"
+    distillation: Literal["l2", "pseudo_huber", "perceptual"] = "l2"
     """`perceptual` compares features of the frozen teacher (2401.00110), at two more evaluations an update."""
     adversarial: AdversarialRecipe = AdversarialRecipe()
     distribution_matching: DistributionMatchingRecipe = DistributionMatchingRecipe()

@@ -95,7 +95,7 @@ class Dataset:
         return {name: torch.stack([row[name] for row in rows]).float() for name in rows[0]}
 
 
-def load_dataset(recipe: DataRecipe, model: TorchModel, *, renders: Path, batch_size: int, seed: int) -> Dataset:
+def load_dataset(recipe: DataRecipe, model: TorchModel, *, batch_size: int, seed: int) -> Dataset:
     """Everything the recipe names, encoded into the cache where it is not there yet; each process encodes its share.
 
     A few damaged samples are skipped and counted. TrainingError when there is nothing to train on or too much is damaged.
@@ -105,8 +105,7 @@ def load_dataset(recipe: DataRecipe, model: TorchModel, *, renders: Path, batch_
     sizes = aspect_sizes(default, model.spec.latent_factor) if recipe.buckets else [default]
     items: dict[int, tuple[Size, Item]] = {}
     bad: dict[int, str] = {}
-    processes.main_first(lambda: next(read_samples(recipe, default, renders, seed, Damage("")), None))  # draws the renders
-    samples = read_samples(recipe, default, renders, seed, damage)
+    samples = read_samples(recipe, default, seed, damage)
     for number, sample in enumerate(
         tqdm(samples, desc="encode", unit=" samples", mininterval=1, disable=not processes.is_main())
     ):

@@ -24,7 +24,7 @@ from flashdiff.distill.plan import remaining_s
 from flashdiff.distill.previews import preview, save_image
 from flashdiff.distill.processes import Draws
 from flashdiff.distill.publish import publish
-from flashdiff.distill.step import Pool, Targets, make_pool, pool_batches, pool_updates, student_x0
+from flashdiff.distill.step import Pool, Targets, make_pool, pool_batches, pool_updates, shared_pool, student_x0
 from flashdiff.distill.student import Student
 from flashdiff.distill.trackers import Tracker, open_tracker
 from flashdiff.errors import ConfigError, TrainingError
@@ -37,13 +37,20 @@ from flashdiff.sampling import Sampler
 _log = logging.getLogger(__name__)
 
 _LOSS_STREAM = 1 << 20
+_SAME_RESULT = (
+    "hash", "accumulate", "gradient_checkpointing", "shard_base", "checkpoint_every", "checkpoints_keep", "tracker",
+    "preview_prompts",
+)  # fmt: skip
+"""What may be another when a run goes on, such as after it ran out of memory: no number depends on it."""
 _TIMED_UPDATES = 10  # of this process, whether it began the run or goes on with it: then it tells how long the rest takes
 
 
-def distill(recipe: Recipe, out: Path) -> None:
+def distill(recipe: Recipe, out: Path, *, pools: Path | None = None) -> None:
     """Train the recipe's flash LoRA into the folder `out`; a killed run goes on when called again.
 
-    Working files (checkpoints, log, curves, previews, renders) are in `out/training`. TrainingError when the run cannot start,
+    `pools` is a folder where runs of one process leave the teacher's targets for others that need the same.
+
+    Working files (checkpoints, log, curves, previews) are in `out/training`. TrainingError when the run cannot start,
     runs out of memory or its numbers stop being finite; the last checkpoint is then untouched.
     """
     work = out / "training"
@@ -63,7 +70,7 @@ def distill(recipe: Recipe, out: Path) -> None:
             raise ConfigError("shard_base spreads the network over processes, this run has one: start more, or leave it out")
         place(model, whole=not recipe.shard_base)
         _log.info("reading up to %d samples of '%s'", recipe.data.images, recipe.data.source)
-        data = load_dataset(recipe.data, model, renders=work / "renders", batch_size=recipe.batch_size, seed=recipe.seed)
+        data = load_dataset(recipe.data, model, batch_size=recipe.batch_size, seed=recipe.seed)
         if processes.device().type != "cpu":
             model.text_encoder.to("cpu", torch.float32)  # all it is needed for now are previews
         targets = recipe.lora.targets or family.lora_targets
@@ -76,7 +83,7 @@ def distill(recipe: Recipe, out: Path) -> None:
         _log.info("training %d LoRA parameters from update %d of %d", student.parameter_count, student.update, recipe.updates)
         tracker = open_tracker(recipe, work, student.update) if processes.is_main() else None
         try:
-            _train(model, student, objective, data, recipe, work, tracker)
+            _train(model, student, objective, data, recipe, work, tracker, pools)
         finally:
             if tracker:
                 tracker.close()
@@ -93,9 +100,18 @@ def flash_sampler(model: TorchModel, recipe: Recipe) -> Sampler:
 
 
 def _train(
-    model: TorchModel, student: Student, objective: Objective, data: Dataset, recipe: Recipe, work: Path, tracker: Tracker | None
+    model: TorchModel,
+    student: Student,
+    objective: Objective,
+    data: Dataset,
+    recipe: Recipe,
+    work: Path,
+    tracker: Tracker | None,
+    pools: Path | None,
 ) -> None:
     log = work / "log.jsonl"
+    if tracker and log.exists():  # what a killed run told beyond its checkpoint is told again, half a line perhaps included
+        write_whole(log, "".join(log.read_text().splitlines(keepends=True)[: student.update]))
     pool: Pool | None = None
     target_s, update_s = 0.0, list[float]()
     with tqdm(total=recipe.updates, initial=student.update, desc="distill", unit="update", disable=tracker is None) as bar:
@@ -104,7 +120,7 @@ def _train(
             pool_index, within = divmod(update, pool_updates(recipe))
             started = time.monotonic()
             if pool is None or within == 0:
-                pool = _new_pool(model, student, objective, data, recipe, pool_index, is_new=within == 0)
+                pool = _new_pool(model, student, objective, data, recipe, pool_index, pools, is_new=within == 0)
                 target_s = (time.monotonic() - started) / (pool_batches(recipe, pool_index) * recipe.target_uses)
                 started = time.monotonic()
             use, number = divmod(within, pool_batches(recipe, pool_index))
@@ -139,16 +155,28 @@ def _train(
 
 
 def _new_pool(
-    model: TorchModel, student: Student, objective: Objective, data: Dataset, recipe: Recipe, index: int, *, is_new: bool
+    model: TorchModel,
+    student: Student,
+    objective: Objective,
+    data: Dataset,
+    recipe: Recipe,
+    index: int,
+    pools: Path | None,
+    *,
+    is_new: bool,
 ) -> Pool:
     """A pool depends on seed, index and anchor alone, so a resumed run solves the same one. Phases change between pools."""
     phase = phase_at(recipe.phases, index * pool_updates(recipe))
-    if not (recipe.backward_simulation or recipe.target == "consistency" or not data.has_images):
+
+    def make() -> Pool:
         return make_pool(model, objective.unconditional, data, recipe, phase, index)
+
+    if not (recipe.backward_simulation or recipe.target == "consistency" or not data.has_images):
+        return shared_pool(pools, model, recipe, phase, index, make) if pools and processes.count() == 1 else make()
     if is_new:
         student.drop_anchor()
     with student.holding(student.anchor):
-        return make_pool(model, objective.unconditional, data, recipe, phase, index)
+        return make()
 
 
 def _learn(model: TorchModel, student: Student, objective: Objective, batches: list[Targets], recipe: Recipe) -> dict[str, float]:
@@ -232,7 +260,7 @@ def _told_out_of_memory(recipe: Recipe) -> Iterator[None]:
             cures.append("gradient_checkpointing = true")
         if processes.count() > 1 and not recipe.shard_base:
             cures.append("shard_base = true")
-        if recipe.optimizer == "adamw":
+        if recipe.optimizer == "adamw" and processes.device().type == "cuda":
             cures.append('optimizer = "adamw_8bit"')
         cures.append("a smaller lora.rank or batch_size")
         raise TrainingError(
@@ -242,11 +270,16 @@ def _told_out_of_memory(recipe: Recipe) -> Iterator[None]:
 
 
 def _claim(work: Path, recipe: Recipe) -> None:
-    """Make the working folder this recipe's own; refuses one that holds another recipe's run."""
+    """Make the working folder this recipe's own; refuses one that holds a run of another, unless the results are the same."""
     resolved = work / "recipe.json"
     try:
-        if resolved.exists() and json.loads(resolved.read_text())["hash"] != recipe.content_hash:
-            raise TrainingError(f"{work} holds a run of another recipe; choose another --out or remove it")
-        write_whole(resolved, json.dumps({"hash": recipe.content_hash, **recipe.model_dump(mode="json")}, indent=2) + "\n")
+        values = {"hash": recipe.content_hash, **recipe.model_dump(mode="json")}
+        before = json.loads(resolved.read_text()) if resolved.exists() else values
+        changed = [name for name in values if name not in _SAME_RESULT and before.get(name) != values[name]]
+        if changed:
+            raise TrainingError(
+                f"{work} holds a run of another recipe, which differs in {', '.join(changed)}; choose another --out or remove it"
+            )
+        write_whole(resolved, json.dumps(values, indent=2) + "\n")
     except OSError as error:
         raise TrainingError(f"{work}: cannot write there: {error.strerror}") from None

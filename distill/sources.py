@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 
 from flashdiff.components import Size
+from flashdiff.distill import processes
 from flashdiff.distill.config import DataRecipe
 from flashdiff.errors import EvaluationError, TrainingError, first_line
 from flashdiff.evaluation.images import METADATA, SUFFIXES, WORLD, read_metadata, shard_samples
@@ -62,14 +63,14 @@ class Damage:
                 )
 
 
-def read_samples(recipe: DataRecipe, size: Size, renders: Path, seed: int, damage: Damage) -> Iterator[Sample]:
+def read_samples(recipe: DataRecipe, size: Size, seed: int, damage: Damage) -> Iterator[Sample]:
     """Up to `recipe.images` samples in a fixed order; what cannot be used is told to `damage`.
 
     TrainingError when the source is none of the known kinds.
     """
     source = Path(recipe.source)
     if recipe.source == WORLD:
-        samples = _renders(recipe.images, size, renders, seed)
+        samples = _renders(recipe.images, size, seed)
     elif source.is_dir():
         files = sorted([*source.rglob("*.tar"), *source.rglob("*.parquet")])
         samples = _files(files, damage) if files else _folder(source, damage)
@@ -103,13 +104,14 @@ def decoded(image: bytes | NDArray[np.uint8], size: Size) -> NDArray[np.uint8]:
 # --- the kinds of sources --------------------------------------------------------------------------------------------
 
 
-def _renders(count: int, size: Size, renders: Path, seed: int) -> Iterator[Sample]:
-    from flashdiff.zoo.images import rendered
+def _renders(count: int, size: Size, seed: int) -> Iterator[Sample]:
+    from flashdiff.zoo.images import render_cache, rendered
     from flashdiff.zoo.world import KINDS, caption
 
     if size.width != size.height:
         raise TrainingError(f"the embedded world draws squares; this model runs at {size}")
-    images, scenes = rendered(renders, tuple(KINDS), 0, count, size.width)
+    processes.main_first(lambda: rendered(render_cache(), tuple(KINDS), 0, count, size.width))
+    images, scenes = rendered(render_cache(), tuple(KINDS), 0, count, size.width)
     rng = random.Random(seed)
     for number, (image, scene) in enumerate(zip(images, scenes, strict=True)):
         yield Sample(f"render {number}", caption(scene, rng), image)

@@ -1,14 +1,16 @@
 """What an update starts from: samples solved by the teacher, and the student's own evaluation of them."""
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flashdiff.checkpoint import step_generator
+from flashdiff.checkpoint import load_state, save_state, step_generator
 from flashdiff.distill import processes
 from flashdiff.distill.config import Phase, Recipe
 from flashdiff.distill.curriculum import start_probabilities
@@ -67,18 +69,34 @@ class Pool:
     """The samples of a few batches. Each use goes through all of them, shuffled anew among those of one size."""
 
     def __init__(self, solved: list[Solved], batch_size: int) -> None:
-        self._solved, self._batch_size = solved, batch_size
+        self.solved, self._batch_size = solved, batch_size
 
     def batch(self, number: int, seed: int) -> tuple[Solved, Tensor]:
         """The samples of one size, and which of them [batch_size] are batch `number` of the use that `seed` names."""
         generator = torch.Generator().manual_seed(seed)
-        orders = [torch.randperm(len(solved.items), generator=generator) for solved in self._solved]
+        orders = [torch.randperm(len(solved.items), generator=generator) for solved in self.solved]
         parts = [
-            (solved, part) for solved, order in zip(self._solved, orders, strict=True) for part in order.split(self._batch_size)
+            (solved, part) for solved, order in zip(self.solved, orders, strict=True) for part in order.split(self._batch_size)
         ]
-        if len(self._solved) > 1:
+        if len(self.solved) > 1:
             parts = [parts[index] for index in torch.randperm(len(parts), generator=generator)]
         return parts[number]
+
+
+def shared_pool(folder: Path, model: TorchModel, recipe: Recipe, phase: Phase, index: int, make: Callable[[], Pool]) -> Pool:
+    """The pool from `folder`, where another run has left it; else `make` it, and leave it there.
+
+    Only for pools that do not draw on the student: they are functions of the values that name the file.
+    """
+    batches = pool_batches(recipe, index)
+    fixed = recipe.model_dump_json(include={"seed", "data", "grid", "guidance", "batch_size"})
+    name = hashlib.sha256(f"{model.base_hash} {fixed} {phase.mode_weights} {index} {batches}".encode()).hexdigest()[:32]
+    path = folder / f"{name}.pt"
+    if path.exists():
+        return Pool([Solved(**{**of, "items": of["items"].numpy()}) for of in load_state(path)["sizes"]], recipe.batch_size)
+    pool = make()
+    save_state(path, {"sizes": [{**vars(solved), "items": torch.from_numpy(solved.items)} for solved in pool.solved]})
+    return pool
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import json
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -53,8 +53,10 @@ def parse_record(values: Mapping[str, Any], record: type[R], *, source: str) -> 
 def _problem(item: Any, record: type[Record]) -> str:
     key = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        nearest = difflib.get_close_matches(str(item["loc"][-1]), _known_keys(record, item["loc"][:-1]), n=1)
-        return f"unknown key '{key}'" + (f", did you mean '{nearest[0]}'?" if nearest else "")
+        name = str(item["loc"][-1])
+        if nearest := difflib.get_close_matches(name, _known_keys(record, item["loc"][:-1]), n=1):
+            return f"unknown key '{key}', did you mean '{nearest[0]}'?"
+        return f"unknown key '{key}'" + (f"; '{name}' stands above the first [table]" if name in record.model_fields else "")
     if item["type"] == "missing":
         return f"'{key}' is missing"
     if item["type"] == "value_error":  # a rule across fields; its message names them
@@ -64,9 +66,12 @@ def _problem(item: Any, record: type[Record]) -> str:
 
 def _known_keys(record: type[Record], path: tuple[int | str, ...]) -> list[str]:
     for name in path:
-        field = record.model_fields.get(str(name))
-        inner = field.annotation if field else None
-        if not (isinstance(inner, type) and issubclass(inner, Record)):
+        if isinstance(name, int):  # a place in a list of records
+            continue
+        field = record.model_fields.get(name)
+        kinds = (field.annotation, *get_args(field.annotation)) if field else ()
+        inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Record)]
+        if not inner:
             return []
-        record = inner
+        record = inner[0]
     return list(record.model_fields)

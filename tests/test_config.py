@@ -25,6 +25,13 @@ def test_equal_recipes_have_equal_hashes_whatever_their_layout(tmp_path: Path) -
     [
         ("batch_size = ", "batch_siez = ", r"unknown key 'batch_siez', did you mean 'batch_size'\?"),
         ("rank = 4", "rnak = 4", r"unknown key 'lora.rnak', did you mean 'rank'\?"),
+        ("mode_weights = ", "mode_weigths = ", r"unknown key 'phases.0.mode_weigths', did you mean 'mode_weights'\?"),
+        ("rank = 4", "seed = 4", r"unknown key 'lora.seed'; 'seed' stands above the first \[table\]"),
+        (
+            "base = ",
+            'loss = { distillation = "l3" }\nbase = ',
+            r"'loss.distillation' = 'l3': input should be 'l2', ",
+        ),
         ("rank = 4", "rank = 0", r"'lora.rank' = 0: input should be greater than or equal to 1"),
         ("base = ", "# base = ", r"'base' is missing"),
         ("guidance = [3.0, 3.0]", "guidance = [5.0, 3.0]", r"guidance must be two rising positive numbers"),

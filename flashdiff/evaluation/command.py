@@ -24,6 +24,7 @@ from flashdiff.evaluation.images import (
     HELD_OUT,
     REAL,
     WORLD,
+    WORLD_SIZE,
     ImageSet,
     Prompt,
     read_images,
@@ -35,8 +36,6 @@ from flashdiff.evaluation.images import (
 from flashdiff.files import new_folder, write_whole
 from flashdiff.generate import check_order
 from flashdiff.lora import find_lora, load_fused, read_flash_info
-
-_WORLD_SIZE = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +68,7 @@ def evaluate(options: EvaluateOptions, *, open_bundle: Callable[[Path], Componen
     scorer_name = options.text or ("avatars" if of_world else None)
     scorer = text_scorer(scorer_name) if scorer_name else None
     plan = _plan(options, open_bundle)
-    reference = read_reference(options.reference, options.reference_count, _WORLD_SIZE)
+    reference = read_reference(options.reference, options.reference_count, WORLD_SIZE)
     if not plan.is_drawable:
         plan.real, reference = _real_part(reference)
     report(f"reference: {options.reference}, {len(reference)} images")
@@ -156,7 +155,7 @@ def _plan(options: EvaluateOptions, open_bundle: Callable[[Path], Components]) -
 
 def _subjects(plan: _Plan, report: Callable[[str], None]) -> Iterator[Subject]:
     """The real images, then the subject's, then its teacher's."""
-    yield Subject(plan.real or real_images(plan.prompts, plan.seeds, _WORLD_SIZE))
+    yield Subject(plan.real or real_images(plan.prompts, plan.seeds, WORLD_SIZE))
     if plan.made:
         name = plan.made.name if plan.made.name != REAL else f"{REAL} (subject)"
         yield Subject(replace(plan.made, name=name))

@@ -22,6 +22,8 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 
 WORLD = "avatars"
 """What the renderer is called where a prompt set or a reference set is named."""
+WORLD_SIZE = 64
+"""Pixels a side of its pictures, unless somebody asks for another."""
 HELD_OUT = "avatars-held-out"
 REAL = "real"
 """The name of the images that no model made."""

@@ -1,7 +1,12 @@
+import json
+from pathlib import Path
+
 import pytest
 
+from benchmarks import ablation
 from benchmarks.ablation import VARIANTS, table, variant
 from flashdiff.config import load_recipe
+from flashdiff.distill import loop
 from flashdiff.distill.config import Recipe, bundled_recipe
 from flashdiff.distill.plan import cost
 
@@ -22,14 +27,42 @@ def test_variants_differ_in_what_they_name() -> None:
     assert len({one.content_hash for one in made.values()}) == len(VARIANTS)
     assert made["distillation"].updates == recipe.updates < made["ours"].updates
     assert [phase.adversarial for phase in made["paper"].phases] == [0.1, 0.3]
+    assert made["ours"].warmup_updates / made["ours"].updates == pytest.approx(100 / 600, rel=0.01)
     assert made["lcm"].grid.inference_times(4) == recipe.grid.inference_times(4)
 
 
 def test_the_table_tells_mean_and_spread_over_seeds() -> None:
     row = {"FID": 2.0, "KID x1000": 1.0, "large %": 90.0, "small %": 50.0, "text": 80.0, "diversity": 4.0}
-    runs = [{"updates": 9, "seconds": 60, "rows": {"2": {**row, "FID": value}}} for value in (2.0, 4.0)]
+    runs = [{"updates": 9, "rows": {"2": {**row, "FID": value}}} for value in (2.0, 4.0)]
     last = table({"ours": runs}).splitlines()[-1]
-    assert (
-        last
-        == "| ours | 2 | 9 | 1.0 | 2 | 3.00 ± 1.41 | 1.00 ± 0.00 | 90.00 ± 0.00 | 50.00 ± 0.00 | 80.00 ± 0.00 | 4.00 ± 0.00 |"
-    )
+    assert last == "| ours | 2 | 9 | 2 | 3.00 ± 1.41 | 1.00 ± 0.00 | 90.00 ± 0.00 | 50.00 ± 0.00 | 80.00 ± 0.00 | 4.00 ± 0.00 |"
+
+
+def test_an_ablation_goes_on_where_it_was_and_refuses_results_of_other_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("""
+base = "avatars"
+guidance = [3.0, 3.0]
+batch_size = 2
+learning_rate = 1e-3
+data = { source = "avatars", images = 8 }
+grid = { solver_steps = 4 }
+lora = { rank = 1, alpha = 1 }
+phases = [{ updates = 2, mode_weights = [0, 0, 0, 1] }]
+""")
+    monkeypatch.setattr(ablation, "_TEACHER_STEPS", 4)
+    solved: list[int] = []
+    make_pool = loop.make_pool
+    monkeypatch.setattr(loop, "make_pool", lambda *inputs: (solved.append(inputs[-1]), make_pool(*inputs))[1])
+    few = ["--recipe", str(recipe), "--out", str(tmp_path / "out"), "--count", "4", "--reference-count", "8", "--steps", "2"]
+    assert ablation.main([*few, "--only", "distillation", "--seeds", "0"]) == 0
+    assert ablation.main([*few, "--only", "distillation,lcm", "--seeds", "0,1"]) == 0
+    assert solved == [0] * 4  # three new runs after the first
+    found = json.loads((tmp_path / "out" / "ablation.json").read_text())["results"]
+    assert [list(run["rows"]) for run in found["teacher"]] == [["real", "4", "2"]]
+    assert [len(found[name]) for name in ("distillation", "lcm")] == [2, 2]
+    assert found["distillation"][0]["rows"]["2"]["FID"] != found["distillation"][1]["rows"]["2"]["FID"]
+    assert ablation.main([*few, "--scale", "0.5"]) == 1
+    assert "holds results of another scale" in capsys.readouterr().err

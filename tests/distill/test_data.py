@@ -35,7 +35,7 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _load(model: TorchModel, source: Path, **changes: Any) -> Dataset:
     recipe = DataRecipe.model_validate({"source": str(source), **changes})
-    return load_dataset(recipe, model, renders=source.parent / "renders", batch_size=2, seed=0)
+    return load_dataset(recipe, model, batch_size=2, seed=0)
 
 
 def _png(index: int, size: tuple[int, int] = (50, 40)) -> bytes:
@@ -165,6 +165,23 @@ def test_a_few_damaged_samples_are_skipped_and_counted(
     with caplog.at_level("INFO"):
         assert len(_load(model, folder)) == 38
     assert "2 samples skipped" in caplog.text
+
+
+def test_one_damaged_shard_of_many_is_skipped_once_and_counted(
+    model: TorchModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "many").mkdir()
+    for number in range(20):
+        _shard(tmp_path / "many" / f"{number:02}.tar", (f"a dog {number}",))
+    first = tmp_path / "many" / "00.tar"
+    first.write_bytes(first.read_bytes()[:700])
+    with caplog.at_level("INFO"):
+        assert len(_load(model, tmp_path / "many")) == 19
+    assert caplog.text.count("00.tar is damaged") == 1
+    assert ", 1 files skipped" in caplog.text
+    (tmp_path / "many" / "01.tar").write_bytes(b"")
+    with pytest.raises(TrainingError, match=r"2 of 20 files cannot be used, more than 5%; the first: .*00\.tar is damaged"):
+        _load(model, tmp_path / "many")
 
 
 def test_bad_data_is_named_in_one_line(model: TorchModel, tmp_path: Path) -> None:

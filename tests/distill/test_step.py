@@ -42,7 +42,7 @@ def _prompts(tmp_path: Path) -> Path:
 
 
 def _solved(model: TorchModel, recipe: Recipe, tmp_path: Path) -> tuple[Dataset, Solved]:
-    data = load_dataset(recipe.data, model, renders=tmp_path, batch_size=recipe.batch_size, seed=0)
+    data = load_dataset(recipe.data, model, batch_size=recipe.batch_size, seed=0)
     pool = make_pool(model, model.unconditional(), data, recipe, recipe.phases[0], 0)
     solved, _ = pool.batch(0, seed=0)
     return data, solved
@@ -94,7 +94,8 @@ def test_prompts_alone_start_from_noise_or_from_the_students_own_steps(
 def test_a_consistency_target_is_the_students_answer_one_step_of_the_teacher_further(
     model: TorchModel, tiny_base: Path, tmp_path: Path
 ) -> None:
-    recipe = tiny_recipe(tiny_base, target="consistency", guidance=(2.0, 2.0))
+    phases = [{"updates": POOL_BATCHES, "mode_weights": (1, 1, 1, 1)}]
+    recipe = tiny_recipe(tiny_base, target="consistency", guidance=(2.0, 2.0), phases=phases)
     data, solved = _solved(model, recipe, tmp_path)
     times = [*recipe.grid.solver_times(), -1]
     conditional, empty = data.conditioning(solved.items), model.unconditional()
@@ -145,3 +146,21 @@ def test_a_killed_run_that_draws_on_the_student_goes_on_exactly(
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
     told = [json.loads(line)["loss"] for line in (tmp_path / "whole" / "training" / "log.jsonl").read_text().splitlines()]
     assert np.isfinite(told).all()
+
+
+def test_runs_that_need_the_same_targets_share_them(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, pools = tiny_recipe(tiny_base, batch_size=1), tmp_path / "pools"
+    for name, folder in (("alone", None), ("first", pools)):
+        distill(recipe, tmp_path / name, pools=folder)
+    make_pool = loop.make_pool
+    monkeypatch.setattr(loop, "make_pool", lambda *_: pytest.fail("solved again"))
+    distill(recipe, tmp_path / "second", pools=pools)
+    distill(recipe.model_copy(update={"learning_rate": 0.01}), tmp_path / "other", pools=pools)
+    alone, *same, other = (load_file(tmp_path / name / WEIGHTS) for name in ("alone", "first", "second", "other"))
+    assert all(torch.equal(alone[name], found[name]) for found in same for name in alone)
+    assert any(not torch.equal(alone[name], other[name]) for name in alone)
+    solved: list[int] = []
+    monkeypatch.setattr(loop, "make_pool", lambda *inputs: (solved.append(inputs[-1]), make_pool(*inputs))[1])
+    distill(recipe.model_copy(update={"seed": 1}), tmp_path / "another seed", pools=pools)
+    distill(recipe.model_copy(update={"guidance": (2.0, 3.0)}), tmp_path / "another guidance", pools=pools)
+    assert solved == [0, 0]
