@@ -1,5 +1,6 @@
-"""From a base model and LoRAs to a published bundle: plan, fuse, export, compile, verify, write."""
+"""From a base model and LoRAs to a published bundle: plan, fuse, run, export, compile, verify, write."""
 
+import gc
 import shutil
 import time
 from collections.abc import Callable
@@ -19,9 +20,10 @@ from flashdiff.engines.bundle import (
 from flashdiff.engines.cache import cached
 from flashdiff.engines.compile import compile_export
 from flashdiff.engines.config import BuildOptions, parse_batches, parse_sizes
-from flashdiff.engines.export import export_onnx
+from flashdiff.engines.export import GRAPH, export_onnx
 from flashdiff.engines.parts import Part, parts_of
-from flashdiff.engines.plan import Plan, export_precision, plan_build
+from flashdiff.engines.plan import Export, Plan, export_precision, plan_build
+from flashdiff.engines.reference import Reference, run_reference
 from flashdiff.engines.runtime.engine import Engine
 from flashdiff.engines.verify import verify
 from flashdiff.errors import BundleError
@@ -47,34 +49,25 @@ def build_engine(options: BuildOptions, report: Callable[[str], None]) -> Manife
         report(f"building because {reason}")
 
     watch = _Stopwatch(report)
-    loras = [(find_lora(name), weight) for name, weight in options.loras]
-    family, model = load_fused(options.base, loras, options.guidance)
-    model.spec = plan.spec
-    watch.lap("fuse", f"{options.base} ({family.name})" + "".join(f" + {lora.name}" for lora, _ in loras))
-
-    parts = parts_of(family, model)
     with new_folder(options.out, BundleError, replace=True) as folder:
-        if options.backend == "torch":
-            files = _save_torch(plan, model, folder)
-            watch.lap("save", "the fused weights")
-        else:
-            files = {part.name: _make_part(plan, model, part, folder, watch) for part in parts}
-        for tokenizer in model.spec.tokenizers:
-            write_whole(folder / tokenizer_file(tokenizer), model.tokenizer.texts[tokenizer.name])
-
-        manifest = _manifest(plan, model, parts, files, folder)
+        manifest, expected = _from_torch(plan, folder, watch)
+        gc.collect()  # modules hold each other in cycles: torch's weights go before the engine's come
+        if options.backend != "torch":
+            manifest = manifest.model_copy(update={"parts": _compile(plan, manifest, folder, watch)})
         engine = Engine(folder, manifest)
-        findings = verify(model, parts, engine)
+        findings = verify(expected, engine)
         watch.lap("verify", ", ".join(f"{name} {error:.1e}" for name, error in findings.errors.items()) + " off torch")
         costs = engine.measure_buckets()
         first = [cost for cost in costs if cost.batch == options.batch_sizes[0]]
         watch.lap("measure", ", ".join(f"{cost.part} {cost.ms:.1f} ms" for cost in first))
+        files = {path.relative_to(folder).as_posix(): hash_file(path) for path in sorted(folder.rglob("*")) if path.is_file()}
         manifest = manifest.model_copy(
             update={
                 "max_error": findings.errors,
                 "max_error_allowed": findings.allowed,
                 "rows_are_exact": findings.rows_are_exact,
                 "step_costs": costs,
+                "files": files,
             }
         ).sealed()
         write_manifest(folder, manifest)
@@ -82,24 +75,61 @@ def build_engine(options: BuildOptions, report: Callable[[str], None]) -> Manife
     return manifest
 
 
-def _make_part(plan: Plan, model: TorchModel, part: Part, folder: Path, watch: "_Stopwatch") -> tuple[PartFile, ...]:
-    """Export and compile one part into its folder of the bundle."""
-    inputs = plan.inputs
-    files: list[PartFile] = []
+def _from_torch(plan: Plan, folder: Path, watch: "_Stopwatch") -> tuple[Manifest, Reference]:
+    """All that torch is needed for: the exported parts in `folder`, a manifest of them, and what they will be compared with."""
+    options = plan.options
+    loras = [(find_lora(name), weight) for name, weight in options.loras]
+    family, model = load_fused(options.base, loras, options.guidance)
+    model.spec = plan.spec
+    watch.lap("fuse", f"{options.base} ({family.name})" + "".join(f" + {lora.name}" for lora, _ in loras))
+    parts = parts_of(family, model)
+    expected = run_reference(model, parts, options.batch_sizes)
+    watch.lap("run", "every part, and an image of each size, in torch")
+    if options.backend == "torch":
+        files = _save_torch(plan, model, folder)
+        watch.lap("save", "the fused weights")
+    else:
+        # Backwards: below float32 an export casts its part, and the text encoder makes the denoiser's example.
+        files = {part.name: _export(plan, model, part, folder, watch) for part in reversed(parts)}
+    for tokenizer in model.spec.tokenizers:
+        write_whole(folder / tokenizer_file(tokenizer), model.tokenizer.texts[tokenizer.name])
+    return _manifest(plan, model, parts, files), expected
+
+
+def _export(plan: Plan, model: TorchModel, part: Part, folder: Path, watch: "_Stopwatch") -> tuple[PartFile, ...]:
+    """Export one part into its folder of the bundle, or take it from the cache."""
+    files = []
     for export in (export for export in plan.exports if export.part == part.name):
-        relative = Path(part.name, str(export.size) if export.size else "")
-        size = export.size or inputs.sizes[0]
 
-        def make(target: Path, size: Size = size) -> None:
-            export_onnx(model, part, target, size=size, precision=export_precision(inputs))
+        def make(target: Path, size: Size = export.size or plan.inputs.sizes[0]) -> None:
+            export_onnx(model, part, target, size=size, precision=export_precision(plan.inputs))
 
-        was_cached = cached(export.key, make, folder / relative)
-        at = f" at {export.size}" if export.size else ""
-        watch.lap("export", f"{part.name} to ONNX{at}" + (", from the cache" if was_cached else ""))
-        compiled = compile_export(part, export, model.spec, inputs, folder / relative, watch.note)
-        files += [file.model_copy(update={"file": (relative / file.file).as_posix()}) for file in compiled]
-        watch.lap("compile", f"{part.name} for {inputs.backend}{at}")
+        was_cached = cached(export.key, make, folder / _place(export))
+        files.append(PartFile(file=(_place(export) / GRAPH).as_posix(), size=export.size))
+        watch.lap("export", f"{part.name} to ONNX{_at(export)}" + (", from the cache" if was_cached else ""))
     return tuple(files)
+
+
+def _compile(plan: Plan, manifest: Manifest, folder: Path, watch: "_Stopwatch") -> dict[str, PartSpec]:
+    """The exported parts as the backend's own files."""
+    parts = {}
+    for name, part in manifest.parts.items():
+        files: list[PartFile] = []
+        for export in (export for export in plan.exports if export.part == name):
+            place = _place(export)
+            compiled = compile_export(part, export, plan.inputs, folder / place, watch.note)
+            files += [file.model_copy(update={"file": (place / file.file).as_posix()}) for file in compiled]
+            watch.lap("compile", f"{name} for {plan.inputs.backend}{_at(export)}")
+        parts[name] = part.model_copy(update={"files": tuple(files)})
+    return parts
+
+
+def _place(export: Export) -> Path:
+    return Path(export.part, str(export.size) if export.size else "")
+
+
+def _at(export: Export) -> str:
+    return f" at {export.size}" if export.size else ""
 
 
 def _save_torch(plan: Plan, model: TorchModel, folder: Path) -> dict[str, tuple[PartFile, ...]]:
@@ -116,8 +146,8 @@ def _save_torch(plan: Plan, model: TorchModel, folder: Path) -> dict[str, tuple[
     return {part: (PartFile(file=f"{MODEL}/model_index.json"),) for part in ("text_encoder", "denoiser", "decoder")}
 
 
-def _manifest(plan: Plan, model: TorchModel, parts: list[Part], files: dict[str, tuple[PartFile, ...]], folder: Path) -> Manifest:
-    """All but what verifying and measuring will add."""
+def _manifest(plan: Plan, model: TorchModel, parts: list[Part], files: dict[str, tuple[PartFile, ...]]) -> Manifest:
+    """All but what compiling, verifying and measuring will add."""
     vae = model.weights["vae"]
     return Manifest(
         **dict(plan.inputs),
@@ -134,7 +164,7 @@ def _manifest(plan: Plan, model: TorchModel, parts: list[Part], files: dict[str,
         max_error={},
         max_error_allowed={},
         step_costs=(),
-        files={path.relative_to(folder).as_posix(): hash_file(path) for path in sorted(folder.rglob("*")) if path.is_file()},
+        files={},
     )
 
 

@@ -128,9 +128,9 @@ class BuildInputs(Record):
     def fingerprint(self) -> str:
         """Equal when a build would give the same bundle."""
         values = {name: getattr(self, name) for name in BuildInputs.model_fields}
-        unnamed = {"loras": [lora.model_copy(update={"name": ""}) for lora in self.loras]}
-        unnamed |= {"base": "", "model": self.model.model_copy(update={"name": ""})}
-        return BuildInputs(**{**values, **unnamed}).content_hash
+        loras = [lora.model_copy(update={"name": ""}) for lora in self.loras]
+        model = self.model.model_copy(update={"name": ""})
+        return BuildInputs(**{**values, "base": "", "loras": loras, "model": model}).content_hash
 
 
 class Manifest(BuildInputs):

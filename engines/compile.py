@@ -3,18 +3,17 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from flashdiff.components import ModelSpec, Size
-from flashdiff.engines.bundle import BuildInputs, PartFile
+from flashdiff.components import Size
+from flashdiff.engines.bundle import BuildInputs, PartFile, PartSpec
 from flashdiff.engines.cache import cached
 from flashdiff.engines.export import GRAPH
-from flashdiff.engines.parts import Part
 from flashdiff.engines.plan import Export, key_of
 from flashdiff.engines.runtime import backend_module, bucket_shapes, dimensions_of
 from flashdiff.files import cache_folder
 
 
 def compile_export(
-    part: Part, export: Export, spec: ModelSpec, inputs: BuildInputs, folder: Path, report: Callable[[str], None]
+    part: PartSpec, export: Export, inputs: BuildInputs, folder: Path, report: Callable[[str], None]
 ) -> list[PartFile]:
     """Turn the graph in `folder` into its backend's files there; their names are relative to `folder`.
 
@@ -28,7 +27,7 @@ def compile_export(
         files = [PartFile(file="model.xml", size=export.size)]
     else:
         files = [
-            _plan(part, export, spec, inputs, folder, size, batch, report)
+            _plan(part, export, inputs, folder, size, batch, report)
             for size in _sizes(part, export, inputs)
             for batch in inputs.batch_sizes
         ]
@@ -37,15 +36,13 @@ def compile_export(
     return files
 
 
-def _sizes(part: Part, export: Export, inputs: BuildInputs) -> tuple[Size | None, ...]:
-    is_spatial = any("height" in tensor.shape for tensor in part.inputs)
-    return (None,) if not is_spatial else (export.size,) if export.size else inputs.sizes
+def _sizes(part: PartSpec, export: Export, inputs: BuildInputs) -> tuple[Size | None, ...]:
+    return (None,) if not part.is_spatial else (export.size,) if export.size else inputs.sizes
 
 
 def _plan(
-    part: Part,
+    part: PartSpec,
     export: Export,
-    spec: ModelSpec,
     inputs: BuildInputs,
     folder: Path,
     size: Size | None,
@@ -55,7 +52,7 @@ def _plan(
     """One TensorRT plan, for one bucket: built when the cache has none, so a build that was killed goes on where it was."""
     from flashdiff.engines.runtime.tensorrt_build import build_plan
 
-    shapes = bucket_shapes(part.inputs, dimensions_of(spec, size, batch))
+    shapes = bucket_shapes(part.inputs, dimensions_of(inputs.model, size, batch))
     deciding = {
         "graph": export.key,
         "backend": inputs.backend,
@@ -77,7 +74,7 @@ def _plan(
             report=report,
         )
 
-    cached(key_of(f"plan-{part.name}", deciding), make, folder)
+    cached(key_of(f"plan-{export.part}", deciding), make, folder)
     return PartFile(file=file, size=size, batch=batch)
 
 

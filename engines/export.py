@@ -1,6 +1,5 @@
 """A torch part to ONNX: one graph, named tensors, dynamic batch and size, weights beside the graph, one precision."""
 
-import copy
 import logging
 import warnings
 from pathlib import Path
@@ -23,8 +22,8 @@ _EXAMPLE_BATCH = 2  # with 1, torch.export would fix the batch to 1
 def export_onnx(model: TorchModel, part: Part, folder: Path, *, size: Size, precision: Precision = "fp32") -> None:
     """Write `model.onnx` and `model.onnx.data` for a part into `folder`, which exists; inputs and outputs stay float32.
 
-    `size` is the size of the example, and the only one that a part of fixed size will take. BackendError when torch, the
-    exporter or ONNX cannot.
+    `size` is the size of the example, and the only one that a part of fixed size will take. Below float32 the part's own
+    weights are cast: take what is wanted of them in float32 before. BackendError when torch, the exporter or ONNX cannot.
     Two steps, torch.export and then the ONNX exporter, because the direct way fails on masks with a dynamic batch.
     """
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports the absence of torchvision, which is not needed
@@ -51,8 +50,7 @@ def _export(part: Part, inputs: tuple[Tensor, ...], precision: Precision) -> Any
     )
     module = part.module
     if precision != "fp32":
-        # A copy: the float32 module is the reference that the engine will be compared with.
-        module, dynamic = AtPrecision(copy.deepcopy(part), precision), (dynamic,)
+        module, dynamic = AtPrecision(part, precision), (dynamic,)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter warns about torch's own code
         exported = torch.export.export(module, inputs, dynamic_shapes=dynamic, strict=False)

@@ -26,6 +26,11 @@ class Part:
     fixed_size: bool = False
     """Whether one export serves one image size alone."""
 
+    @property
+    def is_spatial(self) -> bool:
+        """Whether its inputs depend on the image's size."""
+        return any("height" in tensor.shape for tensor in self.inputs)
+
 
 def parts_of(family: ModelFamily, model: TorchModel) -> list[Part]:
     """The parts of a bundle, in the order of `bundle.PARTS`."""
@@ -62,7 +67,8 @@ def parts_of(family: ModelFamily, model: TorchModel) -> list[Part]:
 class AtPrecision(nn.Module):
     """A part that computes in a lower precision and is float32 outside, so that callers need not know.
 
-    Weights are cast where they lie; buffers (tables of noise levels and positions) are not: float16 has no 999.5.
+    Weights are cast where they lie, so that a large part is never held twice; buffers (tables of noise levels and positions)
+    are not: float16 has no 999.5.
     """
 
     def __init__(self, part: Part, precision: Precision) -> None:

@@ -93,11 +93,9 @@ class Plan:
 
     @property
     def memory_bytes(self) -> int:
-        """Peak, roughly: the model in float32, the largest part once more while it is exported, and one copy a bucket."""
-        largest = max(self.parameters.values())
-        in_torch = 4 * (sum(self.parameters.values()) + largest)
-        compiled = 4 * self.buckets * largest if self.inputs.backend != "torch" else 0
-        return in_torch + compiled + (700 << 20)
+        """Peak, roughly: the model in torch, and when that is gone once a bucket; activations and libraries on top."""
+        copies = self.buckets if self.inputs.backend != "torch" else 1
+        return 4 * copies * sum(self.parameters.values()) + (1400 << 20)
 
 
 def plan_build(options: BuildOptions) -> Plan:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from flashdiff.components import Size
 from flashdiff.engines.bundle import MANIFEST, SCHEMA_VERSION, PartFile, read_manifest, write_manifest
 from flashdiff.engines.parts import parts_of
+from flashdiff.engines.reference import run_reference
 from flashdiff.engines.runtime.engine import Engine, open_bundle
 from flashdiff.engines.verify import verify
 from flashdiff.errors import BundleError, RequestError
@@ -184,10 +185,11 @@ def test_a_bundle_for_another_machine_is_refused_with_its_cause_and_cure(copy: P
 def test_an_engine_that_is_wrong_is_not_published(tiny_base: Path, teacher: Engine) -> None:
     family, model = load_base(str(tiny_base))
     model.spec = teacher.spec
-    verify(model, parts_of(family, model), teacher)
+    parts, batch_sizes = parts_of(family, model), teacher.manifest.batch_sizes
+    verify(run_reference(model, parts, batch_sizes), teacher)
     model.network.conv_out.bias.data += 1e-3
     with pytest.raises(BundleError, match=r"denoiser differs from torch by 1\.\d+e-03"):
-        verify(model, parts_of(family, model), teacher)
+        verify(run_reference(model, parts, batch_sizes), teacher)
 
 
 class _Faulty(Engine):
@@ -226,4 +228,4 @@ def test_every_planted_fault_is_refused(
     family, model = load_fused(str(tiny_base), [(flash_lora, 1.0)], None)
     faulty = _Faulty(student_bundle, fault)
     with pytest.raises(BundleError, match=message):
-        verify(model, parts_of(family, model), faulty)
+        verify(run_reference(model, parts_of(family, model), faulty.manifest.batch_sizes), faulty)
