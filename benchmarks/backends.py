@@ -99,12 +99,14 @@ def main() -> int:
     parser.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE")
     parser.add_argument("--batch", default="1,4", metavar="N[,N...]", help="rows at once; default: %(default)s")
     parser.add_argument("--repeats", type=int, default=30, help="default: %(default)s")
+    parser.add_argument("--quick", action="store_true", help="one round of batch 1: does it run, not what it measures")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write environment and rows")
     options = parser.parse_args()
     try:
         if options.repeats < 1:
             raise BundleError(f"--repeats {options.repeats}: give a number from 1 on")
-        report = run(options.bundles, batches=parse_batches(options.batch), repeats=options.repeats, report=print)
+        batches, repeats = ([1], 1) if options.quick else (parse_batches(options.batch), options.repeats)
+        report = run(options.bundles, batches=batches, repeats=repeats, report=print)
         print(markdown(report["rows"]))
         if options.json:
             write_whole(options.json, json.dumps(report, indent=2) + "\n")

@@ -1,7 +1,11 @@
 """Latency by stage: the student at a few steps against the guided teacher at 50, on the same engine, interleaved in one run.
 
-    python benchmarks/latency.py --student STUDENT_BUNDLE --teacher TEACHER_BUNDLE --json latency.json
-    ... --base avatars --lora avatars-flash      # and against what one would use instead: stock diffusers, eager and compiled
+    python benchmarks/latency.py --base avatars --lora avatars-flash --json latency.json    # every backend that runs here
+    python benchmarks/latency.py --student STUDENT_BUNDLE --teacher TEACHER_BUNDLE          # bundles that are there already
+    ... --base avatars --lora avatars-flash                                                 # and stock diffusers beside them
+
+`--base` with `--lora` adds what one would use instead: stock diffusers, eager and compiled. (Why optimum-intel is not among the
+alternatives: docs/engines.md.) Several bundles after --student and --teacher are pairs in order, one a backend.
 
 Every repeat runs each configuration once, in turn, so that a noisy machine is noisy for all of them. From prompt to PNG
 bytes; `served` is the student behind its server, in a process of its own, as a client sees it.
@@ -10,9 +14,10 @@ bytes; `served` is the student behind its server, in a process of its own, as a 
 import argparse
 import json
 import sys
+import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +29,15 @@ if __package__ in (None, ""):  # run as a file: the repository's root is what it
 from benchmarks.rows import environment, timed_row
 from benchmarks.serving import server
 from flashdiff.components import Components
+from flashdiff.engines.bundle import BackendName
 from flashdiff.engines.runtime.engine import Engine, open_bundle
-from flashdiff.errors import BundleError, ConfigError, FlashdiffError
+from flashdiff.errors import BackendError, BundleError, ConfigError, FlashdiffError
 from flashdiff.files import write_whole
 from flashdiff.generate import check_order, decode_rows, denoise_rows, encode_prompts, new_row, unconditional_of
 from flashdiff.server.client import Client
 from flashdiff.server.images import encode_image
 
+_BACKENDS: tuple[BackendName, ...] = ("openvino", "onnxruntime", "torch", "tensorrt")  # the first that runs is the main one
 STAGES = ("text", "denoise_step", "decode", "image_encoding", "queue", "wire", "total")
 _PROMPT = "a green monster with horns and a grin on a blue background"
 _WARM_UP_ROUNDS = 2
@@ -116,7 +123,7 @@ def served(client: Client, steps: int, batch: int, backend: str, precision: str)
     return Configuration("student, served", backend, precision, steps, batch, steps, once)
 
 
-def stock_diffusers(base: str, lora: Path, *, compiled: bool) -> Callable[[int, int], Configuration]:
+def stock_diffusers(base: str, lora: Path, *, device: str, compiled: bool) -> Callable[[int, int], Configuration]:
     """Stock diffusers with the same LoRA and times, as its card says: what one would use without flashdiff. float32."""
     import torch
     from diffusers import LCMScheduler, StableDiffusionPipeline
@@ -132,6 +139,7 @@ def stock_diffusers(base: str, lora: Path, *, compiled: bool) -> Callable[[int, 
     pipeline.set_progress_bar_config(disable=True)
     pipeline.load_lora_weights(adapter)
     pipeline.fuse_lora()
+    pipeline.to(device)
     pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
     if compiled:
         pipeline.unet = torch.compile(pipeline.unet)
@@ -159,29 +167,102 @@ def stock_diffusers(base: str, lora: Path, *, compiled: bool) -> Callable[[int, 
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """The totals as a table, each row with its speed-up over the teacher at the most steps and the ideal one."""
+    """The totals as a table, each row with its speed-up over its teacher at the most steps and the ideal one."""
     measured = {row["stage"] for row in rows} - {"total"}
     names = {"denoise_step": "one step", "image_encoding": "PNG"}
     stages = [stage for stage in STAGES if stage in measured]
-    titles = ("model", "batch", "steps", "evaluations", *(names.get(stage, stage) for stage in stages))
+    several = len({row["backend"] for row in rows if row["model"] == "teacher"}) > 1
+    titles = ("model", *(["backend"] if several else []), "batch", "steps", "evaluations")
+    titles += tuple(names.get(stage, stage) for stage in stages)
     lines = [f"| {' | '.join(titles)} | total, median (p95) ms | speed-up | ideal |", "|---" * (len(titles) + 3) + "|"]
-    for total in (r for r in rows if r["stage"] == "total"):
-        key = ("model", "batch", "steps")
-        stage = {r["stage"]: r["median_ms"] for r in rows if all(r[name] == total[name] for name in key)}
-        teachers = [r for r in rows if r["stage"] == "total" and r["model"] == "teacher" and r["batch"] == total["batch"]]
-        teacher = max(teachers, key=lambda r: r["steps"])
+    for total, stage, teacher in _totals(rows):
+        about = (total["model"], *([total["backend"]] if several else []), total["batch"], total["steps"], total["nfe"])
         lines.append(
-            f"| {total['model']} | {total['batch']} | {total['steps']} | {total['nfe']} | "
+            f"| {' | '.join(map(str, about))} | "
             + "".join(f"{stage[name]:.2f} | " if name in stage else " | " for name in stages)
-            + f"{total['median_ms']:.1f} ({total['p95_ms']:.1f}) | {teacher['median_ms'] / total['median_ms']:.1f}x"
+            + f"{total['median_ms']:.1f} ({total['p95_ms']:.1f}) | {teacher['total'] / total['median_ms']:.1f}x"
             + f" | {teacher['nfe'] / total['nfe']:.0f}x |"
         )
     return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class Beyond:
+    """Why a student's speed-up is not the ideal one: milliseconds beyond the teacher's time over the ratio of evaluations."""
+
+    total: dict[str, Any]
+    """The row."""
+    ideal: float
+    fixed: float
+    """Text, decoding and PNG, which few steps do not make fewer."""
+    evaluations: float
+    """The teacher's guided pair runs as one batch, which costs less than two evaluations alone: the student has no such pair."""
+    served: float
+    """Queue and wire."""
+
+    @property
+    def other(self) -> float:
+        return float(self.total["median_ms"]) - self.ideal - self.fixed - self.evaluations - self.served
+
+    @property
+    def of_ideal(self) -> float:
+        return self.ideal / float(self.total["median_ms"])
+
+
+def beyond_ideal(rows: Sequence[dict[str, Any]]) -> list[Beyond]:
+    """Of every student whose stages are known."""
+    found = []
+    for total, stage, teacher in _totals(rows):
+        if "denoise_step" in stage and total["model"] != "teacher":
+            share = total["nfe"] / teacher["nfe"]
+            fixed = sum(stage[name] - share * teacher[name] for name in ("text", "decode", "image_encoding"))
+            evaluations = total["steps"] * stage["denoise_step"] - share * teacher["steps"] * teacher["denoise_step"]
+            served = stage.get("queue", 0.0) + stage.get("wire", 0.0)
+            found.append(Beyond(total, share * teacher["total"], fixed, evaluations, served))
+    return found
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> str:
+    """`markdown`, and a line per student of where the rest of the ideal speed-up went."""
+    titles = ("model", "backend", "batch", "steps", "ideal, ms", "+ text, decode, PNG", "+ dearer evaluations", "+ queue, wire")
+    lines = [f"| {' | '.join(titles)} | + other | = measured, ms | of the ideal |", "|---" * (len(titles) + 3) + "|"]
+    for found in beyond_ideal(rows):
+        about = (found.total[name] for name in ("model", "backend", "batch", "steps"))
+        spent = (found.ideal, found.fixed, found.evaluations, found.served, found.other, found.total["median_ms"])
+        lines.append(f"| {' | '.join(map(str, about))} | {' | '.join(f'{ms:.1f}' for ms in spent)} | {found.of_ideal:.2f} |")
+    rest = ["", "Where the rest of the ideal speed-up went:", "", *lines] if len(lines) > 2 else []
+    return "\n".join([markdown(rows), *rest])
+
+
+def of_main_backend(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of the first bundles, and of what one would use instead."""
+    return [row for row in rows if _is_stock(row) or all(row[name] == rows[0][name] for name in ("backend", "precision"))]
+
+
+def _is_stock(row: dict[str, Any]) -> bool:
+    return str(row["model"]).startswith("diffusers")
+
+
+def _totals(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], dict[str, float], dict[str, float]]]:
+    """(row of a total, its stages, its teacher's stages, steps and nfe) of every configuration. The teacher is the one on the
+    same backend at the same batch and the most steps; what one would use instead is held against the first backend's."""
+
+    def stages(total: dict[str, Any]) -> dict[str, float]:
+        key = ("model", "backend", "precision", "batch", "steps")
+        return {row["stage"]: row["median_ms"] for row in rows if all(row[name] == total[name] for name in key)}
+
+    totals = [row for row in rows if row["stage"] == "total"]
+    for total in totals:
+        teachers = [row for row in totals if row["model"] == "teacher" and row["batch"] == total["batch"]]
+        own = [row for row in teachers if all(row[name] == total[name] for name in ("backend", "precision"))]
+        if _is_stock(total) or not own:
+            own = [row for row in teachers if row["backend"] == teachers[0]["backend"]]
+        teacher = max(own, key=lambda row: int(row["steps"]))
+        yield total, stages(total), {**stages(teacher), "steps": teacher["steps"], "nfe": teacher["nfe"]}
+
+
 def run(
-    student: Path,
-    teacher: Path,
+    pairs: Sequence[tuple[Path, Path]],
     *,
     batches: Sequence[int],
     repeats: int,
@@ -191,31 +272,48 @@ def run(
     behind_server: bool = False,
     instead: tuple[str, Path] | None = None,
 ) -> dict[str, Any]:
-    """Open both bundles, measure, and return {"environment": ..., "rows": [...]}; `instead` has base and LoRA for diffusers."""
-    engines = {"student": open_bundle(student), "teacher": open_bundle(teacher)}
-    _check_pair(engines["student"], engines["teacher"])
-    for name, engine in engines.items():
-        if max(batches) * engine.spec.sampler.evaluations_per_step > engine.max_batch:
-            raise BundleError(f"--batch {max(batches)}: the {name} bundle takes at most {engine.max_batch} evaluations at once")
-    manifest = engines["student"].manifest
-    steps = [count for count in steps if count <= manifest.model.sampler.max_steps]
-    about = manifest.backend, manifest.precision
+    """Open the bundles, (student, teacher) a backend, measure, and return {"environment": ..., "rows": [...]}; the first student
+    is the one that is served, and `instead` has base and LoRA for diffusers."""
+    opened = [(open_bundle(student), open_bundle(teacher)) for student, teacher in pairs]
+    for student, teacher in opened:
+        _check_pair(student, teacher)
+        for name, engine in (("student", student), ("teacher", teacher)):
+            if max(batches) * engine.spec.sampler.evaluations_per_step > engine.max_batch:
+                raise BundleError(
+                    f"--batch {max(batches)}: the {name} bundle takes at most {engine.max_batch} evaluations at once"
+                )
+    kinds = [(student.manifest.backend, student.manifest.precision) for student, _ in opened]
+    if len(set(kinds)) < len(kinds):
+        raise BundleError("two students are of one backend and precision: their rows could not be told apart")
+    first = opened[0][0].manifest
+    if any(student.manifest.base_hash != first.base_hash for student, _ in opened):
+        raise BundleError("the students are not of one base")
+    steps = [count for count in steps if count <= first.model.sampler.max_steps]
     with ExitStack() as stack:
         client = None
         if behind_server:
-            address, _ = stack.enter_context(server(student))
+            address, _ = stack.enter_context(server(pairs[0][0]))
             client = stack.enter_context(Client(address))
         stock = []
         if instead:
-            stock = [stock_diffusers(*instead, compiled=compiled) for compiled in ((False, True) if repeats > 1 else (False,))]
+            device = first.machine.device
+            ways = (False, True) if repeats > 1 else (False,)
+            stock = [stock_diffusers(*instead, device=device, compiled=compiled) for compiled in ways]
         configurations = []
         for batch in batches:
-            configurations += [in_process("student", engines["student"], count, batch, *about) for count in steps]
-            if client:
-                configurations += [served(client, count, batch, *about) for count in steps]
-            configurations += [make(count, batch) for make in stock for count in steps]
-            configurations += [in_process("teacher", engines["teacher"], count, batch, *about) for count in teacher_steps]
-        record = environment({name: engine.manifest for name, engine in engines.items()})
+            for (student, teacher), kind in zip(opened, kinds, strict=True):
+                configurations += [in_process("student", student, count, batch, *kind) for count in steps]
+                if kind == kinds[0]:
+                    configurations += [served(client, count, batch, *kind) for count in steps if client]
+                    configurations += [make(count, batch) for make in stock for count in steps]
+                configurations += [in_process("teacher", teacher, count, batch, *kind) for count in teacher_steps]
+        record = environment(
+            {
+                name if kind == kinds[0] else f"{name}, {' '.join(kind)}": engine.manifest
+                for pair, kind in zip(opened, kinds, strict=True)
+                for name, engine in zip(("student", "teacher"), pair, strict=True)
+            }
+        )
         samples = measure(configurations, repeats, report)
     rows = [
         timed_row(c.backend, c.precision, c.model, c.batch, c.steps, c.nfe, stage, samples[c, stage])
@@ -224,6 +322,31 @@ def run(
         if (c, stage) in samples
     ]
     return {"environment": record, "rows": rows}
+
+
+def build_pairs(
+    base: str, lora: Path, batch_sizes: Sequence[int], folder: Path, report: Callable[[str], None]
+) -> list[tuple[Path, Path]]:
+    """Student and teacher bundles in `folder`, a pair for every backend that runs here; `report` hears of those that do not."""
+    from flashdiff.engines.build import BuildOptions, build_engine
+
+    pairs = []
+    guided = sorted({*batch_sizes, *(2 * batch for batch in batch_sizes)})  # the teacher evaluates every image twice
+    for backend in _BACKENDS:
+        student, teacher = folder / f"{backend}-student", folder / f"{backend}-teacher"
+        try:
+            build_engine(
+                BuildOptions(base=base, loras=((str(lora), 1.0),), backend=backend, batch_sizes=tuple(batch_sizes), out=student),
+                report,
+            )
+            build_engine(BuildOptions(base=base, backend=backend, batch_sizes=tuple(guided), out=teacher), report)
+        except BackendError as error:
+            report(f"without {backend}: {error}")
+        else:
+            pairs.append((student, teacher))
+    if not pairs:
+        raise BackendError("no backend runs here")
+    return pairs
 
 
 def _check_pair(student: Engine, teacher: Engine) -> None:
@@ -241,9 +364,21 @@ def _check_pair(student: Engine, teacher: Engine) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--student", type=Path, required=True, metavar="BUNDLE")
     parser.add_argument(
-        "--teacher", type=Path, required=True, metavar="BUNDLE", help="of the same base and backend, without the flash LoRA"
+        "--student",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="BUNDLE",
+        help="absent: built of --base and --lora for every backend",
+    )
+    parser.add_argument(
+        "--teacher",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="BUNDLE",
+        help="of the same base and backend, without the flash LoRA",
     )
     parser.add_argument("--steps", default="1,2,3,4", metavar="N[,N...]", help="of the student; default: %(default)s")
     parser.add_argument("--teacher-steps", default="50,25", metavar="N[,N...]", help="default: %(default)s")
@@ -254,25 +389,33 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="one repeat of few steps: does it run, not what it measures")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write environment, rows and every sample")
     options = parser.parse_args()
-    from flashdiff.engines.build import parse_batches
+    from flashdiff.engines.config import BuildOptions, parse_batches
 
     try:
         if options.repeats < 1:
             raise ConfigError(f"--repeats {options.repeats}: give a number from 1 on")
         if (options.base is None) != (options.lora is None):
             raise ConfigError("--base and --lora go together")
-        report = run(
-            options.student,
-            options.teacher,
-            batches=parse_batches(options.batch),
-            repeats=1 if options.quick else options.repeats,
-            report=print,
-            steps=[1] if options.quick else parse_batches(options.steps),
-            teacher_steps=[2] if options.quick else parse_batches(options.teacher_steps)[::-1],
-            behind_server=True,
-            instead=(options.base, options.lora) if options.base else None,
-        )
-        print(markdown(report["rows"]))
+        if len(options.student) != len(options.teacher):
+            raise ConfigError("--student and --teacher take the same number of bundles, pairs in order")
+        if not options.student and not options.base:
+            raise ConfigError("give --student and --teacher, or --base and --lora")
+        batches = parse_batches(options.batch)
+        # As `build-engine` makes them by default, so that rows of the other benchmarks can stand beside these.
+        batch_sizes = batches if options.quick else sorted({*batches, *BuildOptions.model_fields["batch_sizes"].default})
+        with tempfile.TemporaryDirectory() as folder:
+            pairs = [*zip(options.student, options.teacher, strict=True)]
+            report = run(
+                pairs or build_pairs(options.base, options.lora, batch_sizes, Path(folder), print),
+                batches=batches,
+                repeats=1 if options.quick else options.repeats,
+                report=print,
+                steps=[1] if options.quick else parse_batches(options.steps),
+                teacher_steps=[2] if options.quick else parse_batches(options.teacher_steps)[::-1],
+                behind_server=True,
+                instead=(options.base, options.lora) if options.base else None,
+            )
+        print(summary(report["rows"]))
         if options.json:
             write_whole(options.json, json.dumps(report) + "\n")
     except (FlashdiffError, OSError) as error:

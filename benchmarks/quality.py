@@ -60,7 +60,9 @@ def run(
         )
         evaluate(options, open_bundle=open_bundle, report=report)
         evaluation = json.loads((Path(folder) / "evaluation.json").read_text())
-    timed = latency.run(student, teacher, batches=[1], repeats=repeats, report=report, steps=steps, teacher_steps=teacher_steps)
+    timed = latency.run(
+        [(student, teacher)], batches=[1], repeats=repeats, report=report, steps=steps, teacher_steps=teacher_steps
+    )
     real = next(row for row in evaluation["rows"] if row["name"] == "real")
     return {
         "environment": timed["environment"],

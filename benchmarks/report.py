@@ -17,6 +17,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,7 @@ def read_results(files: Sequence[Path]) -> Results:
 
 def stage_bars(rows: Sequence[dict[str, Any]]) -> Any:
     """Where the milliseconds of one image go, a bar per configuration."""
+    rows = latency.of_main_backend(rows)
     figure, axes = _figure(height=0.3 * len({(r["model"], r["steps"]) for r in rows}) + 1.2)
     totals = [row for row in rows if row["stage"] == "total" and row["batch"] == 1]
     # The teacher's bars are cut, or nothing could be seen of the others.
@@ -114,6 +116,8 @@ def stage_bars(rows: Sequence[dict[str, Any]]) -> Any:
         for name, spent in parts.items():
             axes.barh(place, spent, left=left, color=_STAGE_COLORS[name], label=name)
             left += spent
+        if left <= limit and "interval_ms" in total:  # of the median, with 95 % confidence
+            axes.plot(total["interval_ms"], [place, place], color="black", linewidth=1)
         cut = " ..." if left > limit else ""
         axes.text(min(left, limit), place, f"{cut} {total['median_ms']:.1f}", va="center", fontsize=9)
     labels = [f"{t['model']}, {t['steps']} step{'s' * (t['steps'] > 1)}" for t in reversed(totals)]
@@ -218,7 +222,8 @@ def _figure(height: float, columns: int = 1) -> tuple[Any, Any]:
 def claims(results: Results) -> list[str]:
     """What the numbers say, a sentence each."""
     said = []
-    totals = {(r["model"], r["steps"]): r for r in results.latency if r["stage"] == "total" and r["batch"] == 1}
+    timed = latency.of_main_backend(results.latency)
+    totals = {(r["model"], r["steps"]): r for r in timed if r["stage"] == "total" and r["batch"] == 1}
     teacher = max((row for (model, _), row in totals.items() if model == "teacher"), key=lambda r: r["steps"], default=None)
     for steps in (4, 2):
         row = totals.get(("student", steps))
@@ -252,7 +257,7 @@ class Section:
 
 
 SECTIONS = (
-    Section("stages", "Where the time of one image goes", lambda r: r.latency, stage_bars, latency.markdown),
+    Section("stages", "Where the time of one image goes", lambda r: r.latency, stage_bars, latency.summary),
     Section("quality", "Quality against latency", lambda r: r.quality, quality_front, lambda q: quality.markdown(q["points"])),
     Section("load", "Latency under load: Poisson arrivals, 2 and 4 steps mixed", lambda r: r.load, load_curves, load.markdown),
     Section("peers", "Other servers of the same bundle, same arrivals", lambda r: r.peers, load_curves, peers.markdown),
@@ -290,17 +295,19 @@ def _picture(data: bytes, caption: str) -> str:
 
 
 def _html(markdown: str) -> str:
-    """Our own Markdown (lines, lists and one table) as HTML."""
+    """Our own Markdown (lines, lists and tables) as HTML."""
     parts: list[str] = []
-    rows: list[str] = []
-    for line in markdown.splitlines():
-        cells = [html.escape(cell.strip()) for cell in line.strip("|").split("|")]
-        if not line.startswith("|"):
-            parts.append(f"<p>{html.escape(line.removeprefix('- '))}</p>" if line.strip() else "")
-        elif set(line) - set("|- "):
-            tag = "td" if rows else "th"
-            rows.append("<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>")
-    return "".join(parts) + (f"<table>{''.join(rows)}</table>" if rows else "")
+    for is_table, group in groupby(markdown.splitlines(), lambda line: line.startswith("|")):
+        if not is_table:
+            parts += [f"<p>{html.escape(line.removeprefix('- '))}</p>" for line in group if line.strip()]
+            continue
+        parts.append("<table>")
+        for index, line in enumerate(line for line in group if set(line) - set("|- ")):
+            tag = "td" if index else "th"
+            cells = (html.escape(cell.strip()) for cell in line.strip("|").split("|"))
+            parts.append("<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>")
+        parts.append("</table>")
+    return "".join(parts)
 
 
 def write_report(results: Results, images: Sequence[Path], out: Path) -> None:
@@ -329,13 +336,20 @@ def with_speed(readme: str, results: Results, link: str) -> str:
     rows = [row for row in results.latency if row["batch"] == 1]
     if not rows:
         raise ConfigError("the README's table needs rows of latency.py at batch 1")
-    step = {row["model"]: row["median_ms"] for row in rows if row["stage"] == "denoise_step"}
+    rows = latency.of_main_backend(rows)
+    beyond = {(found.total["model"], found.total["steps"]): found for found in latency.beyond_ideal(rows)}
+    rest = "\n".join(
+        f"With {steps} steps the student has {found.of_ideal:.2f} of the ideal: of its {found.total['median_ms']:.1f} ms, "
+        f"{found.fixed:.1f} are text, decoding and PNG,\n"
+        f"and {found.evaluations:.1f} what its evaluations cost more one by one than in the teacher's guided pairs."
+        for steps in (4, 2)
+        if (found := beyond.get(("student", steps)))
+    )
     where = f"{machine(results.environment)}, {rows[0]['precision']}"
     about = (
         f"*Medians of {rows[0]['n']} interleaved runs on {where}; prompt to PNG bytes, in\n"
         f"milliseconds ([rows]({link})). Ideal is the ratio of network\n"
-        "evaluations. The teacher's two evaluations of a step run as one batch, which costs\n"
-        f"{step['teacher'] / step['student']:.1f} times one; text, decoding and PNG take the rest.*"
+        f"evaluations.\n{rest}*"
     )
     return _REGION.sub(lambda found: f"{found[1]}\n{latency.markdown(rows)}\n\n{about}\n{found[2]}", readme)
 

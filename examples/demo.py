@@ -67,7 +67,7 @@ def main() -> None:
     sheet(rows).save(OUT / "images.png")
 
     say("5/5 Latency, one image at a time: student at 1, 2, 4 steps against the teacher at 50, interleaved")
-    report = latency.run(STUDENT, TEACHER, batches=[1], repeats=20, report=print)
+    report = latency.run([(STUDENT, TEACHER)], batches=[1], repeats=20, report=print)
     (OUT / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     table = latency.markdown(report["rows"])
     (OUT / "report.md").write_text(markdown(report, table))

@@ -1,6 +1,8 @@
 """The comparison of backends: what it measures, its table, and what it refuses to compare."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,14 @@ def test_the_table_says_how_much_faster_than_torch() -> None:
     assert "| torch | fp32 | 1 | 10.00 | 10.00 | 10.00 |" in table
     assert "| openvino | fp32 | 1 | 4.00 (2.5x) |" in table
     assert "| openvino | bf16 | 1 | 2.00 (5.0x) |" in table
+
+
+def test_the_quick_command_runs(teacher_bundle: Path) -> None:
+    script = Path(__file__).parents[2] / "benchmarks" / "backends.py"
+    command = [sys.executable, str(script), str(teacher_bundle), "--quick"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "| onnxruntime | fp32 | 1 |" in run.stdout
 
 
 def test_bundles_of_different_models_are_not_compared(student_bundle: Path, teacher_bundle: Path) -> None:

@@ -4,11 +4,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
-from benchmarks.latency import STAGES, in_process, markdown, measure, run
-from benchmarks.rows import environment, row
+from benchmarks.latency import STAGES, beyond_ideal, in_process, markdown, measure, of_main_backend, run, summary
+from benchmarks.rows import environment, median_ranks, row
 from flashdiff.engines.bundle import read_manifest
 from flashdiff.engines.runtime.fake_backend import GUIDED, FakeComponents
 from flashdiff.errors import BundleError
@@ -39,24 +41,83 @@ def test_rows_have_the_promised_form_and_the_table_says_the_speed_up(teacher_bun
     assert environment({"teacher": manifest})["bundles"]["teacher"]["hash"] == manifest.bundle_hash
 
 
+def _timed(model: str, backend: str, steps: int, nfe: int, total: float, **stages: float) -> list[dict[str, Any]]:
+    about = {"model": model, "backend": backend, "precision": "fp32", "batch": 1, "steps": steps, "nfe": nfe}
+    return [{**about, "stage": name, "median_ms": ms, "p95_ms": ms} for name, ms in {**stages, "total": total}.items()]
+
+
+_TWO_BACKENDS = [
+    *_timed("student", "openvino", 4, 4, 24.0, text=1.0, denoise_step=5.0, decode=2.0, image_encoding=0.5),
+    *_timed("student, served", "openvino", 4, 4, 30.0, text=1, denoise_step=5, decode=2, image_encoding=0.5, queue=2, wire=3),
+    *_timed("diffusers", "torch", 4, 4, 80.0),
+    *_timed("teacher", "openvino", 50, 100, 400.0, text=0.0, denoise_step=8.0, decode=0.0, image_encoding=0.0),
+    *_timed("teacher", "openvino", 25, 50, 200.0, text=0.0, denoise_step=8.0, decode=0.0, image_encoding=0.0),
+    *_timed("student", "torch", 4, 4, 60.0, text=1.0, denoise_step=14.0, decode=2.0, image_encoding=0.5),
+    *_timed("teacher", "torch", 50, 100, 1200.0, text=0.0, denoise_step=24.0, decode=0.0, image_encoding=0.0),
+]
+
+
+def test_a_student_is_held_against_the_teacher_of_its_backend_and_an_alternative_against_the_first() -> None:
+    cells = [line.split(" | ") for line in markdown(_TWO_BACKENDS).splitlines()[2:]]
+    speed_ups = {(line[0], line[1]): line[-2] for line in cells}
+    assert speed_ups["| student", "openvino"] == "16.7x"
+    assert speed_ups["| student", "torch"] == "20.0x"
+    assert speed_ups["| diffusers", "torch"] == "5.0x"
+    assert {row["model"] for row in of_main_backend(_TWO_BACKENDS)} == {"student", "student, served", "diffusers", "teacher"}
+    assert not any(row["backend"] == "torch" and row["model"] != "diffusers" for row in of_main_backend(_TWO_BACKENDS))
+
+
+def test_the_rest_of_the_ideal_is_accounted_for() -> None:
+    alone, served, torch = beyond_ideal(_TWO_BACKENDS)
+    # 4 of 100 evaluations of 400 ms: 16. Text, decoding and PNG: 3.5 more. 4 steps of 5 ms beside 2 guided ones of 8: 4 more.
+    assert (alone.ideal, alone.fixed, alone.evaluations, alone.served) == pytest.approx((16.0, 3.5, 4.0, 0.0))
+    assert alone.other == pytest.approx(0.5)
+    assert alone.of_ideal == pytest.approx(16 / 24)
+    assert (served.served, served.other) == pytest.approx((5.0, 1.5))
+    assert torch.ideal == pytest.approx(48.0)
+    assert "| student, served | openvino | 1 | 4 | 16.0 | 3.5 | 4.0 | 5.0 | 1.5 | 30.0 | 0.53 |" in summary(_TWO_BACKENDS)
+
+
+def test_the_median_lies_in_its_interval_19_times_of_20() -> None:
+    assert [median_ranks(n) for n in (1, 5, 6, 20, 100)] == [(0, 0), (0, 4), (0, 5), (5, 14), (39, 60)]
+    rng = np.random.default_rng(0)
+    low, high = median_ranks(20)
+    sorted_samples = np.sort(rng.exponential(size=(4000, 20)))  # of a lopsided distribution, whose median is ln 2
+    inside = (sorted_samples[:, low] <= np.log(2)) & (np.log(2) <= sorted_samples[:, high])
+    assert inside.mean() == pytest.approx(0.959, abs=0.01)
+
+
 def test_bundles_that_cannot_be_compared_are_refused(student_bundle: Path, teacher_bundle: Path) -> None:
     with pytest.raises(BundleError, match="not ode and flash"):
-        run(teacher_bundle, student_bundle, batches=[1], repeats=1, report=print)
+        run([(teacher_bundle, student_bundle)], batches=[1], repeats=1, report=print)
     with pytest.raises(BundleError, match="must be built for the same backend"):
-        run(student_bundle, teacher_bundle, batches=[1], repeats=1, report=print)
+        run([(student_bundle, teacher_bundle)], batches=[1], repeats=1, report=print)
 
 
-def test_the_command_times_the_server_and_stock_diffusers_too(tmp_path: Path) -> None:
+def test_the_command_times_every_backend_the_server_and_stock_diffusers(tmp_path: Path) -> None:
     """On the embedded model: stock diffusers needs one that its loader takes."""
-    for name, options in (("student", ["--lora", "avatars-flash"]), ("teacher", ["--guidance", "3"])):
-        build = ["build-engine", "avatars", *options, "--batch", "1,2", "--out", str(tmp_path / name)]
-        subprocess.run([sys.executable, "-m", "flashdiff", *build], check=True, capture_output=True)
-    bundles = ["--student", str(tmp_path / "student"), "--teacher", str(tmp_path / "teacher")]
     script = Path(__file__).parents[2] / "benchmarks" / "latency.py"
-    command = [sys.executable, str(script), *bundles, "--base", "avatars", "--lora", "avatars-flash", "--quick"]
+    command = [sys.executable, str(script), "--base", "avatars", "--lora", "avatars-flash", "--quick"]
     run = subprocess.run([*command, "--json", str(tmp_path / "r.json")], capture_output=True, text=True, timeout=280, check=False)
     assert run.returncode == 0, run.stderr
-    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
-    assert {row["model"] for row in rows} == {"student", "student, served", "diffusers", "teacher"}
+    found = json.loads((tmp_path / "r.json").read_text())
+    rows = found["rows"]
+    assert {(row["model"], row["backend"]) for row in rows} == {
+        *(("student", backend) for backend in ("openvino", "onnxruntime", "torch")),
+        *(("teacher", backend) for backend in ("openvino", "onnxruntime", "torch")),
+        ("student, served", "openvino"),
+        ("diffusers", "torch"),
+    }
     assert {row["stage"] for row in rows if row["model"] == "student, served"} == set(STAGES)
-    assert "| student, served | 1 | 1 | 1 |" in run.stdout
+    assert set(found["environment"]["bundles"]) >= {"student", "teacher", "student, torch fp32"}
+    assert "| student, served | openvino | 1 | 1 | 1 |" in run.stdout
+    assert "Where the rest of the ideal speed-up went" in run.stdout
+
+
+def test_bundles_that_are_no_pairs_are_one_line(tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "benchmarks" / "latency.py"
+    for options, said in ((["--student", "a"], "pairs in order"), ([], "give --student and --teacher, or --base and --lora")):
+        run = subprocess.run([sys.executable, str(script), *options], capture_output=True, text=True, timeout=100, check=False)
+        assert run.returncode == 1
+        assert len(run.stderr.splitlines()) == 1
+        assert said in run.stderr

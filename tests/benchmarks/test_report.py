@@ -137,7 +137,7 @@ def test_the_readmes_table_is_replaced_and_nothing_around_it(files: list[Path]) 
     readme = with_speed("before\n<!-- speed: x -->\nold\n<!-- /speed -->\nafter\n", results, "rows.json")
     assert readme.startswith("before\n<!-- speed: x -->\n\n| model |")
     assert "| student | 1 | 4 | 4 | 1.00 | 4.00 | 1.00 | 0.10 |  |  | 20.0 (20.0) | 20.0x | 25x |" in readme
-    assert "costs\n2.0 times one" in readme
+    assert "With 4 steps the student has 0.80 of the ideal: of its 20.0 ms, 2.0 are text, decoding and PNG," in readme
     assert readme.endswith("*\n<!-- /speed -->\nafter\n")
     assert "old" not in readme
     with pytest.raises(ConfigError, match="no lines"):
