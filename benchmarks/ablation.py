@@ -175,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=_whole_numbers, default=(0, 1, 2), metavar="N[,N...]", help="default: 0,1,2")
     parser.add_argument("--steps", type=_whole_numbers, default=(4, 2), metavar="N[,N...]", help="default: 4,2")
     parser.add_argument("--scale", type=float, default=1.0, help="budget in lengths of the recipe; default: %(default)s")
-    parser.add_argument("--guidance", type=float, default=3.0, help="of the teacher's rows; default: %(default)s")
+    parser.add_argument("--guidance", type=float, default=4.0, help="of the teacher's rows; default: %(default)s")
     parser.add_argument("--count", type=int, default=150, help="prompts, with two seeds each; default: %(default)s")
     parser.add_argument("--reference-count", type=int, default=5000, help="reference images; default: %(default)s")
     options = parser.parse_args(arguments)

@@ -5,6 +5,7 @@ import contextlib
 import logging
 import signal
 import socket
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,10 +91,12 @@ class Server:
         """Say NOT_SERVING, refuse what is new, finish what was accepted, then close."""
         await self._health.enter_graceful_shutdown()
         self.worker.drain()
-        stopping = asyncio.ensure_future(self._server.stop(grace_s))
-        await asyncio.to_thread(self.worker.join, grace_s)
-        await self._server.stop(min(grace_s, _LAST_S))  # not for those who only listen, to the health of the server say
-        await stopping
+        until = time.monotonic() + grace_s
+        if not self.worker.failure:  # or the thread may hang
+            await asyncio.to_thread(self.worker.join, grace_s)
+        while self.worker.has_unsent and time.monotonic() < until:
+            await asyncio.sleep(0.01)  # and not gRPC's own grace, which would wait for who only listens, to health say
+        await self._server.stop(min(grace_s, _LAST_S))
 
 
 async def start(models: Models, listen: Listen, worker: type[Worker] = Worker) -> Server:

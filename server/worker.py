@@ -167,13 +167,14 @@ class Worker:
             self._changed.notify()
 
     def join(self, timeout_s: float) -> bool:
-        """Wait, after `drain`, until everything is made and released; False when that takes longer, or the thread hangs."""
-        until = time.monotonic() + timeout_s
-        while (self._thread.is_alive() and not self.failure) or self._unsent:
-            if time.monotonic() > until:
-                return False
-            time.sleep(0.01)
+        """Wait for the thread after `drain`; False when it is still busy."""
+        self._thread.join(timeout_s)
         return not self._thread.is_alive()
+
+    @property
+    def has_unsent(self) -> bool:
+        """Whether answers are still being sent: see `release`."""
+        return bool(self._unsent)
 
     def check_alive(self) -> None:
         """Give up on a device call that does not come back: its jobs are answered, and new ones refused."""
