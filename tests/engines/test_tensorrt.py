@@ -11,7 +11,6 @@ from onnx import TensorProto, helper, numpy_helper
 from flashdiff.components import Size
 from flashdiff.engines.bundle import BackendName, read_manifest
 from flashdiff.engines.compile import compile_export
-from flashdiff.engines.parts import Part
 from flashdiff.engines.plan import Export
 from flashdiff.engines.runtime import tensorrt_build
 from flashdiff.engines.runtime.tensorrt_build import build_plan, library
@@ -51,7 +50,6 @@ def test_a_part_becomes_one_plan_a_bucket_and_a_second_build_takes_them_from_the
     manifest = read_manifest(bundle)
     inputs = manifest.model_copy(update={"backend": "tensorrt-rtx"})
     spec = manifest.parts["decoder"]
-    part = Part("decoder", __import__("torch").nn.Identity(), spec.inputs, spec.outputs)
     built: list[Path] = []
     build = tensorrt_build.build_plan
 
@@ -66,7 +64,7 @@ def test_a_part_becomes_one_plan_a_bucket_and_a_second_build_takes_them_from_the
         for file in (bundle / "decoder").iterdir():
             (folder / file.name).write_bytes(file.read_bytes())
         files = compile_export(
-            part, Export(part="decoder", size=None, key="graph", is_cached=True), manifest.model, inputs, folder, print
+            spec, Export(part="decoder", size=None, key="graph", is_cached=True), inputs, folder, print
         )
         assert [(file.file, file.size, file.batch) for file in files] == [
             (f"batch{batch}-{size}.plan", size, batch) for size in (Size(32, 32), Size(48, 32)) for batch in (2, 3)
