@@ -12,7 +12,7 @@ _STAGES: tuple[Stage, ...] = ("decode", "encode", "denoise")
 
 PART_OF: dict[Stage, str] = {"decode": "decoder", "encode": "text_encoder", "denoise": "denoiser"}
 
-_WAIT_MARGIN = 1.25
+_WAIT_MARGIN = 1.4
 
 Priority = Literal["high", "normal", "low"]
 PATIENCE_S: dict[Priority, float] = {"high": 1.0, "normal": 10.0, "low": 100.0}
@@ -133,7 +133,7 @@ def finish_times(works: Sequence[Work]) -> list[float]:
 
 
 def promise_ms(alone_ms: float, expected_ms: float) -> float:
-    """The time within which a request can be promised: waiting, the uncertain part of it, counts a quarter more.
+    """The time within which a request can be promised: waiting, the uncertain part of it, counts two fifths more.
 
     Planned to the last millisecond, a queue under overload would be all work that ends just too late.
     """

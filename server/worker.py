@@ -146,7 +146,7 @@ class Worker:
         return job
 
     def estimate_ms(self, model: Model, order: Order, priority: Priority = "normal") -> float:
-        """How long the order would take if it were submitted now; a deadline needs a quarter more of the waiting in it."""
+        """How long the order would take if it were submitted now; a deadline needs two fifths more of the waiting in it."""
         with self._changed:
             before, after = self._around(due(time.monotonic(), priority, math.inf, 0.0))
             return finish_times([*map(_work_left, before), _work_of(model, order), *map(_work_left, after)])[len(before)]

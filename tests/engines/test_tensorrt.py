@@ -63,9 +63,7 @@ def test_a_part_becomes_one_plan_a_bucket_and_a_second_build_takes_them_from_the
         folder.mkdir()
         for file in (bundle / "decoder").iterdir():
             (folder / file.name).write_bytes(file.read_bytes())
-        files = compile_export(
-            spec, Export(part="decoder", size=None, key="graph", is_cached=True), inputs, folder, print
-        )
+        files = compile_export(spec, Export(part="decoder", size=None, key="graph", is_cached=True), inputs, folder, print)
         assert [(file.file, file.size, file.batch) for file in files] == [
             (f"batch{batch}-{size}.plan", size, batch) for size in (Size(32, 32), Size(48, 32)) for batch in (2, 3)
         ]
