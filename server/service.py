@@ -60,15 +60,18 @@ async def progress(
         loop.call_soon_threadsafe(told.put_nowait, step)
 
     job = worker.submit(model, order, timeout_s, client=client, priority=priority, on_step=tell if steps else None)
+    unread: asyncio.TimerHandle | None = None
     try:
         job.answer.add_done_callback(lambda _: tell(None))
         while (step := await told.get()) is not None:
             yield step
         finished = job.answer.result()
         describe_call(model=model.identity.name, steps=order.steps, **{f"{k}_ms": v for k, v in vars(finished.timings).items()})
-        loop.call_later(_SENDING_S, worker.release, job)
+        unread = loop.call_later(_SENDING_S, worker.release, job)
         yield finished
     finally:
+        if unread:
+            unread.cancel()  # or it would keep the pixels as long
         worker.release(job)  # the client may have left or its deadline have passed
 
 

@@ -1,10 +1,13 @@
 """The real server and the real client over a real port, with the fake backend."""
 
 import asyncio
+import gc
 import io
 import socket
 import threading
 import time
+import weakref
+from typing import Any
 
 import grpc
 import numpy as np
@@ -24,6 +27,7 @@ from flashdiff.server.client import AsyncClient, Client, ServerError
 from flashdiff.server.convert import Preview, Result
 from flashdiff.server.images import ImageFormat
 from flashdiff.server.models import Models
+from flashdiff.server.worker import Job
 
 
 def test_a_reply_carries_images_seeds_timings_and_the_model(running: Running, client: Client) -> None:
@@ -187,6 +191,27 @@ def test_stopping_answers_what_was_accepted_and_refuses_the_rest(running: Runnin
     assert results == [1]
     with pytest.raises(ServerError, match="UNAVAILABLE"):
         client.generate("x", timeout_s=5)
+
+
+def test_an_answered_request_leaves_nothing_behind(running: Running, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pixels above all: a server that keeps each for half a minute grows with its load."""
+    worker, jobs = running.server.worker, weakref.WeakSet[Job]()
+    submit = worker.submit
+
+    def noted(*arguments: Any, **options: Any) -> Job:
+        job = submit(*arguments, **options)
+        jobs.add(job)
+        return job
+
+    monkeypatch.setattr(worker, "submit", noted)
+    client.generate("x", timeout_s=10)
+    assert len(list(client.stream("y", steps=2, timeout_s=10))) == 3
+
+    def is_clean() -> bool:
+        gc.collect()
+        return not jobs and not worker.has_unsent
+
+    until(is_clean)
 
 
 def test_stopping_does_not_wait_for_who_only_watches(running: Running) -> None:
