@@ -3,12 +3,14 @@
 import asyncio
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from flashdiff.errors import FlashdiffError
+from flashdiff.server.scheduler import Ready, choose
 from flashdiff.server.worker import Job, Worker
 
 Batching = Literal["step", "request"]
@@ -35,8 +37,15 @@ def on_cores(cores: set[int]) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
+def _all_that_fit(ready: Iterable[Ready]) -> list[Ready]:
+    """`choose` on a device where a full batch costs no more than one."""
+    return choose(replace(item, costs=dict.fromkeys(item.costs, 1.0)) for item in ready)
+
+
 class RequestLevelWorker(Worker):
     """What most servers do, for comparison: a batch is closed when it starts, all of one number of steps; who comes waits."""
+
+    _choose = staticmethod(_all_that_fit)
 
     def __init__(self, **options: Any) -> None:
         self._group: list[Job] = []
