@@ -19,10 +19,8 @@ from typing import Any
 if __package__ in (None, ""):  # run as a file: the repository's root is what it imports from
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.real_size import GIB, make_base, run_measured
+from benchmarks.real_size import GIB, make_base, run_measured, tell
 from benchmarks.rows import environment
-from flashdiff.errors import FlashdiffError
-from flashdiff.files import write_whole
 from flashdiff.lora import FLASH
 
 _LORA_COPIES = 5  # weights, gradients, average, and AdamW's two moments
@@ -62,9 +60,8 @@ def run() -> dict[str, Any]:
         (folder / "images" / "0.txt").write_text("noise")
         recipe = folder / "recipe.toml"
         recipe.write_text(_RECIPE.format(base=folder / "sd15", data=folder / "images"))
-        libraries, _, _ = run_measured(
-            folder, "distill", "avatars.toml", "--dry-run"
-        )  # a base of 16 MB: what is there are the libraries
+        # The embedded base has 16 MB: what a process that read it holds are the libraries.
+        libraries, _, _ = run_measured(folder, "distill", "avatars.toml", "--dry-run")
         _, _, told = run_measured(folder, "distill", str(recipe), "--dry-run")
         print(told, file=sys.stderr)
         peak, seconds, _ = run_measured(folder, "distill", str(recipe), "--out", str(folder / "out"))
@@ -96,14 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True, help="where the row goes")
     options = parser.parse_args(arguments)
-    try:
-        found = run()
-    except FlashdiffError as error:
-        print(f"memory: error: {error}", file=sys.stderr)
-        return 1
-    write_whole(options.json, json.dumps(found, indent=2) + "\n")
-    print(json.dumps(found["rows"], indent=2))
-    return 0
+    return tell(run, options.json)
 
 
 if __name__ == "__main__":

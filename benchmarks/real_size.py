@@ -47,6 +47,18 @@ def run_measured(folder: Path, *arguments: str) -> tuple[float, float, str]:
     return usage.ru_maxrss * 1024 / GIB, time.monotonic() - started, output
 
 
+def tell(measure: Callable[[], dict[str, Any]], json_file: Path) -> int:
+    """Write what was measured and print its rows; the command's exit status, 1 when it failed."""
+    try:
+        found = measure()
+    except FlashdiffError as error:
+        print(f"{Path(sys.argv[0]).stem}: error: {error}", file=sys.stderr)
+        return 1
+    write_whole(json_file, json.dumps(found, indent=2) + "\n")
+    print(json.dumps(found["rows"], indent=2))
+    return 0
+
+
 def _unet_sd15() -> Any:
     from diffusers import UNet2DConditionModel
 

@@ -10,7 +10,6 @@ files are in memory counts too.
 """
 
 import argparse
-import json
 import re
 import sys
 import tempfile
@@ -21,11 +20,9 @@ from typing import Any
 if __package__ in (None, ""):  # run as a file: the repository's root is what it imports from
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.real_size import NETWORKS, make_base, run_measured
+from benchmarks.real_size import NETWORKS, make_base, run_measured, tell
 from benchmarks.rows import environment
 from flashdiff.engines.bundle import read_manifest
-from flashdiff.errors import FlashdiffError
-from flashdiff.files import write_whole
 
 _BUILDS = {
     "sd15": ("openvino", "fp32", "512x512"),
@@ -75,14 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("model", choices=NETWORKS)
     parser.add_argument("--json", type=Path, required=True, help="where the row goes")
     options = parser.parse_args(arguments)
-    try:
-        found = run(options.model)
-    except FlashdiffError as error:
-        print(f"sizes: error: {error}", file=sys.stderr)
-        return 1
-    write_whole(options.json, json.dumps(found, indent=2) + "\n")
-    print(json.dumps(found["rows"], indent=2))
-    return 0
+    return tell(lambda: run(options.model), options.json)
 
 
 if __name__ == "__main__":
