@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import grpc
@@ -17,11 +18,12 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from PIL import Image
 from served import MODEL, SIZE, Running, model_of, until
 
-from flashdiff.components import Size
+from flashdiff.components import Conditioning, Size
 from flashdiff.engines.runtime.fake_backend import FakeComponents
 from flashdiff.errors import BackendError, ConfigError, RequestError
 from flashdiff.generate import check_order, generate
-from flashdiff.proto.v1 import image_pb2, image_pb2_grpc
+from flashdiff.proto.v1 import image_pb2, image_pb2_grpc, triton_pb2
+from flashdiff.server import worker as worker_module
 from flashdiff.server.app import Listen, serve, start
 from flashdiff.server.client import AsyncClient, Client, ServerError
 from flashdiff.server.convert import Preview, Result
@@ -239,21 +241,52 @@ def test_a_port_in_use_is_said(running: Running) -> None:
         asyncio.run_coroutine_threadsafe(starting, running.loop).result(10)
 
 
-def test_a_dead_device_thread_ends_the_server_with_an_error() -> None:
-    fake = FakeComponents()
+@pytest.mark.parametrize(("hangs", "why"), [(False, "division by zero"), (True, "has not come back")])
+def test_a_device_thread_that_is_lost_ends_the_server_and_every_call_in_flight(
+    monkeypatch: pytest.MonkeyPatch, hangs: bool, why: str
+) -> None:
+    fake, all_are_here, over = FakeComponents(), threading.Event(), threading.Event()
     models = Models({"fake": model_of(fake)})
-    fake.denoise = lambda *_: 1 / 0  # type: ignore[method-assign,assignment]
+    encode = fake.encode
+
+    def encode_later(prompts: Sequence[str]) -> Conditioning:
+        assert all_are_here.wait(10)
+        return encode(prompts)
+
+    def denoise(*_: object) -> float:
+        if hangs:
+            over.wait(30)
+        return 1 / 0
+
+    monkeypatch.setattr(fake, "encode", encode_later)
+    monkeypatch.setattr(fake, "denoise", denoise)
+    own, triton = image_pb2.GenerateRequest(prompt="x"), triton_pb2.ModelInferRequest(model_name="fake")
+    triton.inputs.add(name="PROMPT", datatype="BYTES", shape=[1]).contents.bytes_contents.append(b"x")
+    asked = {
+        "flashdiff.v1.ImageService/Generate": own,
+        "flashdiff.v1.ImageService/GenerateStream": own,
+        "inference.GRPCInferenceService/ModelInfer": triton,
+    }
 
     async def scenario(port: int) -> None:
         serving = asyncio.create_task(serve(models, Listen(port=port)))
-        with Client(f"127.0.0.1:{port}") as client:
-            await asyncio.to_thread(client.wait_until_ready, 10)
-            with pytest.raises(ServerError, match="INTERNAL: the device thread has stopped"):
-                await asyncio.to_thread(client.generate, "x")
-        await asyncio.wait_for(serving, 10)
+        async with AsyncClient(f"127.0.0.1:{port}") as client, grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            watching = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), wait_for_ready=True)
+            assert (await watching.read()).status == health_pb2.HealthCheckResponse.SERVING
+            calls = [channel.stream_stream(f"/{name}")(iter([said.SerializeToString()])) for name, said in asked.items()]
+            while (await client.estimate("x")).pending_images < len(calls):
+                await asyncio.sleep(0.01)
+            monkeypatch.setattr(worker_module, "_HANG_S", 0.1)
+            all_are_here.set()
+            assert (await watching.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+            for call in calls:
+                assert await call.code() == grpc.StatusCode.INTERNAL
+                assert why in await call.details()
+        await serving
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    with pytest.raises(BackendError, match="device thread has stopped"):
-        asyncio.run(scenario(port))
+    with pytest.raises(BackendError, match=f"the device thread has stopped: .*{why}"):
+        asyncio.run(asyncio.wait_for(scenario(port), 20))
+    over.set()
