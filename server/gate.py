@@ -25,7 +25,9 @@ from flashdiff.server.status import code_of, trailers_of
 _UNWATCHED = ("/grpc.health.v1.Health/", "/grpc.reflection.")  # asked every second, by who supervises
 _OPEN_TO_ALL = "/grpc.health.v1.Health/Check"
 _REQUEST_ID = re.compile(r"[\w.-]{1,64}")
+# Of the call whose task this is. Never reset: a stream that is left unread is closed in another context.
 _client: ContextVar[str] = ContextVar("client", default="")
+_span: ContextVar[trace.Span] = ContextVar("span", default=trace.INVALID_SPAN)
 
 _log = logging.getLogger(__name__)
 _tracer = trace.get_tracer("flashdiff.server")
@@ -37,8 +39,8 @@ def client_of(context: Any) -> str:
 
 
 def describe_call(**attributes: float | str) -> None:
-    """Add attributes to the span of the call that runs."""
-    trace.get_current_span().set_attributes(attributes)
+    """Add attributes to the span of the call that runs; of several requests in a stream, those of the last stay."""
+    _span.get().set_attributes(attributes)
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def _watched(handler: Any, method: str, metadata: dict[str, str], admit: Callabl
             return Malformed(f"{len(data)} bytes that are no request of {method}")
 
     @contextmanager
-    def watch(context: Any) -> Iterator[Any]:
+    def watch(context: Any) -> Iterator[None]:
         given = metadata.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
         client = client_of(context)  # now: gRPC hangs when a cancelled call is asked for its peer
@@ -94,14 +96,14 @@ def _watched(handler: Any, method: str, metadata: dict[str, str], admit: Callabl
         span = _tracer.start_span(
             method.lstrip("/"), propagate.extract(metadata), trace.SpanKind.SERVER, {"request_id": request_id}
         )
+        _span.set(span)
         name = "OK"
         try:
-            yield span
-        except (asyncio.CancelledError, GeneratorExit):
-            name = "CANCELLED"
-            raise
+            yield
         except BaseException as error:  # an abort, mostly, which has left its code
-            name = context.code().name if isinstance(error, grpc.aio.AbortError) else "UNKNOWN"
+            has_left = isinstance(error, asyncio.CancelledError | GeneratorExit)
+            name = context.code().name if context.code() else "CANCELLED" if has_left else "UNKNOWN"
+            span.set_status(trace.StatusCode.ERROR, name)  # and not the error itself, which may quote a prompt
             raise
         finally:
             span.end()
@@ -120,13 +122,13 @@ def _watched(handler: Any, method: str, metadata: dict[str, str], admit: Callabl
             yield request
 
     async def answer(request: Any, context: Any) -> Any:
-        with watch(context) as span, trace.use_span(span):
+        with watch(context):
             if isinstance(request, Malformed):
                 await context.abort(grpc.StatusCode.INVALID_ARGUMENT, request.message)
             return await handler.unary_unary(request, context)
 
     async def answer_stream(request: Any, context: Any) -> AsyncIterator[Any]:
-        with watch(context):  # not the current span: a stream that is left unread is closed in another context
+        with watch(context):
             if isinstance(request, Malformed):
                 await context.abort(grpc.StatusCode.INVALID_ARGUMENT, request.message)
             given = admitted(request, context) if handler.request_streaming else request

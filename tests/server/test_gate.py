@@ -15,15 +15,15 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from served import SIZE, serving
+from served import SIZE, serving, until
 
 from flashdiff.engines.runtime.fake_backend import FakeComponents
 from flashdiff.errors import ConfigError
-from flashdiff.proto.v1 import image_pb2, image_pb2_grpc
+from flashdiff.proto.v1 import image_pb2, image_pb2_grpc, triton_pb2
+from flashdiff.server import gate
 from flashdiff.server.app import Listen
 from flashdiff.server.auth import Tokens
 from flashdiff.server.client import Client, ServerError
@@ -189,20 +189,48 @@ def test_the_log_has_a_line_a_call_with_its_id_and_no_prompt(caplog: pytest.LogC
     assert "secret" not in caplog.text
 
 
-def test_a_span_belongs_to_the_callers_trace_and_says_where_the_time_went() -> None:
-    exporter = InMemorySpanExporter()
-    provider = TracerProvider()
+@pytest.fixture
+def spans(monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    trace.set_tracer_provider(provider)
+    monkeypatch.setattr(gate, "_tracer", provider.get_tracer("flashdiff.server"))
+    return exporter
+
+
+_OWN, _TRITON = "flashdiff.v1.ImageService", "inference.GRPCInferenceService"
+_KINDS = (f"{_OWN}/Generate", f"{_OWN}/GenerateStream", f"{_TRITON}/ModelInfer", f"{_TRITON}/ModelStreamInfer")
+
+
+def _asks(method: str, prompt: str = "x") -> bytes:
+    """The message of a request, for any of the methods that make images."""
+    if method.startswith(_OWN):
+        return image_pb2.GenerateRequest(prompt=prompt).SerializeToString()
+    request = triton_pb2.ModelInferRequest(model_name="fake")
+    request.inputs.add(name="PROMPT", datatype="BYTES", shape=[1]).contents.bytes_contents.append(prompt.encode())
+    return request.SerializeToString()
+
+
+@pytest.mark.parametrize("method", _KINDS)
+def test_a_span_belongs_to_the_callers_trace_and_says_where_the_time_went(spans: InMemorySpanExporter, method: str) -> None:
     with serving(FakeComponents()) as running, grpc.insecure_channel(running.address) as channel:
         parent = ("traceparent", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01")
-        stub = image_pb2_grpc.ImageServiceStub(channel)
-        stub.Generate(image_pb2.GenerateRequest(prompt="x"), metadata=(parent,), timeout=10)
-    (span,) = exporter.get_finished_spans()
-    assert span.name == "flashdiff.v1.ImageService/Generate"
+        list(channel.stream_stream(f"/{method}")(iter([_asks(method)]), metadata=(parent,), timeout=10))
+    (span,) = spans.get_finished_spans()
+    assert span.name == method
     assert f"{span.context.trace_id:032x}" == "0af7651916cd43dd8448eb211c80319c"
     assert span.attributes is not None
     assert {"denoise_ms", "queue_ms", "model", "request_id"} <= set(span.attributes)
+
+
+@pytest.mark.parametrize("method", _KINDS[:3])  # in the fourth an error is an answer
+def test_the_span_of_a_failed_call_has_its_code_and_no_prompt(spans: InMemorySpanExporter, method: str) -> None:
+    with serving(FakeComponents()) as running, grpc.insecure_channel(running.address) as channel:
+        call = channel.stream_stream(f"/{method}")(iter([_asks(method, "my secret wish " * 99)]), timeout=10)
+        assert call.code() == grpc.StatusCode.INVALID_ARGUMENT
+        until(lambda: bool(spans.get_finished_spans()))
+    (span,) = spans.get_finished_spans()
+    assert "secret" not in span.to_json()
+    assert (span.status.is_ok, span.status.description) == (False, "INVALID_ARGUMENT")
 
 
 def test_metrics_tell_of_batches_times_and_refusals() -> None:
