@@ -20,7 +20,7 @@ from opentelemetry import propagate, trace
 
 from flashdiff.errors import FlashdiffError
 from flashdiff.server.auth import Tokens
-from flashdiff.server.status import code_of, trailers_of
+from flashdiff.server.status import abort, code_of
 
 _UNWATCHED = ("/grpc.health.v1.Health/", "/grpc.reflection.")  # asked every second, by who supervises
 _OPEN_TO_ALL = "/grpc.health.v1.Health/Check"
@@ -78,7 +78,7 @@ class Gate(grpc.aio.ServerInterceptor):
 def _watched(handler: Any, method: str, metadata: dict[str, str], admit: Callable[[], None]) -> Any:
     """The handler, its calls traced and logged, and bytes that are no message answered INVALID_ARGUMENT.
 
-    Each further message of a stream is admitted like a call.
+    Each further message of a stream is admitted like a call: one that is refused ends it, when those before are answered.
     """
 
     def read(data: bytes) -> Any:
@@ -110,14 +110,15 @@ def _watched(handler: Any, method: str, metadata: dict[str, str], admit: Callabl
             spent_ms = 1000 * (time.perf_counter() - started)
             _log.info("call method=%s id=%s client=%s code=%s ms=%.1f", method, request_id, client, name, spent_ms)
 
-    async def admitted(requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
+    async def admitted(requests: AsyncIterator[Any], refusals: list[FlashdiffError]) -> AsyncIterator[Any]:
         first = True
         async for request in requests:
             try:
                 if not first:
                     admit()
             except FlashdiffError as error:
-                await context.abort(code_of(error), str(error), trailers_of(error))
+                refusals.append(error)
+                return
             first = False
             yield request
 
@@ -131,9 +132,12 @@ def _watched(handler: Any, method: str, metadata: dict[str, str], admit: Callabl
         with watch(context):
             if isinstance(request, Malformed):
                 await context.abort(grpc.StatusCode.INVALID_ARGUMENT, request.message)
-            given = admitted(request, context) if handler.request_streaming else request
+            refusals: list[FlashdiffError] = []
+            given = admitted(request, refusals) if handler.request_streaming else request
             async for response in (handler.unary_stream or handler.stream_stream)(given, context):
                 yield response
+            for error in refusals:
+                await abort(context, error)
 
     return _handler_like(handler, answer_stream if handler.response_streaming else answer, read)
 
@@ -141,14 +145,10 @@ def _watched(handler: Any, method: str, metadata: dict[str, str], admit: Callabl
 def _refusing(handler: Any, error: FlashdiffError) -> Any:
     """A handler of the same kind that ends every call with the error."""
 
-    async def refuse(_: Any, context: Any) -> None:
-        await context.abort(code_of(error), str(error), trailers_of(error))
+    async def refuse(_: Any, context: Any) -> None:  # of a stream as well: gRPC takes one that writes by itself, or not at all
+        await abort(context, error)
 
-    async def refuse_stream(_: Any, context: Any) -> AsyncIterator[None]:
-        await context.abort(code_of(error), str(error), trailers_of(error))
-        yield  # makes it a stream
-
-    return _handler_like(handler, refuse_stream if handler.response_streaming else refuse, lambda data: data)
+    return _handler_like(handler, refuse, lambda data: data)
 
 
 def _handler_like(handler: Any, behaviour: Callable[..., Any], read: Callable[[bytes], Any]) -> Any:

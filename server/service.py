@@ -5,7 +5,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 from flashdiff.errors import FlashdiffError
 from flashdiff.generate import Order, Pixels
@@ -24,7 +24,7 @@ from flashdiff.server.gate import client_of, describe_call
 from flashdiff.server.images import ImageFormat, encode_image
 from flashdiff.server.models import Model, Models
 from flashdiff.server.scheduler import Priority
-from flashdiff.server.status import code_of, trailers_of
+from flashdiff.server.status import abort
 from flashdiff.server.worker import Finished, Step, Worker
 
 _SENDING_S = 30.0
@@ -73,12 +73,6 @@ async def progress(
         if unread:
             unread.cancel()  # or it would keep the pixels as long
         worker.release(job)  # the client may have left or its deadline have passed
-
-
-async def abort(context: Any, error: FlashdiffError) -> NoReturn:
-    """End the call with the status of the error."""
-    await context.abort(code_of(error), str(error), trailers_of(error))
-    raise error  # abort has raised already
 
 
 class ImageService(image_pb2_grpc.ImageServiceServicer):

@@ -1,5 +1,7 @@
 """The one table from our errors to gRPC status codes."""
 
+from typing import Any, NoReturn
+
 import grpc
 
 from flashdiff.errors import (
@@ -36,8 +38,14 @@ def code_of(error: FlashdiffError) -> grpc.StatusCode:
     return next((code for kind, code in _CODES if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
 
 
-def trailers_of(error: FlashdiffError) -> tuple[tuple[str, str], ...]:
+def _trailers_of(error: FlashdiffError) -> tuple[tuple[str, str], ...]:
     """Trailing metadata: when to try again, under the name that gRPC's own retries look at."""
     if isinstance(error, OverloadedError) and error.retry_after_s is not None:
         return (("grpc-retry-pushback-ms", str(max(1, round(1000 * error.retry_after_s)))),)
     return ()
+
+
+async def abort(context: Any, error: FlashdiffError) -> NoReturn:
+    """End the call with the status of the error."""
+    await context.abort(code_of(error), str(error), _trailers_of(error))
+    raise error  # abort has raised already

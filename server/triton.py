@@ -28,8 +28,9 @@ from flashdiff.server.gate import Malformed, client_of
 from flashdiff.server.images import ImageFormat
 from flashdiff.server.models import Model, Models
 from flashdiff.server.scheduler import Priority
-from flashdiff.server.service import ImageEncoders, abort, progress
+from flashdiff.server.service import ImageEncoders, progress
 from flashdiff.server.shared_memory import Regions
+from flashdiff.server.status import abort
 from flashdiff.server.worker import Finished, Step, Worker
 
 TRITON_SERVICE = "inference.GRPCInferenceService"

@@ -9,12 +9,25 @@ from dataclasses import dataclass
 
 from flashdiff.components import Size
 from flashdiff.engines.runtime.fake_backend import FakeComponents
+from flashdiff.proto.v1 import image_pb2, triton_pb2
 from flashdiff.server.app import Listen, Server, start
 from flashdiff.server.models import Model, ModelIdentity, Models
 
 MODEL = ModelIdentity(name="fake", bundle_hash="0" * 64, family="fake", backend="fake", precision="fp32")
 SIZE = Size(64, 64)
 """Of an order that names none."""
+_IMAGES, _TRITON = "flashdiff.v1.ImageService", "inference.GRPCInferenceService"
+METHODS = (f"{_IMAGES}/Generate", f"{_IMAGES}/GenerateStream", f"{_TRITON}/ModelInfer", f"{_TRITON}/ModelStreamInfer")
+"""All that make images."""
+
+
+def message(method: str, prompt: str = "x") -> bytes:
+    """A request for one of `METHODS`, as it is on the wire."""
+    if method.startswith(_IMAGES):
+        return image_pb2.GenerateRequest(prompt=prompt).SerializeToString()
+    request = triton_pb2.ModelInferRequest(model_name=MODEL.name)
+    request.inputs.add(name="PROMPT", datatype="BYTES", shape=[1]).contents.bytes_contents.append(prompt.encode())
+    return request.SerializeToString()
 
 
 def model_of(fake: FakeComponents, identity: ModelIdentity = MODEL) -> Model:

@@ -18,7 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from served import SIZE, serving, until
+from served import METHODS, SIZE, message, serving, until
 
 from flashdiff.engines.runtime.fake_backend import FakeComponents
 from flashdiff.errors import ConfigError
@@ -189,6 +189,24 @@ def test_the_log_has_a_line_a_call_with_its_id_and_no_prompt(caplog: pytest.LogC
     assert "secret" not in caplog.text
 
 
+def test_a_stream_whose_next_message_is_refused_answers_those_before_and_ends_with_the_refusals_code(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    tokens, method = _tokens(tmp_path, f"alice {ALICE} 0.001\n"), METHODS[3]
+    with serving(FakeComponents(), Listen(port=0, tokens=tokens)) as running, grpc.insecure_channel(running.address) as channel:
+        call = channel.stream_stream(f"/{method}", response_deserializer=triton_pb2.ModelStreamInferResponse.FromString)
+        answers = call(iter([message(method)] * 3), metadata=(("authorization", f"Bearer {ALICE}"),), timeout=10)
+        assert not next(answers).error_message
+        with pytest.raises(grpc.RpcError, match=r"'alice' may call 0\.001 times a second"):
+            list(answers)
+        assert answers.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        until(lambda: any(line.startswith("call ") for line in caplog.messages))
+    assert f"method=/{method}" in caplog.text
+    assert "code=RESOURCE_EXHAUSTED" in caplog.text
+    assert "raised by servicer" not in caplog.text
+
+
 @pytest.fixture
 def spans(monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
     exporter, provider = InMemorySpanExporter(), TracerProvider()
@@ -197,24 +215,11 @@ def spans(monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
     return exporter
 
 
-_OWN, _TRITON = "flashdiff.v1.ImageService", "inference.GRPCInferenceService"
-_KINDS = (f"{_OWN}/Generate", f"{_OWN}/GenerateStream", f"{_TRITON}/ModelInfer", f"{_TRITON}/ModelStreamInfer")
-
-
-def _asks(method: str, prompt: str = "x") -> bytes:
-    """The message of a request, for any of the methods that make images."""
-    if method.startswith(_OWN):
-        return image_pb2.GenerateRequest(prompt=prompt).SerializeToString()
-    request = triton_pb2.ModelInferRequest(model_name="fake")
-    request.inputs.add(name="PROMPT", datatype="BYTES", shape=[1]).contents.bytes_contents.append(prompt.encode())
-    return request.SerializeToString()
-
-
-@pytest.mark.parametrize("method", _KINDS)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_span_belongs_to_the_callers_trace_and_says_where_the_time_went(spans: InMemorySpanExporter, method: str) -> None:
     with serving(FakeComponents()) as running, grpc.insecure_channel(running.address) as channel:
         parent = ("traceparent", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01")
-        list(channel.stream_stream(f"/{method}")(iter([_asks(method)]), metadata=(parent,), timeout=10))
+        list(channel.stream_stream(f"/{method}")(iter([message(method)]), metadata=(parent,), timeout=10))
     (span,) = spans.get_finished_spans()
     assert span.name == method
     assert f"{span.context.trace_id:032x}" == "0af7651916cd43dd8448eb211c80319c"
@@ -222,10 +227,10 @@ def test_a_span_belongs_to_the_callers_trace_and_says_where_the_time_went(spans:
     assert {"denoise_ms", "queue_ms", "model", "request_id"} <= set(span.attributes)
 
 
-@pytest.mark.parametrize("method", _KINDS[:3])  # in the fourth an error is an answer
+@pytest.mark.parametrize("method", METHODS[:3])  # in the fourth an error is an answer
 def test_the_span_of_a_failed_call_has_its_code_and_no_prompt(spans: InMemorySpanExporter, method: str) -> None:
     with serving(FakeComponents()) as running, grpc.insecure_channel(running.address) as channel:
-        call = channel.stream_stream(f"/{method}")(iter([_asks(method, "my secret wish " * 99)]), timeout=10)
+        call = channel.stream_stream(f"/{method}")(iter([message(method, "my secret wish " * 99)]), timeout=10)
         assert call.code() == grpc.StatusCode.INVALID_ARGUMENT
         until(lambda: bool(spans.get_finished_spans()))
     (span,) = spans.get_finished_spans()

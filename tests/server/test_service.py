@@ -16,13 +16,13 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from PIL import Image
-from served import MODEL, SIZE, Running, model_of, until
+from served import METHODS, MODEL, SIZE, Running, message, model_of, until
 
 from flashdiff.components import Conditioning, Size
 from flashdiff.engines.runtime.fake_backend import FakeComponents
 from flashdiff.errors import BackendError, ConfigError, RequestError
 from flashdiff.generate import check_order, generate
-from flashdiff.proto.v1 import image_pb2, image_pb2_grpc, triton_pb2
+from flashdiff.proto.v1 import image_pb2, image_pb2_grpc
 from flashdiff.server import worker as worker_module
 from flashdiff.server.app import Listen, serve, start
 from flashdiff.server.client import AsyncClient, Client, ServerError
@@ -260,20 +260,13 @@ def test_a_device_thread_that_is_lost_ends_the_server_and_every_call_in_flight(
 
     monkeypatch.setattr(fake, "encode", encode_later)
     monkeypatch.setattr(fake, "denoise", denoise)
-    own, triton = image_pb2.GenerateRequest(prompt="x"), triton_pb2.ModelInferRequest(model_name="fake")
-    triton.inputs.add(name="PROMPT", datatype="BYTES", shape=[1]).contents.bytes_contents.append(b"x")
-    asked = {
-        "flashdiff.v1.ImageService/Generate": own,
-        "flashdiff.v1.ImageService/GenerateStream": own,
-        "inference.GRPCInferenceService/ModelInfer": triton,
-    }
 
     async def scenario(port: int) -> None:
         serving = asyncio.create_task(serve(models, Listen(port=port)))
         async with AsyncClient(f"127.0.0.1:{port}") as client, grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
             watching = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), wait_for_ready=True)
             assert (await watching.read()).status == health_pb2.HealthCheckResponse.SERVING
-            calls = [channel.stream_stream(f"/{name}")(iter([said.SerializeToString()])) for name, said in asked.items()]
+            calls = [channel.stream_stream(f"/{method}")(iter([message(method)])) for method in METHODS[:3]]
             while (await client.estimate("x")).pending_images < len(calls):
                 await asyncio.sleep(0.01)
             monkeypatch.setattr(worker_module, "_HANG_S", 0.1)
