@@ -3,6 +3,7 @@
     python benchmarks/quality.py --student STUDENT_BUNDLE --teacher TEACHER_BUNDLE --json quality.json
 
 Quality is what `flashdiff evaluate` measures; latency what benchmarks/latency.py does, for the same bundles in the same session.
+With --evaluation, quality is what `flashdiff evaluate STUDENT --teacher TEACHER --json FILE` has written of them before.
 """
 
 import argparse
@@ -46,20 +47,23 @@ def run(
     teacher_steps: Sequence[int],
     count: int,
     repeats: int,
+    evaluation_file: Path | None,
     report: Callable[[str], None],
 ) -> dict[str, Any]:
     """{"environment": ..., "points": [...], "real": the row of real images}."""
     with tempfile.TemporaryDirectory() as folder:
-        options = EvaluateOptions(
-            subject=str(student),
-            steps=tuple(steps),
-            teacher=str(teacher),
-            teacher_steps=tuple(teacher_steps),
-            count=count,
-            json_file=Path(folder) / "evaluation.json",
-        )
-        evaluate(options, open_bundle=open_bundle, report=report)
-        evaluation = json.loads((Path(folder) / "evaluation.json").read_text())
+        written = evaluation_file or Path(folder) / "evaluation.json"
+        if not evaluation_file:
+            options = EvaluateOptions(
+                subject=str(student),
+                steps=tuple(steps),
+                teacher=str(teacher),
+                teacher_steps=tuple(teacher_steps),
+                count=count,
+                json_file=written,
+            )
+            evaluate(options, open_bundle=open_bundle, report=report)
+        evaluation = json.loads(written.read_text())
     timed = latency.run(
         [(student, teacher)], batches=[1], repeats=repeats, report=report, steps=steps, teacher_steps=teacher_steps
     )
@@ -87,6 +91,7 @@ def main() -> int:
     parser.add_argument("--steps", default="1,2,3,4", metavar="N[,N...]", help="of the student; default: %(default)s")
     parser.add_argument("--teacher-steps", default="50,25,8,4,2", metavar="N[,N...]", help="default: %(default)s")
     parser.add_argument("--count", type=int, default=150, help="prompts, two seeds each; default: %(default)s")
+    parser.add_argument("--evaluation", type=Path, metavar="FILE", help="numbers to take instead of measuring quality now")
     parser.add_argument("--repeats", type=int, default=20, help="of the timing; default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="a few images: does it run, not what it measures")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -103,12 +108,13 @@ def main() -> int:
             teacher_steps=[2] if options.quick else parse_batches(options.teacher_steps)[::-1],
             count=2 if options.quick else options.count,
             repeats=1 if options.quick else options.repeats,
+            evaluation_file=options.evaluation,
             report=lambda line: print(line, file=sys.stderr),
         )
         print(markdown(report["points"]))
         if options.json:
             write_whole(options.json, json.dumps(report, indent=2) + "\n")
-    except (FlashdiffError, OSError) as error:
+    except (FlashdiffError, OSError, ValueError) as error:
         print(f"quality.py: error: {error}", file=sys.stderr)
         return 1
     return 0
