@@ -175,7 +175,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=_whole_numbers, default=(0, 1, 2), metavar="N[,N...]", help="default: 0,1,2")
     parser.add_argument("--steps", type=_whole_numbers, default=(4, 2), metavar="N[,N...]", help="default: 4,2")
     parser.add_argument("--scale", type=float, default=1.0, help="budget in lengths of the recipe; default: %(default)s")
-    parser.add_argument("--guidance", type=float, default=4.0, help="of the teacher's rows; default: %(default)s")
     parser.add_argument("--count", type=int, default=150, help="prompts, with two seeds each; default: %(default)s")
     parser.add_argument("--reference-count", type=int, default=5000, help="reference images; default: %(default)s")
     options = parser.parse_args(arguments)
@@ -196,14 +195,14 @@ def _ablate(options: argparse.Namespace) -> None:
     settings = {
         "recipe": recipe.content_hash,
         "base": base_hash(find_base(recipe.base)),
-        **{name: getattr(options, name) for name in ("scale", "guidance", "count", "reference_count")},
+        **{name: getattr(options, name) for name in ("scale", "count", "reference_count")},
         "steps": list(options.steps),
     }
     _claim(options.out / "settings.json", settings)
     meter = Meter(options)
     teacher = options.out / f"{TEACHER}.json"
     if not teacher.exists():
-        _, base = load_fused(recipe.base, (), options.guidance)
+        _, base = load_fused(recipe.base, (), sum(recipe.guidance) / 2)
         steps = (_TEACHER_STEPS, *(count for count in options.steps if count > 1))
         rows = {"real": meter.real(), **meter.rows(base, TEACHER, steps)}
         write_whole(teacher, json.dumps({"updates": 0, "cost": 0, "rows": rows}, indent=2) + "\n")

@@ -57,7 +57,7 @@ def _card(info: FlashInfo, recipe: Recipe, usage: str) -> str:
 
 {info.lora_parameters:,} parameters, {share:.1f} % of the denoiser's {info.network_parameters:,}, trained with
 Flash Diffusion (arXiv 2406.02347; losses: {losses}) for {info.updates:,} updates of {recipe.batch_size} samples: the
-teacher takes {recipe.grid.solver_steps} solver steps with guidance {info.guidance[0]:g} to {info.guidance[1]:g}.
+teacher takes {recipe.grid.solver_steps} solver steps with guidance {' to '.join(f'{scale:g}' for scale in dict.fromkeys(info.guidance))}.
 Recipe hash {info.recipe_hash[:12]}, base hash {info.base_hash[:12]}.
 
 Made for 1 to {recipe.grid.modes} steps, **guidance off**, at these timesteps:

@@ -29,7 +29,7 @@ from flashdiff.server.client import Client
 
 OUT = Path("demo")
 STUDENT, TEACHER = OUT / "student", OUT / "teacher"
-TEACHER_STEPS, TEACHER_GUIDANCE = 50, 4.0
+TEACHER_STEPS, TEACHER_GUIDANCE = 50, 5.0
 PROMPTS = (
     "a green monster with horns, three eyes and a grin on a blue background",
     "a cactus in a pink pot with happy eyes on a cream background",
