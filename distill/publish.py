@@ -52,12 +52,13 @@ def _card(info: FlashInfo, recipe: Recipe, usage: str) -> str:
     share = 100 * info.lora_parameters / info.network_parameters
     names = ("distillation", "adversarial", "distribution_matching")
     losses = ", ".join(name.replace("_", " ") for name in names if any(getattr(phase, name) for phase in recipe.phases))
+    guidance = " to ".join(f"{scale:g}" for scale in dict.fromkeys(info.guidance))
     grids = "; ".join(f"{count}: {times}" for count, times in info.inference.items())
     return f"""# Flash LoRA for {info.base}
 
 {info.lora_parameters:,} parameters, {share:.1f} % of the denoiser's {info.network_parameters:,}, trained with
 Flash Diffusion (arXiv 2406.02347; losses: {losses}) for {info.updates:,} updates of {recipe.batch_size} samples: the
-teacher takes {recipe.grid.solver_steps} solver steps with guidance {' to '.join(f'{scale:g}' for scale in dict.fromkeys(info.guidance))}.
+teacher takes {recipe.grid.solver_steps} solver steps with guidance {guidance}.
 Recipe hash {info.recipe_hash[:12]}, base hash {info.base_hash[:12]}.
 
 Made for 1 to {recipe.grid.modes} steps, **guidance off**, at these timesteps:
