@@ -47,7 +47,7 @@ class Ready:
 
 
 def choose(ready: Iterable[Ready]) -> list[Ready]:
-    """The next batch: one stage, one model, one size, of `best_batch` items; empty when nothing is ready.
+    """The next batch: one stage, one model, one size, as many as `_fill` says; empty when nothing is ready.
 
     Finished rows are decoded first, since that answers someone. Then texts are encoded, so that they join the very next step,
     unless that step is full of rows no less urgent: they would wait anyway, and are read together with those to come. Then
@@ -67,13 +67,16 @@ def _urgency(item: Ready) -> tuple[float, int, int]:
 
 
 def _fill(urgent: Sequence[Ready]) -> list[Ready]:
-    """The first items of the most urgent one's bucket."""
-    alike = [item for item in urgent if item.bucket == urgent[0].bucket]
-    return alike[: best_batch(alike[0].costs, alike[0].slots, len(alike))] if alike else []
+    """The first items of the most urgent one's bucket: of steps as many as `best_batch` says, of the rest what a batch holds."""
+    if not urgent:
+        return []
+    first = urgent[0]
+    alike = [item for item in urgent if item.bucket == first.bucket]
+    return alike[: best_batch(first.costs, first.slots, len(alike)) if first.stage == "denoise" else max(first.costs)]
 
 
 def best_batch(costs: Mapping[int, float], slots: int, waiting: int) -> int:
-    """How many of the items that wait, of `slots` slots each, the next call should take.
+    """How many of the rows that wait for a step, of `slots` slots each, the next one should take.
 
     As many as a batch holds once there are so many, which makes the most of the device. Fewer are taken together as far as that
     ends them sooner, were each done in one call: on a CPU, where two cost nearly twice as much as one, it is often better to
@@ -136,12 +139,9 @@ def finish_times(works: Sequence[Work]) -> list[float]:
         steps = min(left for _, left in batch)
         clock += steps * _cost(work.costs["denoiser"], count * work.slots)
         done = [index for index, left in batch if left == steps]
-        while done:
-            decoded = best_batch(work.costs["decoder"], 1, len(done))
-            clock += _cost(work.costs["decoder"], decoded)
-            for index in done[:decoded]:
-                ends[index] = clock
-            del done[:decoded]
+        clock += _cost(work.costs["decoder"], len(done))
+        for index in done:
+            ends[index] = clock
         lines[bucket] = [(index, left - steps) for index, left in batch if left > steps] + waiting
     return ends
 

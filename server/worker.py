@@ -75,6 +75,7 @@ class Job:
     client: str
     deadline: float  # on the monotonic clock; infinity where there is none
     due: float
+    alone_s: float  # how long it would have taken when it came, had nothing else been there
     arrived: float
     arrival: int
     on_step: Callable[[Step], None] | None = None
@@ -206,7 +207,8 @@ class Worker:
         if timeout_s is not None:
             self._check_deadline(model, order, due_at, now, timeout_s)
         self._arrivals += 1
-        return Job(model, order, client, deadline, due_at, arrived=now, arrival=self._arrivals, on_step=on_step)
+        alone_s = _work_of(model, order).alone_ms / 1000
+        return Job(model, order, client, deadline, due_at, alone_s, arrived=now, arrival=self._arrivals, on_step=on_step)
 
     def _check_deadline(self, model: Model, order: Order, due_at: float, now: float, timeout_s: float) -> None:
         """DeadlineError when the order cannot be promised in time, or would break a promise that would hold without it."""
@@ -366,7 +368,8 @@ class Worker:
         with self._changed:
             departed = [job for job in self._jobs if job.departed]
             promised = [job for job in self._jobs if not job.departed and job.deadline < math.inf]
-            late = [job for job in promised if job.deadline <= now + _work_left(job).alone_ms / 1000]
+            near = [job for job in promised if job.deadline <= now + job.alone_s]
+            late = [job for job in near if job.deadline <= now + _work_left(job).alone_ms / 1000]
         self._fail(departed, CancelledError("the client has left"))
         self._fail(late, DeadlineError("the deadline cannot be kept any more: the images would be done after it"))
 
