@@ -292,8 +292,7 @@ def run(
     with ExitStack() as stack:
         client = None
         if behind_server:
-            address, _ = stack.enter_context(server(pairs[0][0]))
-            client = stack.enter_context(Client(address))
+            client = stack.enter_context(Client(stack.enter_context(server(pairs[0][0])).address))
         stock = []
         if instead:
             device = first.machine.device

@@ -25,7 +25,7 @@ if __package__ in (None, ""):  # run as a file: the repository's root is what it
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.rows import environment
-from benchmarks.serving import Batching, memory_mb, on_cores, server, split_cores
+from benchmarks.serving import Batching, Served, memory_mb, on_cores, server, split_cores
 from flashdiff.engines.bundle import read_manifest
 from flashdiff.engines.runtime.engine import open_bundle
 from flashdiff.errors import FlashdiffError
@@ -149,16 +149,16 @@ async def open_loop(client: AsyncClient, per_second: float, seconds: float, time
     return outcome
 
 
-async def chaos(client: AsyncClient, address: str, count: int, per_second: float) -> dict[str, Any]:
+async def chaos(client: AsyncClient, served: Served, count: int, per_second: float) -> dict[str, Any]:
     """Requests that at a random moment are cancelled (a third) or lose their connection (a tenth), or have a random deadline
-    (a third): each ends exactly once, and none keeps its place."""
-    rng, ends = random.Random(2), Counter[str]()
+    (a third): by the server's own count it answers each that it accepted, and none keeps its place."""
+    rng, ends, before = random.Random(2), Counter[str](), await _settled(served)
 
     async def one(seed: float) -> None:
         own = random.Random(seed)
         timeout_s = own.choice((None, None, own.uniform(0.001, 0.5)))
         fate = own.choices(("stays", "cancels", "disconnects"), (57, 33, 10))[0]
-        through = AsyncClient(address, retries=False) if fate == "disconnects" else client
+        through = AsyncClient(served.address, retries=False) if fate == "disconnects" else client
         call = asyncio.create_task(through.generate(_prompt(own), steps=own.choice(_STEPS), timeout_s=timeout_s))
         if fate != "stays":
             await asyncio.sleep(own.uniform(0.0, 0.2))
@@ -176,10 +176,18 @@ async def chaos(client: AsyncClient, address: str, count: int, per_second: float
         await asyncio.sleep(rng.expovariate(per_second))
         calls.append(asyncio.create_task(one(rng.random())))
     await asyncio.gather(*calls)
+    accepted, answered = (after - then for after, then in zip(await _settled(served), before, strict=True))
+    pending = (await client.estimate("x")).pending_images
+    counts = {"sent": count, "accepted": accepted, "answered": answered, "slots_left": pending}
+    return {"phase": "chaos", **counts, "ends": dict(ends)}
+
+
+async def _settled(served: Served) -> tuple[int, int]:
+    """The server's counts when every request that it accepted is answered, or after 10 s."""
     deadline = time.monotonic() + 10
-    while (pending := (await client.estimate("x")).pending_images) and time.monotonic() < deadline:
+    while len(set(counts := served.counts())) > 1 and time.monotonic() < deadline:
         await asyncio.sleep(0.05)
-    return {"phase": "chaos", "sent": count, "ends": dict(ends), "answered": sum(ends.values()), "slots_left": pending}
+    return counts
 
 
 def offline(bundle: Path, seconds: float, cores: set[int]) -> dict[str, Any]:
@@ -209,8 +217,8 @@ def run(bundle: Path, plan: Plan, report: Callable[[str], None]) -> dict[str, An
     record = environment({"student": read_manifest(bundle)})
     rows: list[dict[str, Any]] = []
 
-    def phase(address: str, use: Callable[[AsyncClient], Awaitable[Any]], **about: Any) -> dict[str, Any]:
-        result = asyncio.run(_with_client(address, use))
+    def phase(served: Served, use: Callable[[AsyncClient], Awaitable[Any]], **about: Any) -> dict[str, Any]:
+        result = asyncio.run(_with_client(served.address, use))
         return keep(result if isinstance(result, dict) else result.row(**about))
 
     def keep(row: dict[str, Any]) -> dict[str, Any]:
@@ -221,12 +229,12 @@ def run(bundle: Path, plan: Plan, report: Callable[[str], None]) -> dict[str, An
     def fill(cores: set[int], which: str) -> dict[str, Any]:
         """What the engine makes on these cores, then what the server does with it."""
         alone = keep(offline(bundle, plan.offline_s, cores) | {"cores": which})
-        with server(bundle, "step", cores) as (address, _):
+        with server(bundle, "step", cores) as served:
             if which == "own":
-                phase(address, lambda client: quiet(client, plan.quiet))
+                phase(served, lambda client: quiet(client, plan.quiet))
             at_once = 2 * int(alone["batch"])
             return phase(
-                address,
+                served,
                 lambda client: saturated(client, plan.saturated_s, at_once),
                 phase="saturated",
                 batching="step",
@@ -240,26 +248,26 @@ def run(bundle: Path, plan: Plan, report: Callable[[str], None]) -> dict[str, An
         batchings: tuple[Batching, ...] = ("step", "request")
         for load in plan.loads:  # the two in turn, so that a noisy machine is noisy for both
             for batching in batchings:
-                with server(bundle, batching, engine_cores) as (address, _):
+                with server(bundle, batching, engine_cores) as served:
                     phase(
-                        address,
+                        served,
                         lambda client, load=load: open_loop(client, load * capacity, plan.open_loop_s),  # type: ignore[misc]
                         phase="open loop",
                         batching=batching,
                         load=load,
                         offered_per_s=round(load * capacity, 2),
                     )
-        with server(bundle, "step", engine_cores) as (address, process):
-            before = memory_mb(process)
+        with server(bundle, "step", engine_cores) as served:
+            before = memory_mb(served.process)
             over = phase(
-                address,
+                served,
                 lambda client: open_loop(client, 3 * capacity, plan.overload_s),
                 phase="overload",
                 batching="step",
                 load=3.0,
             )
-            over["memory_growth_mb"] = round(memory_mb(process) - before, 1)
-            phase(address, lambda client: chaos(client, address, plan.chaos, 2 * capacity))
+            over["memory_growth_mb"] = round(memory_mb(served.process) - before, 1)
+            phase(served, lambda client: chaos(client, served, plan.chaos, 2 * capacity))
     return {"environment": record, "rows": rows}
 
 
@@ -269,6 +277,8 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     quiet_row, over, storm = by_phase["quiet"], by_phase["overload"], by_phase["chaos"]
     full = {row["cores"]: row for row in rows if row["phase"] == "saturated"}
     kept = over["goodput_per_s"] / full["own"]["goodput_per_s"]
+    # Older rows count what ended at the client, which says nothing about the server.
+    answered = f"{storm['answered']} of {storm['accepted']} accepted ones answered, " if "accepted" in storm else ""
     lines = [
         f"- quiet: client-seen p50 {quiet_row['p50_ms']} ms, {quiet_row['p50_beyond_engine_ms']} ms of it beyond the engine",
         *(
@@ -278,7 +288,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         ),
         f"- overload, 3 x capacity for {over['seconds']:.0f} s: goodput {kept:.2f} of capacity, "
         f"refusals within {over['refusal_p99_ms']} ms (p99), memory {over['memory_growth_mb']:+} MB",
-        f"- chaos: {storm['answered']} of {storm['sent']} requests ended once, {storm['slots_left']} slots left behind",
+        f"- chaos: {storm['sent']} requests, {answered}{storm['slots_left']} slots left behind",
         "",
         "| load | batching | p50 ms | p95 ms | p99 ms | in time |",
         "|---|---|---|---|---|---|",

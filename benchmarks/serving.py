@@ -5,7 +5,7 @@ import multiprocessing
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,9 +65,24 @@ class RequestLevelWorker(Worker):
         return self._group or waiting[:1]
 
 
+@dataclass(frozen=True)
+class Served:
+    """A server in a process of its own."""
+
+    address: str
+    process: int
+    _pipe: Any
+
+    def counts(self) -> tuple[int, int]:
+        """(accepted, answered): requests since it started, as its worker saw them, whoever had left by then."""
+        self._pipe.send(None)
+        accepted, answered = self._pipe.recv()
+        return accepted, answered
+
+
 @contextmanager
-def server(bundle: Path, batching: Batching = "step", engine_cores: set[int] | None = None) -> Iterator[tuple[str, int]]:
-    """(address, process id) of a server of the bundle that is ready, its engine on `engine_cores` (None: on any)."""
+def server(bundle: Path, batching: Batching = "step", engine_cores: set[int] | None = None) -> Iterator[Served]:
+    """A server of the bundle that is ready, its engine on `engine_cores` (None: on any)."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(bundle, batching, engine_cores, theirs), daemon=True)
@@ -75,7 +90,7 @@ def server(bundle: Path, batching: Batching = "step", engine_cores: set[int] | N
     try:
         if not ours.poll(120) or process.pid is None:
             raise FlashdiffError("the server did not start within two minutes")
-        yield f"127.0.0.1:{ours.recv()}", process.pid
+        yield Served(f"127.0.0.1:{ours.recv()}", process.pid, ours)
     finally:
         process.terminate()
         process.join(30)
@@ -88,18 +103,32 @@ def _serve(bundle: Path, batching: Batching, engine_cores: set[int] | None, pipe
 
     cores = engine_cores or os.sched_getaffinity(0)
     base = {"step": Worker, "request": RequestLevelWorker}[batching]
+    accepted = answered = 0
 
     class PinnedWorker(base):  # type: ignore[valid-type,misc]
         def _run(self) -> None:
             with on_cores(cores):
                 super()._run()
 
+        def submit(self, *arguments: Any, **options: Any) -> Job:
+            nonlocal accepted
+            job: Job = super().submit(*arguments, **options)
+            accepted += 1
+            job.answer.add_done_callback(count_answer)
+            return job
+
+    def count_answer(_: object) -> None:
+        nonlocal answered
+        answered += 1
+
     async def run() -> None:
         with on_cores(cores):  # where the engine's own threads start
             models = Models({"student": open_model(bundle)})
         running = await start(models, Listen(port=0), worker=PinnedWorker)
         pipe.send(running.port)
-        await asyncio.Event().wait()
+        while True:
+            await asyncio.to_thread(pipe.recv)
+            pipe.send((accepted, answered))
 
     asyncio.run(run())
 

@@ -1,4 +1,4 @@
-"""Between the wire of `flashdiff.v1` and our records. Only this file and `triton.py` know protobuf messages."""
+"""Between the wire of `flashdiff.v1` and our records. Only this file and `triton*.py` know protobuf messages."""
 
 import secrets
 from collections.abc import Sequence

@@ -8,7 +8,7 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from flashdiff.errors import BackendError, ExistsError, NotFoundError, OverloadedError, RequestError
+from flashdiff.errors import BackendError, ExistsError, NotFoundError, OverloadedError, RequestError, TensorError
 
 _FOLDER = Path("/dev/shm")
 _MAX_REGIONS = 64
@@ -96,3 +96,10 @@ class Regions:
         if offset < 0 or byte_size < 0 or offset + byte_size > region.byte_size:
             raise RequestError("shared_memory_offset", offset, f"region '{name}' has {region.byte_size} bytes for {byte_size}")
         return region
+
+
+def offered(regions: Regions | None) -> Regions:
+    """The regions; TensorError from a server without them."""
+    if regions is None:
+        raise TensorError("this server was started without --shared-memory")
+    return regions

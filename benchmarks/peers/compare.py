@@ -194,8 +194,8 @@ def run(bundle: Path, peers: Sequence[tuple[Peer, Path]], plan: Plan, report: Ca
         report(" ".join(f"{key}={value}" for key, value in rows[-1].items() if key != "samples_ms"))
 
     def each(use: Use, **about: Any) -> None:
-        with server(bundle, "step", engine_cores) as (address, _):
-            measure("flashdiff", lambda address: AsyncClient(address, retries=False), address, use, about)
+        with server(bundle, "step", engine_cores) as served:
+            measure("flashdiff", lambda address: AsyncClient(address, retries=False), served.address, use, about)
         for peer, python in peers:
             with started(peer, python, bundle, engine_cores) as address:
                 measure(peer.name, peer.connect, address, use, about)

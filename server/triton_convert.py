@@ -1,0 +1,255 @@
+"""Between the messages of Triton's protocol and our records: requests into calls, results into responses."""
+
+import secrets
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashdiff.components import ModelSpec, Size
+from flashdiff.errors import RequestError, TensorError
+from flashdiff.generate import Order, check_order
+from flashdiff.noise import image_seed
+from flashdiff.proto.v1 import triton_pb2 as pb
+from flashdiff.server.images import ImageFormat
+from flashdiff.server.models import ModelIdentity
+from flashdiff.server.scheduler import Priority
+from flashdiff.server.shared_memory import Regions, offered
+from flashdiff.server.worker import Finished, Step
+
+VERSION = "1"  # of every model: bundles are told apart by name and hash
+MAX_ID = 256
+_MAX_INPUT_BYTES = 1024 * 1024  # as for requests on the wire
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    datatype: str
+    config_type: pb.DataType
+    shape: tuple[int, ...]
+    optional: bool = True
+
+
+INPUTS = {
+    "PROMPT": _Tensor("BYTES", pb.TYPE_STRING, (1,), optional=False),
+    "NEGATIVE_PROMPT": _Tensor("BYTES", pb.TYPE_STRING, (1,)),
+    "SEED": _Tensor("UINT64", pb.TYPE_UINT64, (1,)),
+    "STEPS": _Tensor("INT32", pb.TYPE_INT32, (1,)),
+    "WIDTH": _Tensor("INT32", pb.TYPE_INT32, (1,)),
+    "HEIGHT": _Tensor("INT32", pb.TYPE_INT32, (1,)),
+    "COUNT": _Tensor("INT32", pb.TYPE_INT32, (1,)),
+    "FORMAT": _Tensor("BYTES", pb.TYPE_STRING, (1,)),
+}
+OUTPUTS = {
+    "IMAGES": _Tensor("UINT8", pb.TYPE_UINT8, (-1, -1, -1, 3)),  # [count, height, width, RGB]
+    "ENCODED": _Tensor("BYTES", pb.TYPE_STRING, (-1,)),  # [count] files of FORMAT
+    "SEEDS": _Tensor("UINT64", pb.TYPE_UINT64, (-1,)),  # [count]
+    "PREVIEW": _Tensor("UINT8", pb.TYPE_UINT8, (-1, -1, 3)),  # [h, w, RGB] at latent size; streams only
+}
+_NUMPY = {"UINT64": "<u8", "INT32": "<i4"}
+_TYPED = {"UINT64": "uint64_contents", "INT32": "int_contents", "BYTES": "bytes_contents"}
+_FORMATS: tuple[ImageFormat, ...] = ("png", "jpeg", "webp")
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One inference request, read and checked."""
+
+    order: Order
+    outputs: dict[str, dict[str, Any]]  # name -> where in shared memory it goes, if anywhere
+    format: ImageFormat
+    priority: Priority
+    timeout_s: float | None
+
+
+def read_request(
+    request: pb.ModelInferRequest, spec: ModelSpec, remaining_s: float | None, regions: Regions | None, *, stream: bool
+) -> _Call:
+    """What is asked of the model of `spec`; an error names the input, output or parameter that is wrong."""
+    if len(request.id) > MAX_ID:
+        raise TensorError(f"the request's id has {len(request.id)} characters, at most {MAX_ID} are taken")
+    values = _read_inputs(request, regions)
+    parameters = _parameters(request.parameters)
+    outputs = {output.name: _parameters(output.parameters) for output in request.outputs} or {name: {} for name in OUTPUTS}
+    for name in outputs:
+        if name not in OUTPUTS:
+            raise TensorError(f"unexpected inference output '{name}' for model '{request.model_name}'")
+    if "shared_memory_region" in outputs.get("PREVIEW", {}):
+        raise TensorError("output 'PREVIEW' does not go to shared memory: it comes more than once")
+    if not stream and "PREVIEW" in outputs:
+        if request.outputs:
+            raise TensorError("output 'PREVIEW' comes in a stream only: use ModelStreamInfer")
+        del outputs["PREVIEW"]
+    image_format = values.get("FORMAT", "png")
+    if image_format not in _FORMATS:
+        raise RequestError("FORMAT", image_format, f"it must be one of {', '.join(_FORMATS)}")
+    order = check_order(
+        spec,
+        prompt=values["PROMPT"],
+        negative_prompt=values.get("NEGATIVE_PROMPT", ""),
+        seed=values.get("SEED", secrets.randbits(32)),
+        steps=values.get("STEPS"),
+        size=Size(values.get("WIDTH", 0), values.get("HEIGHT", 0)) if {"WIDTH", "HEIGHT"} & set(values) else None,
+        count=values.get("COUNT", 1),
+    )
+    return _Call(order, outputs, image_format, _priority(parameters), _timeout_s(parameters, remaining_s))
+
+
+def _read_inputs(request: pb.ModelInferRequest, regions: Regions | None) -> dict[str, Any]:
+    """The value of every input given; RequestError names the tensor that is wrong."""
+    model = request.model_name
+    raws = iter(request.raw_input_contents)
+    values: dict[str, Any] = {}
+    for tensor in request.inputs:
+        if tensor.name not in INPUTS:
+            raise TensorError(f"unexpected inference input '{tensor.name}' for model '{model}'")
+        expected = INPUTS[tensor.name]
+        if tensor.name in values:
+            raise TensorError(f"input '{tensor.name}' is given twice for model '{model}'")
+        if tensor.datatype != expected.datatype:
+            raise TensorError(
+                f"inference input '{tensor.name}' data-type is '{tensor.datatype}', but model '{model}' expects "
+                f"'{expected.datatype}'"
+            )
+        if tuple(tensor.shape) != expected.shape:
+            raise TensorError(
+                f"unexpected shape for input '{tensor.name}' for model '{model}': expected {list(expected.shape)}, "
+                f"got {list(tensor.shape)}"
+            )
+        # Raw contents are those of the inputs that have no place in shared memory, in their order.
+        place = _parameters(tensor.parameters)
+        raw = _read_shared(place, regions) if "shared_memory_region" in place else next(raws, None)
+        if raw is not None and tensor.HasField("contents"):
+            raise TensorError(f"input '{tensor.name}' has both contents and raw contents")
+        value = _typed_value(tensor, expected) if raw is None else _raw_value(tensor.name, expected, raw)
+        values[tensor.name] = _text(tensor.name, value) if isinstance(value, bytes) else int(value)
+    if next(raws, None) is not None:
+        raise TensorError(f"more raw input contents than inputs that need them for model '{model}'")
+    missing = [name for name, tensor in INPUTS.items() if not tensor.optional and name not in values]
+    if missing:
+        raise TensorError(f"expected input '{missing[0]}' for model '{model}' is not there")
+    return values
+
+
+def _read_shared(place: Mapping[str, Any], regions: Regions | None) -> bytes:
+    region, offset, byte_size = _place(place)
+    if byte_size > _MAX_INPUT_BYTES:
+        raise TensorError(f"an input of {byte_size} bytes is more than the {_MAX_INPUT_BYTES} that are taken")
+    return offered(regions).read(region, offset, byte_size)
+
+
+def _parameters(parameters: Mapping[str, pb.InferParameter]) -> dict[str, Any]:
+    return {name: getattr(value, value.WhichOneof("parameter_choice") or "string_param") for name, value in parameters.items()}
+
+
+def _place(parameters: Mapping[str, Any]) -> tuple[str, int, int]:
+    """(region, offset, bytes) of a tensor in shared memory."""
+    region, offset, byte_size = (
+        parameters.get(f"shared_memory_{name}", default) for name, default in (("region", ""), ("offset", 0), ("byte_size", 0))
+    )
+    if not isinstance(region, str) or not isinstance(offset, int) or not isinstance(byte_size, int):
+        raise TensorError("shared memory takes a region's name, an offset and a number of bytes")
+    return region, offset, byte_size
+
+
+def _raw_value(name: str, tensor: _Tensor, raw: bytes) -> Any:
+    """The one element: for BYTES a 4-byte little-endian length and as many bytes."""
+    if tensor.datatype == "BYTES":
+        if len(raw) < 4 or struct.unpack("<I", raw[:4])[0] != len(raw) - 4:
+            raise TensorError(f"input '{name}': {len(raw)} bytes are not one element with its length before it")
+        return raw[4:]
+    kind = np.dtype(_NUMPY[tensor.datatype])
+    if len(raw) != kind.itemsize:
+        raise TensorError(f"input '{name}': expected {kind.itemsize} bytes, got {len(raw)}")
+    return np.frombuffer(raw, kind)[0]
+
+
+def _typed_value(tensor: pb.ModelInferRequest.InferInputTensor, expected: _Tensor) -> Any:
+    contents = getattr(tensor.contents, _TYPED[expected.datatype])
+    if len(contents) != 1:
+        raise TensorError(f"input '{tensor.name}': expected 1 element, got {len(contents)}")
+    return contents[0]
+
+
+def _text(name: str, value: bytes) -> str:
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError:
+        raise RequestError(name, value[:40], "it must be valid UTF-8") from None
+
+
+def _priority(parameters: Mapping[str, Any]) -> Priority:
+    """Triton's number: 1 goes first; 0, or none, is the default."""
+    number = parameters.get("priority", 0)
+    if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+        raise RequestError("priority", number, "it must be a whole number from 0 on")
+    named: dict[int, Priority] = {0: "normal", 1: "high", 2: "normal"}
+    return named.get(number, "low")
+
+
+def _timeout_s(parameters: Mapping[str, Any], remaining_s: float | None) -> float | None:
+    """The nearer of the call's deadline and the parameter, which is in microseconds."""
+    number = parameters.get("timeout", 0)
+    if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+        raise RequestError("timeout", number, "it must be a number of microseconds from 0 on")
+    limits = [limit for limit in (remaining_s, number / 1e6 if number else None) if limit is not None]
+    return min(limits, default=None)
+
+
+def write_preview(request: pb.ModelInferRequest, step: Step) -> pb.ModelInferResponse:
+    response = _response(request, {"PREVIEW": step.picture})
+    for name, value in (("image", step.index), ("step", step.step), ("total", step.total)):
+        response.parameters[name].int64_param = value
+    response.parameters["triton_final_response"].bool_param = False
+    return response
+
+
+def write_result(
+    request: pb.ModelInferRequest,
+    call: _Call,
+    finished: Finished,
+    files: Sequence[bytes],
+    model: ModelIdentity,
+    regions: Regions | None,
+) -> pb.ModelInferResponse:
+    """The last response; `files` are the images as ENCODED has them. Outputs with a place in shared memory are written there."""
+    tensors: dict[str, NDArray[Any] | list[bytes]] = {}
+    for name in call.outputs:
+        if name == "IMAGES":
+            tensors[name] = np.stack(finished.images)
+        elif name == "SEEDS":
+            tensors[name] = np.array([image_seed(call.order.seed, i) for i in range(call.order.count)], dtype="<u8")
+        elif name == "ENCODED":
+            tensors[name] = list(files)
+    response = _response(request, tensors)
+    raws = list(response.raw_output_contents)
+    del response.raw_output_contents[:]
+    for output, raw in zip(response.outputs, raws, strict=True):
+        place = call.outputs[output.name]
+        if "shared_memory_region" not in place:
+            response.raw_output_contents.append(raw)
+            continue
+        region, offset, room = _place(place)
+        offered(regions).write(region, offset, raw, room)
+        output.parameters["shared_memory_region"].string_param = region
+        output.parameters["shared_memory_offset"].int64_param = offset
+        output.parameters["shared_memory_byte_size"].int64_param = len(raw)
+    response.parameters["steps"].int64_param = call.order.steps
+    response.parameters["bundle_hash"].string_param = model.bundle_hash
+    for name, spent in vars(finished.timings).items():
+        response.parameters[f"{name}_ms"].double_param = spent
+    response.parameters["triton_final_response"].bool_param = True
+    return response
+
+
+def _response(request: pb.ModelInferRequest, tensors: Mapping[str, NDArray[Any] | list[bytes]]) -> pb.ModelInferResponse:
+    response = pb.ModelInferResponse(model_name=request.model_name, model_version=VERSION, id=request.id)
+    for name, values in tensors.items():
+        shape = [len(values)] if isinstance(values, list) else values.shape
+        response.outputs.add(name=name, datatype=OUTPUTS[name].datatype, shape=shape)
+        raw = b"".join(struct.pack("<I", len(v)) + v for v in values) if isinstance(values, list) else values.tobytes()
+        response.raw_output_contents.append(raw)
+    return response
