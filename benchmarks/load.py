@@ -11,6 +11,7 @@ a load that the client makes would slow the engine that it measures. One pair of
 
 import argparse
 import asyncio
+import gc
 import json
 import random
 import sys
@@ -206,6 +207,7 @@ def offline(bundle: Path, seconds: float, cores: set[int]) -> dict[str, Any]:
 
 
 async def _with_client(address: str, use: Callable[[AsyncClient], Awaitable[Any]]) -> Any:
+    gc.freeze()  # or full collections here, 30 ms each, would count as the server's
     async with AsyncClient(address, retries=False) as client:
         await client.generate("warm", timeout_s=60)
         return await use(client)
