@@ -7,12 +7,13 @@
 `--base` with `--lora` adds what one would use instead: stock diffusers, eager and compiled. (Why optimum-intel is not among the
 alternatives: docs/engines.md.) Several bundles after --student and --teacher are pairs in order, one a backend.
 
-Every repeat runs each configuration once, in turn, so that a noisy machine is noisy for all of them. From prompt to PNG
+Every repeat runs each configuration, in turn, so that a noisy machine is noisy for all of them. From prompt to PNG
 bytes; `served` is the student behind its server, in a process of its own, as a client sees it.
 """
 
 import argparse
 import json
+import statistics
 import sys
 import tempfile
 import time
@@ -34,13 +35,13 @@ from flashdiff.engines.runtime.engine import Engine, open_bundle
 from flashdiff.errors import BackendError, BundleError, ConfigError, FlashdiffError
 from flashdiff.files import write_whole
 from flashdiff.generate import check_order, decode_rows, denoise_rows, encode_prompts, new_row, unconditional_of
+from flashdiff.lora import find_lora, read_flash_info
 from flashdiff.server.client import Client
 from flashdiff.server.images import encode_image
 
 _BACKENDS: tuple[BackendName, ...] = ("openvino", "onnxruntime", "torch", "tensorrt")  # the first that runs is the main one
 STAGES = ("text", "denoise_step", "decode", "image_encoding", "queue", "wire", "total")
 _PROMPT = "a green monster with horns and a grin on a blue background"
-_WARM_UP_ROUNDS = 2
 
 Stages = dict[str, list[float]]
 """Milliseconds of every call of a stage, in one run."""
@@ -65,15 +66,18 @@ Samples = dict[tuple[Configuration, str], list[float]]
 
 
 def measure(configurations: Sequence[Configuration], repeats: int, report: Callable[[str], None]) -> Samples:
-    """Milliseconds by configuration and stage; warm-up rounds are not counted."""
+    """Milliseconds by configuration and stage.
+
+    Every time counts the second of two runs: the first takes back caches and cores from the engine that ran before, whose idle
+    threads spin for a while.
+    """
     samples: Samples = defaultdict(list)
-    for index in range(-_WARM_UP_ROUNDS, repeats):
+    for index in range(repeats):
         for configuration in configurations:
-            stages = configuration.once(max(index, 0))
-            if index >= 0:
-                for stage, times in stages.items():
-                    samples[configuration, stage] += times
-        if index >= 0 and (index + 1) % max(1, repeats // 4) == 0:
+            configuration.once(index)
+            for stage, times in configuration.once(index).items():
+                samples[configuration, stage] += times
+        if (index + 1) % max(1, repeats // 4) == 0:
             report(f"round {index + 1} of {repeats}")
     return samples
 
@@ -324,21 +328,28 @@ def run(
 
 
 def build_pairs(
-    base: str, lora: Path, batch_sizes: Sequence[int], folder: Path, report: Callable[[str], None]
+    base: str, lora: Path, batches: Sequence[int], also: Sequence[int], folder: Path, report: Callable[[str], None]
 ) -> list[tuple[Path, Path]]:
-    """Student and teacher bundles in `folder`, a pair for every backend that runs here; `report` hears of those that do not."""
+    """Student and teacher bundles in `folder`, a pair for every backend that runs here; `report` hears of those that do not.
+
+    They take `batches`, and the batch sizes `also`. The teacher is guided as the student was taught.
+    """
     from flashdiff.engines.build import BuildOptions, build_engine
 
     pairs = []
-    guided = sorted({*batch_sizes, *(2 * batch for batch in batch_sizes)})  # the teacher evaluates every image twice
+    info = read_flash_info(find_lora(str(lora)))
+    guidance = statistics.mean(info.guidance) if info else None
+    sizes = sorted({*batches, *also})
+    guided = sorted({*sizes, *(2 * batch for batch in batches)})  # the teacher evaluates every image twice
     for backend in _BACKENDS:
         student, teacher = folder / f"{backend}-student", folder / f"{backend}-teacher"
         try:
             build_engine(
-                BuildOptions(base=base, loras=((str(lora), 1.0),), backend=backend, batch_sizes=tuple(batch_sizes), out=student),
-                report,
+                BuildOptions(base=base, loras=((str(lora), 1.0),), backend=backend, batch_sizes=tuple(sizes), out=student), report
             )
-            build_engine(BuildOptions(base=base, backend=backend, batch_sizes=tuple(guided), out=teacher), report)
+            build_engine(
+                BuildOptions(base=base, backend=backend, batch_sizes=tuple(guided), guidance=guidance, out=teacher), report
+            )
         except BackendError as error:
             report(f"without {backend}: {error}")
         else:
@@ -401,11 +412,11 @@ def main() -> int:
             raise ConfigError("give --student and --teacher, or --base and --lora")
         batches = parse_batches(options.batch)
         # As `build-engine` makes them by default, so that rows of the other benchmarks can stand beside these.
-        batch_sizes = batches if options.quick else sorted({*batches, *BuildOptions.model_fields["batch_sizes"].default})
+        also = () if options.quick else BuildOptions.model_fields["batch_sizes"].default
         with tempfile.TemporaryDirectory() as folder:
             pairs = [*zip(options.student, options.teacher, strict=True)]
             report = run(
-                pairs or build_pairs(options.base, options.lora, batch_sizes, Path(folder), print),
+                pairs or build_pairs(options.base, options.lora, batches, also, Path(folder), print),
                 batches=batches,
                 repeats=1 if options.quick else options.repeats,
                 report=print,
