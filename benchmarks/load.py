@@ -150,6 +150,18 @@ async def open_loop(client: AsyncClient, per_second: float, seconds: float, time
     return outcome
 
 
+async def overload(client: AsyncClient, per_second: float, seconds: float, memory: Callable[[], float]) -> dict[str, Any]:
+    """More than can be served, and the server's memory: before, after a sixth of the time, when queue and buffers have been full
+    for long, and at the end."""
+    used = [memory()]
+    answers = asyncio.create_task(open_loop(client, per_second, seconds))
+    await asyncio.sleep(seconds / 6)
+    used.append(memory())
+    outcome = await answers
+    used.append(memory())
+    return outcome.row(phase="overload", batching="step", load=3.0, memory_mb=[round(mb, 1) for mb in used])
+
+
 async def chaos(client: AsyncClient, served: Served, count: int, per_second: float) -> dict[str, Any]:
     """Requests that at a random moment are cancelled (a third) or lose their connection (a tenth), or have a random deadline
     (a third): by the server's own count it answers each that it accepted, and none keeps its place."""
@@ -260,15 +272,7 @@ def run(bundle: Path, plan: Plan, report: Callable[[str], None]) -> dict[str, An
                         offered_per_s=round(load * capacity, 2),
                     )
         with server(bundle, "step", engine_cores) as served:
-            before = memory_mb(served.process)
-            over = phase(
-                served,
-                lambda client: open_loop(client, 3 * capacity, plan.overload_s),
-                phase="overload",
-                batching="step",
-                load=3.0,
-            )
-            over["memory_growth_mb"] = round(memory_mb(served.process) - before, 1)
+            phase(served, lambda client: overload(client, 3 * capacity, plan.overload_s, lambda: memory_mb(served.process)))
             phase(served, lambda client: chaos(client, served, plan.chaos, 2 * capacity))
     return {"environment": record, "rows": rows}
 
@@ -289,7 +293,9 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
             for cores, row in full.items()
         ),
         f"- overload, 3 x capacity for {over['seconds']:.0f} s: goodput {kept:.2f} of capacity, "
-        f"refusals within {over['refusal_p99_ms']} ms (p99), memory {over['memory_growth_mb']:+} MB",
+        f"refusals within {over['refusal_p99_ms']} ms (p99), memory of the server "
+        + ", ".join(f"{mb:.0f}" for mb in over["memory_mb"])
+        + " MB (before, after a sixth, at the end)",
         f"- chaos: {storm['sent']} requests, {answered}{storm['slots_left']} slots left behind",
         "",
         "| load | batching | p50 ms | p95 ms | p99 ms | in time |",

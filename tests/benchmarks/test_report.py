@@ -64,7 +64,7 @@ def files(tmp_path: Path) -> list[Path]:
         {"phase": "quiet", "p50_ms": 20, "p50_beyond_engine_ms": 2},
         {"phase": "saturated", "goodput_per_s": 90, "cores": "own", "of_offline": 100},
         *open_loop,
-        {"phase": "overload", "seconds": 60, "goodput_per_s": 85, "refusal_p99_ms": 5, "memory_growth_mb": 1},
+        {"phase": "overload", "seconds": 60, "goodput_per_s": 85, "refusal_p99_ms": 5, "memory_mb": [70, 90, 91]},
         {"phase": "chaos", "answered": 10, "sent": 10, "slots_left": 0},
     ]
     measures = {name: _value(20.0) for name in ("fid", "kid", "text", "diversity", "large", "small")}
