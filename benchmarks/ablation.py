@@ -1,10 +1,11 @@
 """What helps: variants of a recipe, several seeds each, at an equal budget of network evaluations, measured as `evaluate` does.
 
-    python benchmarks/ablation.py --out ablation --scale 0.2 --only distillation,+adversarial,paper,lcm,ours
-    python benchmarks/ablation.py --out ablation --scale 0.2           # then the rest; what is there is not run again
+    python benchmarks/ablation.py --out ablation --scale 0.05 --only distillation,+adversarial,paper,lcm,ours
+    python benchmarks/ablation.py --out ablation --scale 0.05          # then the rest; what is there is not run again
 
-The first line should take about 65 minutes on two cores and the second 75 more, by a model of the costs and not by a run: 4.1 ms
-a sample's forward pass (38 and 43 minutes of training), 30 s a row, 5 minutes for the teacher, renders and their encoding once.
+The first line should take about an hour on two cores and the second another, by a model of the costs and not by a run: 4.1 ms
+a sample's forward pass, 30 s a row, 5 minutes for the teacher, renders and their encoding once. The table holds all
+that is there.
 
 The budget is what the recipe's own length, times `--scale`, costs with the variant `distillation`, in forward passes of the
 network: the teacher's, the student's and those of the other losses, a backward pass as what it takes beside them
@@ -130,18 +131,16 @@ class Meter:
         return {**{name: estimate.value for name, estimate in found.items()}, **shares}
 
 
-def run(recipe: Recipe, out: Path, meter: Meter, steps: Sequence[int]) -> dict[str, Any]:
-    """Train and measure one variant with one seed, unless it has been: its updates, cost, and rows by number of steps."""
+def run(recipe: Recipe, out: Path, meter: Meter, steps: Sequence[int]) -> None:
+    """Train and measure one variant with one seed, unless it has been; OUT.json gets updates, cost, and rows by steps."""
     result = out.with_suffix(".json")
     if result.exists():
-        found: dict[str, Any] = json.loads(result.read_text())
-        return found
+        return
     if not (out / FLASH).exists():
         distill(recipe, out, pools=out.parent / "pools")
     _, student = load_fused(recipe.base, [(out, 1.0)], None)
     found = {"updates": recipe.updates, "cost": round(cost(recipe)), "rows": meter.rows(student, out.name, steps)}
     write_whole(result, json.dumps(found, indent=2) + "\n")
-    return found
 
 
 def _report(line: str) -> None:
@@ -206,14 +205,19 @@ def _ablate(options: argparse.Namespace) -> None:
         steps = (_TEACHER_STEPS, *(count for count in options.steps if count > 1))
         rows = {"real": meter.real(), **meter.rows(base, TEACHER, steps)}
         write_whole(teacher, json.dumps({"updates": 0, "cost": 0, "rows": rows}, indent=2) + "\n")
-    results: dict[str, list[dict[str, Any]]] = {TEACHER: [json.loads(teacher.read_text())]}
     for seed in options.seeds:  # all variants with one seed first: a table of all comes early
         for name in options.only:
-            changed = variant(recipe, name, seed, options.scale)
-            results.setdefault(name, []).append(run(changed, options.out / f"{name}-{seed}", meter, options.steps))
+            run(variant(recipe, name, seed, options.scale), options.out / f"{name}-{seed}", meter, options.steps)
+            results = _results(options.out)
             record = {"environment": environment({}), "settings": settings, "results": results}
             write_whole(options.out / "ablation.json", json.dumps(record, indent=2) + "\n")
             write_whole(options.out / "ablation.md", table(results) + "\n")
+
+
+def _results(out: Path) -> dict[str, list[dict[str, Any]]]:
+    """What all runs in `out` have found, by variant, a seed each."""
+    files = {TEACHER: [out / f"{TEACHER}.json"]} | {name: sorted(out.glob(f"{name}-[0-9]*.json")) for name in VARIANTS}
+    return {name: [json.loads(file.read_text()) for file in of] for name, of in files.items() if of}
 
 
 def _claim(path: Path, settings: Mapping[str, Any]) -> None:
