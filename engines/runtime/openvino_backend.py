@@ -1,5 +1,6 @@
 """OpenVINO on the CPU, one static shape per compiled part; float32 unless a lower precision was asked for."""
 
+import re
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -52,6 +53,11 @@ def open_parts(folder: Path, manifest: Manifest) -> Callable[[str, Path, Mapping
 def convert(onnx_file: Path, target: Path, precision: Precision) -> None:
     """ONNX to OpenVINO's own form (.xml and .bin), weights in float32 unless `precision` is float16."""
     try:
-        ov.save_model(ov.convert_model(str(onnx_file)), str(target), compress_to_fp16=precision == "fp16")
+        model = ov.convert_model(str(onnx_file))
+        # It numbers the nodes that it adds by all that the process did before: two builds of the same would differ.
+        for index, node in enumerate(model.get_ordered_ops()):
+            if re.fullmatch(r"[A-Z]\w*_\d+", node.get_friendly_name()):
+                node.set_friendly_name(f"{node.get_type_name()}_{index}")
+        ov.save_model(model, str(target), compress_to_fp16=precision == "fp16")
     except Exception as error:  # a graph it cannot take, or a disk that is full
         raise BackendError(f"OpenVINO cannot convert {onnx_file.parent.name}: {first_line(error)}") from error

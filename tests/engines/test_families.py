@@ -53,6 +53,14 @@ def test_graphs_name_their_dimensions(family_bundle: Build) -> None:
     assert [d.dim_param or d.dim_value for d in latents.type.tensor_type.shape.dim] == ["batch", 4, "height", "width"]
 
 
+def test_a_graph_converted_twice_by_one_process_gives_the_same_files(family_bundle: Build, tmp_path: Path) -> None:
+    graph = family_bundle("sdxl", "onnxruntime") / "denoiser" / "model.onnx"
+    for name in ("one", "two"):
+        backend_module("openvino").convert(graph, tmp_path / f"{name}.xml", "fp32")
+    assert (tmp_path / "one.xml").read_bytes() == (tmp_path / "two.xml").read_bytes()
+    assert (tmp_path / "one.bin").read_bytes() == (tmp_path / "two.bin").read_bytes()
+
+
 @pytest.fixture
 def sdxl(tmp_path: Path) -> tuple[torch.nn.Module, Part, Callable[..., None]]:
     family, model = load_base(str(FAMILIES["sdxl"](tmp_path / "sdxl")))
