@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -205,7 +206,8 @@ def _write_weights(model: Any, file: Path, dtype: Any) -> int:
     def weight(name: str, shape: Sequence[int]) -> Any:
         if len(shape) < 2:
             return torch.zeros(shape, dtype=dtype) if name.endswith("bias") else torch.ones(shape, dtype=dtype)
-        scaled = (values / math.sqrt(math.prod(shape[1:]))).to(dtype)
+        # Each begins elsewhere: OpenVINO keeps weights that are alike once.
+        scaled = (values.roll(zlib.crc32(name.encode())) / math.sqrt(math.prod(shape[1:]))).to(dtype)
         count = math.prod(shape)
         return scaled.repeat(-(-count // _PERIOD))[:count].clone().reshape(tuple(shape))
 

@@ -118,6 +118,7 @@ def stage_bars(rows: Sequence[dict[str, Any]]) -> Any:
             left += spent
         if left <= limit and "interval_ms" in total:  # of the median, with 95 % confidence
             axes.plot(total["interval_ms"], [place, place], color="black", linewidth=1)
+            left = max(left, total["interval_ms"][1])
         cut = " ..." if left > limit else ""
         axes.text(min(left, limit), place, f"{cut} {total['median_ms']:.1f}", va="center", fontsize=9)
     labels = [f"{t['model']}, {t['steps']} step{'s' * (t['steps'] > 1)}" for t in reversed(totals)]
@@ -148,26 +149,31 @@ def load_curves(rows: Sequence[dict[str, Any]]) -> Any:
     right.set_ylabel("answered in time, %")
     for axes in (left, right):
         axes.set_xlabel("offered load, % of what flashdiff does saturated")
-        axes.legend(fontsize=8)
+        _legend_above(axes)
     return figure
 
 
 def quality_front(found: dict[str, Any]) -> Any:
-    """Fréchet distance over latency, the real images' own distance as the floor."""
-    figure, axes = _figure(height=4)
-    for model, color in (("student", "#2f6f9f"), ("teacher", "#b56576")):
-        points = sorted((p for p in found["points"] if p["model"] == model), key=lambda p: p["steps"])
-        x, y = [p["median_ms"] for p in points], [p["fid"]["value"] for p in points]
-        spread = [[p["fid"]["value"] - p["fid"]["low"] for p in points], [p["fid"]["high"] - p["fid"]["value"] for p in points]]
-        axes.errorbar(x, y, yerr=spread, color=color, marker="o", capsize=3, label=model)
-        for p in points:
-            place = (p["median_ms"], p["fid"]["value"])
-            axes.annotate(p["steps"], place, (6, 6), textcoords="offset points", fontsize=9)
-    axes.axhline(found["real"]["fid"]["value"], color="#999999", linestyle=":", label="real images")
-    _plain_log(axes.xaxis)
-    axes.set_xlabel("ms an image, median; the number of steps beside each point")
-    axes.set_ylabel("Fréchet distance (lower is better)")
-    axes.legend(fontsize=8)
+    """Fréchet distance and text score over latency, with the real images' own: the first hardly sees what a few steps of a
+    teacher cost, the second does."""
+    figure, both = _figure(height=4, columns=2)
+    for axes, name, title in zip(
+        both, ("fid", "text"), ("Fréchet distance (lower is better)", "text score (higher is better)"), strict=True
+    ):
+        for model, color in (("student", "#2f6f9f"), ("teacher", "#b56576")):
+            points = sorted((p for p in found["points"] if p["model"] == model), key=lambda p: p["steps"])
+            values = [p[name]["value"] for p in points]
+            below = [p[name]["value"] - p[name]["low"] for p in points]
+            above = [p[name]["high"] - p[name]["value"] for p in points]
+            times = [p["median_ms"] for p in points]
+            axes.errorbar(times, values, yerr=[below, above], color=color, marker="o", capsize=3, label=model)
+            for p, value in zip(points, values, strict=True):
+                axes.annotate(p["steps"], (p["median_ms"], value), (6, 6), textcoords="offset points", fontsize=9)
+        axes.axhline(found["real"][name]["value"], color="#999999", linestyle=":", label="real images")
+        _plain_log(axes.xaxis)
+        axes.set_xlabel("ms an image, median; the steps beside each point")
+        axes.set_ylabel(title)
+        _legend_above(axes)
     return figure
 
 
@@ -192,8 +198,13 @@ def scaling_curves(rows: Sequence[dict[str, Any]]) -> Any:
     right.set_ylabel("% of a row alone, each")
     right.set_ylim(0, 105)
     for axes in (left, right):
-        axes.legend(fontsize=8)
+        _legend_above(axes)
     return figure
+
+
+def _legend_above(axes: Any) -> None:
+    """Where it covers no point."""
+    axes.legend(ncols=2, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
 
 
 def _plain_log(axis: Any) -> None:
@@ -237,11 +248,17 @@ def claims(results: Results) -> list[str]:
         if model.startswith("diffusers") and ("student", steps) in totals and steps == 4:
             ratio = row["median_ms"] / totals["student", steps]["median_ms"]
             said.append(f"The same {steps} steps in stock {model} take {row['median_ms']:.1f} ms, {ratio:.1f} times as long.")
-    by = {(p["model"], p["steps"]): p["fid"]["value"] for p in results.quality.get("points", ())}
+    points = {(p["model"], p["steps"]): p for p in results.quality.get("points", ())}
     for steps in (4, 2):
-        if ("student", steps) in by and ("teacher", 50) in by:
-            ratio = by["student", steps] / by["teacher", 50]
-            said.append(f"At {steps} steps the Fréchet distance to real images is {ratio:.2f} times the 50-step teacher's.")
+        if ("student", steps) in points and ("teacher", 50) in points:
+            fid, text, large = (
+                [points[of][name]["value"] for of in (("student", steps), ("teacher", 50))] for name in ("fid", "text", "large")
+            )
+            said.append(
+                f"At {steps} steps the Fréchet distance to real images is {fid[0] / fid[1]:.2f} times the 50-step teacher's; the "
+                f"text score is {text[0]:.1f} (teacher {text[1]:.1f}), large attributes are right on {100 * large[0]:.1f} % "
+                f"({100 * large[1]:.1f} %) of the images."
+            )
     return said
 
 
@@ -269,7 +286,7 @@ def page(results: Results, plots: dict[str, bytes], images: Sequence[Path]) -> s
     """The HTML, pictures inside; the numbers of every plot are folded below it."""
     parts = [f'<p class="claim">{html.escape(sentence)}</p>' for sentence in claims(results)]
     for image in images:
-        parts.append(f"<h2>Samples</h2>{_picture(image.read_bytes(), image.name)}")
+        parts.append(f"<h2>Samples: {html.escape(image.stem)}</h2>{_picture(image.read_bytes(), image.name)}")
     for section in SECTIONS:
         if section.name in plots:
             numbers = f"<details><summary>The numbers</summary>{_html(section.table(section.rows(results)))}</details>"
