@@ -35,7 +35,6 @@ from flashdiff.engines.runtime.engine import Engine, open_bundle
 from flashdiff.errors import BackendError, BundleError, ConfigError, FlashdiffError
 from flashdiff.files import write_whole
 from flashdiff.generate import check_order, decode_rows, denoise_rows, encode_prompts, new_row, unconditional_of
-from flashdiff.lora import find_lora, read_flash_info
 from flashdiff.server.client import Client
 from flashdiff.server.images import encode_image
 
@@ -335,6 +334,7 @@ def build_pairs(
     They take `batches`, and the batch sizes `also`. The teacher is guided as the student was taught.
     """
     from flashdiff.engines.build import BuildOptions, build_engine
+    from flashdiff.lora import find_lora, read_flash_info  # with torch, which the served rows must not have
 
     pairs = []
     info = read_flash_info(find_lora(str(lora)))

@@ -283,8 +283,6 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     quiet_row, over, storm = by_phase["quiet"], by_phase["overload"], by_phase["chaos"]
     full = {row["cores"]: row for row in rows if row["phase"] == "saturated"}
     kept = over["goodput_per_s"] / full["own"]["goodput_per_s"]
-    # Older rows count what ended at the client, which says nothing about the server.
-    answered = f"{storm['answered']} of {storm['accepted']} accepted ones answered, " if "accepted" in storm else ""
     lines = [
         f"- quiet: client-seen p50 {quiet_row['p50_ms']} ms, {quiet_row['p50_beyond_engine_ms']} ms of it beyond the engine",
         *(
@@ -296,7 +294,8 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         f"refusals within {over['refusal_p99_ms']} ms (p99), memory of the server "
         + ", ".join(f"{mb:.0f}" for mb in over["memory_mb"])
         + " MB (before, after a sixth, at the end)",
-        f"- chaos: {storm['sent']} requests, {answered}{storm['slots_left']} slots left behind",
+        f"- chaos: {storm['sent']} requests, {storm['answered']} of {storm['accepted']} accepted ones answered, "
+        f"{storm['slots_left']} slots left behind",
         "",
         "| load | batching | p50 ms | p95 ms | p99 ms | in time |",
         "|---|---|---|---|---|---|",

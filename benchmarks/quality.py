@@ -21,22 +21,33 @@ from benchmarks import latency
 from flashdiff.engines.runtime.engine import open_bundle
 from flashdiff.errors import ConfigError, FlashdiffError
 from flashdiff.evaluation.command import EvaluateOptions, evaluate
+from flashdiff.evaluation.images import REAL
 from flashdiff.files import write_whole
 
 _MEASURES = ("fid", "kid", "text", "diversity")
 
 
-def points(evaluation: dict[str, Any], timed: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every evaluated row beside the median milliseconds of an image; {value, low, high} of each measure."""
-    totals = {(row["model"], row["steps"]): row for row in timed if row["stage"] == "total" and row["batch"] == 1}
+def points(evaluation: dict[str, Any], timed: Sequence[dict[str, Any]], names: dict[str, str]) -> list[dict[str, Any]]:
+    """Every timed number of steps with its measures, {value, low, high} each.
+
+    `names` has the folders of the two bundles by model, as the evaluation calls them.
+    """
+    rows = {row["name"]: row for row in evaluation["rows"]}
     found = []
-    for row in evaluation["rows"]:
-        model, _, steps = row["name"].partition(", ")
-        total = totals.get((model, int(steps.split()[0]))) if steps else None
-        if total:
-            measures = {name: row[name] for name in _MEASURES} | {k: row["attributes"][k] for k in ("large", "small")}
-            found.append({"model": model, "steps": total["steps"], "median_ms": total["median_ms"], **measures})
+    for total in (row for row in timed if row["stage"] == "total" and row["batch"] == 1):
+        model, steps = total["model"], total["steps"]
+        row = rows[_title(names[model], steps)]
+        found.append({"model": model, "steps": steps, "median_ms": total["median_ms"], **_measures(row)})
     return found
+
+
+def _title(name: str, steps: int) -> str:
+    """What `flashdiff evaluate` calls a row."""
+    return f"{name}, {steps} step{'s' if steps > 1 else ''}"
+
+
+def _measures(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: row[name] for name in _MEASURES} | {name: row["attributes"][name] for name in ("large", "small")}
 
 
 def run(
@@ -63,16 +74,31 @@ def run(
                 json_file=written,
             )
             evaluate(options, open_bundle=open_bundle, report=report)
-        evaluation = json.loads(written.read_text())
+        evaluation = _read(written)
+    names = {"student": student.resolve().name, "teacher": teacher.resolve().name}
+    there = [row["name"] for row in evaluation["rows"]]
+    for model, counts in (("student", steps), ("teacher", teacher_steps)):
+        if missing := [title for count in counts if (title := _title(names[model], count)) not in there]:
+            raise ConfigError(f"the evaluation has no row '{missing[0]}': it has {', '.join(there)}")
     timed = latency.run(
         [(student, teacher)], batches=[1], repeats=repeats, report=report, steps=steps, teacher_steps=teacher_steps
     )
-    real = next(row for row in evaluation["rows"] if row["name"] == "real")
+    real = next(row for row in evaluation["rows"] if row["name"] == REAL)
     return {
         "environment": timed["environment"],
-        "points": points(evaluation, timed["rows"]),
-        "real": {name: real[name] for name in _MEASURES} | {k: real["attributes"][k] for k in ("large", "small")},
+        "points": points(evaluation, timed["rows"], names),
+        "real": _measures(real),
     }
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(file.read_text("utf-8"))
+        if any(row["name"] == REAL and row["attributes"] for row in found["rows"]):
+            return found
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ConfigError(f"{file}: not what `flashdiff evaluate --json` writes for the embedded world")
 
 
 def markdown(found: Sequence[dict[str, Any]]) -> str:
@@ -114,7 +140,7 @@ def main() -> int:
         print(markdown(report["points"]))
         if options.json:
             write_whole(options.json, json.dumps(report, indent=2) + "\n")
-    except (FlashdiffError, OSError, ValueError) as error:
+    except (FlashdiffError, OSError) as error:
         print(f"quality.py: error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -75,8 +75,13 @@ class Served:
 
     def counts(self) -> tuple[int, int]:
         """(accepted, answered): requests since it started, as its worker saw them, whoever had left by then."""
-        self._pipe.send(None)
-        accepted, answered = self._pipe.recv()
+        try:
+            self._pipe.send(None)
+            if not self._pipe.poll(10):
+                raise FlashdiffError("the server does not tell its counts within 10 s")
+            accepted, answered = self._pipe.recv()
+        except (EOFError, BrokenPipeError):
+            raise FlashdiffError("the server has ended") from None
         return accepted, answered
 
 
@@ -98,7 +103,7 @@ def server(bundle: Path, batching: Batching = "step", engine_cores: set[int] | N
 
 def _serve(bundle: Path, batching: Batching, engine_cores: set[int] | None, pipe: Any) -> None:
     from flashdiff.cli import open_model
-    from flashdiff.server.app import Listen, start
+    from flashdiff.server.app import Listen, freeze_loaded, start
     from flashdiff.server.models import Models
 
     cores = engine_cores or os.sched_getaffinity(0)
@@ -124,6 +129,7 @@ def _serve(bundle: Path, batching: Batching, engine_cores: set[int] | None, pipe
     async def run() -> None:
         with on_cores(cores):  # where the engine's own threads start
             models = Models({"student": open_model(bundle)})
+        freeze_loaded()
         running = await start(models, Listen(port=0), worker=PinnedWorker)
         pipe.send(running.port)
         while True:

@@ -26,7 +26,7 @@ _MAX_INPUT_BYTES = 1024 * 1024  # as for requests on the wire
 
 
 @dataclass(frozen=True)
-class _Tensor:
+class Tensor:
     datatype: str
     config_type: pb.DataType
     shape: tuple[int, ...]
@@ -34,20 +34,20 @@ class _Tensor:
 
 
 INPUTS = {
-    "PROMPT": _Tensor("BYTES", pb.TYPE_STRING, (1,), optional=False),
-    "NEGATIVE_PROMPT": _Tensor("BYTES", pb.TYPE_STRING, (1,)),
-    "SEED": _Tensor("UINT64", pb.TYPE_UINT64, (1,)),
-    "STEPS": _Tensor("INT32", pb.TYPE_INT32, (1,)),
-    "WIDTH": _Tensor("INT32", pb.TYPE_INT32, (1,)),
-    "HEIGHT": _Tensor("INT32", pb.TYPE_INT32, (1,)),
-    "COUNT": _Tensor("INT32", pb.TYPE_INT32, (1,)),
-    "FORMAT": _Tensor("BYTES", pb.TYPE_STRING, (1,)),
+    "PROMPT": Tensor("BYTES", pb.TYPE_STRING, (1,), optional=False),
+    "NEGATIVE_PROMPT": Tensor("BYTES", pb.TYPE_STRING, (1,)),
+    "SEED": Tensor("UINT64", pb.TYPE_UINT64, (1,)),
+    "STEPS": Tensor("INT32", pb.TYPE_INT32, (1,)),
+    "WIDTH": Tensor("INT32", pb.TYPE_INT32, (1,)),
+    "HEIGHT": Tensor("INT32", pb.TYPE_INT32, (1,)),
+    "COUNT": Tensor("INT32", pb.TYPE_INT32, (1,)),
+    "FORMAT": Tensor("BYTES", pb.TYPE_STRING, (1,)),
 }
 OUTPUTS = {
-    "IMAGES": _Tensor("UINT8", pb.TYPE_UINT8, (-1, -1, -1, 3)),  # [count, height, width, RGB]
-    "ENCODED": _Tensor("BYTES", pb.TYPE_STRING, (-1,)),  # [count] files of FORMAT
-    "SEEDS": _Tensor("UINT64", pb.TYPE_UINT64, (-1,)),  # [count]
-    "PREVIEW": _Tensor("UINT8", pb.TYPE_UINT8, (-1, -1, 3)),  # [h, w, RGB] at latent size; streams only
+    "IMAGES": Tensor("UINT8", pb.TYPE_UINT8, (-1, -1, -1, 3)),  # [count, height, width, RGB]
+    "ENCODED": Tensor("BYTES", pb.TYPE_STRING, (-1,)),  # [count] files of FORMAT
+    "SEEDS": Tensor("UINT64", pb.TYPE_UINT64, (-1,)),  # [count]
+    "PREVIEW": Tensor("UINT8", pb.TYPE_UINT8, (-1, -1, 3)),  # [h, w, RGB] at latent size; streams only
 }
 _NUMPY = {"UINT64": "<u8", "INT32": "<i4"}
 _TYPED = {"UINT64": "uint64_contents", "INT32": "int_contents", "BYTES": "bytes_contents"}
@@ -55,7 +55,7 @@ _FORMATS: tuple[ImageFormat, ...] = ("png", "jpeg", "webp")
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
     """One inference request, read and checked."""
 
     order: Order
@@ -67,7 +67,7 @@ class _Call:
 
 def read_request(
     request: pb.ModelInferRequest, spec: ModelSpec, remaining_s: float | None, regions: Regions | None, *, stream: bool
-) -> _Call:
+) -> Call:
     """What is asked of the model of `spec`; an error names the input, output or parameter that is wrong."""
     if len(request.id) > MAX_ID:
         raise TensorError(f"the request's id has {len(request.id)} characters, at most {MAX_ID} are taken")
@@ -95,7 +95,7 @@ def read_request(
         size=Size(values.get("WIDTH", 0), values.get("HEIGHT", 0)) if {"WIDTH", "HEIGHT"} & set(values) else None,
         count=values.get("COUNT", 1),
     )
-    return _Call(order, outputs, image_format, _priority(parameters), _timeout_s(parameters, remaining_s))
+    return Call(order, outputs, image_format, _priority(parameters), _timeout_s(parameters, remaining_s))
 
 
 def _read_inputs(request: pb.ModelInferRequest, regions: Regions | None) -> dict[str, Any]:
@@ -155,7 +155,7 @@ def _place(parameters: Mapping[str, Any]) -> tuple[str, int, int]:
     return region, offset, byte_size
 
 
-def _raw_value(name: str, tensor: _Tensor, raw: bytes) -> Any:
+def _raw_value(name: str, tensor: Tensor, raw: bytes) -> Any:
     """The one element: for BYTES a 4-byte little-endian length and as many bytes."""
     if tensor.datatype == "BYTES":
         if len(raw) < 4 or struct.unpack("<I", raw[:4])[0] != len(raw) - 4:
@@ -167,7 +167,7 @@ def _raw_value(name: str, tensor: _Tensor, raw: bytes) -> Any:
     return np.frombuffer(raw, kind)[0]
 
 
-def _typed_value(tensor: pb.ModelInferRequest.InferInputTensor, expected: _Tensor) -> Any:
+def _typed_value(tensor: pb.ModelInferRequest.InferInputTensor, expected: Tensor) -> Any:
     contents = getattr(tensor.contents, _TYPED[expected.datatype])
     if len(contents) != 1:
         raise TensorError(f"input '{tensor.name}': expected 1 element, got {len(contents)}")
@@ -200,6 +200,7 @@ def _timeout_s(parameters: Mapping[str, Any], remaining_s: float | None) -> floa
 
 
 def write_preview(request: pb.ModelInferRequest, step: Step) -> pb.ModelInferResponse:
+    """Where an image is heading, and which it is."""
     response = _response(request, {"PREVIEW": step.picture})
     for name, value in (("image", step.index), ("step", step.step), ("total", step.total)):
         response.parameters[name].int64_param = value
@@ -209,7 +210,7 @@ def write_preview(request: pb.ModelInferRequest, step: Step) -> pb.ModelInferRes
 
 def write_result(
     request: pb.ModelInferRequest,
-    call: _Call,
+    call: Call,
     finished: Finished,
     files: Sequence[bytes],
     model: ModelIdentity,

@@ -204,18 +204,18 @@ class Worker:
             self._check_room(order, jobs, share, whose)
         deadline = math.inf if timeout_s is None else now + timeout_s
         due_at = due(now, priority, deadline, sum(_work_left(job).share_ms for job in own) / 1000)
-        if timeout_s is not None:
-            self._check_deadline(model, order, due_at, now, timeout_s)
-        self._arrivals += 1
-        alone_s = _work_of(model, order).alone_ms / 1000
-        return Job(model, order, client, deadline, due_at, alone_s, arrived=now, arrival=self._arrivals, on_step=on_step)
-
-    def _check_deadline(self, model: Model, order: Order, due_at: float, now: float, timeout_s: float) -> None:
-        """DeadlineError when the order cannot be promised in time, or would break a promise that would hold without it."""
         new = _work_of(model, order)
+        alone_ms = new.alone_ms
+        if timeout_s is not None:
+            self._check_deadline(model, new, alone_ms, due_at, now, timeout_s)
+        self._arrivals += 1
+        return Job(model, order, client, deadline, due_at, alone_ms / 1000, arrived=now, arrival=self._arrivals, on_step=on_step)
+
+    def _check_deadline(self, model: Model, new: Work, alone_ms: float, due_at: float, now: float, timeout_s: float) -> None:
+        """DeadlineError when the work cannot be promised in time, or would break a promise that would hold without it."""
         before, after = self._around(due_at)
         ends = finish_times([*map(_work_left, before), new, *map(_work_left, after)])
-        promised = promise_ms(new.alone_ms, ends.pop(len(before)))
+        promised = promise_ms(alone_ms, ends.pop(len(before)))
         if promised > 1000 * timeout_s:
             if not self._jobs:
                 _forget_slowness(model)
@@ -319,7 +319,8 @@ class Worker:
     def _call(self, stage: Stage, chosen: Sequence[tuple[Job, int | str]], slots: int) -> None:
         """One call of one model; an error leaves every row as it was."""
         model = chosen[0][0].model
-        by_batch = model.costs[PART_OF[stage], None if stage == "encode" else chosen[0][0].order.size]
+        key = PART_OF[stage], None if stage == "encode" else chosen[0][0].order.size
+        by_batch = model.costs[key]
         bucket = min(batch for batch in by_batch if batch >= slots)
         started = time.monotonic()
         self._hung_at = started + max(_HANG_S, 20 * by_batch[bucket] / 1000)
@@ -339,8 +340,12 @@ class Worker:
         spent_ms = 1000 * (time.monotonic() - started)
         if self._observer:
             self._observer.called(model.identity.name, stage, slots, spent_ms, by_batch[bucket])
-        # Follow the machine, slowly; one stall must not make the next deadlines look hopeless.
+        # Follow the machine, slowly; one stall must not make the next deadlines look hopeless. The other batches follow as well,
+        # more slowly: one that looks dear would not be tried again.
         by_batch[bucket] += 0.1 * (min(spent_ms, 3 * by_batch[bucket] + 1) - by_batch[bucket])
+        first = model.first_costs[key]
+        for other in by_batch.keys() - {bucket}:
+            by_batch[other] += 0.02 * (first[other] * by_batch[bucket] / first[bucket] - by_batch[other])
         name = {"encode": "text", "denoise": "denoise", "decode": "decode"}[stage]
         for job in dict.fromkeys(job for job, _ in chosen):
             setattr(job.timings, name, getattr(job.timings, name) + spent_ms)
@@ -368,7 +373,7 @@ class Worker:
         with self._changed:
             departed = [job for job in self._jobs if job.departed]
             promised = [job for job in self._jobs if not job.departed and job.deadline < math.inf]
-            near = [job for job in promised if job.deadline <= now + job.alone_s]
+            near = [job for job in promised if job.deadline <= now + 3 * job.alone_s]  # the machine may have become slower
             late = [job for job in near if job.deadline <= now + _work_left(job).alone_ms / 1000]
         self._fail(departed, CancelledError("the client has left"))
         self._fail(late, DeadlineError("the deadline cannot be kept any more: the images would be done after it"))

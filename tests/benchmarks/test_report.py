@@ -65,7 +65,7 @@ def files(tmp_path: Path) -> list[Path]:
         {"phase": "saturated", "goodput_per_s": 90, "cores": "own", "of_offline": 100},
         *open_loop,
         {"phase": "overload", "seconds": 60, "goodput_per_s": 85, "refusal_p99_ms": 5, "memory_mb": [70, 90, 91]},
-        {"phase": "chaos", "answered": 10, "sent": 10, "slots_left": 0},
+        {"phase": "chaos", "answered": 10, "accepted": 10, "sent": 10, "slots_left": 0},
     ]
     measures = {name: _value(20.0) for name in ("fid", "kid", "text", "diversity")}
     measures |= {"large": _value(0.9), "small": _value(0.7)}
@@ -156,10 +156,12 @@ def test_a_point_has_the_quality_and_the_time_of_one_number_of_steps() -> None:
         "diversity": _value(4),
         "attributes": {"large": _value(5), "small": _value(6)},
     }
-    evaluation = {
-        "rows": [{"name": name, **row} for name in ("real", "student, 4 steps", "student, 1 step", "teacher, 50 steps")]
-    }
-    timed = [*_timed("student", 4, 4, 20.0), *_timed("student", 1, 1, 6.0), *_timed("teacher", 25, 50, 200.0)]
-    found = points(evaluation, timed)
-    assert [(p["model"], p["steps"], p["median_ms"]) for p in found] == [("student", 4, 20.0), ("student", 1, 6.0)]
+    evaluation = {"rows": [{"name": name, **row} for name in ("real", "mine, 4 steps", "mine, 1 step", "teacher, 50 steps")]}
+    timed = [*_timed("student", 4, 4, 20.0), *_timed("student", 1, 1, 6.0), *_timed("teacher", 50, 100, 400.0)]
+    found = points(evaluation, timed, {"student": "mine", "teacher": "teacher"})
+    assert [(p["model"], p["steps"], p["median_ms"]) for p in found] == [
+        ("student", 4, 20.0),
+        ("student", 1, 6.0),
+        ("teacher", 50, 400.0),
+    ]
     assert found[0]["large"]["value"] == 5

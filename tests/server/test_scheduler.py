@@ -37,9 +37,10 @@ def _ready(
     model: str = "a",
     most: int = 4,
     costs: Mapping[int, float] | None = None,
+    arrival: int | None = None,
 ) -> Ready:
-    """Unless `costs` are given, on a device where a full batch costs as much as one."""
-    return Ready(stage, model, size, slots, costs or {1: 10.0, most: 10.0}, due, index, index)
+    """Each of a request of its own unless `arrival` says whose; unless `costs` are given, a full batch costs as much as one."""
+    return Ready(stage, model, size, slots, costs or {1: 10.0, most: 10.0}, due, index if arrival is None else arrival, index)
 
 
 def test_nothing_ready_is_an_empty_batch() -> None:
@@ -78,10 +79,20 @@ def test_slots_are_never_more_than_the_batch_and_a_guided_row_takes_two() -> Non
 
 def test_rows_share_a_step_as_far_as_that_ends_them_sooner() -> None:
     nearly_twice, hardly_more = {1: 5.0, 2: 9.0, 4: 17.0}, {1: 5.0, 2: 6.0, 4: 8.0}
-    assert [best_batch(nearly_twice, 1, waiting) for waiting in (1, 2, 3, 4, 9)] == [1, 1, 1, 4, 4]
-    assert [best_batch(hardly_more, 1, waiting) for waiting in (1, 2, 3, 4, 9)] == [1, 2, 3, 4, 4]
-    assert best_batch(hardly_more, 2, 1) == 1
-    assert best_batch({1: 5.0}, 2, 3) == 1  # what no batch holds is for the caller to refuse
+    assert [best_batch(nearly_twice, 1, range(waiting)) for waiting in (1, 2, 3, 4, 9)] == [1, 1, 1, 4, 4]
+    assert [best_batch(hardly_more, 1, range(waiting)) for waiting in (1, 2, 3, 4, 9)] == [1, 2, 3, 4, 4]
+    assert best_batch(nearly_twice, 1, ["one", "one"]) == 2  # of one request, which is answered when both are done
+    assert best_batch(hardly_more, 2, ["one"]) == 1
+    assert best_batch({1: 5.0}, 2, range(3)) == 1  # what no batch holds is for the caller to refuse
+
+
+def test_texts_wait_where_their_rows_would_not_join_the_step() -> None:
+    costs = {1: 5.0, 2: 9.0, 4: 17.0}
+    rows = [_ready("denoise", 0, due=1, costs=costs)]
+    texts = [_ready("encode", index, size=None, due=9) for index in range(1, 5)]
+    assert [item.stage for item in choose([*rows, *texts[:2]])] == ["denoise"]
+    assert [item.stage for item in choose([*rows, *texts])] == 4 * ["encode"]  # with so many, a full step pays
+    assert [item.stage for item in choose([*rows, _ready("encode", 5, size=None, due=9, model="b")])] == ["denoise"]
 
 
 def test_models_do_not_share_a_batch_and_none_blocks_another() -> None:
@@ -232,6 +243,7 @@ def test_finish_times_are_what_the_policy_then_takes(requests: list[tuple[list[i
                 slots=works[job].slots if left[job, row] else 1,
                 due=float(job),
                 model=str(works[job].slots),
+                arrival=job,
                 costs=COSTS["denoiser" if left[job, row] else "decoder"],
             )
             for index, (job, row) in enumerate(handles)
