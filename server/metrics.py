@@ -40,6 +40,7 @@ class Metrics:
             "flashdiff_requests", "Accepted requests by how they ended", ["model", "outcome"], registry=registry
         )
         self._refused = Counter("flashdiff_refusals", "Requests refused at once, by cause", ["cause"], registry=registry)
+        self._by_stage: dict[tuple[str, Stage], list[Histogram]] = {}  # to look labels up takes longer than to observe
         self._pending = Gauge("flashdiff_pending_images", "Accepted and not yet finished", registry=registry)
 
     def watch_queue(self, pending_images: Callable[[], int]) -> None:
@@ -54,10 +55,13 @@ class Metrics:
             raise ConfigError(f"--metrics-port {port}: cannot listen: {error.strerror or error}") from None
 
     def called(self, model: str, stage: Stage, slots: int, spent_ms: float, expected_ms: float) -> None:
-        self._stage.labels(model, stage).observe(spent_ms / 1000)
-        self._slots.labels(model, stage).observe(slots)
+        if (model, stage) not in self._by_stage:
+            self._by_stage[model, stage] = [metric.labels(model, stage) for metric in (self._stage, self._slots, self._error)]
+        seconds, batch, ratio = self._by_stage[model, stage]
+        seconds.observe(spent_ms / 1000)
+        batch.observe(slots)
         if expected_ms:
-            self._error.labels(model, stage).observe(spent_ms / expected_ms)
+            ratio.observe(spent_ms / expected_ms)
 
     def answered(self, model: str, timings: Timings, error: FlashdiffError | None) -> None:
         self._answered.labels(model, _cause(error) if error else "ok").inc()

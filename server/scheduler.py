@@ -88,8 +88,8 @@ def best_batch(costs: Mapping[int, float], slots: int, owners: Sequence[Hashable
     often better to finish the first.
     """
     most = max(1, max(costs) // slots)
-    if len(owners) >= most:
-        return most
+    if len(owners) >= most or len(owners) == 1:
+        return min(len(owners), most)
     last_rows = {owner: place for place, owner in enumerate(owners)}.values()
 
     def lateness(size: int) -> float:

@@ -28,6 +28,7 @@ from flashdiff.server.status import abort
 from flashdiff.server.worker import Finished, Step, Worker
 
 _SENDING_S = 30.0
+_SMALL_BYTES = 64 * 1024  # of pixels: to encode these takes less than to change threads and back
 _Made = TypeVar("_Made")
 
 
@@ -42,6 +43,8 @@ class ImageEncoders:
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
 
     async def encode(self, images: list[Pixels], image_format: ImageFormat, quality: int | None = None) -> list[bytes]:
+        if image_format in ("png", "raw") and sum(image.nbytes for image in images) <= _SMALL_BYTES:
+            return [encode_image(image, image_format) for image in images]
         return await asyncio.gather(*(self.run(encode_image, image, image_format, quality) for image in images))
 
 
