@@ -5,6 +5,7 @@ with Client("127.0.0.1:50051") as client:
     Path("monster.png").write_bytes(result.images[0])
 """
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -16,7 +17,16 @@ import grpc
 from flashdiff.components import Size
 from flashdiff.errors import FlashdiffError
 from flashdiff.proto.v1 import image_pb2, image_pb2_grpc
-from flashdiff.server.convert import Estimate, Preview, Result, read_estimate, read_response, read_update, write_request
+from flashdiff.server.convert import (
+    Estimate,
+    Preview,
+    Result,
+    read_estimate,
+    read_models,
+    read_response,
+    read_update,
+    write_request,
+)
 from flashdiff.server.images import ImageFormat
 from flashdiff.server.scheduler import Priority
 
@@ -81,6 +91,10 @@ def _server_error(error: grpc.RpcError) -> ServerError:
     return ServerError(error.code(), error.details())
 
 
+def _no_server(timeout_s: float) -> ServerError:
+    return ServerError(grpc.StatusCode.UNAVAILABLE, f"no server answered within {timeout_s:g} s")
+
+
 class Client:
     """A connection to one server, safe to share between threads. `tls_ca` holds the certificate of whoever signed the server's.
 
@@ -129,17 +143,16 @@ class Client:
     def models(self) -> list[str]:
         """The names that requests may say, the default first."""
         try:
-            served = self._stub.ListModels(image_pb2.ListModelsRequest(), metadata=self._metadata).models
+            return read_models(self._stub.ListModels(image_pb2.ListModelsRequest(), metadata=self._metadata))
         except grpc.RpcError as error:
             raise _server_error(error) from None
-        return [model.name for model in served]
 
     def wait_until_ready(self, timeout_s: float) -> None:
         """Block until the server answers; ServerError when it does not in time."""
         try:
             grpc.channel_ready_future(self._channel).result(timeout_s)
         except grpc.FutureTimeoutError:
-            raise ServerError(grpc.StatusCode.UNAVAILABLE, f"no server answered within {timeout_s:g} s") from None
+            raise _no_server(timeout_s) from None
 
     def close(self) -> None:
         self._channel.close()
@@ -190,6 +203,20 @@ class AsyncClient:
             return read_estimate(await self._stub.Estimate(write_request(prompt, **options), metadata=self._metadata))
         except grpc.RpcError as error:
             raise _server_error(error) from None
+
+    async def models(self) -> list[str]:
+        """See `Client.models`."""
+        try:
+            return read_models(await self._stub.ListModels(image_pb2.ListModelsRequest(), metadata=self._metadata))
+        except grpc.RpcError as error:
+            raise _server_error(error) from None
+
+    async def wait_until_ready(self, timeout_s: float) -> None:
+        """See `Client.wait_until_ready`."""
+        try:
+            await asyncio.wait_for(self._channel.channel_ready(), timeout_s)
+        except TimeoutError:
+            raise _no_server(timeout_s) from None
 
     async def close(self) -> None:
         """End the connection, and with it the calls that run."""

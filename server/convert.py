@@ -1,4 +1,4 @@
-"""Between the wire of `flashdiff.v1` and our records. Only this file and `triton*.py` know protobuf messages."""
+"""Between the wire of `flashdiff.v1` and our records. Only this file and `triton*.py` know the fields of protobuf messages."""
 
 import secrets
 from collections.abc import Sequence
@@ -206,6 +206,10 @@ def read_response(response: pb.GenerateResponse) -> Result:
         model=ModelIdentity(**{field.name: getattr(response.model, field.name) for field in response.model.DESCRIPTOR.fields}),
         denoise_batches=tuple(response.denoise_batches),
     )
+
+
+def read_models(response: pb.ListModelsResponse) -> list[str]:
+    return [model.name for model in response.models]
 
 
 def read_estimate(response: pb.EstimateResponse) -> Estimate:

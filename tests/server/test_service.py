@@ -140,6 +140,8 @@ def test_models_are_listed_and_an_estimate_is_what_admission_would_say(running: 
 def test_the_asyncio_client_does_the_same(running: Running, client: Client) -> None:
     async def scenario() -> None:
         async with AsyncClient(running.address) as other:
+            await other.wait_until_ready(10)
+            assert await other.models() == client.models()
             result = await other.generate("x", seed=5)
             assert result.images == client.generate("x", seed=5).images
             updates = [update async for update in other.stream("x", seed=5, steps=2)]
@@ -148,6 +150,17 @@ def test_the_asyncio_client_does_the_same(running: Running, client: Client) -> N
                 await other.generate("x", model="none")
 
     asyncio.run(scenario())
+
+
+def test_waiting_for_a_server_that_is_not_there_ends() -> None:
+    async def scenario() -> None:
+        async with AsyncClient("127.0.0.1:1") as client:
+            await client.wait_until_ready(0.05)
+
+    with pytest.raises(ServerError, match=r"UNAVAILABLE: no server answered within 0\.05 s"):
+        asyncio.run(scenario())
+    with Client("127.0.0.1:1") as blocking, pytest.raises(ServerError, match="UNAVAILABLE: no server answered"):
+        blocking.wait_until_ready(0.05)
 
 
 def test_quality_makes_files_smaller(running: Running, client: Client) -> None:
