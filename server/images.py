@@ -21,7 +21,7 @@ def encode_image(pixels: Pixels, image_format: ImageFormat, quality: int | None 
     match image_format:
         case "raw":
             return pixels.tobytes()
-        case "png":  # fpng is a hundred times faster than Pillow's default (engines.md section 11)
+        case "png":  # fpng is a hundred times faster than Pillow's default
             return bytes(fpng.from_ndarray(pixels))
         case "jpeg":
             return _with_pillow(pixels, "JPEG", quality=quality or DEFAULT_JPEG_QUALITY)

@@ -23,7 +23,7 @@ class Metrics:
             "flashdiff_stage_seconds", "Device calls", ["model", "stage"], buckets=_SECONDS, registry=registry
         )
         self._slots = Histogram(
-            "flashdiff_batch_slots", "Rows in a device call", ["model", "stage"], buckets=_SLOTS, registry=registry
+            "flashdiff_batch_slots", "Slots filled, two by a guided row", ["model", "stage"], buckets=_SLOTS, registry=registry
         )
         self._error = Histogram(
             "flashdiff_cost_ratio",

@@ -60,10 +60,7 @@ class ImageServiceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Generate(self, request, context):
-        """One prompt to one or more images. Status codes: INVALID_ARGUMENT names the field, the value and what is allowed;
-        NOT_FOUND: no such model; RESOURCE_EXHAUSTED: the queue is full, the trailing metadata "grpc-retry-pushback-ms" says when
-        to try again; DEADLINE_EXCEEDED: it cannot be done in time (refused at once where that is known beforehand);
-        UNAVAILABLE: the server is shutting down; INTERNAL: the engine failed.
+        """One prompt to one or more images. Statuses and limits: docs/serving.md.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -84,7 +81,8 @@ class ImageServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Estimate(self, request, context):
-        """How long this request would take if it were sent now, waiting included. Refuses what Generate would call invalid.
+        """How long this request would take if it were sent now, waiting included. Refuses what Generate would
+        call invalid, but for a prompt that has too many tokens: those are counted when it is encoded.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
