@@ -16,7 +16,7 @@ from PIL import ExifTags, Image, ImageOps
 from flashdiff.components import Size
 from flashdiff.distill import processes
 from flashdiff.distill.config import DataRecipe
-from flashdiff.errors import EvaluationError, TrainingError, first_line
+from flashdiff.errors import EvaluationError, TrainingError, first_line, install
 from flashdiff.evaluation.images import METADATA, SUFFIXES, WORLD, read_metadata, shard_samples
 
 _log = logging.getLogger(__name__)
@@ -163,7 +163,7 @@ def _parquet(path: Path, damage: Damage) -> Iterator[Sample]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise TrainingError(f"{path}: reading parquet needs 'pyarrow': pip install 'flashdiff[distill]'") from None
+        raise TrainingError(f"{path}: reading parquet needs 'pyarrow', which is not here: {install('distill')}") from None
     try:
         file = pyarrow.parquet.ParquetFile(path)
         names = file.schema_arrow.names

@@ -167,7 +167,7 @@ def describe(plan: Plan) -> Iterator[str]:
 
 def _expected_s(plan: Plan) -> float:
     """Of builds of small models: exporting takes a while however small a part is, and so does each bucket. Weights come on top:
-    an assumed second per five million parameters, since nothing large has been built yet."""
+    a second per five million parameters, where networks of real size took one per 7 to 18 million (docs/engines.md)."""
     if not plan.changes:
         return 0.0
     seconds = {"text_encoder": 5, "denoiser": 25, "decoder": 6}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import flashdiff
-from flashdiff.errors import ConfigError, FlashdiffError
+from flashdiff.errors import ConfigError, FlashdiffError, install
 
 if TYPE_CHECKING:
     from flashdiff.components import Components
@@ -42,9 +42,10 @@ def _parser() -> argparse.ArgumentParser:
 
     distill = commands.add_parser("distill", help="train a flash LoRA from a recipe", description=_distill.__doc__)
     distill.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file; avatars.toml ships with flashdiff")
-    where = distill.add_mutually_exclusive_group(required=True)
-    where.add_argument("--out", type=Path, help="the LoRA folder to make; training state is kept in OUT/training")
-    where.add_argument("--dry-run", action="store_true", help="print what would be done, and what it costs; write nothing")
+    distill.add_argument("--out", type=Path, help="the LoRA folder to make; training state is kept in OUT/training")
+    distill.add_argument(
+        "--dry-run", action="store_true", help="print what would be done, and what it costs; write nothing, with or without --out"
+    )
     distill.set_defaults(run=_distill)
 
     build = commands.add_parser(
@@ -106,8 +107,10 @@ def _parser() -> argparse.ArgumentParser:
         help="a folder, webdataset shards (.tar), or avatars: the embedded model's training renders (default)",
     )
     evaluate.add_argument("--reference-count", type=int, default=5000, help="reference images at most; default: %(default)s")
-    evaluate.add_argument("--features", metavar="NAME", help="avatars, inception[:FOLDER]; default: as the prompts")
-    evaluate.add_argument("--text", metavar="NAME", help="avatars, clip[:MODEL]; default: as the prompts, none for a file")
+    evaluate.add_argument(
+        "--features", metavar="NAME", help="avatars, inception[:FOLDER]; default: avatars for its reference, else inception"
+    )
+    evaluate.add_argument("--text", metavar="NAME", help="avatars, clip[:MODEL]; default: avatars for its reference, else none")
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here")
     evaluate.add_argument("--out", type=Path, metavar="FOLDER", help="write report.md, sheets and all images here")
     evaluate.set_defaults(run=_evaluate)
@@ -151,6 +154,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _distill(options: argparse.Namespace) -> None:
     """Train a flash LoRA: the base model's guided result in one to four steps. A killed run goes on with the same command."""
+    if options.out is None and not options.dry_run:
+        raise ConfigError("give --out FOLDER for the LoRA, or --dry-run")
     _need("distill", "torch", "diffusers", "peft")
     from flashdiff.config import load_recipe
     from flashdiff.distill.config import Recipe, bundled_recipe
@@ -216,7 +221,7 @@ def _inspect(options: argparse.Namespace) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     """Measure images against a reference set: FID, KID, text score, attributes, diversity, copies. Prints Markdown tables."""
-    _need("evaluate", "torch", "diffusers", "peft")
+    _need("distill", "torch", "diffusers", "peft")
     from flashdiff.evaluation.command import EvaluateOptions, evaluate
 
     for name in ("count", "seeds", "reference_count"):
@@ -361,7 +366,7 @@ def _need(extra: str, *modules: str) -> None:
 
     for module in modules:
         if importlib.util.find_spec(module) is None:
-            raise ConfigError(f"this command needs '{module}', which is not installed: pip install 'flashdiff[{extra}]'")
+            raise ConfigError(f"this command needs '{module}', which is not installed: {install(extra)}")
 
 
 def _quiet_libraries() -> None:

@@ -91,6 +91,11 @@ class CancelledError(RefusedError): ...
 class DrainingError(RefusedError): ...
 
 
+def install(extra: str) -> str:
+    """How to get what a command lacks, for messages: flashdiff is in no package index."""
+    return f"pip install '.[{extra}]' from flashdiff's checkout"
+
+
 def first_line(error: BaseException) -> str:
     """What a library's error says, in one line: for messages that quote it."""
     return str(error).strip().split("\n")[0] or type(error).__name__

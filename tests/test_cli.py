@@ -26,6 +26,7 @@ def test_wrong_input_of_every_command(
     cases = [
         (("distill", tmp_path / "none.toml", "--out", out), "cannot read the recipe"),
         (("distill", tmp_path / "typo.toml", "--out", out), "unknown key 'batchsize', did you mean 'batch_size'?"),
+        (("distill", "avatars.toml"), "give --out FOLDER for the LoRA, or --dry-run"),
         (("build-engine", "nothing", "--out", out), "no base model 'nothing'"),
         (("build-engine", empty, "--out", out), "not a diffusers model directory"),
         (("build-engine", "avatars", "--lora", empty, "--out", out), "no LoRA"),
@@ -49,7 +50,7 @@ def test_wrong_input_of_every_command(
 
 def test_a_missing_package_is_named_with_its_cure(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    assert "pip install 'flashdiff[server]'" in _run(capsys, "serve", "bundle")
+    assert "pip install '.[server]' from flashdiff's checkout" in _run(capsys, "serve", "bundle")
 
 
 def test_generate_writes_one_file_an_image(student_bundle: Path, tmp_path: Path) -> None:

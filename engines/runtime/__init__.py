@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from flashdiff.components import ModelSpec, Size
 from flashdiff.engines.bundle import BackendName, Manifest, TensorSpec
 from flashdiff.engines.runtime.machine import check_machine
-from flashdiff.errors import BackendError, first_line
+from flashdiff.errors import BackendError, first_line, install
 
 CompiledPart = Callable[[Mapping[str, NDArray[Any]]], dict[str, NDArray[np.float32]]]
 """One part at one fixed shape: named inputs of exactly that shape to named outputs, which belong to the caller."""
@@ -35,7 +35,7 @@ def backend_module(backend: BackendName) -> Any:
         return importlib.import_module(f"flashdiff.engines.runtime.{backend.replace('-rtx', '')}_backend")
     except ImportError as error:
         needed = f"backend '{backend}' needs '{error.name}', which is not here"
-        raise BackendError(f"{needed}: pip install 'flashdiff[{EXTRA[backend]}]'") from None
+        raise BackendError(f"{needed}: {install(EXTRA[backend])}") from None
 
 
 def open_parts(folder: Path, manifest: Manifest) -> Compile:

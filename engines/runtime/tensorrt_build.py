@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flashdiff.engines.bundle import BackendName
-from flashdiff.errors import BackendError
+from flashdiff.errors import BackendError, install
 from flashdiff.files import write_whole
 
 _WORKSPACE_BYTES = 4 << 30
@@ -41,9 +41,7 @@ def library(backend: BackendName) -> Any:
         return importlib.import_module(_LIBRARIES[backend].module)
     except ImportError:
         package = _LIBRARIES[backend].package
-        raise BackendError(
-            f"--backend {backend} needs '{package}', which is not here: pip install 'flashdiff[{backend}]'"
-        ) from None
+        raise BackendError(f"--backend {backend} needs '{package}', which is not here: {install(backend)}") from None
 
 
 def build_plan(

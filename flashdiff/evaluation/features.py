@@ -130,7 +130,7 @@ def _inception(folder: Path) -> FeatureExtractor:
         from cleanfid.inception_torchscript import InceptionV3W
         from cleanfid.resize import build_resizer
     except ImportError:
-        raise EvaluationError("--features inception needs clean-fid: pip install 'flashdiff[evaluate]'") from None
+        raise EvaluationError("--features inception needs clean-fid: pip install --no-deps clean-fid==0.1.35") from None
     file = folder / _INCEPTION_FILE
     try:
         folder.mkdir(parents=True, exist_ok=True)

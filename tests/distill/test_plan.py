@@ -7,6 +7,7 @@ import torch
 from recipes import tiny_recipe
 from tiny import FAMILIES
 
+from flashdiff import cli
 from flashdiff.distill.config import Phase
 from flashdiff.distill.network import run_network
 from flashdiff.distill.plan import activation_bytes, plan, remaining_s, teacher_evaluations
@@ -37,6 +38,22 @@ def test_a_plan_counts_parameters_apart_and_writes_nothing(tiny_base: Path, tmp_
     assert "ODE, 18 forward passes" in lines  # adversarial 3 + 3 and matching 3 more
     assert "16 in 8 updates of 2" in lines
     assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_is_the_same_command_with_a_word_more(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, out = tmp_path / "tiny.toml", tmp_path / "out"
+    recipe.write_text(
+        f"base = '{tiny_base}'\nguidance = [2.0, 4.0]\nbatch_size = 2\nlearning_rate = 1e-3\ndata = {{ source = 'images' }}\n"
+        "grid = { solver_steps = 4 }\nlora = { rank = 2, alpha = 4 }\nphases = [{ updates = 4, mode_weights = [1, 1, 1, 1] }]\n"
+    )
+    assert cli.main(["distill", str(recipe), "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert "LoRA rank 2" in told
+    assert cli.main(["distill", str(recipe), "--out", str(out), "--dry-run"]) == 0
+    assert capsys.readouterr().out == told
+    assert not out.exists()
 
 
 def test_a_plan_counts_what_other_targets_and_inputs_cost(tiny_base: Path) -> None:

@@ -226,7 +226,7 @@ def test_a_backend_that_is_not_installed_is_named_with_its_cure(
 ) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
     monkeypatch.delitem(sys.modules, "flashdiff.engines.runtime.openvino_backend")
-    with pytest.raises(BackendError, match=r"needs 'openvino', which is not here: pip install 'flashdiff\[cpu\]'"):
+    with pytest.raises(BackendError, match=r"needs 'openvino', which is not here: pip install '\.\[cpu\]'"):
         plan_build(BuildOptions(**options | {"out": tmp_path / "bundle"}))
 
 

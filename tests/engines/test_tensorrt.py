@@ -104,5 +104,5 @@ def test_a_graph_with_other_inputs_or_none_at_all_is_refused(tmp_path: Path) -> 
 
 def test_a_missing_library_is_named_with_its_cure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
-    with pytest.raises(BackendError, match=r"needs 'tensorrt', which is not here: pip install 'flashdiff\[tensorrt\]'"):
+    with pytest.raises(BackendError, match=r"needs 'tensorrt', which is not here: pip install '\.\[tensorrt\]'"):
         library("tensorrt")

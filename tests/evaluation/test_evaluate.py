@@ -193,7 +193,7 @@ class _Inception(torch.nn.Module):
 
 
 def test_inception_comes_from_a_local_file_through_clean_fid(tmp_path: Path) -> None:
-    pytest.importorskip("cleanfid", reason="pip install 'flashdiff[evaluate]'")
+    pytest.importorskip("cleanfid", reason="pip install --no-deps clean-fid==0.1.35")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         torch.jit.script(_Inception()).save(tmp_path / "inception-2015-12-05.pt")
@@ -274,7 +274,7 @@ def test_wrong_input_is_one_line(tmp_path: Path, folder: Path, tiny_base: Path, 
 
 
 def test_inception_that_cannot_be_had_says_where_to_put_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("cleanfid", reason="pip install 'flashdiff[evaluate]'")
+    pytest.importorskip("cleanfid", reason="pip install --no-deps clean-fid==0.1.35")
     (tmp_path / "inception-2015-12-05.pt").write_bytes(b"nonsense")
     assert cli.main(["evaluate", "avatars", "--features", f"inception:{tmp_path}"]) == 1
     error = capsys.readouterr().err
