@@ -26,8 +26,10 @@ class DataRecipe(Record):
 class LoraRecipe(Record):
     rank: int = Field(ge=1)
     alpha: float = Field(gt=0)
+    """What it adds is scaled by alpha / rank."""
     targets: tuple[str, ...] = ()
-    """Names of the layers that take it, or their ends; empty: the family's, the attention projections of the paper."""
+    """Names of the layers that take it, or their ends; empty: the family's, which are the attention projections, and in PixArt
+    most linear layers."""
 
 
 class Phase(Record):
@@ -65,6 +67,7 @@ class DistributionMatchingRecipe(Record):
     critic_updates: int = Field(5, ge=1)
     """Updates of that LoRA per update of the student (two time scales, DMD2, 2405.14867)."""
     critic_learning_rate: float = Field(1e-3, gt=0, lt=1)
+    """Of that LoRA."""
     decoupled: bool = False
     """Take the guidance part of the gradient at less noise than the student's input only (2511.22677)."""
     times: tuple[Share, Share] = (0.02, 0.98)
@@ -86,9 +89,12 @@ class LossRecipe(Record):
 
 class Recipe(Record):
     base: str
+    """A diffusers directory, a hub id of one, or `avatars`."""
     seed: int = Field(0, ge=0, lt=2**31)
+    """Of every random number of the run."""
     data: DataRecipe
     grid: Grid
+    """Its keys are in `flashdiff/schedule.py`."""
     lora: LoraRecipe
     loss: LossRecipe = LossRecipe()
     phases: tuple[Phase, ...] = Field(min_length=1)
@@ -111,17 +117,21 @@ class Recipe(Record):
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     """Of the student; the second keeps its moments in 8 bits and needs a GPU and bitsandbytes."""
     learning_rate: float = Field(gt=0, lt=1)
+    """Of the student, at its highest: it falls to 0 over the last fifth of the run."""
     warmup_updates: int = Field(100, ge=0)
+    """Over which it rises to that."""
     ema_decay: float = Field(0.99, ge=0, lt=1)
     """Of the student that is published; 0 publishes the last weights."""
     target_uses: int = Field(1, ge=1)
     """How many updates see one target of the teacher. 1 is the paper; more is cheaper where the teacher is most of the cost."""
     checkpoint_every: int = Field(100, ge=1)
+    """Updates between checkpoints, and between previews."""
     checkpoints_keep: int = Field(1, ge=1)
     """How many of the latest checkpoints stay; a run goes on from the last."""
     tracker: Literal["tensorboard", "wandb"] = "tensorboard"
     """Who draws the curves; log.jsonl has the same numbers."""
     preview_prompts: tuple[str, ...] = ()
+    """What previews show; none are drawn without."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
