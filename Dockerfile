@@ -1,9 +1,14 @@
-# Serves a bundle. CPU by default; for the CUDA base:
-#   docker build --build-arg BASE=nvidia/cuda:13.0.1-runtime-ubuntu24.04 --build-arg EXTRAS=server,tensorrt .
-#   docker run -p 127.0.0.1:50051:50051 -v $PWD/bundle:/bundle:ro IMAGE
+# Serves a bundle, on a CPU:
+#   docker build -t flashdiff .
+#   docker run -p 127.0.0.1:50051:50051 -v $PWD/bundle:/bundle:ro flashdiff
+# On an NVIDIA GPU (never tried). TensorRT's libraries come from NVIDIA's index; EXTRAS=server,tensorrt-rtx needs none but the public one.
+#   docker build -t flashdiff --build-arg BASE=nvidia/cuda:13.0.1-runtime-ubuntu24.04 --build-arg EXTRAS=server,tensorrt \
+#     --build-arg PIP_EXTRA_INDEX_URL=https://pypi.nvidia.com .
+#   docker run --gpus all -p 127.0.0.1:50051:50051 -v $PWD/bundle:/bundle:ro flashdiff
 ARG BASE=python:3.11-slim
 FROM ${BASE}
 ARG EXTRAS=server,cpu
+ARG PIP_EXTRA_INDEX_URL
 
 # The CUDA base has no Python of its own.
 RUN command -v python3 >/dev/null || (apt-get update && apt-get install -y --no-install-recommends python3 && rm -rf /var/lib/apt/lists/*)

@@ -1,4 +1,4 @@
-"""Between the wire of `flashdiff.v1` and our records. Only this file and `triton*.py` know the fields of protobuf messages."""
+"""Between the wire of `flashdiff.v1` and our records. Only this file and `triton*.py` turn messages into records and back."""
 
 import secrets
 from collections.abc import Sequence
