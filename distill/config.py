@@ -41,6 +41,8 @@ class Phase(Record):
     distillation: float = Field(1.0, ge=0)
     adversarial: float = Field(0.0, ge=0)
     distribution_matching: float = Field(0.0, ge=0)
+    backward_simulation: Share = 0.0
+    """Share of the noisy inputs that come from the student's own earlier steps, as at inference, and not from an image."""
 
     @model_validator(mode="after")
     def _has_a_loss(self) -> Self:
@@ -104,8 +106,6 @@ class Recipe(Record):
     """The teacher's guidance scale is drawn per sample between these two."""
     target: Literal["solution", "consistency"] = "solution"
     """What the student is regressed on: the end of the teacher's ODE, or, as in LCM, its own answer one step further."""
-    backward_simulation: Share = 0.0
-    """Share of the noisy inputs that come from the student's own earlier steps, as at inference, and not from an image."""
     batch_size: int = Field(ge=1)
     """Samples an update, over all processes."""
     accumulate: int = Field(1, ge=1)

@@ -24,7 +24,7 @@ from flashdiff.distill.plan import remaining_s
 from flashdiff.distill.previews import preview, save_image
 from flashdiff.distill.processes import Draws
 from flashdiff.distill.publish import publish
-from flashdiff.distill.step import Pool, Targets, make_pool, pool_batches, pool_updates, shared_pool, student_x0
+from flashdiff.distill.step import Pool, Stretch, Targets, make_pool, shared_pool, stretch_at, student_x0
 from flashdiff.distill.student import Student
 from flashdiff.distill.trackers import Tracker, open_tracker
 from flashdiff.errors import ConfigError, TrainingError
@@ -117,14 +117,14 @@ def _train(
     with tqdm(total=recipe.updates, initial=student.update, desc="distill", unit="update", disable=tracker is None) as bar:
         while student.update < recipe.updates:
             update = student.update
-            pool_index, within = divmod(update, pool_updates(recipe))
+            stretch = stretch_at(recipe, update)
             started = time.monotonic()
-            if pool is None or within == 0:
-                pool = _new_pool(model, student, objective, data, recipe, pool_index, pools, is_new=within == 0)
-                target_s = (time.monotonic() - started) / (pool_batches(recipe, pool_index) * recipe.target_uses)
+            if pool is None or update == stretch.first:
+                pool = _new_pool(model, student, objective, data, recipe, stretch, pools)
+                target_s = (time.monotonic() - started) / (stretch.batches * recipe.target_uses)
                 started = time.monotonic()
-            use, number = divmod(within, pool_batches(recipe, pool_index))
-            solved, chosen = pool.batch(number, seed=((recipe.seed << 24) + pool_index) * 64 + use)
+            use, number = divmod(update - stretch.first, stretch.batches)
+            solved, chosen = pool.batch(number, seed=((recipe.seed << 24) + stretch.index) * 64 + use)
             batches = (
                 solved.targets(chosen[rows], data, model.device) for rows in processes.rows(recipe.batch_size, recipe.accumulate)
             )
@@ -160,20 +160,17 @@ def _new_pool(
     objective: Objective,
     data: Dataset,
     recipe: Recipe,
-    index: int,
+    stretch: Stretch,
     pools: Path | None,
-    *,
-    is_new: bool,
 ) -> Pool:
-    """A pool depends on seed, index and anchor alone, so a resumed run solves the same one. Phases change between pools."""
-    phase = phase_at(recipe.phases, index * pool_updates(recipe))
+    """A pool depends on seed, stretch and anchor alone, so a resumed run solves the same one."""
 
     def make() -> Pool:
-        return make_pool(model, objective.unconditional, data, recipe, phase, index)
+        return make_pool(model, objective.unconditional, data, recipe, stretch)
 
-    if not (recipe.backward_simulation or recipe.target == "consistency" or not data.has_images):
-        return shared_pool(pools, model, recipe, phase, index, make) if pools and processes.count() == 1 else make()
-    if is_new:
+    if not (stretch.phase.backward_simulation or recipe.target == "consistency" or not data.has_images):
+        return shared_pool(pools, model, recipe, stretch, make) if pools and processes.count() == 1 else make()
+    if student.update == stretch.first:
         student.drop_anchor()
     with student.holding(student.anchor):
         return make()
@@ -181,7 +178,7 @@ def _new_pool(
 
 def _learn(model: TorchModel, student: Student, objective: Objective, batches: list[Targets], recipe: Recipe) -> dict[str, float]:
     """One update of the student and its opponents, from this process's parts of a batch; what there is to tell of it."""
-    # The phase of the losses is the update's own; its random stream is apart from the pools'.
+    # Weights may be on their way from the phase before; the random stream is apart from the pools'.
     phase = phase_at(recipe.phases, student.update, recipe.ramp_updates)
     parts: list[Part] = []
     told: dict[str, Tensor] = {}

@@ -13,7 +13,7 @@ from flashdiff.distill.config import Phase, Recipe
 from flashdiff.distill.curriculum import phase_at, start_probabilities
 from flashdiff.distill.network import checkpoint_gradients, run_network
 from flashdiff.distill.objective import Objective
-from flashdiff.distill.step import pool_updates
+from flashdiff.distill.step import stretch_at
 from flashdiff.families import load_base
 from flashdiff.families.base import TorchModel
 from flashdiff.lora import ADAPTER, add_adapter
@@ -106,7 +106,7 @@ def remaining_s(recipe: Recipe, update: int, *, target_s: float, update_s: float
     `target_s` and `update_s` are what its pool, per update, and an update itself took; other phases take what they cost beside
     it.
     """
-    now, pool_end = phase_at(recipe.phases, update), (update // pool_updates(recipe) + 1) * pool_updates(recipe)
+    now, pool_end = phase_at(recipe.phases, update), stretch_at(recipe, min(update, recipe.updates - 1)).end
     target_rate, update_rate = target_s / target_cost(recipe, now), update_s / update_cost(recipe, now)
     later = [(number, phase_at(recipe.phases, number)) for number in range(update, recipe.updates)]
     return sum(
@@ -126,8 +126,8 @@ def teacher_evaluations(recipe: Recipe, phase: Phase, *, guided_twice: bool = Tr
 def target_cost(recipe: Recipe, phase: Phase) -> float:
     """Forward passes per sample and update for its input and target: the teacher's, and the student's where it has a part."""
     student = float(recipe.target == "consistency")
-    if recipe.backward_simulation:  # the first step, and half of the later ones before the start
-        student += recipe.backward_simulation * _roll_out(recipe, phase)
+    if phase.backward_simulation:  # the first step, and half of the later ones before the start
+        student += phase.backward_simulation * _roll_out(recipe, phase)
     return teacher_evaluations(recipe, phase) + student / recipe.target_uses
 
 

@@ -21,20 +21,40 @@ from flashdiff.families.base import TorchModel
 from flashdiff.sampling import renoise
 
 POOL_BATCHES = 16
-"""Targets are solved for this many batches at a time, so that reuse shuffles over more than one.
+"""Targets are solved for this many batches at a time."""
 
-The last pool of a run has what is left.
-"""
-
-
-def pool_updates(recipe: Recipe) -> int:
-    """How many updates a pool lasts."""
-    return POOL_BATCHES * recipe.target_uses
+REUSED_POOL_BATCHES = 256
+"""Likewise where they are used again: a student that saw 16 batches four times in a row learned those by heart, one pool after
+another, and what it kept of them was the last."""
 
 
-def pool_batches(recipe: Recipe, index: int) -> int:
-    """How many batches pool `index` of the run has."""
-    return min(POOL_BATCHES, -(-(recipe.updates - index * pool_updates(recipe)) // recipe.target_uses))
+@dataclass(frozen=True)
+class Stretch:
+    """The updates `first` to `end` (not included), which share one pool."""
+
+    index: int  # of the pool
+    phase: Phase
+    first_batch: int  # of the data
+    batches: int
+    first: int
+    end: int
+
+
+def stretch_at(recipe: Recipe, update: int) -> Stretch:
+    """The stretch that `update` is in: of one phase, and shorter than the others at the phase's end."""
+    uses = recipe.target_uses
+    batches = POOL_BATCHES if uses == 1 else REUSED_POOL_BATCHES
+    index = first_batch = start = 0
+    for phase in recipe.phases:
+        if update < start + phase.updates:
+            earlier = (update - start) // (batches * uses)
+            first = start + earlier * batches * uses
+            end = min(first + batches * uses, start + phase.updates)
+            return Stretch(index + earlier, phase, first_batch + earlier * batches, -(-(end - first) // uses), first, end)
+        index += -(-phase.updates // (batches * uses))
+        first_batch += -(-phase.updates // uses)
+        start += phase.updates
+    raise IndexError(f"update {update} of {recipe.updates}")
 
 
 @dataclass(frozen=True)
@@ -83,14 +103,14 @@ class Pool:
         return parts[number]
 
 
-def shared_pool(folder: Path, model: TorchModel, recipe: Recipe, phase: Phase, index: int, make: Callable[[], Pool]) -> Pool:
+def shared_pool(folder: Path, model: TorchModel, recipe: Recipe, stretch: Stretch, make: Callable[[], Pool]) -> Pool:
     """The pool from `folder`, where another run has left it; else `make` it, and leave it there.
 
     Only for pools that do not draw on the student: they are functions of the values that name the file.
     """
-    batches = pool_batches(recipe, index)
     fixed = recipe.model_dump_json(include={"seed", "data", "grid", "guidance", "batch_size"})
-    name = hashlib.sha256(f"{model.base_hash} {fixed} {phase.mode_weights} {index} {batches}".encode()).hexdigest()[:32]
+    own = f"{stretch.phase.mode_weights} {stretch.index} {stretch.first_batch} {stretch.batches}"
+    name = hashlib.sha256(f"{model.base_hash} {fixed} {own}".encode()).hexdigest()[:32]
     path = folder / f"{name}.pt"
     if path.exists():
         return Pool([Solved(**{**of, "items": of["items"].numpy()}) for of in load_state(path)["sizes"]], recipe.batch_size)
@@ -101,21 +121,20 @@ def shared_pool(folder: Path, model: TorchModel, recipe: Recipe, phase: Phase, i
 
 @torch.no_grad()
 def make_pool(
-    model: TorchModel, unconditional: Mapping[str, Tensor] | None, data: Dataset, recipe: Recipe, phase: Phase, index: int
+    model: TorchModel, unconditional: Mapping[str, Tensor] | None, data: Dataset, recipe: Recipe, stretch: Stretch
 ) -> Pool:
-    """Pool `index` of the run: each sample with its own item, start time, guidance and noise, solved by the teacher.
+    """The pool of a stretch: each sample with its own item, start time, guidance and noise, solved by the teacher.
 
-    A function of seed, index and, where the recipe draws on the student, of the student's weights in `model`. The processes
+    A function of seed, stretch and, where that draws on the student, of the student's weights in `model`. The processes
     share the work, and all get all of it.
     """
-    grid = recipe.grid
-    rng, generator = step_generator(recipe.seed, index)
-    first, number_of_batches = index * POOL_BATCHES, pool_batches(recipe, index)
-    batches = [data.batch(number) for number in range(first, first + number_of_batches)]
-    count = number_of_batches * recipe.batch_size
+    grid, phase = recipe.grid, stretch.phase
+    rng, generator = step_generator(recipe.seed, stretch.index)
+    batches = [data.batch(number) for number in range(stretch.first_batch, stretch.first_batch + stretch.batches)]
+    count = len(batches) * recipe.batch_size
     starts = torch.from_numpy(rng.choice(grid.solver_steps, count, p=start_probabilities(grid, phase.mode_weights)))
     guidance = torch.from_numpy(rng.uniform(*recipe.guidance, count)).float()
-    simulated = torch.from_numpy(rng.random(count) < (recipe.backward_simulation if data.has_images else 1.0))
+    simulated = torch.from_numpy(rng.random(count) < (phase.backward_simulation if data.has_images else 1.0))
     visits = torch.from_numpy(rng.random((count, grid.modes)) < 0.5)
     shapes = [(recipe.batch_size, *model.spec.latent_shape(size)) for size, _ in batches]
     noise = [torch.randn(shape, generator=generator) for shape in shapes]
@@ -123,7 +142,7 @@ def make_pool(
     solved = []
     for size in dict.fromkeys(size for size, _ in batches):
         members = [number for number, (of, _) in enumerate(batches) if of == size]
-        samples = torch.arange(count).view(number_of_batches, -1)[members].flatten()
+        samples = torch.arange(count).view(len(batches), -1)[members].flatten()
         solved.append(
             _solved(
                 model, unconditional, data, recipe,

@@ -124,6 +124,6 @@ def _optimizer(recipe: Recipe) -> Any:
 
 
 def _schedule(update: int, recipe: Recipe) -> float:
-    """Linear warm-up, constant, then linear to zero over the last fifth."""
+    """Linear warm-up, constant, then linear to zero over the last seven tenths."""
     warm = min(1.0, (update + 1) / (recipe.warmup_updates + 1))
-    return warm * min(1.0, 5 * (recipe.updates - update) / recipe.updates)
+    return warm * min(1.0, (recipe.updates - update) / (0.7 * recipe.updates))

@@ -50,7 +50,10 @@ class FlashInfo(Record):
 
 
 def add_adapter(model: TorchModel, targets: Sequence[str], *, rank: int, alpha: float, seed: int, name: str = ADAPTER) -> None:
-    """Put a trainable LoRA into the denoiser: Gaussian A, zero B, so that it starts as the base itself."""
+    """Put a trainable LoRA into the denoiser: random A (Kaiming, as peft has it), zero B, so that it starts as the base itself.
+
+    peft's "gaussian" has a deviation of 1/rank whatever the layer's width: at rank 4 too much for a convolution of 1152 inputs.
+    """
     import torch
     from peft import LoraConfig
 
@@ -58,7 +61,6 @@ def add_adapter(model: TorchModel, targets: Sequence[str], *, rank: int, alpha: 
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]  # a float works and is kept
-        init_lora_weights="gaussian",
         target_modules=list(targets),
     )
     try:

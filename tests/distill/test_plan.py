@@ -60,7 +60,7 @@ def test_a_plan_counts_what_other_targets_and_inputs_cost(tiny_base: Path) -> No
     one_phase = [{"updates": 3, "mode_weights": (0, 0, 0, 1)}]
     lines = "\n".join(plan(tiny_recipe(tiny_base, phases=one_phase, target="consistency", loss={"distillation": "perceptual"})))
     assert "2.0 evaluations of the teacher's ODE, 7 forward passes" in lines  # student, its answer as target, the features
-    lines = "\n".join(plan(tiny_recipe(tiny_base, phases=one_phase, backward_simulation=0.5)))
+    lines = "\n".join(plan(tiny_recipe(tiny_base, phases=[{**one_phase[0], "backward_simulation": 0.5}])))
     assert "2.2 evaluations of the teacher's ODE, 4 forward passes" in lines  # mostly the last mode: two of three earlier steps
 
 
@@ -69,8 +69,8 @@ def test_the_time_that_remains_counts_pools_and_dearer_phases_to_come(tiny_base:
     recipe = tiny_recipe(tiny_base, phases=[{"updates": 20, **modes}, {"updates": 20, **modes, "distribution_matching": 0.5}])
     # 10 updates of 3 passes and 20 of 6; the pool of 16 updates is there, 24 more are to be solved.
     assert remaining_s(recipe, 10, target_s=0.5, update_s=1.0) == pytest.approx(10 * 1 + 20 * 2 + 24 * 0.5, rel=0.01)
-    # In the second phase, and with a pool that lasts to the end.
-    assert remaining_s(recipe, 33, target_s=0.5, update_s=2.0) == pytest.approx(7 * 2)
+    # In the second phase, which has a pool for 16 updates and one for the last 4.
+    assert remaining_s(recipe, 33, target_s=0.5, update_s=2.0) == pytest.approx(7 * 2 + 4 * 0.5)
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))

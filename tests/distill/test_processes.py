@@ -35,11 +35,11 @@ print(processes.index(), processes.count())
 def _recipe(base: Path, **changes: Any) -> Recipe:
     """All losses and opponents, drawing on the student too."""
     phase = {"updates": 2, "mode_weights": (1, 1, 1, 1), "adversarial": 0.1, "distribution_matching": 0.3}
+    phase["backward_simulation"] = 0.5
     settings: dict[str, Any] = {
         "lora": {"rank": 2, "alpha": 4},
         "phases": [phase],
         "loss": {"distribution_matching": {"fake_score": "lora", "critic_updates": 2}},
-        "backward_simulation": 0.5,
         "checkpoint_every": 2,
         "learning_rate": 0.01,
     }
