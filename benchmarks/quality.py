@@ -61,7 +61,12 @@ def run(
     evaluation_file: Path | None,
     report: Callable[[str], None],
 ) -> dict[str, Any]:
-    """{"environment": ..., "points": [...], "real": the row of real images}."""
+    """{"environment": ..., "points": [...], "real": the row of real images}. ConfigError where a bundle's rows cannot be told."""
+    names = {"student": student.resolve().name, "teacher": teacher.resolve().name}
+    if names["student"] == names["teacher"]:
+        raise ConfigError(
+            f"--student and --teacher are both called '{names['student']}', as their rows would be: rename a folder"
+        )
     with tempfile.TemporaryDirectory() as folder:
         written = evaluation_file or Path(folder) / "evaluation.json"
         if not evaluation_file:
@@ -75,7 +80,6 @@ def run(
             )
             evaluate(options, open_bundle=open_bundle, report=report)
         evaluation = _read(written)
-    names = {"student": student.resolve().name, "teacher": teacher.resolve().name}
     there = [row["name"] for row in evaluation["rows"]]
     for model, counts in (("student", steps), ("teacher", teacher_steps)):
         if missing := [title for count in counts if (title := _title(names[model], count)) not in there]:
@@ -94,18 +98,21 @@ def run(
 def _read(file: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(file.read_text("utf-8"))
-        if any(row["name"] == REAL and row["attributes"] for row in found["rows"]):
+        has_all = all(row["attributes"] and row["kid"] and row["text"] for row in found["rows"])
+        if has_all and any(row["name"] == REAL for row in found["rows"]):
             return found
     except (ValueError, KeyError, TypeError):
         pass
-    raise ConfigError(f"{file}: not what `flashdiff evaluate --json` writes for the embedded world")
+    raise ConfigError(
+        f"{file}: not what `flashdiff evaluate --json` writes for two or more prompts of the embedded world, text score included"
+    )
 
 
 def markdown(found: Sequence[dict[str, Any]]) -> str:
     """The points as a table."""
-    lines = ["| model | steps | ms an image | FID | text | large, % | small, % |", "|---|---|---|---|---|---|---|"]
+    lines = ["| model | steps | ms an image | KID x1000 | text | large, % | small, % |", "|---|---|---|---|---|---|---|"]
     for p in found:
-        values = (p["fid"]["value"], p["text"]["value"], 100 * p["large"]["value"], 100 * p["small"]["value"])
+        values = (p["kid"]["value"], p["text"]["value"], 100 * p["large"]["value"], 100 * p["small"]["value"])
         lines.append(f"| {p['model']} | {p['steps']} | {p['median_ms']:.1f} | " + " | ".join(f"{v:.1f}" for v in values) + " |")
     return "\n".join(lines)
 

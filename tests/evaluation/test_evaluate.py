@@ -128,7 +128,7 @@ def test_a_model_a_bundle_and_their_images_give_the_same_numbers(
     table = capsys.readouterr().out
     assert "| tiny + flash, 2 steps | 6 |" in table
     assert "6 images and 6 of the reference are too few for a Frechet distance of 128 features" in table
-    assert "give more than 256 on both sides" in table
+    assert "give more than 2560 on both sides" in table
     assert table.count("| real |") == 1
     rows = {row["name"]: row for row in json.loads((tmp_path / "model.json").read_text())["rows"]}
     assert list(rows) == ["real", "tiny + flash, 2 steps", "tiny + flash, 1 step", "tiny, 3 steps"]
