@@ -156,8 +156,8 @@ def load_curves(rows: Sequence[dict[str, Any]]) -> Any:
 
 
 def quality_front(found: dict[str, Any]) -> Any:
-    """Kernel distance and text score over latency, with the real images' own. Not the Fréchet distance: of a few hundred images it
-    is mostly the bias of so small a sample, and says the same of a teacher at 2 steps and at 50."""
+    """Kernel distance and text score over latency, with the real images' own. Not the Fréchet distance: of a few hundred
+    images it is mostly the bias of so small a sample, and says the same of a teacher at 2 steps and at 50."""
     figure, both = _figure(height=4, columns=2)
     for axes, name, title in zip(
         both, ("kid", "text"), ("KID x1000 (lower is better)", "text score (higher is better)"), strict=True
@@ -258,8 +258,9 @@ def claims(results: Results) -> list[str]:
             text, large = ([p[name]["value"] for p in of] for name in ("text", "large"))
             said.append(
                 f"At {steps} steps the kernel distance to real images (KID x1000) is {_with_interval(kid[0])}; the 50-step "
-                f"teacher's is {_with_interval(kid[1])}, other real images' {_with_interval(real)}. The text score is {text[0]:.1f} "
-                f"(teacher {text[1]:.1f}), large attributes are right on {100 * large[0]:.1f} % ({100 * large[1]:.1f} %) of the images."
+                f"teacher's is {_with_interval(kid[1])}, other real images' {_with_interval(real)}. The text score is "
+                f"{text[0]:.1f} (teacher {text[1]:.1f}), large attributes are right on {100 * large[0]:.1f} % "
+                f"({100 * large[1]:.1f} %) of the images."
             )
     return said
 

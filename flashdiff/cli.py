@@ -90,7 +90,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--steps", metavar="N[,N...]", help="steps to measure SUBJECT at, a row each; default: the model's")
     evaluate.add_argument("--teacher", metavar="BASE", help="a bundle or model to measure beside it")
     evaluate.add_argument("--teacher-steps", default="50", metavar="N[,N...]", help="default: %(default)s")
-    evaluate.add_argument("--guidance", type=float, help="guidance scale of models without a flash LoRA; default: the family's")
+    evaluate.add_argument(
+        "--guidance",
+        type=float,
+        help="guidance scale of the teacher, or of SUBJECT without one; default: what SUBJECT's flash LoRA was taught at (a bundle "
+        "does not know it), or the family's",
+    )
     evaluate.add_argument(
         "--prompts",
         default="avatars",

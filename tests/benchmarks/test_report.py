@@ -99,8 +99,8 @@ def test_one_page_holds_all_and_says_what_the_numbers_say(files: list[Path], tmp
         "4 steps take 20.0 ms where the teacher's 50 guided ones take 400 ms: 20.0 times as fast, 0.80 of the ideal 25.",
         "The same 4 steps in stock diffusers take 90.0 ms, 4.5 times as long.",
         "At 4 steps the kernel distance to real images (KID x1000) is 20.0 (19.0 to 21.0); the 50-step teacher's is "
-        "10.0 (9.0 to 11.0), other real images' 1.0 (0.0 to 2.0). The text score is 20.0 (teacher 20.0), large attributes are right "
-        "on 90.0 % (90.0 %) of the images.",
+        "10.0 (9.0 to 11.0), other real images' 1.0 (0.0 to 2.0). The text score is 20.0 (teacher 20.0), large attributes "
+        "are right on 90.0 % (90.0 %) of the images.",
     ]
     write_report(results, [sheet], tmp_path / "report")
     html = (tmp_path / "report" / "report.html").read_text()

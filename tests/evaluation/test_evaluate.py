@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from flashdiff import cli
+from flashdiff.engines.runtime.engine import open_bundle
+from flashdiff.errors import ConfigError
+from flashdiff.evaluation.command import EvaluateOptions, _plan
 from flashdiff.evaluation.evaluate import Row, Subject, Yardstick, measure
 from flashdiff.evaluation.features import attribute_reader, feature_extractor, text_scorer
 from flashdiff.evaluation.images import ImageSet, Prompt, attributes_of, read_images, read_prompts, real_images
@@ -149,6 +152,29 @@ def test_a_model_a_bundle_and_their_images_give_the_same_numbers(
     assert cli.main(["evaluate", str(student_bundle), "--steps", "2", *common, "--json", str(tmp_path / "bundle.json")]) == 0
     bundle = json.loads((tmp_path / "bundle.json").read_text())["rows"][1]
     assert bundle["fid"]["value"] == pytest.approx(again["fid"]["value"], rel=1e-2)
+
+
+def test_guidance_is_the_teachers_and_by_default_what_the_flash_lora_was_taught_at(
+    tiny_base: Path, student_bundle: Path, flash_lora: Path, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a dog\n")
+
+    def guidance(subject: Path, loras: tuple[tuple[str, float], ...], given: float | None, teacher: Path | None) -> list[float]:
+        name = str(teacher) if teacher else None
+        options = EvaluateOptions(subject=str(subject), loras=loras, teacher=name, guidance=given, prompts=str(prompts))
+        return [components.spec.sampler.guidance for _, components, _ in _plan(options, open_bundle, print).models]
+
+    low, high = json.loads((flash_lora / "flash.json").read_text())["guidance"]
+    student = (tiny_base, ((str(flash_lora), 1.0),))
+    (family,) = guidance(tiny_base, (), None, None)
+    assert guidance(*student, None, tiny_base) == [1.0, (low + high) / 2]
+    assert guidance(*student, 2.0, tiny_base) == [1.0, 2.0]
+    assert guidance(student_bundle, (), 2.0, tiny_base) == [1.0, 2.0]
+    assert guidance(student_bundle, (), None, tiny_base) == [1.0, family]  # a bundle does not know what it was taught at
+    assert (low + high) / 2 != family
+    with pytest.raises(ConfigError, match="is a bundle"):
+        guidance(student_bundle, (), 2.0, None)
 
 
 def test_one_name_is_given_once_and_shuffled_prompts_are_others(
