@@ -1,12 +1,19 @@
 """The comparison with other servers: everything but the peers, which have environments of their own."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
+from served import MODEL
 
 from benchmarks.peers.compare import LITSERVE, QUICK, Peer, markdown, run, started
+from benchmarks.peers.pipeline import Pipeline, Place
+from benchmarks.serving import RequestLevelWorker
+from flashdiff.engines.runtime.fake_backend import FakeComponents
 from flashdiff.errors import BackendError
+from flashdiff.generate import check_order
+from flashdiff.server.models import Model
 
 
 def test_flashdiff_alone_goes_through_every_phase(student_bundle: Path) -> None:
@@ -33,3 +40,33 @@ def test_an_environment_without_the_peer_is_refused_before_anything_runs(student
     peer = Peer("Missing", "no_such_app", LITSERVE.connect, ("no-such-distribution",))
     with pytest.raises(BackendError, match="is not a Python with no-such-distribution; `make bench-peers` makes one"):
         run(student_bundle, [(peer, Path(sys.executable))], QUICK, lambda _: None)
+
+
+def test_three_requests_run_as_two_and_one_in_a_peer_and_pay_for_no_padding(student_bundle: Path) -> None:
+    pipeline = Pipeline(Place(student_bundle, 0, frozenset(os.sched_getaffinity(0))))
+    rows: list[int] = []
+    denoise = pipeline._engine.denoise
+
+    def counted(latents, *rest):
+        rows.append(len(latents))
+        return denoise(latents, *rest)
+
+    pipeline._engine.denoise = counted
+    requests = [(f"a dog {seed}", 2, seed) for seed in range(3)]
+    together = pipeline(requests)
+    assert rows == [2, 2, 1, 1]
+    assert together == [png for request in requests for png in pipeline([request])]
+
+
+def test_request_level_batching_takes_as_many_as_fill_a_batch() -> None:
+    fake = FakeComponents(delay_s=0.01)
+    model = Model(MODEL, fake, {key: {1: 10.0, 2: 10.0, 4: 10.0} for key in fake.costs})
+    worker = RequestLevelWorker()
+    fake.calls.clear()
+    with worker._changed:  # nothing starts before all three are there
+        jobs = [worker.submit(model, check_order(fake.spec, prompt=f"x {seed}", steps=2, seed=seed)) for seed in range(3)]
+    for job in jobs:
+        job.answer.result(10)
+    worker.drain()
+    assert worker.join(10)
+    assert [rows for part, rows in fake.calls if part == "denoiser"] == [2, 2, 1, 1]
