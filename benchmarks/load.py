@@ -25,7 +25,7 @@ from typing import Any
 if __package__ in (None, ""):  # run as a file: the repository's root is what it imports from
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.rows import environment
+from benchmarks.rows import environment, percentile
 from benchmarks.serving import Batching, Served, memory_mb, on_cores, server, split_cores
 from flashdiff.engines.bundle import read_manifest
 from flashdiff.engines.runtime.engine import open_bundle
@@ -72,16 +72,15 @@ class Outcome:
             "sent": self.sent,
             "statuses": dict(self.statuses),
             "goodput_per_s": round(self.statuses["OK"] / self.seconds, 2),
-            **{f"p{share}_ms": percentile(self.latencies_ms, share) for share in (50, 95, 99)},
-            "refusal_p99_ms": percentile(self.refusals_ms, 99),
+            **{f"p{share}_ms": _rounded(self.latencies_ms, share) for share in (50, 95, 99)},
+            "refusal_p99_ms": _rounded(self.refusals_ms, 99),
             "samples_ms": [round(value, 1) for value in self.latencies_ms],
         }
 
 
-def percentile(values: Sequence[float], share: float) -> float | None:
-    """By rank; None of nothing."""
-    ordered = sorted(values)
-    return round(ordered[min(len(ordered) - 1, int(share / 100 * len(ordered)))], 2) if ordered else None
+def _rounded(values: Sequence[float], percent: int) -> float | None:
+    """The percentile; None of nothing."""
+    return round(percentile(values, percent), 2) if values else None
 
 
 def _prompt(rng: random.Random) -> str:
@@ -115,9 +114,9 @@ async def quiet(client: AsyncClient, count: int) -> dict[str, Any]:
         beyond.append(seen[-1] - sum(result.timings[stage] for stage in ("text", "denoise", "decode")))
     return {
         "phase": "quiet",
-        "p50_ms": percentile(seen, 50),
-        "p50_beyond_engine_ms": percentile(beyond, 50),
-        "p99_beyond_engine_ms": percentile(beyond, 99),
+        "p50_ms": _rounded(seen, 50),
+        "p50_beyond_engine_ms": _rounded(beyond, 50),
+        "p99_beyond_engine_ms": _rounded(beyond, 99),
         "sent": count,
     }
 

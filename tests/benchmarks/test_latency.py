@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks.latency import STAGES, beyond_ideal, in_process, markdown, measure, of_main_backend, run, summary
-from benchmarks.rows import environment, median_ranks, row
+from benchmarks.rows import environment, median_ranks, percentile, timed_row
 from flashdiff.engines.bundle import read_manifest
 from flashdiff.engines.runtime.fake_backend import GUIDED, FakeComponents
 from flashdiff.errors import BundleError
@@ -30,20 +30,34 @@ def test_every_round_runs_every_configuration_and_times_every_stage() -> None:
     assert teacher.calls.count(("denoiser", 4)) == 2 * 3 * 10  # each twice; two images, guided
 
 
-def test_rows_have_the_promised_form_and_the_table_says_the_speed_up(teacher_bundle: Path) -> None:
-    manifest = read_manifest(teacher_bundle)
-    one = row(manifest, "teacher", 1, 50, "total", [100.0, 300.0, 200.0])
+def test_rows_have_the_promised_form_and_the_table_says_the_speed_up() -> None:
+    one = timed_row("onnxruntime", "fp32", "teacher", 1, 50, 100, "total", [100.0, 300.0, 200.0])
     assert one.keys() >= {"model", "backend", "precision", "batch", "steps", "nfe", "stage", "median_ms", "p95_ms", "n"}
     assert (one["median_ms"], one["p95_ms"], one["nfe"], one["n"], one["backend"]) == (200.0, 300.0, 100, 3, "onnxruntime")
     fast = {**one, "model": "student", "steps": 2, "nfe": 2, "median_ms": 10.0}
     table = markdown([{**base, "stage": stage} for base in (one, fast) for stage in STAGES])
+    assert "| 200.0 | 1.0x | 1x |" in table
     assert "| 20.0x | 50x |" in table
+    assert "p95" not in table  # of three samples
+    many = {**fast, "n": 20, "p95_ms": 12.0}
+    assert "| total, median (p95) ms |" in markdown([many, {**one, "n": 20}])
+    assert "| 10.0 (12.0) |" in markdown([many, {**one, "n": 20}])
+
+
+def test_a_percentile_is_the_nearest_rank() -> None:
+    assert percentile(range(20, 0, -1), 95) == 19
+    assert [percentile(range(1, 11), percent) for percent in (0, 50, 95, 100)] == [1, 5, 10, 10]
+    assert percentile([7.0], 99) == 7
+
+
+def test_the_environment_names_bundles_by_hash(teacher_bundle: Path) -> None:
+    manifest = read_manifest(teacher_bundle)
     assert environment({"teacher": manifest})["bundles"]["teacher"]["hash"] == manifest.bundle_hash
 
 
 def _timed(model: str, backend: str, steps: int, nfe: int, total: float, **stages: float) -> list[dict[str, Any]]:
     about = {"model": model, "backend": backend, "precision": "fp32", "batch": 1, "steps": steps, "nfe": nfe}
-    return [{**about, "stage": name, "median_ms": ms, "p95_ms": ms} for name, ms in {**stages, "total": total}.items()]
+    return [{**about, "stage": name, "median_ms": ms, "p95_ms": ms, "n": 20} for name, ms in {**stages, "total": total}.items()]
 
 
 _TWO_BACKENDS = [
