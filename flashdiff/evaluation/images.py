@@ -66,10 +66,10 @@ class ImageSet:
 # --- prompts ---------------------------------------------------------------------------------------------------------
 
 
-def read_prompts(source: str, count: int) -> list[Prompt]:
-    """`count` prompts of the embedded world by name, or the first `count` lines of a text file."""
+def read_prompts(source: str, count: int, seed: int = _PROMPT_SEED) -> list[Prompt]:
+    """`count` prompts of the embedded world by name, its scenes from `seed` on, or the first `count` lines of a text file."""
     if source in (WORLD, HELD_OUT):
-        return _world_prompts(count, held_out=source == HELD_OUT)
+        return _world_prompts(count, seed, held_out=source == HELD_OUT)
     try:
         lines = [line.strip() for line in Path(source).read_text("utf-8").splitlines()]
     except (OSError, UnicodeDecodeError):
@@ -80,13 +80,12 @@ def read_prompts(source: str, count: int) -> list[Prompt]:
     return prompts
 
 
-def _world_prompts(count: int, *, held_out: bool) -> list[Prompt]:
+def _world_prompts(count: int, seed: int, *, held_out: bool) -> list[Prompt]:
     """Full captions of scenes that training has not seen; with `held_out`, of combinations it has never seen."""
     from flashdiff.zoo.world import KINDS, describe, full_caption
 
     kinds = tuple(KINDS)  # each has a held-out combination
     found: list[Prompt] = []
-    seed = _PROMPT_SEED
     while len(found) < count:
         kind = kinds[len(found) % len(kinds)]
         scene = describe(kind, seed)
