@@ -56,41 +56,43 @@ class Results:
 
 
 def read_results(files: Sequence[Path]) -> Results:
-    """ConfigError names the file that is no result, or that was measured elsewhere than the first."""
+    """ConfigError names the file that is no result with a section here, or that was measured elsewhere than those before."""
     results: Results | None = None
     for file in files:
         try:
             found = json.loads(file.read_text("utf-8"))
             environment = found["environment"]
-        except (OSError, ValueError, KeyError, TypeError):
+            rows = found.get("rows") or [{}]
+            keys = set.intersection(*map(set, rows))
+        except (AttributeError, OSError, ValueError, KeyError, TypeError):
             raise ConfigError(f"{file}: not a result of these benchmarks") from None
-        results = results or Results(environment)
+        results = results or Results(dict(environment))
         for name in _SAME:
-            # Each benchmark names the bundles and libraries it used: those that two of them share must be the same.
             ours, theirs = results.environment.get(name), environment.get(name)
             if name in ("libraries", "bundles"):
-                shared = set(ours or {}) & set(theirs or {})
-                ours, theirs = ({key: (side or {}).get(key) for key in shared} for side in (ours, theirs))
+                # Each benchmark names those it used: what it shares with any before it must be the same.
+                known = results.environment[name] = {**(theirs or {}), **(ours or {})}
+                ours, theirs = known, {**known, **(theirs or {})}
             if ours != theirs:
                 raise ConfigError(
-                    f"{file}: its {name} differs from that of {files[0]}; measure both on one machine, in one state"
+                    f"{file}: its {name} differs from that of the files before; measure all on one machine, in one state"
                 )
         if "points" in found:
             if not all(p.get(name) for p in (*found["points"], found.get("real", {})) for name in ("kid", "text")):
                 raise ConfigError(f"{file}: points without KID or text score; measure them with both")
             results.quality = found
-        elif any("parameters" in row for row in found.get("rows", ())):
-            results.scaling = found["rows"]
-        elif any("server" in row for row in found.get("rows", ())):
-            results.peers = found["rows"]
-        elif any("phase" in row for row in found.get("rows", ())):
-            results.load = found["rows"]
-            if any("cores" not in row for row in results.load if row["phase"] == "saturated"):
+        elif keys >= {"parameters", "median_ms"}:
+            results.scaling = rows
+        elif keys >= {"server", "phase"}:
+            results.peers = rows
+        elif "phase" in keys:
+            results.load = rows
+            if any("cores" not in row for row in rows if row["phase"] == "saturated"):
                 raise ConfigError(f"{file}: rows of an older load.py, without the cores they ran on; measure them again")
-        elif found.get("rows"):
-            results.latency = found["rows"]
+        elif keys >= {"model", "steps", "stage", "median_ms"}:
+            results.latency = rows
         else:
-            raise ConfigError(f"{file}: there are no rows in it")
+            raise ConfigError(f"{file}: the report has no section for its rows")
     if results is None:
         raise ConfigError("name at least one result file")
     return results

@@ -119,13 +119,31 @@ def test_numbers_of_two_machines_or_bundles_do_not_stand_side_by_side(files: lis
         other.write_text(json.dumps({**json.loads(files[1].read_text()), "environment": {**_HERE, name: value}}))
         with pytest.raises(ConfigError, match=f"its {name} differs from that of"):
             read_results([files[0], other])
+    later = tmp_path / "later.json"  # it shares no bundle with the first, but one with the second
+    later.write_text(json.dumps({"environment": {**_HERE, "bundles": {"more": {"hash": "m"}}}, "rows": [{"phase": "chaos"}]}))
+    other.write_text(json.dumps({"environment": {**_HERE, "bundles": {"more": {"hash": "n"}}}, "rows": [{"phase": "chaos"}]}))
+    with pytest.raises(ConfigError, match=r"other\.json: its bundles differs"):
+        read_results([files[0], later, other])
     old = _write(tmp_path, "old.json", rows=[{"phase": "saturated", "goodput_per_s": 90}])
     with pytest.raises(ConfigError, match=r"old\.json: rows of an older load\.py"):
         read_results([old])
     bad = tmp_path / "bad.json"
-    bad.write_text("{}")
-    with pytest.raises(ConfigError, match=r"bad\.json: not a result"):
-        read_results([bad])
+    for text in ("{}", "[]", "no JSON", '{"environment": {}, "rows": [1]}'):
+        bad.write_text(text)
+        with pytest.raises(ConfigError, match=r"bad\.json: not a result"):
+            read_results([bad])
+
+
+@pytest.mark.parametrize("file", sorted((Path(__file__).parents[2] / "benchmarks" / "results").glob("*.json")), ids=str)
+def test_committed_results_are_drawn_or_refused_by_name(file: Path, tmp_path: Path) -> None:
+    try:
+        results = read_results([file])
+    except ConfigError as error:
+        assert str(error).startswith(str(file))
+        assert not any(kind in file.name for kind in ("latency", "load", "peers", "scaling"))
+    else:
+        write_report(results, [], tmp_path / "report")
+        assert len(list((tmp_path / "report").glob("*.png"))) == 1
 
 
 def test_the_readme_says_what_the_committed_rows_say() -> None:
