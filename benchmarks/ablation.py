@@ -13,7 +13,7 @@ network: the teacher's, the student's and those of the other losses, a backward 
 Each is charged for all its targets; those that several variants need with the same seed are solved once and kept in OUT/pools.
 Learning rate, batch and LoRA are the recipe's for all, so a variant that needs others is not at its best.
 
-Models are measured on prompts of their own, and not on those that `evaluate` reports: what is chosen here may still be judged there.
+Models are measured on other prompts than those of `evaluate`, so that what is chosen here can still be judged there.
 
 A killed ablation goes on where it was. Results of another base, recipe, variant, budget or measure in OUT are refused.
 """
@@ -143,7 +143,7 @@ def run(recipe: Recipe, out: Path, meter: Meter, steps: Sequence[int]) -> None:
     """
     result = out.with_suffix(".json")
     if (info := read_flash_info(out)) and info.recipe_hash != recipe.content_hash:
-        raise ConfigError(f"{out} holds a run of another recipe, its variant has changed since; choose another --out or remove it")
+        raise ConfigError(f"{out} holds a run of another recipe: its variant has changed; choose another --out or remove it")
     if result.exists():
         return
     if not (out / FLASH).exists():

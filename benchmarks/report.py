@@ -14,6 +14,7 @@ import io
 import json
 import os
 import re
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -136,17 +137,21 @@ def stage_bars(rows: Sequence[dict[str, Any]]) -> Any:
 
 
 def load_curves(rows: Sequence[dict[str, Any]]) -> Any:
-    """p50 and p99 over offered load of every batching or server, and beside them the share of requests they are the times of."""
+    """p50 and p99 over offered load of every batching or server, and beside them the share of requests they are the times of;
+    medians where there were several rounds."""
     figure, (left, right) = _figure(height=4, columns=2)
     open_loops: dict[str, list[dict[str, Any]]] = {}
     for row in (row for row in rows if row["phase"] == "open loop"):
         open_loops.setdefault(row.get("server") or f"{row['batching']}-level", []).append(row)
     for (name, open_loop), color in zip(open_loops.items(), _COLORS, strict=False):
+        loads = sorted({row["load"] for row in open_loop})
+        runs = [[row for row in open_loop if row["load"] == at] for at in loads]
         for share, line in ((99, "-"), (50, "--")):
-            known = [(100 * row["load"], row[f"p{share}_ms"]) for row in open_loop if row[f"p{share}_ms"] is not None]
+            times = [[row[f"p{share}_ms"] for row in of if row[f"p{share}_ms"] is not None] for of in runs]
+            known = [(100 * at, statistics.median(ms)) for at, ms in zip(loads, times, strict=True) if ms]
             left.plot([at for at, _ in known], [ms for _, ms in known], line, color=color, marker="o", label=f"{name}, p{share}")
-        in_time = [100 * row["statuses"].get("OK", 0) / max(1, row["sent"]) for row in open_loop]
-        right.plot([100 * row["load"] for row in open_loop], in_time, color=color, marker="o", label=name)
+        in_time = [statistics.median(100 * r["statuses"].get("OK", 0) / max(1, r["sent"]) for r in of) for of in runs]
+        right.plot([100 * at for at in loads], in_time, color=color, marker="o", label=name)
     _plain_log(left.yaxis)
     left.set_ylabel("ms, as the client sees it, of what was in time")
     right.set_ylim(0, 105)

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -21,13 +23,18 @@ def test_every_phase_runs_and_every_accepted_request_is_answered(student_bundle:
     assert run.returncode == 0, run.stderr
     rows = json.loads((tmp_path / "r.json").read_text())["rows"]
     assert [row["phase"] for row in rows] == [
-        *("offline", "saturated", "offline", "quiet", "saturated", "open loop", "open loop", "overload", "chaos"),
+        *("offline", "saturated", "offline", "quiet", "saturated", "offline", "saturated", "offline", "saturated"),
+        *("open loop", "open loop", "overload", "chaos"),
     ]
+    full = [row for row in rows if row["phase"] == "saturated"]
+    assert [(row["cores"], row["round"]) for row in full] == [("shared", 1), ("own", 1), ("shared", 2), ("own", 2)]
+    capacity = (full[1]["goodput_per_s"] + full[3]["goodput_per_s"]) / 2
+    assert rows[9]["offered_per_s"] == pytest.approx(0.5 * capacity, abs=0.02)
     chaos = rows[-1]
     assert sum(chaos["ends"].values()) == chaos["sent"]
     assert (chaos["answered"], chaos["slots_left"]) == (chaos["accepted"], 0)
     assert chaos["ends"].get("OK", 0) <= chaos["accepted"] <= chaos["sent"]
-    for row in (rows[1], *rows[4:8]):
+    for row in (*full, *rows[9:12]):
         assert sum(row["statuses"].values()) == row["sent"]
         assert len(row["samples_ms"]) == row["statuses"].get("OK", 0)
     assert "step-level" in run.stdout

@@ -2,11 +2,18 @@
 
 import os
 import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import AsyncMock
 
 import pytest
 from served import MODEL
 
+from benchmarks import load
+from benchmarks.peers import compare
 from benchmarks.peers.compare import LITSERVE, QUICK, Peer, markdown, run, started
 from benchmarks.peers.pipeline import Pipeline, Place
 from benchmarks.serving import RequestLevelWorker
@@ -18,13 +25,50 @@ from flashdiff.server.models import Model
 
 def test_flashdiff_alone_goes_through_every_phase(student_bundle: Path) -> None:
     rows = run(student_bundle, [], QUICK, lambda _: None)["rows"]
-    assert [(row["server"], row["phase"], row.get("load")) for row in rows] == [
-        ("flashdiff", "saturated", None),
-        ("flashdiff", "open loop", 0.5),
+    assert [(row["server"], row["phase"], row.get("load"), row["round"]) for row in rows] == [
+        *(("flashdiff", "saturated", None, round_) for round_ in (1, 2)),
+        *(("flashdiff", "open loop", 0.5, round_) for round_ in (1, 2)),
     ]
     assert all(sum(row["statuses"].values()) == row["sent"] for row in rows)
     assert "| saturated | flashdiff | " in markdown(rows)
     assert "| 50% | flashdiff | " in markdown(rows)
+
+
+def test_rounds_start_with_another_server_each_and_the_table_has_median_and_range(
+    student_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def pretended(*_: object) -> Iterator[SimpleNamespace]:
+        yield SimpleNamespace(address="")
+
+    asked: list[float] = []
+
+    async def outcome(_: object, *amounts: float) -> load.Outcome:
+        asked.append(amounts[0])
+        sent = 30 + len(asked)
+        return load.Outcome(1.0, sent, [float(len(asked))] * sent, [], Counter(OK=sent))
+
+    class Client:
+        generate = AsyncMock()
+
+        async def __aenter__(self) -> "Client":
+            return self
+
+        async def __aexit__(self, *_: object) -> None: ...
+
+    monkeypatch.setattr(compare, "server", pretended)
+    monkeypatch.setattr(compare, "started", pretended)
+    monkeypatch.setattr(compare, "AsyncClient", lambda *_, **__: Client())
+    monkeypatch.setattr(compare, "_versions", lambda *_: {})
+    for phase in ("saturated", "open_loop"):
+        monkeypatch.setattr(load, phase, outcome)
+    peers = [(Peer(name, "", lambda _: Client(), ()), Path()) for name in ("A", "B")]  # type: ignore[arg-type,return-value]
+    rows = run(student_bundle, peers, compare.Plan(loads=(0.5,)), lambda _: None)["rows"]
+    order = ["flashdiff", "A", "B", "A", "B", "flashdiff", "B", "flashdiff", "A"]
+    assert [row["server"] for row in rows] == 2 * order
+    assert asked[9:] == [0.5 * 36] * 9  # of 31, 36 and 38 images a second
+    assert "| saturated | flashdiff | 6.0 (1.0 to 8.0) | 6.0 (1.0 to 8.0) |" in markdown(rows)
+    assert "| 100.0 (100.0 to 100.0) | 36.0 (31.0 to 38.0) |" in markdown(rows)
 
 
 def test_a_peer_that_does_not_start_is_an_error_with_its_last_words(tmp_path: Path) -> None:
