@@ -110,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="IMAGES",
         help="a folder, webdataset shards (.tar), or avatars: the embedded model's training renders (default)",
     )
-    evaluate.add_argument("--reference-count", type=int, default=5000, help="reference images at most; default: %(default)s")
+    evaluate.add_argument("--reference-count", type=int, default=5000, help="reference images at most, evenly spaced; default: %(default)s")
     evaluate.add_argument("--features", metavar="NAME", help="avatars, inception[:FOLDER]; default: as the prompts")
     evaluate.add_argument("--text", metavar="NAME", help="avatars, clip[:MODEL]; default: as the prompts, none for a file")
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here")

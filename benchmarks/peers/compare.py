@@ -4,8 +4,8 @@
 
 Each PYTHON is that of an environment with the peer in it and what a bundle needs to run (`make bench-peers` makes them). A peer
 batches requests and runs the whole pipeline on them, in batches that they fill; flashdiff batches steps. Cores, prompts, seeds
-and Poisson arrivals are load.py's; loads are shares of what flashdiff does saturated. A peer knows no deadlines: all that it sees of
-one is a client that leaves after a second.
+and Poisson arrivals are load.py's; loads are shares of what flashdiff does saturated. A peer knows no deadlines: all that it sees
+of one is a client that leaves after a second.
 
 Every phase runs three times, every server started anew and another one first in each round; tables and plots tell the median, and
 tables the range.

@@ -15,7 +15,7 @@ from PIL import Image, ImageFilter
 
 from flashdiff import cli
 from flashdiff.engines.runtime.engine import open_bundle
-from flashdiff.errors import ConfigError
+from flashdiff.errors import ConfigError, EvaluationError
 from flashdiff.evaluation.command import EvaluateOptions, _plan
 from flashdiff.evaluation.evaluate import Row, Subject, Yardstick, measure
 from flashdiff.evaluation.features import attribute_reader, feature_extractor, text_scorer
@@ -207,6 +207,28 @@ def test_shards_and_folders_hold_the_same_images(folder: Path, tmp_path: Path) -
         np.testing.assert_array_equal(packed.pixels, whole.pixels)
         assert packed.prompts == whole.prompts
     assert whole.groups.max() == 5
+    for source in (folder, tmp_path / "shards"):  # 0, 1, 10, 11, 2, ... by name
+        some = read_images(source, 3)
+        np.testing.assert_array_equal(some.pixels, whole.pixels[[0, 5, 11]])
+
+
+def test_the_current_folder_has_a_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    assert read_images(Path()).name == "pictures"
+
+
+def test_a_damaged_picture_or_shard_is_named(folder: Path, tmp_path: Path) -> None:
+    shard = tmp_path / "shard.tar"
+    with tarfile.open(shard, "w:gz") as packed:
+        for path in sorted(folder.glob("*.png")):
+            packed.add(path, arcname=path.name)
+    shard.write_bytes(shard.read_bytes()[:700])  # tarfile: EOFError
+    with pytest.raises(EvaluationError, match=r"shard\.tar: not a readable tar file"):
+        read_images(shard)
+    png = (folder / "0.png").read_bytes()
+    (folder / "0.png").write_bytes(png[:33] + b"\0\0\0\0" + png[37:])  # pillow: SyntaxError, "broken PNG file"
+    with pytest.raises(EvaluationError, match=r"0\.png is not a readable image"):
+        read_images(folder)
 
 
 class _Inception(torch.nn.Module):
