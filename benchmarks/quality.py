@@ -18,6 +18,7 @@ if __package__ in (None, ""):  # run as a file: the repository's root is what it
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import latency
+from flashdiff.config import parse_numbers
 from flashdiff.engines.runtime.engine import open_bundle
 from flashdiff.errors import ConfigError, FlashdiffError
 from flashdiff.evaluation.command import EvaluateOptions, evaluate
@@ -129,16 +130,14 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a few images: does it run, not what it measures")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
-    from flashdiff.engines.build import parse_batches
-
     try:
         if options.count < 1 or options.repeats < 1:
             raise ConfigError("--count and --repeats take numbers from 1 on")
         report = run(
             options.student,
             options.teacher,
-            steps=[1] if options.quick else parse_batches(options.steps),
-            teacher_steps=[2] if options.quick else parse_batches(options.teacher_steps)[::-1],
+            steps=[1] if options.quick else parse_numbers("--steps", options.steps),
+            teacher_steps=[2] if options.quick else parse_numbers("--teacher-steps", options.teacher_steps),
             count=2 if options.quick else options.count,
             repeats=1 if options.quick else options.repeats,
             evaluation_file=options.evaluation,

@@ -93,8 +93,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--guidance",
         type=float,
-        help="guidance scale of the teacher, or of SUBJECT without one; default: what SUBJECT's flash LoRA was taught at (a bundle "
-        "does not know it), or the family's",
+        help="guidance scale of the teacher, or of SUBJECT without one; default: what SUBJECT's flash LoRA was taught at (a "
+        "bundle does not know it), or the family's",
     )
     evaluate.add_argument(
         "--prompts",
@@ -110,7 +110,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="IMAGES",
         help="a folder, webdataset shards (.tar), or avatars: the embedded model's training renders (default)",
     )
-    evaluate.add_argument("--reference-count", type=int, default=5000, help="reference images at most, evenly spaced; default: %(default)s")
+    evaluate.add_argument(
+        "--reference-count", type=int, default=5000, help="reference images at most, evenly spaced; default: %(default)s"
+    )
     evaluate.add_argument("--features", metavar="NAME", help="avatars, inception[:FOLDER]; default: as the prompts")
     evaluate.add_argument("--text", metavar="NAME", help="avatars, clip[:MODEL]; default: as the prompts, none for a file")
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here")
@@ -222,6 +224,7 @@ def _inspect(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     """Measure images against a reference set: FID, KID, text score, attributes, diversity, copies. Prints Markdown tables."""
     _need("evaluate", "torch", "diffusers", "peft")
+    from flashdiff.config import parse_numbers
     from flashdiff.evaluation.command import EvaluateOptions, evaluate
 
     for name in ("count", "seeds", "reference_count"):
@@ -232,9 +235,9 @@ def _evaluate(options: argparse.Namespace) -> None:
         EvaluateOptions(
             subject=options.subject,
             loras=tuple(_lora(lora) for lora in options.lora),
-            steps=_numbers("--steps", options.steps) if options.steps else (),
+            steps=parse_numbers("--steps", options.steps) if options.steps else (),
             teacher=options.teacher,
-            teacher_steps=_numbers("--teacher-steps", options.teacher_steps),
+            teacher_steps=parse_numbers("--teacher-steps", options.teacher_steps),
             guidance=options.guidance,
             prompts=options.prompts,
             count=options.count,
@@ -256,17 +259,6 @@ def _open_bundle(path: Path) -> "Components":
     from flashdiff.engines.runtime.engine import open_bundle
 
     return open_bundle(path)
-
-
-def _numbers(option: str, text: str) -> tuple[int, ...]:
-    """`4,2` as numbers; ConfigError for anything else."""
-    try:
-        numbers = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        numbers = ()
-    if not numbers or min(numbers) < 1:
-        raise ConfigError(f"{option} '{text}': give whole numbers, such as 4,2")
-    return numbers
 
 
 def _serve(options: argparse.Namespace) -> None:

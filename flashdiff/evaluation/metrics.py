@@ -151,7 +151,7 @@ def estimate(statistic: Callable[[Array | None], float], groups: NDArray[np.int6
 
 
 def share(value: float, prompts: int) -> Estimate:
-    """A share with its 95 % score interval (Wilson 1927; Brown, Cai & DasGupta 2001, section 3.1.1), within [0, 1] and never of no width.
+    """A share with its 95 % score interval (Wilson 1927; Brown, Cai & DasGupta 2001, section 3.1.1): within [0, 1], never empty.
 
     `prompts` is how many different ones count: two images of one prompt are not two trials.
     """

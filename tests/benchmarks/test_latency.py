@@ -3,17 +3,20 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tiny import make_tiny_sdxl
 
-from benchmarks.latency import STAGES, beyond_ideal, in_process, markdown, measure, of_main_backend, run, summary
+from benchmarks import latency
+from benchmarks.latency import STAGES, Configuration, beyond_ideal, in_process, markdown, measure, of_main_backend, run, summary
 from benchmarks.rows import environment, median_ranks, percentile, timed_row
 from flashdiff.engines.bundle import read_manifest
 from flashdiff.engines.runtime.fake_backend import GUIDED, FakeComponents
-from flashdiff.errors import BundleError
+from flashdiff.errors import BundleError, ConfigError
 
 
 def test_every_round_runs_every_configuration_and_times_every_stage() -> None:
@@ -128,9 +131,37 @@ def test_the_command_times_every_backend_the_server_and_stock_diffusers(tmp_path
     assert "Where the rest of the ideal speed-up went" in run.stdout
 
 
+def test_without_a_compiler_the_rest_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stock(base: str, lora: Path, *, device: str, compiled: bool) -> Callable[[int, int], Configuration]:
+        def once(_: int) -> dict[str, list[float]]:
+            if compiled:
+                raise RuntimeError("No working C++ compiler found\nand more")
+            return {"total": [1.0]}
+
+        return lambda steps, batch: Configuration("diffusers", "torch", "fp32", steps, batch, steps, once)
+
+    monkeypatch.setattr(latency, "stock_diffusers", stock)
+    said: list[str] = []
+    assert latency._tried("avatars", tmp_path, "cpu", False, 1, said.append)
+    assert latency._tried("avatars", tmp_path, "cpu", True, 1, said.append) is None
+    assert said == ["without diffusers, compiled: No working C++ compiler found"]
+
+
+def test_a_base_that_stock_diffusers_is_not_timed_with_is_refused_before_anything_is_built(tmp_path: Path) -> None:
+    latency.check_stock("avatars")
+    with pytest.raises(ConfigError, match="is for a StableDiffusionXLPipeline"):
+        latency.check_stock(str(make_tiny_sdxl(tmp_path)))
+
+
 def test_bundles_that_are_no_pairs_are_one_line(tmp_path: Path) -> None:
     script = Path(__file__).parents[2] / "benchmarks" / "latency.py"
-    for options, said in ((["--student", "a"], "pairs in order"), ([], "give --student and --teacher, or --base and --lora")):
+    pair = ["--student", "a", "--teacher", "b"]
+    for options, said in (
+        (["--student", "a"], "pairs in order"),
+        ([], "give --student and --teacher, or --base and --lora"),
+        ([*pair, "--teacher-steps", "100,0"], "--teacher-steps '100,0': give whole numbers"),
+        ([*pair, "--teacher-steps", "100"], "a: no such bundle"),
+    ):
         run = subprocess.run([sys.executable, str(script), *options], capture_output=True, text=True, timeout=100, check=False)
         assert run.returncode == 1
         assert len(run.stderr.splitlines()) == 1
