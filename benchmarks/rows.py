@@ -76,9 +76,11 @@ def median_ranks(n: int) -> tuple[int, int]:
 
 
 def _commit() -> str | None:
+    """Its hash, with `-dirty` where tracked files differ from it."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         where = Path(__file__).parent
-        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=where, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, cwd=where, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 

@@ -99,10 +99,15 @@ def server(bundle: Path, batching: Batching = "step", engine_cores: set[int] | N
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(bundle, batching, engine_cores, theirs), daemon=True)
     process.start()
+    theirs.close()  # so that the pipe ends with the process
     try:
         if not ours.poll(120) or process.pid is None:
             raise FlashdiffError("the server did not start within two minutes")
-        yield Served(f"127.0.0.1:{ours.recv()}", process.pid, ours)
+        try:
+            port = ours.recv()
+        except EOFError:
+            raise FlashdiffError(f"the server of {bundle} ended before it was ready; what it said is above") from None
+        yield Served(f"127.0.0.1:{port}", process.pid, ours)
     finally:
         process.terminate()
         process.join(30)

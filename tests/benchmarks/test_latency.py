@@ -1,6 +1,7 @@
 """The benchmark's code paths, never its times."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,12 +12,28 @@ import numpy as np
 import pytest
 from tiny import make_tiny_sdxl
 
-from benchmarks import latency
+from benchmarks import latency, rows
 from benchmarks.latency import STAGES, Configuration, beyond_ideal, in_process, markdown, measure, of_main_backend, run, summary
 from benchmarks.rows import environment, median_ranks, percentile, timed_row
 from flashdiff.engines.bundle import read_manifest
 from flashdiff.engines.runtime.fake_backend import GUIDED, FakeComponents
 from flashdiff.errors import BundleError, ConfigError
+
+
+def test_a_commit_with_changes_on_top_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*arguments: str) -> None:
+        subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x", *arguments], cwd=tmp_path, check=True)
+
+    monkeypatch.setattr(rows, "__file__", str(tmp_path / "rows.py"))
+    (tmp_path / "file").write_text("a")
+    git("init", "-q")
+    git("add", "file")
+    git("commit", "-qm", "x")
+    clean = rows._commit()
+    assert clean is not None
+    assert re.fullmatch("[0-9a-f]{40}", clean)
+    (tmp_path / "file").write_text("b")
+    assert rows._commit() == f"{clean}-dirty"
 
 
 def test_every_round_runs_every_configuration_and_times_every_stage() -> None:

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.serving import server
+from flashdiff.errors import FlashdiffError
+
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -39,6 +42,11 @@ def test_every_phase_runs_and_every_accepted_request_is_answered(student_bundle:
         assert len(row["samples_ms"]) == row["statuses"].get("OK", 0)
     assert "step-level" in run.stdout
     assert "request-level" in run.stdout
+
+
+def test_a_server_that_dies_at_start_is_said_at_once(tmp_path: Path) -> None:
+    with pytest.raises(FlashdiffError, match="ended before it was ready"), server(tmp_path):
+        pass
 
 
 def test_a_folder_that_is_no_bundle_is_one_line(tmp_path: Path) -> None:
