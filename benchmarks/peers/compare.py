@@ -208,7 +208,7 @@ def run(bundle: Path, peers: Sequence[tuple[Peer, Path]], plan: Plan, report: Ca
             measure(peer.name, peer.connect, address, use, about)
 
     def each(use: Use, **about: Any) -> None:
-        servers = [ours, *(partial(theirs, *peer) for peer in peers)]
+        servers: list[Callable[[Use, dict[str, Any]], None]] = [ours, *(partial(theirs, *peer) for peer in peers)]
         for index in range(plan.rounds):
             first = index % len(servers)
             for run_one in (*servers[first:], *servers[:first]):
