@@ -65,9 +65,7 @@ def run(
     """{"environment": ..., "points": [...], "real": the row of real images}. ConfigError where a bundle's rows cannot be told."""
     names = {"student": student.resolve().name, "teacher": teacher.resolve().name}
     if names["student"] == names["teacher"]:
-        raise ConfigError(
-            f"--student and --teacher are both called '{names['student']}', as their rows would be: rename a folder"
-        )
+        raise ConfigError(f"--student and --teacher are both called '{names['student']}', and so would be their rows: rename one")
     with tempfile.TemporaryDirectory() as folder:
         written = evaluation_file or Path(folder) / "evaluation.json"
         if not evaluation_file:
@@ -131,8 +129,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     try:
-        if options.count < 1 or options.repeats < 1:
-            raise ConfigError("--count and --repeats take numbers from 1 on")
+        if options.count < 2 or options.repeats < 1:
+            raise ConfigError("--count takes numbers from 2 on, --repeats from 1")
         report = run(
             options.student,
             options.teacher,

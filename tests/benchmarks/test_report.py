@@ -134,7 +134,9 @@ def test_numbers_of_two_machines_or_bundles_do_not_stand_side_by_side(files: lis
             read_results([bad])
 
 
-@pytest.mark.parametrize("file", sorted((Path(__file__).parents[2] / "benchmarks" / "results").glob("*.json")), ids=str)
+@pytest.mark.parametrize(
+    "file", sorted((Path(__file__).parents[2] / "benchmarks" / "results").glob("*.json")), ids=lambda file: file.name
+)
 def test_committed_results_are_drawn_or_refused_by_name(file: Path, tmp_path: Path) -> None:
     if any(kind in file.name for kind in ("latency", "load", "peers", "scaling")):
         write_report(read_results([file]), [], tmp_path / "report")
