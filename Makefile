@@ -34,7 +34,7 @@ $(ORACLE)/.installed:
 	@$(ORACLE)/bin/pip install -qq nvidia-pytriton==0.7.0 'numpy<2'
 	@touch $@
 
-# The same bundle behind flashdiff, LitServe and Triton, the same arrivals; each peer in an environment of its own. Four minutes.
+# The same bundle behind flashdiff, LitServe and Triton, the same arrivals; each peer in an environment of its own. Twelve minutes.
 BUNDLE ?= demo/student
 LITSERVE := .venv-litserve
 PYTRITON := .venv-pytriton

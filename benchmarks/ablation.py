@@ -13,7 +13,9 @@ network: the teacher's, the student's and those of the other losses, a backward 
 Each is charged for all its targets; those that several variants need with the same seed are solved once and kept in OUT/pools.
 Learning rate, batch and LoRA are the recipe's for all, so a variant that needs others is not at its best.
 
-A killed ablation goes on where it was. Results of another base, recipe, budget or measure in OUT are refused.
+Models are measured on other prompts than those of `evaluate`, so that what is chosen here can still be judged there.
+
+A killed ablation goes on where it was. Results of another base, recipe, variant, budget or measure in OUT are refused.
 """
 
 import argparse
@@ -41,11 +43,12 @@ from flashdiff.evaluation.images import WORLD, WORLD_SIZE, read_prompts, read_re
 from flashdiff.families import find_base
 from flashdiff.families.base import base_hash
 from flashdiff.files import write_whole
-from flashdiff.lora import FLASH, load_fused
+from flashdiff.lora import FLASH, load_fused, read_flash_info
 
 TEACHER = "teacher"
 _TEACHER_STEPS = 50
 _IMAGE_SEEDS = 2
+_PROMPT_SEED = 35_000_000  # of scenes that neither a training nor `evaluate` uses
 _PAPER = {"adversarial": {"kind": "lsgan", "r1_weight": 0.0}, "distribution_matching": {"times": (0.0, 1.0)}}
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -101,12 +104,14 @@ def _changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
 
 
 class Meter:
-    """What every model is measured with, made once: prompts, networks and the reference of `flashdiff evaluate avatars`."""
+    """What every model is measured with, made once: networks and reference of `flashdiff evaluate avatars`, and other prompts."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.prompts = read_prompts(WORLD, options.count)
+        self.prompts = read_prompts(WORLD, options.count, _PROMPT_SEED)
         reference = read_reference(WORLD, options.reference_count, WORLD_SIZE)
-        self.yardstick = Yardstick(feature_extractor("avatars"), text_scorer("avatars"), reference)
+        features, scorer = feature_extractor("avatars"), text_scorer("avatars")
+        self.yardstick = Yardstick(features, scorer, reference)
+        self.networks = [features.name, scorer.name]
 
     def real(self) -> dict[str, float]:
         """Metrics of real images: the floor."""
@@ -132,8 +137,13 @@ class Meter:
 
 
 def run(recipe: Recipe, out: Path, meter: Meter, steps: Sequence[int]) -> None:
-    """Train and measure one variant with one seed, unless it has been; OUT.json gets updates, cost, and rows by steps."""
+    """Train and measure one variant with one seed, unless it has been; OUT.json gets updates, cost, and rows by steps.
+
+    ConfigError when the run that is there is of another recipe: the variant has changed since.
+    """
     result = out.with_suffix(".json")
+    if (info := read_flash_info(out)) and info.recipe_hash != recipe.content_hash:
+        raise ConfigError(f"{out} holds a run of another recipe: its variant has changed; choose another --out or remove it")
     if result.exists():
         return
     if not (out / FLASH).exists():
@@ -191,14 +201,16 @@ def _ablate(options: argparse.Namespace) -> None:
     if unknown := [name for name in options.only if name not in VARIANTS]:
         raise ConfigError(f"--only {unknown[0]}: the variants are {', '.join(VARIANTS)}")
     recipe = load_recipe(options.recipe, Recipe)
+    meter = Meter(options)
     settings = {
         "recipe": recipe.content_hash,
         "base": base_hash(find_base(recipe.base)),
         **{name: getattr(options, name) for name in ("scale", "count", "reference_count")},
         "steps": list(options.steps),
+        "prompts": _PROMPT_SEED,
+        "networks": meter.networks,
     }
     _claim(options.out / "settings.json", settings)
-    meter = Meter(options)
     teacher = options.out / f"{TEACHER}.json"
     if not teacher.exists():
         _, base = load_fused(recipe.base, (), sum(recipe.guidance) / 2)

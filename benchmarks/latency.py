@@ -4,8 +4,9 @@
     python benchmarks/latency.py --student STUDENT_BUNDLE --teacher TEACHER_BUNDLE          # bundles that are there already
     ... --base avatars --lora avatars-flash                                                 # and stock diffusers beside them
 
-`--base` with `--lora` adds what one would use instead: stock diffusers, eager and compiled. (Why optimum-intel is not among the
-alternatives: docs/engines.md.) Several bundles after --student and --teacher are pairs in order, one a backend.
+`--base` with `--lora` adds what one would use instead: stock diffusers, eager and, where there is a C++ compiler, compiled;
+the base must be of Stable Diffusion 1's kind. (Why optimum-intel is not among the alternatives: docs/engines.md.) Several bundles
+after --student and --teacher are pairs in order, one a backend.
 
 Every repeat runs each configuration, in turn, so that a noisy machine is noisy for all of them. From prompt to PNG
 bytes; `served` is the student behind its server, in a process of its own, as a client sees it.
@@ -30,9 +31,10 @@ if __package__ in (None, ""):  # run as a file: the repository's root is what it
 from benchmarks.rows import environment, timed_row
 from benchmarks.serving import server
 from flashdiff.components import Components
+from flashdiff.config import parse_numbers
 from flashdiff.engines.bundle import BackendName
 from flashdiff.engines.runtime.engine import Engine, open_bundle
-from flashdiff.errors import BackendError, BundleError, ConfigError, FlashdiffError
+from flashdiff.errors import BackendError, BundleError, ConfigError, FlashdiffError, first_line
 from flashdiff.files import write_whole
 from flashdiff.generate import check_order, decode_rows, denoise_rows, encode_prompts, new_row, unconditional_of
 from flashdiff.server.client import Client
@@ -40,6 +42,7 @@ from flashdiff.server.images import encode_image
 
 _BACKENDS: tuple[BackendName, ...] = ("openvino", "onnxruntime", "torch", "tensorrt")  # the first that runs is the main one
 STAGES = ("text", "denoise_step", "decode", "image_encoding", "queue", "wire", "total")
+_STOCK_PIPELINE = "StableDiffusionPipeline"
 _PROMPT = "a green monster with horns and a grin on a blue background"
 
 Stages = dict[str, list[float]]
@@ -126,6 +129,17 @@ def served(client: Client, steps: int, batch: int, backend: str, precision: str)
     return Configuration("student, served", backend, precision, steps, batch, steps, once)
 
 
+def check_stock(base: str) -> None:
+    """ConfigError for a base that `stock_diffusers` has no pipeline for."""
+    from flashdiff.families import family_of, find_base
+
+    if (needs := family_of(find_base(base)).pipeline_class) != _STOCK_PIPELINE:
+        raise ConfigError(
+            f"--base {base} is for a {needs}; stock diffusers is timed with a {_STOCK_PIPELINE} alone: give bundles, --student "
+            "and --teacher, without --base"
+        )
+
+
 def stock_diffusers(base: str, lora: Path, *, device: str, compiled: bool) -> Callable[[int, int], Configuration]:
     """Stock diffusers with the same LoRA and times, as its card says: what one would use without flashdiff. float32."""
     import torch
@@ -142,6 +156,7 @@ def stock_diffusers(base: str, lora: Path, *, device: str, compiled: bool) -> Ca
     pipeline.set_progress_bar_config(disable=True)
     pipeline.load_lora_weights(adapter)
     pipeline.fuse_lora()
+    pipeline.unload_lora_weights()  # what is fused stays; peft's layers, which cost time at every call, go
     pipeline.to(device)
     pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
     if compiled:
@@ -169,21 +184,42 @@ def stock_diffusers(base: str, lora: Path, *, device: str, compiled: bool) -> Ca
     return configuration
 
 
+def _tried(
+    base: str, lora: Path, device: str, compiled: bool, steps: int, report: Callable[[str], None]
+) -> Callable[[int, int], Configuration] | None:
+    """`stock_diffusers` after its first image; None, and `report` hears why, when compiling fails, as without a C++ compiler."""
+    made = stock_diffusers(base, lora, device=device, compiled=compiled)
+    try:
+        made(steps, 1).once(0)
+    except Exception as error:  # torch.compile raises many kinds
+        if not compiled:
+            raise
+        report(f"without diffusers, compiled: {first_line(error)}")
+        return None
+    return made
+
+
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """The totals as a table, each row with its speed-up over its teacher at the most steps and the ideal one."""
+    """The totals as a table, each row with its speed-up over its teacher at the most steps and the ideal one.
+
+    A 95th percentile is told from 20 samples on: of fewer it is the largest.
+    """
     measured = {row["stage"] for row in rows} - {"total"}
     names = {"denoise_step": "one step", "image_encoding": "PNG"}
     stages = [stage for stage in STAGES if stage in measured]
     several = len({row["backend"] for row in rows if row["model"] == "teacher"}) > 1
     titles = ("model", *(["backend"] if several else []), "batch", "steps", "evaluations")
     titles += tuple(names.get(stage, stage) for stage in stages)
-    lines = [f"| {' | '.join(titles)} | total, median (p95) ms | speed-up | ideal |", "|---" * (len(titles) + 3) + "|"]
+    has_p95 = all(row["n"] >= 20 for row in rows if row["stage"] == "total")
+    median = "total, median (p95) ms" if has_p95 else "total, median ms"
+    lines = [f"| {' | '.join(titles)} | {median} | speed-up | ideal |", "|---" * (len(titles) + 3) + "|"]
     for total, stage, teacher in _totals(rows):
+        p95 = f" ({total['p95_ms']:.1f})" if has_p95 else ""
         about = (total["model"], *([total["backend"]] if several else []), total["batch"], total["steps"], total["nfe"])
         lines.append(
             f"| {' | '.join(map(str, about))} | "
             + "".join(f"{stage[name]:.2f} | " if name in stage else " | " for name in stages)
-            + f"{total['median_ms']:.1f} ({total['p95_ms']:.1f}) | {teacher['total'] / total['median_ms']:.1f}x"
+            + f"{total['median_ms']:.1f}{p95} | {teacher['total'] / total['median_ms']:.1f}x"
             + f" | {teacher['nfe'] / total['nfe']:.0f}x |"
         )
     return "\n".join(lines)
@@ -300,7 +336,7 @@ def run(
         if instead:
             device = first.machine.device
             ways = (False, True) if repeats > 1 else (False,)
-            stock = [stock_diffusers(*instead, device=device, compiled=compiled) for compiled in ways]
+            stock = [made for compiled in ways if (made := _tried(*instead, device, compiled, steps[0], report))]
         configurations = []
         for batch in batches:
             for (student, teacher), kind in zip(opened, kinds, strict=True):
@@ -410,6 +446,8 @@ def main() -> int:
             raise ConfigError("--student and --teacher take the same number of bundles, pairs in order")
         if not options.student and not options.base:
             raise ConfigError("give --student and --teacher, or --base and --lora")
+        if options.base:
+            check_stock(options.base)
         batches = parse_batches(options.batch)
         # As `build-engine` makes them by default, so that rows of the other benchmarks can stand beside these.
         also = () if options.quick else BuildOptions.model_fields["batch_sizes"].default
@@ -420,8 +458,8 @@ def main() -> int:
                 batches=batches,
                 repeats=1 if options.quick else options.repeats,
                 report=print,
-                steps=[1] if options.quick else parse_batches(options.steps),
-                teacher_steps=[2] if options.quick else parse_batches(options.teacher_steps)[::-1],
+                steps=[1] if options.quick else parse_numbers("--steps", options.steps),
+                teacher_steps=[2] if options.quick else parse_numbers("--teacher-steps", options.teacher_steps),
                 behind_server=True,
                 instead=(options.base, options.lora) if options.base else None,
             )

@@ -18,6 +18,7 @@ if __package__ in (None, ""):  # run as a file: the repository's root is what it
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import latency
+from flashdiff.config import parse_numbers
 from flashdiff.engines.runtime.engine import open_bundle
 from flashdiff.errors import ConfigError, FlashdiffError
 from flashdiff.evaluation.command import EvaluateOptions, evaluate
@@ -61,7 +62,10 @@ def run(
     evaluation_file: Path | None,
     report: Callable[[str], None],
 ) -> dict[str, Any]:
-    """{"environment": ..., "points": [...], "real": the row of real images}."""
+    """{"environment": ..., "points": [...], "real": the row of real images}. ConfigError where a bundle's rows cannot be told."""
+    names = {"student": student.resolve().name, "teacher": teacher.resolve().name}
+    if names["student"] == names["teacher"]:
+        raise ConfigError(f"--student and --teacher are both called '{names['student']}', and so would be their rows: rename one")
     with tempfile.TemporaryDirectory() as folder:
         written = evaluation_file or Path(folder) / "evaluation.json"
         if not evaluation_file:
@@ -75,7 +79,6 @@ def run(
             )
             evaluate(options, open_bundle=open_bundle, report=report)
         evaluation = _read(written)
-    names = {"student": student.resolve().name, "teacher": teacher.resolve().name}
     there = [row["name"] for row in evaluation["rows"]]
     for model, counts in (("student", steps), ("teacher", teacher_steps)):
         if missing := [title for count in counts if (title := _title(names[model], count)) not in there]:
@@ -94,18 +97,21 @@ def run(
 def _read(file: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(file.read_text("utf-8"))
-        if any(row["name"] == REAL and row["attributes"] for row in found["rows"]):
+        has_all = all(row["attributes"] and row["kid"] and row["text"] for row in found["rows"])
+        if has_all and any(row["name"] == REAL for row in found["rows"]):
             return found
     except (ValueError, KeyError, TypeError):
         pass
-    raise ConfigError(f"{file}: not what `flashdiff evaluate --json` writes for the embedded world")
+    raise ConfigError(
+        f"{file}: not what `flashdiff evaluate --json` writes for two or more prompts of the embedded world, text score included"
+    )
 
 
 def markdown(found: Sequence[dict[str, Any]]) -> str:
     """The points as a table."""
-    lines = ["| model | steps | ms an image | FID | text | large, % | small, % |", "|---|---|---|---|---|---|---|"]
+    lines = ["| model | steps | ms an image | KID x1000 | text | large, % | small, % |", "|---|---|---|---|---|---|---|"]
     for p in found:
-        values = (p["fid"]["value"], p["text"]["value"], 100 * p["large"]["value"], 100 * p["small"]["value"])
+        values = (p["kid"]["value"], p["text"]["value"], 100 * p["large"]["value"], 100 * p["small"]["value"])
         lines.append(f"| {p['model']} | {p['steps']} | {p['median_ms']:.1f} | " + " | ".join(f"{v:.1f}" for v in values) + " |")
     return "\n".join(lines)
 
@@ -122,16 +128,14 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a few images: does it run, not what it measures")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
-    from flashdiff.engines.build import parse_batches
-
     try:
-        if options.count < 1 or options.repeats < 1:
-            raise ConfigError("--count and --repeats take numbers from 1 on")
+        if options.count < 2 or options.repeats < 1:
+            raise ConfigError("--count takes numbers from 2 on, --repeats from 1")
         report = run(
             options.student,
             options.teacher,
-            steps=[1] if options.quick else parse_batches(options.steps),
-            teacher_steps=[2] if options.quick else parse_batches(options.teacher_steps)[::-1],
+            steps=[1] if options.quick else parse_numbers("--steps", options.steps),
+            teacher_steps=[2] if options.quick else parse_numbers("--teacher-steps", options.teacher_steps),
             count=2 if options.quick else options.count,
             repeats=1 if options.quick else options.repeats,
             evaluation_file=options.evaluation,

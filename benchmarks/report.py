@@ -14,6 +14,7 @@ import io
 import json
 import os
 import re
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -56,39 +57,43 @@ class Results:
 
 
 def read_results(files: Sequence[Path]) -> Results:
-    """ConfigError names the file that is no result, or that was measured elsewhere than the first."""
+    """ConfigError names the file that is no result with a section here, or that was measured elsewhere than those before."""
     results: Results | None = None
     for file in files:
         try:
             found = json.loads(file.read_text("utf-8"))
             environment = found["environment"]
-        except (OSError, ValueError, KeyError, TypeError):
+            rows = found.get("rows") or [{}]
+            keys = set.intersection(*map(set, rows))
+        except (AttributeError, OSError, ValueError, KeyError, TypeError):
             raise ConfigError(f"{file}: not a result of these benchmarks") from None
-        results = results or Results(environment)
+        results = results or Results(dict(environment))
         for name in _SAME:
-            # Each benchmark names the bundles and libraries it used: those that two of them share must be the same.
             ours, theirs = results.environment.get(name), environment.get(name)
             if name in ("libraries", "bundles"):
-                shared = set(ours or {}) & set(theirs or {})
-                ours, theirs = ({key: (side or {}).get(key) for key in shared} for side in (ours, theirs))
+                # Each benchmark names those it used: what it shares with any before it must be the same.
+                known = results.environment[name] = {**(theirs or {}), **(ours or {})}
+                ours, theirs = known, {**known, **(theirs or {})}
             if ours != theirs:
                 raise ConfigError(
-                    f"{file}: its {name} differs from that of {files[0]}; measure both on one machine, in one state"
+                    f"{file}: its {name} differs from that of the files before; measure all on one machine, in one state"
                 )
         if "points" in found:
+            if not all(p.get(name) for p in (*found["points"], found.get("real", {})) for name in ("kid", "text")):
+                raise ConfigError(f"{file}: points without KID or text score; measure them with both")
             results.quality = found
-        elif any("parameters" in row for row in found.get("rows", ())):
-            results.scaling = found["rows"]
-        elif any("server" in row for row in found.get("rows", ())):
-            results.peers = found["rows"]
-        elif any("phase" in row for row in found.get("rows", ())):
-            results.load = found["rows"]
-            if any("cores" not in row for row in results.load if row["phase"] == "saturated"):
+        elif keys >= {"parameters", "median_ms"}:
+            results.scaling = rows
+        elif keys >= {"server", "phase"}:
+            results.peers = rows
+        elif "phase" in keys:
+            results.load = rows
+            if any("cores" not in row for row in rows if row["phase"] == "saturated"):
                 raise ConfigError(f"{file}: rows of an older load.py, without the cores they ran on; measure them again")
-        elif found.get("rows"):
-            results.latency = found["rows"]
+        elif keys >= {"model", "steps", "stage", "median_ms"}:
+            results.latency = rows
         else:
-            raise ConfigError(f"{file}: there are no rows in it")
+            raise ConfigError(f"{file}: the report has no section for its rows")
     if results is None:
         raise ConfigError("name at least one result file")
     return results
@@ -132,17 +137,21 @@ def stage_bars(rows: Sequence[dict[str, Any]]) -> Any:
 
 
 def load_curves(rows: Sequence[dict[str, Any]]) -> Any:
-    """p50 and p99 over offered load of every batching or server, and beside them the share of requests they are the times of."""
+    """p50 and p99 over offered load of every batching or server, and beside them the share of requests they are the times of;
+    medians where there were several rounds."""
     figure, (left, right) = _figure(height=4, columns=2)
     open_loops: dict[str, list[dict[str, Any]]] = {}
     for row in (row for row in rows if row["phase"] == "open loop"):
         open_loops.setdefault(row.get("server") or f"{row['batching']}-level", []).append(row)
     for (name, open_loop), color in zip(open_loops.items(), _COLORS, strict=False):
+        loads = sorted({row["load"] for row in open_loop})
+        runs = [[row for row in open_loop if row["load"] == at] for at in loads]
         for share, line in ((99, "-"), (50, "--")):
-            known = [(100 * row["load"], row[f"p{share}_ms"]) for row in open_loop if row[f"p{share}_ms"] is not None]
+            times = [[row[f"p{share}_ms"] for row in of if row[f"p{share}_ms"] is not None] for of in runs]
+            known = [(100 * at, statistics.median(ms)) for at, ms in zip(loads, times, strict=True) if ms]
             left.plot([at for at, _ in known], [ms for _, ms in known], line, color=color, marker="o", label=f"{name}, p{share}")
-        in_time = [100 * row["statuses"].get("OK", 0) / max(1, row["sent"]) for row in open_loop]
-        right.plot([100 * row["load"] for row in open_loop], in_time, color=color, marker="o", label=name)
+        in_time = [statistics.median(100 * r["statuses"].get("OK", 0) / max(1, r["sent"]) for r in of) for of in runs]
+        right.plot([100 * at for at in loads], in_time, color=color, marker="o", label=name)
     _plain_log(left.yaxis)
     left.set_ylabel("ms, as the client sees it, of what was in time")
     right.set_ylim(0, 105)
@@ -154,11 +163,11 @@ def load_curves(rows: Sequence[dict[str, Any]]) -> Any:
 
 
 def quality_front(found: dict[str, Any]) -> Any:
-    """Fréchet distance and text score over latency, with the real images' own: the first hardly sees what a few steps of a
-    teacher cost, the second does."""
+    """Kernel distance and text score over latency, with the real images' own. Not the Fréchet distance: of a few hundred
+    images it is mostly the bias of so small a sample, and says the same of a teacher at 2 steps and at 50."""
     figure, both = _figure(height=4, columns=2)
     for axes, name, title in zip(
-        both, ("fid", "text"), ("Fréchet distance (lower is better)", "text score (higher is better)"), strict=True
+        both, ("kid", "text"), ("KID x1000 (lower is better)", "text score (higher is better)"), strict=True
     ):
         for model, color in (("student", "#2f6f9f"), ("teacher", "#b56576")):
             points = sorted((p for p in found["points"] if p["model"] == model), key=lambda p: p["steps"])
@@ -251,15 +260,20 @@ def claims(results: Results) -> list[str]:
     points = {(p["model"], p["steps"]): p for p in results.quality.get("points", ())}
     for steps in (4, 2):
         if ("student", steps) in points and ("teacher", 50) in points:
-            fid, text, large = (
-                [points[of][name]["value"] for of in (("student", steps), ("teacher", 50))] for name in ("fid", "text", "large")
-            )
+            of = (points["student", steps], points["teacher", 50])
+            kid, real = [p["kid"] for p in of], results.quality["real"]["kid"]
+            text, large = ([p[name]["value"] for p in of] for name in ("text", "large"))
             said.append(
-                f"At {steps} steps the Fréchet distance to real images is {fid[0] / fid[1]:.2f} times the 50-step teacher's; the "
-                f"text score is {text[0]:.1f} (teacher {text[1]:.1f}), large attributes are right on {100 * large[0]:.1f} % "
+                f"At {steps} steps the kernel distance to real images (KID x1000) is {_with_interval(kid[0])}; the 50-step "
+                f"teacher's is {_with_interval(kid[1])}, other real images' {_with_interval(real)}. The text score is "
+                f"{text[0]:.1f} (teacher {text[1]:.1f}), large attributes are right on {100 * large[0]:.1f} % "
                 f"({100 * large[1]:.1f} %) of the images."
             )
     return said
+
+
+def _with_interval(found: dict[str, float]) -> str:
+    return f"{found['value']:.1f} ({found['low']:.1f} to {found['high']:.1f})"
 
 
 @dataclass(frozen=True)

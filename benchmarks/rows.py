@@ -35,12 +35,6 @@ def environment(manifests: dict[str, Manifest]) -> dict[str, Any]:
     }
 
 
-def row(manifest: Manifest, model: str, batch: int, steps: int, stage: str, samples_ms: Sequence[float]) -> dict[str, Any]:
-    """One row of a bundle's: median, p95 and quartiles of the samples, in milliseconds."""
-    nfe = steps * manifest.model.sampler.evaluations_per_step
-    return timed_row(manifest.backend, manifest.precision, model, batch, steps, nfe, stage, samples_ms)
-
-
 def timed_row(
     backend: str, precision: str, model: str, batch: int, steps: int, nfe: int, stage: str, samples_ms: Sequence[float]
 ) -> dict[str, Any]:
@@ -56,12 +50,17 @@ def timed_row(
         "nfe": nfe,
         "stage": stage,
         "median_ms": round(statistics.median(ordered), 4),
-        "p95_ms": round(ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))], 4),
+        "p95_ms": round(percentile(ordered, 95), 4),
         "interval_ms": [round(ordered[rank], 4) for rank in median_ranks(len(ordered))],
         "quartiles_ms": [round(quartiles[0], 4), round(quartiles[2], 4)],
         "n": len(ordered),
         "samples_ms": [round(sample, 3) for sample in samples_ms],
     }
+
+
+def percentile(samples: Sequence[float], percent: int) -> float:
+    """The smallest sample that at least so many per cent do not exceed: the nearest rank."""
+    return sorted(samples)[max(0, -(-percent * len(samples) // 100) - 1)]
 
 
 def median_ranks(n: int) -> tuple[int, int]:
@@ -77,9 +76,11 @@ def median_ranks(n: int) -> tuple[int, int]:
 
 
 def _commit() -> str | None:
+    """Its hash, with `-dirty` where tracked files differ from it."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         where = Path(__file__).parent
-        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=where, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, cwd=where, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from benchmarks.peers.pipeline import filled
 from flashdiff.errors import FlashdiffError
 from flashdiff.server.scheduler import Ready, choose
 from flashdiff.server.worker import Job, Worker
@@ -43,7 +44,10 @@ def _all_that_fit(ready: Iterable[Ready]) -> list[Ready]:
 
 
 class RequestLevelWorker(Worker):
-    """What most servers do, for comparison: a batch is closed when it starts, all of one number of steps; who comes waits."""
+    """What most servers do, for comparison: a batch is closed when it starts, all of one number of steps; who comes waits.
+
+    It takes as many rows as fill a batch size, so that none pays for padding.
+    """
 
     _choose = staticmethod(_all_that_fit)
 
@@ -55,11 +59,14 @@ class RequestLevelWorker(Worker):
         waiting = sorted(super()._candidates(), key=lambda job: (job.due, job.arrival))
         self._group = [job for job in self._group if job in waiting]
         if not self._group and waiting:
-            first = waiting[0]
-            room = first.model.components.max_batch // first.model.components.spec.sampler.evaluations_per_step
-            for job in waiting:
-                alike = (job.model, job.order.size, job.order.steps) == (first.model, first.order.size, first.order.steps)
-                if alike and room >= job.order.count:
+            kinds = [(job.model, job.order.size, job.order.steps) for job in waiting]
+            alike = [job for job, kind in zip(waiting, kinds, strict=True) if kind == kinds[0]]
+            first, (model, size, _) = waiting[0], kinds[0]
+            slots = model.components.spec.sampler.evaluations_per_step
+            sizes = [batch // slots for batch in sorted(model.costs["denoiser", size]) if batch >= slots]
+            room = max(first.order.count, filled(sum(job.order.count for job in alike), sizes))
+            for job in alike:
+                if room >= job.order.count:
                     self._group.append(job)
                     room -= job.order.count
         return self._group or waiting[:1]
@@ -92,10 +99,15 @@ def server(bundle: Path, batching: Batching = "step", engine_cores: set[int] | N
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(bundle, batching, engine_cores, theirs), daemon=True)
     process.start()
+    theirs.close()  # so that the pipe ends with the process
     try:
         if not ours.poll(120) or process.pid is None:
             raise FlashdiffError("the server did not start within two minutes")
-        yield Served(f"127.0.0.1:{ours.recv()}", process.pid, ours)
+        try:
+            port = ours.recv()
+        except EOFError:
+            raise FlashdiffError(f"the server of {bundle} ended before it was ready; what it said is above") from None
+        yield Served(f"127.0.0.1:{port}", process.pid, ours)
     finally:
         process.terminate()
         process.join(30)

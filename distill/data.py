@@ -13,7 +13,6 @@ import safetensors
 import safetensors.torch
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -22,6 +21,7 @@ from flashdiff.distill import processes
 from flashdiff.distill.config import DataRecipe
 from flashdiff.distill.sources import Damage, Sample, decoded, image_size, read_samples
 from flashdiff.errors import TrainingError, first_line
+from flashdiff.evaluation.images import DAMAGED_IMAGE
 from flashdiff.families.base import TorchModel
 from flashdiff.files import cache_folder, hash_files
 
@@ -115,7 +115,7 @@ def load_dataset(recipe: DataRecipe, model: TorchModel, *, batch_size: int, seed
             item = cache.item(sample, size)
             wanted = is_mine and item.latents is not None and not _is_whole(item.latents)
             pixels = decoded(sample.image, size) if wanted and sample.image is not None else None
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what pillow has for damaged files
+        except DAMAGED_IMAGE as error:
             bad[number] = f"{sample.where} is not a readable image ({first_line(error)})"
             continue
         items[number] = size, item

@@ -3,7 +3,6 @@
 import io
 import logging
 import random
-import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from flashdiff.components import Size
 from flashdiff.distill import processes
 from flashdiff.distill.config import DataRecipe
 from flashdiff.errors import EvaluationError, TrainingError, first_line, install
-from flashdiff.evaluation.images import METADATA, SUFFIXES, WORLD, read_metadata, shard_samples
+from flashdiff.evaluation.images import DAMAGED_SHARD, METADATA, SUFFIXES, WORLD, read_metadata, shard_samples
 
 _log = logging.getLogger(__name__)
 
@@ -143,7 +142,7 @@ def _files(files: list[Path], damage: Damage) -> Iterator[Sample]:
         damage.count("files")
         try:
             yield from (_shard if path.suffix == ".tar" else _parquet)(path, damage)
-        except (OSError, EOFError, tarfile.TarError) as error:
+        except DAMAGED_SHARD as error:
             damage.skip("files", f"{path} is damaged ({first_line(error)})")
 
 

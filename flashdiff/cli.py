@@ -91,7 +91,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--steps", metavar="N[,N...]", help="steps to measure SUBJECT at, a row each; default: the model's")
     evaluate.add_argument("--teacher", metavar="BASE", help="a bundle or model to measure beside it")
     evaluate.add_argument("--teacher-steps", default="50", metavar="N[,N...]", help="default: %(default)s")
-    evaluate.add_argument("--guidance", type=float, help="guidance scale of models without a flash LoRA; default: the family's")
+    evaluate.add_argument(
+        "--guidance",
+        type=float,
+        help="guidance scale of the teacher, or of SUBJECT without one; default: what SUBJECT's flash LoRA was taught at (a "
+        "bundle does not know it), or the family's",
+    )
     evaluate.add_argument(
         "--prompts",
         default="avatars",
@@ -106,7 +111,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="IMAGES",
         help="a folder, webdataset shards (.tar), or avatars: the embedded model's training renders (default)",
     )
-    evaluate.add_argument("--reference-count", type=int, default=5000, help="reference images at most; default: %(default)s")
+    evaluate.add_argument(
+        "--reference-count", type=int, default=5000, help="reference images at most, evenly spaced; default: %(default)s"
+    )
     evaluate.add_argument(
         "--features", metavar="NAME", help="avatars, inception[:FOLDER]; default: avatars for its reference, else inception"
     )
@@ -222,6 +229,7 @@ def _inspect(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     """Measure images against a reference set: FID, KID, text score, attributes, diversity, copies. Prints Markdown tables."""
     _need("distill", "torch", "diffusers", "peft")
+    from flashdiff.config import parse_numbers
     from flashdiff.evaluation.command import EvaluateOptions, evaluate
 
     for name in ("count", "seeds", "reference_count"):
@@ -232,9 +240,9 @@ def _evaluate(options: argparse.Namespace) -> None:
         EvaluateOptions(
             subject=options.subject,
             loras=tuple(_lora(lora) for lora in options.lora),
-            steps=_numbers("--steps", options.steps) if options.steps else (),
+            steps=parse_numbers("--steps", options.steps) if options.steps else (),
             teacher=options.teacher,
-            teacher_steps=_numbers("--teacher-steps", options.teacher_steps),
+            teacher_steps=parse_numbers("--teacher-steps", options.teacher_steps),
             guidance=options.guidance,
             prompts=options.prompts,
             count=options.count,
@@ -256,17 +264,6 @@ def _open_bundle(path: Path) -> "Components":
     from flashdiff.engines.runtime.engine import open_bundle
 
     return open_bundle(path)
-
-
-def _numbers(option: str, text: str) -> tuple[int, ...]:
-    """`4,2` as numbers; ConfigError for anything else."""
-    try:
-        numbers = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        numbers = ()
-    if not numbers or min(numbers) < 1:
-        raise ConfigError(f"{option} '{text}': give whole numbers, such as 4,2")
-    return numbers
 
 
 def _serve(options: argparse.Namespace) -> None:

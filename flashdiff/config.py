@@ -30,6 +30,17 @@ class Record(BaseModel):
         return hashlib.sha256(self.canonical_json().encode()).hexdigest()
 
 
+def parse_numbers(option: str, text: str) -> tuple[int, ...]:
+    """`4,2` as numbers from 1 on, in their order; ConfigError for anything else."""
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1:
+        raise ConfigError(f"{option} '{text}': give whole numbers from 1 on, such as 4,2")
+    return numbers
+
+
 def load_recipe(path: Path, record: type[R]) -> R:
     """Read a TOML file into `record`; ConfigError names the file, the key and the nearest known one."""
     try:

@@ -46,7 +46,14 @@ class FlowSchedule(Record):
 
     @classmethod
     def from_scheduler_config(cls, config: Mapping[str, Any], source: str, *, tokens: int) -> Self:
-        """From a FlowMatchEulerDiscreteScheduler's config; `tokens` is the length of the default image, for dynamic shifting."""
+        """From a FlowMatchEulerDiscreteScheduler's config; `tokens` is the length of the default image, for dynamic shifting.
+
+        ConfigError names `source` when it asks for another shift.
+        """
+        if config.get("shift_terminal"):
+            raise ConfigError(f"{source}: the scheduler's shift_terminal is not supported")
+        if config.get("use_dynamic_shifting") and config.get("time_shift_type", "exponential") != "exponential":
+            raise ConfigError(f"{source}: the scheduler's time_shift_type = {config['time_shift_type']!r} is not supported")
         if config.get("use_dynamic_shifting"):
             first, last = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
             low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)

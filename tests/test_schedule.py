@@ -3,7 +3,7 @@ import pytest
 from diffusers import DDPMScheduler
 
 from flashdiff.errors import ConfigError
-from flashdiff.schedule import Grid, NoiseSchedule, trailing_times
+from flashdiff.schedule import FlowSchedule, Grid, NoiseSchedule, trailing_times
 
 SCHEDULE = NoiseSchedule(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 
@@ -27,6 +27,14 @@ def test_a_scheduler_of_another_kind_is_refused() -> None:
     config = {"num_train_timesteps": 1000, "beta_start": 0.1, "beta_end": 0.2, "beta_schedule": "squaredcos_cap_v2"}
     with pytest.raises(ConfigError, match=r"x/scheduler: 'beta_schedule' = 'squaredcos_cap_v2'"):
         NoiseSchedule.from_scheduler_config(config, source="x/scheduler")
+
+
+def test_a_flow_schedulers_other_shifts_are_refused() -> None:
+    dynamic = {"use_dynamic_shifting": True, "time_shift_type": "exponential", "shift_terminal": None}
+    assert FlowSchedule.from_scheduler_config(dynamic, source="x", tokens=256).shift == pytest.approx(np.exp(0.5))
+    for change in ({"shift_terminal": 0.02}, {"time_shift_type": "linear"}):
+        with pytest.raises(ConfigError, match=f"x/scheduler: the scheduler's {next(iter(change))}"):
+            FlowSchedule.from_scheduler_config({**dynamic, **change}, source="x/scheduler", tokens=256)
 
 
 @pytest.mark.parametrize("solver_steps", [4, 8, 12, 16, 32, 64])

@@ -3,9 +3,12 @@
     python benchmarks/peers/compare.py BUNDLE --litserve PYTHON --pytriton PYTHON --json peers.json      # or make bench-peers
 
 Each PYTHON is that of an environment with the peer in it and what a bundle needs to run (`make bench-peers` makes them). A peer
-batches requests and runs the whole pipeline on the batch; flashdiff batches steps. Cores, prompts, seeds and Poisson arrivals are
-load.py's; loads are shares of what flashdiff does saturated. A peer knows no deadlines: all that it sees of one is a client that
-leaves after a second.
+batches requests and runs the whole pipeline on them, in batches that they fill; flashdiff batches steps. Cores, prompts, seeds
+and Poisson arrivals are load.py's; loads are shares of what flashdiff does saturated. A peer knows no deadlines: all that it sees
+of one is a client that leaves after a second.
+
+Every phase runs three times, every server started anew and another one first in each round; tables and plots tell the median, and
+tables the range.
 """
 
 import argparse
@@ -14,6 +17,7 @@ import json
 import os
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -21,6 +25,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -53,14 +58,15 @@ Use = Callable[[Any], Awaitable[load.Outcome]]
 
 @dataclass(frozen=True)
 class Plan:
-    """Seconds of each part."""
+    """Seconds of each part, and how often it runs."""
 
+    rounds: int = 3
     saturated_s: float = 10.0
     loads: tuple[float, ...] = (0.4, 0.6, 0.8, 0.95)
     open_loop_s: float = 12.0
 
 
-QUICK = Plan(saturated_s=0.5, loads=(0.5,), open_loop_s=0.5)
+QUICK = Plan(rounds=2, saturated_s=0.5, loads=(0.5,), open_loop_s=0.5)
 
 
 class LitServeClient:
@@ -193,17 +199,25 @@ def run(bundle: Path, peers: Sequence[tuple[Peer, Path]], plan: Plan, report: Ca
         rows.append(asyncio.run(with_client()).row(server=name, **about))
         report(" ".join(f"{key}={value}" for key, value in rows[-1].items() if key != "samples_ms"))
 
-    def each(use: Use, **about: Any) -> None:
+    def ours(use: Use, about: dict[str, Any]) -> None:
         with server(bundle, "step", engine_cores) as served:
             measure("flashdiff", lambda address: AsyncClient(address, retries=False), served.address, use, about)
-        for peer, python in peers:
-            with started(peer, python, bundle, engine_cores) as address:
-                measure(peer.name, peer.connect, address, use, about)
+
+    def theirs(peer: Peer, python: Path, use: Use, about: dict[str, Any]) -> None:
+        with started(peer, python, bundle, engine_cores) as address:
+            measure(peer.name, peer.connect, address, use, about)
+
+    def each(use: Use, **about: Any) -> None:
+        servers: list[Callable[[Use, dict[str, Any]], None]] = [ours, *(partial(theirs, *peer) for peer in peers)]
+        for index in range(plan.rounds):
+            first = index % len(servers)
+            for run_one in (*servers[first:], *servers[:first]):
+                run_one(use, {**about, "round": index + 1})
 
     with on_cores(other_cores):
         at_once = 2 * manifest.batch_sizes[-1] // manifest.model.sampler.evaluations_per_step
         each(lambda client: load.saturated(client, plan.saturated_s, at_once), phase="saturated")
-        capacity = rows[0]["goodput_per_s"]
+        capacity = statistics.median(row["goodput_per_s"] for row in rows if row["server"] == "flashdiff")
         for share in plan.loads:
             offered = share * capacity
             each(
@@ -226,13 +240,16 @@ def _versions(python: Path, names: Sequence[str]) -> dict[str, str]:
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """A line per load and server; saturated first."""
-    lines = ["| load | server | p50 ms | p95 ms | p99 ms | in time | images/s |", "|---|---|---|---|---|---|---|"]
+    """A line per load and server, medians over the rounds and their range; saturated first."""
+    lines = ["| load | server | p50 ms | p95 ms | p99 ms | in time, % | images/s |", "|---|---|---|---|---|---|---|"]
+    runs: dict[tuple[float | None, str], list[dict[str, Any]]] = {}
     for row in rows:
-        times = " | ".join(str(row[f"p{share}_ms"]) for share in (50, 95, 99))
-        at = f"{row['load']:.0%}" if "load" in row else "saturated"
-        in_time = row["statuses"].get("OK", 0) / max(1, row["sent"])
-        lines.append(f"| {at} | {row['server']} | {times} | {in_time:.1%} | {row['goodput_per_s']} |")
+        runs.setdefault((row.get("load"), row["server"]), []).append(row)
+    for (at, name), of in sorted(runs.items(), key=lambda item: item[0][0] or 0):
+        times = [load.median_and_range([row[f"p{share}_ms"] for row in of]) for share in (50, 95, 99)]
+        in_time = load.median_and_range([100 * row["statuses"].get("OK", 0) / max(1, row["sent"]) for row in of])
+        rate = load.median_and_range([row["goodput_per_s"] for row in of])
+        lines.append(f"| {f'{at:.0%}' if at else 'saturated'} | {name} | {' | '.join(times)} | {in_time} | {rate} |")
     return "\n".join(lines)
 
 

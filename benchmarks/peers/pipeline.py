@@ -31,6 +31,11 @@ def parse_place() -> Place:
     return Place(options.bundle, options.port, frozenset(map(int, options.cores.split(","))))
 
 
+def filled(rows: int, batch_sizes: Sequence[int]) -> int:
+    """The largest of the rising batch sizes that so many rows fill, at least the smallest: no padding is paid for."""
+    return max([size for size in batch_sizes if size <= rows], default=batch_sizes[0])
+
+
 class Pipeline:
     """Opened on the engine's cores; the thread that calls it moves there too."""
 
@@ -39,10 +44,18 @@ class Pipeline:
         os.sched_setaffinity(0, self._cores)
         self._engine = open_bundle(place.bundle)
         self._engine.measure_costs()  # makes every batch size ready, as our server does
-        self.max_batch = self._engine.max_batch // self._engine.spec.sampler.evaluations_per_step
+        slots = self._engine.spec.sampler.evaluations_per_step
+        self._sizes = [batch // slots for batch in self._engine.manifest.batch_sizes if batch >= slots]
+        self.max_batch = self._sizes[-1]
 
     def __call__(self, requests: Sequence[tuple[str, int, int]]) -> list[bytes]:
-        """PNG files of (prompt, steps, seed), all of them when the slowest is done."""
+        """PNG files of (prompt, steps, seed), all of them when the slowest is done. They run in batches that they fill: five rows
+        as four and one, where one padded batch would cost as much as eight."""
         os.sched_setaffinity(0, self._cores)
         orders = [check_order(self._engine.spec, prompt=prompt, steps=steps, seed=seed) for prompt, steps, seed in requests]
-        return [encode_image(images[0], "png") for images in generate(self._engine, orders)]
+        made = []
+        while orders:
+            count = filled(len(orders), self._sizes)
+            made += generate(self._engine, orders[:count])
+            orders = orders[count:]
+        return [encode_image(images[0], "png") for images in made]

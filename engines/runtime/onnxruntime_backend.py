@@ -20,6 +20,8 @@ def open_parts(folder: Path, manifest: Manifest) -> Callable[[str, Path, Mapping
         part = manifest.parts[name]
         options = ort.SessionOptions()
         options.intra_op_num_threads = cpu_threads()
+        # Every part and shape is a session with threads of its own: when idle ones spin, they take cores from the one that runs.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3  # errors; it warns of every float16 constant that it cannot fold on a CPU
         for dimension, value in dimensions.items():
             options.add_free_dimension_override_by_name(dimension, value)

@@ -1,5 +1,6 @@
 """`flashdiff evaluate`: opens what its options name, measures every subject, writes what was asked for."""
 
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -33,9 +34,10 @@ from flashdiff.evaluation.images import (
     real_images,
     write_images,
 )
+from flashdiff.families.base import TorchModel
 from flashdiff.files import new_folder, write_whole
 from flashdiff.generate import check_order
-from flashdiff.lora import find_lora, load_fused, read_flash_info
+from flashdiff.lora import find_lora, fused_spec, load_fused, read_flash_info
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,8 @@ class EvaluateOptions:
     teacher: str | None = None
     teacher_steps: tuple[int, ...] = (50,)
     guidance: float | None = None
+    """Of the teacher, or of the subject where no teacher is named; None: what the subject's flash LoRA was taught at, or the
+    family's."""
     prompts: str = WORLD
     count: int = 500
     seeds: int = 2
@@ -67,7 +71,7 @@ def evaluate(options: EvaluateOptions, *, open_bundle: Callable[[Path], Componen
     features = feature_extractor(options.features or ("avatars" if of_world else "inception"))
     scorer_name = options.text or ("avatars" if of_world else None)
     scorer = text_scorer(scorer_name) if scorer_name else None
-    plan = _plan(options, open_bundle)
+    plan = _plan(options, open_bundle, report)
     reference = read_reference(options.reference, options.reference_count, WORLD_SIZE)
     if not plan.is_drawable:
         plan.real, reference = _real_part(reference)
@@ -116,9 +120,10 @@ class _Plan:
         return bool(self.prompts) and all(prompt.scene for prompt in self.prompts)
 
 
-def _plan(options: EvaluateOptions, open_bundle: Callable[[Path], Components]) -> _Plan:
+def _plan(options: EvaluateOptions, open_bundle: Callable[[Path], Components], report: Callable[[str], None]) -> _Plan:
     """Open everything and check every prompt with every model, so that a mistake shows before the first image."""
     opened: list[tuple[str, Components, tuple[int, ...]]] = []
+    taught = None
     if _holds_images(Path(options.subject)):
         if options.loras or options.steps:
             raise ConfigError(f"{options.subject} is a folder of images: --lora and --steps are for models")
@@ -129,13 +134,16 @@ def _plan(options: EvaluateOptions, open_bundle: Callable[[Path], Components]) -
         plan = _Plan(read_prompts(options.prompts, options.count), options.seeds)
         loras = tuple((find_lora(name), weight) for name, weight in options.loras)
         name = " + ".join([Path(options.subject).resolve().name, *(folder.name for folder, _ in loras)])
-        is_flash = any(read_flash_info(folder) for folder, _ in loras)  # a flash student runs without guidance
-        guidance = None if is_flash and options.teacher else options.guidance
+        taught = next((info.guidance for folder, _ in loras if (info := read_flash_info(folder))), None)
+        guidance = None if options.teacher else options.guidance
         opened.append((name, _open(options.subject, loras, guidance, open_bundle), options.steps))
     if options.teacher:
         if not plan.prompts:
             raise ConfigError(f"{options.subject} tells no prompts, so the teacher has none to draw: see docs/evaluation.md")
         components = _open(options.teacher, (), options.guidance, open_bundle)
+        if options.guidance is None and taught and isinstance(components, TorchModel) and components.guides_twice:
+            components.spec = fused_spec(components.spec, (), statistics.mean(taught))
+            report(f"{options.teacher}: guided at {statistics.mean(taught):g}, as the flash LoRA was taught")
         opened.append((Path(options.teacher).resolve().name, components, options.teacher_steps))
 
     taken = {REAL, plan.made.name if plan.made else REAL}

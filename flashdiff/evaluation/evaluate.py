@@ -7,7 +7,6 @@ model can be expected to be closer to the reference than other real images are.
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from flashdiff.evaluation.metrics import (
     estimate,
     frechet_distance,
     nearest,
+    share,
     spread_within_groups,
     weighted_mean,
 )
@@ -153,7 +153,8 @@ def _need_two(images: ImageSet) -> None:
 def _mean(values: NDArray[np.floating] | None, groups: NDArray[np.int64]) -> Estimate | None:
     if values is None or np.isnan(values).all():
         return None
-    return estimate(lambda weights: weighted_mean(values, weights), groups)
+    counts = ~np.isnan(values)
+    return estimate(lambda weights: weighted_mean(values[counts], weights), groups[counts])
 
 
 def _text_scores(images: ImageSet, scorer: TextScorer | None) -> tuple[NDArray[np.floating] | None, NDArray[np.floating] | None]:
@@ -181,22 +182,20 @@ def _attributes(images: ImageSet, groups: NDArray[np.int64]) -> dict[str, Estima
     for name in (*LARGE, *SMALL):
         hits = [float(read[name][i] == words[name]) if name in words else math.nan for i, words in enumerate(asked)]
         right[name] = np.array(hits)
-    found = {name: _mean(values, groups) for name, values in right.items()}
-    result = {name: value for name, value in found.items() if value}
-    for title, names in (("large", LARGE), ("small", SMALL)):
-        if known := [right[name] for name in names if name in result]:
-            result[title] = estimate(partial(_mean_share, known), groups)
+    averages = {"large": LARGE, "small": SMALL}
+    result = {}
+    for title, names in ({name: (name,) for name in right} | averages).items():
+        known = np.array([right[name] for name in names if not np.isnan(right[name]).all()])
+        if len(known):  # attributes count alike, however many prompts say them
+            prompts = len(np.unique(groups[~np.isnan(known).all(0)]))
+            result[title] = share(float(np.nanmean(known, axis=1).mean()), prompts)
     return result
 
 
-def _mean_share(known: Sequence[NDArray[np.float64]], weights: NDArray[np.float64] | None) -> float:
-    """Attributes count alike, however many prompts say them."""
-    return float(np.mean([weighted_mean(values, weights) for values in known]))
-
-
 def warnings_for(yardstick: Yardstick, counts: Iterable[int]) -> tuple[str, ...]:
-    """What makes the Frechet distance unsound: a covariance of D features needs more than D images."""
-    dimension, needed = yardstick.features.dimension, 2 * yardstick.features.dimension
+    """What makes the Frechet distance unsound: with fewer than some 20 images a feature (the usual 50,000 are 24 for each of
+    Inception's 2048) much of it is the bias of a small sample (1911.07023), the same for every subject."""
+    dimension, needed = yardstick.features.dimension, 20 * yardstick.features.dimension
     few = [f"{count} {side}" for side, count in (("images", min(counts)), ("of the reference", len(yardstick.reference)))
            if count <= needed]  # fmt: skip
     if not few:
@@ -232,7 +231,7 @@ def markdown(report: Report) -> str:
     text += (
         f"\n\nFeatures: {report.features}, {report.feature_dimension} a picture, resized: {report.resize}{scored}. "
         f"Reference: {report.reference}, {report.reference_images} images. "
-        "± is the 95 % interval of a bootstrap over prompts."
+        "± is the 95 % interval of a bootstrap over prompts, - where there is but one; shares stand with their score interval."
     )
     return "\n\n".join([text, *(f"**Warning:** {warning}." for warning in report.warnings)])
 
@@ -242,7 +241,9 @@ def _cell(value: Any) -> str:
 
 
 def _percent(value: Estimate | None) -> str:
-    return "-" if value is None else f"{100 * value.value:.1f} ± {50 * (value.high - value.low):.1f}"
+    if value is None or value.low is None or value.high is None:
+        return "-"
+    return f"{100 * value.value:.1f} ({100 * value.low:.1f} to {100 * value.high:.1f})"
 
 
 def _table(lines: Sequence[Sequence[str]]) -> str:

@@ -3,8 +3,10 @@
 import io
 import json
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,9 +15,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
-from flashdiff.errors import EvaluationError
+from flashdiff.errors import EvaluationError, first_line
 from flashdiff.files import write_whole
 from flashdiff.generate import Pixels
+
+DAMAGED_IMAGE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+"""What pillow has for damaged files."""
+DAMAGED_SHARD = (OSError, EOFError, tarfile.TarError, zlib.error)
+"""And tarfile, of a compressed one too."""
 
 METADATA = "metadata.jsonl"
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
@@ -66,10 +73,10 @@ class ImageSet:
 # --- prompts ---------------------------------------------------------------------------------------------------------
 
 
-def read_prompts(source: str, count: int) -> list[Prompt]:
-    """`count` prompts of the embedded world by name, or the first `count` lines of a text file."""
+def read_prompts(source: str, count: int, seed: int = _PROMPT_SEED) -> list[Prompt]:
+    """`count` prompts of the embedded world by name, its scenes from `seed` on, or the first `count` lines of a text file."""
     if source in (WORLD, HELD_OUT):
-        return _world_prompts(count, held_out=source == HELD_OUT)
+        return _world_prompts(count, seed, held_out=source == HELD_OUT)
     try:
         lines = [line.strip() for line in Path(source).read_text("utf-8").splitlines()]
     except (OSError, UnicodeDecodeError):
@@ -80,13 +87,12 @@ def read_prompts(source: str, count: int) -> list[Prompt]:
     return prompts
 
 
-def _world_prompts(count: int, *, held_out: bool) -> list[Prompt]:
+def _world_prompts(count: int, seed: int, *, held_out: bool) -> list[Prompt]:
     """Full captions of scenes that training has not seen; with `held_out`, of combinations it has never seen."""
     from flashdiff.zoo.world import KINDS, describe, full_caption
 
     kinds = tuple(KINDS)  # each has a held-out combination
     found: list[Prompt] = []
-    seed = _PROMPT_SEED
     while len(found) < count:
         kind = kinds[len(found) % len(kinds)]
         scene = describe(kind, seed)
@@ -136,28 +142,33 @@ def _world_reference(count: int, size: int) -> ImageSet:
 
 
 def read_images(source: Path, count: int | None = None) -> ImageSet:
-    """Images and captions of a folder or of webdataset shards, at most `count`.
+    """Images and captions of a folder or of webdataset shards, at most `count`, evenly spaced over all in order of their names.
 
     A folder tells captions in metadata.jsonl (`file_name`, `text`; as `datasets` reads it) or in .txt files; a shard in
     .txt members. EvaluationError when there is no image, one cannot be read, or sizes are mixed.
     """
     if source.is_file() and source.suffix == ".tar":
-        entries: Iterable[tuple[str, bytes, Prompt | None, int]] = _read_shard(source)
-    elif source.is_dir() and (shards := sorted(source.glob("*.tar"))):
-        entries = (entry for shard in shards for entry in _read_shard(shard))
+        shards = [source]
     elif source.is_dir():
-        entries = _read_folder(source)
+        shards = sorted(source.glob("*.tar"))
     else:
         raise EvaluationError(f"{source}: give a folder of images or webdataset shards (.tar)")
+
+    def entries() -> Iterator[_Found]:
+        return (entry for shard in shards for entry in _read_shard(shard)) if shards else _read_folder(source)
+
+    wanted = None
+    if count is not None and (total := sum(1 for _ in entries())) > count:
+        wanted = set(np.linspace(0, total - 1, count).astype(int))
     pixels: list[Pixels] = []
     names: list[str] = []
     prompts, seeds = [], []
-    for name, data, prompt, seed in entries:
-        if count is not None and len(pixels) == count:
-            break
+    for number, (name, read, prompt, seed) in enumerate(entries()):
+        if wanted is not None and number not in wanted:
+            continue
         try:
-            image = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-        except (OSError, Image.DecompressionBombError):
+            image = np.asarray(Image.open(io.BytesIO(read())).convert("RGB"))
+        except DAMAGED_IMAGE:
             raise EvaluationError(f"{source}: {name} is not a readable image") from None
         if pixels and image.shape != pixels[0].shape:
             (h, w), (h0, w0) = image.shape[:2], pixels[0].shape[:2]
@@ -170,10 +181,14 @@ def read_images(source: Path, count: int | None = None) -> ImageSet:
         seeds.append(seed)
     if not pixels:
         raise EvaluationError(f"{source}: no images ({', '.join(sorted(SUFFIXES))})")
-    return ImageSet(source.name, np.stack(pixels), tuple(prompts), tuple(seeds))
+    return ImageSet(source.resolve().name, np.stack(pixels), tuple(prompts), tuple(seeds))
 
 
-def _read_folder(folder: Path) -> Iterator[tuple[str, bytes, Prompt | None, int]]:
+_Found = tuple[str, Callable[[], bytes], Prompt | None, int]
+"""An image's name, its file, its prompt and its seed."""
+
+
+def _read_folder(folder: Path) -> Iterator[_Found]:
     known = read_metadata(folder / METADATA)
     for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES):
         name = path.relative_to(folder).as_posix()
@@ -181,7 +196,7 @@ def _read_folder(folder: Path) -> Iterator[tuple[str, bytes, Prompt | None, int]
         text = path.with_suffix(".txt")
         if prompt is None and text.is_file():
             prompt = Prompt(_text(text.read_bytes(), text.name))
-        yield name, path.read_bytes(), prompt, seed
+        yield name, path.read_bytes, prompt, seed
 
 
 def _known_kind(scene: tuple[str, int]) -> tuple[str, int]:
@@ -218,12 +233,12 @@ def read_metadata(path: Path) -> dict[str, tuple[Prompt | None, int]]:
     return known
 
 
-def _read_shard(path: Path) -> Iterator[tuple[str, bytes, Prompt | None, int]]:
+def _read_shard(path: Path) -> Iterator[_Found]:
     try:
         for members in shard_samples(path):
             yield from _sample(members, path.name)
-    except tarfile.TarError as error:
-        raise EvaluationError(f"{path}: not a readable tar file ({error})") from None
+    except DAMAGED_SHARD as error:
+        raise EvaluationError(f"{path}: not a readable tar file ({first_line(error)})") from None
 
 
 def shard_samples(path: Path) -> Iterator[dict[str, bytes]]:
@@ -250,11 +265,11 @@ def shard_samples(path: Path) -> Iterator[dict[str, bytes]]:
             yield sample
 
 
-def _sample(members: dict[str, bytes], shard: str) -> Iterator[tuple[str, bytes, Prompt | None, int]]:
+def _sample(members: dict[str, bytes], shard: str) -> Iterator[_Found]:
     text = next((data for name, data in members.items() if name.endswith(".txt")), None)
     for name, data in members.items():
         if Path(name).suffix in SUFFIXES:
-            yield f"{shard}/{name}", data, None if text is None else Prompt(_text(text, name)), 0
+            yield f"{shard}/{name}", partial(bytes, data), None if text is None else Prompt(_text(text, name)), 0
 
 
 def _text(data: bytes, name: str) -> str:

@@ -3,6 +3,7 @@
 Every estimate is a function of weights over the N images (how often each counts), so that one bootstrap serves all.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,14 +19,15 @@ BOOTSTRAP_DRAWS = 100
 
 
 class Estimate(Record):
-    """A value and its 95 % interval, from the bootstrap's standard error."""
+    """A value and its 95 % interval; None where too few prompts count to tell one."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
     def __str__(self) -> str:
-        return f"{self.value:.3g} ± {(self.high - self.low) / 2:.2g}"
+        error = "-" if self.low is None or self.high is None else f"{(self.high - self.low) / 2:.2g}"
+        return f"{self.value:.3g} ± {error}"
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ def estimate(statistic: Callable[[Array | None], float], groups: NDArray[np.int6
     """The statistic with its 95 % interval: groups (the images of one prompt) are drawn together, with replacement.
 
     The interval is the value plus or minus 1.96 bootstrap standard errors, and not the draws' percentiles: a draw holds
-    fewer different images than the set, and distances between distributions grow when it does.
+    fewer different images than the set, and distances between distributions grow when it does. One group has no interval.
     """
     value = statistic(None)
     _, index = np.unique(groups, return_inverse=True)
@@ -142,5 +144,18 @@ def estimate(statistic: Callable[[Array | None], float], groups: NDArray[np.int6
         for _ in range(BOOTSTRAP_DRAWS)
     ]
     known = np.array(draws)[np.isfinite(draws)]
-    error = 1.96 * float(known.std(ddof=1)) if len(known) > 1 else float("nan")
+    if count < 2 or len(known) < 2:
+        return Estimate(value=value, low=None, high=None)
+    error = 1.96 * float(known.std(ddof=1))
     return Estimate(value=value, low=value - error, high=value + error)
+
+
+def share(value: float, prompts: int) -> Estimate:
+    """A share with its 95 % score interval (Wilson 1927; Brown, Cai & DasGupta 2001, section 3.1.1): within [0, 1], never empty.
+
+    `prompts` is how many different ones count: two images of one prompt are not two trials.
+    """
+    z = 1.96
+    middle = (value + z**2 / (2 * prompts)) / (1 + z**2 / prompts)
+    error = z / (1 + z**2 / prompts) * math.sqrt(value * (1 - value) / prompts + z**2 / (4 * prompts**2))
+    return Estimate(value=value, low=max(0.0, middle - error), high=min(1.0, middle + error))

@@ -66,3 +66,16 @@ phases = [{ updates = 2, mode_weights = [0, 0, 0, 1] }]
     assert found["distillation"][0]["rows"]["2"]["FID"] != found["distillation"][1]["rows"]["2"]["FID"]
     assert ablation.main([*few, "--scale", "0.5"]) == 1
     assert "holds results of another scale" in capsys.readouterr().err
+    settings = tmp_path / "out" / "settings.json"
+    settings.write_text(settings.read_text().replace("avatars probe", "another probe"))
+    assert ablation.main(few) == 1
+    assert "holds results of another networks" in capsys.readouterr().err
+    settings.unlink()
+    monkeypatch.setitem(VARIANTS, "distillation", {"target_uses": 2})
+    assert ablation.main([*few, "--only", "distillation", "--seeds", "0"]) == 1
+    assert "holds a run of another recipe" in capsys.readouterr().err
+
+
+def test_an_ablation_chooses_on_other_prompts_than_evaluate_reports() -> None:
+    prompts = ablation.read_prompts("avatars", 60, ablation._PROMPT_SEED)
+    assert not {prompt.scene for prompt in prompts} & {prompt.scene for prompt in ablation.read_prompts("avatars", 60)}

@@ -1,19 +1,39 @@
 """The benchmark's code paths, never its times."""
 
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tiny import make_tiny_sdxl
 
-from benchmarks.latency import STAGES, beyond_ideal, in_process, markdown, measure, of_main_backend, run, summary
-from benchmarks.rows import environment, median_ranks, row
+from benchmarks import latency, rows
+from benchmarks.latency import STAGES, Configuration, beyond_ideal, in_process, markdown, measure, of_main_backend, run, summary
+from benchmarks.rows import environment, median_ranks, percentile, timed_row
 from flashdiff.engines.bundle import read_manifest
 from flashdiff.engines.runtime.fake_backend import GUIDED, FakeComponents
-from flashdiff.errors import BundleError
+from flashdiff.errors import BundleError, ConfigError
+
+
+def test_a_commit_with_changes_on_top_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*arguments: str) -> None:
+        subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x", *arguments], cwd=tmp_path, check=True)
+
+    monkeypatch.setattr(rows, "__file__", str(tmp_path / "rows.py"))
+    (tmp_path / "file").write_text("a")
+    git("init", "-q")
+    git("add", "file")
+    git("commit", "-qm", "x")
+    clean = rows._commit()
+    assert clean is not None
+    assert re.fullmatch("[0-9a-f]{40}", clean)
+    (tmp_path / "file").write_text("b")
+    assert rows._commit() == f"{clean}-dirty"
 
 
 def test_every_round_runs_every_configuration_and_times_every_stage() -> None:
@@ -30,20 +50,34 @@ def test_every_round_runs_every_configuration_and_times_every_stage() -> None:
     assert teacher.calls.count(("denoiser", 4)) == 2 * 3 * 10  # each twice; two images, guided
 
 
-def test_rows_have_the_promised_form_and_the_table_says_the_speed_up(teacher_bundle: Path) -> None:
-    manifest = read_manifest(teacher_bundle)
-    one = row(manifest, "teacher", 1, 50, "total", [100.0, 300.0, 200.0])
+def test_rows_have_the_promised_form_and_the_table_says_the_speed_up() -> None:
+    one = timed_row("onnxruntime", "fp32", "teacher", 1, 50, 100, "total", [100.0, 300.0, 200.0])
     assert one.keys() >= {"model", "backend", "precision", "batch", "steps", "nfe", "stage", "median_ms", "p95_ms", "n"}
     assert (one["median_ms"], one["p95_ms"], one["nfe"], one["n"], one["backend"]) == (200.0, 300.0, 100, 3, "onnxruntime")
     fast = {**one, "model": "student", "steps": 2, "nfe": 2, "median_ms": 10.0}
     table = markdown([{**base, "stage": stage} for base in (one, fast) for stage in STAGES])
+    assert "| 200.0 | 1.0x | 1x |" in table
     assert "| 20.0x | 50x |" in table
+    assert "p95" not in table  # of three samples
+    many = {**fast, "n": 20, "p95_ms": 12.0}
+    assert "| total, median (p95) ms |" in markdown([many, {**one, "n": 20}])
+    assert "| 10.0 (12.0) |" in markdown([many, {**one, "n": 20}])
+
+
+def test_a_percentile_is_the_nearest_rank() -> None:
+    assert percentile(range(20, 0, -1), 95) == 19
+    assert [percentile(range(1, 11), percent) for percent in (0, 50, 95, 100)] == [1, 5, 10, 10]
+    assert percentile([7.0], 99) == 7
+
+
+def test_the_environment_names_bundles_by_hash(teacher_bundle: Path) -> None:
+    manifest = read_manifest(teacher_bundle)
     assert environment({"teacher": manifest})["bundles"]["teacher"]["hash"] == manifest.bundle_hash
 
 
 def _timed(model: str, backend: str, steps: int, nfe: int, total: float, **stages: float) -> list[dict[str, Any]]:
     about = {"model": model, "backend": backend, "precision": "fp32", "batch": 1, "steps": steps, "nfe": nfe}
-    return [{**about, "stage": name, "median_ms": ms, "p95_ms": ms} for name, ms in {**stages, "total": total}.items()]
+    return [{**about, "stage": name, "median_ms": ms, "p95_ms": ms, "n": 20} for name, ms in {**stages, "total": total}.items()]
 
 
 _TWO_BACKENDS = [
@@ -114,9 +148,37 @@ def test_the_command_times_every_backend_the_server_and_stock_diffusers(tmp_path
     assert "Where the rest of the ideal speed-up went" in run.stdout
 
 
+def test_without_a_compiler_the_rest_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stock(base: str, lora: Path, *, device: str, compiled: bool) -> Callable[[int, int], Configuration]:
+        def once(_: int) -> dict[str, list[float]]:
+            if compiled:
+                raise RuntimeError("No working C++ compiler found\nand more")
+            return {"total": [1.0]}
+
+        return lambda steps, batch: Configuration("diffusers", "torch", "fp32", steps, batch, steps, once)
+
+    monkeypatch.setattr(latency, "stock_diffusers", stock)
+    said: list[str] = []
+    assert latency._tried("avatars", tmp_path, "cpu", False, 1, said.append)
+    assert latency._tried("avatars", tmp_path, "cpu", True, 1, said.append) is None
+    assert said == ["without diffusers, compiled: No working C++ compiler found"]
+
+
+def test_a_base_that_stock_diffusers_is_not_timed_with_is_refused_before_anything_is_built(tmp_path: Path) -> None:
+    latency.check_stock("avatars")
+    with pytest.raises(ConfigError, match="is for a StableDiffusionXLPipeline"):
+        latency.check_stock(str(make_tiny_sdxl(tmp_path)))
+
+
 def test_bundles_that_are_no_pairs_are_one_line(tmp_path: Path) -> None:
     script = Path(__file__).parents[2] / "benchmarks" / "latency.py"
-    for options, said in ((["--student", "a"], "pairs in order"), ([], "give --student and --teacher, or --base and --lora")):
+    pair = ["--student", "a", "--teacher", "b"]
+    for options, said in (
+        (["--student", "a"], "pairs in order"),
+        ([], "give --student and --teacher, or --base and --lora"),
+        ([*pair, "--teacher-steps", "100,0"], "--teacher-steps '100,0': give whole numbers"),
+        ([*pair, "--teacher-steps", "100"], "a: no such bundle"),
+    ):
         run = subprocess.run([sys.executable, str(script), *options], capture_output=True, text=True, timeout=100, check=False)
         assert run.returncode == 1
         assert len(run.stderr.splitlines()) == 1

@@ -5,6 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from benchmarks.serving import server
+from flashdiff.errors import FlashdiffError
+
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -21,17 +26,27 @@ def test_every_phase_runs_and_every_accepted_request_is_answered(student_bundle:
     assert run.returncode == 0, run.stderr
     rows = json.loads((tmp_path / "r.json").read_text())["rows"]
     assert [row["phase"] for row in rows] == [
-        *("offline", "saturated", "offline", "quiet", "saturated", "open loop", "open loop", "overload", "chaos"),
+        *("offline", "saturated", "offline", "quiet", "saturated", "offline", "saturated", "offline", "saturated"),
+        *("open loop", "open loop", "overload", "chaos"),
     ]
+    full = [row for row in rows if row["phase"] == "saturated"]
+    assert [(row["cores"], row["round"]) for row in full] == [("shared", 1), ("own", 1), ("shared", 2), ("own", 2)]
+    capacity = (full[1]["goodput_per_s"] + full[3]["goodput_per_s"]) / 2
+    assert rows[9]["offered_per_s"] == pytest.approx(0.5 * capacity, abs=0.02)
     chaos = rows[-1]
     assert sum(chaos["ends"].values()) == chaos["sent"]
     assert (chaos["answered"], chaos["slots_left"]) == (chaos["accepted"], 0)
     assert chaos["ends"].get("OK", 0) <= chaos["accepted"] <= chaos["sent"]
-    for row in (rows[1], *rows[4:8]):
+    for row in (*full, *rows[9:12]):
         assert sum(row["statuses"].values()) == row["sent"]
         assert len(row["samples_ms"]) == row["statuses"].get("OK", 0)
     assert "step-level" in run.stdout
     assert "request-level" in run.stdout
+
+
+def test_a_server_that_dies_at_start_is_said_at_once(tmp_path: Path) -> None:
+    with pytest.raises(FlashdiffError, match="ended before it was ready"), server(tmp_path):
+        pass
 
 
 def test_a_folder_that_is_no_bundle_is_one_line(tmp_path: Path) -> None:

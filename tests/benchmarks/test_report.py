@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from benchmarks import quality
 from benchmarks.quality import points
 from benchmarks.report import claims, read_results, with_speed, write_report
 from flashdiff.errors import ConfigError
@@ -71,8 +72,8 @@ def files(tmp_path: Path) -> list[Path]:
     measures |= {"large": _value(0.9), "small": _value(0.7)}
     timed = {
         "points": [
-            {"model": model, "steps": steps, "median_ms": ms, **measures}
-            for model, steps, ms in (("student", 4, 20.0), ("teacher", 50, 400.0))
+            {"model": model, "steps": steps, "median_ms": ms, **measures, "kid": _value(kid)}
+            for model, steps, ms, kid in (("student", 4, 20.0, 20.0), ("teacher", 50, 400.0, 10.0))
         ]
     }
     networks = [
@@ -84,7 +85,7 @@ def files(tmp_path: Path) -> list[Path]:
     return [
         _write(tmp_path, "latency.json", rows=rows),
         _write(tmp_path, "load.json", rows=load_rows),
-        _write(tmp_path, "quality.json", real=measures, **timed),
+        _write(tmp_path, "quality.json", real={**measures, "kid": _value(1.0)}, **timed),
         _write(tmp_path, "peers.json", rows=[{**row, "server": "LitServe", "goodput_per_s": 9.0} for row in open_loop]),
         _write(tmp_path, "scaling.json", rows=networks),
     ]
@@ -97,8 +98,9 @@ def test_one_page_holds_all_and_says_what_the_numbers_say(files: list[Path], tmp
     assert claims(results) == [
         "4 steps take 20.0 ms where the teacher's 50 guided ones take 400 ms: 20.0 times as fast, 0.80 of the ideal 25.",
         "The same 4 steps in stock diffusers take 90.0 ms, 4.5 times as long.",
-        "At 4 steps the Fréchet distance to real images is 1.00 times the 50-step teacher's; the text score is 20.0 "
-        "(teacher 20.0), large attributes are right on 90.0 % (90.0 %) of the images.",
+        "At 4 steps the kernel distance to real images (KID x1000) is 20.0 (19.0 to 21.0); the 50-step teacher's is "
+        "10.0 (9.0 to 11.0), other real images' 1.0 (0.0 to 2.0). The text score is 20.0 (teacher 20.0), large attributes "
+        "are right on 90.0 % (90.0 %) of the images.",
     ]
     write_report(results, [sheet], tmp_path / "report")
     html = (tmp_path / "report" / "report.html").read_text()
@@ -117,13 +119,31 @@ def test_numbers_of_two_machines_or_bundles_do_not_stand_side_by_side(files: lis
         other.write_text(json.dumps({**json.loads(files[1].read_text()), "environment": {**_HERE, name: value}}))
         with pytest.raises(ConfigError, match=f"its {name} differs from that of"):
             read_results([files[0], other])
+    later = tmp_path / "later.json"  # it shares no bundle with the first, but one with the second
+    later.write_text(json.dumps({"environment": {**_HERE, "bundles": {"more": {"hash": "m"}}}, "rows": [{"phase": "chaos"}]}))
+    other.write_text(json.dumps({"environment": {**_HERE, "bundles": {"more": {"hash": "n"}}}, "rows": [{"phase": "chaos"}]}))
+    with pytest.raises(ConfigError, match=r"other\.json: its bundles differs"):
+        read_results([files[0], later, other])
     old = _write(tmp_path, "old.json", rows=[{"phase": "saturated", "goodput_per_s": 90}])
     with pytest.raises(ConfigError, match=r"old\.json: rows of an older load\.py"):
         read_results([old])
     bad = tmp_path / "bad.json"
-    bad.write_text("{}")
-    with pytest.raises(ConfigError, match=r"bad\.json: not a result"):
-        read_results([bad])
+    for text in ("{}", "[]", "no JSON", '{"environment": {}, "rows": [1]}'):
+        bad.write_text(text)
+        with pytest.raises(ConfigError, match=r"bad\.json: not a result"):
+            read_results([bad])
+
+
+@pytest.mark.parametrize(
+    "file", sorted((Path(__file__).parents[2] / "benchmarks" / "results").glob("*.json")), ids=lambda file: file.name
+)
+def test_committed_results_are_drawn_or_refused_by_name(file: Path, tmp_path: Path) -> None:
+    if any(kind in file.name for kind in ("latency", "load", "peers", "scaling")):
+        write_report(read_results([file]), [], tmp_path / "report")
+        assert len(list((tmp_path / "report").glob("*.png"))) == 1
+    else:
+        with pytest.raises(ConfigError, match=re.escape(file.name)):
+            read_results([file])
 
 
 def test_the_readme_says_what_the_committed_rows_say() -> None:
@@ -165,3 +185,20 @@ def test_a_point_has_the_quality_and_the_time_of_one_number_of_steps() -> None:
         ("teacher", 50, 400.0),
     ]
     assert found[0]["large"]["value"] == 5
+
+
+def _quality(student: Path, teacher: Path, evaluation: Path | None) -> None:
+    options = {"steps": [1], "teacher_steps": [2], "count": 2, "repeats": 1, "report": print}
+    quality.run(student, teacher, evaluation_file=evaluation, **options)
+
+
+def test_bundles_of_one_name_or_an_evaluation_without_text_scores_make_no_points(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="both called 'bundle'"):
+        _quality(tmp_path / "a" / "bundle", tmp_path / "b" / "bundle", None)
+    row = {"name": "real", "attributes": {"large": _value(1)}, "kid": _value(1), "text": None}
+    evaluation = _write(tmp_path, "evaluation.json", rows=[row])
+    with pytest.raises(ConfigError, match=r"evaluation\.json: not what .* text score included"):
+        _quality(tmp_path / "a", tmp_path / "b", evaluation)
+    bare = _write(tmp_path, "quality.json", points=[{"model": "student", "kid": _value(1), "text": None}], real=row)
+    with pytest.raises(ConfigError, match=r"quality\.json: points without KID or text score"):
+        read_results([bare])

@@ -8,6 +8,7 @@ from flashdiff.evaluation.metrics import (
     estimate,
     frechet_distance,
     nearest,
+    share,
     spread_within_groups,
     weighted_mean,
 )
@@ -80,6 +81,8 @@ def test_the_bootstrap_interval_covers_the_mean_about_as_often_as_it_says() -> N
     for trial in range(100):
         values = rng.normal(size=80)
         found = estimate(lambda weights, values=values: weighted_mean(values, weights), np.arange(80), seed=trial)
+        assert found.low is not None
+        assert found.high is not None
         covered += found.low <= 0 <= found.high
     assert 86 <= covered <= 100
 
@@ -89,6 +92,20 @@ def test_images_of_one_prompt_are_drawn_together() -> None:
     alone = estimate(lambda w: weighted_mean(values, w), np.arange(1000))
     together = estimate(lambda w: weighted_mean(values, w), np.repeat(np.arange(50), 20))
     assert together.high - together.low > 3 * (alone.high - alone.low)
+
+
+def test_one_prompt_has_no_interval() -> None:
+    found = estimate(lambda w: weighted_mean(np.array([1.0, 3.0]), w), np.zeros(2, dtype=int))
+    assert (found.value, found.low, found.high) == (2, None, None)
+    assert str(found) == "2 ± -"
+
+
+def test_a_share_has_wilsons_interval() -> None:
+    middle = share(0.5, 10)  # Brown, Cai & DasGupta: 5 of 10
+    assert (middle.low, middle.high) == (pytest.approx(0.2366, abs=1e-4), pytest.approx(0.7634, abs=1e-4))
+    none, all_of_them = share(0.0, 10), share(1.0, 10)
+    assert (none.low, none.high) == (0, pytest.approx(0.2775, abs=1e-4))
+    assert (all_of_them.low, all_of_them.high) == (pytest.approx(0.7225, abs=1e-4), 1)
 
 
 def test_spread_and_nearest_are_plain_distances() -> None:
