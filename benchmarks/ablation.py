@@ -51,25 +51,32 @@ _IMAGE_SEEDS = 2
 _PROMPT_SEED = 35_000_000  # of scenes that neither a training nor `evaluate` uses
 _PAPER = {"adversarial": {"kind": "lsgan", "r1_weight": 0.0}, "distribution_matching": {"times": (0.0, 1.0)}}
 
+_IMAGES_ALONE = {"backward_simulation": (0.0, 0.0)}
+
 VARIANTS: dict[str, dict[str, Any]] = {
     # The paper, loss by loss: every target used once. Weights are those of its second and of its last phase.
-    "distillation": {"target_uses": 1},
-    "+adversarial": {"target_uses": 1, "loss": _PAPER, "weights": {"adversarial": (0.1, 0.3)}},
-    "paper": {"target_uses": 1, "loss": _PAPER, "weights": {"adversarial": (0.1, 0.3), "distribution_matching": (0.3, 0.7)}},
+    "distillation": {"target_uses": 1, "phases": _IMAGES_ALONE},
+    "+adversarial": {"target_uses": 1, "loss": _PAPER, "phases": {**_IMAGES_ALONE, "adversarial": (0.1, 0.3)}},
+    "paper": {
+        "target_uses": 1,
+        "loss": _PAPER,
+        "phases": {**_IMAGES_ALONE, "adversarial": (0.1, 0.3), "distribution_matching": (0.3, 0.7)},
+    },
     # LCM: one teacher step and the averaged student from there, over all times of the grid alike.
-    "lcm": {"target_uses": 1, "target": "consistency", "every_time": True},
-    # Ours: targets are used again, so most of the budget goes to the student; then one change each.
+    "lcm": {"target_uses": 1, "target": "consistency", "every_time": True, "phases": _IMAGES_ALONE},
+    # Ours: targets are used again, and the later phase starts from the student's own steps too; then one change each.
     "ours": {},
+    "ours-reuse": {"target_uses": 1},
+    "ours-simulation": {"phases": _IMAGES_ALONE},
     "ours+huber": {"loss": {"distillation": "pseudo_huber"}},
     "ours+perceptual": {"loss": {"distillation": "perceptual"}},
-    "ours+simulation": {"backward_simulation": 0.5},
-    "ours+adversarial": {"weights": {"adversarial": (0.02, 0.05)}},
+    "ours+adversarial": {"phases": {"adversarial": (0.02, 0.05)}},
     "ours+matching": {
         "loss": {"distribution_matching": {"fake_score": "lora"}},
-        "weights": {"distribution_matching": (0.02, 0.05)},
+        "phases": {"distribution_matching": (0.02, 0.05)},
     },
 }
-"""Changes of the recipe by name. `weights` gives a loss's weight in the first and in the later phases."""
+"""Changes of the recipe by name; under `phases`, values for the first and for the later ones."""
 
 METRICS = ("FID", "KID x1000", "large %", "small %", "text", "diversity")
 
@@ -90,11 +97,11 @@ def variant(recipe: Recipe, name: str, seed: int, scale: float) -> Recipe:
 
 
 def _changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
-    settings = {key: value for key, value in changes.items() if key not in ("weights", "every_time")}
+    settings = {key: value for key, value in changes.items() if key not in ("phases", "every_time")}
     phases = [phase.model_dump() for phase in recipe.phases]
-    for loss, weights in changes.get("weights", {}).items():
+    for name, values in changes.get("phases", {}).items():
         for index, phase in enumerate(phases):
-            phase[loss] = weights[min(index, 1)]
+            phase[name] = values[min(index, 1)]
     grid = recipe.grid.model_dump()
     if changes.get("every_time"):
         grid["modes"] = grid["solver_steps"]
