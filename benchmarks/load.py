@@ -268,9 +268,8 @@ def run(bundle: Path, plan: Plan, report: Callable[[str], None]) -> dict[str, An
     capacity = statistics.median(full)
     with on_cores(other_cores):
         batchings: tuple[Batching, ...] = ("step", "request")
-        for index, load in enumerate(
-            plan.loads
-        ):  # the two in turn, each first every other time: a noisy machine is noisy for both
+        # The two in turn, each first every other time: a noisy machine is noisy for both.
+        for index, load in enumerate(plan.loads):
             for batching in batchings[:: -1 if index % 2 else 1]:
                 with server(bundle, batching, engine_cores) as served:
                     phase(
