@@ -24,8 +24,8 @@ POOL_BATCHES = 16
 """Targets are solved for this many batches at a time."""
 
 REUSED_POOL_BATCHES = 256
-"""Likewise where they are used again: a student that saw 16 batches four times in a row learned those by heart, one pool after
-another, and what it kept of them was the last."""
+"""Likewise where they are used again: of 16 batches, seen four times in a row, the embedded student's loss fell by a quarter
+from the first use to the last, and was back at the first of the next 16: it was learning them by heart."""
 
 
 @dataclass(frozen=True)
