@@ -65,6 +65,6 @@ Made for 1 to {recipe.grid.modes} steps, **guidance off**, at these timesteps:
 {grids}.
 
 With flashdiff: `flashdiff build-engine {info.base} --lora THIS_FOLDER --out BUNDLE`. `kohya.safetensors` is the same LoRA for
-ComfyUI and its kin (cfg 1, the LCM sampler). With diffusers:
+ComfyUI and its kin, not tried there (cfg 1, the LCM sampler). With diffusers:
 
 {usage}"""

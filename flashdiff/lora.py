@@ -27,7 +27,7 @@ from flashdiff.schedule import Grid
 WEIGHTS = "pytorch_lora_weights.safetensors"
 FLASH = "flash.json"
 KOHYA = "kohya.safetensors"
-"""The same weights for ComfyUI and its kin."""
+"""The same weights in the naming that ComfyUI and its kin read."""
 ADAPTER = "student"
 """The trained adapter's name within peft."""
 
