@@ -12,7 +12,6 @@ _STAGES: tuple[Stage, ...] = ("decode", "encode", "denoise")
 PART_OF: dict[Stage, str] = {"decode": "decoder", "encode": "text_encoder", "denoise": "denoiser"}
 
 _WAIT_MARGIN = 1.4
-_LATENESS_POWER = 4  # late ends weigh more; of 1 to 4, simulated, 4 gave the lowest p99 with the costs of a CPU
 
 
 Priority = Literal["high", "normal", "low"]
@@ -77,26 +76,16 @@ def _alike(urgent: Sequence[Ready]) -> list[Ready]:
 
 
 def _step_size(rows: Sequence[Ready]) -> int:
-    return best_batch(rows[0].costs, rows[0].slots, [row.arrival for row in rows]) if rows else 0
+    return best_batch(rows[0].costs, rows[0].slots, len(rows)) if rows else 0
 
 
-def best_batch(costs: Mapping[int, float], slots: int, owners: Sequence[Hashable]) -> int:
-    """How many of the rows that wait for a step, of `slots` slots each, the next one should take; `owners` are their requests.
+def best_batch(costs: Mapping[int, float], slots: int, rows: int) -> int:
+    """How many of the `rows` that wait for a step, of `slots` slots each, the next one should take: as many as cost least a row.
 
-    As many as a batch holds once there are so many, which makes the most of the device. Fewer are taken together as far as that
-    answers their requests sooner, were each row done in one call: on a CPU, where two cost nearly twice as much as one, it is
-    often better to finish the first.
+    On a GPU that is all of them, padded; on a CPU, where eight cost nearly twice as much as four, five rows go as four and one.
     """
-    most = max(1, max(costs) // slots)
-    if len(owners) >= most or len(owners) == 1:
-        return min(len(owners), most)
-    last_rows = {owner: place for place, owner in enumerate(owners)}.values()
-
-    def lateness(size: int) -> float:
-        spent = _cost(costs, size * slots)
-        return sum((spent * (1 + place // size)) ** _LATENESS_POWER for place in last_rows)
-
-    return min((min(len(owners), batch // slots) for batch in sorted(costs) if batch >= slots), key=lateness)
+    sizes = {min(rows, batch // slots) for batch in costs if batch >= slots} or {1}
+    return min(sizes, key=lambda size: (_cost(costs, size * slots) / size, -size))
 
 
 @dataclass(frozen=True)
@@ -138,7 +127,7 @@ def finish_times(works: Sequence[Work]) -> list[float]:
         bucket = min(lines, key=lambda bucket: lines[bucket][0][0])
         rows = lines[bucket]
         work = works[rows[0][0]]
-        count = best_batch(work.costs["denoiser"], work.slots, [index for index, _ in rows])
+        count = best_batch(work.costs["denoiser"], work.slots, len(rows))
         batch, waiting = rows[:count], rows[count:]
         for index in {index for index, _ in batch} - read:
             read.add(index)

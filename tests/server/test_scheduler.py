@@ -77,22 +77,25 @@ def test_slots_are_never_more_than_the_batch_and_a_guided_row_takes_two() -> Non
         assert [item.index for item in choose(ready)] == [0, 1]
 
 
-def test_rows_share_a_step_as_far_as_that_ends_them_sooner() -> None:
-    nearly_twice, hardly_more = {1: 5.0, 2: 9.0, 4: 17.0}, {1: 5.0, 2: 6.0, 4: 8.0}
-    assert [best_batch(nearly_twice, 1, range(waiting)) for waiting in (1, 2, 3, 4, 9)] == [1, 1, 1, 4, 4]
-    assert [best_batch(hardly_more, 1, range(waiting)) for waiting in (1, 2, 3, 4, 9)] == [1, 2, 3, 4, 4]
-    assert best_batch(nearly_twice, 1, ["one", "one"]) == 2  # of one request, which is answered when both are done
-    assert best_batch(hardly_more, 2, ["one"]) == 1
-    assert best_batch({1: 5.0}, 2, range(3)) == 1  # what no batch holds is for the caller to refuse
+def test_a_step_takes_as_many_rows_as_cost_least_each() -> None:
+    nearly_twice, hardly_more, dearer_full = {1: 5.0, 2: 9.0, 4: 17.0}, {1: 5.0, 2: 6.0, 4: 8.0}, {1: 5.0, 2: 6.0, 4: 14.0}
+    assert [best_batch(nearly_twice, 1, waiting) for waiting in (1, 2, 3, 4, 9)] == [1, 2, 2, 4, 4]
+    assert [best_batch(hardly_more, 1, waiting) for waiting in (1, 2, 3, 4, 9)] == [1, 2, 3, 4, 4]
+    assert best_batch(dearer_full, 1, 9) == 2
+    assert best_batch({1: 5.0, 2: 10.0}, 1, 9) == 2  # alike: the larger, which takes fewer calls
+    assert best_batch(hardly_more, 2, 1) == 1
+    assert best_batch({1: 5.0}, 2, 3) == 1  # what no batch holds is for the caller to refuse
 
 
 def test_texts_wait_where_their_rows_would_not_join_the_step() -> None:
     costs = {1: 5.0, 2: 9.0, 4: 17.0}
-    rows = [_ready("denoise", 0, due=1, costs=costs)]
-    texts = [_ready("encode", index, size=None, due=9) for index in range(1, 5)]
-    assert [item.stage for item in choose([*rows, *texts[:2]])] == ["denoise"]
-    assert [item.stage for item in choose([*rows, *texts])] == 4 * ["encode"]  # with so many, a full step pays
-    assert [item.stage for item in choose([*rows, _ready("encode", 5, size=None, due=9, model="b")])] == ["denoise"]
+    rows = [_ready("denoise", index, due=1, costs=costs) for index in range(2)]
+    texts = [_ready("encode", index, size=None, due=9) for index in range(2, 4)]
+    assert [item.stage for item in choose([*rows, *texts[:1]])] == 2 * ["denoise"]  # three would go as two and one
+    assert [item.stage for item in choose([*rows, *texts])] == 2 * ["encode"]
+    assert [item.stage for item in choose([*rows, *(_ready("encode", 5 + i, size=None, due=9, model="b") for i in (0, 1))])] == (
+        2 * ["denoise"]
+    )
 
 
 def test_models_do_not_share_a_batch_and_none_blocks_another() -> None:
