@@ -123,11 +123,16 @@ def finish_times(works: Sequence[Work]) -> list[float]:
     for index, work in enumerate(works):
         lines.setdefault(work.bucket, []).extend((index, steps) for steps in work.steps)
     clock, ends, read = 0.0, [0.0] * len(works), set[int]()
+    counts: dict[tuple[Hashable, int], int] = {}
     while lines := {bucket: rows for bucket, rows in lines.items() if rows}:
         bucket = min(lines, key=lambda bucket: lines[bucket][0][0])
         rows = lines[bucket]
         work = works[rows[0][0]]
-        count = best_batch(work.costs["denoiser"], work.slots, len(rows))
+        costs = work.costs["denoiser"]
+        key = bucket, min(len(rows), max(costs))  # more than fit change nothing
+        if key not in counts:
+            counts[key] = best_batch(costs, work.slots, key[1])
+        count = counts[key]
         batch, waiting = rows[:count], rows[count:]
         for index in {index for index, _ in batch} - read:
             read.add(index)
