@@ -117,13 +117,14 @@ class Recipe(Record):
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     """Of the student; the second keeps its moments in 8 bits and needs a GPU and bitsandbytes."""
     learning_rate: float = Field(gt=0, lt=1)
-    """Of the student, at its highest: it falls to 0 over the last fifth of the run."""
+    """Of the student, at its highest: it falls to 0 over the last seven tenths of the run."""
     warmup_updates: int = Field(100, ge=0)
     """Over which it rises to that."""
     ema_decay: float = Field(0.99, ge=0, lt=1)
     """Of the student that is published; 0 publishes the last weights."""
     target_uses: int = Field(1, ge=1)
-    """How many updates see one target of the teacher. 1 is the paper; more is cheaper where the teacher is most of the cost."""
+    """How many updates see one target of the teacher. 1 is the paper; more is cheaper where the teacher is most of the cost, and
+    keeps 256 batches of targets in the memory of every process, which a run that goes on solves again."""
     checkpoint_every: int = Field(100, ge=1)
     """Updates between checkpoints, and between previews."""
     checkpoints_keep: int = Field(1, ge=1)
