@@ -186,7 +186,7 @@ class _Cache:
         generator = torch.Generator().manual_seed(int(item.latents.stem[:12], 16))
         image = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(processes.device()).float().div(127.5).sub(1)
         with torch.no_grad():
-            _write(item.latents, {"latents": self._model.encode_images(image, generator)[0].float()})
+            _write(item.latents, {"latents": self._model.encoder(image, generator)[0].float()})
 
     def put_prompt(self, item: Item, caption: str) -> None:
         rows = self._model.encode_ids(self._model.tokenizer([caption], truncate=True))

@@ -9,6 +9,7 @@ from pathlib import Path
 import flashdiff
 from flashdiff.components import Size
 from flashdiff.engines.bundle import (
+    PARTS,
     SCHEMA_VERSION,
     LatentCodec,
     Manifest,
@@ -28,7 +29,7 @@ from flashdiff.engines.runtime.engine import Engine
 from flashdiff.engines.verify import verify
 from flashdiff.errors import BundleError
 from flashdiff.families.base import TorchModel
-from flashdiff.families.loading import shift_of
+from flashdiff.families.codec import shift_of
 from flashdiff.files import hash_file, new_folder, write_whole
 from flashdiff.lora import find_lora, load_fused
 
@@ -143,7 +144,7 @@ def _save_torch(plan: Plan, model: TorchModel, folder: Path) -> dict[str, tuple[
         if file.suffix in (".json", ".txt", ".model") and not file.name.endswith(".index.json"):
             (target / file.relative_to(plan.folder).parent).mkdir(exist_ok=True)
             shutil.copyfile(file, target / file.relative_to(plan.folder))
-    return {part: (PartFile(file=f"{MODEL}/model_index.json"),) for part in ("text_encoder", "denoiser", "decoder")}
+    return {part: (PartFile(file=f"{MODEL}/model_index.json"),) for part in PARTS}
 
 
 def _manifest(plan: Plan, model: TorchModel, parts: list[Part], files: dict[str, tuple[PartFile, ...]]) -> Manifest:

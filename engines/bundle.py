@@ -1,7 +1,7 @@
 """The bundle: a folder with the compiled parts and `manifest.json`, whole and checked or not opened at all."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Literal, Self
 
@@ -13,9 +13,9 @@ from flashdiff.errors import BundleError
 from flashdiff.files import hash_file, write_whole
 from flashdiff.text import TokenizerSpec
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MANIFEST = "manifest.json"
-PARTS = ("text_encoder", "denoiser", "decoder")
+PARTS = ("text_encoder", "encoder", "denoiser", "decoder")
 
 BackendName = Literal["openvino", "onnxruntime", "torch", "tensorrt", "tensorrt-rtx"]
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -35,6 +35,11 @@ class TensorSpec(Record):
 
     def shape_for(self, dimensions: Mapping[str, int]) -> tuple[int, ...]:
         return tuple(dimensions[d] if isinstance(d, str) else d for d in self.shape)
+
+
+def is_spatial(tensors: Iterable[TensorSpec]) -> bool:
+    """Whether a shape depends on the image's size."""
+    return any(dimension in ("height", "image_height") for tensor in tensors for dimension in tensor.shape)
 
 
 class PartFile(Record):
@@ -58,7 +63,7 @@ class PartSpec(Record):
     @property
     def is_spatial(self) -> bool:
         """Whether it is compiled for every image size, or for none."""
-        return any("height" in tensor.shape for tensor in self.inputs)
+        return is_spatial(self.inputs)
 
     def file_for(self, size: Size | None, batch: int) -> str:
         """The file that serves a bucket."""

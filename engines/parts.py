@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from flashdiff.components import Size
-from flashdiff.engines.bundle import Precision, TensorSpec
+from flashdiff.engines.bundle import Precision, TensorSpec, is_spatial
 from flashdiff.families.base import ModelFamily, TorchModel
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -29,7 +29,7 @@ class Part:
     @property
     def is_spatial(self) -> bool:
         """Whether its inputs depend on the image's size."""
-        return any("height" in tensor.shape for tensor in self.inputs)
+        return is_spatial(self.inputs)
 
 
 def parts_of(family: ModelFamily, model: TorchModel) -> list[Part]:
@@ -40,6 +40,7 @@ def parts_of(family: ModelFamily, model: TorchModel) -> list[Part]:
         for name, values in model.encode_ids(model.tokenizer([""])).items()
     ]
     latents = TensorSpec(name="latents", dtype="float32", shape=("batch", spec.latent_channels, "height", "width"))
+    images = TensorSpec(name="images", dtype="float32", shape=("batch", 3, "image_height", "image_width"))
     return [
         Part(
             "text_encoder",
@@ -47,6 +48,7 @@ def parts_of(family: ModelFamily, model: TorchModel) -> list[Part]:
             tuple(TensorSpec(name=t.name, dtype="int64", shape=("batch", t.length)) for t in spec.tokenizers),
             tuple(states),
         ),
+        Part("encoder", model.encoder, (images,), (latents,)),
         Part(
             "denoiser",
             model.denoiser,
@@ -55,12 +57,7 @@ def parts_of(family: ModelFamily, model: TorchModel) -> list[Part]:
             float32_inputs=family.float32_inputs,
             fixed_size=family.fixed_size,
         ),
-        Part(
-            "decoder",
-            model.decoder,
-            (latents,),
-            (TensorSpec(name="images", dtype="float32", shape=("batch", 3, "image_height", "image_width")),),
-        ),
+        Part("decoder", model.decoder, (latents,), (images,)),
     ]
 
 
@@ -84,8 +81,8 @@ class AtPrecision(nn.Module):
 
 
 def random_inputs(model: TorchModel, part: Part, batch: int, size: Size, generator: torch.Generator) -> tuple[Tensor, ...]:
-    """Inputs of the kinds a part is really given, every row another: token ids that end in padding, normal latents, the
-    conditioning of such ids, and times from the clean end to the noisiest."""
+    """Inputs of the kinds a part is really given, every row another: token ids that end in padding, uniform pixels, normal
+    latents, the conditioning of such ids, and times from the clean end to the noisiest."""
     ids = {}
     for tokenizer in model.spec.tokenizers:
         rows = torch.randint(3, 200, (batch, tokenizer.length), generator=generator)
@@ -98,6 +95,8 @@ def random_inputs(model: TorchModel, part: Part, batch: int, size: Size, generat
         "latents": torch.randn(batch, *model.spec.latent_shape(size), generator=generator),
         "times": torch.linspace(0, last, batch).round().long(),
     }
+    if part.name == "encoder":
+        known["images"] = 2 * torch.rand(batch, 3, size.height, size.width, generator=generator) - 1
     if part.name == "denoiser":
         known |= model.encode_ids({name: values.numpy() for name, values in ids.items()})
     return tuple(known[tensor.name] for tensor in part.inputs)

@@ -170,7 +170,7 @@ def _expected_s(plan: Plan) -> float:
     a second per five million parameters, where networks of real size took one per 7 to 18 million (docs/engines.md)."""
     if not plan.changes:
         return 0.0
-    seconds = {"text_encoder": 5, "denoiser": 25, "decoder": 6}
+    seconds = {"text_encoder": 5, "encoder": 6, "denoiser": 25, "decoder": 6}
     to_export = [export for export in plan.exports if not export.is_cached]
     exporting = sum(seconds[export.part] + plan.parameters[export.part] / 5e6 for export in to_export)
     return 8 + exporting + 2 * plan.buckets * (1 + max(plan.parameters.values()) / 100e6)
@@ -276,22 +276,29 @@ def _code_hash() -> str:
 
 
 def _parameters(folder: Path, family: ModelFamily) -> dict[str, int]:
-    """Parameters by part, read off the headers of the weights; the decoder's folder holds the encoder's too."""
+    """Parameters by part, read off the headers of the weights."""
 
-    def count(pattern: str) -> int:
+    def count(pattern: str, prefixes: tuple[str, ...] = ("",)) -> int:
         total = 0
         for file in folder.glob(f"{pattern}/*.safetensors"):
             if file.stem.count(".") == 0:  # model.fp16.safetensors is the same once more
-                total += _tensor_elements(file)
+                total += _tensor_elements(file, prefixes)
         return total
 
-    return {"text_encoder": count("text_encoder*"), "denoiser": count(family.lora_prefix), "decoder": count("vae")}
+    return {
+        "text_encoder": count("text_encoder*"),
+        "encoder": count("vae", ("encoder.", "quant_conv.")),
+        "denoiser": count(family.lora_prefix),
+        "decoder": count("vae", ("decoder.", "post_quant_conv.")),
+    }
 
 
-def _tensor_elements(file: Path) -> int:
+def _tensor_elements(file: Path, prefixes: tuple[str, ...]) -> int:
+    """Of the tensors whose names start with one of these."""
     try:
         with safetensors.safe_open(file, "np") as weights:
-            shapes = [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118  # not a mapping
+            names = [name for name in weights.keys() if name.startswith(prefixes)]  # noqa: SIM118  # not a mapping
+            shapes = [weights.get_slice(name).get_shape() for name in names]
     except Exception:  # a damaged file is named when it is loaded
         return 0
     total = 0

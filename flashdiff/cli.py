@@ -155,6 +155,10 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, default=0, help="default: %(default)s; image i has seed + i")
     generate.add_argument("--size", metavar="WxH", help="default: the model's")
     generate.add_argument("--count", type=int, default=1, help="default: %(default)s")
+    generate.add_argument("--image", type=Path, metavar="FILE", help="a PNG, JPEG or WebP file to start from")
+    generate.add_argument(
+        "--strength", type=float, help="with --image: share of the steps to take, up to 1; less keeps more of it; default: 0.8"
+    )
     generate.set_defaults(run=_generate)
     return parser
 
@@ -324,7 +328,7 @@ def _generate(options: argparse.Namespace) -> None:
     from flashdiff.engines.config import parse_sizes
     from flashdiff.engines.runtime.engine import open_bundle
     from flashdiff.generate import check_order, generate
-    from flashdiff.server.images import FORMAT_OF_SUFFIX, encode_image
+    from flashdiff.server.images import FORMAT_OF_SUFFIX, encode_image, start_from_file
 
     image_format = FORMAT_OF_SUFFIX.get(options.out.suffix.lower())
     if image_format is None:
@@ -334,6 +338,7 @@ def _generate(options: argparse.Namespace) -> None:
     order = check_order(
         engine.spec, prompt=options.prompt, seed=options.seed, steps=options.steps, size=size, count=options.count
     )
+    order = start_from_file(order, options.image.read_bytes() if options.image else b"", options.strength)
     for index, pixels in enumerate(generate(engine, [order])[0]):
         path = options.out if order.count == 1 else options.out.with_stem(f"{options.out.stem}-{index}")
         try:

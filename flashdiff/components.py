@@ -1,4 +1,4 @@
-"""The seam between whoever makes images and whatever runs the network: three calls and what the model says of itself.
+"""The seam between whoever makes images and whatever runs the network: four calls and what the model says of itself.
 
 `Components` is implemented by a torch model, by an opened bundle and by the fake backend; generate, the server's
 scheduler, training previews and the benchmarks use nothing else of them. Arrays handed out belong to the caller: an
@@ -32,7 +32,7 @@ class Size(NamedTuple):
 
 
 Costs = dict[tuple[str, Size | None], dict[int, float]]
-"""Milliseconds of a call by part (text_encoder, denoiser, decoder) and image size (None for texts), then by batch size."""
+"""Milliseconds of a call by part of the model and image size (None for texts), then by batch size."""
 
 
 class ModelSpec(Record):
@@ -69,6 +69,10 @@ class Components(Protocol):
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Conditioning of the prompts; RequestError for one that is too long."""
+        ...
+
+    def encode_images(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Latents [B, C, h, w] of images [B, 3, H, W] in [-1, 1]: the mean where the autoencoder has a distribution of them."""
         ...
 
     def denoise(

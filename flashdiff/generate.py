@@ -1,11 +1,11 @@
 """Rows to images. A row is one image in progress; everybody who makes an image uses these pieces.
 
-`generate` runs them for one request; the server's worker calls `encode_prompts`, `start_rows`, `denoise_rows` and
-`decode_rows` on whatever rows are ready, of any prompt, seed, time and number of steps.
+`generate` runs them for one request; the server's worker calls `encode_prompts`, `encode_pixels`, `start_rows`,
+`denoise_rows` and `decode_rows` on whatever is ready, of any prompt, seed, time and number of steps.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,13 +19,16 @@ from flashdiff.sampling import extrapolate, ode_step, ode_weights, renoise
 MAX_COUNT = 16
 """Images per request."""
 
+DEFAULT_STRENGTH = 0.8
+"""Of a request with an image: diffusers' own."""
+
 _CHARACTERS_PER_TOKEN = 64  # no word of a tokenizer is longer
 
 Pixels = NDArray[np.uint8]
 """[H, W, 3] RGB."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Order:
     """What one request asks for, checked: see `check_order`."""
 
@@ -36,6 +39,10 @@ class Order:
     count: int = 1
     negative_prompt: str = ""
     """What guidance steers away from; empty: what the model was trained to contrast with."""
+    image: Pixels | None = field(default=None, repr=False)
+    """Of `size`: what the images start from, noised, in place of pure noise."""
+    strength: float = 1.0
+    """The share of the steps that an order with an image takes; the less, the more of the image stays."""
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -100,10 +107,30 @@ def check_order(
     return Order(prompt=prompt, seed=seed, steps=steps, size=size, count=count, negative_prompt=negative_prompt)
 
 
+def start_from(order: Order, image: Pixels, strength: float | None = None) -> Order:
+    """The order with an image to start from, image-to-image; RequestError when one of the two does not fit."""
+    strength = DEFAULT_STRENGTH if strength is None else strength
+    if not 0 < strength <= 1:
+        raise RequestError("strength", strength, "it must be above 0 and at most 1")
+    height, width, _ = image.shape
+    if (width, height) != order.size:
+        raise RequestError("image", f"{width}x{height}", f"it must have the size of the result, {order.size}")
+    return replace(order, image=image, strength=strength)
+
+
 def encode_prompts(components: Components, prompts: Sequence[str]) -> list[Conditioning]:
     """One conditioning a prompt, without the batch dimension; at most `max_batch` prompts."""
     batch = components.encode(prompts)
     return [{name: values[index] for name, values in batch.items()} for index in range(len(prompts))]
+
+
+def encode_pixels(components: Components, images: Sequence[Pixels]) -> list[NDArray[np.float32]]:
+    """The latents [C, h, w] of each image; at most `max_batch` images of one size."""
+    batch = np.stack(images).transpose(0, 3, 1, 2).astype(np.float32) / np.float32(127.5) - 1
+    latents = components.encode_images(np.ascontiguousarray(batch))
+    if not np.isfinite(latents).all():
+        raise BackendError("the encoder returned values that are not finite")
+    return list(latents)
 
 
 def unconditional_of(components: Components) -> Conditioning | None:
@@ -116,25 +143,35 @@ def unconditional_of(components: Components) -> Conditioning | None:
     return empty
 
 
-def new_row(spec: ModelSpec, order: Order, index: int, conditioning: Conditioning, unconditional: Conditioning | None) -> Row:
-    """Image `index` of the order, as pure noise."""
+def new_row(
+    spec: ModelSpec,
+    order: Order,
+    index: int,
+    conditioning: Conditioning,
+    unconditional: Conditioning | None,
+    start: NDArray[np.float32] | None = None,
+) -> Row:
+    """Image `index` of the order: pure noise, or the latents `start` of its image with the noise of the first time it takes."""
     seed = image_seed(order.seed, index)
-    return Row(
-        seed=seed,
-        size=order.size,
-        times=spec.sampler.times(order.steps),
-        conditioning=conditioning,
-        unconditional=unconditional,
-        latents=image_noise(seed, 0, spec.latent_shape(order.size)),
-    )
+    times = spec.sampler.times(order.steps, order.strength)
+    latents = image_noise(seed, 0, spec.latent_shape(order.size))
+    if start is not None:
+        alphas, sigmas = (levels.astype(np.float32) for levels in spec.sampler.schedule.levels(times[:1]))
+        latents = renoise(start, latents, alphas[0], sigmas[0])
+    return Row(seed=seed, size=order.size, times=times, conditioning=conditioning, unconditional=unconditional, latents=latents)
 
 
 def start_rows(
-    spec: ModelSpec, order: Order, encoded: Mapping[str, Conditioning], unconditional: Conditioning | None
+    spec: ModelSpec,
+    order: Order,
+    encoded: Mapping[str, Conditioning],
+    unconditional: Conditioning | None,
+    start: NDArray[np.float32] | None = None,
 ) -> list[Row]:
-    """All images of the order; `encoded` holds its texts, `unconditional` is `unconditional_of` the model."""
+    """All images of the order; `encoded` holds its texts, `unconditional` is `unconditional_of` the model, `start` the latents
+    of the order's image where it has one."""
     contrast = encoded[order.negative_prompt] if order.negative_prompt else unconditional
-    return [new_row(spec, order, index, encoded[order.prompt], contrast) for index in range(order.count)]
+    return [new_row(spec, order, index, encoded[order.prompt], contrast, start) for index in range(order.count)]
 
 
 def denoise_rows(components: Components, rows: Sequence[Row]) -> None:
@@ -206,7 +243,10 @@ def generate_rows(
     encoded: dict[str, Conditioning] = {}
     for some in _chunks(texts, components.max_batch):
         encoded |= zip(some, encode_prompts(components, some), strict=True)
-    rows = [start_rows(components.spec, order, encoded, unconditional) for order in orders]
+    starts = [None if order.image is None else encode_pixels(components, [order.image])[0] for order in orders]
+    rows = [
+        start_rows(components.spec, order, encoded, unconditional, start) for order, start in zip(orders, starts, strict=True)
+    ]
     pending = [row for of_order in rows for row in of_order]
     images: dict[int, Pixels] = {}
     while pending:

@@ -51,6 +51,8 @@ class Options(TypedDict, total=False):
     image_format: ImageFormat
     quality: int | None
     priority: Priority
+    image: bytes
+    strength: float | None
 
 
 # A refused request has done nothing, and neither has one that found no server: those alone are safe to send again.

@@ -9,7 +9,7 @@ from flashdiff.errors import RequestError
 from flashdiff.generate import Order, check_order
 from flashdiff.noise import SEED_LIMIT, image_seed
 from flashdiff.proto.v1 import image_pb2 as pb
-from flashdiff.server.images import ImageFormat
+from flashdiff.server.images import ImageFormat, start_from_file
 from flashdiff.server.models import Model, ModelIdentity
 from flashdiff.server.scheduler import Priority
 from flashdiff.server.worker import Step, Timings
@@ -73,7 +73,7 @@ class Estimate:
 
 
 def read_request(request: pb.GenerateRequest, spec: ModelSpec) -> tuple[Order, Wish]:
-    """The order and how it is wanted; RequestError names the field that is wrong."""
+    """The order and how it is wanted; RequestError names the field that is wrong. Where there is an image it takes a while."""
     if request.format not in _FORMATS:
         raise RequestError("format", int(request.format), f"it must be one of {', '.join(pb.ImageFormat.keys())}")
     if request.priority not in _PRIORITIES:
@@ -91,6 +91,7 @@ def read_request(request: pb.GenerateRequest, spec: ModelSpec) -> tuple[Order, W
         count=request.count or 1,
         negative_prompt=request.negative_prompt,
     )
+    order = start_from_file(order, request.image, request.strength or None)
     return order, Wish(image_format, request.quality or None, _PRIORITIES[request.priority])
 
 
@@ -113,6 +114,7 @@ def write_response(
             queue_ms=timings.queue,
             text_ms=timings.text,
             denoise_ms=timings.denoise,
+            input_image_ms=timings.input_image,
             decode_ms=timings.decode,
             image_encoding_ms=encoding_ms,
             total_ms=timings.total + encoding_ms,
@@ -168,6 +170,8 @@ def write_request(
     image_format: ImageFormat = "png",
     quality: int | None = None,
     priority: Priority = "normal",
+    image: bytes = b"",
+    strength: float | None = None,
 ) -> pb.GenerateRequest:
     """The message; RequestError for a value that it cannot carry. What the model allows is the server's to say."""
     for field, value, least in (("seed", seed, 0), ("steps", steps, 1), ("count", count, 1), ("quality", quality, 1)):
@@ -175,6 +179,8 @@ def write_request(
             raise RequestError(field, value, f"it must be a number from {least} on that the wire can carry")
     if image_format not in _NUMBERS:
         raise RequestError("format", image_format, f"it must be one of {', '.join(_NUMBERS)}")
+    if strength is not None and not 0 < strength <= 1:
+        raise RequestError("strength", strength, "it must be above 0 and at most 1")
     priorities = {name: number for number, name in _PRIORITIES.items()}
     if priority not in priorities:
         raise RequestError("priority", priority, f"it must be one of {', '.join(priorities)}")
@@ -191,6 +197,8 @@ def write_request(
         negative_prompt=negative_prompt,
         quality=quality or 0,
         priority=pb.Priority.Name(priorities[priority]),
+        image=image,
+        strength=strength or 0.0,
     )
 
 

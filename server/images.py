@@ -1,12 +1,15 @@
-"""RGB pixels to the bytes of an image file."""
+"""RGB pixels to the bytes of an image file, and back."""
 
 import io
 from typing import Literal
 
 import fpng
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageOps
 
-from flashdiff.generate import Pixels
+from flashdiff.components import Size
+from flashdiff.errors import RequestError
+from flashdiff.generate import Order, Pixels, start_from
 
 ImageFormat = Literal["png", "jpeg", "webp", "raw"]
 
@@ -14,6 +17,7 @@ FORMAT_OF_SUFFIX: dict[str, ImageFormat] = {".png": "png", ".jpg": "jpeg", ".jpe
 
 
 DEFAULT_JPEG_QUALITY = 90
+_MAX_INPUT_PIXELS = 4096 * 4096  # a small file can unpack to any number of them
 
 
 def encode_image(pixels: Pixels, image_format: ImageFormat, quality: int | None = None) -> bytes:
@@ -34,3 +38,27 @@ def _with_pillow(pixels: Pixels, name: str, **options: object) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, name, **options)
     return buffer.getvalue()
+
+
+def decode_image(file: bytes, size: Size) -> Pixels:
+    """The picture of a PNG, JPEG or WebP file, scaled to fill `size` (Lanczos) and cut at the middle; RequestError for others."""
+    try:
+        with Image.open(io.BytesIO(file), formats=("PNG", "JPEG", "WEBP")) as image:
+            if image.width * image.height > _MAX_INPUT_PIXELS:
+                too_large = f"at most {_MAX_INPUT_PIXELS} pixels are read"
+                raise RequestError("image", f"{image.width}x{image.height}", too_large)
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+    except RequestError:
+        raise
+    except Exception:  # Pillow raises many kinds for what is damaged
+        raise RequestError("image", f"{len(file)} bytes", "they must be a whole PNG, JPEG or WebP file") from None
+    return np.array(ImageOps.fit(upright, size, Image.Resampling.LANCZOS))
+
+
+def start_from_file(order: Order, file: bytes, strength: float | None) -> Order:
+    """The order with the image of a file to start from, or as it is where there is none; RequestError when one does not fit."""
+    if file:
+        return start_from(order, decode_image(file, order.size), strength)
+    if strength is not None:
+        raise RequestError("strength", strength, "it needs an image to start from")
+    return order

@@ -6,10 +6,15 @@ from typing import Literal
 
 from flashdiff.components import Size
 
-Stage = Literal["decode", "encode", "denoise"]
-_STAGES: tuple[Stage, ...] = ("decode", "encode", "denoise")
+Stage = Literal["decode", "encode_text", "encode_image", "denoise"]
+_ENCODES: tuple[Stage, ...] = ("encode_text", "encode_image")
 
-PART_OF: dict[Stage, str] = {"decode": "decoder", "encode": "text_encoder", "denoise": "denoiser"}
+PART_OF: dict[Stage, str] = {
+    "decode": "decoder",
+    "encode_text": "text_encoder",
+    "encode_image": "encoder",
+    "denoise": "denoiser",
+}
 
 _WAIT_MARGIN = 1.4
 
@@ -30,7 +35,7 @@ def due(arrived: float, priority: Priority, deadline: float, own_backlog_s: floa
 
 @dataclass(frozen=True)
 class Ready:
-    """Something the device could work on now: a text to encode, or a row to denoise or decode."""
+    """Something the device could work on now: a text or an image to encode, or a row to denoise or decode."""
 
     stage: Stage
     model: Hashable
@@ -49,20 +54,22 @@ class Ready:
 def choose(ready: Iterable[Ready]) -> list[Ready]:
     """The next batch: one stage, one model, one size; empty when nothing is ready.
 
-    Finished rows are decoded first, since that answers someone. Then texts are encoded, so that they join the very next step,
-    unless they would not make it larger and all its rows are no less urgent: they would wait anyway, and are read together with
-    those to come. Then one denoise step. Within a stage, the most urgent item (due, then arrival) picks model and size, so none
-    blocks another; the next in urgency follow, of rows to denoise as many as `best_batch` says.
+    Finished rows are decoded first, since that answers someone. Then texts and images are encoded, so that they join the very
+    next step, unless they would not make it larger and all its rows are no less urgent: they would wait anyway, and are read
+    together with those to come. Then one denoise step. Within a stage, the most urgent item (due, then arrival) picks model and
+    size, so none blocks another; the next in urgency follow, of rows to denoise as many as `best_batch` says.
     """
     urgent = sorted(ready, key=_urgency)
-    decode, texts, rows = (_alike([item for item in urgent if item.stage == stage]) for stage in _STAGES)
+    decode, given, rows = (
+        _alike([item for item in urgent if item.stage in stages]) for stages in (("decode",), _ENCODES, ("denoise",))
+    )
     if decode:
         return decode[: max(decode[0].costs)]
     step = rows[: _step_size(rows)]
-    if texts:
-        joined = _step_size([*rows, *(text for text in texts if text.model == rows[0].model)]) if rows else 1
-        if joined > len(step) or _urgency(texts[0]) < _urgency(step[-1]):
-            return texts[: max(texts[0].costs)]
+    if given:
+        joined = _step_size([*rows, *(item for item in given if item.model == rows[0].model)]) if rows else 1
+        if joined > len(step) or _urgency(given[0]) < _urgency(step[-1]):
+            return given[: max(given[0].costs)]
     return step
 
 
@@ -97,12 +104,18 @@ class Work:
     slots: int  # of each row's step
     texts: int
     costs: Mapping[str, Mapping[int, float]]  # ms by part, at its size, and batch
+    images: int = 0  # to encode
     bucket: Hashable = None  # whose rows share a denoise step
 
     @property
     def share_ms(self) -> float:
         """Its share of the device, in full batches."""
-        calls = {"denoiser": sum(self.steps) * self.slots, "decoder": len(self.steps), "text_encoder": self.texts}
+        calls = {
+            "text_encoder": self.texts,
+            "encoder": self.images,
+            "denoiser": sum(self.steps) * self.slots,
+            "decoder": len(self.steps),
+        }
         return sum(
             slots * by_batch[max(by_batch)] / max(by_batch) for part, slots in calls.items() for by_batch in [self.costs[part]]
         )
@@ -116,8 +129,8 @@ class Work:
 def finish_times(works: Sequence[Work]) -> list[float]:
     """When each is done, in ms from now, if nothing comes in between; the works in order of urgency.
 
-    This is `choose`, played through from one row's end to the next. It leaves out that texts of several requests share a call,
-    and that some are read before they are needed.
+    This is `choose`, played through from one row's end to the next. It leaves out that texts and images of several requests
+    share a call, and that some are read before they are needed.
     """
     lines: dict[Hashable, list[tuple[int, int]]] = {}  # by bucket: a row's work and its steps left
     for index, work in enumerate(works):
@@ -136,7 +149,7 @@ def finish_times(works: Sequence[Work]) -> list[float]:
         batch, waiting = rows[:count], rows[count:]
         for index in {index for index, _ in batch} - read:
             read.add(index)
-            clock += _cost(work.costs["text_encoder"], works[index].texts)
+            clock += _cost(work.costs["text_encoder"], works[index].texts) + _cost(work.costs["encoder"], works[index].images)
         steps = min(left for _, left in batch)
         clock += steps * _cost(work.costs["denoiser"], count * work.slots)
         done = [index for index, left in batch if left == steps]

@@ -33,7 +33,7 @@ _Made = TypeVar("_Made")
 
 
 class ImageEncoders:
-    """Image files, and other long work, off the event loop and off the device thread."""
+    """Image files, read and written, and other long work, off the event loop and off the device thread."""
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="flashdiff-images")
@@ -99,7 +99,7 @@ class ImageService(image_pb2_grpc.ImageServiceServicer):
     ) -> AsyncGenerator[pb.GenerateUpdate, None]:
         """The previews where they are wanted, then the result; an error ends the call."""
         try:
-            model, order, wish = self._read(request)
+            model, order, wish = await self._read(request)
             timeout_s, client = context.time_remaining(), client_of(context)
             updates = progress(self._worker, model, order, timeout_s, client, wish.priority, steps=previews)
             async with aclosing(updates):
@@ -117,13 +117,15 @@ class ImageService(image_pb2_grpc.ImageServiceServicer):
 
     async def Estimate(self, request: pb.GenerateRequest, context: Any) -> pb.EstimateResponse:
         try:
-            model, order, wish = self._read(request)
+            model, order, wish = await self._read(request)
         except FlashdiffError as error:
             await abort(context, error)
         return write_estimate(self._worker.estimate_ms(model, order, wish.priority), self._worker.pending_images)
 
-    def _read(self, request: pb.GenerateRequest) -> tuple[Model, Order, Wish]:
+    async def _read(self, request: pb.GenerateRequest) -> tuple[Model, Order, Wish]:
         model = self._models.get(request.model)
+        if request.image:
+            return model, *await self._encoders.run(read_request, request, model.components.spec)
         return model, *read_request(request, model.components.spec)
 
     async def _respond(self, model: Model, order: Order, wish: Wish, finished: Finished) -> pb.GenerateResponse:

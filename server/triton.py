@@ -5,6 +5,7 @@ A model has a prompt and some numbers as inputs; IMAGES, ENCODED, SEEDS and, in 
 
 import asyncio
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -242,7 +243,8 @@ class TritonService:
         statistics = None
         try:
             model = self._find(request.model_name, request.model_version)
-            call = read_request(request, model.components.spec, remaining_s, self._regions, stream=stream)
+            read = functools.partial(read_request, request, model.components.spec, remaining_s, self._regions, stream=stream)
+            call = await self._encoders.run(read) if any(tensor.name == "IMAGE" for tensor in request.inputs) else read()
             statistics = self._statistics.setdefault(request.model_name, _Statistics())
             steps = "PREVIEW" in call.outputs
             updates = progress(self._worker, model, call.order, call.timeout_s, client, call.priority, steps=steps)
@@ -297,6 +299,6 @@ def _count(statistics: _Statistics, finished: Finished, total_ms: float, encodin
     statistics.last_ms = round(1000 * time.time())
     statistics.add("success", total_ms)
     statistics.add("queue", timings.queue)
-    statistics.add("compute_input", timings.text)
+    statistics.add("compute_input", timings.text + timings.input_image)
     statistics.add("compute_infer", timings.denoise)
     statistics.add("compute_output", timings.decode + encoding_ms)

@@ -14,7 +14,7 @@ from flashdiff.errors import RequestError, TensorError
 from flashdiff.generate import Order, check_order
 from flashdiff.noise import image_seed
 from flashdiff.proto.v1 import triton_pb2 as pb
-from flashdiff.server.images import ImageFormat
+from flashdiff.server.images import ImageFormat, start_from_file
 from flashdiff.server.models import ModelIdentity
 from flashdiff.server.scheduler import Priority
 from flashdiff.server.shared_memory import Regions, offered
@@ -22,7 +22,7 @@ from flashdiff.server.worker import Finished, Step
 
 VERSION = "1"  # of every model: bundles are told apart by name and hash
 MAX_ID = 256
-_MAX_INPUT_BYTES = 1024 * 1024  # as for requests on the wire
+_MAX_INPUT_BYTES = 8 * 1024 * 1024  # as for requests on the wire
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ INPUTS = {
     "HEIGHT": Tensor("INT32", pb.TYPE_INT32, (1,)),
     "COUNT": Tensor("INT32", pb.TYPE_INT32, (1,)),
     "FORMAT": Tensor("BYTES", pb.TYPE_STRING, (1,)),
+    "IMAGE": Tensor("BYTES", pb.TYPE_STRING, (1,)),  # a file
+    "STRENGTH": Tensor("FP32", pb.TYPE_FP32, (1,)),
 }
 OUTPUTS = {
     "IMAGES": Tensor("UINT8", pb.TYPE_UINT8, (-1, -1, -1, 3)),  # [count, height, width, RGB]
@@ -49,8 +51,8 @@ OUTPUTS = {
     "SEEDS": Tensor("UINT64", pb.TYPE_UINT64, (-1,)),  # [count]
     "PREVIEW": Tensor("UINT8", pb.TYPE_UINT8, (-1, -1, 3)),  # [h, w, RGB] at latent size; streams only
 }
-_NUMPY = {"UINT64": "<u8", "INT32": "<i4"}
-_TYPED = {"UINT64": "uint64_contents", "INT32": "int_contents", "BYTES": "bytes_contents"}
+_NUMPY = {"UINT64": "<u8", "INT32": "<i4", "FP32": "<f4"}
+_TYPED = {"UINT64": "uint64_contents", "INT32": "int_contents", "FP32": "fp32_contents", "BYTES": "bytes_contents"}
 _FORMATS: tuple[ImageFormat, ...] = ("png", "jpeg", "webp")
 
 
@@ -95,6 +97,7 @@ def read_request(
         size=Size(values.get("WIDTH", 0), values.get("HEIGHT", 0)) if {"WIDTH", "HEIGHT"} & set(values) else None,
         count=values.get("COUNT", 1),
     )
+    order = start_from_file(order, values.get("IMAGE", b""), values.get("STRENGTH"))
     return Call(order, outputs, image_format, _priority(parameters), _timeout_s(parameters, remaining_s))
 
 
@@ -125,7 +128,7 @@ def _read_inputs(request: pb.ModelInferRequest, regions: Regions | None) -> dict
         if raw is not None and tensor.HasField("contents"):
             raise TensorError(f"input '{tensor.name}' has both contents and raw contents")
         value = _typed_value(tensor, expected) if raw is None else _raw_value(tensor.name, expected, raw)
-        values[tensor.name] = _text(tensor.name, value) if isinstance(value, bytes) else int(value)
+        values[tensor.name] = _text(tensor.name, value) if isinstance(value, bytes) and tensor.name != "IMAGE" else value
     if next(raws, None) is not None:
         raise TensorError(f"more raw input contents than inputs that need them for model '{model}'")
     missing = [name for name, tensor in INPUTS.items() if not tensor.optional and name not in values]
@@ -164,7 +167,7 @@ def _raw_value(name: str, tensor: Tensor, raw: bytes) -> Any:
     kind = np.dtype(_NUMPY[tensor.datatype])
     if len(raw) != kind.itemsize:
         raise TensorError(f"input '{name}': expected {kind.itemsize} bytes, got {len(raw)}")
-    return np.frombuffer(raw, kind)[0]
+    return np.frombuffer(raw, kind)[0].item()
 
 
 def _typed_value(tensor: pb.ModelInferRequest.InferInputTensor, expected: Tensor) -> Any:

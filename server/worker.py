@@ -10,6 +10,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from flashdiff.components import Conditioning
 from flashdiff.errors import (
     BackendError,
@@ -19,7 +22,7 @@ from flashdiff.errors import (
     FlashdiffError,
     OverloadedError,
 )
-from flashdiff.generate import Order, Pixels, Row, decode_rows, denoise_rows, encode_prompts, start_rows
+from flashdiff.generate import Order, Pixels, Row, decode_rows, denoise_rows, encode_pixels, encode_prompts, start_rows
 from flashdiff.preview import preview
 from flashdiff.server.models import Model
 from flashdiff.server.scheduler import PART_OF, Priority, Ready, Stage, Work, choose, due, finish_times, promise_ms
@@ -43,6 +46,7 @@ class Timings:
 
     queue: float = 0.0
     text: float = 0.0
+    input_image: float = 0.0
     denoise: float = 0.0
     decode: float = 0.0
     total: float = 0.0
@@ -80,7 +84,8 @@ class Job:
     arrival: int
     on_step: Callable[[Step], None] | None = None
     encoded: dict[str, Conditioning] = field(default_factory=dict)
-    rows: list[Row] = field(default_factory=list)  # empty until its texts are encoded
+    start: NDArray[np.float32] | None = None  # the latents of the order's image
+    rows: list[Row] = field(default_factory=list)  # empty until its texts and its image are encoded
     images: dict[int, Pixels] = field(default_factory=dict)  # by row
     timings: Timings = field(default_factory=Timings)
     batches: list[int] = field(default_factory=list)
@@ -276,14 +281,13 @@ class Worker:
         """One call of the device, for whoever is most urgent and whatever can share it."""
         self._drop_departed(time.monotonic())
         jobs = self._candidates()
-        targets: list[tuple[Job, int | str]] = []  # a row of a job, or a text
+        targets: list[tuple[Job, int | str]] = []  # a row of a job, or a text, or its image
         ready: list[Ready] = []
         for job in jobs:
             for stage, target in _needs(job):
-                size, slots = None, 1
-                if isinstance(target, int):
-                    size, slots = job.order.size, job.rows[target].slots if stage == "denoise" else 1
-                costs = job.model.costs[PART_OF[stage], size if stage != "encode" else None]
+                size = None if stage == "encode_text" else job.order.size
+                slots = job.rows[target].slots if stage == "denoise" and isinstance(target, int) else 1
+                costs = job.model.costs[PART_OF[stage], size]
                 ready.append(Ready(stage, id(job.model), size, slots, costs, job.due, job.arrival, len(targets)))
                 targets.append((job, target))
         batch = self._choose(ready)
@@ -319,14 +323,19 @@ class Worker:
     def _call(self, stage: Stage, chosen: Sequence[tuple[Job, int | str]], slots: int) -> None:
         """One call of one model; an error leaves every row as it was."""
         model = chosen[0][0].model
-        key = PART_OF[stage], None if stage == "encode" else chosen[0][0].order.size
+        key = PART_OF[stage], None if stage == "encode_text" else chosen[0][0].order.size
         by_batch = model.costs[key]
         bucket = min(batch for batch in by_batch if batch >= slots)
         started = time.monotonic()
         self._hung_at = started + max(_HANG_S, 20 * by_batch[bucket] / 1000)
         try:
-            if stage == "encode":
+            if stage == "encode_text":
                 self._encode(model, chosen)
+            elif stage == "encode_image":
+                jobs = [job for job, _ in chosen]
+                latents = encode_pixels(model.components, [job.order.image for job in jobs if job.order.image is not None])
+                for job, start in zip(jobs, latents, strict=True):
+                    job.start = start
             else:
                 rows = [job.rows[target] for job, target in chosen if isinstance(target, int)]
                 if stage == "denoise":
@@ -346,7 +355,7 @@ class Worker:
         first = model.first_costs[key]
         for other in by_batch.keys() - {bucket}:
             by_batch[other] += 0.02 * (first[other] * by_batch[bucket] / first[bucket] - by_batch[other])
-        name = {"encode": "text", "denoise": "denoise", "decode": "decode"}[stage]
+        name = {"encode_text": "text", "encode_image": "input_image"}.get(stage, stage)  # a field of Timings
         for job in dict.fromkeys(job for job, _ in chosen):
             setattr(job.timings, name, getattr(job.timings, name) + spent_ms)
             if stage == "denoise":
@@ -383,7 +392,8 @@ class Worker:
             if len(job.images) == job.order.count:
                 timings = job.timings
                 timings.total = 1000 * (time.monotonic() - job.arrived)
-                timings.queue = max(0.0, timings.total - timings.text - timings.denoise - timings.decode)
+                spent = timings.text + timings.input_image + timings.denoise + timings.decode
+                timings.queue = max(0.0, timings.total - spent)
                 if not self._end(job):
                     continue
                 if self._observer:
@@ -411,36 +421,41 @@ class Worker:
 
 
 def _needs(job: Job) -> list[tuple[Stage, int | str]]:
-    """What a job could have done now: a text encoded, or the next call of each unfinished row."""
+    """What a job could have done now: a text or its image encoded, or the next call of each unfinished row."""
     if not job.rows:
         for text in job.order.texts:
             if text not in job.encoded and (kept := job.model.embeddings.get(text)) is not None:
                 job.encoded[text] = kept
-        missing: list[tuple[Stage, int | str]] = [("encode", text) for text in job.order.texts if text not in job.encoded]
+        missing: list[tuple[Stage, int | str]] = [("encode_text", text) for text in job.order.texts if text not in job.encoded]
+        if job.order.image is not None and job.start is None:
+            missing.append(("encode_image", "image"))
         if missing:
             return missing
-        job.rows = start_rows(job.model.components.spec, job.order, job.encoded, job.model.unconditional)
+        job.rows = start_rows(job.model.components.spec, job.order, job.encoded, job.model.unconditional, job.start)
     return [("decode" if row.is_done else "denoise", index) for index, row in enumerate(job.rows) if index not in job.images]
 
 
 def _pixel_bytes(order: Order) -> int:
-    return 3 * order.count * order.size.width * order.size.height
+    """Of its images, the one it starts from included."""
+    return 3 * (order.count + (order.image is not None)) * order.size.width * order.size.height
 
 
 def _work_of(model: Model, order: Order) -> Work:
     slots = model.components.spec.sampler.evaluations_per_step
     texts = sum(text not in model.embeddings for text in order.texts)
     costs = {part: by_batch for (part, size), by_batch in model.costs.items() if size in (None, order.size)}
-    return Work((order.steps,) * order.count, slots, texts, costs, bucket=(id(model), order.size))
+    steps = len(model.components.spec.sampler.times(order.steps, order.strength))
+    images = int(order.image is not None)
+    return Work((steps,) * order.count, slots, texts, costs, images, bucket=(id(model), order.size))
 
 
 def _work_left(job: Job) -> Work:
     whole = _work_of(job.model, job.order)
     if not job.rows:
         texts = sum(text not in job.encoded and text not in job.model.embeddings for text in job.order.texts)
-        return replace(whole, texts=texts)
+        return replace(whole, texts=texts, images=0 if job.start is not None else whole.images)
     steps = tuple(len(row.times) - row.step for index, row in enumerate(job.rows) if index not in job.images)
-    return replace(whole, steps=steps, texts=0)
+    return replace(whole, steps=steps, texts=0, images=0)
 
 
 def _forget_slowness(model: Model) -> None:

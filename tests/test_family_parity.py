@@ -8,10 +8,11 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny import FAMILIES
 
 from flashdiff.families import family_of, load_base
-from flashdiff.generate import check_order, generate_rows
+from flashdiff.generate import check_order, generate, generate_rows, start_from
 from flashdiff.noise import image_noise
 from flashdiff.schedule import FlowSchedule
 
@@ -50,6 +51,26 @@ def test_two_guided_steps_are_those_of_the_stock_pipeline(base: Path) -> None:
     assert ours.std() > 5
 
 
+def test_image_to_image_is_that_of_the_stock_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = FAMILIES["sd15"](tmp_path / "sd15")
+    _, model = load_base(str(base))
+    spec = model.spec
+    picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    ours = generate(model, [start_from(check_order(spec, prompt=PROMPT, seed=3, steps=4), picture, 0.5)])[0][0]
+
+    pipeline: Any = diffusers.StableDiffusionImg2ImgPipeline.from_pretrained(base)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, set_alpha_to_one=True)
+    module = inspect.getmodule(type(pipeline))
+    noise = torch.from_numpy(image_noise(3, 0, spec.latent_shape(spec.sizes[0])))[None]
+    monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: noise)
+    monkeypatch.setattr(module, "retrieve_latents", lambda encoded, **_: encoded.latent_dist.mode())
+    settings = {"strength": 0.5, "num_inference_steps": 4, "guidance_scale": spec.sampler.guidance, "output_type": "np"}
+    stock = pipeline(PROMPT, image=Image.fromarray(picture), **settings).images[0]
+    np.testing.assert_allclose(ours.astype(float), 255 * stock, atol=0.51)
+    assert ours.std() > 5
+
+
 def test_specs_say_what_the_pipelines_do(base: Path) -> None:
     spec = family_of(base).read_spec(base)
     assert spec.sizes == ((32, 32),)
@@ -63,8 +84,10 @@ def test_latents_survive_the_codec_as_the_pipeline_scales_them(base: Path) -> No
     images = torch.rand(2, 3, 32, 32) * 2 - 1
     vae = diffusers.AutoencoderKL.from_pretrained(base / "vae")
     with torch.no_grad():
-        latents = model.encode_images(images, torch.Generator().manual_seed(0))
+        latents = model.encoder(images, torch.Generator().manual_seed(0))
         expected = vae.encode(images).latent_dist.sample(torch.Generator().manual_seed(0))
         shift = vae.config.shift_factor or 0
         torch.testing.assert_close(latents, (expected - shift) * vae.config.scaling_factor)
         torch.testing.assert_close(model.decoder(latents), vae.decode(expected).sample, atol=1e-4, rtol=1e-4)
+        mean = (vae.encode(images).latent_dist.mean - shift) * vae.config.scaling_factor
+        torch.testing.assert_close(torch.from_numpy(model.encode_images(images.numpy())), mean)

@@ -4,7 +4,20 @@ import pytest
 from flashdiff.components import Size
 from flashdiff.engines.runtime.fake_backend import FLASH, GUIDED, FakeComponents
 from flashdiff.errors import BackendError, RequestError
-from flashdiff.generate import check_order, decode_rows, denoise_rows, encode_prompts, generate, new_row, unconditional_of
+from flashdiff.generate import (
+    check_order,
+    decode_rows,
+    denoise_rows,
+    encode_pixels,
+    encode_prompts,
+    generate,
+    new_row,
+    start_from,
+    start_rows,
+    unconditional_of,
+)
+from flashdiff.noise import image_noise
+from flashdiff.sampling import Sampler
 
 
 @pytest.mark.parametrize("sampler", [FLASH, GUIDED])
@@ -65,6 +78,36 @@ def test_an_impossible_order_names_field_value_and_what_is_allowed(changes: dict
         check_order(FakeComponents().spec, **{"prompt": "p", **changes})  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("sampler", [FLASH, GUIDED])
+def test_an_image_to_start_from_is_noised_to_the_first_time_that_is_left(sampler: Sampler) -> None:
+    fake = FakeComponents(sampler)
+    picture = np.full((64, 64, 3), 200, dtype=np.uint8)
+    order = start_from(check_order(fake.spec, prompt="p", seed=5, steps=4), picture, 0.5)
+    encoded, start = {"p": encode_prompts(fake, ["p"])[0]}, encode_pixels(fake, [picture])[0]
+    (row,) = start_rows(fake.spec, order, encoded, unconditional_of(fake), start)
+    assert row.times == sampler.times(4)[2:]
+    alphas, sigmas = sampler.schedule.levels(row.times[:1])
+    noise = image_noise(5, 0, start.shape)
+    np.testing.assert_allclose(row.latents, alphas[0] * (200 / 127.5 - 1) + sigmas[0] * noise, atol=1e-6)
+    generate(fake, [order])
+    assert [part for part, _ in fake.calls[-4:]] == ["encoder", "denoiser", "denoiser", "decoder"]
+
+
+@pytest.mark.parametrize(
+    ("width", "strength", "message"),
+    [
+        (64, 0.0, "strength: 0.0 is not allowed; it must be above 0 and at most 1"),
+        (64, 1.5, "strength: 1.5 is not allowed"),
+        (64, float("nan"), "strength: nan is not allowed"),
+        (32, 0.5, "image: '32x64' is not allowed; it must have the size of the result, 64x64"),
+    ],
+)
+def test_an_image_that_does_not_fit_names_what_is_wrong(width: int, strength: float, message: str) -> None:
+    order = check_order(FakeComponents().spec, prompt="p")
+    with pytest.raises(RequestError, match=message):
+        start_from(order, np.zeros((64, width, 3), dtype=np.uint8), strength)
+
+
 def test_a_number_that_is_not_finite_is_an_error_and_never_an_image() -> None:
     fake = FakeComponents()
     row = new_row(
@@ -73,5 +116,8 @@ def test_a_number_that_is_not_finite_is_an_error_and_never_an_image() -> None:
     row.latents[0, 0, 0] = np.nan
     with pytest.raises(BackendError, match="not finite"):
         decode_rows(fake, [row])
+    fake.encode_images = lambda images: np.full_like(images[:, :, ::8, ::8], np.nan)  # type: ignore[method-assign]
+    with pytest.raises(BackendError, match="not finite"):
+        encode_pixels(fake, [np.zeros((64, 64, 3), dtype=np.uint8)])
     with pytest.raises(BackendError, match="not finite"):
         denoise_rows(fake, [row])

@@ -57,6 +57,9 @@ class Engine:
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         return self.run_part("text_encoder", self._tokenizer(prompts))
 
+    def encode_images(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        return self.run_part("encoder", {"images": images})["latents"]
+
     def denoise(
         self, latents: NDArray[np.float32], times: NDArray[np.int64], conditioning: Mapping[str, NDArray[np.float32]]
     ) -> NDArray[np.float32]:
@@ -75,14 +78,17 @@ class Engine:
         return {name: values[:rows] for name, values in outputs.items()}
 
     def _size_of(self, inputs: Mapping[str, NDArray[Any]]) -> Size | None:
-        """The image size whose bucket takes these inputs: read off the latents, None for a part that has none."""
+        """The image size whose bucket takes these inputs: read off the images or latents, None for a part that has none."""
+        if "images" in inputs:
+            _, _, height, width = inputs["images"].shape
+            return Size(width, height)
         if "latents" not in inputs:
             return None
         _, _, height, width = inputs["latents"].shape
         return Size(width * self.spec.latent_factor, height * self.spec.latent_factor)
 
     def _bucket(self, part: str, size: Size | None, batch: int) -> CompiledPart:
-        """One part at one bucket, compiled when it is first asked for: one image needs three of them, not all."""
+        """One part at one bucket, compiled when it is first asked for: one image needs few of them, not all."""
         key = (part, size, batch)
         if key not in self._compiled:
             self._compiled[key] = self._compile(part, size, batch)

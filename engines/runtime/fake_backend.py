@@ -40,7 +40,7 @@ class FakeComponents:
     @property
     def costs(self) -> Costs:
         """What each call takes: the delay, whatever the size and the batch."""
-        spatial = [(part, size) for part in ("denoiser", "decoder") for size in self.spec.sizes]
+        spatial = [(part, size) for part in ("encoder", "denoiser", "decoder") for size in self.spec.sizes]
         return {key: {self.max_batch: 1000 * self.delay_s} for key in (("text_encoder", None), *spatial)}
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
@@ -53,6 +53,14 @@ class FakeComponents:
                 [[(zlib.crc32(p.encode()) >> s & 255) / 255 for s in (0, 8, 16)] for p in prompts], dtype=np.float32
             )
         }
+
+    def encode_images(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        self._called("encoder", len(images))
+        batch, channels, height, width = images.shape
+        factor = self.spec.latent_factor
+        cells = images.reshape(batch, channels, height // factor, factor, width // factor, factor)
+        latents: NDArray[np.float32] = cells.mean((3, 5), dtype=np.float32)
+        return latents
 
     def denoise(
         self, latents: NDArray[np.float32], times: NDArray[np.int64], conditioning: Mapping[str, NDArray[np.float32]]

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from flashdiff.components import Conditioning, ModelSpec
+from flashdiff.families.codec import Encoder
 from flashdiff.files import hash_files
 from flashdiff.text import PromptTokenizer
 
@@ -61,7 +62,8 @@ class TorchModel:
     """A base model in torch, float32 and in eval mode. Implements `Components`.
 
     text_encoder (ids [B, T] of every tokenizer) -> conditioning tensors; denoiser (latents [B, C, h, w], times [B],
-    *conditioning) -> [B, C, h, w]; decoder (latents) -> images [B, 3, H, W] in [-1, 1]. Latents are scaled: about unit variance.
+    *conditioning) -> [B, C, h, w]; encoder (images [B, 3, H, W] in [-1, 1]) -> latents, and decoder back. Latents are scaled:
+    about unit variance.
     """
 
     spec: ModelSpec
@@ -70,9 +72,8 @@ class TorchModel:
     conditioning: tuple[str, ...]
     text_encoder: nn.Module
     denoiser: nn.Module
+    encoder: Encoder
     decoder: nn.Module
-    encode_images: Callable[[Tensor, torch.Generator], Tensor]
-    """Images [B, 3, H, W] in [-1, 1] to scaled latents, sampled where the autoencoder is variational."""
     network: Any
     """The diffusers model inside `denoiser`: where LoRA layers go."""
     weights: Mapping[str, Any]
@@ -112,6 +113,11 @@ class TorchModel:
         empty = self.encode_ids(self.tokenizer([""]))
         zeros = self.spec.unconditional == "zeros"
         return {name: torch.zeros_like(values) for name, values in empty.items()} if zeros else empty
+
+    def encode_images(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        with torch.no_grad():
+            latents: NDArray[np.float32] = self.encoder(torch.from_numpy(images).to(self.device)).cpu().numpy()
+        return latents
 
     def denoise(
         self, latents: NDArray[np.float32], times: NDArray[np.int64], conditioning: Mapping[str, NDArray[np.float32]]

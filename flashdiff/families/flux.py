@@ -8,10 +8,8 @@ from torch import Tensor, nn
 
 from flashdiff.components import ModelSpec
 from flashdiff.families.base import GUIDANCE, ModelFamily, TorchModel
+from flashdiff.families.codec import Decoder, Encoder, latent_factor
 from flashdiff.families.loading import (
-    Decoder,
-    image_encoder,
-    latent_factor,
     load_part,
     load_tokenizers,
     named_gaps,
@@ -106,8 +104,8 @@ def _load(folder: Path, spec: ModelSpec) -> TorchModel:
         tokenizer=load_tokenizers(folder, {"input_ids": "tokenizer", "input_ids_2": "tokenizer_2"}, spec.tokenizers),
         text_encoder=_TextEncoder(clip, t5).eval(),
         denoiser=_Denoiser(transformer, spec.sampler.schedule).eval(),
+        encoder=Encoder(vae).eval(),
         decoder=Decoder(vae).eval(),
-        encode_images=image_encoder(vae),
         network=transformer,
         weights={"vae": vae, "transformer": transformer, "text_encoder": clip, "text_encoder_2": t5},
     )

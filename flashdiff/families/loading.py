@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
 
 from flashdiff.components import ModelSpec, Size
 from flashdiff.errors import ModelError, first_line
 from flashdiff.families.base import ModelFamily
+from flashdiff.families.codec import latent_factor
 from flashdiff.prediction import Prediction
 from flashdiff.sampling import Sampler
 from flashdiff.schedule import NoiseSchedule, Schedule
@@ -149,39 +149,3 @@ def _tokenizer(folder: Path, part: str, kind: Any) -> Any:
         return kind.from_pretrained(folder / part)
     except Exception as error:  # as above
         raise ModelError(f"{folder}: cannot load {part}: {first_line(error)}") from None
-
-
-class Decoder(nn.Module):
-    """Scaled latents to images: the inverse of the latent codec, then the autoencoder's decoder."""
-
-    def __init__(self, vae: Any) -> None:
-        super().__init__()
-        self.vae = vae
-
-    def forward(self, latents: Tensor) -> Tensor:
-        unscaled = latents / self.vae.config.scaling_factor + shift_of(self.vae)
-        images: Tensor = self.vae.decode(unscaled, return_dict=False)[0]
-        return images
-
-
-def image_encoder(vae: Any) -> Callable[[Tensor, torch.Generator], Tensor]:
-    """Images [B, 3, H, W] in [-1, 1] to scaled latents, sampled where the autoencoder is variational."""
-
-    def encode(images: Tensor, generator: torch.Generator) -> Tensor:
-        encoded = vae.encode(images)
-        latents = encoded.latent_dist.sample(generator) if hasattr(encoded, "latent_dist") else encoded.latents
-        scaled: Tensor = (latents - shift_of(vae)) * vae.config.scaling_factor
-        return scaled
-
-    return encode
-
-
-def shift_of(vae: Any) -> float:
-    """What is taken off latents before scaling; 0 for all but the 16-channel autoencoders."""
-    return getattr(vae.config, "shift_factor", None) or 0.0
-
-
-def latent_factor(vae: dict[str, Any]) -> int:
-    """Pixels per latent cell. AutoencoderKL names its levels block_out_channels, AutoencoderTiny decoder_block_out_channels."""
-    factor: int = 2 ** (len(vae.get("block_out_channels") or vae["decoder_block_out_channels"]) - 1)
-    return factor

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from flashdiff.components import ModelSpec
 from flashdiff.families.base import ModelFamily, TorchModel
+from flashdiff.families.codec import Decoder, Encoder
 from flashdiff.families.loading import (
-    Decoder,
-    image_encoder,
     load_part,
     load_tokenizers,
     named_gaps,
@@ -93,8 +92,8 @@ def _load(folder: Path, spec: ModelSpec) -> TorchModel:
         tokenizer=load_tokenizers(folder, {"input_ids": "tokenizer"}, spec.tokenizers, lowercase=True),
         text_encoder=_TextEncoder(t5, spec.tokenizers[0].pad_id).eval(),
         denoiser=_Denoiser(transformer, spec.latent_factor).eval(),
+        encoder=Encoder(vae).eval(),
         decoder=Decoder(vae).eval(),
-        encode_images=image_encoder(vae),
         network=transformer,
         weights={"vae": vae, "transformer": transformer, "text_encoder": t5},
     )

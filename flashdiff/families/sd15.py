@@ -8,9 +8,8 @@ from torch import Tensor, nn
 from flashdiff.components import ModelSpec
 from flashdiff.errors import ModelError
 from flashdiff.families.base import ModelFamily, TorchModel
+from flashdiff.families.codec import Decoder, Encoder
 from flashdiff.families.loading import (
-    Decoder,
-    image_encoder,
     load_part,
     load_tokenizers,
     named_gaps,
@@ -64,8 +63,8 @@ def _load(folder: Path, spec: ModelSpec) -> TorchModel:
         tokenizer=load_tokenizers(folder, {"input_ids": "tokenizer"}, spec.tokenizers),
         text_encoder=_TextEncoder(clip).eval(),
         denoiser=_Denoiser(unet).eval(),
+        encoder=Encoder(vae).eval(),
         decoder=Decoder(vae).eval(),
-        encode_images=image_encoder(vae),
         network=unet,
         weights={"vae": vae, "unet": unet, "text_encoder": clip},
     )

@@ -8,9 +8,8 @@ from torch import Tensor, nn
 
 from flashdiff.components import ModelSpec
 from flashdiff.families.base import ModelFamily, TorchModel
+from flashdiff.families.codec import Decoder, Encoder
 from flashdiff.families.loading import (
-    Decoder,
-    image_encoder,
     load_part,
     load_tokenizers,
     named_gaps,
@@ -96,8 +95,8 @@ def _load(folder: Path, spec: ModelSpec) -> TorchModel:
         tokenizer=load_tokenizers(folder, parts, spec.tokenizers),
         text_encoder=_TextEncoder(first, second, third).eval(),
         denoiser=_Denoiser(transformer, spec.sampler.schedule).eval(),
+        encoder=Encoder(vae).eval(),
         decoder=Decoder(vae).eval(),
-        encode_images=image_encoder(vae),
         network=transformer,
         weights={
             "vae": vae,

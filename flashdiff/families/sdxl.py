@@ -8,9 +8,8 @@ from torch import Tensor, nn
 
 from flashdiff.components import ModelSpec
 from flashdiff.families.base import ModelFamily, TorchModel
+from flashdiff.families.codec import Decoder, Encoder
 from flashdiff.families.loading import (
-    Decoder,
-    image_encoder,
     load_part,
     load_tokenizers,
     named_gaps,
@@ -73,8 +72,8 @@ def _load(folder: Path, spec: ModelSpec) -> TorchModel:
         tokenizer=load_tokenizers(folder, {"input_ids": "tokenizer", "input_ids_2": "tokenizer_2"}, spec.tokenizers),
         text_encoder=_TextEncoder(first, second).eval(),
         denoiser=_Denoiser(unet, spec.latent_factor).eval(),
+        encoder=Encoder(vae).eval(),
         decoder=Decoder(vae).eval(),
-        encode_images=image_encoder(vae),
         network=unet,
         weights={"vae": vae, "unet": unet, "text_encoder": first, "text_encoder_2": second},
     )

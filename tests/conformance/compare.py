@@ -24,12 +24,20 @@ from served import model_of, serving
 
 from flashdiff.engines.runtime.fake_backend import FakeComponents
 from flashdiff.server.app import Listen
+from flashdiff.server.images import encode_image
 from flashdiff.server.models import Models
 
 _KEY, _REGION = "/flashdiff-conformance", 4096  # a shared memory object and its bytes
 _PORTS = (18001, 18000, 18002)
 _KINDS: dict[str, Any] = {"BYTES": np.object_, "UINT64": np.uint64, "INT32": np.int32, "FP32": np.float32}
-_TYPES = {"PROMPT": "BYTES", "FORMAT": "BYTES", "NEGATIVE_PROMPT": "BYTES", "SEED": "UINT64"}
+_TYPES = {
+    "PROMPT": "BYTES",
+    "FORMAT": "BYTES",
+    "NEGATIVE_PROMPT": "BYTES",
+    "IMAGE": "BYTES",
+    "STRENGTH": "FP32",
+    "SEED": "UINT64",
+}
 
 # Where flashdiff answers otherwise, and why.
 KNOWN = {
@@ -54,6 +62,11 @@ def _infer(
 
 def _prompt() -> triton.InferInput:
     return _tensor("PROMPT", b"a red car")
+
+
+def _file() -> bytes:
+    """A PNG."""
+    return encode_image(np.zeros((64, 64, 3), dtype=np.uint8), "png")
 
 
 def _short(name: str) -> triton.InferInput:
@@ -85,6 +98,7 @@ TABLE: dict[str, Callable[[triton.InferenceServerClient], Any]] = {
     "all inputs": _infer(
         _prompt(), *(_tensor(n, v) for n, v in (("SEED", 7), ("STEPS", 2), ("WIDTH", 128), ("HEIGHT", 64), ("COUNT", 3)))
     ),
+    "an image to start from": _infer(_prompt(), _tensor("SEED", 7), _tensor("IMAGE", _file()), _tensor("STRENGTH", 0.5)),
     "version said": _infer(_prompt(), _tensor("SEED", 5), version="1"),
     "one output": _infer(_prompt(), _tensor("SEED", 5), outputs=("SEEDS",)),
     "outputs in another order": _infer(_prompt(), _tensor("SEED", 5), outputs=("SEEDS", "IMAGES")),

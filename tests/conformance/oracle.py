@@ -14,6 +14,8 @@ _OPTIONAL = {
     "HEIGHT": np.int32,
     "COUNT": np.int32,
     "FORMAT": bytes,
+    "IMAGE": bytes,
+    "STRENGTH": np.float32,
 }
 
 

@@ -8,7 +8,7 @@ import pytest
 from flashdiff.engines.build import BuildOptions, build_engine
 from flashdiff.engines.runtime.engine import Engine, open_bundle
 from flashdiff.families import find_base
-from flashdiff.generate import Pixels, check_order, generate
+from flashdiff.generate import Pixels, check_order, generate, start_from
 from flashdiff.zoo.world import BACKGROUND_COLORS, OBJECT_COLORS
 
 THINGS = ("monster with a smile", "robot with an antenna", "planet")
@@ -44,6 +44,16 @@ def test_the_student_paints_the_asked_colors(student: Engine, steps: int, floor:
         votes = [_nearest(OBJECT_COLORS, pixel) for pixel in images[0][24:44:4, 24:44:4].reshape(-1, 3)]
         right += (_nearest(BACKGROUND_COLORS, corner) == background) + (color in votes)
     assert right / (2 * len(asked)) >= floor
+
+
+def test_an_image_to_start_from_keeps_its_place_and_takes_the_prompts_colors(student: Engine) -> None:
+    red = generate(student, [check_order(student.spec, prompt="a red robot on a black background", seed=1)])[0][0]
+    blue = check_order(student.spec, prompt="a blue robot on a black background", seed=2)
+    edited = {strength: generate(student, [start_from(blue, red, strength)])[0][0] for strength in (0.25, 0.75)}
+    far = {strength: float(np.abs(image.astype(int) - red).mean()) for strength, image in edited.items()}
+    assert far[0.25] < far[0.75]
+    votes = [_nearest(OBJECT_COLORS, pixel) for pixel in edited[0.75][24:44:4, 24:44:4].reshape(-1, 3)]
+    assert "blue" in votes
 
 
 def test_stock_diffusers_loads_and_runs_the_teacher_and_its_flash_lora() -> None:

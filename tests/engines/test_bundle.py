@@ -21,7 +21,7 @@ from flashdiff.engines.verify import verify
 from flashdiff.errors import BundleError, RequestError
 from flashdiff.families import load_base
 from flashdiff.files import hash_file
-from flashdiff.generate import check_order, generate
+from flashdiff.generate import check_order, generate, start_from
 from flashdiff.lora import load_fused
 
 
@@ -42,12 +42,12 @@ def copy(student_bundle: Path, tmp_path: Path) -> Path:
 
 def test_the_manifest_says_what_was_built_and_how_exact_it_is(student: Engine, teacher: Engine) -> None:
     for engine in (student, teacher):
-        assert set(engine.manifest.max_error) == {"text_encoder", "denoiser", "decoder", "image"}
+        assert set(engine.manifest.max_error) == {"text_encoder", "encoder", "denoiser", "decoder", "image"}
         assert max(engine.manifest.max_error.values()) <= 1e-4
         assert engine.manifest.rows_are_exact
         timed = {(cost.size, cost.batch) for cost in engine.manifest.step_costs if cost.part == "denoiser"}
         assert timed == {(size, batch) for size in engine.spec.sizes for batch in engine.manifest.batch_sizes}
-        spatial = {(part, size) for part in ("denoiser", "decoder") for size in engine.spec.sizes}
+        spatial = {(part, size) for part in ("encoder", "denoiser", "decoder") for size in engine.spec.sizes}
         assert engine.measure_costs().keys() == {("text_encoder", None), *spatial}
     assert (student.spec.sampler.kind, teacher.spec.sampler.kind) == ("flash", "ode")
     assert teacher.spec.sizes == (Size(32, 32), Size(48, 32))
@@ -66,6 +66,18 @@ def test_the_engine_makes_the_images_of_torch(tiny_base: Path, teacher: Engine) 
     orders = [check_order(teacher.spec, prompt="a dog", seed=3, steps=5, size=size) for size in teacher.spec.sizes]
     for engine_images, torch_images in zip(generate(teacher, orders), generate(model, orders), strict=True):
         assert engine_images[0].shape == torch_images[0].shape
+        assert np.abs(engine_images[0].astype(int) - torch_images[0]).max() <= 1
+
+
+def test_the_engine_starts_from_an_image_as_torch_does(tiny_base: Path, teacher: Engine) -> None:
+    _, model = load_base(str(tiny_base))
+    model.spec = teacher.spec
+    rng = np.random.default_rng(0)
+    images = {size: rng.integers(0, 256, (size.height, size.width, 3), dtype=np.uint8) for size in teacher.spec.sizes}
+    orders = [
+        start_from(check_order(teacher.spec, prompt="a dog", steps=5, size=size), image, 0.4) for size, image in images.items()
+    ]
+    for engine_images, torch_images in zip(generate(teacher, orders), generate(model, orders), strict=True):
         assert np.abs(engine_images[0].astype(int) - torch_images[0]).max() <= 1
 
 

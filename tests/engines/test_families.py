@@ -64,7 +64,7 @@ def test_a_graph_converted_twice_by_one_process_gives_the_same_files(family_bund
 @pytest.fixture
 def sdxl(tmp_path: Path) -> tuple[torch.nn.Module, Part, Callable[..., None]]:
     family, model = load_base(str(FAMILIES["sdxl"](tmp_path / "sdxl")))
-    part = parts_of(family, model)[1]
+    part = next(part for part in parts_of(family, model) if part.name == "denoiser")
 
     def export(part: Part, folder: str) -> None:
         (tmp_path / folder).mkdir()
@@ -109,7 +109,7 @@ def test_a_squeeze_that_does_nothing_in_torch_does_nothing_in_onnx(tiny_base: Pa
 @pytest.mark.parametrize("family", ["sd3", "flux"])
 def test_tables_of_noise_levels_are_not_rounded_with_the_weights(family: str, tmp_path: Path) -> None:
     family_record, model = load_base(str(FAMILIES[family](tmp_path / family)))
-    part = parts_of(family_record, model)[1]
+    part = next(part for part in parts_of(family_record, model) if part.name == "denoiser")
     tables = {name: table.clone() for name, table in part.module.named_buffers() if table.is_floating_point()}
     module = AtPrecision(part, "bf16")
     assert all(parameter.dtype == torch.bfloat16 for parameter in module.parameters())

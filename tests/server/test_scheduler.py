@@ -24,7 +24,12 @@ from flashdiff.server.scheduler import (
 )
 
 SMALL, LARGE = Size(64, 64), Size(128, 64)
-COSTS = {"text_encoder": {1: 1.0, 4: 2.0}, "denoiser": {1: 10.0, 4: 20.0}, "decoder": {1: 4.0, 4: 8.0}}
+COSTS = {
+    "text_encoder": {1: 1.0, 4: 2.0},
+    "encoder": {1: 3.0, 4: 6.0},
+    "denoiser": {1: 10.0, 4: 20.0},
+    "decoder": {1: 4.0, 4: 8.0},
+}
 
 
 def _ready(
@@ -48,17 +53,17 @@ def test_nothing_ready_is_an_empty_batch() -> None:
 
 
 def test_finished_rows_are_decoded_before_prompts_are_encoded_before_steps_are_taken() -> None:
-    ready = [_ready("denoise", 0), _ready("encode", 1, size=None), _ready("decode", 2)]
+    ready = [_ready("denoise", 0), _ready("encode_text", 1, size=None), _ready("decode", 2)]
     assert [item.stage for item in choose(ready)] == ["decode"]
-    assert [item.stage for item in choose(ready[:2])] == ["encode"]
+    assert [item.stage for item in choose(ready[:2])] == ["encode_text"]
 
 
 def test_texts_wait_for_room_in_the_step_unless_they_are_more_urgent() -> None:
     full = [_ready("denoise", index, due=2) for index in range(4)]
-    text = _ready("encode", 9, size=None, due=3)
+    text = _ready("encode_text", 9, size=None, due=3)
     assert [item.stage for item in choose([*full, text])] == 4 * ["denoise"]
-    assert [item.stage for item in choose([*full[:3], text])] == ["encode"]
-    assert [item.stage for item in choose([*full, _ready("encode", 9, size=None, due=1)])] == ["encode"]
+    assert [item.stage for item in choose([*full[:3], text])] == ["encode_text"]
+    assert [item.stage for item in choose([*full, _ready("encode_text", 9, size=None, due=1)])] == ["encode_text"]
 
 
 def test_the_most_urgent_deadline_picks_the_size_and_the_rest_of_its_size_joins() -> None:
@@ -90,12 +95,12 @@ def test_a_step_takes_as_many_rows_as_cost_least_each() -> None:
 def test_texts_wait_where_their_rows_would_not_join_the_step() -> None:
     costs = {1: 5.0, 2: 9.0, 4: 17.0}
     rows = [_ready("denoise", index, due=1, costs=costs) for index in range(2)]
-    texts = [_ready("encode", index, size=None, due=9) for index in range(2, 4)]
+    texts = [_ready("encode_text", index, size=None, due=9) for index in range(2, 4)]
     assert [item.stage for item in choose([*rows, *texts[:1]])] == 2 * ["denoise"]  # three would go as two and one
-    assert [item.stage for item in choose([*rows, *texts])] == 2 * ["encode"]
-    assert [item.stage for item in choose([*rows, *(_ready("encode", 5 + i, size=None, due=9, model="b") for i in (0, 1))])] == (
-        2 * ["denoise"]
-    )
+    assert [item.stage for item in choose([*rows, *texts])] == 2 * ["encode_text"]
+    assert [
+        item.stage for item in choose([*rows, *(_ready("encode_text", 5 + i, size=None, due=9, model="b") for i in (0, 1))])
+    ] == (2 * ["denoise"])
 
 
 def test_models_do_not_share_a_batch_and_none_blocks_another() -> None:
@@ -103,7 +108,7 @@ def test_models_do_not_share_a_batch_and_none_blocks_another() -> None:
     assert [item.index for item in choose(ready)] == [1, 3]
 
 
-_STAGE = st.sampled_from(["decode", "encode", "denoise"])
+_STAGE = st.sampled_from(["decode", "encode_text", "encode_image", "denoise"])
 
 
 @given(st.lists(st.tuples(_STAGE, st.booleans(), st.integers(0, 9)), max_size=30), st.integers(2, 8))
@@ -114,7 +119,7 @@ def test_any_batch_is_of_one_stage_and_size_fits_and_holds_the_most_urgent(
         _ready(
             stage,
             index,
-            size=None if stage == "encode" else (LARGE if large else SMALL),
+            size=None if stage == "encode_text" else (LARGE if large else SMALL),
             slots=2 if stage == "denoise" and due % 2 else 1,  # of a model with guidance
             due=float(due),
             most=max_batch,

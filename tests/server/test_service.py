@@ -21,13 +21,13 @@ from served import METHODS, MODEL, SIZE, Running, message, model_of, until
 from flashdiff.components import Conditioning, Size
 from flashdiff.engines.runtime.fake_backend import FakeComponents
 from flashdiff.errors import BackendError, ConfigError, RequestError
-from flashdiff.generate import check_order, generate
+from flashdiff.generate import check_order, generate, start_from
 from flashdiff.proto.v1 import image_pb2, image_pb2_grpc
 from flashdiff.server import worker as worker_module
 from flashdiff.server.app import Listen, serve, start
 from flashdiff.server.client import AsyncClient, Client, ServerError
 from flashdiff.server.convert import Preview, Result
-from flashdiff.server.images import ImageFormat
+from flashdiff.server.images import ImageFormat, decode_image
 from flashdiff.server.models import Models
 from flashdiff.server.worker import Job
 
@@ -39,7 +39,7 @@ def test_a_reply_carries_images_seeds_timings_and_the_model(running: Running, cl
     for data, pixels in zip(result.images, expected, strict=True):
         np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(data))), pixels)
     assert (result.seeds, result.steps, result.size, result.model) == ((7, 8, 9), 2, (128, 64), MODEL)
-    stages = ("queue", "text", "denoise", "decode", "image_encoding")
+    stages = ("queue", "text", "input_image", "denoise", "decode", "image_encoding")
     assert result.timings["total"] == pytest.approx(sum(result.timings[stage] for stage in stages), rel=0.01, abs=0.01)
 
 
@@ -90,12 +90,64 @@ def test_a_bad_field_is_invalid_argument_with_field_value_and_what_is_allowed(
 
 
 @pytest.mark.parametrize(
-    "changes", [{"seed": -1}, {"seed": 2**64}, {"steps": 0}, {"steps": -1}, {"count": 0}, {"image_format": "gif"}]
+    "changes",
+    [{"seed": -1}, {"seed": 2**64}, {"steps": 0}, {"steps": -1}, {"count": 0}, {"image_format": "gif"}, {"strength": 0}],
 )
 def test_a_value_that_no_request_can_carry_is_named_by_the_client(client: Client, changes: dict[str, object]) -> None:
     field = next(iter(changes)).removeprefix("image_")
     with pytest.raises(RequestError, match=rf"^{field}: .* is not allowed; it must be"):
         client.generate("x", **changes)  # type: ignore[arg-type]
+
+
+def _file(name: str, width: int, height: int) -> bytes:
+    """A picture of one colour to start from."""
+    file = io.BytesIO()
+    Image.new("RGB", (width, height), (200, 40, 90)).save(file, name)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("name", ["PNG", "WEBP", "JPEG"])
+def test_a_request_may_bring_an_image_to_start_from(running: Running, client: Client, name: str) -> None:
+    file = _file(name, 128, 80)
+    result = client.generate("x", seed=3, steps=4, image=file, strength=0.5)
+    assert [part for part, _ in running.fake.calls] == ["encoder", "text_encoder", "denoiser", "denoiser", "decoder"] or (
+        [part for part, _ in running.fake.calls] == ["text_encoder", "encoder", "denoiser", "denoiser", "decoder"]
+    )
+    order = start_from(check_order(running.fake.spec, prompt="x", seed=3, steps=4), decode_image(file, SIZE), 0.5)
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(result.images[0]))), generate(FakeComponents(), [order])[0][0])
+    assert result.timings["input_image"] >= 0
+    assert result.images != client.generate("x", seed=3, steps=4).images
+
+
+@pytest.mark.parametrize(
+    ("image", "strength", "message"),
+    [
+        (b"GIF89a", 0.5, "image: '6 bytes' is not allowed; they must be a whole PNG, JPEG or WebP file"),
+        (_file("PNG", 64, 64)[:80], 0.5, "they must be a whole PNG, JPEG or WebP file"),
+        (_file("BMP", 64, 64), 0.5, "they must be a whole PNG, JPEG or WebP file"),
+        (_file("PNG", 5000, 5000), 0.5, "image: '5000x5000' is not allowed; at most 16777216 pixels are read"),
+        (_file("PNG", 64, 64), 1.5, "strength: 1.5 is not allowed; it must be above 0 and at most 1"),
+        (b"", 0.5, "strength: 0.5 is not allowed; it needs an image to start from"),
+    ],
+)
+def test_a_bad_image_names_what_is_wrong(running: Running, image: bytes, strength: float, message: str) -> None:
+    request = image_pb2.GenerateRequest(prompt="x", image=image, strength=strength)
+    with grpc.insecure_channel(running.address) as channel, pytest.raises(grpc.RpcError) as caught:
+        image_pb2_grpc.ImageServiceStub(channel).Generate(request, timeout=10)
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert message in caught.value.details()
+
+
+def test_a_photo_is_turned_upright_and_fills_the_size() -> None:
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6  # orientation: the camera was held upright
+    picture = Image.new("RGB", (300, 200), "blue")
+    picture.paste("red", (0, 0, 150, 200))  # left in the file, the upper half when upright
+    picture.save(file, "JPEG", exif=exif, quality=95)
+    seen = decode_image(file.getvalue(), Size(64, 64)).astype(int)
+    assert seen.shape == (64, 64, 3)
+    assert np.abs(seen[:28] - (255, 0, 0)).max() < 20
+    assert np.abs(seen[36:] - (0, 0, 255)).max() < 20
 
 
 def test_a_stream_shows_every_step_and_ends_with_the_result_of_the_plain_call(client: Client) -> None:

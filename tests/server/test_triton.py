@@ -18,9 +18,10 @@ from tritonclient.utils import InferenceServerException, serialize_byte_tensor
 from tritonclient.utils import shared_memory as shm
 
 from flashdiff.engines.runtime.fake_backend import FakeComponents
-from flashdiff.generate import check_order, generate
+from flashdiff.generate import check_order, generate, start_from
 from flashdiff.proto.v1 import triton_pb2 as pb
 from flashdiff.server.app import Listen
+from flashdiff.server.images import decode_image
 
 
 @pytest.fixture
@@ -76,6 +77,17 @@ def test_the_images_are_those_of_our_own_service(running: Running, stock: triton
     assert response.parameters["total_ms"].double_param > 0
 
 
+def test_an_image_to_start_from_comes_as_a_file(running: Running, stock: triton.InferenceServerClient) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64), "navy").save(file, "PNG")
+    given = [*inputs(SEED=7, STEPS=4), tensor("IMAGE", "BYTES", file.getvalue()), tensor("STRENGTH", "FP32", 0.25)]
+    result = stock.infer("fake", given)
+    order = check_order(running.fake.spec, prompt="a red car", seed=7, steps=4)
+    expected = generate(FakeComponents(), [start_from(order, decode_image(file.getvalue(), SIZE), 0.25)])[0]
+    np.testing.assert_array_equal(result.as_numpy("IMAGES"), expected)
+    assert [part for part, _ in running.fake.calls].count("denoiser") == 1
+
+
 def test_only_the_outputs_asked_for_come(stock: triton.InferenceServerClient) -> None:
     result = stock.infer("fake", inputs(SEED=1), outputs=[triton.InferRequestedOutput("SEEDS")])
     assert [output.name for output in result.get_response().outputs] == ["SEEDS"]
@@ -99,6 +111,8 @@ def test_only_the_outputs_asked_for_come(stock: triton.InferenceServerClient) ->
         ("fake", "", [tensor("PROMPT", "BYTES", b"x", (2,))], None, "INVALID_ARGUMENT", "unexpected shape for input 'PROMPT'"),
         ("fake", "", [tensor("PROMPT", "BYTES", b"\xff\xfe")], None, "INVALID_ARGUMENT", "it must be valid UTF-8"),
         ("fake", "", [*inputs(), tensor("FORMAT", "BYTES", b"gif")], None, "INVALID_ARGUMENT", "must be one of png, jpeg, webp"),
+        ("fake", "", [*inputs(), tensor("IMAGE", "BYTES", b"gif")], None, "INVALID_ARGUMENT", "image: '3 bytes' is not allowed"),
+        ("fake", "", [*inputs(), tensor("STRENGTH", "FP32", 0.5)], None, "INVALID_ARGUMENT", "it needs an image to start from"),
         ("fake", "", inputs(), ["NONE"], "INVALID_ARGUMENT", "unexpected inference output 'NONE'"),
         ("fake", "", inputs(), ["PREVIEW"], "INVALID_ARGUMENT", "use ModelStreamInfer"),
     ],

@@ -1,0 +1,50 @@
+"""The latent codec: the two halves of an autoencoder as modules whose latents are shifted and scaled to about unit variance."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Encoder(nn.Module):
+    """Images [B, 3, H, W] in [-1, 1] to scaled latents: the autoencoder's encoder, then the latent codec."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Where the autoencoder is variational: the mean, or a draw of `generator`."""
+        encoded = self.vae.encode(images)
+        if not hasattr(encoded, "latent_dist"):
+            latents = encoded.latents
+        elif generator is None:
+            latents = encoded.latent_dist.mode()
+        else:
+            latents = encoded.latent_dist.sample(generator)
+        scaled: Tensor = (latents - shift_of(self.vae)) * self.vae.config.scaling_factor
+        return scaled
+
+
+class Decoder(nn.Module):
+    """Scaled latents to images: the inverse of the latent codec, then the autoencoder's decoder."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, latents: Tensor) -> Tensor:
+        unscaled = latents / self.vae.config.scaling_factor + shift_of(self.vae)
+        images: Tensor = self.vae.decode(unscaled, return_dict=False)[0]
+        return images
+
+
+def shift_of(vae: Any) -> float:
+    """What is taken off latents before scaling; 0 for all but the 16-channel autoencoders."""
+    return getattr(vae.config, "shift_factor", None) or 0.0
+
+
+def latent_factor(vae: dict[str, Any]) -> int:
+    """Pixels per latent cell. AutoencoderKL names its levels block_out_channels, AutoencoderTiny decoder_block_out_channels."""
+    factor: int = 2 ** (len(vae.get("block_out_channels") or vae["decoder_block_out_channels"]) - 1)
+    return factor
