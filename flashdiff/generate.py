@@ -42,7 +42,12 @@ class Order:
     image: Pixels | None = field(default=None, repr=False)
     """Of `size`: what the images start from, noised, in place of pure noise."""
     strength: float = 1.0
-    """The share of the steps that an order with an image takes; the less, the more of the image stays."""
+    """The share of the steps that an order with an image takes; the less, the more of the image stays (SDEdit, 2108.01073)."""
+
+    @property
+    def steps_taken(self) -> int:
+        """The last of its steps, as many as its strength says, but at least one."""
+        return max(1, round(self.strength * self.steps))
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -153,7 +158,7 @@ def new_row(
 ) -> Row:
     """Image `index` of the order: pure noise, or the latents `start` of its image with the noise of the first time it takes."""
     seed = image_seed(order.seed, index)
-    times = spec.sampler.times(order.steps, order.strength)
+    times = spec.sampler.times(order.steps)[-order.steps_taken :]
     latents = image_noise(seed, 0, spec.latent_shape(order.size))
     if start is not None:
         alphas, sigmas = (levels.astype(np.float32) for levels in spec.sampler.schedule.levels(times[:1]))

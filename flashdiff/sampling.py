@@ -56,13 +56,9 @@ class Sampler(Record):
     def evaluations_per_step(self) -> int:
         return 1 if self.guidance == 1.0 else 2
 
-    def times(self, steps: int, strength: float = 1.0) -> list[int]:
-        """The times of a `steps`-step image, noisiest first.
-
-        One that starts from an image takes the last `strength` of them, at least one (SDEdit, 2108.01073).
-        """
-        times = self.grid.inference_times(steps) if self.grid else trailing_times(self.schedule.num_train_timesteps, steps)
-        return times[-max(1, round(strength * steps)) :]
+    def times(self, steps: int) -> list[int]:
+        """The times of a `steps`-step image, noisiest first."""
+        return self.grid.inference_times(steps) if self.grid else trailing_times(self.schedule.num_train_timesteps, steps)
 
 
 def ode_weights(schedule: Schedule, times: list[int]) -> list[float]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from flashdiff.components import Size
@@ -107,7 +108,7 @@ class Work:
     images: int = 0  # to encode
     bucket: Hashable = None  # whose rows share a denoise step
 
-    @property
+    @cached_property
     def share_ms(self) -> float:
         """Its share of the device, in full batches."""
         calls = {
@@ -170,6 +171,8 @@ def promise_ms(alone_ms: float, expected_ms: float) -> float:
 
 def _cost(by_batch: Mapping[int, float], slots: int) -> float:
     """Of as many full batches as needed and the smallest bucket for the rest."""
+    if not slots:
+        return 0.0
     largest = max(by_batch)
     full, rest = divmod(slots, largest)
     return full * by_batch[largest] + (by_batch[min(batch for batch in by_batch if batch >= rest)] if rest else 0.0)

@@ -79,6 +79,7 @@ class Job:
     client: str
     deadline: float  # on the monotonic clock; infinity where there is none
     due: float
+    left: Work  # as of its last call: playing the queue through must not cost what finding it out for every job does
     alone_s: float  # how long it would have taken when it came, had nothing else been there
     arrived: float
     arrival: int
@@ -157,7 +158,8 @@ class Worker:
         """How long the order would take if it were submitted now; a deadline needs two fifths more of the waiting in it."""
         with self._changed:
             before, after = self._around(due(time.monotonic(), priority, math.inf, 0.0))
-            return finish_times([*map(_work_left, before), _work_of(model, order), *map(_work_left, after)])[len(before)]
+            works = [*(job.left for job in before), _work_of(model, order), *(job.left for job in after)]
+            return finish_times(works)[len(before)]
 
     def release(self, job: Job) -> None:
         """The client has what it asked for, or has left: rows in progress are dropped before the next step.
@@ -208,18 +210,20 @@ class Worker:
         for jobs, share, whose in ((held, 1.0, ""), (own, _CLIENT_SHARE, " of yours")):
             self._check_room(order, jobs, share, whose)
         deadline = math.inf if timeout_s is None else now + timeout_s
-        due_at = due(now, priority, deadline, sum(_work_left(job).share_ms for job in own) / 1000)
+        due_at = due(now, priority, deadline, sum(job.left.share_ms for job in own) / 1000)
         new = _work_of(model, order)
         alone_ms = new.alone_ms
         if timeout_s is not None:
             self._check_deadline(model, new, alone_ms, due_at, now, timeout_s)
         self._arrivals += 1
-        return Job(model, order, client, deadline, due_at, alone_ms / 1000, arrived=now, arrival=self._arrivals, on_step=on_step)
+        return Job(
+            model, order, client, deadline, due_at, new, alone_ms / 1000, arrived=now, arrival=self._arrivals, on_step=on_step
+        )
 
     def _check_deadline(self, model: Model, new: Work, alone_ms: float, due_at: float, now: float, timeout_s: float) -> None:
         """DeadlineError when the work cannot be promised in time, or would break a promise that would hold without it."""
         before, after = self._around(due_at)
-        ends = finish_times([*map(_work_left, before), new, *map(_work_left, after)])
+        ends = finish_times([*(job.left for job in before), new, *(job.left for job in after)]) if self._jobs else [alone_ms]
         promised = promise_ms(alone_ms, ends.pop(len(before)))
         if promised > 1000 * timeout_s:
             if not self._jobs:
@@ -230,7 +234,7 @@ class Worker:
         jobs = [*before, *after]
         late = [index for index, job in enumerate(jobs) if now + ends[index] / 1000 > job.deadline]
         if late:
-            without = finish_times([_work_left(job) for job in jobs])
+            without = finish_times([job.left for job in jobs])
             if any(now + without[index] / 1000 <= jobs[index].deadline for index in late):
                 raise DeadlineError("this can be in time, but others who were promised a time would then be late")
 
@@ -248,7 +252,7 @@ class Worker:
         too_many = images + order.count > limit
         too_large = bool(jobs) and pixels + _pixel_bytes(order) > share * MAX_PENDING_BYTES
         if (too_many or too_large) and (jobs or not whose):
-            retry_s = max(_SHORTEST_RETRY_S, sum(_work_left(job).share_ms for job in self._jobs) / 1000)
+            retry_s = max(_SHORTEST_RETRY_S, sum(job.left.share_ms for job in self._jobs) / 1000)
             held = f"{images} images" if too_many else f"{pixels / 1e6:.0f} MB of images"
             most = f"{limit}" if too_many else f"{share * MAX_PENDING_BYTES / 1e6:.0f} MB"
             raise OverloadedError(
@@ -357,6 +361,7 @@ class Worker:
             by_batch[other] += 0.02 * (first[other] * by_batch[bucket] / first[bucket] - by_batch[other])
         name = {"encode_text": "text", "encode_image": "input_image"}.get(stage, stage)  # a field of Timings
         for job in dict.fromkeys(job for job, _ in chosen):
+            job.left = _work_left(job)
             setattr(job.timings, name, getattr(job.timings, name) + spent_ms)
             if stage == "denoise":
                 job.batches.append(slots)
@@ -383,7 +388,7 @@ class Worker:
             departed = [job for job in self._jobs if job.departed]
             promised = [job for job in self._jobs if not job.departed and job.deadline < math.inf]
             near = [job for job in promised if job.deadline <= now + 3 * job.alone_s]  # the machine may have become slower
-            late = [job for job in near if job.deadline <= now + _work_left(job).alone_ms / 1000]
+            late = [job for job in near if job.deadline <= now + job.left.alone_ms / 1000]
         self._fail(departed, CancelledError("the client has left"))
         self._fail(late, DeadlineError("the deadline cannot be kept any more: the images would be done after it"))
 
@@ -444,18 +449,16 @@ def _work_of(model: Model, order: Order) -> Work:
     slots = model.components.spec.sampler.evaluations_per_step
     texts = sum(text not in model.embeddings for text in order.texts)
     costs = {part: by_batch for (part, size), by_batch in model.costs.items() if size in (None, order.size)}
-    steps = len(model.components.spec.sampler.times(order.steps, order.strength))
     images = int(order.image is not None)
-    return Work((steps,) * order.count, slots, texts, costs, images, bucket=(id(model), order.size))
+    return Work((order.steps_taken,) * order.count, slots, texts, costs, images, bucket=(id(model), order.size))
 
 
 def _work_left(job: Job) -> Work:
-    whole = _work_of(job.model, job.order)
     if not job.rows:
-        texts = sum(text not in job.encoded and text not in job.model.embeddings for text in job.order.texts)
-        return replace(whole, texts=texts, images=0 if job.start is not None else whole.images)
+        texts = sum(text not in job.encoded for text in job.order.texts)
+        return replace(job.left, texts=texts, images=int(job.order.image is not None and job.start is None))
     steps = tuple(len(row.times) - row.step for index, row in enumerate(job.rows) if index not in job.images)
-    return replace(whole, steps=steps, texts=0, images=0)
+    return replace(job.left, steps=steps, texts=0, images=0)
 
 
 def _forget_slowness(model: Model) -> None:

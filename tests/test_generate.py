@@ -79,18 +79,19 @@ def test_an_impossible_order_names_field_value_and_what_is_allowed(changes: dict
 
 
 @pytest.mark.parametrize("sampler", [FLASH, GUIDED])
-def test_an_image_to_start_from_is_noised_to_the_first_time_that_is_left(sampler: Sampler) -> None:
+@pytest.mark.parametrize(("strength", "taken"), [(0.01, 1), (0.5, 2), (1.0, 4)])
+def test_an_image_to_start_from_is_noised_to_the_first_time_that_is_left(sampler: Sampler, strength: float, taken: int) -> None:
     fake = FakeComponents(sampler)
     picture = np.full((64, 64, 3), 200, dtype=np.uint8)
-    order = start_from(check_order(fake.spec, prompt="p", seed=5, steps=4), picture, 0.5)
+    order = start_from(check_order(fake.spec, prompt="p", seed=5, steps=4), picture, strength)
     encoded, start = {"p": encode_prompts(fake, ["p"])[0]}, encode_pixels(fake, [picture])[0]
     (row,) = start_rows(fake.spec, order, encoded, unconditional_of(fake), start)
-    assert row.times == sampler.times(4)[2:]
+    assert row.times == sampler.times(4)[-taken:]
     alphas, sigmas = sampler.schedule.levels(row.times[:1])
     noise = image_noise(5, 0, start.shape)
     np.testing.assert_allclose(row.latents, alphas[0] * (200 / 127.5 - 1) + sigmas[0] * noise, atol=1e-6)
     generate(fake, [order])
-    assert [part for part, _ in fake.calls[-4:]] == ["encoder", "denoiser", "denoiser", "decoder"]
+    assert [part for part, _ in fake.calls][-2 - taken :] == ["encoder", *taken * ["denoiser"], "decoder"]
 
 
 @pytest.mark.parametrize(

@@ -56,13 +56,6 @@ def test_guidance_one_is_the_conditional_and_more_goes_beyond_it() -> None:
     assert guide(conditional, unconditional, 3.0) == 4.0
 
 
-def test_an_image_to_start_from_leaves_the_last_times() -> None:
-    sampler = Sampler(kind="ode", schedule=SCHEDULE, default_steps=10)
-    assert sampler.times(10, 0.3) == sampler.times(10)[-3:]
-    assert sampler.times(10, 1.0) == sampler.times(10)
-    assert sampler.times(10, 0.01) == sampler.times(10)[-1:]
-
-
 def test_a_flash_sampler_without_its_grid_is_refused() -> None:
     with pytest.raises(ValueError, match="flash sampler needs its grid"):
         Sampler(kind="flash", schedule=SCHEDULE, default_steps=4)
