@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import wait
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -324,15 +325,24 @@ def test_a_call_that_hangs_answers_everyone_and_refuses_what_comes(fake: FakeCom
     assert asking.worker.join(10)
 
 
-def test_an_order_larger_than_a_batch_keeps_its_promise(fake: FakeComponents, asking: Asking) -> None:
+def test_an_order_larger_than_a_batch_keeps_its_promise(
+    fake: FakeComponents, asking: Asking, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its texts and steps done count no more, or it would be given up as too late on the way."""
-    fake.delay_s = 0.02
+    clock = 0.0
+
+    def called(part: str, rows: int) -> None:
+        nonlocal clock
+        clock += 0.02
+
+    monkeypatch.setattr(worker_module, "time", SimpleNamespace(monotonic=lambda: clock))
+    monkeypatch.setattr(fake, "_called", called)
     for by_batch in asking.model.costs.values():
         by_batch.update(dict.fromkeys(by_batch, 20.0))
     order = _order(fake, count=7, steps=3)
     promised_s = asking.worker.estimate_ms(asking.model, order) / 1000
     assert promised_s >= 0.02 * (1 + 2 * 3 + 2)
-    assert len(asking.submit(order, timeout_s=1.3 * promised_s).answer.result(10).images) == 7
+    assert len(asking.submit(order, timeout_s=1.01 * promised_s).answer.result(10).images) == 7
 
 
 def test_patient_requests_do_not_shut_out_a_hurried_one_who_must_not_break_their_promises(fake: FakeComponents) -> None:
