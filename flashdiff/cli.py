@@ -338,7 +338,7 @@ def _generate(options: argparse.Namespace) -> None:
     order = check_order(
         engine.spec, prompt=options.prompt, seed=options.seed, steps=options.steps, size=size, count=options.count
     )
-    order = start_from_file(order, options.image.read_bytes() if options.image else b"", options.strength)
+    order = start_from_file(order, options.image.read_bytes() if options.image else None, options.strength)
     for index, pixels in enumerate(generate(engine, [order])[0]):
         path = options.out if order.count == 1 else options.out.with_stem(f"{options.out.stem}-{index}")
         try:

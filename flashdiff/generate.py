@@ -1,6 +1,6 @@
 """Rows to images. A row is one image in progress; everybody who makes an image uses these pieces.
 
-`generate` runs them for one request; the server's worker calls `encode_prompts`, `encode_pixels`, `start_rows`,
+`generate` runs them for one request; the server's worker calls `encode_prompts`, `encode_images`, `start_rows`,
 `denoise_rows` and `decode_rows` on whatever is ready, of any prompt, seed, time and number of steps.
 """
 
@@ -20,7 +20,7 @@ MAX_COUNT = 16
 """Images per request."""
 
 DEFAULT_STRENGTH = 0.8
-"""Of a request with an image: diffusers' own."""
+"""Of a request with an image, as in diffusers' Stable Diffusion pipeline."""
 
 _CHARACTERS_PER_TOKEN = 64  # no word of a tokenizer is longer
 
@@ -47,7 +47,7 @@ class Order:
     @property
     def steps_taken(self) -> int:
         """The last of its steps, as many as its strength says, but at least one."""
-        return max(1, round(self.strength * self.steps))
+        return max(1, int(self.strength * self.steps + 1e-4))  # a strength came as float32
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -114,7 +114,7 @@ def check_order(
 
 def start_from(order: Order, image: Pixels, strength: float | None = None) -> Order:
     """The order with an image to start from, image-to-image; RequestError when one of the two does not fit."""
-    strength = DEFAULT_STRENGTH if strength is None else strength
+    strength = float(np.float32(DEFAULT_STRENGTH if strength is None else strength))  # as on the wire
     if not 0 < strength <= 1:
         raise RequestError("strength", strength, "it must be above 0 and at most 1")
     height, width, _ = image.shape
@@ -129,7 +129,7 @@ def encode_prompts(components: Components, prompts: Sequence[str]) -> list[Condi
     return [{name: values[index] for name, values in batch.items()} for index in range(len(prompts))]
 
 
-def encode_pixels(components: Components, images: Sequence[Pixels]) -> list[NDArray[np.float32]]:
+def encode_images(components: Components, images: Sequence[Pixels]) -> list[NDArray[np.float32]]:
     """The latents [C, h, w] of each image; at most `max_batch` images of one size."""
     batch = np.stack(images).transpose(0, 3, 1, 2).astype(np.float32) / np.float32(127.5) - 1
     latents = components.encode_images(np.ascontiguousarray(batch))
@@ -248,7 +248,7 @@ def generate_rows(
     encoded: dict[str, Conditioning] = {}
     for some in _chunks(texts, components.max_batch):
         encoded |= zip(some, encode_prompts(components, some), strict=True)
-    starts = [None if order.image is None else encode_pixels(components, [order.image])[0] for order in orders]
+    starts = [None if order.image is None else encode_images(components, [order.image])[0] for order in orders]
     rows = [
         start_rows(components.spec, order, encoded, unconditional, start) for order, start in zip(orders, starts, strict=True)
     ]

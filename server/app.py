@@ -36,7 +36,7 @@ _MAX_REPLY = 256 * 1024 * 1024
 _MAX_CALLS = 2000  # at once, refused RESOURCE_EXHAUSTED beyond: far more than the queue takes, far less than would hurt
 _OPTIONS = [
     ("grpc.max_send_message_length", _MAX_REPLY),
-    ("grpc.max_receive_message_length", 8 * 1024 * 1024),  # a request is a prompt, some numbers and perhaps an image
+    ("grpc.max_receive_message_length", 4 * 1024 * 1024),  # a request is a prompt, some numbers and perhaps an image
     ("grpc.max_concurrent_streams", 500),  # of one connection
     ("grpc.so_reuseport", 0),  # otherwise two servers share one port in silence
     ("grpc.keepalive_time_ms", 60_000),  # a client that vanished without a word is noticed

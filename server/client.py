@@ -77,7 +77,10 @@ _RETRIES = json.dumps(
 def _channel_arguments(token: str | None, tls_ca: Path | None, *, retries: bool) -> tuple[Any, list[tuple[str, Any]]]:
     """Credentials (None: plain) and options of a channel."""
     options: list[tuple[str, Any]] = [("grpc.max_receive_message_length", 256 * 1024 * 1024)]
-    options.append(("grpc.service_config", _RETRIES) if retries else ("grpc.enable_retries", 0))
+    if retries:  # of requests with images too, which the library would not keep for another try
+        options += [("grpc.service_config", _RETRIES), ("grpc.per_rpc_retry_buffer_size", 8 * 1024 * 1024)]
+    else:
+        options.append(("grpc.enable_retries", 0))
     credentials = grpc.ssl_channel_credentials(tls_ca.read_bytes()) if tls_ca else None
     if token and credentials:
         credentials = grpc.composite_channel_credentials(credentials, grpc.access_token_call_credentials(token))

@@ -91,7 +91,7 @@ def read_request(request: pb.GenerateRequest, spec: ModelSpec) -> tuple[Order, W
         count=request.count or 1,
         negative_prompt=request.negative_prompt,
     )
-    order = start_from_file(order, request.image, request.strength or None)
+    order = start_from_file(order, request.image or None, request.strength or None)
     return order, Wish(image_format, request.quality or None, _PRIORITIES[request.priority])
 
 

@@ -18,6 +18,7 @@ FORMAT_OF_SUFFIX: dict[str, ImageFormat] = {".png": "png", ".jpg": "jpeg", ".jpe
 
 DEFAULT_JPEG_QUALITY = 90
 _MAX_INPUT_PIXELS = 4096 * 4096  # a small file can unpack to any number of them
+_MAX_SCANS = 100  # of a progressive JPEG, each of which goes over all pixels; cameras write about ten
 
 
 def encode_image(pixels: Pixels, image_format: ImageFormat, quality: int | None = None) -> bytes:
@@ -45,19 +46,23 @@ def decode_image(file: bytes, size: Size) -> Pixels:
     try:
         with Image.open(io.BytesIO(file), formats=("PNG", "JPEG", "WEBP")) as image:
             if image.width * image.height > _MAX_INPUT_PIXELS:
-                too_large = f"at most {_MAX_INPUT_PIXELS} pixels are read"
-                raise RequestError("image", f"{image.width}x{image.height}", too_large)
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-    except RequestError:
+                raise RequestError("image", f"{image.width}x{image.height}", f"at most {_MAX_INPUT_PIXELS} pixels are read")
+            if image.format == "JPEG" and file.count(b"\xff\xda") > _MAX_SCANS:
+                raise RequestError("image", f"{len(file)} bytes", f"a JPEG may have {_MAX_SCANS} scans")
+            ImageOps.exif_transpose(image, in_place=True)
+            upright = image.convert("RGB")
+    except (RequestError, MemoryError):
         raise
+    except Image.DecompressionBombError:
+        raise RequestError("image", f"{len(file)} bytes", f"at most {_MAX_INPUT_PIXELS} pixels are read") from None
     except Exception:  # Pillow raises many kinds for what is damaged
         raise RequestError("image", f"{len(file)} bytes", "they must be a whole PNG, JPEG or WebP file") from None
     return np.array(ImageOps.fit(upright, size, Image.Resampling.LANCZOS))
 
 
-def start_from_file(order: Order, file: bytes, strength: float | None) -> Order:
+def start_from_file(order: Order, file: bytes | None, strength: float | None) -> Order:
     """The order with the image of a file to start from, or as it is where there is none; RequestError when one does not fit."""
-    if file:
+    if file is not None:
         return start_from(order, decode_image(file, order.size), strength)
     if strength is not None:
         raise RequestError("strength", strength, "it needs an image to start from")

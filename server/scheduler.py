@@ -68,7 +68,11 @@ def choose(ready: Iterable[Ready]) -> list[Ready]:
         return decode[: max(decode[0].costs)]
     step = rows[: _step_size(rows)]
     if given:
-        joined = _step_size([*rows, *(item for item in given if item.model == rows[0].model)]) if rows else 1
+        joined = (
+            _step_size([*rows, *(item for item in given if item.model == rows[0].model and item.size in (None, rows[0].size))])
+            if rows
+            else 1
+        )
         if joined > len(step) or _urgency(given[0]) < _urgency(step[-1]):
             return given[: max(given[0].costs)]
     return step

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from typing import Any, TypeVar
 
-from flashdiff.errors import FlashdiffError
+from flashdiff.errors import FlashdiffError, OverloadedError
 from flashdiff.generate import Order, Pixels
 from flashdiff.proto.v1 import image_pb2 as pb
 from flashdiff.proto.v1 import image_pb2_grpc
@@ -28,6 +28,8 @@ from flashdiff.server.status import abort
 from flashdiff.server.worker import Finished, Step, Worker
 
 _SENDING_S = 30.0
+_MAX_READING = 16  # images of requests at once: nothing has been promised to these yet
+_READING_RETRY_S = 0.1
 _SMALL_BYTES = 64 * 1024  # of pixels: to encode these takes less than to change threads and back
 _Made = TypeVar("_Made")
 
@@ -37,10 +39,22 @@ class ImageEncoders:
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="flashdiff-images")
+        self._readers = ThreadPoolExecutor(max_workers=1, thread_name_prefix="flashdiff-readers")
+        self._reading = 0
 
     async def run(self, function: Callable[..., _Made], *args: object) -> _Made:
         """Any work that is too long for the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
+
+    async def read(self, function: Callable[..., _Made], *args: object) -> _Made:
+        """Read a request with an image; replies do not wait behind it. OverloadedError when too many are being read."""
+        if self._reading >= _MAX_READING:
+            raise OverloadedError(f"{_MAX_READING} images are being read already", retry_after_s=_READING_RETRY_S)
+        self._reading += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._readers, function, *args)
+        finally:
+            self._reading -= 1
 
     async def encode(self, images: list[Pixels], image_format: ImageFormat, quality: int | None = None) -> list[bytes]:
         if image_format in ("png", "raw") and sum(image.nbytes for image in images) <= _SMALL_BYTES:
@@ -49,9 +63,19 @@ class ImageEncoders:
 
 
 async def progress(
-    worker: Worker, model: Model, order: Order, timeout_s: float | None, client: str, priority: Priority, *, steps: bool
+    worker: Worker,
+    model: Model,
+    order: Order,
+    timeout_s: float | None,
+    client: str,
+    priority: Priority,
+    *,
+    steps: bool,
+    reading_s: float = 0.0,
 ) -> AsyncGenerator[Step | Finished, None]:
     """Submit an order and tell how it goes: every step where `steps` are wanted, then what was made.
+
+    `reading_s`, what reading its image took, counts in the timings.
 
     It keeps its place, and its pixels count as pending, until the iterator is closed: close it, by `contextlib.aclosing`, when
     they are sent. Who does not read them for `_SENDING_S` keeps no room from others.
@@ -69,6 +93,8 @@ async def progress(
         while (step := await told.get()) is not None:
             yield step
         finished = job.answer.result()
+        finished.timings.input_image += 1000 * reading_s
+        finished.timings.total += 1000 * reading_s
         describe_call(model=model.identity.name, steps=order.steps, **{f"{k}_ms": v for k, v in vars(finished.timings).items()})
         unread = loop.call_later(_SENDING_S, worker.release, job)
         yield finished
@@ -99,9 +125,11 @@ class ImageService(image_pb2_grpc.ImageServiceServicer):
     ) -> AsyncGenerator[pb.GenerateUpdate, None]:
         """The previews where they are wanted, then the result; an error ends the call."""
         try:
+            started = time.perf_counter()
             model, order, wish = await self._read(request)
+            reading_s = time.perf_counter() - started if request.image else 0.0
             timeout_s, client = context.time_remaining(), client_of(context)
-            updates = progress(self._worker, model, order, timeout_s, client, wish.priority, steps=previews)
+            updates = progress(self._worker, model, order, timeout_s, client, wish.priority, steps=previews, reading_s=reading_s)
             async with aclosing(updates):
                 async for update in updates:
                     if isinstance(update, Step):
@@ -125,7 +153,7 @@ class ImageService(image_pb2_grpc.ImageServiceServicer):
     async def _read(self, request: pb.GenerateRequest) -> tuple[Model, Order, Wish]:
         model = self._models.get(request.model)
         if request.image:
-            return model, *await self._encoders.run(read_request, request, model.components.spec)
+            return model, *await self._encoders.read(read_request, request, model.components.spec)
         return model, *read_request(request, model.components.spec)
 
     async def _respond(self, model: Model, order: Order, wish: Wish, finished: Finished) -> pb.GenerateResponse:

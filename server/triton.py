@@ -23,7 +23,16 @@ from flashdiff.server.models import Model, Models
 from flashdiff.server.service import ImageEncoders, progress
 from flashdiff.server.shared_memory import Regions, offered
 from flashdiff.server.status import abort
-from flashdiff.server.triton_convert import INPUTS, MAX_ID, OUTPUTS, VERSION, read_request, write_preview, write_result
+from flashdiff.server.triton_convert import (
+    INPUTS,
+    MAX_ID,
+    OUTPUTS,
+    VERSION,
+    has_file,
+    read_request,
+    write_preview,
+    write_result,
+)
 from flashdiff.server.worker import Finished, Step, Worker
 
 TRITON_SERVICE = "inference.GRPCInferenceService"
@@ -244,10 +253,14 @@ class TritonService:
         try:
             model = self._find(request.model_name, request.model_version)
             read = functools.partial(read_request, request, model.components.spec, remaining_s, self._regions, stream=stream)
-            call = await self._encoders.run(read) if any(tensor.name == "IMAGE" for tensor in request.inputs) else read()
+            call = await self._encoders.read(read) if has_file(request) else read()
+            reading_s = time.monotonic() - started if has_file(request) else 0.0
+            timeout_s = None if call.timeout_s is None else call.timeout_s - reading_s
             statistics = self._statistics.setdefault(request.model_name, _Statistics())
             steps = "PREVIEW" in call.outputs
-            updates = progress(self._worker, model, call.order, call.timeout_s, client, call.priority, steps=steps)
+            updates = progress(
+                self._worker, model, call.order, timeout_s, client, call.priority, steps=steps, reading_s=reading_s
+            )
             async with contextlib.aclosing(updates):
                 async for update in updates:
                     if isinstance(update, Step):

@@ -22,7 +22,7 @@ from flashdiff.server.worker import Finished, Step
 
 VERSION = "1"  # of every model: bundles are told apart by name and hash
 MAX_ID = 256
-_MAX_INPUT_BYTES = 8 * 1024 * 1024  # as for requests on the wire
+_MAX_INPUT_BYTES = 4 * 1024 * 1024  # as for requests on the wire
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Tensor:
     config_type: pb.DataType
     shape: tuple[int, ...]
     optional: bool = True
+    is_file: bool = False
 
 
 INPUTS = {
@@ -42,7 +43,7 @@ INPUTS = {
     "HEIGHT": Tensor("INT32", pb.TYPE_INT32, (1,)),
     "COUNT": Tensor("INT32", pb.TYPE_INT32, (1,)),
     "FORMAT": Tensor("BYTES", pb.TYPE_STRING, (1,)),
-    "IMAGE": Tensor("BYTES", pb.TYPE_STRING, (1,)),  # a file
+    "IMAGE": Tensor("BYTES", pb.TYPE_STRING, (1,), is_file=True),
     "STRENGTH": Tensor("FP32", pb.TYPE_FP32, (1,)),
 }
 OUTPUTS = {
@@ -65,6 +66,11 @@ class Call:
     format: ImageFormat
     priority: Priority
     timeout_s: float | None
+
+
+def has_file(request: pb.ModelInferRequest) -> bool:
+    """Whether reading the request takes a while."""
+    return any(tensor.name in INPUTS and INPUTS[tensor.name].is_file for tensor in request.inputs)
 
 
 def read_request(
@@ -97,7 +103,7 @@ def read_request(
         size=Size(values.get("WIDTH", 0), values.get("HEIGHT", 0)) if {"WIDTH", "HEIGHT"} & set(values) else None,
         count=values.get("COUNT", 1),
     )
-    order = start_from_file(order, values.get("IMAGE", b""), values.get("STRENGTH"))
+    order = start_from_file(order, values.get("IMAGE"), values.get("STRENGTH"))
     return Call(order, outputs, image_format, _priority(parameters), _timeout_s(parameters, remaining_s))
 
 
@@ -128,7 +134,7 @@ def _read_inputs(request: pb.ModelInferRequest, regions: Regions | None) -> dict
         if raw is not None and tensor.HasField("contents"):
             raise TensorError(f"input '{tensor.name}' has both contents and raw contents")
         value = _typed_value(tensor, expected) if raw is None else _raw_value(tensor.name, expected, raw)
-        values[tensor.name] = _text(tensor.name, value) if isinstance(value, bytes) and tensor.name != "IMAGE" else value
+        values[tensor.name] = _text(tensor.name, value) if isinstance(value, bytes) and not expected.is_file else value
     if next(raws, None) is not None:
         raise TensorError(f"more raw input contents than inputs that need them for model '{model}'")
     missing = [name for name, tensor in INPUTS.items() if not tensor.optional and name not in values]

@@ -22,7 +22,7 @@ from flashdiff.errors import (
     FlashdiffError,
     OverloadedError,
 )
-from flashdiff.generate import Order, Pixels, Row, decode_rows, denoise_rows, encode_pixels, encode_prompts, start_rows
+from flashdiff.generate import Order, Pixels, Row, decode_rows, denoise_rows, encode_images, encode_prompts, start_rows
 from flashdiff.preview import preview
 from flashdiff.server.models import Model
 from flashdiff.server.scheduler import PART_OF, Priority, Ready, Stage, Work, choose, due, finish_times, promise_ms
@@ -337,7 +337,7 @@ class Worker:
                 self._encode(model, chosen)
             elif stage == "encode_image":
                 jobs = [job for job, _ in chosen]
-                latents = encode_pixels(model.components, [job.order.image for job in jobs if job.order.image is not None])
+                latents = encode_images(model.components, [job.order.image for job in jobs if job.order.image is not None])
                 for job, start in zip(jobs, latents, strict=True):
                     job.start = start
             else:
@@ -431,6 +431,7 @@ def _needs(job: Job) -> list[tuple[Stage, int | str]]:
         for text in job.order.texts:
             if text not in job.encoded and (kept := job.model.embeddings.get(text)) is not None:
                 job.encoded[text] = kept
+                job.left = _work_left(job)
         missing: list[tuple[Stage, int | str]] = [("encode_text", text) for text in job.order.texts if text not in job.encoded]
         if job.order.image is not None and job.start is None:
             missing.append(("encode_image", "image"))

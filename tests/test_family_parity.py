@@ -51,12 +51,15 @@ def test_two_guided_steps_are_those_of_the_stock_pipeline(base: Path) -> None:
     assert ours.std() > 5
 
 
-def test_image_to_image_is_that_of_the_stock_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("steps", "strength"), [(4, 0.5), (4, 0.7), (2, 0.8)])
+def test_image_to_image_is_that_of_the_stock_pipeline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int, strength: float
+) -> None:
     base = FAMILIES["sd15"](tmp_path / "sd15")
     _, model = load_base(str(base))
     spec = model.spec
     picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    ours = generate(model, [start_from(check_order(spec, prompt=PROMPT, seed=3, steps=4), picture, 0.5)])[0][0]
+    ours = generate(model, [start_from(check_order(spec, prompt=PROMPT, seed=3, steps=steps), picture, strength)])[0][0]
 
     pipeline: Any = diffusers.StableDiffusionImg2ImgPipeline.from_pretrained(base)
     pipeline.set_progress_bar_config(disable=True)
@@ -65,7 +68,7 @@ def test_image_to_image_is_that_of_the_stock_pipeline(tmp_path: Path, monkeypatc
     noise = torch.from_numpy(image_noise(3, 0, spec.latent_shape(spec.sizes[0])))[None]
     monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: noise)
     monkeypatch.setattr(module, "retrieve_latents", lambda encoded, **_: encoded.latent_dist.mode())
-    settings = {"strength": 0.5, "num_inference_steps": 4, "guidance_scale": spec.sampler.guidance, "output_type": "np"}
+    settings = {"strength": strength, "num_inference_steps": steps, "guidance_scale": spec.sampler.guidance, "output_type": "np"}
     stock = pipeline(PROMPT, image=Image.fromarray(picture), **settings).images[0]
     np.testing.assert_allclose(ours.astype(float), 255 * stock, atol=0.51)
     assert ours.std() > 5

@@ -8,7 +8,7 @@ from flashdiff.generate import (
     check_order,
     decode_rows,
     denoise_rows,
-    encode_pixels,
+    encode_images,
     encode_prompts,
     generate,
     new_row,
@@ -84,7 +84,7 @@ def test_an_image_to_start_from_is_noised_to_the_first_time_that_is_left(sampler
     fake = FakeComponents(sampler)
     picture = np.full((64, 64, 3), 200, dtype=np.uint8)
     order = start_from(check_order(fake.spec, prompt="p", seed=5, steps=4), picture, strength)
-    encoded, start = {"p": encode_prompts(fake, ["p"])[0]}, encode_pixels(fake, [picture])[0]
+    encoded, start = {"p": encode_prompts(fake, ["p"])[0]}, encode_images(fake, [picture])[0]
     (row,) = start_rows(fake.spec, order, encoded, unconditional_of(fake), start)
     assert row.times == sampler.times(4)[-taken:]
     alphas, sigmas = sampler.schedule.levels(row.times[:1])
@@ -92,6 +92,17 @@ def test_an_image_to_start_from_is_noised_to_the_first_time_that_is_left(sampler
     np.testing.assert_allclose(row.latents, alphas[0] * (200 / 127.5 - 1) + sigmas[0] * noise, atol=1e-6)
     generate(fake, [order])
     assert [part for part, _ in fake.calls][-2 - taken :] == ["encoder", *taken * ["denoiser"], "decoder"]
+
+
+@pytest.mark.parametrize(
+    ("steps", "strength", "taken"),
+    [(4, 0.8, 3), (2, 0.8, 1), (1, 0.8, 1), (4, 0.7, 2), (10, 0.35, 3), (10, 0.7, 7), (5, 0.2, 1), (50, 0.58, 29)],
+)
+def test_a_strength_takes_the_steps_that_diffusers_takes_however_it_came(steps: int, strength: float, taken: int) -> None:
+    order = check_order(FakeComponents(GUIDED).spec, prompt="p", steps=steps)
+    picture = np.zeros((64, 64, 3), dtype=np.uint8)
+    assert start_from(order, picture, strength).steps_taken == taken
+    assert start_from(order, picture, float(np.float32(strength))).steps_taken == taken
 
 
 @pytest.mark.parametrize(
@@ -119,6 +130,6 @@ def test_a_number_that_is_not_finite_is_an_error_and_never_an_image() -> None:
         decode_rows(fake, [row])
     fake.encode_images = lambda images: np.full_like(images[:, :, ::8, ::8], np.nan)  # type: ignore[method-assign]
     with pytest.raises(BackendError, match="not finite"):
-        encode_pixels(fake, [np.zeros((64, 64, 3), dtype=np.uint8)])
+        encode_images(fake, [np.zeros((64, 64, 3), dtype=np.uint8)])
     with pytest.raises(BackendError, match="not finite"):
         denoise_rows(fake, [row])

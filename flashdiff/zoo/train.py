@@ -53,7 +53,7 @@ class VaeRecipe(StageRecipe):
     channels: int
     encoder_blocks: tuple[int, ...]
     decoder_blocks: tuple[int, ...]
-    """Residual blocks per resolution; the decoder runs in every request, the encoder only in training."""
+    """Residual blocks per resolution; the decoder runs in every request, the encoder only where one brings an image."""
     latent_channels: int
     latent_noise: float = 0.05
     """Noise on the latents while training, the fixed variance of this autoencoder: it keeps the latent space smooth."""

@@ -58,6 +58,12 @@ def test_finished_rows_are_decoded_before_prompts_are_encoded_before_steps_are_t
     assert [item.stage for item in choose(ready[:2])] == ["encode_text"]
 
 
+def test_an_image_of_another_size_does_not_hold_up_a_step_that_it_cannot_join() -> None:
+    row = _ready("denoise", 0, due=2)
+    assert [item.stage for item in choose([row, _ready("encode_image", 1, due=3)])] == ["encode_image"]
+    assert [item.stage for item in choose([row, _ready("encode_image", 1, size=LARGE, due=3)])] == ["denoise"]
+
+
 def test_texts_wait_for_room_in_the_step_unless_they_are_more_urgent() -> None:
     full = [_ready("denoise", index, due=2) for index in range(4)]
     text = _ready("encode_text", 9, size=None, due=3)

@@ -23,11 +23,12 @@ from flashdiff.engines.runtime.fake_backend import FakeComponents
 from flashdiff.errors import BackendError, ConfigError, RequestError
 from flashdiff.generate import check_order, generate, start_from
 from flashdiff.proto.v1 import image_pb2, image_pb2_grpc
+from flashdiff.server import service as service_module
 from flashdiff.server import worker as worker_module
 from flashdiff.server.app import Listen, serve, start
 from flashdiff.server.client import AsyncClient, Client, ServerError
 from flashdiff.server.convert import Preview, Result
-from flashdiff.server.images import ImageFormat, decode_image
+from flashdiff.server.images import ImageFormat, decode_image, encode_image
 from flashdiff.server.models import Models
 from flashdiff.server.worker import Job
 
@@ -39,7 +40,7 @@ def test_a_reply_carries_images_seeds_timings_and_the_model(running: Running, cl
     for data, pixels in zip(result.images, expected, strict=True):
         np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(data))), pixels)
     assert (result.seeds, result.steps, result.size, result.model) == ((7, 8, 9), 2, (128, 64), MODEL)
-    stages = ("queue", "text", "input_image", "denoise", "decode", "image_encoding")
+    stages = ("queue", "text", "denoise", "decode", "image_encoding")
     assert result.timings["total"] == pytest.approx(sum(result.timings[stage] for stage in stages), rel=0.01, abs=0.01)
 
 
@@ -115,7 +116,9 @@ def test_a_request_may_bring_an_image_to_start_from(running: Running, client: Cl
     )
     order = start_from(check_order(running.fake.spec, prompt="x", seed=3, steps=4), decode_image(file, SIZE), 0.5)
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(result.images[0]))), generate(FakeComponents(), [order])[0][0])
-    assert result.timings["input_image"] >= 0
+    stages = ("queue", "text", "input_image", "denoise", "decode", "image_encoding")
+    assert result.timings["total"] == pytest.approx(sum(result.timings[stage] for stage in stages), rel=0.01, abs=0.01)
+    assert result.timings["input_image"] > 0
     assert result.images != client.generate("x", seed=3, steps=4).images
 
 
@@ -136,6 +139,35 @@ def test_a_bad_image_names_what_is_wrong(running: Running, image: bytes, strengt
         image_pb2_grpc.ImageServiceStub(channel).Generate(request, timeout=10)
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
     assert message in caught.value.details()
+
+
+def test_images_that_unpack_to_hours_of_work_or_gigabytes_are_refused() -> None:
+    scans = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(scans, "JPEG", progressive=True)
+    head, scan, tail = scans.getvalue().rpartition(b"\xff\xda")
+    with pytest.raises(RequestError, match="a JPEG may have 100 scans"):
+        decode_image(head + 200 * (scan + tail[:-2]) + tail[-2:], SIZE)
+    header = io.BytesIO()
+    Image.new("1", (20_000, 10_000)).save(header, "PNG")
+    with pytest.raises(RequestError, match="at most 16777216 pixels are read"):
+        decode_image(header.getvalue(), SIZE)
+
+
+def test_more_images_than_can_be_read_at_once_are_told_to_come_again(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service_module, "_MAX_READING", 0)
+    with Client(running.address, retries=False) as client:
+        with pytest.raises(ServerError, match="RESOURCE_EXHAUSTED: 0 images are being read already"):
+            client.generate("x", image=_file("PNG", 64, 64), timeout_s=10)
+        assert client.generate("x", timeout_s=10).images
+
+
+def test_a_refused_image_of_a_megabyte_is_sent_again(running: Running, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (600, 600, 3), dtype=np.uint8)
+    file = encode_image(noise, "png")
+    assert len(file) > 1_000_000
+    monkeypatch.setattr(service_module, "_MAX_READING", 0)
+    threading.Timer(0.3, lambda: monkeypatch.setattr(service_module, "_MAX_READING", 16)).start()
+    assert client.generate("x", image=file, timeout_s=20).images
 
 
 def test_a_photo_is_turned_upright_and_fills_the_size() -> None:

@@ -112,6 +112,7 @@ def test_only_the_outputs_asked_for_come(stock: triton.InferenceServerClient) ->
         ("fake", "", [tensor("PROMPT", "BYTES", b"\xff\xfe")], None, "INVALID_ARGUMENT", "it must be valid UTF-8"),
         ("fake", "", [*inputs(), tensor("FORMAT", "BYTES", b"gif")], None, "INVALID_ARGUMENT", "must be one of png, jpeg, webp"),
         ("fake", "", [*inputs(), tensor("IMAGE", "BYTES", b"gif")], None, "INVALID_ARGUMENT", "image: '3 bytes' is not allowed"),
+        ("fake", "", [*inputs(), tensor("IMAGE", "BYTES", b"")], None, "INVALID_ARGUMENT", "image: '0 bytes' is not allowed"),
         ("fake", "", [*inputs(), tensor("STRENGTH", "FP32", 0.5)], None, "INVALID_ARGUMENT", "it needs an image to start from"),
         ("fake", "", inputs(), ["NONE"], "INVALID_ARGUMENT", "unexpected inference output 'NONE'"),
         ("fake", "", inputs(), ["PREVIEW"], "INVALID_ARGUMENT", "use ModelStreamInfer"),

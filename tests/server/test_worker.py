@@ -8,12 +8,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from served import SIZE, model_of
 
 from flashdiff.components import Size
 from flashdiff.engines.runtime.fake_backend import GUIDED, FakeComponents
 from flashdiff.errors import BackendError, CancelledError, DeadlineError, DrainingError, OverloadedError, RequestError
-from flashdiff.generate import Order, check_order, generate
+from flashdiff.generate import Order, check_order, generate, start_from
 from flashdiff.server import worker as worker_module
 from flashdiff.server.worker import Job, Step, Worker
 
@@ -323,6 +324,54 @@ def test_a_call_that_hangs_answers_everyone_and_refuses_what_comes(fake: FakeCom
         asking.submit(_order(fake))
     gate.open()
     assert asking.worker.join(10)
+
+
+def test_what_is_left_of_a_job_is_known_after_every_call(
+    fake: FakeComponents, asking: Asking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of one whose text another's call has read."""
+    gate, jobs, called = Gate(fake), list[Job](), asking.worker._call
+
+    def check(*arguments: object) -> None:
+        called(*arguments)  # type: ignore[arg-type]
+        for job in asking.worker._candidates():
+            worker_module._needs(job)
+            assert job.left == worker_module._work_left(job)
+            if not job.rows:
+                assert job.left.texts == sum(text not in job.encoded for text in job.order.texts)
+
+    monkeypatch.setattr(asking.worker, "_call", check)
+    picture = np.zeros((64, 64, 3), dtype=np.uint8)
+    for seed in range(6):
+        order = _order(fake, seed, prompt="the same", steps=1 + seed % 3)
+        jobs.append(asking.submit(start_from(order, picture, 1.0) if seed % 2 else order))
+    gate.open()
+    for job in jobs:
+        assert len(job.answer.result(10).images) == 1
+    assert [rows for part, rows in fake.calls if part == "encoder"] == [3]
+
+
+def test_images_to_start_from_are_encoded_together_and_one_that_fails_takes_none_with_it(
+    fake: FakeComponents, asking: Asking
+) -> None:
+    pictures = [np.full((64, 64, 3), shade, dtype=np.uint8) for shade in (10, 99, 200)]
+    orders = [start_from(_order(fake, seed), picture, 0.5) for seed, picture in enumerate(pictures)]
+    alone = [generate(FakeComponents(), [order])[0][0] for order in orders]
+    gate, encode = Gate(fake), fake.encode_images
+
+    def fail_dark(images: NDArray[np.float32]) -> NDArray[np.float32]:
+        latents = encode(images)
+        if images.min() < -0.9:
+            raise BackendError("too dark")
+        return latents
+
+    fake.encode_images = fail_dark  # type: ignore[method-assign]
+    jobs = [asking.submit(order) for order in orders]
+    gate.open()
+    with pytest.raises(BackendError, match="too dark"):
+        jobs[0].answer.result(10)
+    for job, expected in zip(jobs[1:], alone[1:], strict=True):
+        np.testing.assert_array_equal(job.answer.result(10).images[0], expected)
 
 
 def test_an_order_larger_than_a_batch_keeps_its_promise(
