@@ -138,7 +138,7 @@ def test_every_kind_of_damage_is_refused_with_its_cause(copy: Path) -> None:
     read_manifest(copy)
 
     _edit(copy, schema_version=99)
-    with pytest.raises(BundleError, match="bundle schema 99, this flashdiff reads 3; build it again"):
+    with pytest.raises(BundleError, match=f"bundle schema 99, this flashdiff reads {SCHEMA_VERSION}; build it again"):
         open_bundle(copy)
     _edit(copy, schema_version=SCHEMA_VERSION, batch_sizes="many")
     with pytest.raises(BundleError, match="damaged at 'batch_sizes'"):
