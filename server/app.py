@@ -93,8 +93,9 @@ class Server:
         await self._health.enter_graceful_shutdown()
         self.worker.drain()
         until = time.monotonic() + grace_s
-        if not self.worker.failure:  # or the thread may hang
-            await asyncio.to_thread(self.worker.join, grace_s)
+        while not self.worker.failure and not self.worker.join(0) and time.monotonic() < until:
+            self.worker.check_alive()
+            await asyncio.sleep(0.01)
         while self.worker.has_unsent and time.monotonic() < until:
             await asyncio.sleep(0.01)  # and not gRPC's own grace, which would wait for who only listens, to health say
         await self._server.stop(min(grace_s, _LAST_S))
@@ -106,8 +107,8 @@ async def start(models: Models, listen: Listen, worker: type[Worker] = Worker) -
     if not _is_free(host, port):  # asked first, because gRPC would add lines of its own to our error
         raise ConfigError(f"cannot listen on {host}:{port}: the port is in use or not ours to take; choose another with --port")
     credentials = server_credentials(listen.tls_cert, listen.tls_key, listen.tls_client_ca)
-    gate = Gate(Tokens(listen.tokens) if listen.tokens else None)
     metrics = Metrics()
+    gate = Gate(Tokens(listen.tokens) if listen.tokens else None, metrics.ended)
     metrics_port = None if listen.metrics_port is None else metrics.listen(listen.metrics_host, listen.metrics_port)
     device = worker(observer=metrics)
     metrics.watch_queue(lambda: device.pending_images)

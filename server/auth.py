@@ -78,12 +78,12 @@ class Tokens:
         }
         _log.info("%d tokens read from %s", len(fresh), self._file)
 
-    def _stat(self) -> tuple[int, int]:
+    def _stat(self) -> tuple[int, ...]:
         try:
             stat = self._file.stat()
         except OSError:
-            return 0, 0
-        return stat.st_mtime_ns, stat.st_ino
+            return ()
+        return stat.st_mtime_ns, stat.st_ino, stat.st_size
 
 
 def _same(kept: _Holder, new: _Holder) -> bool:

@@ -55,7 +55,8 @@ class Options(TypedDict, total=False):
     strength: float | None
 
 
-# A refused request has done nothing, and neither has one that found no server: those alone are safe to send again.
+# A refused request has done nothing, and neither has one that found no server. UNAVAILABLE is a connection lost under way too:
+# that one may run twice, for the same pixels.
 _RETRIES = json.dumps(
     {
         "methodConfig": [
@@ -138,17 +139,19 @@ class Client:
         finally:
             call.cancel()
 
-    def estimate(self, prompt: str, **options: Unpack[Options]) -> Estimate:
+    def estimate(self, prompt: str, *, timeout_s: float | None = None, **options: Unpack[Options]) -> Estimate:
         """What this request would cost now."""
         try:
-            return read_estimate(self._stub.Estimate(write_request(prompt, **options), metadata=self._metadata))
+            return read_estimate(
+                self._stub.Estimate(write_request(prompt, **options), timeout=timeout_s, metadata=self._metadata)
+            )
         except grpc.RpcError as error:
             raise _server_error(error) from None
 
-    def models(self) -> list[str]:
+    def models(self, *, timeout_s: float | None = None) -> list[str]:
         """The names that requests may say, the default first."""
         try:
-            return read_models(self._stub.ListModels(image_pb2.ListModelsRequest(), metadata=self._metadata))
+            return read_models(self._stub.ListModels(image_pb2.ListModelsRequest(), timeout=timeout_s, metadata=self._metadata))
         except grpc.RpcError as error:
             raise _server_error(error) from None
 
@@ -202,17 +205,21 @@ class AsyncClient:
         finally:
             call.cancel()
 
-    async def estimate(self, prompt: str, **options: Unpack[Options]) -> Estimate:
+    async def estimate(self, prompt: str, *, timeout_s: float | None = None, **options: Unpack[Options]) -> Estimate:
         """See `Client.estimate`."""
         try:
-            return read_estimate(await self._stub.Estimate(write_request(prompt, **options), metadata=self._metadata))
+            return read_estimate(
+                await self._stub.Estimate(write_request(prompt, **options), timeout=timeout_s, metadata=self._metadata)
+            )
         except grpc.RpcError as error:
             raise _server_error(error) from None
 
-    async def models(self) -> list[str]:
+    async def models(self, *, timeout_s: float | None = None) -> list[str]:
         """See `Client.models`."""
         try:
-            return read_models(await self._stub.ListModels(image_pb2.ListModelsRequest(), metadata=self._metadata))
+            return read_models(
+                await self._stub.ListModels(image_pb2.ListModelsRequest(), timeout=timeout_s, metadata=self._metadata)
+            )
         except grpc.RpcError as error:
             raise _server_error(error) from None
 

@@ -51,10 +51,10 @@ class Malformed:
 
 
 class Gate(grpc.aio.ServerInterceptor):
-    """With `tokens`, only who has one gets in; health checks need none."""
+    """With `tokens`, only who has one gets in; health checks need none. `count` hears of every call's method and status."""
 
-    def __init__(self, tokens: Tokens | None) -> None:
-        self._tokens = tokens
+    def __init__(self, tokens: Tokens | None, count: Callable[[str, str], None] = lambda method, code: None) -> None:
+        self._tokens, self._count = tokens, count
 
     async def intercept_service(self, continuation: Callable[[Any], Any], details: Any) -> Any:
         handler = await continuation(details)
@@ -71,12 +71,17 @@ class Gate(grpc.aio.ServerInterceptor):
                 admit()
             except FlashdiffError as error:
                 _log.info("call method=%s code=%s", details.method, code_of(error).name)
+                self._count(details.method, code_of(error).name)
                 return _refusing(handler, error)
-        return handler if details.method.startswith(_UNWATCHED) else _watched(handler, details.method, metadata, admit)
+        if details.method.startswith(_UNWATCHED):
+            return handler
+        return _watched(handler, details.method, metadata, admit, self._count)
 
 
-def _watched(handler: Any, method: str, metadata: dict[str, str], admit: Callable[[], None]) -> Any:
-    """The handler, its calls traced and logged, and bytes that are no message answered INVALID_ARGUMENT.
+def _watched(
+    handler: Any, method: str, metadata: dict[str, str], admit: Callable[[], None], count: Callable[[str, str], None]
+) -> Any:
+    """The handler, its calls traced, counted and logged, and bytes that are no message answered INVALID_ARGUMENT.
 
     Each further message of a stream is admitted like a call: one that is refused ends it, when those before are answered.
     """
@@ -107,6 +112,7 @@ def _watched(handler: Any, method: str, metadata: dict[str, str], admit: Callabl
             raise
         finally:
             span.end()
+            count(method, name)
             spent_ms = 1000 * (time.perf_counter() - started)
             _log.info("call method=%s id=%s client=%s code=%s ms=%.1f", method, request_id, client, name, spent_ms)
 

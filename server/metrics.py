@@ -40,6 +40,7 @@ class Metrics:
             "flashdiff_requests", "Accepted requests by how they ended", ["model", "outcome"], registry=registry
         )
         self._refused = Counter("flashdiff_refusals", "Requests refused at once, by cause", ["cause"], registry=registry)
+        self._calls = Counter("flashdiff_calls", "All calls by status", ["method", "code"], registry=registry)
         self._by_stage: dict[tuple[str, Stage], list[Histogram]] = {}  # to look labels up takes longer than to observe
         self._pending = Gauge("flashdiff_pending_images", "Accepted and not yet finished", registry=registry)
 
@@ -68,6 +69,9 @@ class Metrics:
         if error is None:
             self._total.labels(model).observe(timings.total / 1000)
             self._queue.labels(model).observe(timings.queue / 1000)
+
+    def ended(self, method: str, code: str) -> None:
+        self._calls.labels(method, code).inc()
 
     def refused(self, error: FlashdiffError) -> None:
         self._refused.labels(_cause(error)).inc()

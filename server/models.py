@@ -15,6 +15,7 @@ from flashdiff.generate import unconditional_of
 from flashdiff.preview import fit_preview
 
 _EMBEDDING_BYTES = 64 * 1024**2
+_CGROUP = Path("/sys/fs/cgroup")  # of the container that this runs in, if it does
 _MEMORY_PER_BUNDLE_BYTE = 2.0  # weights as the engine holds them, and its buffers
 
 
@@ -156,9 +157,15 @@ def _ensure_memory(folder: Path) -> None:
 
 
 def _free_memory() -> int | None:
-    """Bytes, by the kernel's own estimate; None where there is none to read."""
+    """Bytes, by the kernel's own estimate and within what a container may have; None where there is none to read."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         return None
+    try:
+        most, used = (int((_CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        cached = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())["inactive_file"]
+    except (OSError, ValueError, KeyError):  # no container, or one without a limit ("max")
+        return free
+    return min(free, most - used + int(cached))

@@ -82,21 +82,26 @@ async def progress(
     """
     loop = asyncio.get_running_loop()
     told: asyncio.Queue[Step | None] = asyncio.Queue()
+    unread: asyncio.TimerHandle | None = None
 
-    def tell(step: Step | None) -> None:
+    def tell(step: Step) -> None:
         loop.call_soon_threadsafe(told.put_nowait, step)
 
+    def end() -> None:
+        nonlocal unread
+        told.put_nowait(None)
+        if not job.departed:  # from now on, whether the steps before have been read or not
+            unread = loop.call_later(_SENDING_S, worker.release, job)
+
     job = worker.submit(model, order, timeout_s, client=client, priority=priority, on_step=tell if steps else None)
-    unread: asyncio.TimerHandle | None = None
     try:
-        job.answer.add_done_callback(lambda _: tell(None))
+        job.answer.add_done_callback(lambda _: loop.call_soon_threadsafe(end))
         while (step := await told.get()) is not None:
             yield step
         finished = job.answer.result()
         finished.timings.input_image += 1000 * reading_s
         finished.timings.total += 1000 * reading_s
         describe_call(model=model.identity.name, steps=order.steps, **{f"{k}_ms": v for k, v in vars(finished.timings).items()})
-        unread = loop.call_later(_SENDING_S, worker.release, job)
         yield finished
     finally:
         if unread:
@@ -148,7 +153,8 @@ class ImageService(image_pb2_grpc.ImageServiceServicer):
             model, order, wish = await self._read(request)
         except FlashdiffError as error:
             await abort(context, error)
-        return write_estimate(self._worker.estimate_ms(model, order, wish.priority), self._worker.pending_images)
+        estimate_ms = self._worker.estimate_ms(model, order, client=client_of(context), priority=wish.priority)
+        return write_estimate(estimate_ms, self._worker.pending_images)
 
     async def _read(self, request: pb.GenerateRequest) -> tuple[Model, Order, Wish]:
         model = self._models.get(request.model)

@@ -71,6 +71,12 @@ class Regions:
             raise NotFoundError("shared_memory_region", name, "register it first")
         return [regions[name]] if name else list(regions.values())
 
+    def find_one(self, name: str) -> Region:
+        """The region of that name; NotFoundError when it is not there, or none is named."""
+        if not name:
+            raise NotFoundError("shared_memory_region", name, "name one")
+        return self.find(name)[0]
+
     def read(self, name: str, offset: int, byte_size: int) -> bytes:
         with self._changing:  # or the file could be closed, and its number be another's
             region = self._place(name, offset, byte_size)
@@ -87,12 +93,13 @@ class Regions:
             region = self._place(name, offset, len(data))
             if os.fstat(region.file).st_size < region.offset + offset + len(data):
                 raise RequestError("shared_memory_region", name, "its object has become shorter")
-            os.pwrite(region.file, data, region.offset + offset)
+            try:
+                os.pwrite(region.file, data, region.offset + offset)
+            except OSError as error:  # a sparse object, and no memory left for it
+                raise BackendError(f"cannot write to the shared memory region '{name}': {error.strerror}") from None
 
     def _place(self, name: str, offset: int, byte_size: int) -> Region:
-        if not name:
-            raise NotFoundError("shared_memory_region", name, "name one")
-        (region,) = self.find(name)
+        region = self.find_one(name)
         if offset < 0 or byte_size < 0 or offset + byte_size > region.byte_size:
             raise RequestError("shared_memory_offset", offset, f"region '{name}' has {region.byte_size} bytes for {byte_size}")
         return region

@@ -18,6 +18,8 @@ from flashdiff.errors import (
     RequestError,
 )
 
+_MAX_DETAILS = 500  # characters, which may quote the request: a client takes 16 kB of trailers, escaped, or none
+
 # The first row that fits counts: kinds stand before what they are kinds of.
 _CODES: tuple[tuple[type[FlashdiffError], grpc.StatusCode], ...] = (
     (NotFoundError, grpc.StatusCode.NOT_FOUND),
@@ -47,5 +49,5 @@ def _trailers_of(error: FlashdiffError) -> tuple[tuple[str, str], ...]:
 
 async def abort(context: Any, error: FlashdiffError) -> NoReturn:
     """End the call with the status of the error."""
-    await context.abort(code_of(error), str(error), _trailers_of(error))
+    await context.abort(code_of(error), str(error)[:_MAX_DETAILS], _trailers_of(error))
     raise error  # abort has raised already

@@ -87,12 +87,12 @@ class TritonService:
         return pb.ServerLiveResponse(live=not self._worker.failure)
 
     async def ServerReady(self, request: Any, context: Any) -> pb.ServerReadyResponse:
-        return pb.ServerReadyResponse(ready=not self._worker.failure)
+        return pb.ServerReadyResponse(ready=self._worker.is_ready)
 
     async def ModelReady(self, request: pb.ModelReadyRequest, context: Any) -> pb.ModelReadyResponse:
         with contextlib.suppress(NotFoundError):
             self._find(request.name, request.version)
-            return pb.ModelReadyResponse(ready=not self._worker.failure)
+            return pb.ModelReadyResponse(ready=self._worker.is_ready)
         return pb.ModelReadyResponse(ready=False)
 
     async def ServerMetadata(self, request: Any, context: Any) -> pb.ServerMetadataResponse:

@@ -85,6 +85,9 @@ def read_request(
     for name in outputs:
         if name not in OUTPUTS:
             raise TensorError(f"unexpected inference output '{name}' for model '{request.model_name}'")
+    for place in outputs.values():
+        if "shared_memory_region" in place:
+            offered(regions).find_one(_place(place)[0])  # now, and not when the images are made
     if "shared_memory_region" in outputs.get("PREVIEW", {}):
         raise TensorError("output 'PREVIEW' does not go to shared memory: it comes more than once")
     if not stream and "PREVIEW" in outputs:

@@ -95,6 +95,15 @@ class Job:
     ended: bool = False
 
 
+@dataclass(frozen=True)
+class _Forecast:
+    """Milliseconds from now."""
+
+    own_ms: float  # of the new work
+    jobs: list[Job]
+    ends_ms: list[float]  # of the jobs
+
+
 class Observer(Protocol):
     """Whoever counts: the metrics."""
 
@@ -154,12 +163,12 @@ class Worker:
             self._changed.notify()
         return job
 
-    def estimate_ms(self, model: Model, order: Order, priority: Priority = "normal") -> float:
+    def estimate_ms(self, model: Model, order: Order, *, client: str = "", priority: Priority = "normal") -> float:
         """How long the order would take if it were submitted now; a deadline needs two fifths more of the waiting in it."""
+        now = time.monotonic()
         with self._changed:
-            before, after = self._around(due(time.monotonic(), priority, math.inf, 0.0))
-            works = [*(job.left for job in before), _work_of(model, order), *(job.left for job in after)]
-            return finish_times(works)[len(before)]
+            new = _work_of(model, order)
+            return self._with(new, self._due(new, now, math.inf, client, priority)).own_ms
 
     def release(self, job: Job) -> None:
         """The client has what it asked for, or has left: rows in progress are dropped before the next step.
@@ -180,6 +189,11 @@ class Worker:
         """Wait for the thread after `drain`; False when it is still busy."""
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether new orders are taken at all."""
+        return not self.failure and not self._is_draining
 
     @property
     def has_unsent(self) -> bool:
@@ -206,13 +220,12 @@ class Worker:
         if self._is_draining:
             raise DrainingError("the server is shutting down")
         held = [*self._jobs, *self._unsent]
-        own = [job for job in held if client and job.client == client]
-        for jobs, share, whose in ((held, 1.0, ""), (own, _CLIENT_SHARE, " of yours")):
+        for jobs, share, whose in ((held, 1.0, ""), (self._of(client), _CLIENT_SHARE, " of yours")):
             self._check_room(order, jobs, share, whose)
         deadline = math.inf if timeout_s is None else now + timeout_s
-        due_at = due(now, priority, deadline, sum(job.left.share_ms for job in own) / 1000)
         new = _work_of(model, order)
         alone_ms = new.alone_ms
+        due_at = self._due(new, now, deadline, client, priority)
         if timeout_s is not None:
             self._check_deadline(model, new, alone_ms, due_at, now, timeout_s)
         self._arrivals += 1
@@ -220,29 +233,44 @@ class Worker:
             model, order, client, deadline, due_at, new, alone_ms / 1000, arrived=now, arrival=self._arrivals, on_step=on_step
         )
 
+    def _of(self, client: str) -> list[Job]:
+        """Of a client's jobs, those that take room; without a name nobody's."""
+        return [job for job in (*self._jobs, *self._unsent) if client and job.client == client]
+
+    def _due(self, new: Work, now: float, deadline: float, client: str, priority: Priority) -> float:
+        """When new work is due. Without a deadline it goes behind everybody who was promised a time that it would break."""
+        due_at = due(now, priority, deadline, sum(job.left.share_ms for job in self._of(client)) / 1000)
+        if deadline == math.inf and any(job.deadline < math.inf for job in self._jobs):
+            while behind := [job.due for job in self._made_late(self._with(new, due_at), now) if job.due > due_at]:
+                due_at = max(behind)
+        return due_at
+
     def _check_deadline(self, model: Model, new: Work, alone_ms: float, due_at: float, now: float, timeout_s: float) -> None:
         """DeadlineError when the work cannot be promised in time, or would break a promise that would hold without it."""
-        before, after = self._around(due_at)
-        ends = finish_times([*(job.left for job in before), new, *(job.left for job in after)]) if self._jobs else [alone_ms]
-        promised = promise_ms(alone_ms, ends.pop(len(before)))
+        forecast = self._with(new, due_at) if self._jobs else _Forecast(alone_ms, [], [])
+        promised = promise_ms(alone_ms, forecast.own_ms)
         if promised > 1000 * timeout_s:
             if not self._jobs:
                 _forget_slowness(model)
             raise DeadlineError(
                 f"this can be promised in about {promised:.0f} ms, the deadline is {max(0.0, 1000 * timeout_s):.0f} ms away"
             )
-        jobs = [*before, *after]
-        late = [index for index, job in enumerate(jobs) if now + ends[index] / 1000 > job.deadline]
-        if late:
-            without = finish_times([job.left for job in jobs])
-            if any(now + without[index] / 1000 <= jobs[index].deadline for index in late):
-                raise DeadlineError("this can be in time, but others who were promised a time would then be late")
+        if self._made_late(forecast, now):
+            raise DeadlineError("this can be in time, but others who were promised a time would then be late")
 
-    def _around(self, due_at: float) -> tuple[list[Job], list[Job]]:
-        """Who goes before an order that is due then, and who after it."""
+    def _with(self, new: Work, due_at: float) -> "_Forecast":
+        """How the queue would go with new work that is due then."""
         jobs = sorted(self._jobs, key=lambda job: (job.due, job.arrival))
         place = bisect_right(jobs, due_at, key=lambda job: job.due)
-        return jobs[:place], jobs[place:]
+        works = [job.left for job in jobs]
+        ends = finish_times([*works[:place], new, *works[place:]])
+        return _Forecast(ends.pop(place), jobs, ends)
+
+    def _made_late(self, forecast: "_Forecast", now: float) -> list[Job]:
+        """Who would be in time without the new work, and is not with it."""
+        late = [index for index, job in enumerate(forecast.jobs) if now + forecast.ends_ms[index] / 1000 > job.deadline]
+        without = finish_times([job.left for job in forecast.jobs]) if late else []
+        return [job for index in late if now + without[index] / 1000 <= (job := forecast.jobs[index]).deadline]
 
     def _check_room(self, order: Order, jobs: Sequence[Job], share: float, whose: str) -> None:
         """OverloadedError when an order does not fit beside these jobs into their share of the queue and of its bytes."""
@@ -327,6 +355,8 @@ class Worker:
     def _call(self, stage: Stage, chosen: Sequence[tuple[Job, int | str]], slots: int) -> None:
         """One call of one model; an error leaves every row as it was."""
         model = chosen[0][0].model
+        if stage == "encode_text":
+            slots = len({text for _, text in chosen})  # a text that several ask for is read once
         key = PART_OF[stage], None if stage == "encode_text" else chosen[0][0].order.size
         by_batch = model.costs[key]
         bucket = min(batch for batch in by_batch if batch >= slots)

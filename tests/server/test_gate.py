@@ -72,6 +72,9 @@ def test_tokens_rotate_without_a_restart_and_a_broken_file_locks_nobody_out(
     assert tokens.admit(f"Bearer {BOB}") == "bob"
     assert "the tokens stay as they were" in caplog.text
     assert BOB not in caplog.text
+    file.write_text(f"alice {ALICE}\n")
+    os.utime(file, ns=(2, 2))  # two changes within one tick of the file system's clock
+    assert tokens.admit(f"Bearer {ALICE}") == "alice"
 
 
 def test_a_token_has_its_rate_and_the_refusal_says_when_to_come_again(tmp_path: Path) -> None:
@@ -251,6 +254,8 @@ def test_metrics_tell_of_batches_times_and_refusals() -> None:
     assert 'flashdiff_requests_total{model="fake",outcome="ok"} 1.0' in lines
     assert 'flashdiff_refusals_total{cause="deadline"} 1.0' in lines
     assert "flashdiff_pending_images 0.0" in lines
+    for code in ("OK", "DEADLINE_EXCEEDED"):
+        assert f'flashdiff_calls_total{{code="{code}",method="/flashdiff.v1.ImageService/Generate"}} 1.0' in lines
 
 
 def test_the_dashboard_asks_for_metrics_that_there_are() -> None:

@@ -93,6 +93,18 @@ def test_a_bundle_that_does_not_open_or_does_not_fit_leaves_what_is_served(
     assert list(models.served) == ["a"]
 
 
+def test_free_memory_is_the_containers_where_it_has_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models_module, "_CGROUP", tmp_path)
+    machine = models_module._free_memory()
+    assert machine
+    assert machine > 10**8
+    for name, text in (("max", "1000"), ("current", "900"), ("stat", "anon 850\ninactive_file 50\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert models_module._free_memory() == 1000 - 900 + 50
+    (tmp_path / "memory.max").write_text("max\n")
+    assert models_module._free_memory() == pytest.approx(machine, rel=0.5)
+
+
 def test_switching_a_model_under_fire_loses_no_request(tmp_path: Path) -> None:
     """The folder's content changes between loads, so every load opens another model."""
     folder, opened = _bundle(tmp_path, "m"), list[str]()

@@ -30,7 +30,7 @@ from flashdiff.server.client import AsyncClient, Client, ServerError
 from flashdiff.server.convert import Preview, Result
 from flashdiff.server.images import ImageFormat, decode_image, encode_image
 from flashdiff.server.models import Models
-from flashdiff.server.worker import Job
+from flashdiff.server.worker import Finished, Job, Step
 
 
 def test_a_reply_carries_images_seeds_timings_and_the_model(running: Running, client: Client) -> None:
@@ -206,6 +206,29 @@ def test_a_stream_left_half_way_frees_its_rows(running: Running, client: Client)
         break
     until(lambda: running.server.worker.pending_images == 0)
     assert "decoder" not in {part for part, _ in running.fake.calls}
+
+
+def test_a_stream_that_is_not_read_keeps_room_for_a_while_only(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service_module, "_SENDING_S", 0.1)
+    worker, model = running.server.worker, running.server.models.get()
+
+    async def read_one_step() -> None:
+        updates = service_module.progress(
+            worker, model, check_order(model.components.spec, prompt="x"), None, "", "normal", steps=True
+        )
+        assert isinstance(await anext(updates), Step)
+        while worker.pending_images or worker.has_unsent:
+            await asyncio.sleep(0.01)
+        assert isinstance([update async for update in updates][-1], Finished)  # who reads on has it all the same
+
+    asyncio.run_coroutine_threadsafe(read_one_step(), running.loop).result(5)
+
+
+def test_a_client_gives_up_on_a_server_that_says_nothing() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent, Client(f"127.0.0.1:{silent.getsockname()[1]}") as client:
+        for ask in (lambda: client.models(timeout_s=0.2), lambda: client.estimate("x", timeout_s=0.2)):
+            with pytest.raises(ServerError, match="DEADLINE_EXCEEDED"):
+                ask()
 
 
 def test_a_refused_stream_has_the_status_of_the_plain_call(client: Client) -> None:

@@ -310,6 +310,31 @@ def test_tensors_go_through_shared_memory_both_ways(sharing: triton.InferenceSer
         shm.destroy_shared_memory_region(taken)
 
 
+def test_a_region_for_outputs_that_is_not_there_is_said_before_images_are_made() -> None:
+    images = triton.InferRequestedOutput("IMAGES")
+    images.set_shared_memory("none", 100)
+    with (
+        serving(FakeComponents(), Listen(port=0, shared_memory=True)) as running,
+        triton.InferenceServerClient(running.address) as stock,
+    ):
+        with pytest.raises(InferenceServerException, match="register it first"):
+            stock.infer("fake", inputs(), outputs=[images])
+        assert not running.fake.calls
+
+
+def test_a_status_that_quotes_the_request_fits_its_trailers(stock: triton.InferenceServerClient) -> None:
+    with pytest.raises(InferenceServerException, match="unexpected inference input '€€€") as caught:
+        stock.infer("fake", [tensor("€" * 20_000, "UINT64", 7)])
+    assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
+
+
+def test_a_server_that_drains_is_live_and_not_ready(running: Running, stock: triton.InferenceServerClient) -> None:
+    running.server.worker.drain()
+    assert stock.is_server_live()
+    assert not stock.is_server_ready()
+    assert not stock.is_model_ready("fake")
+
+
 def test_statistics_count_what_was_done(stock: triton.InferenceServerClient) -> None:
     stock.infer("fake", inputs(COUNT=3))
     with pytest.raises(InferenceServerException):

@@ -403,12 +403,59 @@ def test_patient_requests_do_not_shut_out_a_hurried_one_who_must_not_break_their
         asking.submit(_order(fake, seed, count=4, steps=4), timeout_s=83, priority="low") for seed in range(10)
     ]
     hurried = asking.submit(_order(fake, 99, steps=1), timeout_s=5, client="another")  # 3 s
-    assert asking.worker._around(hurried.due)[0] == [hurried]
+    assert all(job.due > hurried.due for job in patient)
     with pytest.raises(DeadlineError, match="others who were promised a time"):
         asking.submit(_order(fake, 98, count=16, steps=4), timeout_s=60)  # 21 s
     gate.open()
     wait([job.answer for job in (*patient, hurried)], 30)
     asking.finish()
+
+
+def test_a_promise_outlasts_who_comes_later_without_a_deadline(fake: FakeComponents) -> None:
+    """However high his priority: he goes first only where that makes nobody late."""
+    asking = Asking(fake)
+    for by_batch in asking.model.costs.values():
+        by_batch.update(dict.fromkeys(by_batch, 1000.0))
+    gate = Gate(fake)
+    promised = asking.submit(_order(fake, steps=4), timeout_s=20)  # 6 s
+    later = asking.submit(_order(fake, 1, steps=1), timeout_s=60)
+    long = asking.submit(_order(fake, 2, count=12, steps=4), priority="high", client="another")  # 16 s
+    assert promised.due == long.due < later.due
+    short = asking.submit(_order(fake, 3, steps=1), priority="high", client="a third")
+    assert short.due < promised.due
+    gate.open()
+    wait([job.answer for job in (promised, later, long, short)], 30)
+    asking.finish()
+
+
+def test_an_estimate_knows_who_else_waits_and_what_the_client_has_waiting(fake: FakeComponents) -> None:
+    asking = Asking(fake)
+    for by_batch in asking.model.costs.values():
+        by_batch.update(dict.fromkeys(by_batch, 1000.0))
+    gate = Gate(fake)
+
+    def estimate_s(client: str) -> float:
+        return asking.worker.estimate_ms(asking.model, _order(fake, 99, steps=2), client=client) / 1000
+
+    assert estimate_s("one") == pytest.approx(4)
+    waiting = [asking.submit(_order(fake, seed, count=4, steps=4), client="one") for seed in range(3)]
+    assert estimate_s("another") < estimate_s("one") == pytest.approx(3 * 6 + 4)
+    gate.open()
+    wait([job.answer for job in waiting], 30)
+    asking.finish()
+
+
+def test_a_text_that_two_ask_for_costs_what_one_costs(fake: FakeComponents, asking: Asking) -> None:
+    for costs in (asking.model.costs, asking.model.first_costs):
+        costs["text_encoder", None] = {1: 1.0, 2: 1000.0}
+    gate = Gate(fake)
+    first = asking.submit(_order(fake))
+    gate.entered.wait(10)
+    alike = [asking.submit(_order(fake, seed, prompt="the same")) for seed in (1, 2)]
+    gate.open()
+    wait([job.answer for job in (first, *alike)], 10)
+    assert fake.calls.count(("text_encoder", 1)) == 2
+    assert asking.model.costs["text_encoder", None][2] > 950  # there was no call of two texts to learn from
 
 
 def test_refusing_while_idle_does_not_make_the_costs_vanish() -> None:
