@@ -101,6 +101,49 @@ def test_every_loss_reaches_the_student_and_nobody_else(kind: str, model: TorchM
         assert all(f".{ADAPTER}." in key for key in touched), name
 
 
+@pytest.mark.parametrize("settings", [{}, {"fake_score": "lora"}, {"decoupled": True}], ids=["student", "lora", "decoupled"])
+def test_distribution_matching_moves_samples_from_the_fake_score_to_the_guided_teachers(
+    settings: dict[str, Any], model: TorchModel, tiny_base: Path, batch: Targets
+) -> None:
+    """Equations 7 and 8 of DMD worked out beside the objective: whose score is which, the sign, the guidance, the noise."""
+    objective = _objective(model, tiny_base, distribution_matching=settings)
+    with torch.no_grad():  # LoRAs start at nothing: then all three roles would be one network
+        for name, parameter in model.network.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.5, generator=torch.Generator().manual_seed(len(name)))
+    x0 = torch.randn(batch.x0.shape, generator=torch.Generator().manual_seed(5)).requires_grad_()
+    alone = objective.recipe.phases[0].model_copy(update={"distillation": 0.0, "adversarial": 0.0})
+    loss = objective.losses(_part(batch, x0), alone)["distribution_matching"]
+
+    draws = _part(batch, x0).draws  # the same numbers, in the order of the method
+    guidance = 2.0 + 2.0 * draws.uniform().view(-1, 1, 1, 1)
+    tau = draws.integers(20, 980)
+    noise = draws.normal(x0.shape[1:])
+    alphas, sigmas = (torch.from_numpy(of).float() for of in model.spec.sampler.schedule.levels(list(range(1000))))
+    teacher_model = load_base(str(tiny_base))[1]  # as it was before any LoRA
+    nothing = teacher_model.encode_ids(teacher_model.tokenizer([""]))
+
+    @torch.no_grad()
+    def clean(network: TorchModel, times: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        alpha, sigma = alphas[times].view(-1, 1, 1, 1), sigmas[times].view(-1, 1, 1, 1)
+        x_t = alpha * x0 + sigma * noise
+        out = network.denoiser(x_t, times, *(condition[name].expand(BATCH, *condition[name].shape[1:]) for name in condition))
+        return (x_t - sigma * out) / alpha
+
+    said = {name: batch.conditioning[name] for name in model.conditioning}
+    at = (draws.uniform() * batch.times).long().clamp(min=20) if settings.get("decoupled") else tau
+    towards_guided = (guidance - 1) * (clean(teacher_model, at, said) - clean(teacher_model, at, nothing))
+    teacher = clean(teacher_model, tau, said) + towards_guided
+    model.network.set_adapter(FAKE_SCORE if settings.get("fake_score") else ADAPTER)
+    difference = clean(model, tau, said) - teacher
+    scale = (x0.detach() - teacher).abs().mean(dim=(1, 2, 3), keepdim=True)
+
+    (found,) = torch.autograd.grad(loss, x0)
+    expected = 0.3 * 2 * difference / scale / x0.numel()
+    assert expected.abs().max() > 1e-5
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
+
+
 def test_opponents_learn_without_moving_the_student(model: TorchModel, tiny_base: Path, batch: Targets) -> None:
     objective = _objective(model, tiny_base, distribution_matching={"fake_score": "lora", "critic_learning_rate": 0.01})
     before = {key: p.detach().clone() for key, p in model.network.named_parameters()}
