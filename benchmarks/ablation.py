@@ -11,7 +11,8 @@ The budget is what the recipe's own length, times `--scale`, costs with the vari
 network: the teacher's, the student's and those of the other losses, a backward pass as what it takes beside them
 (`flashdiff.distill.plan.cost`). A variant that costs more an update gets fewer updates, in all phases and the warm-up alike.
 Each is charged for all its targets; those that several variants need with the same seed are solved once and kept in OUT/pools.
-Learning rate, batch and LoRA are the recipe's for all, so a variant that needs others is not at its best.
+Learning rate, batch and LoRA are the recipe's for all, so a variant that needs others is not at its best. At a small scale pools
+of targets are small too, and soon known by heart: what `ours-reuse` says there is not said of the recipe's own length.
 
 Models are measured on other prompts than those of `evaluate`, so that what is chosen here can still be judged there.
 
@@ -51,32 +52,31 @@ _IMAGE_SEEDS = 2
 _PROMPT_SEED = 35_000_000  # of scenes that neither a training nor `evaluate` uses
 _PAPER = {"adversarial": {"kind": "lsgan", "r1_weight": 0.0}, "distribution_matching": {"times": (0.0, 1.0)}}
 
-_IMAGES_ALONE = {"backward_simulation": (0.0, 0.0)}
+_DISTILLATION_ALONE = {"backward_simulation": (0.0, 0.0), "distribution_matching": (0.0, 0.0)}
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    # The paper, loss by loss: every target used once. Weights are those of its second and of its last phase.
-    "distillation": {"target_uses": 1, "phases": _IMAGES_ALONE},
-    "+adversarial": {"target_uses": 1, "loss": _PAPER, "phases": {**_IMAGES_ALONE, "adversarial": (0.1, 0.3)}},
+    # The paper, loss by loss: every target used once. Weights are those of its first, second and last phase.
+    "distillation": {"target_uses": 1, "phases": _DISTILLATION_ALONE},
+    "+adversarial": {"target_uses": 1, "loss": _PAPER, "phases": {**_DISTILLATION_ALONE, "adversarial": (0.0, 0.1, 0.3)}},
     "paper": {
         "target_uses": 1,
         "loss": _PAPER,
-        "phases": {**_IMAGES_ALONE, "adversarial": (0.1, 0.3), "distribution_matching": (0.3, 0.7)},
+        "phases": {**_DISTILLATION_ALONE, "adversarial": (0.0, 0.1, 0.3), "distribution_matching": (0.0, 0.3, 0.7)},
     },
     # LCM: one teacher step and the averaged student from there, over all times of the grid alike.
-    "lcm": {"target_uses": 1, "target": "consistency", "every_time": True, "phases": _IMAGES_ALONE},
-    # Ours: targets are used again, and the later phase starts from the student's own steps too; then one change each.
+    "lcm": {"target_uses": 1, "target": "consistency", "every_time": True, "phases": _DISTILLATION_ALONE},
+    # Ours: targets are used again, later phases start from the student's own steps too, and the last one matches distributions;
+    # then one change each.
     "ours": {},
     "ours-reuse": {"target_uses": 1},
-    "ours-simulation": {"phases": _IMAGES_ALONE},
+    "ours-simulation": {"phases": {"backward_simulation": (0.0, 0.0)}},
+    "ours-matching": {"phases": {"distribution_matching": (0.0, 0.0)}},
     "ours+huber": {"loss": {"distillation": "pseudo_huber"}},
     "ours+perceptual": {"loss": {"distillation": "perceptual"}},
     "ours+adversarial": {"phases": {"adversarial": (0.02, 0.05)}},
-    "ours+matching": {
-        "loss": {"distribution_matching": {"fake_score": "lora"}},
-        "phases": {"distribution_matching": (0.02, 0.05)},
-    },
+    "ours+critic": {"loss": {"distribution_matching": {"fake_score": "lora"}}},
 }
-"""Changes of the recipe by name; under `phases`, values for the first and for the later ones."""
+"""Changes of the recipe by name; under `phases`, values by phase, the last for all later ones."""
 
 METRICS = ("FID", "KID x1000", "large %", "small %", "text", "diversity")
 
@@ -101,7 +101,7 @@ def _changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     phases = [phase.model_dump() for phase in recipe.phases]
     for name, values in changes.get("phases", {}).items():
         for index, phase in enumerate(phases):
-            phase[name] = values[min(index, 1)]
+            phase[name] = values[min(index, len(values) - 1)]
     grid = recipe.grid.model_dump()
     if changes.get("every_time"):
         grid["modes"] = grid["solver_steps"]

@@ -9,17 +9,20 @@ the base must be of Stable Diffusion 1's kind. (Why optimum-intel is not among t
 after --student and --teacher are pairs in order, one a backend.
 
 Every repeat runs each configuration, in turn, so that a noisy machine is noisy for all of them. From prompt to PNG
-bytes; `served` is the student behind its server, in a process of its own, as a client sees it.
+bytes; `served` is the student behind its server, in a process of its own, as a client sees it. Then each model makes one batch
+in a process of its own, for its peak of memory.
 """
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -362,6 +365,49 @@ def run(
     return {"environment": record, "rows": rows}
 
 
+def peaks(
+    pairs: Sequence[tuple[Path, Path]], batch: int, report: Callable[[str], None], instead: tuple[str, Path] | None = None
+) -> list[dict[str, Any]]:
+    """A row a model: peak of main memory, and of the device's where torch holds it, in MB; imports and opening included."""
+    rows = []
+    for pair in pairs:
+        for path in pair:
+            rows.append(_alone(_peak_of_bundle, path, batch))
+    if instead:
+        rows.append(_alone(_peak_of_stock, *instead, open_bundle(pairs[0][0]).manifest.machine.device, batch))
+    report("\n| model | backend | batch | peak memory, MB | of the device, MB |\n|---|---|---|---|---|")
+    for row in rows:
+        report(f"| {row['model']} | {row['backend']} | {batch} | {row['peak_mb']:.0f} | {row['device_peak_mb'] or '-'} |")
+    return rows
+
+
+def _alone(measured: Callable[..., dict[str, Any]], *inputs: Any) -> dict[str, Any]:
+    """In a new process, so that nothing that was there before counts."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(measured, *inputs).result()
+
+
+def _peak_of_bundle(bundle: Path, batch: int) -> dict[str, Any]:
+    engine = open_bundle(bundle)
+    model = "student" if engine.spec.sampler.kind == "flash" else "teacher"
+    in_process(model, engine, 1, batch, "", "").once(0)
+    return {"model": model, "backend": engine.manifest.backend, "precision": engine.manifest.precision, "batch": batch, **_peak()}
+
+
+def _peak_of_stock(base: str, lora: Path, device: str, batch: int) -> dict[str, Any]:
+    made = stock_diffusers(base, lora, device=device, compiled=False)(1, batch)
+    made.once(0)
+    return {"model": made.model, "backend": made.backend, "precision": made.precision, "batch": batch, **_peak()}
+
+
+def _peak() -> dict[str, float | None]:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    peak_kib = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    torch = sys.modules.get("torch")
+    on_device = torch.cuda.max_memory_reserved() / 1e6 if torch and torch.cuda.is_initialized() else None
+    return {"peak_mb": 1024 * peak_kib / 1e6, "device_peak_mb": on_device}
+
+
 def build_pairs(
     base: str, lora: Path, batches: Sequence[int], also: Sequence[int], folder: Path, report: Callable[[str], None]
 ) -> list[tuple[Path, Path]]:
@@ -453,17 +499,20 @@ def main() -> int:
         also = () if options.quick else BuildOptions.model_fields["batch_sizes"].default
         with tempfile.TemporaryDirectory() as folder:
             pairs = [*zip(options.student, options.teacher, strict=True)]
+            pairs = pairs or build_pairs(options.base, options.lora, batches, also, Path(folder), print)
+            instead = (options.base, options.lora) if options.base else None
             report = run(
-                pairs or build_pairs(options.base, options.lora, batches, also, Path(folder), print),
+                pairs,
                 batches=batches,
                 repeats=1 if options.quick else options.repeats,
                 report=print,
                 steps=[1] if options.quick else parse_numbers("--steps", options.steps),
                 teacher_steps=[2] if options.quick else parse_numbers("--teacher-steps", options.teacher_steps),
                 behind_server=True,
-                instead=(options.base, options.lora) if options.base else None,
+                instead=instead,
             )
-        print(summary(report["rows"]))
+            print(summary(report["rows"]))
+            report["memory"] = peaks(pairs, max(batches), print, instead)
         if options.json:
             write_whole(options.json, json.dumps(report) + "\n")
     except (FlashdiffError, OSError) as error:

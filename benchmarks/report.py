@@ -78,22 +78,26 @@ def read_results(files: Sequence[Path]) -> Results:
                 raise ConfigError(
                     f"{file}: its {name} differs from that of the files before; measure all on one machine, in one state"
                 )
+        content: Any = rows
         if "points" in found:
             if not all(p.get(name) for p in (*found["points"], found.get("real", {})) for name in ("kid", "text")):
                 raise ConfigError(f"{file}: points without KID or text score; measure them with both")
-            results.quality = found
+            section, content = "quality", found
         elif keys >= {"parameters", "median_ms"}:
-            results.scaling = rows
+            section = "scaling"
         elif keys >= {"server", "phase"}:
-            results.peers = rows
+            section = "peers"
         elif "phase" in keys:
-            results.load = rows
+            section = "load"
             if any("cores" not in row for row in rows if row["phase"] == "saturated"):
                 raise ConfigError(f"{file}: rows of an older load.py, without the cores they ran on; measure them again")
         elif keys >= {"model", "steps", "stage", "median_ms"}:
-            results.latency = rows
+            section = "latency"
         else:
             raise ConfigError(f"{file}: the report has no section for its rows")
+        if getattr(results, section):
+            raise ConfigError(f"{file}: a file before it has the {section} of the report; give one")
+        setattr(results, section, content)
     if results is None:
         raise ConfigError("name at least one result file")
     return results

@@ -36,6 +36,7 @@ from flashdiff.sampling import Sampler
 
 _log = logging.getLogger(__name__)
 
+_LOG = "log.jsonl"
 _LOSS_STREAM = 1 << 20
 _SAME_RESULT = (
     "hash", "accumulate", "gradient_checkpointing", "shard_base", "checkpoint_every", "checkpoints_keep", "tracker",
@@ -90,7 +91,7 @@ def distill(recipe: Recipe, out: Path, *, pools: Path | None = None) -> None:
 
     if processes.is_main():
         with student.holding(student.average):
-            publish(out, model, family, recipe, student.parameter_count)
+            publish(out, model, family, recipe, student.parameter_count, work / _LOG)
     processes.wait()
 
 
@@ -109,7 +110,7 @@ def _train(
     tracker: Tracker | None,
     pools: Path | None,
 ) -> None:
-    log = work / "log.jsonl"
+    log = work / _LOG
     if tracker and log.exists():  # what a killed run told beyond its checkpoint is told again, half a line perhaps included
         write_whole(log, "".join(log.read_text().splitlines(keepends=True)[: student.update]))
     pool: Pool | None = None

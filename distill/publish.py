@@ -1,16 +1,24 @@
 """The finished LoRA folder: weights, flash.json and a card that says how to use them."""
 
+import json
+import statistics
 from pathlib import Path
 
 from flashdiff.distill.config import Recipe
+from flashdiff.distill.plan import cost
 from flashdiff.families.base import GUIDANCE, ModelFamily, TorchModel
 from flashdiff.files import write_whole
 from flashdiff.lora import WEIGHTS, FlashInfo, save_flash_lora
 from flashdiff.schedule import FlowSchedule
 
+_LAST = 100  # updates whose losses the card tells
 
-def publish(out: Path, model: TorchModel, family: ModelFamily, recipe: Recipe, lora_parameters: int) -> None:
-    """Write the student that is in `model` now. flash.json comes last: a folder that has it is complete."""
+
+def publish(out: Path, model: TorchModel, family: ModelFamily, recipe: Recipe, lora_parameters: int, log: Path) -> None:
+    """Write the student that is in `model` now; the run's `log` has a line of JSON an update.
+
+    flash.json comes last: a folder that has it is complete.
+    """
     info = FlashInfo(
         family=family.name,
         base=recipe.base,
@@ -23,7 +31,7 @@ def publish(out: Path, model: TorchModel, family: ModelFamily, recipe: Recipe, l
         network_parameters=sum(p.numel() for name, p in model.network.named_parameters() if ".lora_" not in name),
         inference={str(steps): recipe.grid.inference_times(steps) for steps in range(1, recipe.grid.modes + 1)},
     )
-    write_whole(out / "README.md", _card(info, recipe, _usage(info, model, family, recipe)))
+    write_whole(out / "README.md", _card(info, recipe, _ended(log), _usage(info, model, family, recipe)))
     save_flash_lora(out, model, family, info)
 
 
@@ -48,11 +56,20 @@ pipeline("a prompt", {setting}, guidance_scale={guidance})  # the scheduler's ow
 """
 
 
-def _card(info: FlashInfo, recipe: Recipe, usage: str) -> str:
+def _ended(log: Path) -> str:
+    """The weighted losses, and the student's latents, over the last updates."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()[-_LAST:]]
+    names = [name for name in lines[-1] if name not in ("update", "loss")]
+    means = {name: statistics.mean(line[name] for line in lines if name in line) for name in names}
+    return ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in means.items())
+
+
+def _card(info: FlashInfo, recipe: Recipe, ended: str, usage: str) -> str:
     share = 100 * info.lora_parameters / info.network_parameters
     names = ("distillation", "adversarial", "distribution_matching")
     losses = ", ".join(name.replace("_", " ") for name in names if any(getattr(phase, name) for phase in recipe.phases))
     guidance = " to ".join(f"{scale:g}" for scale in dict.fromkeys(info.guidance))
+    passes = float(f"{cost(recipe) * recipe.batch_size:.2g}")
     grids = "; ".join(f"{count}: {times}" for count, times in info.inference.items())
     return f"""# Flash LoRA for {info.base}
 
@@ -60,6 +77,10 @@ def _card(info: FlashInfo, recipe: Recipe, usage: str) -> str:
 Flash Diffusion (arXiv 2406.02347; losses: {losses}) for {info.updates:,} updates of {recipe.batch_size} samples: the
 teacher takes {recipe.grid.solver_steps} solver steps with guidance {guidance}.
 Recipe hash {info.recipe_hash[:12]}, base hash {info.base_hash[:12]}.
+
+The run cost as much as {passes:,.0f} forward passes of the denoiser, the teacher's and the backward ones included. Over its
+last {min(_LAST, recipe.updates)} updates, weighted losses and latents: {ended}.
+What that is worth: `flashdiff evaluate BUNDLE --steps 4,2 --teacher TEACHER_BUNDLE`.
 
 Made for 1 to {recipe.grid.modes} steps, **guidance off**, at these timesteps:
 {grids}.

@@ -1,5 +1,6 @@
 """Curves and previews of a run where people look at them: TensorBoard files in OUT/training, or Weights & Biases."""
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -54,10 +55,9 @@ class _WandB:
 
         self._wandb: Any = wandb
         config = recipe.model_dump(mode="json")
-        # The id is the folder's and recipe's own, so that a resumed run draws on in the same curve.
-        self._run: Any = wandb.init(
-            project="flashdiff", id=recipe.content_hash[:16], resume="allow", dir=str(work), config=config
-        )
+        # The folder's own, so that a resumed run draws on in the same curve, and no other run in it.
+        name = hashlib.sha256(str(work.resolve()).encode()).hexdigest()[:16]
+        self._run: Any = wandb.init(project="flashdiff", id=name, resume="allow", dir=str(work), config=config)
 
     def numbers(self, update: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=update)

@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from google.protobuf import text_format
+from google.protobuf.descriptor_pb2 import FileDescriptorProto
+from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from flashdiff.errors import BackendError, ConfigError
-from flashdiff.proto.v1 import image_pb2, image_pb2_grpc
+from flashdiff.proto.v1 import image_pb2, image_pb2_grpc, triton_pb2
 from flashdiff.server.auth import Tokens, server_credentials
 from flashdiff.server.gate import Gate
 from flashdiff.server.metrics import Metrics
@@ -42,7 +45,7 @@ _OPTIONS = [
     ("grpc.keepalive_time_ms", 60_000),  # a client that vanished without a word is noticed
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
 ]
-_SERVICE = image_pb2.DESCRIPTOR.services_by_name["ImageService"].full_name
+_SERVICES = (image_pb2.DESCRIPTOR.services_by_name["ImageService"].full_name, TRITON_SERVICE)
 
 _log = logging.getLogger(__name__)
 
@@ -119,13 +122,26 @@ async def start(models: Models, listen: Listen, worker: type[Worker] = Worker) -
     server.add_generic_rpc_handlers((triton_handler(device, models, encoders, Regions() if listen.shared_memory else None),))
     servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
-    reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    reflection.enable_server_reflection((*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server, _protocols())
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     bound = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
     await server.start()
-    for name in ("", _SERVICE, TRITON_SERVICE):
+    for name in ("", *_SERVICES):
         await servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
     return Server(bound, device, models, metrics_port, server, servicer)
+
+
+def _protocols() -> DescriptorPool:
+    """For reflection: what is served, Triton's part under the name that it has on the wire."""
+    pool = DescriptorPool()
+    for file in (image_pb2, health_pb2, reflection_pb2):
+        pool.AddSerializedFile(file.DESCRIPTOR.serialized_pb)
+    ours, theirs = FileDescriptorProto(), FileDescriptorProto()
+    triton_pb2.DESCRIPTOR.CopyToProto(ours)
+    package = TRITON_SERVICE.rpartition(".")[0]
+    text_format.Parse(text_format.MessageToString(ours).replace(ours.package, package), theirs)
+    pool.Add(theirs)
+    return pool
 
 
 def _is_free(host: str, port: int) -> bool:

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -29,6 +30,7 @@ from flashdiff.server.worker import Finished, Step, Worker
 
 _SENDING_S = 30.0
 _MAX_READING = 16  # images of requests at once: nothing has been promised to these yet
+_MAX_READING_OF_ONE = 12  # client, so that others always find room
 _READING_RETRY_S = 0.1
 _SMALL_BYTES = 64 * 1024  # of pixels: to encode these takes less than to change threads and back
 _Made = TypeVar("_Made")
@@ -40,21 +42,26 @@ class ImageEncoders:
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="flashdiff-images")
         self._readers = ThreadPoolExecutor(max_workers=1, thread_name_prefix="flashdiff-readers")
-        self._reading = 0
+        self._reading = Counter[str]()
 
     async def run(self, function: Callable[..., _Made], *args: object) -> _Made:
         """Any work that is too long for the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
 
-    async def read(self, function: Callable[..., _Made], *args: object) -> _Made:
-        """Read a request with an image; replies do not wait behind it. OverloadedError when too many are being read."""
-        if self._reading >= _MAX_READING:
-            raise OverloadedError(f"{_MAX_READING} images are being read already", retry_after_s=_READING_RETRY_S)
-        self._reading += 1
+    async def read(self, client: str, function: Callable[..., _Made], *args: object) -> _Made:
+        """Read a client's request with an image; replies do not wait behind it. OverloadedError when too many are being read."""
+        for count, limit, whose in (
+            (self._reading.total(), _MAX_READING, ""),
+            (self._reading[client], _MAX_READING_OF_ONE, " of yours"),
+        ):
+            if count >= limit:
+                raise OverloadedError(f"{limit} images{whose} are being read already", retry_after_s=_READING_RETRY_S)
+        self._reading[client] += 1
         try:
             return await asyncio.get_running_loop().run_in_executor(self._readers, function, *args)
         finally:
-            self._reading -= 1
+            self._reading[client] -= 1
+            self._reading += Counter()  # forgets who has none
 
     async def encode(self, images: list[Pixels], image_format: ImageFormat, quality: int | None = None) -> list[bytes]:
         if image_format in ("png", "raw") and sum(image.nbytes for image in images) <= _SMALL_BYTES:
@@ -131,9 +138,10 @@ class ImageService(image_pb2_grpc.ImageServiceServicer):
         """The previews where they are wanted, then the result; an error ends the call."""
         try:
             started = time.perf_counter()
-            model, order, wish = await self._read(request)
+            client = client_of(context)
+            model, order, wish = await self._read(request, client)
             reading_s = time.perf_counter() - started if request.image else 0.0
-            timeout_s, client = context.time_remaining(), client_of(context)
+            timeout_s = context.time_remaining()
             updates = progress(self._worker, model, order, timeout_s, client, wish.priority, steps=previews, reading_s=reading_s)
             async with aclosing(updates):
                 async for update in updates:
@@ -149,17 +157,18 @@ class ImageService(image_pb2_grpc.ImageServiceServicer):
         return write_models(self._models.served)
 
     async def Estimate(self, request: pb.GenerateRequest, context: Any) -> pb.EstimateResponse:
+        client = client_of(context)
         try:
-            model, order, wish = await self._read(request)
+            model, order, wish = await self._read(request, client)
         except FlashdiffError as error:
             await abort(context, error)
-        estimate_ms = self._worker.estimate_ms(model, order, client=client_of(context), priority=wish.priority)
+        estimate_ms = self._worker.estimate_ms(model, order, client=client, priority=wish.priority)
         return write_estimate(estimate_ms, self._worker.pending_images)
 
-    async def _read(self, request: pb.GenerateRequest) -> tuple[Model, Order, Wish]:
+    async def _read(self, request: pb.GenerateRequest, client: str) -> tuple[Model, Order, Wish]:
         model = self._models.get(request.model)
         if request.image:
-            return model, *await self._encoders.read(read_request, request, model.components.spec)
+            return model, *await self._encoders.read(client, read_request, request, model.components.spec)
         return model, *read_request(request, model.components.spec)
 
     async def _respond(self, model: Model, order: Order, wish: Wish, finished: Finished) -> pb.GenerateResponse:

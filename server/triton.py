@@ -253,7 +253,7 @@ class TritonService:
         try:
             model = self._find(request.model_name, request.model_version)
             read = functools.partial(read_request, request, model.components.spec, remaining_s, self._regions, stream=stream)
-            call = await self._encoders.read(read) if has_file(request) else read()
+            call = await self._encoders.read(client, read) if has_file(request) else read()
             reading_s = time.monotonic() - started if has_file(request) else 0.0
             timeout_s = None if call.timeout_s is None else call.timeout_s - reading_s
             statistics = self._statistics.setdefault(request.model_name, _Statistics())

@@ -26,7 +26,9 @@ def test_variants_differ_in_what_they_name() -> None:
     made = {name: variant(recipe, name, 0, 1.0) for name in VARIANTS}
     assert len({one.content_hash for one in made.values()}) == len(VARIANTS)
     assert made["distillation"].updates == recipe.updates < made["ours"].updates
-    assert [phase.adversarial for phase in made["paper"].phases] == [0.1, 0.3]
+    assert [phase.adversarial for phase in made["paper"].phases] == [0.0, 0.1, 0.3]
+    assert [phase.distribution_matching for phase in made["paper"].phases] == [0.0, 0.3, 0.7]
+    assert not any(phase.distribution_matching + phase.backward_simulation for phase in made["distillation"].phases)
     assert made["ours"].warmup_updates / made["ours"].updates == pytest.approx(recipe.warmup_updates / recipe.updates, rel=0.01)
     assert made["lcm"].grid.inference_times(4) == recipe.grid.inference_times(4)
 

@@ -146,6 +146,9 @@ def test_the_command_times_every_backend_the_server_and_stock_diffusers(tmp_path
     assert set(found["environment"]["bundles"]) >= {"student", "teacher", "student, torch fp32"}
     assert "| student, served | openvino | 1 | 1 | 1 |" in run.stdout
     assert "Where the rest of the ideal speed-up went" in run.stdout
+    peak_mb = {(row["model"], row["backend"]): row["peak_mb"] for row in found["memory"]}
+    assert set(peak_mb) == {(row["model"], row["backend"]) for row in rows if row["model"] != "student, served"}
+    assert 50 < peak_mb["student", "openvino"] < peak_mb["diffusers", "torch"]  # the first has no torch in it
 
 
 def test_without_a_compiler_the_rest_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,7 +62,7 @@ def files(tmp_path: Path) -> list[Path]:
     ]
     load_rows = [
         {"phase": "offline", "images_per_s": 100, "cores": "own"},
-        {"phase": "quiet", "p50_ms": 20, "p50_beyond_engine_ms": 2},
+        {"phase": "quiet", "idle_cores": "asleep", "p50_ms": 20, "p50_beyond_engine_ms": 2},
         {"phase": "saturated", "goodput_per_s": 90, "cores": "own", "of_offline": 100},
         *open_loop,
         {"phase": "overload", "seconds": 60, "goodput_per_s": 85, "refusal_p99_ms": 5, "memory_mb": [70, 90, 91]},
@@ -127,6 +127,8 @@ def test_numbers_of_two_machines_or_bundles_do_not_stand_side_by_side(files: lis
     old = _write(tmp_path, "old.json", rows=[{"phase": "saturated", "goodput_per_s": 90}])
     with pytest.raises(ConfigError, match=r"old\.json: rows of an older load\.py"):
         read_results([old])
+    with pytest.raises(ConfigError, match="a file before it has the load of the report"):
+        read_results([later, later])
     bad = tmp_path / "bad.json"
     for text in ("{}", "[]", "no JSON", '{"environment": {}, "rows": [1]}'):
         bad.write_text(text)

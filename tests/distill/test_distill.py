@@ -1,6 +1,7 @@
 """The training program on the tiny model."""
 
 import json
+import statistics
 import warnings
 from pathlib import Path
 
@@ -40,7 +41,16 @@ def test_flash_json_tells_grid_base_and_sizes(tiny_base: Path, flash_lora: Path)
     assert info.base_hash == load_base(str(tiny_base))[1].base_hash
     assert info.inference["4"] == [999, 749, 499, 249]
     assert info.lora_parameters == sum(values.numel() for values in load_file(flash_lora / WEIGHTS).values())
-    assert "timesteps=[999, 749, 499, 249]" in (flash_lora / "README.md").read_text()
+
+
+def test_the_card_tells_exact_times_cost_and_where_the_losses_ended(flash_lora: Path) -> None:
+    card = (flash_lora / "README.md").read_text()
+    assert "timesteps=[999, 749, 499, 249]" in card
+    lines = [json.loads(line) for line in (flash_lora / "training" / "log.jsonl").read_text().splitlines()]
+    ended = statistics.mean(line["distillation"] for line in lines)
+    assert f"last {len(lines)} updates, weighted losses and latents: distillation {ended:.3g}, latent mean" in card
+    # Four updates of two samples: 3 for the student's two ways, twice the 2.5 solver steps that are left on average.
+    assert "as much as 64 forward passes" in card
 
 
 def test_a_killed_run_goes_on_and_equals_the_unbroken_one(

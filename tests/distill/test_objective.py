@@ -1,5 +1,6 @@
 """The three losses together on the tiny model: what each costs, whom it trains, and that a killed run goes on exactly."""
 
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -142,6 +143,28 @@ def test_distribution_matching_moves_samples_from_the_fake_score_to_the_guided_t
     expected = 0.3 * 2 * difference / scale / x0.numel()
     assert expected.abs().max() > 1e-5
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_judges_see_with_the_frozen_teacher_whatever_the_student_has_learnt(
+    model: TorchModel, tiny_base: Path, batch: Targets
+) -> None:
+    objective = _objective(model, tiny_base, distillation="perceptual")
+    phase = objective.recipe.phases[0].model_copy(update={"distribution_matching": 0.0})
+    untrained, x0 = copy.deepcopy(objective.state_dict()), 0.5 * batch.x0
+
+    def told() -> dict[str, float]:
+        objective.load_state_dict(copy.deepcopy(untrained))
+        losses = {name: loss.item() for name, loss in objective.losses(_part(batch, x0), phase).items()}
+        return losses | objective.train_opponents([_part(batch, x0)], phase)
+
+    before, answer = told(), student_x0(model, batch)
+    with torch.no_grad():
+        for name, parameter in model.network.named_parameters():
+            if f"lora_B.{ADAPTER}" in name:
+                parameter.normal_(0, 0.5, generator=torch.Generator().manual_seed(len(name)))
+    assert not torch.allclose(student_x0(model, batch), answer, atol=0.01)
+    assert set(before) == {"distillation", "adversarial", "discriminator"}
+    assert told() == pytest.approx(before)
 
 
 def test_opponents_learn_without_moving_the_student(model: TorchModel, tiny_base: Path, batch: Targets) -> None:

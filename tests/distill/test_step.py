@@ -106,6 +106,24 @@ def test_prompts_alone_start_from_noise_or_from_the_students_own_steps(
     assert not torch.allclose(solved.x_t, solved.x0 * alpha)
 
 
+@pytest.mark.parametrize("own_steps", [0.0, 1.0], ids=["images", "own steps"])
+def test_images_are_below_the_noise_but_not_at_the_first_time_nor_where_the_students_own_steps_are(
+    own_steps: float, model: TorchModel, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phase = {"updates": POOL_BATCHES, "mode_weights": (1, 1, 1, 1), "backward_simulation": own_steps}
+    recipe = tiny_recipe(tiny_base, phases=[phase])
+    _, plain = _solved(model, recipe, tmp_path)
+    latents = Dataset.latents
+    monkeypatch.setattr(Dataset, "latents", lambda data, items: 10 * latents(data, items))
+    _, other = _solved(model, recipe, tmp_path)
+    is_pure = plain.times == 999
+    assert is_pure.any()
+    assert not is_pure.all()
+    same = (plain.x_t == other.x_t).flatten(1)
+    assert same[is_pure].all()
+    assert (same.all(dim=1) == (is_pure | bool(own_steps))).all()
+
+
 def test_a_consistency_target_is_the_students_answer_one_step_of_the_teacher_further(
     model: TorchModel, tiny_base: Path, tmp_path: Path
 ) -> None:

@@ -51,3 +51,25 @@ def test_the_input_is_left_as_it_was() -> None:
     before = x_t.clone()
     _solve(x_t, [0, 4], [2.0, 2.0], torch.zeros(2, 1), [])
     torch.testing.assert_close(x_t, before)
+
+
+def test_the_end_is_that_of_the_guided_ode_whose_solution_is_known() -> None:
+    """Gaussian data of one deviation around two points: guidance moves the mean, and what flows is a line in x."""
+    deviation, grid = 0.5, Grid(solver_steps=500)
+
+    def network(latents: Tensor, times: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+        alpha, sigma = (torch.from_numpy(x).float().view(-1, 1, 1, 1) for x in SCHEDULE.levels(times.tolist()))
+        mean = conditioning["c"].view(-1, 1, 1, 1)
+        gain = alpha * deviation**2 / (alpha**2 * deviation**2 + sigma**2)
+        x0 = mean + gain * (latents - alpha * mean)
+        return (latents - alpha * x0) / sigma
+
+    starts, guidance = torch.tensor([0, 0, 250]), torch.tensor([1.0, 4.0, 4.0])
+    said, unsaid = torch.tensor([[0.3], [0.3], [-0.2]]), torch.tensor([[0.1]])
+    x_t = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    found = solve(network, x_t, starts, guidance, {"c": said}, {"c": unsaid}, grid=grid, schedule=SCHEDULE, prediction="epsilon")
+    mean = (unsaid + guidance.view(-1, 1) * (said - unsaid)).view(-1, 1, 1, 1)
+    times = [grid.solver_times()[start] for start in starts]
+    alpha, sigma = (torch.from_numpy(x).float().view(-1, 1, 1, 1) for x in SCHEDULE.levels(times))
+    wanted = mean + deviation * (x_t - alpha * mean) / (alpha**2 * deviation**2 + sigma**2).sqrt()
+    torch.testing.assert_close(found, wanted, atol=0.01, rtol=0)

@@ -5,10 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from flashdiff.config import load_recipe
+from flashdiff.distill.config import Recipe, bundled_recipe
 from flashdiff.engines.build import BuildOptions, build_engine
 from flashdiff.engines.runtime.engine import Engine, open_bundle
 from flashdiff.families import find_base
 from flashdiff.generate import Pixels, check_order, generate, start_from
+from flashdiff.lora import find_lora, read_flash_info
 from flashdiff.zoo.world import BACKGROUND_COLORS, OBJECT_COLORS
 
 THINGS = ("monster with a smile", "robot with an antenna", "planet")
@@ -71,6 +74,13 @@ def test_stock_diffusers_loads_and_runs_the_teacher_and_its_flash_lora() -> None
     for image in (teacher, student):
         assert image.shape == (64, 64, 3)
         assert _nearest(BACKGROUND_COLORS, np.median(image[:6, :6].reshape(-1, 3), axis=0)) == "blue"
+
+
+def test_the_shipped_student_is_what_the_shipped_recipe_makes() -> None:
+    recipe, info = load_recipe(bundled_recipe("avatars.toml"), Recipe), read_flash_info(find_lora("avatars-flash"))
+    assert info
+    assert (info.recipe_hash, info.updates) == (recipe.content_hash, recipe.updates)
+    assert info.lora_parameters <= 0.03 * info.network_parameters
 
 
 def test_the_shipped_files_are_small_and_safe() -> None:

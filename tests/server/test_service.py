@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from PIL import Image
@@ -153,10 +154,13 @@ def test_images_that_unpack_to_hours_of_work_or_gigabytes_are_refused() -> None:
         decode_image(header.getvalue(), SIZE)
 
 
-def test_more_images_than_can_be_read_at_once_are_told_to_come_again(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service_module, "_MAX_READING", 0)
+@pytest.mark.parametrize(("limit", "whose"), [("_MAX_READING", ""), ("_MAX_READING_OF_ONE", " of yours")])
+def test_more_images_than_can_be_read_at_once_are_told_to_come_again(
+    limit: str, whose: str, running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service_module, limit, 0)
     with Client(running.address, retries=False) as client:
-        with pytest.raises(ServerError, match="RESOURCE_EXHAUSTED: 0 images are being read already"):
+        with pytest.raises(ServerError, match=f"RESOURCE_EXHAUSTED: 0 images{whose} are being read already"):
             client.generate("x", image=_file("PNG", 64, 64), timeout_s=10)
         assert client.generate("x", timeout_s=10).images
 
@@ -352,7 +356,13 @@ def test_health_and_reflection_name_the_service(running: Running) -> None:
         for name in ("", "flashdiff.v1.ImageService", "inference.GRPCInferenceService"):
             status = health.Check(health_pb2.HealthCheckRequest(service=name), timeout=10).status
             assert status == health_pb2.HealthCheckResponse.SERVING
-        assert "flashdiff.v1.ImageService" in ProtoReflectionDescriptorDatabase(channel).get_services()
+        database = ProtoReflectionDescriptorDatabase(channel)
+        assert {"flashdiff.v1.ImageService", "inference.GRPCInferenceService"} <= set(database.get_services())
+        reflected = DescriptorPool(database)
+        generate = reflected.FindServiceByName("flashdiff.v1.ImageService").methods_by_name["Generate"]
+        assert generate.input_type.fields_by_name["prompt"].number == 1
+        infer = reflected.FindServiceByName("inference.GRPCInferenceService").methods_by_name["ModelInfer"]
+        assert infer.output_type.full_name == "inference.ModelInferResponse"
 
 
 def test_a_port_in_use_is_said(running: Running) -> None:
