@@ -1,6 +1,7 @@
 """Behaviour under load: latency and goodput over offered load, step-level against request-level batching, overload, and chaos.
 
     python benchmarks/load.py STUDENT_BUNDLE --json load.json      # about nine minutes; --quick for the code paths alone
+    python benchmarks/load.py --server HOST:PORT --json load.json  # what can be told of a server that runs already
 
 The server runs in a process of its own, the client here, over a real port. Arrivals are Poisson and do not wait for answers
 (open loop). Every request has a prompt of its own, so the cache of text embeddings helps nobody.
@@ -8,7 +9,8 @@ The server runs in a process of its own, the client here, over a real port. Arri
 The engine has half of the cores to itself, online and offline; the client and the rest of the server share the others. Otherwise
 a load that the client makes would slow the engine that it measures. Offline and saturated run three times, each with a server of
 its own, and on all cores too: the median of the saturated ones is the capacity that loads are shares of. Open loop, overload and
-chaos run once.
+chaos run once. Quiet is measured with idle cores left to sleep, as they do, and kept awake: how long one takes to wake up is the
+machine's doing, and every hand-over between threads waits for it.
 """
 
 import argparse
@@ -29,7 +31,7 @@ if __package__ in (None, ""):  # run as a file: the repository's root is what it
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.rows import environment, percentile
-from benchmarks.serving import Batching, Served, memory_mb, on_cores, server, split_cores
+from benchmarks.serving import Batching, Served, awake, memory_mb, on_cores, server, split_cores
 from flashdiff.engines.bundle import read_manifest
 from flashdiff.engines.runtime.engine import open_bundle
 from flashdiff.errors import FlashdiffError
@@ -39,6 +41,8 @@ from flashdiff.server.client import AsyncClient, ServerError
 
 _STEPS = (2, 4)
 _DEADLINE_S = 1.0
+_FILLS = 4  # so many batches of requests in flight saturate a server
+_AT_ONCE = 64  # of one whose batches are not known
 _THINGS = ("monster", "robot", "planet", "face", "person")
 
 
@@ -108,7 +112,7 @@ async def _ask(
         outcome.statuses["OK"] += 1
 
 
-async def quiet(client: AsyncClient, count: int) -> dict[str, Any]:
+async def quiet(client: AsyncClient, count: int, idle_cores: str = "asleep") -> dict[str, Any]:
     """One after another: what the client sees beyond the engine's own time."""
     rng, beyond, seen = random.Random(0), [], []
     for _ in range(count):
@@ -118,6 +122,7 @@ async def quiet(client: AsyncClient, count: int) -> dict[str, Any]:
         beyond.append(seen[-1] - sum(result.timings[stage] for stage in ("text", "denoise", "decode")))
     return {
         "phase": "quiet",
+        "idle_cores": idle_cores,
         "p50_ms": _rounded(seen, 50),
         "p50_beyond_engine_ms": _rounded(beyond, 50),
         "p99_beyond_engine_ms": _rounded(beyond, 99),
@@ -126,7 +131,7 @@ async def quiet(client: AsyncClient, count: int) -> dict[str, Any]:
 
 
 async def saturated(client: AsyncClient, seconds: float, at_once: int) -> Outcome:
-    """As many requests in flight as fill every batch twice."""
+    """So many requests in flight that the next batch can always be full."""
     outcome, until = Outcome(), time.perf_counter() + seconds
     started = time.perf_counter()
 
@@ -154,8 +159,8 @@ async def open_loop(client: AsyncClient, per_second: float, seconds: float, time
 
 
 async def overload(client: AsyncClient, per_second: float, seconds: float, memory: Callable[[], float]) -> dict[str, Any]:
-    """More than can be served, and the server's memory: before, after a sixth of the time, when queue and buffers have been full
-    for long, and at the end."""
+    """Three times what can be served, and the server's memory: before, after a sixth of the time, when queue and buffers have
+    been full for long, and at the end."""
     used = [memory()]
     answers = asyncio.create_task(open_loop(client, per_second, seconds))
     await asyncio.sleep(seconds / 6)
@@ -228,35 +233,47 @@ async def _with_client(address: str, use: Callable[[AsyncClient], Awaitable[Any]
         return await use(client)
 
 
-def run(bundle: Path, plan: Plan, report: Callable[[str], None]) -> dict[str, Any]:
-    """Every phase; {"environment": ..., "rows": [...]}, a row a run."""
-    engine_cores, other_cores = split_cores()
-    record = environment({"student": read_manifest(bundle)})
-    rows: list[dict[str, Any]] = []
+class Record:
+    """The rows of a run, in order; each is reported when it comes."""
 
-    def phase(served: Served, use: Callable[[AsyncClient], Awaitable[Any]], **about: Any) -> dict[str, Any]:
-        result = asyncio.run(_with_client(served.address, use))
-        return keep(result if isinstance(result, dict) else result.row(**about))
+    def __init__(self, report: Callable[[str], None]) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self._report = report
 
-    def keep(row: dict[str, Any]) -> dict[str, Any]:
-        rows.append(row)
-        report(" ".join(f"{name}={value}" for name, value in row.items() if name != "samples_ms"))
+    def keep(self, row: dict[str, Any]) -> dict[str, Any]:
+        self.rows.append(row)
+        self._report(" ".join(f"{name}={value}" for name, value in row.items() if name != "samples_ms"))
         return row
+
+    def phase(self, address: str, use: Callable[[AsyncClient], Awaitable[Any]], **about: Any) -> dict[str, Any]:
+        """A new client's part, as a row."""
+        result = asyncio.run(_with_client(address, use))
+        return self.keep(result if isinstance(result, dict) else result.row(**about))
+
+
+def run(bundle: Path, plan: Plan, report: Callable[[str], None]) -> dict[str, Any]:
+    """Every phase, with servers of its own; {"environment": ..., "rows": [...]}, a row a run."""
+    engine_cores, other_cores = split_cores()
+    environment_ = environment({"student": read_manifest(bundle)})
+    record = Record(report)
 
     def fill(cores: set[int], which: str, round_: int) -> dict[str, Any]:
         """What the engine makes on these cores, then what a new server does with it."""
-        alone = keep(offline(bundle, plan.offline_s, cores) | {"cores": which, "round": round_})
+        alone = record.keep(offline(bundle, plan.offline_s, cores) | {"cores": which, "round": round_})
         with server(bundle, "step", cores) as served:
             if which == "own" and round_ == 1:
-                phase(served, lambda client: quiet(client, plan.quiet))
-            at_once = 2 * int(alone["batch"])
-            return phase(
-                served,
+                record.phase(served.address, lambda client: quiet(client, plan.quiet))
+                with awake(engine_cores | other_cores):
+                    record.phase(served.address, lambda client: quiet(client, plan.quiet, "awake"))
+            at_once = _FILLS * int(alone["batch"])
+            return record.phase(
+                served.address,
                 lambda client: saturated(client, plan.saturated_s, at_once),
                 phase="saturated",
                 batching="step",
                 cores=which,
                 round=round_,
+                at_once=at_once,
                 of_offline=alone["images_per_s"],
             )
 
@@ -272,18 +289,41 @@ def run(bundle: Path, plan: Plan, report: Callable[[str], None]) -> dict[str, An
         for index, load in enumerate(plan.loads):
             for batching in batchings[:: -1 if index % 2 else 1]:
                 with server(bundle, batching, engine_cores) as served:
-                    phase(
-                        served,
-                        lambda client, load=load: open_loop(client, load * capacity, plan.open_loop_s),  # type: ignore[misc]
-                        phase="open loop",
-                        batching=batching,
-                        load=load,
-                        offered_per_s=round(load * capacity, 2),
-                    )
+                    _offer(record, served.address, load, capacity, plan, batching)
         with server(bundle, "step", engine_cores) as served:
-            phase(served, lambda client: overload(client, 3 * capacity, plan.overload_s, lambda: memory_mb(served.process)))
-            phase(served, lambda client: chaos(client, served, plan.chaos, 2 * capacity))
-    return {"environment": record, "rows": rows}
+            used = lambda: memory_mb(served.process)  # noqa: E731
+            record.phase(served.address, lambda client: overload(client, 3 * capacity, plan.overload_s, used))
+            record.phase(served.address, lambda client: chaos(client, served, plan.chaos, 2 * capacity))
+    return {"environment": environment_, "rows": record.rows}
+
+
+def run_against(address: str, plan: Plan, report: Callable[[str], None]) -> dict[str, Any]:
+    """What a server from elsewhere can be asked for; what it makes saturated is the capacity that loads are shares of."""
+    record = Record(report)
+    record.phase(address, lambda client: quiet(client, plan.quiet))
+    capacity = record.phase(
+        address,
+        lambda client: saturated(client, plan.saturated_s, _AT_ONCE),
+        phase="saturated",
+        cores="its own",
+        at_once=_AT_ONCE,
+    )["goodput_per_s"]
+    for load in plan.loads:
+        _offer(record, address, load, capacity, plan, "step")
+    over = {"phase": "overload", "batching": "step", "load": 3.0}
+    record.phase(address, lambda client: open_loop(client, 3 * capacity, plan.overload_s), **over)
+    return {"environment": environment({}) | {"server": address}, "rows": record.rows}
+
+
+def _offer(record: Record, address: str, load: float, capacity: float, plan: Plan, batching: Batching) -> None:
+    record.phase(
+        address,
+        lambda client: open_loop(client, load * capacity, plan.open_loop_s),
+        phase="open loop",
+        batching=batching,
+        load=load,
+        offered_per_s=round(load * capacity, 2),
+    )
 
 
 def median_and_range(values: Sequence[float | None], digits: int = 1) -> str:
@@ -296,31 +336,39 @@ def median_and_range(values: Sequence[float | None], digits: int = 1) -> str:
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """What the rows say, each beside what it is measured against."""
-    by_phase = {row["phase"]: row for row in rows}
-    quiet_row, over, storm = by_phase["quiet"], by_phase["overload"], by_phase["chaos"]
+    """What the rows say, each beside what it is measured against; of a server from elsewhere there are fewer."""
+    lines = [
+        f"- quiet, idle cores {row['idle_cores']}: client-seen p50 {row['p50_ms']} ms, {row['p50_beyond_engine_ms']} ms of it "
+        "beyond the engine"
+        for row in rows
+        if row["phase"] == "quiet"
+    ]
     full: dict[str, list[dict[str, Any]]] = {}
     for row in (row for row in rows if row["phase"] == "saturated"):
         full.setdefault(row["cores"], []).append(row)
-    kept = over["goodput_per_s"] / statistics.median(row["goodput_per_s"] for row in full["own"])
-    lines = [
-        f"- quiet: client-seen p50 {quiet_row['p50_ms']} ms, {quiet_row['p50_beyond_engine_ms']} ms of it beyond the engine",
-        *(
-            f"- saturated, engine on {'cores of its own' if cores == 'own' else 'the cores of server and client'}: "
-            f"{median_and_range([row['goodput_per_s'] for row in runs])} images/s, "
-            f"{median_and_range([row['goodput_per_s'] / row['of_offline'] for row in runs], 2)} of the engine alone"
-            for cores, runs in full.items()
-        ),
-        f"- overload, 3 x capacity for {over['seconds']:.0f} s: goodput {kept:.2f} of capacity, "
-        f"refusals within {over['refusal_p99_ms']} ms (p99), memory of the server "
-        + ", ".join(f"{mb:.0f}" for mb in over["memory_mb"])
-        + " MB (before, after a sixth, at the end)",
-        f"- chaos: {storm['sent']} requests, {storm['answered']} of {storm['accepted']} accepted ones answered, "
-        f"{storm['slots_left']} slots left behind",
-        "",
-        "| load | batching | p50 ms | p95 ms | p99 ms | in time |",
-        "|---|---|---|---|---|---|",
+    engines = {"own": "cores of its own", "shared": "the cores of server and client"}
+    for cores, runs in full.items():
+        made = f"{median_and_range([row['goodput_per_s'] for row in runs])} images/s"
+        if cores in engines:
+            share = median_and_range([row["goodput_per_s"] / row["of_offline"] for row in runs], 2)
+            lines.append(f"- saturated, engine on {engines[cores]}: {made}, {share} of the engine alone")
+        else:
+            lines.append(f"- saturated: {made}")
+    capacity = statistics.median(row["goodput_per_s"] for row in full.get("own") or next(iter(full.values())))
+    for over in (row for row in rows if row["phase"] == "overload"):
+        memory = ", ".join(f"{mb:.0f}" for mb in over.get("memory_mb", ()))
+        lines.append(
+            f"- overload, 3 x capacity for {over['seconds']:.0f} s: goodput {over['goodput_per_s'] / capacity:.2f} of capacity, "
+            f"refusals within {over['refusal_p99_ms']} ms (p99)"
+            + (f", memory of the server {memory} MB (before, after a sixth, at the end)" if memory else "")
+        )
+    lines += [
+        f"- chaos: {row['sent']} requests, {row['answered']} of {row['accepted']} accepted ones answered, "
+        f"{row['slots_left']} slots left behind"
+        for row in rows
+        if row["phase"] == "chaos"
     ]
+    lines += ["", "| load | batching | p50 ms | p95 ms | p99 ms | in time |", "|---|---|---|---|---|---|"]
     for row in (row for row in rows if row["phase"] == "open loop"):
         times = " | ".join(str(row[f"p{share}_ms"]) for share in (50, 95, 99))
         in_time = row["statuses"].get("OK", 0) / max(1, row["sent"])
@@ -330,12 +378,15 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("bundle", type=Path, nargs="?", metavar="BUNDLE")
+    what.add_argument("--server", metavar="HOST:PORT", help="a flashdiff that runs already and asks for no token")
     parser.add_argument("--quick", action="store_true", help="a second or two a phase: does it run, not what it measures")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write environment, rows and every latency")
     options = parser.parse_args()
     try:
-        report = run(options.bundle, QUICK if options.quick else Plan(), lambda line: print(line, flush=True))
+        plan, show = QUICK if options.quick else Plan(), lambda line: print(line, flush=True)
+        report = run_against(options.server, plan, show) if options.server else run(options.bundle, plan, show)
         print(markdown(report["rows"]))
         if options.json:
             write_whole(options.json, json.dumps(report) + "\n")

@@ -89,7 +89,8 @@ def read_results(files: Sequence[Path]) -> Results:
             section = "peers"
         elif "phase" in keys:
             section = "load"
-            if any("cores" not in row for row in rows if row["phase"] == "saturated"):
+            said = {"saturated": "cores", "quiet": "idle_cores"}
+            if any(said.get(row["phase"], "phase") not in row for row in rows):
                 raise ConfigError(f"{file}: rows of an older load.py, without the cores they ran on; measure them again")
         elif keys >= {"model", "steps", "stage", "median_ms"}:
             section = "latency"

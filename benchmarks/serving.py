@@ -3,6 +3,8 @@
 import asyncio
 import multiprocessing
 import os
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,6 +17,15 @@ from flashdiff.server.scheduler import Ready, choose
 from flashdiff.server.worker import Job, Worker
 
 Batching = Literal["step", "request"]
+
+_SPIN = """
+import os, sys
+parent, core = map(int, sys.argv[1:])
+os.sched_setaffinity(0, {core})
+os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+while os.getppid() == parent:
+    pass
+"""
 
 
 def split_cores() -> tuple[set[int], set[int]]:
@@ -36,6 +47,19 @@ def on_cores(cores: set[int]) -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, before)
+
+
+@contextmanager
+def awake(cores: set[int]) -> Iterator[None]:
+    """These cores never idle meanwhile: on each a process spins that gives way to any other at once."""
+    command = [sys.executable, "-c", _SPIN, str(os.getpid())]
+    spinners = [subprocess.Popen([*command, str(core)]) for core in cores]
+    try:
+        yield
+    finally:
+        for spinner in spinners:
+            spinner.kill()
+            spinner.wait()
 
 
 def _all_that_fit(ready: Iterable[Ready]) -> list[Ready]:
