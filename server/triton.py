@@ -126,8 +126,11 @@ class TritonService:
         return pb.ModelConfigResponse(config=config)
 
     async def ModelStatistics(self, request: pb.ModelStatisticsRequest, context: Any) -> pb.ModelStatisticsResponse:
-        if request.name:
-            await self._found(request, context)
+        try:
+            if request.name:
+                self._find(request.name, request.version)
+        except NotFoundError as error:  # Triton's status for it, here alone
+            await abort(context, TensorError(str(error)))
         names = [request.name] if request.name else list(self._models.served)
         stats = [self._statistics.get(name, _Statistics()).message(name) for name in names]
         return pb.ModelStatisticsResponse(model_stats=stats)

@@ -140,7 +140,6 @@ TABLE: dict[str, Callable[[triton.InferenceServerClient], Any]] = {
     "unregister, unknown": lambda client: client.unregister_system_shared_memory("table"),
     "load, unknown": lambda client: client.load_model("none"),
     "unload, unknown": lambda client: client.unload_model("none"),
-    "index": lambda client: client.get_model_repository_index(as_json=True)["models"],
     "statistics": lambda client: _counted(client),
     "statistics, unknown": lambda client: client.get_inference_statistics("none"),
     "statistics, unknown version": lambda client: client.get_inference_statistics("fake", "7"),

@@ -343,6 +343,9 @@ def test_statistics_count_what_was_done(stock: triton.InferenceServerClient) -> 
     assert (stats.inference_count, stats.execution_count) == (3, 1)
     assert stats.inference_stats.success.count == 1
     assert stats.inference_stats.success.ns >= stats.inference_stats.compute_infer.ns > 0
+    for name, version in (("none", ""), ("fake", "7")):
+        with pytest.raises(InferenceServerException, match="INVALID_ARGUMENT"):  # of all statuses, as Triton has it
+            stock.get_inference_statistics(name, version)
 
 
 def test_any_bytes_for_a_message_are_answered_with_a_status(running: Running) -> None:
