@@ -3,13 +3,17 @@
 import os
 import random
 import socket
+import struct
 
 import grpc
+import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from served import METHODS, Running, message, until
 
+from flashdiff.proto.v1 import image_pb2, triton_pb2
 from flashdiff.server.client import Client
+from flashdiff.server.images import encode_image
 
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _GARBAGE = {
@@ -50,3 +54,47 @@ def test_a_prompt_as_long_as_a_message_can_be_names_the_prompt(running: Running,
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
     assert caught.value.details().startswith("prompt: 'www")
     assert len(caught.value.details()) < 400
+
+
+def _full(method: str) -> bytes:
+    """A request with all that its message has."""
+    image = encode_image(np.zeros((8, 8, 3), dtype=np.uint8), "png")
+    if "ImageService" in method:
+        sizes = {"seed": 7, "steps": 2, "width": 64, "height": 64, "count": 2, "format": 2, "quality": 50, "priority": 1}
+        request = image_pb2.GenerateRequest(prompt="x", model="fake", image=image, strength=0.5, **sizes)
+        return request.SerializeToString()
+    infer = triton_pb2.ModelInferRequest(model_name="fake", model_version="1", id="mine")
+    infer.parameters["timeout"].int64_param = 10_000_000
+    values = {"PROMPT": b"x", "IMAGE": image, "FORMAT": b"png", "SEED": 7, "STEPS": 2, "COUNT": 2, "STRENGTH": 0.5}
+    for name, value in values.items():
+        datatype = {"SEED": "UINT64", "STEPS": "INT32", "COUNT": "INT32", "STRENGTH": "FP32"}.get(name, "BYTES")
+        infer.inputs.add(name=name, datatype=datatype, shape=[1])
+        code = {"UINT64": "<Q", "INT32": "<i", "FP32": "<f"}.get(datatype)
+        raw = struct.pack(code, value) if code else struct.pack("<I", len(bytes(value))) + bytes(value)
+        infer.raw_input_contents.append(raw)
+    for name in ("IMAGES", "ENCODED", "SEEDS"):
+        infer.outputs.add(name=name)
+    return infer.SerializeToString()
+
+
+@pytest.mark.parametrize("method", [*METHODS, "flashdiff.v1.ImageService/Estimate"])
+def test_any_bytes_for_a_message_are_answered_with_a_status(running: Running, method: str) -> None:
+    rng, valid, ends = random.Random(0), _full(method), []
+    with grpc.insecure_channel(running.address) as channel:
+        call = channel.stream_stream(f"/{method}")
+        list(call(iter([valid]), timeout=10))
+        for number in range(200):
+            data = bytearray(valid if number % 2 else rng.randbytes(rng.randrange(200)))
+            for _ in range(rng.randrange(1, 4)):
+                if data:
+                    data[rng.randrange(len(data))] = rng.randrange(256)
+            try:
+                list(call(iter([bytes(data)]), timeout=10))
+                ends.append(grpc.StatusCode.OK)
+            except grpc.RpcError as error:
+                ends.append(error.code())
+                assert "Traceback" not in (error.details() or "")  # noqa: PT017
+    assert set(ends) <= {grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND}
+    assert grpc.StatusCode.OK in ends  # some changes mean nothing, or are within what is allowed
+    until(lambda: running.server.worker.pending_images == 0)
+    assert running.server.worker.failure is None

@@ -2,7 +2,6 @@
 
 import io
 import queue
-import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -346,31 +345,3 @@ def test_statistics_count_what_was_done(stock: triton.InferenceServerClient) -> 
     for name, version in (("none", ""), ("fake", "7")):
         with pytest.raises(InferenceServerException, match="INVALID_ARGUMENT"):  # of all statuses, as Triton has it
             stock.get_inference_statistics(name, version)
-
-
-def test_any_bytes_for_a_message_are_answered_with_a_status(running: Running) -> None:
-    rng = np.random.default_rng(0)
-    with grpc.insecure_channel(running.address) as channel:
-        calls = [
-            channel.unary_unary(f"/{name}")
-            for name in ("inference.GRPCInferenceService/ModelInfer", "flashdiff.v1.ImageService/Generate")
-        ]
-        valid = pb.ModelInferRequest(model_name="fake", raw_input_contents=[struct.pack("<I", 1) + b"x"])
-        valid.inputs.add(name="PROMPT", datatype="BYTES", shape=[1])
-        base = bytearray(valid.SerializeToString())
-        for number in range(200):
-            data = bytearray(base) if number % 2 else bytearray(rng.bytes(int(rng.integers(0, 200))))
-            for _ in range(3):
-                if data:
-                    data[int(rng.integers(len(data)))] = int(rng.integers(256))
-            for call in calls:
-                try:
-                    call(bytes(data), timeout=10)
-                except grpc.RpcError as error:
-                    assert error.code() in (  # noqa: PT017
-                        grpc.StatusCode.INVALID_ARGUMENT,
-                        grpc.StatusCode.NOT_FOUND,
-                    )
-                    assert "Traceback" not in (error.details() or "")  # noqa: PT017
-    until(lambda: running.server.worker.pending_images == 0)
-    assert running.server.worker.failure is None
