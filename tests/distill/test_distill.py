@@ -1,13 +1,17 @@
 """The training program on the tiny model."""
 
 import json
+import signal
 import statistics
+import subprocess
+import sys
+import time
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from recipes import tiny_recipe
+from recipes import image_folder, tiny_recipe
 from safetensors.torch import load_file
 
 from flashdiff.config import load_recipe
@@ -80,6 +84,39 @@ def test_a_killed_run_goes_on_and_equals_the_unbroken_one(
 
     whole_log, broken_log = ((tmp_path / name / "training" / "log.jsonl").read_text() for name in ("whole", "broken"))
     assert whole_log == broken_log
+    whole, broken = (load_file(tmp_path / name / WEIGHTS) for name in ("whole", "broken"))
+    assert all(torch.equal(whole[name], broken[name]) for name in whole)
+
+
+def test_the_same_command_goes_on_after_a_kill_at_any_moment(tiny_base: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f"""
+base = "{tiny_base}"
+guidance = [2.0, 4.0]
+batch_size = 2
+learning_rate = 0.01
+checkpoint_every = 4
+data = {{ source = "{image_folder(tmp_path / "images")}" }}
+grid = {{ solver_steps = 4 }}
+lora = {{ rank = 2, alpha = 4 }}
+phases = [{{ updates = 60, mode_weights = [1, 1, 1, 1] }}]
+""")
+
+    def start(out: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "flashdiff", "distill", str(recipe), "--out", str(tmp_path / out)]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    log = tmp_path / "broken" / "training" / "log.jsonl"
+    assert start("whole").wait(120) == 0
+    for updates in (9, 30):  # wherever it is by then: in an update, a checkpoint, a line of the log
+        run = start("broken")
+        deadline = time.monotonic() + 60
+        while (not log.exists() or log.read_text().count("\n") < updates) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        run.kill()
+        assert run.wait(10) == -signal.SIGKILL
+    assert start("broken").wait(120) == 0
+    assert log.read_text() == (tmp_path / "whole" / "training" / "log.jsonl").read_text()
     whole, broken = (load_file(tmp_path / name / WEIGHTS) for name in ("whole", "broken"))
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
 
