@@ -24,6 +24,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -291,8 +292,8 @@ def run(bundle: Path, plan: Plan, report: Callable[[str], None]) -> dict[str, An
                 with server(bundle, batching, engine_cores) as served:
                     _offer(record, served.address, load, capacity, plan, batching)
         with server(bundle, "step", engine_cores) as served:
-            used = lambda: memory_mb(served.process)  # noqa: E731
-            record.phase(served.address, lambda client: overload(client, 3 * capacity, plan.overload_s, used))
+            memory = partial(memory_mb, served.process)
+            record.phase(served.address, lambda client: overload(client, 3 * capacity, plan.overload_s, memory))
             record.phase(served.address, lambda client: chaos(client, served, plan.chaos, 2 * capacity))
     return {"environment": environment_, "rows": record.rows}
 
@@ -300,7 +301,7 @@ def run(bundle: Path, plan: Plan, report: Callable[[str], None]) -> dict[str, An
 def run_against(address: str, plan: Plan, report: Callable[[str], None]) -> dict[str, Any]:
     """What a server from elsewhere can be asked for; what it makes saturated is the capacity that loads are shares of."""
     record = Record(report)
-    record.phase(address, lambda client: quiet(client, plan.quiet))
+    record.phase(address, lambda client: quiet(client, plan.quiet, "as they are"))
     capacity = record.phase(
         address,
         lambda client: saturated(client, plan.saturated_s, _AT_ONCE),
@@ -308,6 +309,8 @@ def run_against(address: str, plan: Plan, report: Callable[[str], None]) -> dict
         cores="its own",
         at_once=_AT_ONCE,
     )["goodput_per_s"]
+    if not capacity:
+        raise FlashdiffError(f"{address} answered none of the requests: its capacity is not known")
     for load in plan.loads:
         _offer(record, address, load, capacity, plan, "step")
     over = {"phase": "overload", "batching": "step", "load": 3.0}

@@ -52,10 +52,13 @@ def on_cores(cores: set[int]) -> Iterator[None]:
 @contextmanager
 def awake(cores: set[int]) -> Iterator[None]:
     """These cores never idle meanwhile: on each a process spins that gives way to any other at once."""
-    command = [sys.executable, "-c", _SPIN, str(os.getpid())]
-    spinners = [subprocess.Popen([*command, str(core)]) for core in cores]
+    spinners: list[subprocess.Popen[bytes]] = []
     try:
+        for core in cores:
+            spinners.append(subprocess.Popen([sys.executable, "-c", _SPIN, str(os.getpid()), str(core)]))
         yield
+        if any(spinner.poll() is not None for spinner in spinners):
+            raise FlashdiffError("the cores were not kept awake: a process that spins on one of them has ended")
     finally:
         for spinner in spinners:
             spinner.kill()

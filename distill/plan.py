@@ -95,9 +95,12 @@ def activation_bytes(model: TorchModel, *, checkpointing: bool) -> int:
     return kept(2) - kept(1)
 
 
-def cost(recipe: Recipe) -> float:
+def cost(recipe: Recipe, *, guided_twice: bool = True) -> float:
     """What the whole run costs a sample of a batch, in forward passes of the network: see `target_cost` and `update_cost`."""
-    return sum(phase.updates * (target_cost(recipe, phase) + update_cost(recipe, phase)) for phase in recipe.phases)
+    return sum(
+        phase.updates * (target_cost(recipe, phase, guided_twice=guided_twice) + update_cost(recipe, phase))
+        for phase in recipe.phases
+    )
 
 
 def remaining_s(recipe: Recipe, update: int, *, target_s: float, update_s: float) -> float:
@@ -123,12 +126,12 @@ def teacher_evaluations(recipe: Recipe, phase: Phase, *, guided_twice: bool = Tr
     return (2 if guided_twice else 1) * steps / recipe.target_uses
 
 
-def target_cost(recipe: Recipe, phase: Phase) -> float:
+def target_cost(recipe: Recipe, phase: Phase, *, guided_twice: bool = True) -> float:
     """Forward passes per sample and update for its input and target: the teacher's, and the student's where it has a part."""
     student = float(recipe.target == "consistency")
     if phase.backward_simulation:  # the first step, and half of the later ones before the start
         student += phase.backward_simulation * _roll_out(recipe, phase)
-    return teacher_evaluations(recipe, phase) + student / recipe.target_uses
+    return teacher_evaluations(recipe, phase, guided_twice=guided_twice) + student / recipe.target_uses
 
 
 def update_cost(recipe: Recipe, phase: Phase) -> float:

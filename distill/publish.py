@@ -31,7 +31,7 @@ def publish(out: Path, model: TorchModel, family: ModelFamily, recipe: Recipe, l
         network_parameters=sum(p.numel() for name, p in model.network.named_parameters() if ".lora_" not in name),
         inference={str(steps): recipe.grid.inference_times(steps) for steps in range(1, recipe.grid.modes + 1)},
     )
-    write_whole(out / "README.md", _card(info, recipe, _ended(log), _usage(info, model, family, recipe)))
+    write_whole(out / "README.md", _card(info, recipe, _run(recipe, model, log), _usage(info, model, family, recipe)))
     save_flash_lora(out, model, family, info)
 
 
@@ -56,20 +56,24 @@ pipeline("a prompt", {setting}, guidance_scale={guidance})  # the scheduler's ow
 """
 
 
-def _ended(log: Path) -> str:
-    """The weighted losses, and the student's latents, over the last updates."""
+def _run(recipe: Recipe, model: TorchModel, log: Path) -> str:
+    """What the run cost, and where its numbers ended."""
+    passes = float(f"{cost(recipe, guided_twice=model.guides_twice) * recipe.batch_size:.2g}")
     lines = [json.loads(line) for line in log.read_text().splitlines()[-_LAST:]]
     names = [name for name in lines[-1] if name not in ("update", "loss")]
     means = {name: statistics.mean(line[name] for line in lines if name in line) for name in names}
-    return ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in means.items())
+    ended = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in means.items())
+    return (
+        f"The run cost as much as {passes:,.0f} forward passes of the denoiser, the teacher's and the backward ones included. "
+        f"Over its\nlast {len(lines)} updates, losses (weighted) and the student's latents: {ended}."
+    )
 
 
-def _card(info: FlashInfo, recipe: Recipe, ended: str, usage: str) -> str:
+def _card(info: FlashInfo, recipe: Recipe, run: str, usage: str) -> str:
     share = 100 * info.lora_parameters / info.network_parameters
     names = ("distillation", "adversarial", "distribution_matching")
     losses = ", ".join(name.replace("_", " ") for name in names if any(getattr(phase, name) for phase in recipe.phases))
     guidance = " to ".join(f"{scale:g}" for scale in dict.fromkeys(info.guidance))
-    passes = float(f"{cost(recipe) * recipe.batch_size:.2g}")
     grids = "; ".join(f"{count}: {times}" for count, times in info.inference.items())
     return f"""# Flash LoRA for {info.base}
 
@@ -78,8 +82,7 @@ Flash Diffusion (arXiv 2406.02347; losses: {losses}) for {info.updates:,} update
 teacher takes {recipe.grid.solver_steps} solver steps with guidance {guidance}.
 Recipe hash {info.recipe_hash[:12]}, base hash {info.base_hash[:12]}.
 
-The run cost as much as {passes:,.0f} forward passes of the denoiser, the teacher's and the backward ones included. Over its
-last {min(_LAST, recipe.updates)} updates, weighted losses and latents: {ended}.
+{run}
 What that is worth: `flashdiff evaluate BUNDLE --steps 4,2 --teacher TEACHER_BUNDLE`.
 
 Made for 1 to {recipe.grid.modes} steps, **guidance off**, at these timesteps:

@@ -1,12 +1,13 @@
 """Curves and previews of a run where people look at them: TensorBoard files in OUT/training, or Weights & Biases."""
 
-import hashlib
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from flashdiff.distill.config import Recipe
 from flashdiff.errors import ConfigError
+from flashdiff.files import write_whole
 from flashdiff.generate import Pixels
 
 
@@ -55,9 +56,10 @@ class _WandB:
 
         self._wandb: Any = wandb
         config = recipe.model_dump(mode="json")
-        # The folder's own, so that a resumed run draws on in the same curve, and no other run in it.
-        name = hashlib.sha256(str(work.resolve()).encode()).hexdigest()[:16]
-        self._run: Any = wandb.init(project="flashdiff", id=name, resume="allow", dir=str(work), config=config)
+        kept = work / "wandb-id"  # so that a resumed run draws on in the same curve, and no other run in it
+        if not kept.exists():
+            write_whole(kept, secrets.token_hex(8))
+        self._run: Any = wandb.init(project="flashdiff", id=kept.read_text(), resume="allow", dir=str(work), config=config)
 
     def numbers(self, update: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=update)

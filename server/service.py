@@ -30,7 +30,7 @@ from flashdiff.server.worker import Finished, Step, Worker
 
 _SENDING_S = 30.0
 _MAX_READING = 16  # images of requests at once: nothing has been promised to these yet
-_MAX_READING_OF_ONE = 12  # client, so that others always find room
+_MAX_READING_OF_ONE = 12  # of these for one client, so that none fills it alone
 _READING_RETRY_S = 0.1
 _SMALL_BYTES = 64 * 1024  # of pixels: to encode these takes less than to change threads and back
 _Made = TypeVar("_Made")

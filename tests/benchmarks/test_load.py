@@ -29,6 +29,7 @@ def test_every_phase_runs_and_every_accepted_request_is_answered(student_bundle:
         *("offline", "saturated", "offline", "quiet", "quiet", "saturated", "offline", "saturated", "offline", "saturated"),
         *("open loop", "open loop", "overload", "chaos"),
     ]
+    assert [row["idle_cores"] for row in rows if row["phase"] == "quiet"] == ["asleep", "awake"]
     full = [row for row in rows if row["phase"] == "saturated"]
     assert [(row["cores"], row["round"]) for row in full] == [("shared", 1), ("own", 1), ("shared", 2), ("own", 2)]
     capacity = (full[1]["goodput_per_s"] + full[3]["goodput_per_s"]) / 2

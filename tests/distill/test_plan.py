@@ -10,7 +10,7 @@ from tiny import FAMILIES
 from flashdiff import cli
 from flashdiff.distill.config import Phase
 from flashdiff.distill.network import run_network
-from flashdiff.distill.plan import activation_bytes, plan, remaining_s, teacher_evaluations
+from flashdiff.distill.plan import activation_bytes, cost, plan, remaining_s, teacher_evaluations
 from flashdiff.families import load_base
 from flashdiff.lora import add_adapter
 
@@ -23,6 +23,11 @@ def test_the_papers_phases_cost_the_solver_steps_they_are_known_to(
 ) -> None:
     recipe = tiny_recipe(tiny_base, grid={"solver_steps": 32})
     assert teacher_evaluations(recipe, Phase(updates=1, mode_weights=weights)) == pytest.approx(2 * steps, abs=0.1)
+
+
+def test_a_network_that_takes_its_guidance_as_an_input_costs_the_teacher_half(tiny_base: Path) -> None:
+    recipe = tiny_recipe(tiny_base)  # four updates, 2.5 solver steps each on average, and 3 for the student both ways
+    assert (cost(recipe), cost(recipe, guided_twice=False)) == pytest.approx((4 * (5 + 3), 4 * (2.5 + 3)))
 
 
 def test_a_plan_counts_parameters_apart_and_writes_nothing(tiny_base: Path, tmp_path: Path, flash_lora: Path) -> None:

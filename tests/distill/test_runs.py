@@ -2,6 +2,7 @@
 
 import errno
 import itertools
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -129,6 +130,26 @@ def test_a_missing_tracker_is_named(tiny_base: Path, tmp_path: Path, monkeypatch
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match="tracker 'wandb' needs 'wandb', which is not installed"):
         distill(tiny_recipe(tiny_base, tracker="wandb"), tmp_path / "out")
+
+
+def test_a_run_on_wandb_goes_on_in_its_own_curve_and_another_in_the_same_place_does_not(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[str] = []
+
+    def init(*, id: str, **_: Any) -> Any:
+        started.append(id)
+        return SimpleNamespace(log=lambda values, step: None, finish=lambda: None)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    recipe, out = tiny_recipe(tiny_base, tracker="wandb"), tmp_path / "out"
+    distill(recipe, out)
+    (out / FLASH).unlink()
+    distill(recipe, out)
+    shutil.rmtree(out)
+    distill(recipe, out)
+    first, again, other = started
+    assert first == again != other
 
 
 def test_latents_that_stay_too_large_stop_the_run_and_a_spike_does_not(tiny_base: Path) -> None:

@@ -21,7 +21,7 @@ from served import METHODS, MODEL, SIZE, Running, message, model_of, until
 
 from flashdiff.components import Conditioning, Size
 from flashdiff.engines.runtime.fake_backend import FakeComponents
-from flashdiff.errors import BackendError, ConfigError, RequestError
+from flashdiff.errors import BackendError, ConfigError, OverloadedError, RequestError
 from flashdiff.generate import check_order, generate, start_from
 from flashdiff.proto.v1 import image_pb2, image_pb2_grpc
 from flashdiff.server import service as service_module
@@ -163,6 +163,29 @@ def test_more_images_than_can_be_read_at_once_are_told_to_come_again(
         with pytest.raises(ServerError, match=f"RESOURCE_EXHAUSTED: 0 images{whose} are being read already"):
             client.generate("x", image=_file("PNG", 64, 64), timeout_s=10)
         assert client.generate("x", timeout_s=10).images
+
+
+async def _reading(encoders: service_module.ImageEncoders, client: str) -> None:
+    await encoders.read(client, lambda: None)
+
+
+def test_one_client_leaves_room_for_the_images_of_another_and_gets_its_own_back() -> None:
+    async def read() -> None:
+        encoders, go = service_module.ImageEncoders(), threading.Event()
+        of_one = [asyncio.create_task(encoders.read("one", go.wait, 10)) for _ in range(12)]
+        await asyncio.sleep(0)
+        with pytest.raises(OverloadedError, match="12 images of yours are being read already"):
+            await _reading(encoders, "one")
+        of_others = [asyncio.create_task(_reading(encoders, f"other {number % 2}")) for number in range(4)]
+        await asyncio.sleep(0)
+        with pytest.raises(OverloadedError, match="16 images are being read already"):
+            await _reading(encoders, "another")
+        go.set()
+        await asyncio.gather(*of_one, *of_others)
+        for _ in range(12):
+            await _reading(encoders, "one")
+
+    asyncio.run(read())
 
 
 def test_a_refused_image_of_a_megabyte_is_sent_again(running: Running, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
