@@ -91,9 +91,7 @@ def read_results(files: Sequence[Path]) -> Results:
             section = "load"
             said = {"saturated": "cores", "quiet": "idle_cores"}
             if any(said.get(row["phase"], "phase") not in row for row in rows):
-                raise ConfigError(
-                    f"{file}: rows of an older load.py, which tells less of the cores; measure them again"
-                )
+                raise ConfigError(f"{file}: rows of an older load.py, which tells less of the cores; measure them again")
         elif keys >= {"model", "steps", "stage", "median_ms"}:
             section = "latency"
         else:
