@@ -30,7 +30,7 @@ import numpy as np
 
 from benchmarks.rows import environment, timed_row
 from flashdiff.components import Size
-from flashdiff.engines.bundle import Manifest, PartFile, PartSpec
+from flashdiff.engines.bundle import OPENVINO_GRAPH, Manifest, PartFile, PartSpec
 from flashdiff.engines.runtime import backend_module, bucket_shapes, dimensions_of
 from flashdiff.errors import ConfigError, FlashdiffError
 from flashdiff.files import write_whole
@@ -47,7 +47,7 @@ def networks(widths: Sequence[int], sizes: Sequence[Size], batches: Sequence[int
     """(parameters, size, batch, one denoise step at that bucket) of a random network of every width."""
     from diffusers import UNet2DConditionModel
 
-    from flashdiff.engines.export import GRAPH, export_onnx
+    from flashdiff.engines.export import export_openvino
     from flashdiff.engines.parts import parts_of
     from flashdiff.families import find_base, load_base
 
@@ -60,15 +60,14 @@ def networks(widths: Sequence[int], sizes: Sequence[Size], batches: Sequence[int
             network.save_pretrained(base / "unet")
             family, model = load_base(str(base))
             part = next(part for part in parts_of(family, model) if part.name == "denoiser")
-            export_onnx(model, part, Path(name), size=sizes[0])
-            openvino.convert(Path(name, GRAPH), Path(name, "model.xml"), "fp32")
-            spec = PartSpec(files=(PartFile(file="model.xml"),), inputs=part.inputs, outputs=part.outputs)
+            export_openvino(model, part, Path(name), size=sizes[0])
+            spec = PartSpec(files=(PartFile(file=OPENVINO_GRAPH),), inputs=part.inputs, outputs=part.outputs)
             # No bundle is published, so its manifest has only what the backend reads.
             read: dict[str, Any] = {"precision": "fp32", "parts": {part.name: spec}}
             compile_part = openvino.open_parts(Path(name), Manifest.model_construct(**read))
             for size, batch in product(sizes, batches):
                 dimensions = dimensions_of(model.spec, size, batch)
-                compiled = compile_part(part.name, Path(name, "model.xml"), dimensions)
+                compiled = compile_part(part.name, Path(name, OPENVINO_GRAPH), dimensions)
                 rng, shapes = np.random.default_rng(0), bucket_shapes(part.inputs, dimensions)
                 inputs = {t.name: rng.standard_normal(shapes[t.name]).astype(t.dtype) for t in part.inputs}
                 inputs["times"] = np.full(batch, 500)

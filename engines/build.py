@@ -15,15 +15,16 @@ from flashdiff.engines.bundle import (
     Manifest,
     PartFile,
     PartSpec,
+    graph_file,
     tokenizer_file,
     write_manifest,
 )
 from flashdiff.engines.cache import cached
 from flashdiff.engines.compile import compile_export
 from flashdiff.engines.config import BuildOptions, parse_batches, parse_sizes
-from flashdiff.engines.export import GRAPH, export_onnx
+from flashdiff.engines.export import export_onnx, export_openvino
 from flashdiff.engines.parts import Part, parts_of
-from flashdiff.engines.plan import Export, Plan, export_precision, plan_build
+from flashdiff.engines.plan import Export, Plan, plan_build
 from flashdiff.engines.reference import Reference, run_reference
 from flashdiff.engines.runtime.engine import Engine
 from flashdiff.engines.verify import verify
@@ -100,14 +101,15 @@ def _from_torch(plan: Plan, folder: Path, watch: "_Stopwatch") -> tuple[Manifest
 def _export(plan: Plan, model: TorchModel, part: Part, folder: Path, watch: "_Stopwatch") -> tuple[PartFile, ...]:
     """Export one part into its folder of the bundle, or take it from the cache."""
     files = []
+    write, form = (export_openvino, "OpenVINO") if plan.inputs.backend == "openvino" else (export_onnx, "ONNX")
     for export in (export for export in plan.exports if export.part == part.name):
 
         def make(target: Path, size: Size = export.size or plan.inputs.sizes[0]) -> None:
-            export_onnx(model, part, target, size=size, precision=export_precision(plan.inputs))
+            write(model, part, target, size=size, precision=plan.inputs.precision)
 
         was_cached = cached(export.key, make, folder / _place(export))
-        files.append(PartFile(file=(_place(export) / GRAPH).as_posix(), size=export.size))
-        watch.lap("export", f"{part.name} to ONNX{_at(export)}" + (", from the cache" if was_cached else ""))
+        files.append(PartFile(file=(_place(export) / graph_file(plan.inputs.backend)).as_posix(), size=export.size))
+        watch.lap("export", f"{part.name} to {form}{_at(export)}" + (", from the cache" if was_cached else ""))
     return tuple(files)
 
 

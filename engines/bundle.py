@@ -20,6 +20,14 @@ PARTS = ("text_encoder", "encoder", "denoiser", "decoder")
 BackendName = Literal["openvino", "onnxruntime", "torch", "tensorrt", "tensorrt-rtx"]
 Precision = Literal["fp32", "fp16", "bf16"]
 
+ONNX_GRAPH = "model.onnx"
+OPENVINO_GRAPH = "model.xml"
+
+
+def graph_file(backend: BackendName) -> str:
+    """What an exported part is called: OpenVINO has a form of its own, the others begin with ONNX."""
+    return OPENVINO_GRAPH if backend == "openvino" else ONNX_GRAPH
+
 
 def tokenizer_file(tokenizer: TokenizerSpec) -> str:
     """Where a bundle keeps a tokenizer."""

@@ -1,14 +1,13 @@
-"""From a part's ONNX graph to the files that its backend reads."""
+"""From a part's exported graph to the files that its backend reads."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 from flashdiff.components import Size
-from flashdiff.engines.bundle import BuildInputs, PartFile, PartSpec
+from flashdiff.engines.bundle import ONNX_GRAPH, BuildInputs, PartFile, PartSpec, graph_file
 from flashdiff.engines.cache import cached
-from flashdiff.engines.export import GRAPH
 from flashdiff.engines.plan import Export, key_of
-from flashdiff.engines.runtime import backend_module, bucket_shapes, dimensions_of
+from flashdiff.engines.runtime import bucket_shapes, dimensions_of
 from flashdiff.files import cache_folder
 
 
@@ -17,21 +16,16 @@ def compile_export(
 ) -> list[PartFile]:
     """Turn the graph in `folder` into its backend's files there; their names are relative to `folder`.
 
-    ONNX Runtime reads the graph itself, OpenVINO its own form of it, TensorRT one plan a bucket. BackendError when the
-    backend cannot.
+    OpenVINO and ONNX Runtime read the graph itself, TensorRT one plan a bucket. BackendError when the backend cannot.
     """
-    if inputs.backend == "onnxruntime":
-        return [PartFile(file=GRAPH, size=export.size)]
-    if inputs.backend == "openvino":
-        backend_module("openvino").convert(folder / GRAPH, folder / "model.xml", inputs.precision)
-        files = [PartFile(file="model.xml", size=export.size)]
-    else:
-        files = [
-            _plan(part, export, inputs, folder, size, batch, report)
-            for size in _sizes(part, export, inputs)
-            for batch in inputs.batch_sizes
-        ]
-    for path in folder.glob(f"{GRAPH}*"):
+    if inputs.backend in ("openvino", "onnxruntime"):
+        return [PartFile(file=graph_file(inputs.backend), size=export.size)]
+    files = [
+        _plan(part, export, inputs, folder, size, batch, report)
+        for size in _sizes(part, export, inputs)
+        for batch in inputs.batch_sizes
+    ]
+    for path in folder.glob(f"{ONNX_GRAPH}*"):
         path.unlink()
     return files
 
@@ -66,7 +60,7 @@ def _plan(
     def make(target: Path) -> None:
         build_plan(
             inputs.backend,
-            folder / GRAPH,
+            folder / ONNX_GRAPH,
             shapes,
             target / file,
             timings=_timings(inputs),

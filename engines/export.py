@@ -1,4 +1,4 @@
-"""A torch part to ONNX: one graph, named tensors, dynamic batch and size, weights beside the graph, one precision."""
+"""A torch part to a graph, ONNX or OpenVINO's own: named tensors, dynamic batch and size, weights beside the graph."""
 
 import logging
 import warnings
@@ -7,15 +7,14 @@ from typing import Any
 
 import onnx_ir
 import torch
-from torch import Tensor
 
 from flashdiff.components import Size
-from flashdiff.engines.bundle import Precision
+from flashdiff.engines.bundle import ONNX_GRAPH, OPENVINO_GRAPH, Precision
 from flashdiff.engines.parts import AtPrecision, Part, random_inputs
+from flashdiff.engines.runtime import backend_module
 from flashdiff.errors import BackendError, first_line
 from flashdiff.families.base import TorchModel
 
-GRAPH = "model.onnx"
 _EXAMPLE_BATCH = 2  # with 1, torch.export would fix the batch to 1
 
 
@@ -27,14 +26,27 @@ def export_onnx(model: TorchModel, part: Part, folder: Path, *, size: Size, prec
     Two steps, torch.export and then the ONNX exporter, because the direct way fails on masks with a dynamic batch.
     """
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports the absence of torchvision, which is not needed
-    inputs = random_inputs(model, part, _EXAMPLE_BATCH, size, torch.Generator().manual_seed(0))
     try:
-        program = _export(part, inputs, precision)
+        program = _to_onnx(_traced(model, part, size, precision), part)
     except Exception as error:  # the exporter raises many kinds
         raise BackendError(f"{part.name} cannot be exported to ONNX: {first_line(error)}") from error
     _name_dimensions(program.model.graph, part)
     _check_precision(program.model.graph, part, precision)
-    program.save(folder / GRAPH, external_data=True)
+    program.save(folder / ONNX_GRAPH, external_data=True)
+
+
+def export_openvino(model: TorchModel, part: Part, folder: Path, *, size: Size, precision: Precision = "fp32") -> None:
+    """Write `model.xml` and `model.bin` for a part, as `export_onnx` does.
+
+    Not by way of ONNX, which knows attention and group norm only in pieces that OpenVINO does not put together again. Its
+    graphs are float32; in float16 it stores their weights so, and lowers what it computes in by itself.
+    """
+    try:
+        program = _traced(model, part, size, "fp32")
+    except Exception as error:
+        raise BackendError(f"{part.name} cannot be exported: {first_line(error)}") from error
+    names = [tensor.name for tensor in part.inputs], [tensor.name for tensor in part.outputs]
+    backend_module("openvino").convert(program, *names, folder / OPENVINO_GRAPH, precision)
 
 
 def dimension_names(part: Part) -> set[str]:
@@ -43,7 +55,8 @@ def dimension_names(part: Part) -> set[str]:
     return {d for tensor in part.inputs for d in tensor.shape if isinstance(d, str)} - fixed
 
 
-def _export(part: Part, inputs: tuple[Tensor, ...], precision: Precision) -> Any:
+def _traced(model: TorchModel, part: Part, size: Size, precision: Precision) -> torch.export.ExportedProgram:
+    inputs = random_inputs(model, part, _EXAMPLE_BATCH, size, torch.Generator().manual_seed(0))
     is_open = dimension_names(part)
     dynamic: Any = tuple(
         {axis: torch.export.Dim.AUTO for axis, name in enumerate(tensor.shape) if name in is_open} for tensor in part.inputs
@@ -52,11 +65,16 @@ def _export(part: Part, inputs: tuple[Tensor, ...], precision: Precision) -> Any
     if precision != "fp32":
         module, dynamic = AtPrecision(part, precision), (dynamic,)
     with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns about its own code
+        return torch.export.export(module, inputs, dynamic_shapes=dynamic, strict=False)
+
+
+def _to_onnx(traced: torch.export.ExportedProgram, part: Part) -> Any:
+    _drop_idle_squeezes(traced.graph)
+    with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter warns about torch's own code
-        exported = torch.export.export(module, inputs, dynamic_shapes=dynamic, strict=False)
-        _drop_idle_squeezes(exported.graph)
         return torch.onnx.export(
-            exported,
+            traced,
             dynamo=True,
             verbose=False,
             input_names=[tensor.name for tensor in part.inputs],

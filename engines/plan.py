@@ -13,7 +13,7 @@ import safetensors
 
 import flashdiff
 from flashdiff.components import ModelSpec, Size
-from flashdiff.engines.bundle import MANIFEST, PARTS, BuildInputs, LoraRecord, Manifest, Precision, read_manifest
+from flashdiff.engines.bundle import MANIFEST, PARTS, BuildInputs, LoraRecord, Manifest, Precision, graph_file, read_manifest
 from flashdiff.engines.cache import is_cached
 from flashdiff.engines.config import BuildOptions
 from flashdiff.engines.runtime import backend_module
@@ -38,7 +38,7 @@ _BYTES: dict[Precision, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """One ONNX graph that a build needs."""
+    """One graph that a build needs."""
 
     part: str
     size: Size | None
@@ -80,14 +80,13 @@ class Plan:
     @property
     def disk_bytes(self) -> dict[Path, int]:
         """What the build may write, at most, where."""
-        # Torch's weights and the graphs that OpenVINO converts are float32, whatever they will be computed in.
-        width = 4 if self.inputs.backend in ("torch", "openvino") else _BYTES[self.inputs.precision]
+        # Torch's weights are float32 whatever they will be computed in, and so are OpenVINO's in bfloat16.
+        is_wide = self.inputs.backend == "torch" or (self.inputs.backend == "openvino" and self.inputs.precision == "bf16")
+        width = 4 if is_wide else _BYTES[self.inputs.precision]
         weights = {part: count * width for part, count in self.parameters.items()}
         copies = self.buckets if self.inputs.backend.startswith("tensorrt") else 1
         sizes = {part: len([e for e in self.exports if e.part == part]) for part in PARTS}
         bundle = sum(weights[part] * max(copies, sizes[part]) for part in PARTS)
-        # OpenVINO reads an export that lies beside its result for a moment.
-        bundle += max(weights.values()) if self.inputs.backend == "openvino" else 0
         cache = sum(weights[export.part] for export in self.exports if not export.is_cached)
         return {self.options.out.absolute().parent: bundle, cache_folder(): cache}
 
@@ -237,18 +236,14 @@ def _exports(family: ModelFamily, inputs: BuildInputs) -> Iterator[Export]:
                 "part": part,
                 "base": inputs.base_hash,
                 "loras": [[lora.weights_hash, lora.weight] for lora in inputs.loras] if part == "denoiser" else [],
-                "precision": export_precision(inputs),
+                "form": graph_file(inputs.backend),
+                "precision": inputs.precision,
                 "example": size or inputs.sizes[0],
                 "versions": versions,
                 "code": inputs.code,
             }
-            key = key_of(f"onnx-{part}", deciding)
+            key = key_of(f"export-{part}", deciding)
             yield Export(part=part, size=size, key=key, is_cached=is_cached(key))
-
-
-def export_precision(inputs: BuildInputs) -> Precision:
-    """Of the ONNX graphs: OpenVINO takes float32 ones and lowers the precision itself."""
-    return "fp32" if inputs.backend == "openvino" else inputs.precision
 
 
 def key_of(name: str, deciding: dict[str, Any]) -> str:

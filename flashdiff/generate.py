@@ -57,11 +57,19 @@ class Order:
 
 @dataclass
 class Row:
-    """One image in progress: it starts as noise and is done when `step` reaches the number of its times."""
+    """One image in progress: it starts as noise and is done when `step` reaches the number of its times.
+
+    What its steps need is made when it starts: right after a call of an engine, which has filled the processor's caches with
+    its weights, it would take several times as long.
+    """
 
     seed: int
     size: Size
     times: list[int]
+    alphas: NDArray[np.float32]  # [len(times) + 1], the clean end last
+    sigmas: NDArray[np.float32]
+    weights: list[np.float32]  # of `extrapolate` at each time, where the sampler is an ODE's
+    noises: list[NDArray[np.float32]]  # [C, h, w] fresh for each step but the last, where it is not
     conditioning: Conditioning  # of this row alone, without the batch dimension
     unconditional: Conditioning | None  # the same for the negative or the empty prompt, where the sampler guides
     latents: NDArray[np.float32]  # [C, h, w]
@@ -159,11 +167,21 @@ def new_row(
     """Image `index` of the order: pure noise, or the latents `start` of its image with the noise of the first time it takes."""
     seed = image_seed(order.seed, index)
     times = spec.sampler.times(order.steps)[-order.steps_taken :]
-    latents = image_noise(seed, 0, spec.latent_shape(order.size))
-    if start is not None:
-        alphas, sigmas = (levels.astype(np.float32) for levels in spec.sampler.schedule.levels(times[:1]))
-        latents = renoise(start, latents, alphas[0], sigmas[0])
-    return Row(seed=seed, size=order.size, times=times, conditioning=conditioning, unconditional=unconditional, latents=latents)
+    alphas, sigmas = (levels.astype(np.float32) for levels in spec.sampler.schedule.levels([*times, -1]))
+    is_ode, shape = spec.sampler.kind == "ode", spec.latent_shape(order.size)
+    latents = image_noise(seed, 0, shape)
+    return Row(
+        seed=seed,
+        size=order.size,
+        times=times,
+        alphas=alphas,
+        sigmas=sigmas,
+        weights=[np.float32(weight) for weight in ode_weights(spec.sampler.schedule, times)] if is_ode else [],
+        noises=[] if is_ode else [image_noise(seed, step, shape) for step in range(1, len(times))],
+        conditioning=conditioning,
+        unconditional=unconditional,
+        latents=latents if start is None else renoise(start, latents, alphas[0], sigmas[0]),
+    )
 
 
 def start_rows(
@@ -204,21 +222,19 @@ def denoise_rows(components: Components, rows: Sequence[Row]) -> None:
 
 def _advance(spec: ModelSpec, row: Row, output: NDArray[np.float32]) -> None:
     """One sampler step of one row, alone, so that no other row of the batch can touch its arithmetic."""
-    sampler = spec.sampler
-    alphas, sigmas = (levels.astype(np.float32) for levels in sampler.schedule.levels([*row.times[row.step :], -1]))
-    previous_x0 = row.x0
-    x0 = to_x0(spec.prediction, output, row.latents, alphas[0], sigmas[0])
+    step, previous_x0 = row.step, row.x0
+    alpha, sigma, next_alpha, next_sigma = row.alphas[step], row.sigmas[step], row.alphas[step + 1], row.sigmas[step + 1]
+    x0 = to_x0(spec.prediction, output, row.latents, alpha, sigma)
     row.x0 = x0
 
     row.step += 1
-    if sampler.kind == "ode":
-        weight = np.float32(ode_weights(sampler.schedule, row.times)[row.step - 1])
-        estimate = x0 if previous_x0 is None else extrapolate(x0, previous_x0, weight)
-        row.latents = ode_step(row.latents, estimate, alphas[0], sigmas[0], alphas[1], sigmas[1])
+    if spec.sampler.kind == "ode":
+        estimate = x0 if previous_x0 is None else extrapolate(x0, previous_x0, row.weights[step])
+        row.latents = ode_step(row.latents, estimate, alpha, sigma, next_alpha, next_sigma)
     elif row.is_done:
         row.latents = x0
     else:
-        row.latents = renoise(x0, image_noise(row.seed, row.step, x0.shape), alphas[1], sigmas[1])
+        row.latents = renoise(x0, row.noises[step], next_alpha, next_sigma)
 
 
 def decode_rows(components: Components, rows: Sequence[Row]) -> list[Pixels]:
@@ -230,8 +246,11 @@ def to_pixels(images: NDArray[np.float32]) -> list[Pixels]:
     """[B, 3, H, W] in [-1, 1] as RGB bytes; BackendError when a value is not finite, never a black image."""
     if not np.isfinite(images).all():
         raise BackendError("the decoder returned values that are not finite")
-    pixels = np.clip(images * 127.5 + 127.5, 0, 255).round().astype(np.uint8)
-    return [np.ascontiguousarray(image) for image in pixels.transpose(0, 2, 3, 1)]
+    levels = images * np.float32(127.5)
+    levels += np.float32(127.5)  # in place, as what follows: large images cost their memory once
+    np.clip(levels, 0, 255, out=levels)
+    np.rint(levels, out=levels)
+    return [np.ascontiguousarray(image) for image in levels.astype(np.uint8).transpose(0, 2, 3, 1)]
 
 
 def generate(components: Components, orders: Sequence[Order], on_step: Callable[[], None] | None = None) -> list[list[Pixels]]:

@@ -3,15 +3,26 @@
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.random.bit_generator import ISeedSequence
 from numpy.typing import NDArray
 
 SEED_LIMIT = 2**64
 
 
+class _Key(ISeedSequence):
+    """A Philox key as it is. (`Philox(key=...)` gives the same, after asking the system for entropy that it does not use.)"""
+
+    def __init__(self, *words: int) -> None:
+        self._words = np.array(words, dtype=np.uint64)
+
+    def generate_state(self, n_words: int, dtype: object = np.uint64) -> NDArray[np.uint64]:
+        return self._words
+
+
 def image_noise(seed: int, step: int, shape: Sequence[int]) -> NDArray[np.float32]:
     """Standard normal noise for one image before its denoise step `step` (0 is the starting latent)."""
     # Philox is counter-based: the key (seed, step) names a stream, so no draw depends on an earlier one.
-    stream = np.random.Generator(np.random.Philox(key=np.array([seed, step], dtype=np.uint64)))
+    stream = np.random.Generator(np.random.Philox(_Key(seed, step)))  # type: ignore[arg-type]  # numpy's types forget ISeedSequence
     return stream.standard_normal(tuple(shape), dtype=np.float32)
 
 

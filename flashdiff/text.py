@@ -43,8 +43,9 @@ class PromptTokenizer:
 
     def _ids(self, spec: TokenizerSpec, prompts: Sequence[str], truncate: bool) -> NDArray[np.int64]:
         ids = np.full((len(prompts), spec.length), spec.pad_id, dtype=np.int64)
-        for prompt, row, encoding in zip(prompts, ids, self._tokenizers[spec.name].encode_batch(list(prompts)), strict=True):
-            tokens = encoding.ids
+        tokenizer = self._tokenizers[spec.name]
+        for prompt, row in zip(prompts, ids, strict=True):  # one by one: `encode_batch` wakes threads, which costs a prompt more
+            tokens = tokenizer.encode(prompt).ids
             if len(tokens) > spec.length:
                 if not truncate:
                     raise RequestError("prompt", prompt, f"it has {len(tokens)} tokens, at most {spec.length} fit")

@@ -10,6 +10,11 @@ def test_noise_is_a_function_of_seed_and_step() -> None:
         assert abs(np.corrcoef(again.ravel(), other.ravel())[0, 1]) < 0.2
 
 
+def test_seed_and_step_are_the_key_of_a_philox_stream() -> None:
+    stream = np.random.Generator(np.random.Philox(key=np.array([7, 3], dtype=np.uint64)))
+    np.testing.assert_array_equal(image_noise(7, 3, (2, 5)), stream.standard_normal((2, 5), dtype=np.float32))
+
+
 def test_noise_is_standard_normal() -> None:
     noise = image_noise(0, 3, (100, 100))
     assert abs(noise.mean()) < 0.05

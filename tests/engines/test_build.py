@@ -145,7 +145,7 @@ def test_a_full_disk_leaves_nothing_behind(tiny_base: Path, tmp_path: Path, monk
         raise OSError(28, "No space left on device")
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("flashdiff.engines.build.export_onnx", full_disk)
+    monkeypatch.setattr("flashdiff.engines.build.export_openvino", full_disk)
     with pytest.raises(BackendError, match="cannot write: No space left on device"):
         build_engine(BuildOptions(base=str(tiny_base), out=tmp_path / "bundle"), print)
     assert not (tmp_path / "bundle").exists()

@@ -1,5 +1,7 @@
 """Every family through export, both CPU engines and the gate, on tiny random models; and a test for each known trap."""
 
+import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +17,11 @@ from flashdiff.components import Size
 from flashdiff.engines.build import build_engine
 from flashdiff.engines.bundle import BackendName, TensorSpec
 from flashdiff.engines.config import BuildOptions
-from flashdiff.engines.export import export_onnx
+from flashdiff.engines.export import export_onnx, export_openvino
 from flashdiff.engines.parts import AtPrecision, Part, parts_of
 from flashdiff.engines.plan import plan_build
-from flashdiff.engines.runtime import backend_module
 from flashdiff.engines.runtime.engine import open_bundle
-from flashdiff.errors import BackendError, BundleError
+from flashdiff.errors import BundleError
 from flashdiff.families import load_base
 from flashdiff.generate import check_order, generate
 
@@ -53,33 +54,35 @@ def test_graphs_name_their_dimensions(family_bundle: Build) -> None:
     assert [d.dim_param or d.dim_value for d in latents.type.tensor_type.shape.dim] == ["batch", 4, "height", "width"]
 
 
-def test_a_graph_converted_twice_by_one_process_gives_the_same_files(family_bundle: Build, tmp_path: Path) -> None:
-    graph = family_bundle("sdxl", "onnxruntime") / "denoiser" / "model.onnx"
-    for name in ("one", "two"):
-        backend_module("openvino").convert(graph, tmp_path / f"{name}.xml", "fp32")
-    assert (tmp_path / "one.xml").read_bytes() == (tmp_path / "two.xml").read_bytes()
-    assert (tmp_path / "one.bin").read_bytes() == (tmp_path / "two.bin").read_bytes()
-
-
-@pytest.fixture
-def sdxl(tmp_path: Path) -> tuple[torch.nn.Module, Part, Callable[..., None]]:
+def test_a_part_exported_twice_by_one_process_gives_the_same_files(tmp_path: Path) -> None:
     family, model = load_base(str(FAMILIES["sdxl"](tmp_path / "sdxl")))
     part = next(part for part in parts_of(family, model) if part.name == "denoiser")
-
-    def export(part: Part, folder: str) -> None:
-        (tmp_path / folder).mkdir()
-        export_onnx(model, part, tmp_path / folder, size=Size(32, 32), precision="fp16")
-        backend_module("openvino").convert(tmp_path / folder / "model.onnx", tmp_path / folder / "model.xml", "fp16")
-
-    return model.network, part, export
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        export_openvino(model, part, tmp_path / name, size=Size(32, 32))
+    for file in ("model.xml", "model.bin"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
 
-def test_sdxl_in_half_precision_keeps_the_pooled_text_in_float32(sdxl: tuple[nn.Module, Part, Callable[..., None]]) -> None:
-    _, part, export = sdxl
+def test_openvino_gets_attention_and_normalisation_whole(family_bundle: Build) -> None:
+    kinds = Counter(re.findall(r' type="(\w+)"', (family_bundle("sd15", "openvino") / "denoiser" / "model.xml").read_text()))
+    assert kinds["ScaledDotProductAttention"] > 0
+    assert kinds["GroupNormalization"] > 0
+    assert not kinds["Softmax"]  # attention in pieces
+
+
+def test_sdxl_in_half_precision_keeps_the_pooled_text_in_float32(tmp_path: Path) -> None:
+    import onnxruntime
+
+    family, model = load_base(str(FAMILIES["sdxl"](tmp_path / "sdxl")))
+    part = next(part for part in parts_of(family, model) if part.name == "denoiser")
     assert part.float32_inputs == ("text_embeds",)
-    export(part, "right")
-    with pytest.raises(BackendError, match="OpenVINO cannot convert wrong"):  # it would join float16 to float32
-        export(replace(part, float32_inputs=()), "wrong")
+    for name, given in (("right", part), ("wrong", replace(part, float32_inputs=()))):
+        (tmp_path / name).mkdir()
+        export_onnx(model, given, tmp_path / name, size=Size(32, 32), precision="fp16")
+    onnxruntime.InferenceSession(str(tmp_path / "right" / "model.onnx"), providers=["CPUExecutionProvider"])
+    with pytest.raises(Exception, match="float16"):  # it would join float16 to float32
+        onnxruntime.InferenceSession(str(tmp_path / "wrong" / "model.onnx"), providers=["CPUExecutionProvider"])
 
 
 class _Squeezing(nn.Module):
