@@ -102,6 +102,11 @@ def random_inputs(model: TorchModel, part: Part, batch: int, size: Size, generat
     return tuple(known[tensor.name] for tensor in part.inputs)
 
 
+def full_float32() -> None:
+    """Float32 convolutions on a GPU as such: left alone, cuDNN rounds their inputs to ten bits (TF32), a thousandth off."""
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def run_torch(part: Part, inputs: tuple[Tensor, ...]) -> Mapping[str, Tensor]:
     """The reference: a part's outputs by name."""
     with torch.no_grad():

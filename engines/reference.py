@@ -1,15 +1,17 @@
 """What torch makes of random inputs and of a whole image: kept, so that its weights can go before an engine's come."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from flashdiff.components import Components, ModelSpec, Size
-from flashdiff.engines.parts import Part, random_inputs, run_torch
+from flashdiff.engines.parts import Part, full_float32, random_inputs, run_torch
 from flashdiff.families.base import TorchModel
 from flashdiff.generate import check_order, denoise_rows, encode_prompts, new_row, unconditional_of
 
@@ -35,17 +37,45 @@ class Reference:
 
 
 def run_reference(model: TorchModel, parts: Sequence[Part], batch_sizes: Sequence[int]) -> Reference:
-    """Every part at every size and batch size, and an image at every size; the model is in float32."""
+    """Every part at every size and batch size, and an image at every size; the model is in float32.
+
+    On the GPU where there is one: at real size a CPU takes minutes for what it does in a second. The model is on the CPU
+    before and after.
+    """
     generator = torch.Generator().manual_seed(1)
     cases = []
+    with _on_gpu(parts):
+        for part in parts:
+            for size in model.spec.sizes if part.is_spatial else model.spec.sizes[:1]:
+                for batch in batch_sizes:
+                    inputs = [values.cpu() for values in random_inputs(model, part, batch, size, generator)]
+                    named = {tensor.name: values.numpy() for tensor, values in zip(part.inputs, inputs, strict=True)}
+                    cases.append(Case(part.name, size, batch, named, _row_by_row(part, inputs)))
+        images = {size: sample_image(model, model.spec, size) for size in model.spec.sizes}
+    return Reference(tuple(cases), images)
+
+
+def _row_by_row(part: Part, inputs: Sequence[Tensor]) -> Outputs:
+    """A part's outputs for a batch whose rows are run alone: they do not see each other, and it takes the memory of one."""
+    place = next(part.module.parameters()).device
+    rows = [run_torch(part, tuple(values.to(place) for values in row)) for row in zip(*(x.split(1) for x in inputs), strict=True)]
+    return {tensor.name: torch.cat([row[tensor.name] for row in rows]).cpu().numpy() for tensor in part.outputs}
+
+
+@contextmanager
+def _on_gpu(parts: Sequence[Part]) -> Iterator[None]:
+    if not torch.cuda.is_available():
+        yield
+        return
+    full_float32()
     for part in parts:
-        for size in model.spec.sizes if part.is_spatial else model.spec.sizes[:1]:
-            for batch in batch_sizes:
-                inputs = random_inputs(model, part, batch, size, generator)
-                named = {tensor.name: values.numpy() for tensor, values in zip(part.inputs, inputs, strict=True)}
-                outputs = {name: values.numpy() for name, values in run_torch(part, inputs).items()}
-                cases.append(Case(part.name, size, batch, named, outputs))
-    return Reference(tuple(cases), {size: sample_image(model, model.spec, size) for size in model.spec.sizes})
+        part.module.to("cuda")
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.module.to("cpu")
+        torch.cuda.empty_cache()
 
 
 def sample_image(components: Components, spec: ModelSpec, size: Size) -> NDArray[np.float32]:

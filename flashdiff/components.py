@@ -66,6 +66,8 @@ class Components(Protocol):
 
     spec: ModelSpec
     max_batch: int
+    decodes_beside: bool
+    """Whether `decode` may be called by another thread while another call runs, because the device gains by it."""
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Conditioning of the prompts; RequestError for one that is too long."""

@@ -1,4 +1,7 @@
-"""The one thread that owns the device: it takes jobs, steps their rows together, and answers each job exactly once."""
+"""The one thread that owns the device: it takes jobs, steps their rows together, and answers each job exactly once.
+
+Where the device gains by it (a GPU), finished rows are decoded beside the next steps of others, by a thread a call.
+"""
 
 import logging
 import math
@@ -87,12 +90,17 @@ class Job:
     encoded: dict[str, Conditioning] = field(default_factory=dict)
     start: NDArray[np.float32] | None = None  # the latents of the order's image
     rows: list[Row] = field(default_factory=list)  # empty until its texts and its image are encoded
+    decoding: set[int] = field(default_factory=set)  # rows that are being decoded beside
     images: dict[int, Pixels] = field(default_factory=dict)  # by row
     timings: Timings = field(default_factory=Timings)
     batches: list[int] = field(default_factory=list)
     answer: "Future[Finished]" = field(default_factory=Future)
     departed: bool = False
     ended: bool = False
+
+
+_Target = tuple[Job, int | str]
+"""What a call can be made for: a row of a job, or a text, or its image."""
 
 
 @dataclass(frozen=True)
@@ -127,8 +135,9 @@ class Worker:
         self._unsent: set[Job] = set()  # answered, their pixels not yet released
         self._arrivals = 0
         self._is_draining = False
-        self._hung_at = math.inf  # when the call that runs now counts as hung
+        self._hung_at: dict[int, float] = {}  # when the call that runs now counts as hung, by thread
         self._changed = threading.Condition()
+        self._is_decoding = False  # beside; one call at a time
         self._thread = threading.Thread(target=self._run, name="flashdiff-device", daemon=True)
         self._thread.start()
 
@@ -202,7 +211,7 @@ class Worker:
 
     def check_alive(self) -> None:
         """Give up on a device call that does not come back: its jobs are answered, and new ones refused."""
-        if time.monotonic() > self._hung_at and not self.failure:
+        if not self.failure and any(time.monotonic() > at for at in [*self._hung_at.values()]):
             self._give_up(BackendError(f"a device call has not come back for more than {_HANG_S:.0f} s"))
 
     def _accept(
@@ -306,29 +315,58 @@ class Worker:
 
     def _wait_for_work(self) -> bool:
         with self._changed:
-            self._changed.wait_for(lambda: self._jobs or self._is_draining or self.failure)
+            self._changed.wait_for(lambda: self._jobs or self.failure or (self._is_draining and not self._is_decoding))
             return bool(self._jobs)
 
     def _turn(self) -> None:
         """One call of the device, for whoever is most urgent and whatever can share it."""
+        seen = self._arrivals
         self._drop_departed(time.monotonic())
-        jobs = self._candidates()
-        targets: list[tuple[Job, int | str]] = []  # a row of a job, or a text, or its image
+        targets: list[_Target] = []
         ready: list[Ready] = []
-        for job in jobs:
+        for job in self._candidates():
             for stage, target in _needs(job):
+                if stage == "decode" and self._is_decoding and job.model.components.decodes_beside:
+                    continue  # with the next call, when this one is back
                 size = None if stage == "encode_text" else job.order.size
                 slots = job.rows[target].slots if stage == "denoise" and isinstance(target, int) else 1
                 costs = job.model.costs[PART_OF[stage], size]
                 ready.append(Ready(stage, id(job.model), size, slots, costs, job.due, job.arrival, len(targets)))
                 targets.append((job, target))
         batch = self._choose(ready)
-        if not batch:
+        if not batch:  # all that is left is being decoded
+            with self._changed:
+                self._changed.wait_for(lambda: not self._is_decoding or self._arrivals != seen)
             return
-        stage, chosen = batch[0].stage, [targets[item.index] for item in batch]
+        stage, chosen, slots = batch[0].stage, [targets[item.index] for item in batch], sum(item.slots for item in batch)
+        if stage == "decode" and chosen[0][0].model.components.decodes_beside:
+            for job, target in chosen:
+                job.decoding.add(int(target))
+                job.left = _work_left(job)
+            self._is_decoding = True
+            threading.Thread(target=self._decode_beside, args=(chosen, slots), name="flashdiff-decode", daemon=True).start()
+        else:
+            self._serve(stage, chosen, slots)
+
+    def _decode_beside(self, chosen: Sequence[_Target], slots: int) -> None:
+        """In a thread of its own."""
+        try:
+            self._serve("decode", chosen, slots)
+        except BaseException as error:
+            _log.exception("the decoding thread stopped")
+            self._give_up(error)
+        finally:
+            for job, target in chosen:
+                job.decoding.discard(int(target))
+            with self._changed:
+                self._is_decoding = False
+                self._changed.notify()
+
+    def _serve(self, stage: Stage, chosen: Sequence[_Target], slots: int) -> None:
+        """Make one call, and answer whoever is done by it."""
         owners = list(dict.fromkeys(job for job, _ in chosen))
         try:
-            self._call(stage, chosen, sum(item.slots for item in batch))
+            self._call(stage, chosen, slots)
         except FlashdiffError as error:
             if len(owners) == 1:
                 self._fail(owners, error)
@@ -341,7 +379,7 @@ class Worker:
         with self._changed:
             return list(self._jobs)
 
-    def _call_one_by_one(self, stage: Stage, chosen: Sequence[tuple[Job, int | str]], owners: Sequence[Job]) -> None:
+    def _call_one_by_one(self, stage: Stage, chosen: Sequence[_Target], owners: Sequence[Job]) -> None:
         for job in owners:
             own = [(owner, target) for owner, target in chosen if owner is job]
             slots = (
@@ -352,7 +390,7 @@ class Worker:
             except FlashdiffError as error:
                 self._fail([job], error)
 
-    def _call(self, stage: Stage, chosen: Sequence[tuple[Job, int | str]], slots: int) -> None:
+    def _call(self, stage: Stage, chosen: Sequence[_Target], slots: int) -> None:
         """One call of one model; an error leaves every row as it was."""
         model = chosen[0][0].model
         if stage == "encode_text":
@@ -361,7 +399,7 @@ class Worker:
         by_batch = model.costs[key]
         bucket = min(batch for batch in by_batch if batch >= slots)
         started = time.monotonic()
-        self._hung_at = started + max(_HANG_S, 20 * by_batch[bucket] / 1000)
+        self._hung_at[threading.get_ident()] = started + max(_HANG_S, 20 * by_batch[bucket] / 1000)
         try:
             if stage == "encode_text":
                 self._encode(model, chosen)
@@ -379,7 +417,7 @@ class Worker:
                     for (job, target), image in zip(chosen, images, strict=True):
                         job.images[int(target)] = image
         finally:
-            self._hung_at = math.inf
+            del self._hung_at[threading.get_ident()]
         spent_ms = 1000 * (time.monotonic() - started)
         if self._observer:
             self._observer.called(model.identity.name, stage, slots, spent_ms, by_batch[bucket])
@@ -398,7 +436,7 @@ class Worker:
         if stage == "denoise":
             self._tell_steps(model, chosen)
 
-    def _encode(self, model: Model, chosen: Sequence[tuple[Job, int | str]]) -> None:
+    def _encode(self, model: Model, chosen: Sequence[_Target]) -> None:
         texts = list(dict.fromkeys(str(text) for _, text in chosen))
         encoded = dict(zip(texts, encode_prompts(model.components, texts), strict=True))
         for text, conditioning in encoded.items():
@@ -406,7 +444,7 @@ class Worker:
         for job, target in chosen:
             job.encoded[str(target)] = encoded[str(target)]
 
-    def _tell_steps(self, model: Model, chosen: Sequence[tuple[Job, int | str]]) -> None:
+    def _tell_steps(self, model: Model, chosen: Sequence[_Target]) -> None:
         for job, target in chosen:
             if job.on_step and isinstance(target, int):
                 row = job.rows[target]
@@ -468,7 +506,12 @@ def _needs(job: Job) -> list[tuple[Stage, int | str]]:
         if missing:
             return missing
         job.rows = start_rows(job.model.components.spec, job.order, job.encoded, job.model.unconditional, job.start)
-    return [("decode" if row.is_done else "denoise", index) for index, row in enumerate(job.rows) if index not in job.images]
+    return [("decode" if row.is_done else "denoise", index) for index, row in _rows_left(job)]
+
+
+def _rows_left(job: Job) -> list[tuple[int, Row]]:
+    """Those that are neither done nor being decoded beside, with their place in the order."""
+    return [(index, row) for index, row in enumerate(job.rows) if index not in job.images and index not in job.decoding]
 
 
 def _pixel_bytes(order: Order) -> int:
@@ -488,7 +531,7 @@ def _work_left(job: Job) -> Work:
     if not job.rows:
         texts = sum(text not in job.encoded for text in job.order.texts)
         return replace(job.left, texts=texts, images=int(job.order.image is not None and job.start is None))
-    steps = tuple(len(row.times) - row.step for index, row in enumerate(job.rows) if index not in job.images)
+    steps = tuple(len(row.times) - row.step for _, row in _rows_left(job))
     return replace(job.left, steps=steps, texts=0, images=0)
 
 

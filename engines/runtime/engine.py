@@ -24,6 +24,8 @@ class Engine:
         self.manifest = manifest
         self.spec: ModelSpec = manifest.model
         self.max_batch = manifest.batch_sizes[-1]
+        # On a GPU parts have streams of their own; a CPU's engines each take all of its cores.
+        self.decodes_beside = manifest.machine.device == "cuda" and manifest.backend != "onnxruntime"
         texts = {tokenizer.name: (folder / tokenizer_file(tokenizer)).read_text("utf-8") for tokenizer in self.spec.tokenizers}
         self._tokenizer = PromptTokenizer(texts, self.spec.tokenizers)
         self._compile = open_parts(folder, manifest)

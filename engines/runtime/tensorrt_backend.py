@@ -20,13 +20,14 @@ def open_parts(folder: Path, manifest: Manifest) -> Callable[[str, Path, Mapping
     logger = make_logger(trt)
     runtime = trt.Runtime(logger)
     runtime.engine_host_code_allowed = manifest.version_compatible  # such plans carry code of their own
-    stream = _checked(cuda.cudaStreamCreate())
+    # One a part: parts may run at once.
+    streams = {name: _checked(cuda.cudaStreamCreateWithFlags(cuda.cudaStreamNonBlocking)) for name in manifest.parts}
 
     def compile_part(name: str, file: Path, dimensions: Mapping[str, int]) -> Any:
         engine = runtime.deserialize_cuda_engine(file.read_bytes())
         if engine is None:
             raise BackendError(f"{file.name}: {(logger.errors or ['no reason given'])[-1]}")
-        context, part = engine.create_execution_context(), manifest.parts[name]
+        context, part, stream = engine.create_execution_context(), manifest.parts[name], streams[name]
         tensors = {tensor.name: tensor for tensor in (*part.inputs, *part.outputs)}
         host = {
             tensor: np.zeros(shape, dtype=tensors[tensor].dtype)

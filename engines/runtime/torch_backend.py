@@ -4,6 +4,7 @@ Its bundle holds a base directory with the LoRAs fused in, and each part runs as
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flashdiff.engines.bundle import Manifest
-from flashdiff.engines.parts import AtPrecision, parts_of
+from flashdiff.engines.parts import AtPrecision, full_float32, parts_of
 from flashdiff.engines.runtime import bucket_shapes
 from flashdiff.families import load_base
 
@@ -26,57 +27,78 @@ _WARM_UP_RUNS = 3
 def open_parts(folder: Path, manifest: Manifest) -> Callable[[str, Path, Mapping[str, int]], Any]:
     """See `flashdiff.engines.runtime.open_parts`."""
     transformers.utils.logging.disable_progress_bar()  # it would draw bars between a server's lines
+    full_float32()
     family, model = load_base(str(folder / MODEL))
     device = torch.device(manifest.machine.device)
-    modules = {
-        part.name: (part.module if manifest.precision == "fp32" else AtPrecision(part, manifest.precision)).to(device)
-        for part in parts_of(family, model)
-    }
+    runners = {}
+    for part in parts_of(family, model):
+        module = (part.module if manifest.precision == "fp32" else AtPrecision(part, manifest.precision)).to(device)
+        runners[part.name] = _Eager(module) if device.type == "cpu" else _Graphs(module)
 
     def compile_part(name: str, file: Path, dimensions: Mapping[str, int]) -> Any:
-        part, module = manifest.parts[name], modules[name]
-        # Times and ids of zero are valid everywhere, which a warm-up on whatever memory held would not be.
-        kinds = {spec.name: getattr(torch, spec.dtype) for spec in part.inputs}
+        part, runner = manifest.parts[name], runners[name]
         shapes = bucket_shapes(part.inputs, dimensions)
-        buffers = [torch.zeros(shapes[name], dtype=kind, device=device) for name, kind in kinds.items()]
-        replay = _eager(module, buffers) if device.type == "cpu" else _captured(module, buffers)
+        # Times and ids of zero are valid everywhere, which a warm-up on whatever memory held would not be.
+        buffers = [torch.zeros(shapes[spec.name], dtype=getattr(torch, spec.dtype), device=device) for spec in part.inputs]
+        replay = runner.prepare(buffers)
 
         def run(inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
-            for spec, buffer in zip(part.inputs, buffers, strict=True):
-                buffer.copy_(torch.from_numpy(np.ascontiguousarray(inputs[spec.name])))
-            # On a GPU .cpu() waits and copies; on a CPU the results are new in every call, but may be an input's own memory.
-            outputs = (values.cpu().numpy() for values in replay())
-            return {spec.name: values.copy() for spec, values in zip(part.outputs, outputs, strict=True)}
+            with runner.context():
+                for spec, buffer in zip(part.inputs, buffers, strict=True):
+                    buffer.copy_(torch.from_numpy(np.ascontiguousarray(inputs[spec.name])))
+                # Copied: a graph's outputs are the same memory in every call, and on a CPU a result may be an input's own.
+                outputs = [values.to("cpu", copy=True).numpy() for values in replay()]
+            return {spec.name: values for spec, values in zip(part.outputs, outputs, strict=True)}
 
         return run
 
     return compile_part
 
 
-def _eager(module: torch.nn.Module, buffers: list[Tensor]) -> Callable[[], tuple[Tensor, ...]]:
-    def call() -> tuple[Tensor, ...]:
-        with torch.inference_mode():
-            outputs = module(*buffers)
-        return outputs if isinstance(outputs, tuple) else (outputs,)
+class _Eager:
+    """A module as it is."""
 
-    return call
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._module = module
+
+    def context(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def prepare(self, buffers: list[Tensor]) -> Callable[[], tuple[Tensor, ...]]:
+        def call() -> tuple[Tensor, ...]:
+            with torch.inference_mode():
+                outputs = self._module(*buffers)
+            return outputs if isinstance(outputs, tuple) else (outputs,)
+
+        return call
 
 
-def _captured(module: torch.nn.Module, buffers: list[Tensor]) -> Callable[[], tuple[Tensor, ...]]:
-    """The module as one CUDA graph over fixed buffers: launched as a whole, nothing allocated per call."""
-    eager = _eager(module, buffers)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # capture wants everything that is made lazily to exist already
-        for _ in range(_WARM_UP_RUNS):
-            eager()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = eager()
+class _Graphs(_Eager):
+    """A module as one CUDA graph a bucket, over fixed buffers: launched as a whole, nothing allocated per call.
 
-    def replay() -> tuple[Tensor, ...]:
-        graph.replay()
-        return outputs
+    The part has a stream of its own, so that two parts may run at once; its graphs, which never do, share their memory.
+    """
 
-    return replay
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__(module)
+        self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+
+    def context(self) -> AbstractContextManager[Any]:
+        return torch.cuda.stream(self._stream)
+
+    def prepare(self, buffers: list[Tensor]) -> Callable[[], tuple[Tensor, ...]]:
+        eager = super().prepare(buffers)
+        self._stream.wait_stream(torch.cuda.current_stream())  # which filled the buffers
+        with self.context():
+            for _ in range(_WARM_UP_RUNS):  # capture wants everything that is made lazily to exist already
+                eager()
+        graph = torch.cuda.CUDAGraph()
+        # Thread-local: other models may be running meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            outputs = eager()
+
+        def replay() -> tuple[Tensor, ...]:
+            graph.replay()
+            return outputs
+
+        return replay

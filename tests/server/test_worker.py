@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from served import SIZE, model_of
 
@@ -37,9 +39,9 @@ class Gate:
         self._open.set()
 
 
-@pytest.fixture
-def fake() -> FakeComponents:
-    return FakeComponents()
+@pytest.fixture(params=[False, True], ids=["in turn", "decodes beside"])
+def fake(request: pytest.FixtureRequest) -> FakeComponents:
+    return FakeComponents(decodes_beside=request.param)
 
 
 class Asking:
@@ -378,6 +380,7 @@ def test_an_order_larger_than_a_batch_keeps_its_promise(
     fake: FakeComponents, asking: Asking, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its texts and steps done count no more, or it would be given up as too late on the way."""
+    fake.decodes_beside = False  # the clock adds up what calls take
     clock = 0.0
 
     def called(part: str, rows: int) -> None:
@@ -469,3 +472,87 @@ def test_refusing_while_idle_does_not_make_the_costs_vanish() -> None:
             asking.submit(_order(fake), timeout_s=-1.0)
     assert asking.model.costs == first
     asking.finish()
+
+
+def test_finished_rows_are_decoded_while_others_take_their_steps() -> None:
+    fake = FakeComponents(decodes_beside=True)
+    asking = Asking(fake)
+    decode, denoise, second_steps = fake.decode, fake.denoise, threading.Event()
+    decoding = threading.Event()
+
+    def decodes_when_another_steps(latents: NDArray[np.float32]) -> NDArray[np.float32]:
+        decoding.set()
+        assert second_steps.wait(10)
+        return decode(latents)
+
+    def denoises(*inputs: object) -> NDArray[np.float32]:
+        if decoding.is_set():
+            second_steps.set()
+        return denoise(*inputs)  # type: ignore[arg-type]
+
+    fake.decode, fake.denoise = decodes_when_another_steps, denoises  # type: ignore[method-assign,assignment]
+    first = asking.submit(_order(fake, steps=1))
+    assert decoding.wait(10)
+    second = asking.submit(_order(fake, 1, steps=2))  # comes while all that there was is being decoded
+    for job in (first, second):
+        np.testing.assert_array_equal(job.answer.result(10).images, generate(FakeComponents(), [job.order])[0])
+    asking.finish()
+
+
+def test_a_crash_beside_answers_everyone_too() -> None:
+    fake = FakeComponents(decodes_beside=True)
+    asking = Asking(fake)
+
+    def crash(_: object) -> NDArray[np.float32]:
+        raise MemoryError("no room")
+
+    fake.decode = crash  # type: ignore[method-assign]
+    with pytest.raises(BackendError, match="the device thread has stopped: no room"):
+        asking.submit(_order(fake)).answer.result(10)
+    with pytest.raises(BackendError, match="the device thread has stopped"):
+        asking.submit(_order(fake))
+    assert asking.worker.join(10)
+
+
+def test_draining_waits_for_what_is_decoded_beside() -> None:
+    fake = FakeComponents(decodes_beside=True)
+    asking = Asking(fake)
+    gate = Gate(fake)
+    job = asking.submit(_order(fake, steps=1))
+    gate.entered.wait(10)
+    asking.worker.drain()
+    assert not asking.worker.join(0.05)
+    gate.open()
+    assert asking.worker.join(10)
+    assert job.answer.done()
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 4), st.integers(1, 4), st.sampled_from(["stays", "leaves", "hurries", "fails"])),
+        min_size=1,
+        max_size=12,
+    )
+)
+def test_whatever_comes_while_rows_are_decoded_beside_is_answered_once(requests: list[tuple[int, int, str]]) -> None:
+    fake = FakeComponents(decodes_beside=True, delay_s=0.0005)
+    asking = Asking(fake)
+    jobs = []
+    for seed, (steps, count, fate) in enumerate(requests):
+        prompt = "too " * 40 if fate == "fails" else f"prompt {seed}"
+        try:
+            timeout_s = 0.003 if fate == "hurries" else None
+            jobs.append((asking.submit(_order(fake, seed, steps=steps, count=count, prompt=prompt), timeout_s), fate))
+        except DeadlineError:
+            continue
+        if fate == "leaves":
+            asking.worker.release(jobs[-1][0])
+    asking.finish()
+    for job, fate in jobs:
+        error = job.answer.exception(0)
+        if error is None:
+            np.testing.assert_array_equal(job.answer.result().images, generate(FakeComponents(), [job.order])[0])
+        may_end_in = {"fails": RequestError, "leaves": CancelledError, "hurries": DeadlineError}.get(fate, type(None))
+        assert isinstance(error, may_end_in | None)
+        assert fate != "fails" or error is not None
