@@ -258,11 +258,11 @@ def run(bundle: Path, plan: Plan, report: Callable[[str], None]) -> dict[str, An
     environment_ = environment({"student": read_manifest(bundle)})
     record = Record(report)
 
-    def fill(cores: set[int], which: str, round_: int) -> dict[str, Any]:
+    def fill(cores: set[int], which: str, round_: int, batching: Batching = "step") -> dict[str, Any]:
         """What the engine makes on these cores, then what a new server does with it."""
         alone = record.keep(offline(bundle, plan.offline_s, cores) | {"cores": which, "round": round_})
-        with server(bundle, "step", cores) as served:
-            if which == "own" and round_ == 1:
+        with server(bundle, batching, cores) as served:
+            if which == "own" and round_ == 1 and batching == "step":
                 record.phase(served.address, lambda client: quiet(client, plan.quiet))
                 with awake(engine_cores | other_cores):
                     record.phase(served.address, lambda client: quiet(client, plan.quiet, "awake"))
@@ -271,7 +271,7 @@ def run(bundle: Path, plan: Plan, report: Callable[[str], None]) -> dict[str, An
                 served.address,
                 lambda client: saturated(client, plan.saturated_s, at_once),
                 phase="saturated",
-                batching="step",
+                batching=batching,
                 cores=which,
                 round=round_,
                 at_once=at_once,
@@ -283,6 +283,8 @@ def run(bundle: Path, plan: Plan, report: Callable[[str], None]) -> dict[str, An
         fill(engine_cores | other_cores, "shared", round_)
         with on_cores(other_cores):
             full.append(fill(engine_cores, "own", round_)["goodput_per_s"])
+            if read_manifest(bundle).machine.device == "cuda":  # what decoding beside the steps of others gains
+                fill(engine_cores, "own", round_, "in turn")
     capacity = statistics.median(full)
     with on_cores(other_cores):
         batchings: tuple[Batching, ...] = ("step", "request")
@@ -348,8 +350,12 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     ]
     full: dict[str, list[dict[str, Any]]] = {}
     for row in (row for row in rows if row["phase"] == "saturated"):
-        full.setdefault(row["cores"], []).append(row)
-    engines = {"own": "cores of its own", "shared": "the cores of server and client"}
+        full.setdefault(row["cores"] if row.get("batching") != "in turn" else "in turn", []).append(row)
+    engines = {
+        "own": "cores of its own",
+        "shared": "the cores of server and client",
+        "in turn": "cores of its own, decoding in turn",
+    }
     for cores, runs in full.items():
         made = f"{median_and_range([row['goodput_per_s'] for row in runs])} images/s"
         if cores in engines:

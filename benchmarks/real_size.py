@@ -20,13 +20,14 @@ GIB = 2**30
 _PERIOD = 1_000_003  # of the random values: a prime, so that no two rows of a weight are alike
 
 
-def make_base(name: str, folder: Path) -> dict[str, int]:
+def make_base(name: str, folder: Path, *, whole: bool = False) -> dict[str, int]:
     """Write the diffusers directory of a model of `NETWORKS`; the number of values by part.
 
-    In a process that ends: the kernel counts what a parent has at the fork into its child's peak.
+    `whole`: autoencoder and CLIP encoders of real size too, T5 never. In a process that ends: the kernel counts what a parent
+    has at the fork into its child's peak.
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_write_base, name, folder).result()
+        return pool.submit(_write_base, name, folder, whole or name == "sd15").result()
 
 
 def run_measured(folder: Path, *arguments: str) -> tuple[float, float, str]:
@@ -129,12 +130,11 @@ def network_parameters(name: str) -> int:
         return sum(parameter.numel() for parameter in NETWORKS[name][1]().parameters())
 
 
-def _write_base(name: str, folder: Path) -> dict[str, int]:
+def _write_base(name: str, folder: Path, is_whole: bool) -> dict[str, int]:
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
-    is_whole = name == "sd15"
-    dtype = torch.float32 if is_whole else torch.float16
+    dtype = torch.float32 if name == "sd15" else torch.float16
     part, network = NETWORKS[name]
     with torch.device("meta"):  # shapes alone
         models: dict[str, Any] = {part: network()}
@@ -146,8 +146,8 @@ def _write_base(name: str, folder: Path) -> dict[str, int]:
             latent_channels=16 if name == "sd3" else 4,
             sample_size=512,
         )
-        models |= _text_encoders(name)
-    counts = {}
+        models |= _text_encoders(name, is_whole)
+    counts, classes = {}, {where: ("diffusers", type(model).__name__) for where, model in models.items()}
     for where, model in models.items():
         (folder / where).mkdir(parents=True)
         is_text = where.startswith("text_encoder")
@@ -157,40 +157,44 @@ def _write_base(name: str, folder: Path) -> dict[str, int]:
         if is_text:
             tokenizer = _t5_tokenizer() if type(model).__name__ == "T5EncoderModel" else _clip_tokenizer()
             tokenizer.save_pretrained(folder / where.replace("text_encoder", "tokenizer"))
+            classes[where] = ("transformers", type(model).__name__)
+            classes[where.replace("text_encoder", "tokenizer")] = ("transformers", type(tokenizer).__name__)
     scheduler: Any = (
         FlowMatchEulerDiscreteScheduler(shift=3.0)
         if name == "sd3"
         else DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     )
     scheduler.save_pretrained(folder / "scheduler")
-    write_whole(folder / "model_index.json", json.dumps({"_class_name": _PIPELINES[name]}))
+    classes["scheduler"] = ("diffusers", type(scheduler).__name__)
+    write_whole(folder / "model_index.json", json.dumps({"_class_name": _PIPELINES[name], **classes}))
     return counts
 
 
-def _text_encoders(name: str) -> dict[str, Any]:
-    """By folder: CLIP's two, of real width, and T5's; SD1.5's own whole."""
+def _text_encoders(name: str, is_whole: bool) -> dict[str, Any]:
+    """By folder: CLIP's two, of real width, and T5's."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-    if name == "sd15":
-        return {"text_encoder": CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12))}
-
-    def clip(width: int) -> Any:
+    def clip(width: int, layers: int) -> Any:
+        words = len(_clip_words())
         return CLIPTextConfig(
             hidden_size=width,
-            intermediate_size=64,
+            intermediate_size=4 * width if is_whole else 64,
             num_attention_heads=width // 64,
-            num_hidden_layers=2,
+            num_hidden_layers=layers if is_whole else 2,
             projection_dim=width,
-            vocab_size=len(_clip_words()),
-            bos_token_id=len(_clip_words()) - 2,
-            eos_token_id=len(_clip_words()) - 1,
+            hidden_act="quick_gelu" if width == 768 else "gelu",
+            vocab_size=49408 if is_whole else words,
+            bos_token_id=words - 2,
+            eos_token_id=words - 1,
         )
 
     encoders: dict[str, Any] = {}
     if name != "pixart":
-        first: Any = CLIPTextModel if name == "sdxl" else CLIPTextModelWithProjection
-        encoders = {"text_encoder": first(clip(768)), "text_encoder_2": CLIPTextModelWithProjection(clip(1280))}
-    if name != "sdxl":
+        first: Any = CLIPTextModelWithProjection if name == "sd3" else CLIPTextModel
+        encoders = {"text_encoder": first(clip(768, 12))}
+    if name in ("sdxl", "sd3"):
+        encoders["text_encoder_2"] = CLIPTextModelWithProjection(clip(1280, 32))
+    if name in ("pixart", "sd3"):
         t5 = T5Config(vocab_size=300, d_model=4096, d_kv=64, d_ff=64, num_layers=1, num_heads=2)
         encoders["text_encoder" if name == "pixart" else "text_encoder_3"] = T5EncoderModel(t5)
     return encoders

@@ -16,7 +16,8 @@ from flashdiff.errors import FlashdiffError
 from flashdiff.server.scheduler import Ready, choose
 from flashdiff.server.worker import Job, Worker
 
-Batching = Literal["step", "request"]
+Batching = Literal["step", "request", "in turn"]
+"""Step-level as the server does it, request-level as most do; and step-level with decoding in turn where it would be beside."""
 
 _SPIN = """
 import os, sys
@@ -146,7 +147,7 @@ def _serve(bundle: Path, batching: Batching, engine_cores: set[int] | None, pipe
     from flashdiff.server.models import Models
 
     cores = engine_cores or os.sched_getaffinity(0)
-    base = {"step": Worker, "request": RequestLevelWorker}[batching]
+    base = RequestLevelWorker if batching == "request" else Worker
     accepted = answered = 0
 
     class PinnedWorker(base):  # type: ignore[valid-type,misc]
@@ -167,9 +168,10 @@ def _serve(bundle: Path, batching: Batching, engine_cores: set[int] | None, pipe
 
     async def run() -> None:
         with on_cores(cores):  # where the engine's own threads start
-            models = Models({"student": open_model(bundle)})
+            model = open_model(bundle)
+            model.components.decodes_beside &= batching == "step"
         freeze_loaded()
-        running = await start(models, Listen(port=0), worker=PinnedWorker)
+        running = await start(Models({"student": model}), Listen(port=0), worker=PinnedWorker)
         pipe.send(running.port)
         while True:
             await asyncio.to_thread(pipe.recv)

@@ -1,44 +1,117 @@
 """What needs an NVIDIA GPU: captured CUDA graphs, TensorRT and ONNX Runtime's CUDA provider. Run with -m gpu."""
 
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny import FAMILIES
 
+from flashdiff.components import Size
 from flashdiff.engines.build import build_engine
 from flashdiff.engines.bundle import BackendName
 from flashdiff.engines.config import BuildOptions
-from flashdiff.engines.runtime.engine import open_bundle
-from flashdiff.generate import check_order, generate
+from flashdiff.engines.runtime.engine import Engine, open_bundle
+from flashdiff.generate import Order, check_order, generate
 
 pytestmark = pytest.mark.gpu
 
+_MODULES: dict[BackendName, str] = {
+    "torch": "torch",
+    "onnxruntime": "onnxruntime",
+    "tensorrt": "tensorrt",
+    "tensorrt-rtx": "tensorrt_rtx",
+}
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize(
-    ("backend", "module"),
-    [("torch", "torch"), ("onnxruntime", "onnxruntime"), ("tensorrt", "tensorrt"), ("tensorrt-rtx", "tensorrt_rtx")],
-)
-def test_a_bundle_passes_the_gate_on_the_gpu_and_repeats_itself(
-    tiny_base: Path, tmp_path: Path, backend: BackendName, module: str, precision: str
+
+def _needs(backend: BackendName) -> None:
+    module = pytest.importorskip(_MODULES[backend])
+    if backend == "onnxruntime" and "CUDAExecutionProvider" not in module.get_available_providers():
+        pytest.skip("this onnxruntime has no CUDA provider: pip install onnxruntime-gpu")
+
+
+def _orders(engine: Engine, count: int = 2) -> list[Order]:
+    return [check_order(engine.spec, prompt=f"prompt {index}", seed=index, steps=2) for index in range(count)]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("backend", _MODULES)
+def test_every_family_passes_the_gate_on_the_gpu_and_repeats_itself(
+    family: str, tmp_path: Path, backend: BackendName, precision: str
 ) -> None:
-    pytest.importorskip(module)
-    options = BuildOptions(base=str(tiny_base), out=tmp_path / "b", backend=backend, precision=precision, batch_sizes=(2, 4))
+    _needs(backend)
+    base, sizes = FAMILIES[family](tmp_path / family), (Size(32, 32), Size(48, 32))
+    options = BuildOptions(
+        base=str(base), out=tmp_path / "b", backend=backend, precision=precision, batch_sizes=(2, 4), sizes=sizes
+    )
     manifest = build_engine(options, print)  # verified against torch, graphs captured and replayed
     assert manifest.machine.device == "cuda"
     engine = open_bundle(tmp_path / "b")
-    orders = [check_order(engine.spec, prompt=f"prompt {index}", seed=index, steps=2) for index in range(2)]
-    for first, second in zip(generate(engine, orders), generate(engine, orders), strict=True):
+    for first, second in zip(generate(engine, _orders(engine)), generate(engine, _orders(engine)), strict=True):
         np.testing.assert_array_equal(first[0], second[0])
 
 
-@pytest.mark.parametrize("backend", ["torch", "tensorrt"])
-def test_outputs_of_a_replayed_graph_belong_to_the_caller(tiny_base: Path, tmp_path: Path, backend: BackendName) -> None:
-    pytest.importorskip(backend)
-    build_engine(BuildOptions(base=str(tiny_base), out=tmp_path / "b", backend=backend, batch_sizes=(2,)), print)
-    engine = open_bundle(tmp_path / "b")
-    latents = np.random.default_rng(0).standard_normal((2, *engine.spec.latent_shape(engine.spec.sizes[0])), dtype=np.float32)
-    first = engine.decode(latents)
+@pytest.fixture
+def torch_engine(tiny_base: Path, tmp_path: Path) -> Engine:
+    build_engine(BuildOptions(base=str(tiny_base), out=tmp_path / "b", backend="torch", batch_sizes=(1, 2, 4)), print)
+    return open_bundle(tmp_path / "b")
+
+
+def test_outputs_of_a_replayed_graph_belong_to_the_caller(torch_engine: Engine) -> None:
+    shape = torch_engine.spec.latent_shape(torch_engine.spec.sizes[0])
+    latents = np.random.default_rng(0).standard_normal((2, *shape), dtype=np.float32)
+    first = torch_engine.decode(latents)
     kept = first.copy()
-    engine.decode(-latents)
+    torch_engine.decode(-latents)
     np.testing.assert_array_equal(first, kept)
+
+
+def test_a_row_at_one_batch_size_is_the_same_in_any_place_and_company(torch_engine: Engine) -> None:
+    orders = _orders(torch_engine, 4)
+    together = generate(torch_engine, orders)
+    turned = generate(torch_engine, [orders[0], *orders[:0:-1]])  # the first stays, the others change places
+    for index, order in enumerate((orders[0], *orders[:0:-1])):
+        np.testing.assert_array_equal(turned[index][0], together[orders.index(order)][0])
+
+
+def test_decoding_in_another_thread_changes_nothing_on_either_side(torch_engine: Engine) -> None:
+    assert torch_engine.decodes_beside
+    shape = torch_engine.spec.latent_shape(torch_engine.spec.sizes[0])
+    latents = np.random.default_rng(0).standard_normal((4, *shape), dtype=np.float32)
+    images, expected = torch_engine.decode(latents), generate(torch_engine, _orders(torch_engine))
+    differing: list[int] = []
+
+    def decode_again_and_again() -> None:
+        for turn in range(50):
+            if not np.array_equal(torch_engine.decode(latents), images):
+                differing.append(turn)
+
+    beside = threading.Thread(target=decode_again_and_again)
+    beside.start()
+    while beside.is_alive():
+        for made, wanted in zip(generate(torch_engine, _orders(torch_engine)), expected, strict=True):
+            np.testing.assert_array_equal(made[0], wanted[0])
+    beside.join()
+    assert not differing
+
+
+def test_a_model_is_opened_while_another_runs(torch_engine: Engine, tmp_path: Path) -> None:
+    expected, ended, failed = generate(torch_engine, _orders(torch_engine)), threading.Event(), list[BaseException]()
+
+    def run() -> None:
+        try:
+            while not ended.is_set():
+                for made, wanted in zip(generate(torch_engine, _orders(torch_engine)), expected, strict=True):
+                    np.testing.assert_array_equal(made[0], wanted[0])
+        except BaseException as error:
+            failed.append(error)
+
+    running = threading.Thread(target=run)
+    running.start()
+    try:
+        open_bundle(tmp_path / "b").measure_buckets()
+    finally:
+        ended.set()
+        running.join()
+    assert not failed
