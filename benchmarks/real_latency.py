@@ -1,45 +1,55 @@
 """Latency at real size, by stage: few steps against 50 guided ones, and against stock diffusers; random weights.
 
-    python benchmarks/real_latency.py sdxl --backend torch --precision bf16 --batch 1,4 --json latency.json
+    python benchmarks/real_latency.py sdxl --precision bf16 --batch 1,4 --json latency.json
 
-The base has the public configuration's shapes (autoencoder and CLIP encoders too; T5 stands in small, so where a model has one
-its text stage is too cheap) and is built by `flashdiff build-engine`, checked against torch as any bundle is. The student runs on
-the teacher's engine, a flash sampler in place of the guided ODE: with random weights a LoRA would be more of the same, and
-what a step takes does not depend on their values. Diffusers has the same weights and precision, eager and compiled (its denoiser,
-at the first batch size). Every repeat runs each configuration in turn; from prompt to PNG bytes. Up to 25 GB of files lie in a
-temporary folder meanwhile (TMPDIR).
+The networks have the public configurations' shapes, autoencoder and CLIP encoders too; T5 stands in small, so where a model has
+one its text stage is too cheap. Their weights are made on the device, and run by the torch backend as a bundle's would (on a GPU:
+CUDA graphs); no bundle is written. The student is the teacher's engine with a flash sampler in place of the guided ODE: what a
+step takes does not depend on the values of weights. Diffusers runs networks of the same shapes and precision, eager and
+compiled (its denoiser, at the first batch size). Every repeat runs each configuration in turn, from prompt to PNG bytes.
+
+Last, the server's worker makes images of 2 and 4 steps from a queue that is never empty: finished rows decoded beside the steps
+of others, as it does where the engine gains by it, and in turn.
 """
 
 import argparse
 import copy
+import inspect
 import json
-import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, wait
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 if __package__ in (None, ""):  # run as a file: the repository's root is what it imports from
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.latency import PROMPT, STAGES, Configuration, Stages, in_process, measure, summary
-from benchmarks.real_size import NETWORKS, make_base, run_measured
+from benchmarks.real_size import NETWORKS, write_base
 from benchmarks.rows import environment, timed_row
-from benchmarks.sizes import laps
-from flashdiff.components import ModelSpec
+from flashdiff.components import Costs, ModelSpec
 from flashdiff.config import parse_numbers
-from flashdiff.engines.bundle import MANIFEST, Precision, read_manifest, write_manifest
+from flashdiff.engines.bundle import Manifest, PartFile, PartSpec, Precision, tokenizer_file
 from flashdiff.engines.config import parse_batches
-from flashdiff.engines.runtime.engine import Engine, open_bundle
-from flashdiff.errors import FlashdiffError, first_line
+from flashdiff.engines.runtime.engine import Engine
+from flashdiff.engines.runtime.machine import this_machine
+from flashdiff.errors import ConfigError, FlashdiffError, first_line
 from flashdiff.files import write_whole
+from flashdiff.generate import Order
 from flashdiff.sampling import Sampler
 from flashdiff.schedule import Grid
 from flashdiff.server.images import encode_image
+from flashdiff.server.models import Model, ModelIdentity
+from flashdiff.server.worker import Job, Worker
 
 _GUIDANCE = 5.0
+_FILLS = 4  # so many batches of requests in flight saturate a worker
+_WORKER_S = 3.0
 
 
 def student_spec(teacher: ModelSpec) -> ModelSpec:
@@ -48,108 +58,156 @@ def student_spec(teacher: ModelSpec) -> ModelSpec:
     return teacher.model_copy(update={"sampler": sampler})
 
 
-def write_student(teacher: Path, student: Path) -> None:
-    """The same bundle as a flash student's, its files shared: what `benchmarks/load.py` can serve."""
-    for file in (path for path in teacher.rglob("*") if path.is_file() and path.name != MANIFEST):
-        (student / file.relative_to(teacher)).parent.mkdir(parents=True, exist_ok=True)
-        os.link(file, student / file.relative_to(teacher))
-    manifest = read_manifest(teacher)
-    write_manifest(student, manifest.model_copy(update={"model": student_spec(manifest.model)}))
-
-
-def stock(base: Path, device: str, precision: Precision, compiled: bool) -> Callable[[str, int, int], Configuration]:
-    """Stock diffusers on the same weights: (model, steps, batch) to a configuration; a "teacher" is guided."""
+@contextmanager
+def random_weights(base: Path, device: str) -> Iterator[None]:
+    """Meanwhile the base's parts are made of their configurations, with the libraries' own random start, on the device."""
     import torch
-    from diffusers import DiffusionPipeline, LCMScheduler
+
+    from flashdiff.families import family_of
+
+    def make(folder: Path, part: str, kind: Any) -> Any:
+        with torch.device(device):
+            if hasattr(kind, "from_config"):
+                model = kind.from_config(kind.load_config(folder / part))
+            else:
+                model = kind(kind.config_class.from_pretrained(folder / part))
+        return model.eval().requires_grad_(False)
+
+    with patch.object(sys.modules[family_of(base).load.__module__], "load_part", make):
+        yield
+
+
+def open_random(base: Path, precision: Precision, batches: Sequence[int]) -> Engine:
+    """The torch backend's engine of a base without weights, as a bundle of it would be opened: guided."""
+    from flashdiff.engines.parts import parts_of
+    from flashdiff.engines.runtime.torch_backend import MODEL
+    from flashdiff.families import load_base
+
+    machine = this_machine("torch")
+    with random_weights(base, machine.device):
+        family, model = load_base(str(base))
+        parts = parts_of(family, model)
+        for tokenizer in model.spec.tokenizers:
+            write_whole(base.parent / tokenizer_file(tokenizer), model.tokenizer.texts[tokenizer.name])
+        spec = model.spec.model_copy(
+            update={"sampler": Sampler.model_validate({**model.spec.sampler.model_dump(), "guidance": _GUIDANCE})}
+        )
+        if not (base.parent / MODEL).exists():
+            (base.parent / MODEL).symlink_to(base)
+        specs = {part.name: PartSpec(files=(PartFile(file=MODEL),), inputs=part.inputs, outputs=part.outputs) for part in parts}
+        del family, model, parts
+        # Nothing is published, so the manifest has only what an engine reads.
+        read: dict[str, Any] = {"model": spec, "backend": "torch", "precision": precision, "machine": machine, "parts": specs}
+        return Engine(base.parent, Manifest.model_construct(**read, batch_sizes=tuple(batches), sizes=spec.sizes))
+
+
+def stock(base: Path, device: str, precision: Precision) -> Any:
+    """The stock pipeline of the same networks."""
+    import diffusers
+    from transformers import AutoTokenizer
 
     from flashdiff.engines.parts import DTYPES
+    from flashdiff.families import load_base
 
-    pipeline: Any = DiffusionPipeline.from_pretrained(base, dtype=DTYPES[precision])
+    with random_weights(base, device):
+        _, model = load_base(str(base))
+    index = json.loads((base / "model_index.json").read_text())
+    kind = getattr(diffusers, index["_class_name"])
+    given: dict[str, Any] = {name: module.to(DTYPES[precision]) for name, module in model.weights.items()}
+    given |= {name: AutoTokenizer.from_pretrained(base / name) for name in index if name.startswith("tokenizer")}
+    given["scheduler"] = getattr(diffusers, index["scheduler"][1]).from_pretrained(base / "scheduler")
+    needed = inspect.signature(kind.__init__).parameters.values()
+    given |= {one.name: None for one in needed if one.default is one.empty and one.name not in (*given, "self")}
+    if "requires_safety_checker" in {one.name for one in needed}:
+        given["requires_safety_checker"] = False
+    pipeline = kind(**given)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.to(device)
-    few_steps = pipeline.scheduler
-    if not hasattr(few_steps.config, "shift"):  # not a flow, whose own sampler takes few steps too
-        few_steps = LCMScheduler.from_config(few_steps.config)
-    guided_steps, part = pipeline.scheduler, "unet" if hasattr(pipeline, "unet") else "transformer"
-    if compiled:
-        setattr(pipeline, part, torch.compile(getattr(pipeline, part), dynamic=False))
-
-    def configuration(model: str, steps: int, batch: int) -> Configuration:
-        is_guided = model == "teacher"
-
-        def once(seed: int) -> Stages:
-            started = time.perf_counter()
-            pipeline.scheduler = guided_steps if is_guided else few_steps
-            made = pipeline(
-                PROMPT,
-                num_inference_steps=steps,
-                guidance_scale=_GUIDANCE if is_guided else 0.0,
-                num_images_per_prompt=batch,
-                generator=torch.Generator().manual_seed(seed),
-                output_type="np",
-            ).images
-            for image in made:
-                encode_image((image * 255).round().astype("uint8"), "png")
-            return {"total": [1000 * (time.perf_counter() - started)]}
-
-        name = f"diffusers{', compiled' if compiled else ''}{', guided' if is_guided else ''}"
-        return Configuration(name, "torch", precision, steps, batch, steps * (2 if is_guided else 1), once)
-
-    return configuration
+    return pipeline
 
 
-def configurations(
-    bundle: Path, base: Path, batches: Sequence[int], teacher_steps: Sequence[int], compiles: bool, report: Callable[[str], None]
-) -> tuple[Engine, list[Configuration]]:
-    """The teacher's engine, and all that is timed."""
-    teacher = open_bundle(bundle)
-    kind, device = (teacher.manifest.backend, teacher.manifest.precision), teacher.manifest.machine.device
-    student, found = copy.copy(teacher), list[Configuration]()
-    student.spec = student_spec(teacher.spec)
-    for batch in batches:
-        found += [in_process("student", student, steps, batch, *kind) for steps in (1, 2, 3, 4)]
-        found += [in_process("teacher", teacher, steps, batch, *kind) for steps in teacher_steps]
-    eager = stock(base, device, kind[1], compiled=False)
-    for batch in batches:
-        found += [eager("student", steps, batch) for steps in (2, 4)]
-    found.append(eager("teacher", teacher_steps[0], batches[0]))
-    if compiles:
-        compiled = stock(base, device, kind[1], compiled=True)
-        made = [compiled("student", steps, batches[0]) for steps in (2, 4)]
-        started = time.monotonic()
-        try:
-            made[0].once(0)
-        except Exception as error:  # torch.compile raises many kinds
-            report(f"without diffusers, compiled: {first_line(error)}")
-        else:
-            report(f"diffusers compiled its denoiser in {time.monotonic() - started:.0f} s")
-            found += made
-    return teacher, found
+def of_stock(pipeline: Any, name: str, precision: Precision, steps: int, batch: int, *, guided: bool) -> Configuration:
+    """One way to run the pipeline, from prompt to PNG bytes."""
+    import torch
+    from diffusers import LCMScheduler
+
+    scheduler = pipeline.scheduler
+    if not guided and not hasattr(scheduler.config, "shift"):  # a flow's own sampler takes few steps too
+        scheduler = LCMScheduler.from_config(scheduler.config)
+
+    def once(seed: int) -> Stages:
+        started, before = time.perf_counter(), pipeline.scheduler
+        pipeline.scheduler = scheduler
+        made = pipeline(
+            PROMPT,
+            num_inference_steps=steps,
+            guidance_scale=_GUIDANCE if guided else 0.0,
+            num_images_per_prompt=batch,
+            generator=torch.Generator().manual_seed(seed),
+            output_type="np",
+        ).images
+        pipeline.scheduler = before
+        for image in made:
+            encode_image((image * 255).round().astype("uint8"), "png")
+        return {"total": [1000 * (time.perf_counter() - started)]}
+
+    return Configuration(name, "torch", precision, steps, batch, steps * (2 if guided else 1), once)
+
+
+def through_worker(engine: Engine, costs: Costs, seconds: float, *, beside: bool) -> dict[str, Any]:
+    """Images a second of the server's worker with a full queue, decoding beside or in turn."""
+    engine = copy.copy(engine)
+    engine.decodes_beside = beside
+    identity = ModelIdentity(engine.spec.name, "", engine.spec.family, "torch", engine.manifest.precision)
+    model, worker = Model(identity, engine, costs), Worker()
+    made, sent, running = 0, 0, set[Job]()
+    started = time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        while len(running) < _FILLS * engine.max_batch:
+            order = Order(prompt=f"robot {sent}", seed=sent, steps=(2, 4)[sent % 2], size=engine.spec.sizes[0])
+            running.add(worker.submit(model, order))
+            sent += 1
+        wait([job.answer for job in running], return_when=FIRST_COMPLETED)
+        for job in [job for job in running if job.answer.done()]:
+            job.answer.result()
+            worker.release(job)
+            running.remove(job)
+            made += 1
+    spent = time.perf_counter() - started
+    worker.drain()
+    worker.join(60)
+    return {"decoding": "beside" if beside else "in turn", "batch": engine.max_batch, "images_per_s": round(made / spent, 2)}
 
 
 def run(
     name: str,
     base: Path,
-    folder: Path,
     *,
-    backend: str,
-    precision: str,
+    precision: Precision,
     batches: Sequence[int],
     repeats: int,
     teacher_steps: Sequence[int] = (50,),
     compiles: bool = True,
+    worker_s: float = _WORKER_S,
     report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Build the base's bundle in `folder`, measure, and return {"environment": ..., "rows": [...], "build": ...}."""
-    bundle = folder / "bundle"
-    evaluations = sorted({*batches, *(2 * batch for batch in batches)})
-    options = {"--out": bundle, "--backend": backend, "--precision": precision, "--batch": ",".join(map(str, evaluations))}
-    arguments = ["build-engine", str(base), *(str(word) for pair in options.items() for word in pair)]
-    if "flux" not in name:
-        arguments += ["--guidance", str(_GUIDANCE)]
-    peak, seconds, told = run_measured(folder, *arguments)
-    report(f"built in {seconds:.0f} s")
-    teacher, timed = configurations(bundle, base, batches, teacher_steps, compiles, report)
+    """Measure a base that `write_base` made without weights; {"environment": ..., "rows": [...], "worker": [...]}."""
+    teacher = open_random(base, precision, sorted({*batches, *(2 * batch for batch in batches)}))
+    student = copy.copy(teacher)
+    student.spec = student_spec(teacher.spec)
+    costs = student.measure_costs()
+    report("engine ready")
+    timed = list[Configuration]()
+    for batch in batches:
+        timed += [in_process("student", student, steps, batch, "torch", precision) for steps in (1, 2, 3, 4)]
+        timed += [in_process("teacher", teacher, steps, batch, "torch", precision) for steps in teacher_steps]
+    device = teacher.manifest.machine.device
+    eager = stock(base, device, precision)
+    for batch in batches:
+        timed += [of_stock(eager, "diffusers", precision, steps, batch, guided=False) for steps in (2, 4)]
+    timed.append(of_stock(eager, "diffusers, guided", precision, teacher_steps[0], batches[0], guided=True))
+    if compiles:
+        timed += _compiled(base, device, precision, batches[0], report)
+    record = environment({}) | {"gpu": teacher.manifest.machine.processor if device == "cuda" else None}
     samples = measure(timed, repeats, report)
     rows = [
         timed_row(c.backend, c.precision, c.model, c.batch, c.steps, c.nfe, stage, samples[c, stage])
@@ -158,54 +216,63 @@ def run(
         if (c, stage) in samples
     ]
     report(summary(rows))
-    manifest = teacher.manifest
+    worker = [through_worker(student, costs, worker_s, beside=beside) for beside in (True, False) * 2]
+    report("\n".join(f"worker, decoding {row['decoding']}: {row['images_per_s']} images/s" for row in worker))
     return {
-        "environment": environment({"teacher": manifest}),
-        "model": f"{name}, random weights, {manifest.sizes[0]}",
-        "build": {
-            "peak_gib": round(peak, 2),
-            "command_s": round(seconds),
-            "stages_s": laps(told),
-            "max_error": manifest.max_error,
-        },
-        "costs_ms": [cost.model_dump(mode="json") for cost in manifest.step_costs],
+        "environment": record,
+        "model": f"{name}, random weights, {teacher.spec.sizes[0]}",
         "rows": rows,
+        "costs_ms": [[part, batch, ms] for (part, _), by_batch in costs.items() for batch, ms in by_batch.items()],
+        "worker": worker,
     }
+
+
+def _compiled(base: Path, device: str, precision: Precision, batch: int, report: Callable[[str], None]) -> list[Configuration]:
+    """Stock diffusers with a compiled denoiser; nothing, and `report` hears why, where compiling fails."""
+    import torch
+
+    pipeline = stock(base, device, precision)
+    part = "unet" if hasattr(pipeline, "unet") else "transformer"
+    setattr(pipeline, part, torch.compile(getattr(pipeline, part), dynamic=False))
+    found = [of_stock(pipeline, "diffusers, compiled", precision, steps, batch, guided=False) for steps in (2, 4)]
+    started = time.monotonic()
+    try:
+        found[0].once(0)
+    except Exception as error:  # torch.compile raises many kinds
+        report(f"without diffusers, compiled: {first_line(error)}")
+        return []
+    report(f"diffusers compiled its denoiser in {time.monotonic() - started:.0f} s")
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=NETWORKS)
-    parser.add_argument("--backend", default="torch", help="default: %(default)s")
-    parser.add_argument("--precision", default="bf16", help="default: %(default)s")
+    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="bf16", help="default: %(default)s")
     parser.add_argument("--batch", default="1", metavar="N[,N...]", help="images at once; default: %(default)s")
     parser.add_argument("--teacher-steps", default="50", metavar="N[,N...]", help="default: %(default)s")
     parser.add_argument("--repeats", type=int, default=10, help="default: %(default)s")
     parser.add_argument("--no-compile", action="store_true", help="leave compiled diffusers out: it takes a minute or more")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="where base, bundle and a student's bundle for load.py stay")
     parser.add_argument("--json", type=Path, required=True, help="where the rows go")
     options = parser.parse_args(arguments)
 
     try:
+        if options.repeats < 1:
+            raise ConfigError(f"--repeats {options.repeats}: give a number from 1 on")
+        batches, teacher_steps = parse_batches(options.batch), parse_numbers("--teacher-steps", options.teacher_steps)
         with tempfile.TemporaryDirectory() as place:
-            folder = options.keep or Path(place)
-            base = folder / options.model
-            if not base.exists():
-                make_base(options.model, base, whole=True)
+            base = Path(place, options.model)
+            write_base(options.model, base, is_whole=True, weights=False)
             found = run(
                 options.model,
                 base,
-                folder,
-                backend=options.backend,
                 precision=options.precision,
-                batches=parse_batches(options.batch),
+                batches=batches,
                 repeats=options.repeats,
-                teacher_steps=parse_numbers("--teacher-steps", options.teacher_steps),
+                teacher_steps=teacher_steps,
                 compiles=not options.no_compile,
                 report=lambda line: print(line, flush=True),
             )
-            if options.keep:
-                write_student(folder / "bundle", folder / "student")
         write_whole(options.json, json.dumps(found) + "\n")
     except (FlashdiffError, OSError) as error:
         print(f"real_latency.py: error: {error}", file=sys.stderr)

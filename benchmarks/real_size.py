@@ -20,14 +20,13 @@ GIB = 2**30
 _PERIOD = 1_000_003  # of the random values: a prime, so that no two rows of a weight are alike
 
 
-def make_base(name: str, folder: Path, *, whole: bool = False) -> dict[str, int]:
+def make_base(name: str, folder: Path) -> dict[str, int]:
     """Write the diffusers directory of a model of `NETWORKS`; the number of values by part.
 
-    `whole`: autoencoder and CLIP encoders of real size too, T5 never. In a process that ends: the kernel counts what a parent
-    has at the fork into its child's peak.
+    In a process that ends: the kernel counts what a parent has at the fork into its child's peak.
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_write_base, name, folder, whole or name == "sd15").result()
+        return pool.submit(write_base, name, folder, is_whole=name == "sd15").result()
 
 
 def run_measured(folder: Path, *arguments: str) -> tuple[float, float, str]:
@@ -130,7 +129,9 @@ def network_parameters(name: str) -> int:
         return sum(parameter.numel() for parameter in NETWORKS[name][1]().parameters())
 
 
-def _write_base(name: str, folder: Path, is_whole: bool) -> dict[str, int]:
+def write_base(name: str, folder: Path, *, is_whole: bool, weights: bool = True) -> dict[str, int]:
+    """`make_base`, in this process; whole means autoencoder and CLIP encoders of real size too, T5 never. Without weights it has
+    configurations and vocabularies alone."""
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
@@ -153,7 +154,8 @@ def _write_base(name: str, folder: Path, is_whole: bool) -> dict[str, int]:
         is_text = where.startswith("text_encoder")
         (model.config.save_pretrained if is_text else model.save_config)(folder / where)
         file = "model.safetensors" if is_text else "diffusion_pytorch_model.safetensors"
-        counts[where] = _write_weights(model, folder / where / file, dtype)
+        if weights:
+            counts[where] = _write_weights(model, folder / where / file, dtype)
         if is_text:
             tokenizer = _t5_tokenizer() if type(model).__name__ == "T5EncoderModel" else _clip_tokenizer()
             tokenizer.save_pretrained(folder / where.replace("text_encoder", "tokenizer"))

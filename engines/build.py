@@ -23,7 +23,7 @@ from flashdiff.engines.cache import cached
 from flashdiff.engines.compile import compile_export
 from flashdiff.engines.config import BuildOptions, parse_batches, parse_sizes
 from flashdiff.engines.export import export_onnx, export_openvino
-from flashdiff.engines.parts import Part, parts_of
+from flashdiff.engines.parts import AtPrecision, Part, parts_of
 from flashdiff.engines.plan import Export, Plan, plan_build
 from flashdiff.engines.reference import Reference, run_reference
 from flashdiff.engines.runtime.engine import Engine
@@ -88,6 +88,9 @@ def _from_torch(plan: Plan, folder: Path, watch: "_Stopwatch") -> tuple[Manifest
     expected = run_reference(model, parts, options.batch_sizes)
     watch.lap("run", "every part, and an image of each size, in torch")
     if options.backend == "torch":
+        if options.precision != "fp32":
+            for part in parts:
+                AtPrecision(part, options.precision)  # casts its weights: the file need not hold what the engine will not use
         files = _save_torch(plan, model, folder)
         watch.lap("save", "the fused weights")
     else:

@@ -80,8 +80,8 @@ class Plan:
     @property
     def disk_bytes(self) -> dict[Path, int]:
         """What the build may write, at most, where."""
-        # Torch's weights are float32 whatever they will be computed in, and so are OpenVINO's in bfloat16.
-        is_wide = self.inputs.backend == "torch" or (self.inputs.backend == "openvino" and self.inputs.precision == "bf16")
+        # OpenVINO's weights are float32 where it will compute in bfloat16.
+        is_wide = self.inputs.backend == "openvino" and self.inputs.precision == "bf16"
         width = 4 if is_wide else _BYTES[self.inputs.precision]
         weights = {part: count * width for part, count in self.parameters.items()}
         copies = self.buckets if self.inputs.backend.startswith("tensorrt") else 1

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flashdiff.components import Components, ModelSpec, Size
-from flashdiff.engines.parts import Part, full_float32, random_inputs, run_torch
+from flashdiff.engines.parts import Part, exact_arithmetic, random_inputs, run_torch
 from flashdiff.families.base import TorchModel
 from flashdiff.generate import check_order, denoise_rows, encode_prompts, new_row, unconditional_of
 
@@ -67,7 +67,7 @@ def _on_gpu(parts: Sequence[Part]) -> Iterator[None]:
     if not torch.cuda.is_available():
         yield
         return
-    full_float32()
+    exact_arithmetic()
     for part in parts:
         part.module.to("cuda")
     try:

