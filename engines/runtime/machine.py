@@ -51,6 +51,10 @@ def check_backend(backend: BackendName, precision: Precision) -> None:
             f"--backend {backend}: there is no NVIDIA GPU here to check the engine on, and nothing is published unchecked; "
             "build where it will serve, or take openvino"
         )
+    if backend.startswith("tensorrt"):
+        from flashdiff.engines.runtime.tensorrt_build import check_runs
+
+        check_runs(backend)
     if backend == "onnxruntime" and precision == "bf16" and machine.device == "cpu":
         raise BackendError("--precision bf16: ONNX Runtime has no bfloat16 convolutions on CPUs; take fp32, or openvino")
     if backend == "openvino" and precision != "fp32" and not set(_LOW_PRECISION_CPU[precision]) & set(machine.features):

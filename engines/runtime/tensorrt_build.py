@@ -44,6 +44,22 @@ def library(backend: BackendName) -> Any:
         raise BackendError(f"--backend {backend} needs '{package}', which is not here: {install(backend)}") from None
 
 
+def check_runs(backend: BackendName) -> None:
+    """BackendError, in the library's own words, when it runs no plan here: one of a single sum is built and opened.
+
+    TensorRT-RTX 1.7 builds plans anywhere and runs none on compute capability 9.0 (H100, H200).
+    """
+    trt = library(backend)
+    logger = make_logger(trt)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    x = network.add_input("x", trt.float32, (1,))
+    network.mark_output(network.add_elementwise(x, x, trt.ElementWiseOperation.SUM).get_output(0))
+    serialized = builder.build_serialized_network(network, builder.create_builder_config())
+    if serialized is None or trt.Runtime(logger).deserialize_cuda_engine(serialized) is None:
+        raise BackendError(f"--backend {backend} does not run here: {(logger.errors or ['no reason given'])[-1]}")
+
+
 def build_plan(
     backend: BackendName,
     graph: Path,

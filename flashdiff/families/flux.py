@@ -45,6 +45,9 @@ class _Denoiser(nn.Module):
         _, sigmas = schedule.levels(list(range(schedule.num_train_timesteps)))
         self.register_buffer("sigmas", torch.from_numpy(sigmas).float())
         self.sigmas: Tensor
+        # The network rounds times and guidance to its own precision before it embeds them: in bfloat16 333 would be 334.
+        self._exact: tuple[Tensor, ...] = ()
+        transformer.time_text_embed.register_forward_pre_hook(lambda _, given: (*self._exact, *given[len(self._exact) :]))
 
     def forward(
         self, latents: Tensor, times: Tensor, encoder_hidden_states: Tensor, pooled_projections: Tensor, guidance: Tensor
@@ -55,16 +58,19 @@ class _Denoiser(nn.Module):
         image_ids = torch.zeros(rows, columns, 3, dtype=latents.dtype, device=latents.device)
         image_ids[..., 1] += torch.arange(rows, device=latents.device)[:, None]
         image_ids[..., 2] += torch.arange(columns, device=latents.device)[None, :]
+        is_guided = self.transformer.config.guidance_embeds
+        self._exact = tuple(1000 * values for values in (self.sigmas[times], *([guidance] if is_guided else [])))
         output = self.transformer(
             hidden_states=tokens.reshape(batch, rows * columns, 4 * channels),
             timestep=self.sigmas[times],
-            guidance=guidance if self.transformer.config.guidance_embeds else None,
+            guidance=guidance if is_guided else None,
             pooled_projections=pooled_projections,
             encoder_hidden_states=encoder_hidden_states,
             txt_ids=torch.zeros(encoder_hidden_states.shape[1], 3, dtype=latents.dtype, device=latents.device),
             img_ids=image_ids.reshape(rows * columns, 3),
             return_dict=False,
         )[0]
+        self._exact = ()
         unpacked: Tensor = output.reshape(batch, rows, columns, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
         return unpacked.reshape(batch, channels, height, width)
 
@@ -118,6 +124,7 @@ FAMILY = ModelFamily(
     lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
     feature_tap=lambda transformer: transformer.transformer_blocks[len(transformer.transformer_blocks) // 2],
     lora_prefix="transformer",
+    float32_inputs=(GUIDANCE,),
     size_step=lambda _: 2,  # a token is a patch of 2x2
     default_guidance=1.0,  # none but the embedded one
     default_steps=28,

@@ -137,9 +137,13 @@ def test_a_size_that_the_family_cannot_do_is_refused(family: str, size: Size, me
         plan_build(BuildOptions(base=str(base), out=tmp_path / "bundle", sizes=(size,)))
 
 
-@pytest.mark.parametrize(("backend", "precision"), [("torch", "bf16"), ("torch", "fp16"), ("onnxruntime", "fp16")])
-def test_lower_precisions_pass_a_gate_of_their_own(tiny_base: Path, tmp_path: Path, backend: BackendName, precision: str) -> None:
-    options = BuildOptions(base=str(tiny_base), out=tmp_path / "bundle", backend=backend, precision=precision, batch_sizes=(2,))
+@pytest.mark.parametrize(
+    ("family", "backend", "precision"),
+    [*((family, "torch", "bf16") for family in FAMILIES), ("sd15", "torch", "fp16"), ("sd15", "onnxruntime", "fp16")],
+)
+def test_lower_precisions_pass_a_gate_of_their_own(family: str, tmp_path: Path, backend: BackendName, precision: str) -> None:
+    base = FAMILIES[family](tmp_path / family)
+    options = BuildOptions(base=str(base), out=tmp_path / "bundle", backend=backend, precision=precision, batch_sizes=(2, 4))
     manifest = build_engine(options, print)
     assert 1e-4 < manifest.max_error["denoiser"] <= manifest.max_error_allowed["denoiser"]  # not float32 in disguise
     assert {tensor.dtype for part in manifest.parts.values() for tensor in part.outputs} == {"float32"}

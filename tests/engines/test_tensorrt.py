@@ -13,7 +13,8 @@ from flashdiff.engines.bundle import BackendName, read_manifest
 from flashdiff.engines.compile import compile_export
 from flashdiff.engines.plan import Export
 from flashdiff.engines.runtime import tensorrt_build
-from flashdiff.engines.runtime.tensorrt_build import build_plan, library
+from flashdiff.engines.runtime.machine import nvidia_gpu
+from flashdiff.engines.runtime.tensorrt_build import build_plan, check_runs, library
 from flashdiff.errors import BackendError
 
 needs_rtx = pytest.mark.skipif(
@@ -100,6 +101,13 @@ def test_a_graph_with_other_inputs_or_none_at_all_is_refused(tmp_path: Path) -> 
     (tmp_path / "empty.onnx").write_bytes(b"not a graph")
     with pytest.raises(BackendError, match="tensorrt-rtx cannot read"):
         _build(tmp_path / "empty.onnx", {"x": (2, 4)}, tmp_path / "empty.plan")
+
+
+@needs_rtx
+@pytest.mark.skipif(nvidia_gpu() is not None, reason="here is a GPU: tests/gpu asks what runs on it")
+def test_a_library_that_runs_no_plan_here_is_refused_in_its_own_words() -> None:
+    with pytest.raises(BackendError, match=r"--backend tensorrt-rtx does not run here: .*Error Code"):
+        check_runs("tensorrt-rtx")
 
 
 def test_a_missing_library_is_named_with_its_cure(monkeypatch: pytest.MonkeyPatch) -> None:

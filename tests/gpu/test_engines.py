@@ -12,6 +12,8 @@ from flashdiff.engines.build import build_engine
 from flashdiff.engines.bundle import BackendName
 from flashdiff.engines.config import BuildOptions
 from flashdiff.engines.runtime.engine import Engine, open_bundle
+from flashdiff.engines.runtime.tensorrt_build import check_runs
+from flashdiff.errors import BackendError
 from flashdiff.generate import Order, check_order, generate
 
 pytestmark = pytest.mark.gpu
@@ -28,18 +30,19 @@ def _needs(backend: BackendName) -> None:
     module = pytest.importorskip(_MODULES[backend])
     if backend == "onnxruntime" and "CUDAExecutionProvider" not in module.get_available_providers():
         pytest.skip("this onnxruntime has no CUDA provider: pip install onnxruntime-gpu")
+    if backend.startswith("tensorrt"):
+        try:
+            check_runs(backend)
+        except BackendError as error:
+            pytest.skip(str(error))
 
 
 def _orders(engine: Engine, count: int = 2) -> list[Order]:
     return [check_order(engine.spec, prompt=f"prompt {index}", seed=index, steps=2) for index in range(count)]
 
 
-# FLUX below float32 is refused by the gate, on CPUs too: diffusers' model rounds its times (docs/engines.md).
-_KINDS = [(family, precision) for family in FAMILIES for precision in ("fp32", "fp16", "bf16")]
-_KINDS = [(family, precision) for family, precision in _KINDS if family != "flux" or precision == "fp32"]
-
-
-@pytest.mark.parametrize(("family", "precision"), _KINDS)
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("backend", _MODULES)
 def test_every_family_passes_the_gate_on_the_gpu_and_repeats_itself(
     family: str, tmp_path: Path, backend: BackendName, precision: str
