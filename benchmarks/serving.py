@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -149,6 +150,7 @@ def _serve(bundle: Path, batching: Batching, engine_cores: set[int] | None, pipe
     cores = engine_cores or os.sched_getaffinity(0)
     base = RequestLevelWorker if batching == "request" else Worker
     accepted = answered = 0
+    counting = threading.Lock()  # answers come from two threads
 
     class PinnedWorker(base):  # type: ignore[valid-type,misc]
         def _run(self) -> None:
@@ -164,12 +166,13 @@ def _serve(bundle: Path, batching: Batching, engine_cores: set[int] | None, pipe
 
     def count_answer(_: object) -> None:
         nonlocal answered
-        answered += 1
+        with counting:
+            answered += 1
 
     async def run() -> None:
         with on_cores(cores):  # where the engine's own threads start
             model = open_model(bundle)
-            model.components.decodes_beside &= batching == "step"
+            model.components.decodes_beside &= batching != "in turn"
         freeze_loaded()
         running = await start(Models({"student": model}), Listen(port=0), worker=PinnedWorker)
         pipe.send(running.port)

@@ -102,10 +102,11 @@ def random_inputs(model: TorchModel, part: Part, batch: int, size: Size, generat
     return tuple(known[tensor.name] for tensor in part.inputs)
 
 
-def exact_arithmetic() -> None:
-    """On a GPU, no precision given away beyond the one asked for: left alone, float32 convolutions round their inputs to ten bits
+def no_reduced_precision() -> None:
+    """On a GPU give no precision away beyond the one asked for: left alone, float32 convolutions round their inputs to ten bits
     (TF32), and matrix products in float16 and bfloat16 may add up in these."""
     torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 

@@ -17,7 +17,7 @@ from flashdiff.engines.bundle import MANIFEST, PARTS, BuildInputs, LoraRecord, M
 from flashdiff.engines.cache import is_cached
 from flashdiff.engines.config import BuildOptions
 from flashdiff.engines.runtime import backend_module
-from flashdiff.engines.runtime.machine import check_backend, this_machine
+from flashdiff.engines.runtime.machine import check_backend, check_runs, this_machine
 from flashdiff.errors import BundleError
 from flashdiff.families import family_of, find_base
 from flashdiff.families.base import ModelFamily, base_hash
@@ -140,6 +140,7 @@ def plan_build(options: BuildOptions) -> Plan:
         flaw=flaw,
     )
     if plan.changes:
+        check_runs(options.backend)
         _check_disk(plan)
     return plan
 
@@ -228,7 +229,8 @@ def _free_bytes(place: Path) -> int:
 
 def _exports(family: ModelFamily, inputs: BuildInputs) -> Iterator[Export]:
     """The graphs to export."""
-    versions = {name: inputs.library_versions.get(name) for name in _EXPORTERS}
+    exporters = (*_EXPORTERS, *(_LIBRARIES["openvino"] if inputs.backend == "openvino" else ()))
+    versions = {name: inputs.library_versions.get(name) for name in exporters}
     for part in PARTS:
         is_fixed = part == "denoiser" and family.fixed_size
         for size in inputs.sizes if is_fixed else (None,):

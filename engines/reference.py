@@ -11,11 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flashdiff.components import Components, ModelSpec, Size
-from flashdiff.engines.parts import Part, exact_arithmetic, random_inputs, run_torch
+from flashdiff.engines.parts import Part, no_reduced_precision, random_inputs, run_torch
 from flashdiff.families.base import TorchModel
 from flashdiff.generate import check_order, denoise_rows, encode_prompts, new_row, unconditional_of
 
 Outputs = Mapping[str, NDArray[np.float32]]
+
+_ACTIVATION_BYTES = 8 << 30  # SDXL's decoder takes some 5 GiB in float32, an image of 1024x1024 at a time
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,8 @@ class Reference:
 def run_reference(model: TorchModel, parts: Sequence[Part], batch_sizes: Sequence[int]) -> Reference:
     """Every part at every size and batch size, and an image at every size; the model is in float32.
 
-    On the GPU where there is one: at real size a CPU takes minutes for what it does in a second. The model is on the CPU
-    before and after.
+    On the GPU where there is one with room for it: at real size a CPU takes minutes for what it does in a second. The model is
+    on the CPU before and after.
     """
     generator = torch.Generator().manual_seed(1)
     cases = []
@@ -64,13 +66,15 @@ def _row_by_row(part: Part, inputs: Sequence[Tensor]) -> Outputs:
 
 @contextmanager
 def _on_gpu(parts: Sequence[Part]) -> Iterator[None]:
-    if not torch.cuda.is_available():
+    """These modules there meanwhile, where a GPU has room for them and what they compute."""
+    needed = sum(values.nbytes for part in parts for values in part.module.parameters()) + _ACTIVATION_BYTES
+    if not torch.cuda.is_available() or torch.cuda.mem_get_info()[0] < needed:
         yield
         return
-    exact_arithmetic()
-    for part in parts:
-        part.module.to("cuda")
+    no_reduced_precision()
     try:
+        for part in parts:
+            part.module.to("cuda")
         yield
     finally:
         for part in parts:

@@ -22,6 +22,9 @@ MAX_COUNT = 16
 DEFAULT_STRENGTH = 0.8
 """Of a request with an image, as in diffusers' Stable Diffusion pipeline."""
 
+_EARLY_VALUES = 1 << 16
+"""Latents of so many values get the noise of all their steps at once; drawing that of larger ones would hold everybody up."""
+
 _CHARACTERS_PER_TOKEN = 64  # no word of a tokenizer is longer
 
 Pixels = NDArray[np.uint8]
@@ -68,8 +71,8 @@ class Row:
     times: list[int]
     alphas: NDArray[np.float32]  # [len(times) + 1], the clean end last
     sigmas: NDArray[np.float32]
-    weights: list[np.float32]  # of `extrapolate` at each time, where the sampler is an ODE's
-    noises: list[NDArray[np.float32]]  # [C, h, w] fresh for each step but the last, where it is not
+    extrapolations: list[np.float32]  # weights of `extrapolate` at each time, where the sampler is an ODE's
+    noises: list[NDArray[np.float32]]  # [C, h, w], of the steps from 1 on, where it is not and they are small
     conditioning: Conditioning  # of this row alone, without the batch dimension
     unconditional: Conditioning | None  # the same for the negative or the empty prompt, where the sampler guides
     latents: NDArray[np.float32]  # [C, h, w]
@@ -170,14 +173,15 @@ def new_row(
     alphas, sigmas = (levels.astype(np.float32) for levels in spec.sampler.schedule.levels([*times, -1]))
     is_ode, shape = spec.sampler.kind == "ode", spec.latent_shape(order.size)
     latents = image_noise(seed, 0, shape)
+    early_steps = range(1, len(times)) if not is_ode and latents.size <= _EARLY_VALUES else ()
     return Row(
         seed=seed,
         size=order.size,
         times=times,
         alphas=alphas,
         sigmas=sigmas,
-        weights=[np.float32(weight) for weight in ode_weights(spec.sampler.schedule, times)] if is_ode else [],
-        noises=[] if is_ode else [image_noise(seed, step, shape) for step in range(1, len(times))],
+        extrapolations=[np.float32(weight) for weight in ode_weights(spec.sampler.schedule, times)] if is_ode else [],
+        noises=[image_noise(seed, step, shape) for step in early_steps],
         conditioning=conditioning,
         unconditional=unconditional,
         latents=latents if start is None else renoise(start, latents, alphas[0], sigmas[0]),
@@ -229,12 +233,13 @@ def _advance(spec: ModelSpec, row: Row, output: NDArray[np.float32]) -> None:
 
     row.step += 1
     if spec.sampler.kind == "ode":
-        estimate = x0 if previous_x0 is None else extrapolate(x0, previous_x0, row.weights[step])
+        estimate = x0 if previous_x0 is None else extrapolate(x0, previous_x0, row.extrapolations[step])
         row.latents = ode_step(row.latents, estimate, alpha, sigma, next_alpha, next_sigma)
     elif row.is_done:
         row.latents = x0
     else:
-        row.latents = renoise(x0, row.noises[step], next_alpha, next_sigma)
+        noise = row.noises[step] if row.noises else image_noise(row.seed, row.step, x0.shape)
+        row.latents = renoise(x0, noise, next_alpha, next_sigma)
 
 
 def decode_rows(components: Components, rows: Sequence[Row]) -> list[Pixels]:

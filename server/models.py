@@ -61,7 +61,7 @@ def _size_of(conditioning: Conditioning) -> int:
 
 @dataclass(eq=False)
 class Model:
-    """An opened model, warmed up. The worker alone calls `components` and changes what is below it."""
+    """An opened model, warmed up. The worker's threads alone call `components` and change what is below it."""
 
     identity: ModelIdentity
     components: Components

@@ -1,6 +1,7 @@
-"""The one thread that owns the device: it takes jobs, steps their rows together, and answers each job exactly once.
+"""The thread that owns the device: it takes jobs, steps their rows together, and answers each job exactly once.
 
-Where the device gains by it (a GPU), finished rows are decoded beside the next steps of others, by a thread a call.
+Where the device gains by it (a GPU), finished rows are decoded beside the next steps of others, in a thread a call, one call
+at a time. Of a job that thread writes `images`, `decoding`, `timings.decode` and `left`, and it may be the one that answers.
 """
 
 import logging
@@ -123,7 +124,7 @@ class Observer(Protocol):
 
 
 class Worker:
-    """`submit` from any thread; the answers come from the worker's own."""
+    """`submit` from any thread; the answers come from the worker's own, or from one that decodes."""
 
     _choose = staticmethod(choose)  # the benchmarks compare another policy with it
 
@@ -297,7 +298,7 @@ class Worker:
                 retry_after_s=retry_s,
             )
 
-    # --- below here: the worker's thread ---------------------------------------------------------------------------
+    # --- below here: the worker's thread, and one that decodes -------------------------------------------------------
 
     def _run(self) -> None:
         try:
@@ -342,7 +343,6 @@ class Worker:
         if stage == "decode" and chosen[0][0].model.components.decodes_beside:
             for job, target in chosen:
                 job.decoding.add(int(target))
-                job.left = _work_left(job)
             self._is_decoding = True
             threading.Thread(target=self._decode_beside, args=(chosen, slots), name="flashdiff-decode", daemon=True).start()
         else:
@@ -454,7 +454,8 @@ class Worker:
     def _drop_departed(self, now: float) -> None:
         with self._changed:
             departed = [job for job in self._jobs if job.departed]
-            promised = [job for job in self._jobs if not job.departed and job.deadline < math.inf]
+            # Who is being decoded is left alone: how much of that is over is not known.
+            promised = [job for job in self._jobs if not job.departed and job.deadline < math.inf and not job.decoding]
             near = [job for job in promised if job.deadline <= now + 3 * job.alone_s]  # the machine may have become slower
             late = [job for job in near if job.deadline <= now + job.left.alone_ms / 1000]
         self._fail(departed, CancelledError("the client has left"))
@@ -506,12 +507,11 @@ def _needs(job: Job) -> list[tuple[Stage, int | str]]:
         if missing:
             return missing
         job.rows = start_rows(job.model.components.spec, job.order, job.encoded, job.model.unconditional, job.start)
-    return [("decode" if row.is_done else "denoise", index) for index, row in _rows_left(job)]
-
-
-def _rows_left(job: Job) -> list[tuple[int, Row]]:
-    """Those that are neither done nor being decoded beside, with their place in the order."""
-    return [(index, row) for index, row in enumerate(job.rows) if index not in job.images and index not in job.decoding]
+    return [
+        ("decode" if row.is_done else "denoise", index)
+        for index, row in enumerate(job.rows)
+        if index not in job.decoding and index not in job.images  # in this order: an image is there before its mark goes
+    ]
 
 
 def _pixel_bytes(order: Order) -> int:
@@ -531,7 +531,7 @@ def _work_left(job: Job) -> Work:
     if not job.rows:
         texts = sum(text not in job.encoded for text in job.order.texts)
         return replace(job.left, texts=texts, images=int(job.order.image is not None and job.start is None))
-    steps = tuple(len(row.times) - row.step for _, row in _rows_left(job))
+    steps = tuple(len(row.times) - row.step for index, row in enumerate(job.rows) if index not in job.images)
     return replace(job.left, steps=steps, texts=0, images=0)
 
 

@@ -50,6 +50,16 @@ def test_the_fake_converges_to_its_prompt_color_for_both_samplers() -> None:
         assert np.abs(image.astype(int) - expected).max() <= 1
 
 
+def test_noise_drawn_at_the_start_or_step_by_step_gives_the_same_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeComponents()
+    fake.decode = lambda latents: latents  # type: ignore[method-assign]
+    fake.denoise = lambda latents, times, conditioning: 0 * latents  # type: ignore[method-assign]
+    order = check_order(fake.spec, prompt="p", seed=4)
+    early = generate(fake, [order])[0][0]
+    monkeypatch.setattr("flashdiff.generate._EARLY_VALUES", 0)
+    np.testing.assert_array_equal(generate(fake, [order])[0][0], early)
+
+
 def test_image_i_of_a_request_is_the_image_of_seed_plus_i() -> None:
     fake = FakeComponents()
     fake.decode = lambda latents: latents  # type: ignore[method-assign]

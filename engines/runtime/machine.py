@@ -51,10 +51,6 @@ def check_backend(backend: BackendName, precision: Precision) -> None:
             f"--backend {backend}: there is no NVIDIA GPU here to check the engine on, and nothing is published unchecked; "
             "build where it will serve, or take openvino"
         )
-    if backend.startswith("tensorrt"):
-        from flashdiff.engines.runtime.tensorrt_build import check_runs
-
-        check_runs(backend)
     if backend == "onnxruntime" and precision == "bf16" and machine.device == "cpu":
         raise BackendError("--precision bf16: ONNX Runtime has no bfloat16 convolutions on CPUs; take fp32, or openvino")
     if backend == "openvino" and precision != "fp32" and not set(_LOW_PRECISION_CPU[precision]) & set(machine.features):
@@ -62,6 +58,14 @@ def check_backend(backend: BackendName, precision: Precision) -> None:
             f"--precision {precision}: this processor has no such arithmetic (none of "
             f"{', '.join(_LOW_PRECISION_CPU[precision])}), OpenVINO would compute in float32; take fp32"
         )
+
+
+def check_runs(backend: BackendName) -> None:
+    """BackendError when the backend's library is here but opens nothing on this GPU, which takes it a second to find out."""
+    if backend.startswith("tensorrt"):
+        from flashdiff.engines.runtime.tensorrt_build import check_opens
+
+        check_opens(backend)
 
 
 def check_machine(manifest: Manifest) -> None:

@@ -44,10 +44,10 @@ def library(backend: BackendName) -> Any:
         raise BackendError(f"--backend {backend} needs '{package}', which is not here: {install(backend)}") from None
 
 
-def check_runs(backend: BackendName) -> None:
-    """BackendError, in the library's own words, when it runs no plan here: one of a single sum is built and opened.
+def check_opens(backend: BackendName) -> None:
+    """BackendError, in the library's own words, when it opens no plan here: one of a single sum is built and tried.
 
-    TensorRT-RTX 1.7 builds plans anywhere and runs none on compute capability 9.0 (H100, H200).
+    TensorRT-RTX 1.7 builds plans anywhere and opens none on compute capability 9.0 (H100, H200).
     """
     trt = library(backend)
     logger = make_logger(trt)

@@ -5,6 +5,7 @@ Its bundle holds a base directory with the LoRAs fused in, and each part runs as
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flashdiff.engines.bundle import Manifest
-from flashdiff.engines.parts import AtPrecision, exact_arithmetic, parts_of
+from flashdiff.engines.parts import AtPrecision, no_reduced_precision, parts_of
 from flashdiff.engines.runtime import bucket_shapes
 from flashdiff.families import load_base
 
@@ -23,14 +24,14 @@ MODEL = "model"
 """The base directory within a bundle."""
 _WARM_UP_RUNS = 3
 _CHANNELS_LAST = ("denoiser",)
-"""Parts whose convolutions have the layout of tensor cores. On an H200 SD1.5's UNet alone takes 7.3 ms in place of 9.5, but its
-decoder 25 in place of 20: torch's group norm wants the other layout, and large images cost more to turn over than it gains."""
+"""Parts whose convolutions are in NHWC, tensor cores' own layout. On an H200 SD1.5's UNet takes 7.5 ms in place of 10.0, but its
+decoder 25 in place of 20: torch's group norm wants the other layout, and turning large images over costs more than that gains."""
 
 
 def open_parts(folder: Path, manifest: Manifest) -> Callable[[str, Path, Mapping[str, int]], Any]:
     """See `flashdiff.engines.runtime.open_parts`."""
     transformers.utils.logging.disable_progress_bar()  # it would draw bars between a server's lines
-    exact_arithmetic()
+    no_reduced_precision()
     family, model = load_base(str(folder / MODEL))
     device = torch.device(manifest.machine.device)
     runners = {}
@@ -38,7 +39,7 @@ def open_parts(folder: Path, manifest: Manifest) -> Callable[[str, Path, Mapping
         module = (part.module if manifest.precision == "fp32" else AtPrecision(part, manifest.precision)).to(device)
         if device.type == "cuda" and part.name in _CHANNELS_LAST:
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        runners[part.name] = _Eager(module) if device.type == "cpu" else _Graphs(module)
+        runners[part.name] = _Eager(module) if device.type == "cpu" else _Graphs(module, part.name)
 
     def compile_part(name: str, file: Path, dimensions: Mapping[str, int]) -> Any:
         part, runner = manifest.parts[name], runners[name]
@@ -58,6 +59,12 @@ def open_parts(folder: Path, manifest: Manifest) -> Callable[[str, Path, Mapping
         return run
 
     return compile_part
+
+
+@cache
+def _stream(name: str) -> torch.cuda.Stream:
+    """The same for every model: torch has 32 streams, and would give the first ones out again."""
+    return torch.cuda.Stream()
 
 
 class _Eager:
@@ -81,27 +88,29 @@ class _Eager:
 class _Graphs(_Eager):
     """A module as one CUDA graph a bucket, over fixed buffers: launched as a whole, nothing allocated per call.
 
-    The part has a stream of its own, so that two parts may run at once. Its graphs share their memory: outputs are read before
-    the next call of the part, so no two calls of it may overlap.
+    Parts of one name have a stream, so that two kinds of parts may run at once. A part's graphs share their memory: outputs are
+    read before its next call, so no two calls of it may overlap.
     """
 
-    def __init__(self, module: torch.nn.Module) -> None:
+    def __init__(self, module: torch.nn.Module, name: str) -> None:
         super().__init__(module)
-        self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        self._stream, self._pool = _stream(name), torch.cuda.graph_pool_handle()
 
     def context(self) -> AbstractContextManager[Any]:
         return torch.cuda.stream(self._stream)
 
     def prepare(self, buffers: list[Tensor]) -> Callable[[], tuple[Tensor, ...]]:
         eager = super().prepare(buffers)
-        self._stream.wait_stream(torch.cuda.current_stream())  # which filled the buffers
-        with self.context():
+        # On a stream that nothing else uses, and blind to what other threads do: other models may be running meanwhile.
+        aside = _stream("capture")
+        aside.wait_stream(torch.cuda.current_stream())  # which filled the buffers
+        with torch.cuda.stream(aside):
             for _ in range(_WARM_UP_RUNS):  # capture wants everything that is made lazily to exist already
                 eager()
         graph = torch.cuda.CUDAGraph()
-        # Thread-local: other models may be running meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=aside, capture_error_mode="thread_local"):
             outputs = eager()
+        torch.cuda.current_stream().wait_stream(aside)
 
         def replay() -> tuple[Tensor, ...]:
             graph.replay()

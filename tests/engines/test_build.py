@@ -1,5 +1,6 @@
 """Builds: what is refused before any work, what is done again and why, and what an interrupted one leaves."""
 
+import importlib.metadata
 import json
 import shutil
 import sys
@@ -94,6 +95,16 @@ def test_changed_weights_libraries_and_code_are_noticed(
     reasons = plan_build(BuildOptions(**options)).changes
     assert "flashdiff's own code changed" in reasons
     assert any(reason.startswith("openvino: 20") and reason.endswith(" -> 0.1") for reason in reasons)
+
+
+def test_graphs_of_another_openvino_are_not_taken_from_the_cache(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.metadata.version
+    before = [export.key for export in plan_build(BuildOptions(**options)).exports]
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.1" if name == "openvino" else found(name))
+    after = [export.key for export in plan_build(BuildOptions(**options)).exports]
+    assert not set(before) & set(after)
 
 
 def test_what_stands_beside_the_weights_is_noticed(options: dict[str, Any], tmp_path: Path) -> None:

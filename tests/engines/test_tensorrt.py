@@ -14,7 +14,7 @@ from flashdiff.engines.compile import compile_export
 from flashdiff.engines.plan import Export
 from flashdiff.engines.runtime import tensorrt_build
 from flashdiff.engines.runtime.machine import nvidia_gpu
-from flashdiff.engines.runtime.tensorrt_build import build_plan, check_runs, library
+from flashdiff.engines.runtime.tensorrt_build import build_plan, check_opens, library
 from flashdiff.errors import BackendError
 
 needs_rtx = pytest.mark.skipif(
@@ -105,9 +105,9 @@ def test_a_graph_with_other_inputs_or_none_at_all_is_refused(tmp_path: Path) -> 
 
 @needs_rtx
 @pytest.mark.skipif(nvidia_gpu() is not None, reason="here is a GPU: tests/gpu asks what runs on it")
-def test_a_library_that_runs_no_plan_here_is_refused_in_its_own_words() -> None:
+def test_a_library_that_opens_no_plan_here_is_refused_in_its_own_words() -> None:
     with pytest.raises(BackendError, match=r"--backend tensorrt-rtx does not run here: .*Error Code"):
-        check_runs("tensorrt-rtx")
+        check_opens("tensorrt-rtx")
 
 
 def test_a_missing_library_is_named_with_its_cure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from flashdiff.engines.build import build_engine
 from flashdiff.engines.bundle import BackendName
 from flashdiff.engines.config import BuildOptions
 from flashdiff.engines.runtime.engine import Engine, open_bundle
-from flashdiff.engines.runtime.tensorrt_build import check_runs
+from flashdiff.engines.runtime.tensorrt_build import check_opens
 from flashdiff.errors import BackendError
 from flashdiff.generate import Order, check_order, generate
 
@@ -32,7 +32,7 @@ def _needs(backend: BackendName) -> None:
         pytest.skip("this onnxruntime has no CUDA provider: pip install onnxruntime-gpu")
     if backend.startswith("tensorrt"):
         try:
-            check_runs(backend)
+            check_opens(backend)
         except BackendError as error:
             pytest.skip(str(error))
 

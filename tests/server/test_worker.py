@@ -499,6 +499,28 @@ def test_finished_rows_are_decoded_while_others_take_their_steps() -> None:
     asking.finish()
 
 
+def test_who_comes_while_rows_are_decoded_beside_waits_for_that_too() -> None:
+    fake = FakeComponents(decodes_beside=True)
+    asking = Asking(fake)
+    for part in ("text_encoder", "denoiser", "decoder"):
+        asking.model.costs[part, None if part == "text_encoder" else SIZE][4] = 100.0
+    alone_ms = asking.worker.estimate_ms(asking.model, _order(fake, 1, steps=1))
+    decode, decoding, opened = fake.decode, threading.Event(), threading.Event()
+
+    def held(latents: NDArray[np.float32]) -> NDArray[np.float32]:
+        decoding.set()
+        assert opened.wait(10)
+        return decode(latents)
+
+    fake.decode = held  # type: ignore[method-assign]
+    first = asking.submit(_order(fake, steps=1))
+    assert decoding.wait(10)
+    assert asking.worker.estimate_ms(asking.model, _order(fake, 1, steps=1)) > alone_ms + 50
+    opened.set()
+    assert first.answer.result(10)
+    asking.finish()
+
+
 def test_a_crash_beside_answers_everyone_too() -> None:
     fake = FakeComponents(decodes_beside=True)
     asking = Asking(fake)
