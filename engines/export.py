@@ -2,11 +2,13 @@
 
 import logging
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import onnx_ir
 import torch
+from torch import Tensor
 
 from flashdiff.components import Size
 from flashdiff.engines.bundle import ONNX_GRAPH, OPENVINO_GRAPH, Precision
@@ -61,12 +63,77 @@ def _traced(model: TorchModel, part: Part, size: Size, precision: Precision) -> 
     dynamic: Any = tuple(
         {axis: torch.export.Dim.AUTO for axis, name in enumerate(tensor.shape) if name in is_open} for tensor in part.inputs
     )
-    module = part.module
-    if precision != "fp32":
-        module, dynamic = AtPrecision(part, precision), (dynamic,)
+    module = part.module if precision == "fp32" else AtPrecision(part, precision)
+    times = model.spec.sampler.known_times if part.name == "denoiser" else []
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns about its own code
-        return torch.export.export(module, inputs, dynamic_shapes=dynamic, strict=False)
+        shapes = dynamic if precision == "fp32" else (dynamic,)  # what AtPrecision takes is one list of inputs
+        traced = torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
+        if times:
+            index = [tensor.name for tensor in part.inputs].index("times")
+            module = traced.module()
+            _look_up_times(module, inputs, index, times, model.spec.sampler.schedule.num_train_timesteps)
+            traced = torch.export.export(module, inputs, dynamic_shapes=dynamic, strict=False)
+        return traced
+
+
+def _look_up_times(module: Any, inputs: tuple[Tensor, ...], index: int, times: Sequence[int], num_times: int) -> None:
+    """Compute now what depends on nothing but the time (input `index`), at each of these times, and look it up from here on.
+
+    A few-step student is evaluated at no others of the `num_times`: it needs no time embedding, nor its projections in every
+    block, and at a lower precision they are not rounded on the way. At any other its output is not a number.
+    """
+    graph: torch.fx.Graph = module.graph
+    given = [node for node in graph.nodes if node.op == "placeholder"]
+    # True: decided by the time alone; None: by nothing at all, such as weights and sizes; False: by other inputs.
+    by_time: dict[torch.fx.Node, bool | None] = {}
+    for node in graph.nodes:
+        kinds = {by_time[source] for source in node.all_input_nodes}
+        if node.op == "placeholder":
+            by_time[node] = node is given[index]
+        elif node.target == torch.ops.aten.sym_size.int:
+            by_time[node] = None
+        else:
+            by_time[node] = False if False in kinds else (True if True in kinds else None)
+    wanted = {node for node in graph.nodes if by_time[node] and any(not by_time[user] for user in node.users)} - set(given)
+
+    rows = [*times, *times[-1:]]  # twice the last, because a batch of one is not what was traced
+    values = _values_of(module, wanted, [x[:1].expand(len(rows), *x.shape[1:]).contiguous() for x in inputs], index, rows)
+    row_of_time = torch.full((num_times,), len(times))
+    row_of_time[torch.tensor(times)] = torch.arange(len(times))
+    module.register_buffer("row_of_time", row_of_time)
+    with graph.inserting_after(given[-1]):
+        table = graph.get_attr("row_of_time")
+    with graph.inserting_after(table):
+        row = graph.call_function(torch.ops.aten.index_select.default, (table, 0, given[index]))
+    for number, (node, value) in enumerate(values.items()):
+        by_row = torch.cat([value[: len(times)], torch.full_like(value[:1], torch.nan)])
+        module.register_buffer(f"by_time_{number}", by_row)
+        with graph.inserting_after(node):
+            table = graph.get_attr(f"by_time_{number}")
+        with graph.inserting_after(table):
+            looked_up = graph.call_function(torch.ops.aten.index_select.default, (table, 0, row))
+        node.replace_all_uses_with(looked_up)
+    graph.eliminate_dead_code()
+    module.recompile()
+
+
+def _values_of(
+    module: Any, wanted: set[torch.fx.Node], inputs: list[Tensor], index: int, rows: Sequence[int]
+) -> dict[torch.fx.Node, Tensor]:
+    """What these nodes compute for a batch whose row i is at time rows[i]: floating-point tensors with that many rows."""
+    found: dict[torch.fx.Node, Tensor] = {}
+
+    class Recorder(torch.fx.Interpreter):
+        def run_node(self, n: torch.fx.Node) -> Any:
+            value = super().run_node(n)
+            if n in wanted and isinstance(value, Tensor) and value.is_floating_point() and value.shape[:1] == (len(rows),):
+                found[n] = value
+            return value
+
+    inputs[index] = torch.tensor(rows)
+    Recorder(module).run(*inputs)
+    return found
 
 
 def _to_onnx(traced: torch.export.ExportedProgram, part: Part) -> Any:

@@ -82,7 +82,7 @@ class AtPrecision(nn.Module):
 
 def random_inputs(model: TorchModel, part: Part, batch: int, size: Size, generator: torch.Generator) -> tuple[Tensor, ...]:
     """Inputs of the kinds a part is really given, every row another: token ids that end in padding, uniform pixels, normal
-    latents, the conditioning of such ids, and times from the clean end to the noisiest."""
+    latents, the conditioning of such ids, and times from the clean end to the noisiest, a few-step student's own if it is one."""
     ids = {}
     for tokenizer in model.spec.tokenizers:
         rows = torch.randint(3, 200, (batch, tokenizer.length), generator=generator)
@@ -90,10 +90,10 @@ def random_inputs(model: TorchModel, part: Part, batch: int, size: Size, generat
         ids[tokenizer.name] = torch.where(torch.arange(tokenizer.length) < ends, rows, tokenizer.pad_id)
     if part.name == "text_encoder":
         return tuple(ids.values())
-    last = model.spec.sampler.schedule.num_train_timesteps - 1
+    times = model.spec.sampler.known_times or range(model.spec.sampler.schedule.num_train_timesteps)
     known: dict[str, Tensor] = {
         "latents": torch.randn(batch, *model.spec.latent_shape(size), generator=generator),
-        "times": torch.linspace(0, last, batch).round().long(),
+        "times": torch.tensor(times)[torch.linspace(0, len(times) - 1, batch).round().long()],
     }
     if part.name == "encoder":
         known["images"] = 2 * torch.rand(batch, 3, size.height, size.width, generator=generator) - 1

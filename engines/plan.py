@@ -241,6 +241,7 @@ def _exports(family: ModelFamily, inputs: BuildInputs) -> Iterator[Export]:
                 "form": graph_file(inputs.backend),
                 "precision": inputs.precision,
                 "example": size or inputs.sizes[0],
+                "times": inputs.model.sampler.known_times if part == "denoiser" else [],
                 "versions": versions,
                 "code": inputs.code,
             }

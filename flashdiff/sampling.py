@@ -56,6 +56,11 @@ class Sampler(Record):
     def evaluations_per_step(self) -> int:
         return 1 if self.guidance == 1.0 else 2
 
+    @property
+    def known_times(self) -> list[int]:
+        """The only times at which a few-step student is ever evaluated; empty where any may come."""
+        return self.grid.inference_times(self.grid.modes) if self.grid else []
+
     def times(self, steps: int) -> list[int]:
         """The times of a `steps`-step image, noisiest first."""
         return self.grid.inference_times(steps) if self.grid else trailing_times(self.schedule.num_train_timesteps, steps)

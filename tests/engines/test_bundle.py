@@ -1,6 +1,7 @@
 """Bundles of the tiny model: right, whole, and refused when they are not."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -241,3 +242,14 @@ def test_every_planted_fault_is_refused(
     faulty = _Faulty(student_bundle, fault)
     with pytest.raises(BundleError, match=message):
         verify(run_reference(model, parts_of(family, model), faulty.manifest.batch_sizes), faulty)
+
+
+def test_a_students_engine_looks_up_what_depends_on_its_few_times_and_knows_no_others(student_bundle: Path) -> None:
+    kinds = set(re.findall(r' type="(\w+)"', (student_bundle / "denoiser" / "model.xml").read_text()))
+    assert not kinds & {"Sin", "Cos"}  # of the time embedding; verified at every time when it was built
+    engine = open_bundle(student_bundle)
+    conditioning = engine.encode(["a", "b"])
+    latents = np.zeros((2, *engine.spec.latent_shape(engine.spec.sizes[0])), dtype=np.float32)
+    known, other = engine.denoise(latents, np.array([749, 748]), conditioning)
+    assert np.isfinite(known).all()
+    assert np.isnan(other).all()
