@@ -207,9 +207,9 @@ def denoise_rows(components: Components, rows: Sequence[Row]) -> None:
     guided = [row for row in rows if row.unconditional is not None]
     entries = [*((row, row.conditioning) for row in rows), *((row, row.unconditional or {}) for row in guided)]
     output = components.denoise(
-        np.stack([row.latents for row, _ in entries]),
+        _stacked([row.latents for row, _ in entries]),
         np.array([row.times[row.step] for row, _ in entries], dtype=np.int64),
-        {name: np.stack([conditioning[name] for _, conditioning in entries]) for name in rows[0].conditioning},
+        {name: _stacked([conditioning[name] for _, conditioning in entries]) for name in rows[0].conditioning},
     )
     contrast = iter(output[len(rows) :])
     guidance = components.spec.sampler.guidance
@@ -222,6 +222,11 @@ def denoise_rows(components: Components, rows: Sequence[Row]) -> None:
             raise BackendError(f"the network returned values that are not finite at time {row.times[row.step]} (seed {row.seed})")
     for row, values in zip(rows, outputs, strict=True):
         _advance(components.spec, row, values)
+
+
+def _stacked(rows: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """`np.stack`, which costs a single row more than the rest of its step."""
+    return np.stack(rows) if len(rows) > 1 else rows[0][None]
 
 
 def _advance(spec: ModelSpec, row: Row, output: NDArray[np.float32]) -> None:
@@ -244,7 +249,7 @@ def _advance(spec: ModelSpec, row: Row, output: NDArray[np.float32]) -> None:
 
 def decode_rows(components: Components, rows: Sequence[Row]) -> list[Pixels]:
     """The images of finished rows of one size; at most `max_batch` rows."""
-    return to_pixels(components.decode(np.stack([row.latents for row in rows])))
+    return to_pixels(components.decode(_stacked([row.latents for row in rows])))
 
 
 def to_pixels(images: NDArray[np.float32]) -> list[Pixels]:
