@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +95,8 @@ def _look_up_times(module: Any, inputs: tuple[Tensor, ...], index: int, times: S
             by_time[node] = None
         else:
             by_time[node] = False if False in kinds else (True if True in kinds else None)
-    wanted = {node for node in graph.nodes if by_time[node] and any(not by_time[user] for user in node.users)} - set(given)
-
     rows = [*times, *times[-1:]]  # twice the last, because a batch of one is not what was traced
-    values = _values_of(module, wanted, [x[:1].expand(len(rows), *x.shape[1:]).contiguous() for x in inputs], index, rows)
+    values = _by_time(module, by_time, [x[:1].expand(len(rows), *x.shape[1:]) for x in inputs], index, rows)
     row_of_time = torch.full((num_times,), len(times))
     row_of_time[torch.tensor(times)] = torch.arange(len(times))
     module.register_buffer("row_of_time", row_of_time)
@@ -106,8 +104,9 @@ def _look_up_times(module: Any, inputs: tuple[Tensor, ...], index: int, times: S
         table = graph.get_attr("row_of_time")
     with graph.inserting_after(table):
         row = graph.call_function(torch.ops.aten.index_select.default, (table, 0, given[index]))
-    for number, (node, value) in enumerate(values.items()):
-        by_row = torch.cat([value[: len(times)], torch.full_like(value[:1], torch.nan)])
+    used = [node for node in values if any(not by_time[user] for user in node.users)]
+    for number, node in enumerate(used):
+        by_row = torch.cat([values[node][: len(times)], torch.full_like(values[node][:1], torch.nan)])
         module.register_buffer(f"by_time_{number}", by_row)
         with graph.inserting_after(node):
             table = graph.get_attr(f"by_time_{number}")
@@ -118,21 +117,24 @@ def _look_up_times(module: Any, inputs: tuple[Tensor, ...], index: int, times: S
     module.recompile()
 
 
-def _values_of(
-    module: Any, wanted: set[torch.fx.Node], inputs: list[Tensor], index: int, rows: Sequence[int]
+def _by_time(
+    module: Any, by_time: Mapping[torch.fx.Node, bool | None], inputs: list[Tensor], index: int, rows: Sequence[int]
 ) -> dict[torch.fx.Node, Tensor]:
-    """What these nodes compute for a batch whose row i is at time rows[i]: floating-point tensors with that many rows."""
+    """What the nodes compute that the time alone decides, for a batch whose row i is at time rows[i]: floating-point tensors with
+    that many rows. Nothing else is computed: at real size the whole network would take minutes."""
     found: dict[torch.fx.Node, Tensor] = {}
 
-    class Recorder(torch.fx.Interpreter):
+    class TimesAlone(torch.fx.Interpreter):
         def run_node(self, n: torch.fx.Node) -> Any:
+            if by_time[n] is False and n.op != "placeholder":
+                return None
             value = super().run_node(n)
-            if n in wanted and isinstance(value, Tensor) and value.is_floating_point() and value.shape[:1] == (len(rows),):
+            if by_time[n] and isinstance(value, Tensor) and value.is_floating_point() and value.shape[:1] == (len(rows),):
                 found[n] = value
             return value
 
     inputs[index] = torch.tensor(rows)
-    Recorder(module).run(*inputs)
+    TimesAlone(module).run(*inputs)
     return found
 
 

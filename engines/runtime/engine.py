@@ -76,10 +76,12 @@ class Engine:
         """Outputs of one part for up to `max_batch` rows, at the smallest bucket that holds them."""
         rows = len(next(iter(inputs.values())))
         batch = next(batch for batch in self.manifest.batch_sizes if batch >= rows)
+        run = self._bucket(part, self._size_of(inputs), batch)
+        if rows == batch:
+            return run(inputs)
         # Padding repeats the first row: any finite values do, since rows do not see each other.
         padded = {name: np.concatenate([values, *[values[:1]] * (batch - rows)]) for name, values in inputs.items()}
-        outputs = self._bucket(part, self._size_of(inputs), batch)(padded)
-        return {name: values[:rows] for name, values in outputs.items()}
+        return {name: values[:rows] for name, values in run(padded).items()}
 
     def _size_of(self, inputs: Mapping[str, NDArray[Any]]) -> Size | None:
         """The image size whose bucket takes these inputs: read off the images or latents, None for a part that has none."""
