@@ -62,9 +62,18 @@ def serving(fake: FakeComponents, listen: Listen = Listen(port=0), models: Model
         yield running
         running.stop(0.0)
     finally:
+        asyncio.run_coroutine_threadsafe(_cancel_what_is_left(), loop).result(10)
         loop.call_soon_threadsafe(loop.stop)
         thread.join(10)
         loop.close()
+
+
+async def _cancel_what_is_left() -> None:
+    """As `asyncio.run` does: calls whose clients have just left may not have been told yet."""
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in left:
+        task.cancel()
+    await asyncio.gather(*left, return_exceptions=True)
 
 
 def until(condition: Callable[[], bool]) -> None:
