@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from numpy.typing import NDArray
 
 from flashdiff.components import Size
+from flashdiff.engines.build import build_engine
 from flashdiff.engines.bundle import MANIFEST, SCHEMA_VERSION, PartFile, read_manifest, write_manifest
+from flashdiff.engines.config import BuildOptions
 from flashdiff.engines.parts import parts_of
 from flashdiff.engines.reference import run_reference
 from flashdiff.engines.runtime.engine import Engine, open_bundle
@@ -242,6 +245,22 @@ def test_every_planted_fault_is_refused(
     faulty = _Faulty(student_bundle, fault)
     with pytest.raises(BundleError, match=message):
         verify(run_reference(model, parts_of(family, model), faulty.manifest.batch_sizes), faulty)
+
+
+def test_a_student_in_half_precision_looks_its_times_up_in_onnx_too(tiny_base: Path, flash_lora: Path, tmp_path: Path) -> None:
+    build_engine(
+        BuildOptions(
+            base=str(tiny_base),
+            loras=((str(flash_lora), 1.0),),
+            out=tmp_path / "b",
+            backend="onnxruntime",
+            precision="fp16",
+            batch_sizes=(1, 2),
+        ),
+        print,
+    )
+    graph = onnx.load(tmp_path / "b" / "denoiser" / "model.onnx", load_external_data=False).graph
+    assert not {node.op_type for node in graph.node} & {"Sin", "Cos"}
 
 
 def test_a_students_engine_looks_up_what_depends_on_its_few_times_and_knows_no_others(student_bundle: Path) -> None:
