@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,7 +69,7 @@ def awake(cores: set[int]) -> Iterator[None]:
 
 def _all_that_fit(ready: Iterable[Ready]) -> list[Ready]:
     """`choose` on a device where a full batch costs no more than one."""
-    return choose(replace(item, costs=dict.fromkeys(item.costs, 1.0)) for item in ready)
+    return choose(item._replace(costs=dict.fromkeys(item.costs, 1.0)) for item in ready)
 
 
 class RequestLevelWorker(Worker):

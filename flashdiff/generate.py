@@ -4,6 +4,7 @@
 `denoise_rows` and `decode_rows` on whatever is ready, of any prompt, seed, time and number of steps.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -159,6 +160,20 @@ def unconditional_of(components: Components) -> Conditioning | None:
     return empty
 
 
+def draw_noise(spec: ModelSpec, order: Order) -> list[list[NDArray[np.float32]]]:
+    """Of each image of the order, the noise [C, h, w] of its first time and, where it is small and later steps add some, theirs.
+
+    It asks for no text: a server draws it while the device reads that.
+    """
+    return [_noise_of(spec, order, index) for index in range(order.count)]
+
+
+def _noise_of(spec: ModelSpec, order: Order, index: int) -> list[NDArray[np.float32]]:
+    seed, shape = image_seed(order.seed, index), spec.latent_shape(order.size)
+    are_early = spec.sampler.kind != "ode" and math.prod(shape) <= _EARLY_VALUES
+    return [image_noise(seed, step, shape) for step in range(order.steps_taken if are_early else 1)]
+
+
 def new_row(
     spec: ModelSpec,
     order: Order,
@@ -166,22 +181,24 @@ def new_row(
     conditioning: Conditioning,
     unconditional: Conditioning | None,
     start: NDArray[np.float32] | None = None,
+    noise: Sequence[NDArray[np.float32]] = (),
 ) -> Row:
-    """Image `index` of the order: pure noise, or the latents `start` of its image with the noise of the first time it takes."""
-    seed = image_seed(order.seed, index)
+    """Image `index` of the order: pure noise, or the latents `start` of its image with the noise of the first time it takes.
+
+    `noise` is what `draw_noise` says of it, where that was asked before.
+    """
     times = spec.sampler.times(order.steps)[-order.steps_taken :]
     alphas, sigmas = (levels.astype(np.float32) for levels in spec.sampler.schedule.levels([*times, -1]))
-    is_ode, shape = spec.sampler.kind == "ode", spec.latent_shape(order.size)
-    latents = image_noise(seed, 0, shape)
-    early_steps = range(1, len(times)) if not is_ode and latents.size <= _EARLY_VALUES else ()
+    is_ode = spec.sampler.kind == "ode"
+    latents, *later = noise or _noise_of(spec, order, index)
     return Row(
-        seed=seed,
+        seed=image_seed(order.seed, index),
         size=order.size,
         times=times,
         alphas=alphas,
         sigmas=sigmas,
         extrapolations=[np.float32(weight) for weight in ode_weights(spec.sampler.schedule, times)] if is_ode else [],
-        noises=[image_noise(seed, step, shape) for step in early_steps],
+        noises=later,
         conditioning=conditioning,
         unconditional=unconditional,
         latents=latents if start is None else renoise(start, latents, alphas[0], sigmas[0]),
@@ -194,11 +211,15 @@ def start_rows(
     encoded: Mapping[str, Conditioning],
     unconditional: Conditioning | None,
     start: NDArray[np.float32] | None = None,
+    noise: Sequence[Sequence[NDArray[np.float32]]] = (),
 ) -> list[Row]:
     """All images of the order; `encoded` holds its texts, `unconditional` is `unconditional_of` the model, `start` the latents
-    of the order's image where it has one."""
+    of the order's image where it has one, `noise` that of `draw_noise` where it is drawn already."""
     contrast = encoded[order.negative_prompt] if order.negative_prompt else unconditional
-    return [new_row(spec, order, index, encoded[order.prompt], contrast, start) for index in range(order.count)]
+    return [
+        new_row(spec, order, index, encoded[order.prompt], contrast, start, noise[index] if noise else ())
+        for index in range(order.count)
+    ]
 
 
 def denoise_rows(components: Components, rows: Sequence[Row]) -> None:

@@ -33,7 +33,7 @@ DRAIN_S = 30.0
 """How long accepted requests may take after SIGTERM before they are cut off."""
 
 _LAST_S = 1.0  # for refusals on their way when all images are sent
-_WATCH_S = 0.5  # how often the device thread is looked after
+_WATCH_S = 0.5  # how often the device thread is looked after, and the metrics are brought up to date
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _MAX_REPLY = 256 * 1024 * 1024
 _MAX_CALLS = 2000  # at once, refused RESOURCE_EXHAUSTED beyond: far more than the queue takes, far less than would hurt
@@ -90,6 +90,7 @@ class Server:
     metrics_port: int | None
     _server: Any
     _health: Any
+    _watching: "asyncio.Task[None]"
 
     async def stop(self, grace_s: float = DRAIN_S) -> None:
         """Say NOT_SERVING, refuse what is new, finish what was accepted, then close."""
@@ -97,11 +98,11 @@ class Server:
         self.worker.drain()
         until = time.monotonic() + grace_s
         while not self.worker.failure and not self.worker.join(0) and time.monotonic() < until:
-            self.worker.check_alive()
             await asyncio.sleep(0.01)
         while self.worker.has_unsent and time.monotonic() < until:
             await asyncio.sleep(0.01)  # and not gRPC's own grace, which would wait for who only listens, to health say
         await self._server.stop(min(grace_s, _LAST_S))
+        self._watching.cancel()
 
 
 async def start(models: Models, listen: Listen, worker: type[Worker] = Worker) -> Server:
@@ -128,7 +129,14 @@ async def start(models: Models, listen: Listen, worker: type[Worker] = Worker) -
     await server.start()
     for name in ("", *_SERVICES):
         await servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
-    return Server(bound, device, models, metrics_port, server, servicer)
+    return Server(bound, device, models, metrics_port, server, servicer, asyncio.create_task(_watch(device, metrics)))
+
+
+async def _watch(worker: Worker, metrics: Metrics) -> None:
+    while True:
+        worker.check_alive()
+        metrics.count()
+        await asyncio.sleep(_WATCH_S)
 
 
 def _protocols() -> DescriptorPool:
@@ -177,7 +185,6 @@ async def serve(models: Models, listen: Listen) -> None:
     while not stopping.is_set() and not server.worker.failure:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(stopping.wait(), _WATCH_S)
-        server.worker.check_alive()
     _log.info("draining: no new requests, up to %.0f s for those accepted", DRAIN_S)
     await server.stop()
     _log.info("stopped")

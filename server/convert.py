@@ -2,7 +2,7 @@
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from flashdiff.components import ModelSpec, Size
 from flashdiff.errors import RequestError
@@ -27,6 +27,7 @@ _NUMBERS: dict[ImageFormat, pb.ImageFormat] = {
     "webp": pb.IMAGE_FORMAT_WEBP,
     "raw": pb.IMAGE_FORMAT_RAW_RGB,
 }
+_TIMINGS = {field.name.removesuffix("_ms"): field.name for field in pb.Timings.DESCRIPTOR.fields}
 _PRIORITIES: dict[int, Priority] = {pb.PRIORITY_NORMAL: "normal", pb.PRIORITY_HIGH: "high", pb.PRIORITY_LOW: "low"}
 
 
@@ -210,8 +211,8 @@ def read_response(response: pb.GenerateResponse) -> Result:
         steps=response.steps,
         size=Size(response.width, response.height),
         format=_FORMATS[response.format],
-        timings={field.name.removesuffix("_ms"): getattr(times, field.name) for field in times.DESCRIPTOR.fields},
-        model=ModelIdentity(**{field.name: getattr(response.model, field.name) for field in response.model.DESCRIPTOR.fields}),
+        timings={name: getattr(times, field) for name, field in _TIMINGS.items()},
+        model=ModelIdentity(*(getattr(response.model, field.name) for field in fields(ModelIdentity))),
         denoise_batches=tuple(response.denoise_batches),
     )
 

@@ -55,32 +55,35 @@ class Gate(grpc.aio.ServerInterceptor):
 
     def __init__(self, tokens: Tokens | None, count: Callable[[str, str], None] = lambda method, code: None) -> None:
         self._tokens, self._count = tokens, count
+        self._watched: dict[str, Any] = {}  # handlers by method
 
     async def intercept_service(self, continuation: Callable[[Any], Any], details: Any) -> Any:
-        handler = await continuation(details)
+        handler, method = await continuation(details), details.method
         if handler is None:
             return handler
-        metadata = {key: str(value) for key, value in details.invocation_metadata or ()}
-
-        def admit() -> None:
-            if self._tokens:
-                _client.set(self._tokens.admit(metadata.get("authorization", "")))
-
-        if details.method != _OPEN_TO_ALL:
+        if method != _OPEN_TO_ALL:
             try:
-                admit()
+                self._admit(details.invocation_metadata)
             except FlashdiffError as error:
-                _log.info("call method=%s code=%s", details.method, code_of(error).name)
-                self._count(details.method, code_of(error).name)
+                _log.info("call method=%s code=%s", method, code_of(error).name)
+                self._count(method, code_of(error).name)
                 return _refusing(handler, error)
-        if details.method.startswith(_UNWATCHED):
+        if method.startswith(_UNWATCHED):
             return handler
-        return _watched(handler, details.method, metadata, admit, self._count)
+        if method not in self._watched:
+            self._watched[method] = _watched(handler, method, self._admit, self._count)
+        return self._watched[method]
+
+    def _admit(self, metadata: Any) -> None:
+        if self._tokens:
+            _client.set(self._tokens.admit(_texts(metadata).get("authorization", "")))
 
 
-def _watched(
-    handler: Any, method: str, metadata: dict[str, str], admit: Callable[[], None], count: Callable[[str, str], None]
-) -> Any:
+def _texts(metadata: Any) -> dict[str, str]:
+    return {key: str(value) for key, value in metadata or ()}
+
+
+def _watched(handler: Any, method: str, admit: Callable[[Any], None], count: Callable[[str, str], None]) -> Any:
     """The handler, its calls traced, counted and logged, and bytes that are no message answered INVALID_ARGUMENT.
 
     Each further message of a stream is admitted like a call: one that is refused ends it, when those before are answered.
@@ -94,6 +97,7 @@ def _watched(
 
     @contextmanager
     def watch(context: Any) -> Iterator[None]:
+        metadata = _texts(context.invocation_metadata())
         given = metadata.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
         client = client_of(context)  # now: gRPC hangs when a cancelled call is asked for its peer
@@ -116,12 +120,12 @@ def _watched(
             spent_ms = 1000 * (time.perf_counter() - started)
             _log.info("call method=%s id=%s client=%s code=%s ms=%.1f", method, request_id, client, name, spent_ms)
 
-    async def admitted(requests: AsyncIterator[Any], refusals: list[FlashdiffError]) -> AsyncIterator[Any]:
+    async def admitted(requests: AsyncIterator[Any], metadata: Any, refusals: list[FlashdiffError]) -> AsyncIterator[Any]:
         first = True
         async for request in requests:
             try:
                 if not first:
-                    admit()
+                    admit(metadata)
             except FlashdiffError as error:
                 refusals.append(error)
                 return
@@ -139,7 +143,7 @@ def _watched(
             if isinstance(request, Malformed):
                 await context.abort(grpc.StatusCode.INVALID_ARGUMENT, request.message)
             refusals: list[FlashdiffError] = []
-            given = admitted(request, refusals) if handler.request_streaming else request
+            given = admitted(request, context.invocation_metadata(), refusals) if handler.request_streaming else request
             async for response in (handler.unary_stream or handler.stream_stream)(given, context):
                 yield response
             for error in refusals:

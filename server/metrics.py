@@ -1,6 +1,8 @@
 """What Prometheus reads: the queue, the batches, the time each stage takes, and what was refused."""
 
+from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
@@ -41,8 +43,8 @@ class Metrics:
         )
         self._refused = Counter("flashdiff_refusals", "Requests refused at once, by cause", ["cause"], registry=registry)
         self._calls = Counter("flashdiff_calls", "All calls by status", ["method", "code"], registry=registry)
-        self._by_stage: dict[tuple[str, Stage], list[Histogram]] = {}  # to look labels up takes longer than to observe
         self._pending = Gauge("flashdiff_pending_images", "Accepted and not yet finished", registry=registry)
+        self._seen = deque[Callable[[], None]]()  # by several threads, and not yet counted
 
     def watch_queue(self, pending_images: Callable[[], int]) -> None:
         self._pending.set_function(pending_images)
@@ -55,26 +57,45 @@ class Metrics:
         except OSError as error:
             raise ConfigError(f"--metrics-port {port}: cannot listen: {error.strerror or error}") from None
 
+    def count(self) -> None:
+        """Count what was seen since the last time.
+
+        What tells of it only notes it down: it is told between two calls of the device, where on a CPU, with caches full of an
+        engine's weights, counting takes ten times as long, or just before an answer.
+        """
+        for _ in range(len(self._seen)):
+            self._seen.popleft()()
+
     def called(self, model: str, stage: Stage, slots: int, spent_ms: float, expected_ms: float) -> None:
-        if (model, stage) not in self._by_stage:
-            self._by_stage[model, stage] = [metric.labels(model, stage) for metric in (self._stage, self._slots, self._error)]
-        seconds, batch, ratio = self._by_stage[model, stage]
-        seconds.observe(spent_ms / 1000)
-        batch.observe(slots)
-        if expected_ms:
-            ratio.observe(spent_ms / expected_ms)
+        self._seen.append(partial(self._count_call, model, stage, slots, spent_ms, expected_ms))
 
     def answered(self, model: str, timings: Timings, error: FlashdiffError | None) -> None:
-        self._answered.labels(model, _cause(error) if error else "ok").inc()
-        if error is None:
-            self._total.labels(model).observe(timings.total / 1000)
-            self._queue.labels(model).observe(timings.queue / 1000)
+        # Its name and not the error itself, which would keep what it is about.
+        self._seen.append(partial(self._count_answer, model, timings.total, timings.queue, _cause(error) if error else "ok"))
 
     def ended(self, method: str, code: str) -> None:
-        self._calls.labels(method, code).inc()
+        self._seen.append(partial(self._count_end, method, code))
 
     def refused(self, error: FlashdiffError) -> None:
-        self._refused.labels(_cause(error)).inc()
+        self._seen.append(partial(self._count_refusal, _cause(error)))
+
+    def _count_call(self, model: str, stage: Stage, slots: int, spent_ms: float, expected_ms: float) -> None:
+        self._stage.labels(model, stage).observe(spent_ms / 1000)
+        self._slots.labels(model, stage).observe(slots)
+        if expected_ms:
+            self._error.labels(model, stage).observe(spent_ms / expected_ms)
+
+    def _count_answer(self, model: str, total_ms: float, queue_ms: float, outcome: str) -> None:
+        self._answered.labels(model, outcome).inc()
+        if outcome == "ok":
+            self._total.labels(model).observe(total_ms / 1000)
+            self._queue.labels(model).observe(queue_ms / 1000)
+
+    def _count_end(self, method: str, code: str) -> None:
+        self._calls.labels(method, code).inc()
+
+    def _count_refusal(self, cause: str) -> None:
+        self._refused.labels(cause).inc()
 
 
 def _cause(error: FlashdiffError) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from flashdiff.components import Size
 
@@ -34,18 +34,20 @@ def due(arrived: float, priority: Priority, deadline: float, own_backlog_s: floa
     return min(deadline, arrived + PATIENCE_S[priority] + own_backlog_s)
 
 
-@dataclass(frozen=True)
-class Ready:
-    """Something the device could work on now: a text or an image to encode, or a row to denoise or decode."""
+class Ready(NamedTuple):
+    """Something the device could work on now: a text or an image to encode, or a row to denoise or decode.
 
+    The less, the more urgent: due, then arrival of the request, then the caller's handle, of which each has its own.
+    """
+
+    due: float
+    arrival: int
+    handle: int
     stage: Stage
     model: Hashable
     size: Size | None  # None for texts, which share one bucket
     slots: int
     costs: Mapping[int, float]  # ms of a call of its stage, by slots of the batch
-    due: float
-    arrival: int  # order of arrival, of the request
-    index: int  # the caller's handle
 
     @property
     def bucket(self) -> tuple[Stage, Hashable, Size | None]:
@@ -60,7 +62,9 @@ def choose(ready: Iterable[Ready]) -> list[Ready]:
     together with those to come. Then one denoise step. Within a stage, the most urgent item (due, then arrival) picks model and
     size, so none blocks another; the next in urgency follow, of rows to denoise as many as `best_batch` says.
     """
-    urgent = sorted(ready, key=_urgency)
+    urgent = sorted(ready)
+    if len(urgent) == 1:
+        return urgent  # a quiet server's every turn
     decode, given, rows = (
         _alike([item for item in urgent if item.stage in stages]) for stages in (("decode",), _ENCODES, ("denoise",))
     )
@@ -73,13 +77,9 @@ def choose(ready: Iterable[Ready]) -> list[Ready]:
             if rows
             else 1
         )
-        if joined > len(step) or _urgency(given[0]) < _urgency(step[-1]):
+        if joined > len(step) or given[0] < step[-1]:
             return given[: max(given[0].costs)]
     return step
-
-
-def _urgency(item: Ready) -> tuple[float, int, int]:
-    return item.due, item.arrival, item.index
 
 
 def _alike(urgent: Sequence[Ready]) -> list[Ready]:

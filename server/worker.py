@@ -10,8 +10,8 @@ import threading
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -26,7 +26,17 @@ from flashdiff.errors import (
     FlashdiffError,
     OverloadedError,
 )
-from flashdiff.generate import Order, Pixels, Row, decode_rows, denoise_rows, encode_images, encode_prompts, start_rows
+from flashdiff.generate import (
+    Order,
+    Pixels,
+    Row,
+    decode_rows,
+    denoise_rows,
+    draw_noise,
+    encode_images,
+    encode_prompts,
+    start_rows,
+)
 from flashdiff.preview import preview
 from flashdiff.server.models import Model
 from flashdiff.server.scheduler import PART_OF, Priority, Ready, Stage, Work, choose, due, finish_times, promise_ms
@@ -83,13 +93,14 @@ class Job:
     client: str
     deadline: float  # on the monotonic clock; infinity where there is none
     due: float
-    left: Work  # as of its last call: playing the queue through must not cost what finding it out for every job does
-    alone_s: float  # how long it would have taken when it came, had nothing else been there
+    whole: Work  # all of it, as it came
+    alone_s: float  # how long it would have taken when it came, had nothing else been there; 0 where there is no deadline
     arrived: float
     arrival: int
     on_step: Callable[[Step], None] | None = None
     encoded: dict[str, Conditioning] = field(default_factory=dict)
     start: NDArray[np.float32] | None = None  # the latents of the order's image
+    noise: "Future[list[list[NDArray[np.float32]]]] | None" = None  # being drawn
     rows: list[Row] = field(default_factory=list)  # empty until its texts and its image are encoded
     decoding: set[int] = field(default_factory=set)  # rows that are being decoded beside
     images: dict[int, Pixels] = field(default_factory=dict)  # by row
@@ -98,6 +109,20 @@ class Job:
     answer: "Future[Finished]" = field(default_factory=Future)
     departed: bool = False
     ended: bool = False
+    _state: object = field(default_factory=object)  # another one whenever less is left
+    _left: tuple[object, Work] | None = None  # as of that state
+
+    @property
+    def left(self) -> Work:
+        """What is left to do: found out for who asks, once a state. The device need not wait for it."""
+        state = self._state  # read first: what changes meanwhile is another state
+        if self._left is None or self._left[0] is not state:
+            self._left = state, _work_left(self)
+        return self._left[1]
+
+    def advanced(self) -> None:
+        """Say so when less is left than before."""
+        self._state = object()
 
 
 _Target = tuple[Job, int | str]
@@ -139,6 +164,9 @@ class Worker:
         self._hung_at: dict[int, float] = {}  # when the call that runs now counts as hung, by thread
         self._changed = threading.Condition()
         self._is_decoding = False  # beside; one call at a time
+        # Draws the noise of new rows while the device reads their texts. Its thread starts here: on the cores of who serves.
+        self._drawing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="flashdiff-noise")
+        self._drawing.submit(int)
         self._thread = threading.Thread(target=self._run, name="flashdiff-device", daemon=True)
         self._thread.start()
 
@@ -234,7 +262,7 @@ class Worker:
             self._check_room(order, jobs, share, whose)
         deadline = math.inf if timeout_s is None else now + timeout_s
         new = _work_of(model, order)
-        alone_ms = new.alone_ms
+        alone_ms = 0.0 if timeout_s is None else new.alone_ms
         due_at = self._due(new, now, deadline, client, priority)
         if timeout_s is not None:
             self._check_deadline(model, new, alone_ms, due_at, now, timeout_s)
@@ -307,6 +335,8 @@ class Worker:
         except BaseException as error:  # nobody else could answer the jobs
             _log.exception("the device thread stopped")
             self._give_up(error)
+        finally:
+            self._drawing.shutdown(wait=False)
 
     def _give_up(self, error: BaseException) -> None:
         with self._changed:
@@ -332,14 +362,14 @@ class Worker:
                 size = None if stage == "encode_text" else job.order.size
                 slots = job.rows[target].slots if stage == "denoise" and isinstance(target, int) else 1
                 costs = job.model.costs[PART_OF[stage], size]
-                ready.append(Ready(stage, id(job.model), size, slots, costs, job.due, job.arrival, len(targets)))
+                ready.append(Ready(job.due, job.arrival, len(targets), stage, id(job.model), size, slots, costs))
                 targets.append((job, target))
         batch = self._choose(ready)
         if not batch:  # all that is left is being decoded
             with self._changed:
                 self._changed.wait_for(lambda: not self._is_decoding or self._arrivals != seen)
             return
-        stage, chosen, slots = batch[0].stage, [targets[item.index] for item in batch], sum(item.slots for item in batch)
+        stage, chosen, slots = batch[0].stage, [targets[item.handle] for item in batch], sum(item.slots for item in batch)
         if stage == "decode" and chosen[0][0].model.components.decodes_beside:
             for job, target in chosen:
                 job.decoding.add(int(target))
@@ -425,11 +455,12 @@ class Worker:
         # more slowly: one that looks dear would not be tried again.
         by_batch[bucket] += 0.1 * (min(spent_ms, 3 * by_batch[bucket] + 1) - by_batch[bucket])
         first = model.first_costs[key]
-        for other in by_batch.keys() - {bucket}:
-            by_batch[other] += 0.02 * (first[other] * by_batch[bucket] / first[bucket] - by_batch[other])
+        for other in by_batch:
+            if other != bucket:
+                by_batch[other] += 0.02 * (first[other] * by_batch[bucket] / first[bucket] - by_batch[other])
         name = {"encode_text": "text", "encode_image": "input_image"}.get(stage, stage)  # a field of Timings
         for job in dict.fromkeys(job for job, _ in chosen):
-            job.left = _work_left(job)
+            job.advanced()
             setattr(job.timings, name, getattr(job.timings, name) + spent_ms)
             if stage == "denoise":
                 job.batches.append(slots)
@@ -437,6 +468,8 @@ class Worker:
             self._tell_steps(model, chosen)
 
     def _encode(self, model: Model, chosen: Sequence[_Target]) -> None:
+        for job in dict.fromkeys(job for job, _ in chosen):
+            job.noise = job.noise or self._drawing.submit(draw_noise, model.components.spec, job.order)
         texts = list(dict.fromkeys(str(text) for _, text in chosen))
         encoded = dict(zip(texts, encode_prompts(model.components, texts), strict=True))
         for text, conditioning in encoded.items():
@@ -452,14 +485,20 @@ class Worker:
                 job.on_step(Step(target, row.step, len(row.times), preview(row.x0, model.preview_colors)))
 
     def _drop_departed(self, now: float) -> None:
+        departed, late = list[Job](), list[Job]()
         with self._changed:
-            departed = [job for job in self._jobs if job.departed]
-            # Who is being decoded is left alone: how much of that is over is not known.
-            promised = [job for job in self._jobs if not job.departed and job.deadline < math.inf and not job.decoding]
-            near = [job for job in promised if job.deadline <= now + 3 * job.alone_s]  # the machine may have become slower
-            late = [job for job in near if job.deadline <= now + job.left.alone_ms / 1000]
-        self._fail(departed, CancelledError("the client has left"))
-        self._fail(late, DeadlineError("the deadline cannot be kept any more: the images would be done after it"))
+            for job in self._jobs:
+                if job.departed:
+                    departed.append(job)
+                elif job.decoding:
+                    continue  # how much of that is over is not known
+                # What is left is asked for of few; three times as much, since the machine may have become slower.
+                elif job.deadline <= now + 3 * job.alone_s and job.deadline <= now + job.left.alone_ms / 1000:
+                    late.append(job)
+        if departed:
+            self._fail(departed, CancelledError("the client has left"))
+        if late:
+            self._fail(late, DeadlineError("the deadline cannot be kept any more: the images would be done after it"))
 
     def _answer(self, jobs: list[Job]) -> None:
         for job in jobs:
@@ -500,13 +539,14 @@ def _needs(job: Job) -> list[tuple[Stage, int | str]]:
         for text in job.order.texts:
             if text not in job.encoded and (kept := job.model.embeddings.get(text)) is not None:
                 job.encoded[text] = kept
-                job.left = _work_left(job)
+                job.advanced()
         missing: list[tuple[Stage, int | str]] = [("encode_text", text) for text in job.order.texts if text not in job.encoded]
         if job.order.image is not None and job.start is None:
             missing.append(("encode_image", "image"))
         if missing:
             return missing
-        job.rows = start_rows(job.model.components.spec, job.order, job.encoded, job.model.unconditional, job.start)
+        noise = job.noise.result() if job.noise else ()
+        job.rows = start_rows(job.model.components.spec, job.order, job.encoded, job.model.unconditional, job.start, noise)
     return [
         ("decode" if row.is_done else "denoise", index)
         for index, row in enumerate(job.rows)
@@ -528,11 +568,13 @@ def _work_of(model: Model, order: Order) -> Work:
 
 
 def _work_left(job: Job) -> Work:
-    if not job.rows:
+    whole, texts, images = job.whole, 0, 0
+    if job.rows:
+        steps = tuple(len(row.times) - row.step for index, row in enumerate(job.rows) if index not in job.images)
+    else:
+        steps, images = whole.steps, int(job.order.image is not None and job.start is None)
         texts = sum(text not in job.encoded for text in job.order.texts)
-        return replace(job.left, texts=texts, images=int(job.order.image is not None and job.start is None))
-    steps = tuple(len(row.times) - row.step for index, row in enumerate(job.rows) if index not in job.images)
-    return replace(job.left, steps=steps, texts=0, images=0)
+    return Work(steps, whole.slots, texts, whole.costs, images, whole.bucket)
 
 
 def _forget_slowness(model: Model) -> None:

@@ -247,12 +247,17 @@ def test_metrics_tell_of_batches_times_and_refusals() -> None:
         running.server.models.get().costs["denoiser", SIZE][4] = 5000.0
         with pytest.raises(ServerError):
             client.generate("x", timeout_s=1)
-        with urllib.request.urlopen(f"http://127.0.0.1:{running.server.metrics_port}/metrics", timeout=10) as page:
-            text = page.read().decode()
-    lines = set(text.splitlines())
+        lines = set[str]()
+
+        def refusal_is_counted() -> bool:  # half a second later
+            with urllib.request.urlopen(f"http://127.0.0.1:{running.server.metrics_port}/metrics", timeout=10) as page:
+                lines.clear()
+                lines.update(page.read().decode().splitlines())
+            return 'flashdiff_refusals_total{cause="deadline"} 1.0' in lines
+
+        until(refusal_is_counted)
     assert 'flashdiff_batch_slots_count{model="fake",stage="denoise"} 3.0' in lines
     assert 'flashdiff_requests_total{model="fake",outcome="ok"} 1.0' in lines
-    assert 'flashdiff_refusals_total{cause="deadline"} 1.0' in lines
     assert "flashdiff_pending_images 0.0" in lines
     for code in ("OK", "DEADLINE_EXCEEDED"):
         assert f'flashdiff_calls_total{{code="{code}",method="/flashdiff.v1.ImageService/Generate"}} 1.0' in lines

@@ -45,7 +45,7 @@ def _ready(
     arrival: int | None = None,
 ) -> Ready:
     """Each of a request of its own unless `arrival` says whose; unless `costs` are given, a full batch costs as much as one."""
-    return Ready(stage, model, size, slots, costs or {1: 10.0, most: 10.0}, due, index if arrival is None else arrival, index)
+    return Ready(due, index if arrival is None else arrival, index, stage, model, size, slots, costs or {1: 10.0, most: 10.0})
 
 
 def test_nothing_ready_is_an_empty_batch() -> None:
@@ -79,13 +79,13 @@ def test_the_most_urgent_deadline_picks_the_size_and_the_rest_of_its_size_joins(
         _ready("denoise", 2),
         _ready("denoise", 3, size=LARGE),
     ]
-    assert [item.index for item in choose(ready)] == [1, 3]
+    assert [item.handle for item in choose(ready)] == [1, 3]
 
 
 def test_slots_are_never_more_than_the_batch_and_a_guided_row_takes_two() -> None:
     for most in (4, 5):
         ready = [_ready("denoise", index, slots=2, most=most) for index in range(3)]
-        assert [item.index for item in choose(ready)] == [0, 1]
+        assert [item.handle for item in choose(ready)] == [0, 1]
 
 
 def test_a_step_takes_as_many_rows_as_cost_least_each() -> None:
@@ -111,7 +111,7 @@ def test_texts_wait_where_their_rows_would_not_join_the_step() -> None:
 
 def test_models_do_not_share_a_batch_and_none_blocks_another() -> None:
     ready = [_ready("denoise", 0), _ready("denoise", 1, model="b", due=5), _ready("denoise", 2), _ready("denoise", 3, model="b")]
-    assert [item.index for item in choose(ready)] == [1, 3]
+    assert [item.handle for item in choose(ready)] == [1, 3]
 
 
 _STAGE = st.sampled_from(["decode", "encode_text", "encode_image", "denoise"])
@@ -157,9 +157,9 @@ def test_thousands_of_arrivals_are_all_served_and_none_waits_for_ever() -> None:
         batch = choose(ready)
         clock += 8.0
         for item in batch:
-            steps, size, start = rows.pop(item.index)
+            steps, size, start = rows.pop(item.handle)
             if steps > 1:
-                rows[item.index] = (steps - 1, size, start)
+                rows[item.handle] = (steps - 1, size, start)
             else:
                 waits.append(clock - start)
     assert len(waits) == 3000
@@ -189,9 +189,9 @@ def _simulated_p99(believed: Mapping[int, float], costs: Mapping[int, float], lo
         batch = choose([_ready("denoise", index, costs=believed) for index in rows])
         clock += costs[min(bucket for bucket in costs if bucket >= len(batch))]
         for item in batch:
-            steps, arrived = rows.pop(item.index)
+            steps, arrived = rows.pop(item.handle)
             if steps > 1:
-                rows[item.index] = steps - 1, arrived
+                rows[item.handle] = steps - 1, arrived
             else:
                 latencies.append(clock - arrived)
     return sorted(latencies)[int(0.99 * len(latencies))]
@@ -213,7 +213,7 @@ def test_under_lasting_overload_even_low_priority_is_served() -> None:
         assert clock <= 2 * PATIENCE_S["low"] + 2
         for index in (2 * int(clock) + 1, 2 * int(clock) + 2):
             waiting[index] = due(clock, rng.choice(priorities), math.inf, 0.0)
-        del waiting[choose([_ready("denoise", index, due=at, most=1) for index, at in waiting.items()])[0].index]
+        del waiting[choose([_ready("denoise", index, due=at, most=1) for index, at in waiting.items()])[0].handle]
         clock += 1.0
     assert clock > PATIENCE_S["low"] / 2
 
@@ -267,7 +267,7 @@ def test_finish_times_are_what_the_policy_then_takes(requests: list[tuple[list[i
             1 if sum(i.slots for i in batch) == 1 else 4
         ]
         for item in batch:
-            job, row = handles[item.index]
+            job, row = handles[item.handle]
             if item.stage == "denoise":
                 left[job, row] -= 1
             else:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from served import SIZE, model_of
+from served import SIZE, model_of, until
 
 from flashdiff.components import Size
 from flashdiff.engines.runtime.fake_backend import GUIDED, FakeComponents
@@ -214,6 +214,19 @@ def test_a_text_read_before_is_not_read_again(fake: FakeComponents, asking: Aski
     second = asking.submit(_order(fake, prompt="again")).answer.result(10)
     np.testing.assert_array_equal(first.images, second.images)
     assert sum(part == "text_encoder" for part, _ in fake.calls) == 1
+
+
+def test_noise_is_drawn_while_the_device_reads_the_text(fake: FakeComponents, asking: Asking) -> None:
+    gate = Gate(fake)
+    job = asking.submit(_order(fake, steps=3, count=2))
+    gate.entered.wait(10)
+    until(lambda: job.noise is not None)
+    assert job.noise
+    drawn = job.noise.result(10)
+    assert not fake.calls
+    gate.open()
+    np.testing.assert_array_equal(job.answer.result(10).images, generate(FakeComponents(), [job.order])[0])
+    assert [row.noises for row in job.rows] == [later for _, *later in drawn]
 
 
 def test_two_models_are_served_side_by_side() -> None:
