@@ -1,6 +1,7 @@
 """flashdiff.v1.ImageService over a worker."""
 
 import asyncio
+import math
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -32,6 +33,7 @@ _SENDING_S = 30.0
 _MAX_READING = 16  # images of requests at once: nothing has been promised to these yet
 _MAX_READING_OF_ONE = 12  # of these for one client, so that none fills it alone
 _READING_RETRY_S = 0.1
+_SPEED_KNOWN_S = 60.0  # how fast files are written
 _SMALL_BYTES = 64 * 1024  # of pixels: to encode these takes less than to change threads and back
 _Made = TypeVar("_Made")
 
@@ -43,6 +45,8 @@ class ImageEncoders:
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="flashdiff-images")
         self._readers = ThreadPoolExecutor(max_workers=1, thread_name_prefix="flashdiff-readers")
         self._reading = Counter[str]()
+        # When last seen, and seconds a pixel of late, by format and whether a quality was said.
+        self._speeds: dict[tuple[ImageFormat, bool], tuple[float, float]] = {}
 
     async def run(self, function: Callable[..., _Made], *args: object) -> _Made:
         """Any work that is too long for the event loop."""
@@ -66,7 +70,23 @@ class ImageEncoders:
     async def encode(self, images: list[Pixels], image_format: ImageFormat, quality: int | None = None) -> list[bytes]:
         if image_format in ("png", "raw") and sum(image.nbytes for image in images) <= _SMALL_BYTES:
             return [encode_image(image, image_format) for image in images]
-        return await asyncio.gather(*(self.run(encode_image, image, image_format, quality) for image in images))
+        started = time.monotonic()
+        files = await asyncio.gather(*(self.run(encode_image, image, image_format, quality) for image in images))
+        now = time.monotonic()
+        s_per_pixel = 3 * (now - started) / sum(image.size for image in images)
+        _, usual = self._speeds.get((image_format, quality is None), (now, s_per_pixel))
+        # One stall must not refuse the next.
+        self._speeds[image_format, quality is None] = now, usual + 0.2 * (min(s_per_pixel, 3 * usual) - usual)
+        return files
+
+    def expected_s(self, order: Order, image_format: ImageFormat, quality: int | None = None) -> float:
+        """How long `encode` will take for the order's images, to go by those of the last minute; 0 where there were none.
+
+        For refusing measures nothing: a slow past must not refuse for ever.
+        """
+        at, s_per_pixel = self._speeds.get((image_format, quality is None), (-math.inf, 0.0))
+        is_known = time.monotonic() - at < _SPEED_KNOWN_S
+        return order.count * order.size.width * order.size.height * s_per_pixel if is_known else 0.0
 
 
 async def progress(
@@ -79,10 +99,12 @@ async def progress(
     *,
     steps: bool,
     reading_s: float = 0.0,
+    encoding_s: float = 0.0,
 ) -> AsyncGenerator[Step | Finished, None]:
     """Submit an order and tell how it goes: every step where `steps` are wanted, then what was made.
 
-    `reading_s`, what reading its image took, counts in the timings.
+    `reading_s`, what reading its image took, counts in the timings; `encoding_s`, what its files will take, must be left of
+    the timeout when its pixels are there.
 
     It keeps its place, and its pixels count as pending, until the iterator is closed: close it, by `contextlib.aclosing`, when
     they are sent. Who does not read them for `_SENDING_S` keeps no room from others.
@@ -100,6 +122,8 @@ async def progress(
         if not job.departed:  # from now on, whether the steps before have been read or not
             unread = loop.call_later(_SENDING_S, worker.release, job)
 
+    if timeout_s is not None:
+        timeout_s -= encoding_s
     job = worker.submit(model, order, timeout_s, client=client, priority=priority, on_step=tell if steps else None)
     try:
         job.answer.add_done_callback(lambda _: loop.call_soon_threadsafe(end))
@@ -141,8 +165,17 @@ class ImageService(image_pb2_grpc.ImageServiceServicer):
             client = client_of(context)
             model, order, wish = await self._read(request, client)
             reading_s = time.perf_counter() - started if request.image else 0.0
-            timeout_s = context.time_remaining()
-            updates = progress(self._worker, model, order, timeout_s, client, wish.priority, steps=previews, reading_s=reading_s)
+            updates = progress(
+                self._worker,
+                model,
+                order,
+                context.time_remaining(),
+                client,
+                wish.priority,
+                steps=previews,
+                reading_s=reading_s,
+                encoding_s=self._encoders.expected_s(order, wish.format, wish.quality),
+            )
             async with aclosing(updates):
                 async for update in updates:
                     if isinstance(update, Step):
@@ -163,6 +196,7 @@ class ImageService(image_pb2_grpc.ImageServiceServicer):
         except FlashdiffError as error:
             await abort(context, error)
         estimate_ms = self._worker.estimate_ms(model, order, client=client, priority=wish.priority)
+        estimate_ms += 1000 * self._encoders.expected_s(order, wish.format, wish.quality)
         return write_estimate(estimate_ms, self._worker.pending_images)
 
     async def _read(self, request: pb.GenerateRequest, client: str) -> tuple[Model, Order, Wish]:

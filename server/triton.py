@@ -262,7 +262,15 @@ class TritonService:
             statistics = self._statistics.setdefault(request.model_name, _Statistics())
             steps = "PREVIEW" in call.outputs
             updates = progress(
-                self._worker, model, call.order, timeout_s, client, call.priority, steps=steps, reading_s=reading_s
+                self._worker,
+                model,
+                call.order,
+                timeout_s,
+                client,
+                call.priority,
+                steps=steps,
+                reading_s=reading_s,
+                encoding_s=self._encoders.expected_s(call.order, call.format) if "ENCODED" in call.outputs else 0.0,
             )
             async with contextlib.aclosing(updates):
                 async for update in updates:

@@ -22,7 +22,7 @@ from served import METHODS, MODEL, SIZE, Running, message, model_of, until
 from flashdiff.components import Conditioning, Size
 from flashdiff.engines.runtime.fake_backend import FakeComponents
 from flashdiff.errors import BackendError, ConfigError, OverloadedError, RequestError
-from flashdiff.generate import check_order, generate, start_from
+from flashdiff.generate import Pixels, check_order, generate, start_from
 from flashdiff.proto.v1 import image_pb2, image_pb2_grpc
 from flashdiff.server import service as service_module
 from flashdiff.server import worker as worker_module
@@ -317,6 +317,27 @@ def test_deadlines_failures_and_overload_have_their_own_status(running: Running,
     running.server.worker._max_pending_images = 0
     with pytest.raises(ServerError, match="RESOURCE_EXHAUSTED: the queue is full"):
         client.generate("x")
+
+
+def test_what_files_take_counts_against_the_deadline_while_it_is_known(
+    running: Running, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(pixels: Pixels, image_format: ImageFormat, quality: int | None = None) -> bytes:
+        time.sleep(0.4 if image_format == "jpeg" else 0.0)
+        return encode_image(pixels, image_format, quality)
+
+    monkeypatch.setattr(service_module, "encode_image", slow)
+    alone_ms = client.estimate("x", image_format="jpeg").expected_ms
+    client.generate("x", image_format="jpeg")
+    assert client.estimate("x", image_format="jpeg").expected_ms > alone_ms + 390
+    assert client.estimate("x", image_format="jpeg", count=2).expected_ms > alone_ms + 790
+    calls = len(running.fake.calls)
+    with pytest.raises(ServerError, match="DEADLINE_EXCEEDED: this can be promised in about"):
+        client.generate("x", image_format="jpeg", timeout_s=0.35)
+    assert len(running.fake.calls) == calls  # refused at once
+    assert client.generate("x", image_format="png", timeout_s=0.35).images
+    monkeypatch.setattr(service_module, "_SPEED_KNOWN_S", 0.0)
+    assert client.estimate("x", image_format="jpeg").expected_ms < alone_ms + 390
 
 
 def test_a_cancelled_call_frees_its_rows(running: Running) -> None:

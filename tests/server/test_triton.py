@@ -21,6 +21,7 @@ from flashdiff.generate import check_order, generate, start_from
 from flashdiff.proto.v1 import triton_pb2 as pb
 from flashdiff.server.app import Listen
 from flashdiff.server.images import decode_image
+from flashdiff.server.service import ImageEncoders
 
 
 @pytest.fixture
@@ -244,6 +245,15 @@ def test_timeouts_priorities_and_cancelling_reach_the_scheduler(running: Running
     assert running.server.worker._jobs[0].due < running.server.worker._jobs[0].arrived + 2
     call.cancel()
     until(lambda: running.server.worker.pending_images == 0)
+
+
+def test_what_files_take_counts_against_the_timeout_where_they_are_asked_for(
+    stock: triton.InferenceServerClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ImageEncoders, "expected_s", lambda *_: 5.0)
+    with pytest.raises(InferenceServerException, match=r"DEADLINE_EXCEEDED.*the deadline is"):
+        stock.infer("fake", inputs(), outputs=[triton.InferRequestedOutput("ENCODED")], timeout=3_000_000)
+    assert stock.infer("fake", inputs(), outputs=[triton.InferRequestedOutput("IMAGES")], timeout=3_000_000)
 
 
 @pytest.fixture
