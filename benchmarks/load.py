@@ -24,7 +24,6 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ if __package__ in (None, ""):  # run as a file: the repository's root is what it
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.rows import environment, percentile
-from benchmarks.serving import Batching, Served, awake, memory_mb, on_cores, server, split_cores
+from benchmarks.serving import Batching, Counts, Served, awake, memory_mb, on_cores, server, split_cores
 from flashdiff.engines.bundle import read_manifest
 from flashdiff.engines.runtime.engine import open_bundle
 from flashdiff.errors import FlashdiffError
@@ -114,19 +113,26 @@ async def _ask(
 
 
 async def quiet(client: AsyncClient, count: int, idle_cores: str = "asleep") -> dict[str, Any]:
-    """One after another: what the client sees beyond the engine's own time."""
-    rng, beyond, seen = random.Random(0), [], []
+    """One after another: what the client sees beyond the engine's own time; and what calls that do nothing take, after pauses as
+    long as a request: gRPC in Python, and caches that others have filled meanwhile."""
+    rng, beyond, seen, empty = random.Random(0), [], [], []
     for _ in range(count):
         started = time.perf_counter()
         result = await client.generate(_prompt(rng), steps=4)
         seen.append(1000 * (time.perf_counter() - started))
         beyond.append(seen[-1] - sum(result.timings[stage] for stage in ("text", "denoise", "decode")))
+    for pause_ms in seen[: count // 4]:
+        await asyncio.sleep(pause_ms / 1000)
+        started = time.perf_counter()
+        await client.models()
+        empty.append(1000 * (time.perf_counter() - started))
     return {
         "phase": "quiet",
         "idle_cores": idle_cores,
         "p50_ms": _rounded(seen, 50),
         "p50_beyond_engine_ms": _rounded(beyond, 50),
         "p99_beyond_engine_ms": _rounded(beyond, 99),
+        "p50_empty_call_ms": _rounded(empty, 50),
         "sent": count,
     }
 
@@ -159,16 +165,22 @@ async def open_loop(client: AsyncClient, per_second: float, seconds: float, time
     return outcome
 
 
-async def overload(client: AsyncClient, per_second: float, seconds: float, memory: Callable[[], float]) -> dict[str, Any]:
+async def overload(client: AsyncClient, served: Served, per_second: float, seconds: float) -> dict[str, Any]:
     """Three times what can be served, and the server's memory: before, after a sixth of the time, when queue and buffers have
-    been full for long, and at the end."""
-    used = [memory()]
+    been full for long, and at the end. With a new prompt in each request the cache of text embeddings fills: it is told apart."""
+    memory, texts = list[float](), list[float]()
+
+    def look() -> None:
+        memory.append(round(memory_mb(served.process), 1))
+        texts.append(round(served.counts().texts_mb, 1))
+
+    await asyncio.to_thread(look)
     answers = asyncio.create_task(open_loop(client, per_second, seconds))
     await asyncio.sleep(seconds / 6)
-    used.append(memory())
+    await asyncio.to_thread(look)
     outcome = await answers
-    used.append(memory())
-    return outcome.row(phase="overload", batching="step", load=3.0, memory_mb=[round(mb, 1) for mb in used])
+    await asyncio.to_thread(look)
+    return outcome.row(phase="overload", batching="step", load=3.0, memory_mb=memory, texts_mb=texts)
 
 
 async def chaos(client: AsyncClient, served: Served, count: int, per_second: float) -> dict[str, Any]:
@@ -198,16 +210,17 @@ async def chaos(client: AsyncClient, served: Served, count: int, per_second: flo
         await asyncio.sleep(rng.expovariate(per_second))
         calls.append(asyncio.create_task(one(rng.random())))
     await asyncio.gather(*calls)
-    accepted, answered = (after - then for after, then in zip(await _settled(served), before, strict=True))
+    after = await _settled(served)
     pending = (await client.estimate("x")).pending_images
+    accepted, answered = after.accepted - before.accepted, after.answered - before.answered
     counts = {"sent": count, "accepted": accepted, "answered": answered, "slots_left": pending}
     return {"phase": "chaos", **counts, "ends": dict(ends)}
 
 
-async def _settled(served: Served) -> tuple[int, int]:
+async def _settled(served: Served) -> Counts:
     """The server's counts when every request that it accepted is answered, or after 10 s."""
     deadline = time.monotonic() + 10
-    while len(set(counts := served.counts())) > 1 and time.monotonic() < deadline:
+    while (counts := served.counts()).answered < counts.accepted and time.monotonic() < deadline:
         await asyncio.sleep(0.05)
     return counts
 
@@ -294,8 +307,7 @@ def run(bundle: Path, plan: Plan, report: Callable[[str], None]) -> dict[str, An
                 with server(bundle, batching, engine_cores) as served:
                     _offer(record, served.address, load, capacity, plan, batching)
         with server(bundle, "step", engine_cores) as served:
-            memory = partial(memory_mb, served.process)
-            record.phase(served.address, lambda client: overload(client, 3 * capacity, plan.overload_s, memory))
+            record.phase(served.address, lambda client: overload(client, served, 3 * capacity, plan.overload_s))
             record.phase(served.address, lambda client: chaos(client, served, plan.chaos, 2 * capacity))
     return {"environment": environment_, "rows": record.rows}
 
@@ -344,7 +356,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """What the rows say, each beside what it is measured against; of a server from elsewhere there are fewer."""
     lines = [
         f"- quiet, idle cores {row['idle_cores']}: client-seen p50 {row['p50_ms']} ms, {row['p50_beyond_engine_ms']} ms of it "
-        "beyond the engine"
+        f"beyond the engine, a call that does nothing {row.get('p50_empty_call_ms', '-')} ms"
         for row in rows
         if row["phase"] == "quiet"
     ]
@@ -365,11 +377,12 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
             lines.append(f"- saturated: {made}")
     capacity = statistics.median(row["goodput_per_s"] for row in full.get("own") or next(iter(full.values())))
     for over in (row for row in rows if row["phase"] == "overload"):
-        memory = ", ".join(f"{mb:.0f}" for mb in over.get("memory_mb", ()))
+        memory, texts = (", ".join(f"{mb:.0f}" for mb in over.get(key, ())) for key in ("memory_mb", "texts_mb"))
         lines.append(
             f"- overload, 3 x capacity for {over['seconds']:.0f} s: goodput {over['goodput_per_s'] / capacity:.2f} of capacity, "
             f"refusals within {over['refusal_p99_ms']} ms (p99)"
             + (f", memory of the server {memory} MB (before, after a sixth, at the end)" if memory else "")
+            + (f", {texts} MB of it the cache of text embeddings" if texts else "")
         )
     lines += [
         f"- chaos: {row['sent']} requests, {row['answered']} of {row['accepted']} accepted ones answered, "

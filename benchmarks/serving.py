@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from benchmarks.peers.pipeline import filled
 from flashdiff.errors import FlashdiffError
@@ -101,6 +101,14 @@ class RequestLevelWorker(Worker):
         return self._group or waiting[:1]
 
 
+class Counts(NamedTuple):
+    """Of a server since it started, as its worker saw them."""
+
+    accepted: int  # requests
+    answered: int  # of these, whoever had left by then
+    texts_mb: float  # kept embeddings
+
+
 @dataclass(frozen=True)
 class Served:
     """A server in a process of its own."""
@@ -109,16 +117,14 @@ class Served:
     process: int
     _pipe: Any
 
-    def counts(self) -> tuple[int, int]:
-        """(accepted, answered): requests since it started, as its worker saw them, whoever had left by then."""
+    def counts(self) -> Counts:
         try:
             self._pipe.send(None)
             if not self._pipe.poll(10):
                 raise FlashdiffError("the server does not tell its counts within 10 s")
-            accepted, answered = self._pipe.recv()
+            return Counts(*self._pipe.recv())
         except (EOFError, BrokenPipeError):
             raise FlashdiffError("the server has ended") from None
-        return accepted, answered
 
 
 @contextmanager
@@ -178,7 +184,7 @@ def _serve(bundle: Path, batching: Batching, engine_cores: set[int] | None, pipe
         pipe.send(running.port)
         while True:
             await asyncio.to_thread(pipe.recv)
-            pipe.send((accepted, answered))
+            pipe.send((accepted, answered, model.embeddings.bytes / 1e6))
 
     asyncio.run(run())
 

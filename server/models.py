@@ -34,7 +34,7 @@ class Embeddings:
     """The conditionings of the texts last used, at most 64 MiB of them."""
 
     def __init__(self, max_bytes: int = _EMBEDDING_BYTES) -> None:
-        self._max_bytes, self._bytes = max_bytes, 0
+        self._max_bytes, self.bytes = max_bytes, 0
         self._kept: OrderedDict[str, Conditioning] = OrderedDict()
 
     def get(self, text: str) -> Conditioning | None:
@@ -50,9 +50,9 @@ class Embeddings:
             return
         # Copies: a row of a batch would keep the whole batch alive.
         self._kept[text] = {name: values.copy() for name, values in conditioning.items()}
-        self._bytes += _size_of(conditioning)
-        while self._bytes > self._max_bytes:
-            self._bytes -= _size_of(self._kept.popitem(last=False)[1])
+        self.bytes += _size_of(conditioning)
+        while self.bytes > self._max_bytes:
+            self.bytes -= _size_of(self._kept.popitem(last=False)[1])
 
 
 def _size_of(conditioning: Conditioning) -> int:
