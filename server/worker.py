@@ -345,9 +345,10 @@ class Worker:
         self._fail(jobs, BackendError(f"the device thread has stopped: {error}"))
 
     def _wait_for_work(self) -> bool:
-        with self._changed:
-            self._changed.wait_for(lambda: self._jobs or self.failure or (self._is_draining and not self._is_decoding))
-            return bool(self._jobs)
+        if not self._jobs:
+            with self._changed:
+                self._changed.wait_for(lambda: self._jobs or self.failure or (self._is_draining and not self._is_decoding))
+        return bool(self._jobs)
 
     def _turn(self) -> None:
         """One call of the device, for whoever is most urgent and whatever can share it."""
@@ -406,8 +407,7 @@ class Worker:
 
     def _candidates(self) -> list[Job]:
         """Whose work may be done now."""
-        with self._changed:
-            return list(self._jobs)
+        return list(self._jobs)
 
     def _call_one_by_one(self, stage: Stage, chosen: Sequence[_Target], owners: Sequence[Job]) -> None:
         for job in owners:
@@ -485,20 +485,14 @@ class Worker:
                 job.on_step(Step(target, row.step, len(row.times), preview(row.x0, model.preview_colors)))
 
     def _drop_departed(self, now: float) -> None:
-        departed, late = list[Job](), list[Job]()
-        with self._changed:
-            for job in self._jobs:
-                if job.departed:
-                    departed.append(job)
-                elif job.decoding:
-                    continue  # how much of that is over is not known
-                # What is left is asked for of few; three times as much, since the machine may have become slower.
-                elif job.deadline <= now + 3 * job.alone_s and job.deadline <= now + job.left.alone_ms / 1000:
-                    late.append(job)
-        if departed:
-            self._fail(departed, CancelledError("the client has left"))
-        if late:
-            self._fail(late, DeadlineError("the deadline cannot be kept any more: the images would be done after it"))
+        for job in list(self._jobs):
+            if job.departed:
+                self._fail([job], CancelledError("the client has left"))
+            elif job.decoding:
+                continue  # how much of that is over is not known
+            # What is left is asked for of few; three times as much, since the machine may have become slower.
+            elif job.deadline <= now + 3 * job.alone_s and job.deadline <= now + job.left.alone_ms / 1000:
+                self._fail([job], DeadlineError("the deadline cannot be kept any more: the images would be done after it"))
 
     def _answer(self, jobs: list[Job]) -> None:
         for job in jobs:
@@ -514,7 +508,7 @@ class Worker:
                 images = [job.images[row] for row in range(job.order.count)]
                 job.answer.set_result(Finished(images, timings, job.batches))
 
-    def _fail(self, jobs: list[Job], error: FlashdiffError) -> None:
+    def _fail(self, jobs: Sequence[Job], error: FlashdiffError) -> None:
         for job in jobs:
             if self._end(job):
                 if self._observer:
