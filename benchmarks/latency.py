@@ -31,7 +31,7 @@ from typing import Any, TypeVar
 if __package__ in (None, ""):  # run as a file: the repository's root is what it imports from
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.rows import environment, timed_row
+from benchmarks.rows import environment, result_file, timed_row
 from benchmarks.serving import server
 from flashdiff.components import Components
 from flashdiff.config import parse_numbers
@@ -479,7 +479,7 @@ def main() -> int:
     parser.add_argument("--lora", type=Path, metavar="FOLDER")
     parser.add_argument("--repeats", type=int, default=20, help="default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="one repeat of few steps: does it run, not what it measures")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write environment, rows and every sample")
+    parser.add_argument("--json", type=result_file, metavar="FILE", help="write environment, rows and every sample")
     options = parser.parse_args()
     from flashdiff.engines.config import BuildOptions, parse_batches
 

@@ -30,7 +30,7 @@ from typing import Any
 if __package__ in (None, ""):  # run as a file: the repository's root is what it imports from
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.rows import environment, percentile
+from benchmarks.rows import environment, percentile, result_file
 from benchmarks.serving import Batching, Counts, Served, awake, memory_mb, on_cores, server, split_cores
 from flashdiff.engines.bundle import read_manifest
 from flashdiff.engines.runtime.engine import open_bundle
@@ -114,7 +114,7 @@ async def _ask(
 
 async def quiet(client: AsyncClient, count: int, idle_cores: str = "asleep") -> dict[str, Any]:
     """One after another: what the client sees beyond the engine's own time; and what calls that do nothing take, after pauses as
-    long as a request: gRPC in Python, and caches that others have filled meanwhile."""
+    long as a request: that much is gRPC in Python, on a core that has just been idle."""
     rng, beyond, seen, empty = random.Random(0), [], [], []
     for _ in range(count):
         started = time.perf_counter()
@@ -404,7 +404,7 @@ def main() -> int:
     what.add_argument("bundle", type=Path, nargs="?", metavar="BUNDLE")
     what.add_argument("--server", metavar="HOST:PORT", help="a flashdiff that runs already and asks for no token")
     parser.add_argument("--quick", action="store_true", help="a second or two a phase: does it run, not what it measures")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write environment, rows and every latency")
+    parser.add_argument("--json", type=result_file, metavar="FILE", help="write environment, rows and every latency")
     options = parser.parse_args()
     try:
         plan, show = QUICK if options.quick else Plan(), lambda line: print(line, flush=True)

@@ -18,6 +18,7 @@ if __package__ in (None, ""):  # run as a file: the repository's root is what it
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import latency
+from benchmarks.rows import result_file
 from flashdiff.config import parse_numbers
 from flashdiff.engines.runtime.engine import open_bundle
 from flashdiff.errors import ConfigError, FlashdiffError
@@ -126,7 +127,7 @@ def main() -> int:
     parser.add_argument("--evaluation", type=Path, metavar="FILE", help="numbers to take instead of measuring quality now")
     parser.add_argument("--repeats", type=int, default=20, help="of the timing; default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="a few images: does it run, not what it measures")
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--json", type=result_file, metavar="FILE")
     options = parser.parse_args()
     try:
         if options.count < 2 or options.repeats < 1:

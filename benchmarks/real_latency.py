@@ -31,7 +31,7 @@ if __package__ in (None, ""):  # run as a file: the repository's root is what it
 
 from benchmarks.latency import PROMPT, STAGES, Configuration, Stages, in_process, measure, summary
 from benchmarks.real_size import NETWORKS, write_base
-from benchmarks.rows import environment, timed_row
+from benchmarks.rows import environment, result_file, timed_row
 from flashdiff.components import Costs, ModelSpec
 from flashdiff.config import parse_numbers
 from flashdiff.engines.bundle import Manifest, PartFile, PartSpec, Precision, tokenizer_file
@@ -273,7 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--teacher-steps", default="50", metavar="N[,N...]", help="default: %(default)s")
     parser.add_argument("--repeats", type=int, default=10, help="default: %(default)s")
     parser.add_argument("--no-compile", action="store_true", help="leave compiled diffusers out: it takes a minute or more")
-    parser.add_argument("--json", type=Path, required=True, help="where the rows go")
+    parser.add_argument("--json", type=result_file, required=True, help="where the rows go")
     options = parser.parse_args(arguments)
 
     try:

@@ -1,11 +1,14 @@
 """A result row and the environment it was measured in."""
 
+import argparse
+import errno
 import importlib.metadata
 import math
 import os
 import platform
 import statistics
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,6 +36,20 @@ def environment(manifests: dict[str, Manifest]) -> dict[str, Any]:
             for name, m in manifests.items()
         },
     }
+
+
+def result_file(text: str) -> Path:
+    """For argparse: where results go, which is tried before anything is measured."""
+    path = Path(text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot write {text}: {error.strerror}") from None
+    return path
 
 
 def timed_row(

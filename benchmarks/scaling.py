@@ -28,7 +28,7 @@ if __package__ in (None, ""):  # run as a file: the repository's root is what it
 
 import numpy as np
 
-from benchmarks.rows import environment, timed_row
+from benchmarks.rows import environment, result_file, timed_row
 from flashdiff.components import Size
 from flashdiff.engines.bundle import OPENVINO_GRAPH, Manifest, PartFile, PartSpec
 from flashdiff.engines.runtime import backend_module, bucket_shapes, dimensions_of
@@ -166,7 +166,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=6, help="rounds that count; default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="one small network and round: does it run, not what it measures")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write environment, rows and every sample")
+    parser.add_argument("--json", type=result_file, metavar="FILE", help="write environment, rows and every sample")
     options = parser.parse_args()
     try:
         if options.repeats < 1:

@@ -118,6 +118,7 @@ class Served:
     _pipe: Any
 
     def counts(self) -> Counts:
+        """FlashdiffError where the server does not tell."""
         try:
             self._pipe.send(None)
             if not self._pipe.poll(10):

@@ -21,7 +21,7 @@ if __package__ in (None, ""):  # run as a file: the repository's root is what it
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.real_size import NETWORKS, make_base, run_measured, tell
-from benchmarks.rows import environment
+from benchmarks.rows import environment, result_file
 from flashdiff.engines.bundle import read_manifest
 
 _BUILDS = {
@@ -70,7 +70,7 @@ def laps(told: str) -> dict[str, float]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=NETWORKS)
-    parser.add_argument("--json", type=Path, required=True, help="where the row goes")
+    parser.add_argument("--json", type=result_file, required=True, help="where the row goes")
     options = parser.parse_args(arguments)
     return tell(lambda: run(options.model), options.json)
 

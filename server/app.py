@@ -135,7 +135,10 @@ async def start(models: Models, listen: Listen, worker: type[Worker] = Worker) -
 async def _watch(worker: Worker, metrics: Metrics) -> None:
     while True:
         worker.check_alive()
-        metrics.count()
+        try:
+            metrics.count()
+        except Exception:  # who looks after the worker must not end by it
+            _log.exception("the metrics are not up to date")
         await asyncio.sleep(_WATCH_S)
 
 

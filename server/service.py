@@ -33,7 +33,7 @@ _SENDING_S = 30.0
 _MAX_READING = 16  # images of requests at once: nothing has been promised to these yet
 _MAX_READING_OF_ONE = 12  # of these for one client, so that none fills it alone
 _READING_RETRY_S = 0.1
-_SPEED_KNOWN_S = 60.0  # how fast files are written
+_SPEED_KNOWN_S = 10.0  # after a file was written, how fast that was
 _SMALL_BYTES = 64 * 1024  # of pixels: to encode these takes less than to change threads and back
 _Made = TypeVar("_Made")
 
@@ -68,25 +68,32 @@ class ImageEncoders:
             self._reading += Counter()  # forgets who has none
 
     async def encode(self, images: list[Pixels], image_format: ImageFormat, quality: int | None = None) -> list[bytes]:
-        if image_format in ("png", "raw") and sum(image.nbytes for image in images) <= _SMALL_BYTES:
-            return [encode_image(image, image_format) for image in images]
+        """The files of an order's images; how long it takes is remembered."""
         started = time.monotonic()
-        files = await asyncio.gather(*(self.run(encode_image, image, image_format, quality) for image in images))
+        files = await self._encoded(images, image_format, quality)
         now = time.monotonic()
         s_per_pixel = 3 * (now - started) / sum(image.size for image in images)
-        _, usual = self._speeds.get((image_format, quality is None), (now, s_per_pixel))
+        usual = self._s_per_pixel(image_format, quality) or s_per_pixel
         # One stall must not refuse the next.
         self._speeds[image_format, quality is None] = now, usual + 0.2 * (min(s_per_pixel, 3 * usual) - usual)
         return files
 
     def expected_s(self, order: Order, image_format: ImageFormat, quality: int | None = None) -> float:
-        """How long `encode` will take for the order's images, to go by those of the last minute; 0 where there were none.
+        """How long `encode` will take for the order's images, to go by what it took of late."""
+        return order.count * order.size.width * order.size.height * self._s_per_pixel(image_format, quality)
 
-        For refusing measures nothing: a slow past must not refuse for ever.
-        """
+    async def encode_preview(self, picture: Pixels) -> bytes:
+        return (await self._encoded([picture], "png", None))[0]
+
+    def _s_per_pixel(self, image_format: ImageFormat, quality: int | None) -> float:
+        """0 where it is not known any more: refusing measures nothing, so a slow past would refuse for ever."""
         at, s_per_pixel = self._speeds.get((image_format, quality is None), (-math.inf, 0.0))
-        is_known = time.monotonic() - at < _SPEED_KNOWN_S
-        return order.count * order.size.width * order.size.height * s_per_pixel if is_known else 0.0
+        return s_per_pixel if time.monotonic() - at < _SPEED_KNOWN_S else 0.0
+
+    async def _encoded(self, images: list[Pixels], image_format: ImageFormat, quality: int | None) -> list[bytes]:
+        if image_format in ("png", "raw") and sum(image.nbytes for image in images) <= _SMALL_BYTES:
+            return [encode_image(image, image_format) for image in images]
+        return await asyncio.gather(*(self.run(encode_image, image, image_format, quality) for image in images))
 
 
 async def progress(
@@ -99,12 +106,12 @@ async def progress(
     *,
     steps: bool,
     reading_s: float = 0.0,
-    encoding_s: float = 0.0,
+    files_s: float = 0.0,
 ) -> AsyncGenerator[Step | Finished, None]:
     """Submit an order and tell how it goes: every step where `steps` are wanted, then what was made.
 
-    `reading_s`, what reading its image took, counts in the timings; `encoding_s`, what its files will take, must be left of
-    the timeout when its pixels are there.
+    `reading_s`, what reading its image took, counts in the timings; `files_s`, what writing its files will take, in the
+    timeout.
 
     It keeps its place, and its pixels count as pending, until the iterator is closed: close it, by `contextlib.aclosing`, when
     they are sent. Who does not read them for `_SENDING_S` keeps no room from others.
@@ -122,9 +129,8 @@ async def progress(
         if not job.departed:  # from now on, whether the steps before have been read or not
             unread = loop.call_later(_SENDING_S, worker.release, job)
 
-    if timeout_s is not None:
-        timeout_s -= encoding_s
-    job = worker.submit(model, order, timeout_s, client=client, priority=priority, on_step=tell if steps else None)
+    on_step = tell if steps else None
+    job = worker.submit(model, order, timeout_s, client=client, priority=priority, on_step=on_step, files_s=files_s)
     try:
         job.answer.add_done_callback(lambda _: loop.call_soon_threadsafe(end))
         while (step := await told.get()) is not None:
@@ -174,13 +180,12 @@ class ImageService(image_pb2_grpc.ImageServiceServicer):
                 wish.priority,
                 steps=previews,
                 reading_s=reading_s,
-                encoding_s=self._encoders.expected_s(order, wish.format, wish.quality),
+                files_s=self._encoders.expected_s(order, wish.format, wish.quality),
             )
             async with aclosing(updates):
                 async for update in updates:
                     if isinstance(update, Step):
-                        png = (await self._encoders.encode([update.picture], "png"))[0]
-                        yield write_preview(update, png)
+                        yield write_preview(update, await self._encoders.encode_preview(update.picture))
                     else:
                         yield write_result(await self._respond(model, order, wish, update))
         except FlashdiffError as error:

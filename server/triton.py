@@ -270,7 +270,7 @@ class TritonService:
                 call.priority,
                 steps=steps,
                 reading_s=reading_s,
-                encoding_s=self._encoders.expected_s(call.order, call.format) if "ENCODED" in call.outputs else 0.0,
+                files_s=self._encoders.expected_s(call.order, call.format) if "ENCODED" in call.outputs else 0.0,
             )
             async with contextlib.aclosing(updates):
                 async for update in updates:

@@ -1,7 +1,8 @@
 """The thread that owns the device: it takes jobs, steps their rows together, and answers each job exactly once.
 
 Where the device gains by it (a GPU), finished rows are decoded beside the next steps of others, in a thread a call, one call
-at a time. Of a job that thread writes `images`, `decoding`, `timings.decode` and `left`, and it may be the one that answers.
+at a time. Of a job that thread writes `images`, `decoding` and `timings.decode`, says that it `advanced`, and may be the one
+that answers. Another thread draws the noise of rows whose texts the device reads.
 """
 
 import logging
@@ -93,7 +94,7 @@ class Job:
     client: str
     deadline: float  # on the monotonic clock; infinity where there is none
     due: float
-    whole: Work  # all of it, as it came
+    whole: Work  # as it came: texts that were kept from before are no work
     alone_s: float  # how long it would have taken when it came, had nothing else been there; 0 where there is no deadline
     arrived: float
     arrival: int
@@ -110,13 +111,16 @@ class Job:
     departed: bool = False
     ended: bool = False
     _state: object = field(default_factory=object)  # another one whenever less is left
-    _left: tuple[object, Work] | None = None  # as of that state
+    _left: tuple[object, Work] = field(init=False)  # as of that state
+
+    def __post_init__(self) -> None:
+        self._left = self._state, self.whole
 
     @property
     def left(self) -> Work:
         """What is left to do: found out for who asks, once a state. The device need not wait for it."""
         state = self._state  # read first: what changes meanwhile is another state
-        if self._left is None or self._left[0] is not state:
+        if self._left[0] is not state:
             self._left = state, _work_left(self)
         return self._left[1]
 
@@ -183,21 +187,24 @@ class Worker:
         client: str = "",
         priority: Priority = "normal",
         on_step: Callable[[Step], None] | None = None,
+        files_s: float = 0.0,
     ) -> Job:
         """Accept an order, to be answered within `timeout_s`; raises a RefusedError at once when that cannot be.
 
-        `on_step` is called in the worker's thread after every step of every row; it must not block.
+        So much as `files_s`, which writing its files will take, is then left of the timeout. `on_step` is called in the worker's
+        thread after every step of every row; it must not block.
         """
         now = time.monotonic()
         with self._changed:
             try:
-                job = self._accept(model, order, now, timeout_s, client, priority, on_step)
+                job = self._accept(model, order, now, timeout_s, client, priority, on_step, files_s)
             except FlashdiffError as error:
                 if self._observer:
                     self._observer.refused(error)
                 raise
             job.answer.set_running_or_notify_cancel()  # from here on only the worker ends it; `cancel` is for who leaves
             self._jobs.append(job)
+            self._arrivals = job.arrival  # last: who has seen it sees the job
             self._changed.notify()
         return job
 
@@ -252,6 +259,7 @@ class Worker:
         client: str,
         priority: Priority,
         on_step: Callable[[Step], None] | None,
+        files_s: float,
     ) -> Job:
         if self.failure:
             raise BackendError(f"the device thread has stopped: {self.failure}")
@@ -260,16 +268,14 @@ class Worker:
         held = [*self._jobs, *self._unsent]
         for jobs, share, whose in ((held, 1.0, ""), (self._of(client), _CLIENT_SHARE, " of yours")):
             self._check_room(order, jobs, share, whose)
-        deadline = math.inf if timeout_s is None else now + timeout_s
+        deadline = math.inf if timeout_s is None else now + timeout_s - files_s
         new = _work_of(model, order)
         alone_ms = 0.0 if timeout_s is None else new.alone_ms
         due_at = self._due(new, now, deadline, client, priority)
         if timeout_s is not None:
-            self._check_deadline(model, new, alone_ms, due_at, now, timeout_s)
-        self._arrivals += 1
-        return Job(
-            model, order, client, deadline, due_at, new, alone_ms / 1000, arrived=now, arrival=self._arrivals, on_step=on_step
-        )
+            self._check_deadline(model, new, alone_ms, due_at, now, timeout_s, files_s)
+        arrival = self._arrivals + 1
+        return Job(model, order, client, deadline, due_at, new, alone_ms / 1000, arrived=now, arrival=arrival, on_step=on_step)
 
     def _of(self, client: str) -> list[Job]:
         """Of a client's jobs, those that take room; without a name nobody's."""
@@ -283,15 +289,18 @@ class Worker:
                 due_at = max(behind)
         return due_at
 
-    def _check_deadline(self, model: Model, new: Work, alone_ms: float, due_at: float, now: float, timeout_s: float) -> None:
+    def _check_deadline(
+        self, model: Model, new: Work, alone_ms: float, due_at: float, now: float, timeout_s: float, files_s: float
+    ) -> None:
         """DeadlineError when the work cannot be promised in time, or would break a promise that would hold without it."""
         forecast = self._with(new, due_at) if self._jobs else _Forecast(alone_ms, [], [])
         promised = promise_ms(alone_ms, forecast.own_ms)
-        if promised > 1000 * timeout_s:
-            if not self._jobs:
+        if promised > 1000 * (timeout_s - files_s):
+            if not self._jobs and promised > 1000 * timeout_s:
                 _forget_slowness(model)
             raise DeadlineError(
-                f"this can be promised in about {promised:.0f} ms, the deadline is {max(0.0, 1000 * timeout_s):.0f} ms away"
+                f"this can be promised in about {promised + 1000 * files_s:.0f} ms, "
+                f"the deadline is {max(0.0, 1000 * timeout_s):.0f} ms away"
             )
         if self._made_late(forecast, now):
             raise DeadlineError("this can be in time, but others who were promised a time would then be late")
@@ -345,10 +354,11 @@ class Worker:
         self._fail(jobs, BackendError(f"the device thread has stopped: {error}"))
 
     def _wait_for_work(self) -> bool:
-        if not self._jobs:
-            with self._changed:
-                self._changed.wait_for(lambda: self._jobs or self.failure or (self._is_draining and not self._is_decoding))
-        return bool(self._jobs)
+        if self._jobs:
+            return True
+        with self._changed:
+            self._changed.wait_for(lambda: self._jobs or self.failure or (self._is_draining and not self._is_decoding))
+            return bool(self._jobs)
 
     def _turn(self) -> None:
         """One call of the device, for whoever is most urgent and whatever can share it."""
@@ -488,10 +498,9 @@ class Worker:
         for job in list(self._jobs):
             if job.departed:
                 self._fail([job], CancelledError("the client has left"))
-            elif job.decoding:
-                continue  # how much of that is over is not known
-            # What is left is asked for of few; three times as much, since the machine may have become slower.
-            elif job.deadline <= now + 3 * job.alone_s and job.deadline <= now + job.left.alone_ms / 1000:
+            elif job.decoding or job.deadline > now + 3 * job.alone_s:
+                continue  # how much of decoding is over is not known; three times, since the machine may have become slower
+            elif job.deadline <= now + job.left.alone_ms / 1000:
                 self._fail([job], DeadlineError("the deadline cannot be kept any more: the images would be done after it"))
 
     def _answer(self, jobs: list[Job]) -> None:
@@ -541,6 +550,7 @@ def _needs(job: Job) -> list[tuple[Stage, int | str]]:
             return missing
         noise = job.noise.result() if job.noise else ()
         job.rows = start_rows(job.model.components.spec, job.order, job.encoded, job.model.unconditional, job.start, noise)
+        job.noise = None
     return [
         ("decode" if row.is_done else "denoise", index)
         for index, row in enumerate(job.rows)

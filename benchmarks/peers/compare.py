@@ -39,7 +39,7 @@ import tritonclient.grpc.aio as triton
 from tritonclient.utils import InferenceServerException
 
 from benchmarks import load
-from benchmarks.rows import environment
+from benchmarks.rows import environment, result_file
 from benchmarks.serving import on_cores, server, split_cores
 from flashdiff.engines.bundle import read_manifest
 from flashdiff.errors import BackendError, FlashdiffError
@@ -259,7 +259,7 @@ def main() -> int:
     parser.add_argument("--litserve", type=Path, metavar="PYTHON", help="of an environment with litserve")
     parser.add_argument("--pytriton", type=Path, metavar="PYTHON", help="of an environment with nvidia-pytriton")
     parser.add_argument("--quick", action="store_true", help="half a second a phase: does it run, not what it measures")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write environment, rows and every latency")
+    parser.add_argument("--json", type=result_file, metavar="FILE", help="write environment, rows and every latency")
     options = parser.parse_args()
     peers = [(peer, python) for peer, python in ((LITSERVE, options.litserve), (PYTRITON, options.pytriton)) if python]
     try:

@@ -216,6 +216,14 @@ def test_a_text_read_before_is_not_read_again(fake: FakeComponents, asking: Aski
     assert sum(part == "text_encoder" for part, _ in fake.calls) == 1
 
 
+def test_a_text_read_before_costs_its_request_no_time(fake: FakeComponents, asking: Asking) -> None:
+    asking.submit(_order(fake, prompt="known", steps=1)).answer.result(10)
+    asking.model.costs["text_encoder", None][4] = 5000.0
+    assert asking.submit(_order(fake, prompt="known", steps=1), timeout_s=3.0).answer.result(10).images
+    with pytest.raises(DeadlineError):
+        asking.submit(_order(fake, prompt="new", steps=1), timeout_s=3.0)
+
+
 def test_noise_is_drawn_while_the_device_reads_the_text(fake: FakeComponents, asking: Asking) -> None:
     gate = Gate(fake)
     job = asking.submit(_order(fake, steps=3, count=2))
@@ -360,6 +368,7 @@ def test_what_is_left_of_a_job_is_known_after_every_call(
     for seed in range(6):
         order = _order(fake, seed, prompt="the same", steps=1 + seed % 3)
         jobs.append(asking.submit(start_from(order, picture, 1.0) if seed % 2 else order))
+        assert jobs[-1].left.texts == 1  # asked for, and so kept, before it changes
     gate.open()
     for job in jobs:
         assert len(job.answer.result(10).images) == 1
