@@ -17,7 +17,9 @@ PART_OF: dict[Stage, str] = {
     "denoise": "denoiser",
 }
 
-_WAIT_MARGIN = 1.4
+LEAST_MARGIN, _MOST_MARGIN = 1.4, 4.0
+_BROKEN_SHARE = 0.01
+_MARGIN_STEP = 0.05
 
 
 Priority = Literal["high", "normal", "low"]
@@ -165,12 +167,22 @@ def finish_times(works: Sequence[Work]) -> list[float]:
     return ends
 
 
-def promise_ms(alone_ms: float, expected_ms: float) -> float:
-    """The time within which a request can be promised: waiting, the uncertain part of it, counts two fifths more.
+def promise_ms(alone_ms: float, expected_ms: float, margin: float) -> float:
+    """The time within which a request can be promised: waiting, the uncertain part of it, counts `margin` times.
 
     Planned to the last millisecond, a queue under overload would be all work that ends just too late.
     """
-    return alone_ms + _WAIT_MARGIN * (expected_ms - alone_ms)
+    return alone_ms + margin * (expected_ms - alone_ms)
+
+
+def next_margin(margin: float, *, kept: bool) -> float:
+    """The margin of waiting after a promise to one who had to wait was kept or broken, so that about one in a hundred is broken.
+
+    `finish_times` does not know who comes later, reads texts and fills the batches of the last in the queue, nor how a shared
+    machine will be: how far it is off is learned, by steps whose sum is 0 at that share (Robbins and Monro 1951).
+    """
+    step = -_MARGIN_STEP * _BROKEN_SHARE if kept else _MARGIN_STEP * (1 - _BROKEN_SHARE)
+    return min(_MOST_MARGIN, max(LEAST_MARGIN, margin + step))
 
 
 def _cost(by_batch: Mapping[int, float], slots: int) -> float:

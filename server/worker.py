@@ -40,7 +40,19 @@ from flashdiff.generate import (
 )
 from flashdiff.preview import preview
 from flashdiff.server.models import Model
-from flashdiff.server.scheduler import PART_OF, Priority, Ready, Stage, Work, choose, due, finish_times, promise_ms
+from flashdiff.server.scheduler import (
+    LEAST_MARGIN,
+    PART_OF,
+    Priority,
+    Ready,
+    Stage,
+    Work,
+    choose,
+    due,
+    finish_times,
+    next_margin,
+    promise_ms,
+)
 
 MAX_PENDING_IMAGES = 128
 """Accepted and not yet finished; what comes beyond is refused at once."""
@@ -96,6 +108,7 @@ class Job:
     due: float
     whole: Work  # as it came: texts that were kept from before are no work
     alone_s: float  # how long it would have taken when it came, had nothing else been there; 0 where there is no deadline
+    waits: bool  # behind others: its promise counted on them
     arrived: float
     arrival: int
     on_step: Callable[[Step], None] | None = None
@@ -164,6 +177,7 @@ class Worker:
         self._jobs: list[Job] = []
         self._unsent: set[Job] = set()  # answered, their pixels not yet released
         self._arrivals = 0
+        self._margin = LEAST_MARGIN
         self._is_draining = False
         self._hung_at: dict[int, float] = {}  # when the call that runs now counts as hung, by thread
         self._changed = threading.Condition()
@@ -209,7 +223,7 @@ class Worker:
         return job
 
     def estimate_ms(self, model: Model, order: Order, *, client: str = "", priority: Priority = "normal") -> float:
-        """How long the order would take if it were submitted now; a deadline needs two fifths more of the waiting in it."""
+        """How long the order would take if it were submitted now; a deadline needs more of the waiting in it."""
         now = time.monotonic()
         with self._changed:
             new = _work_of(model, order)
@@ -272,10 +286,22 @@ class Worker:
         new = _work_of(model, order)
         alone_ms = 0.0 if timeout_s is None else new.alone_ms
         due_at = self._due(new, now, deadline, client, priority)
+        expected_ms = alone_ms
         if timeout_s is not None:
-            self._check_deadline(model, new, alone_ms, due_at, now, timeout_s, files_s)
-        arrival = self._arrivals + 1
-        return Job(model, order, client, deadline, due_at, new, alone_ms / 1000, arrived=now, arrival=arrival, on_step=on_step)
+            expected_ms = self._check_deadline(model, new, alone_ms, due_at, now, timeout_s, files_s)
+        return Job(
+            model,
+            order,
+            client,
+            deadline,
+            due_at,
+            new,
+            alone_ms / 1000,
+            expected_ms > alone_ms,
+            arrived=now,
+            arrival=self._arrivals + 1,
+            on_step=on_step,
+        )
 
     def _of(self, client: str) -> list[Job]:
         """Of a client's jobs, those that take room; without a name nobody's."""
@@ -291,10 +317,13 @@ class Worker:
 
     def _check_deadline(
         self, model: Model, new: Work, alone_ms: float, due_at: float, now: float, timeout_s: float, files_s: float
-    ) -> None:
-        """DeadlineError when the work cannot be promised in time, or would break a promise that would hold without it."""
+    ) -> float:
+        """In how many ms the work should be done.
+
+        DeadlineError when it cannot be promised in time, or would break a promise that would hold without it.
+        """
         forecast = self._with(new, due_at) if self._jobs else _Forecast(alone_ms, [], [])
-        promised = promise_ms(alone_ms, forecast.own_ms)
+        promised = promise_ms(alone_ms, forecast.own_ms, self._margin)
         if promised > 1000 * (timeout_s - files_s):
             if not self._jobs and promised > 1000 * timeout_s:
                 _forget_slowness(model)
@@ -304,6 +333,7 @@ class Worker:
             )
         if self._made_late(forecast, now):
             raise DeadlineError("this can be in time, but others who were promised a time would then be late")
+        return forecast.own_ms
 
     def _with(self, new: Work, due_at: float) -> "_Forecast":
         """How the queue would go with new work that is due then."""
@@ -512,6 +542,7 @@ class Worker:
                 timings.queue = max(0.0, timings.total - spent)
                 if not self._end(job):
                     continue
+                self._follow(job, kept=time.monotonic() <= job.deadline)
                 if self._observer:
                     self._observer.answered(job.model.identity.name, timings, None)
                 images = [job.images[row] for row in range(job.order.count)]
@@ -520,9 +551,16 @@ class Worker:
     def _fail(self, jobs: Sequence[Job], error: FlashdiffError) -> None:
         for job in jobs:
             if self._end(job):
+                if isinstance(error, DeadlineError) or time.monotonic() > job.deadline:  # also whose client has left by then
+                    self._follow(job, kept=False)
                 if self._observer:
                     self._observer.answered(job.model.identity.name, job.timings, error)
                 job.answer.set_exception(error)
+
+    def _follow(self, job: Job, *, kept: bool) -> None:
+        """What became of its promise."""
+        if job.waits:
+            self._margin = next_margin(self._margin, kept=kept)
 
     def _end(self, job: Job) -> bool:
         """Take the job off the list; True for the one who may answer it."""

@@ -18,6 +18,7 @@ from flashdiff.engines.runtime.fake_backend import GUIDED, FakeComponents
 from flashdiff.errors import BackendError, CancelledError, DeadlineError, DrainingError, OverloadedError, RequestError
 from flashdiff.generate import Order, check_order, generate, start_from
 from flashdiff.server import worker as worker_module
+from flashdiff.server.scheduler import next_margin
 from flashdiff.server.worker import Job, Step, Worker
 
 
@@ -329,6 +330,22 @@ def test_a_promise_is_not_broken_by_who_is_in_a_hurry_and_a_backlog_without_dead
     gate.open()
     assert hurried.answer.result(10)
     assert patient.answer.result(10)
+
+
+def test_broken_promises_to_who_had_to_wait_widen_the_margin(fake: FakeComponents, asking: Asking) -> None:
+    least, asking.model.costs["denoiser", SIZE][4] = asking.worker._margin, 10.0
+    gate = Gate(fake)
+    alone = asking.submit(_order(fake, 0, steps=1, count=4), timeout_s=0.05)
+    gate.entered.wait(10)
+    behind = [asking.submit(_order(fake, seed, steps=1), timeout_s=timeout_s) for seed, timeout_s in ((1, 0.05), (2, 9.0))]
+    assert [job.waits for job in (alone, *behind)] == [False, True, True]
+    time.sleep(0.1)
+    gate.open()
+    behind[1].answer.result(10)
+    for job in (alone, behind[0]):  # the fake's next call is too late for them
+        with pytest.raises(DeadlineError):
+            job.answer.result(10)
+    assert asking.worker._margin == next_margin(next_margin(least, kept=False), kept=True)
 
 
 def test_a_call_that_hangs_answers_everyone_and_refuses_what_comes(fake: FakeComponents, monkeypatch: pytest.MonkeyPatch) -> None:
