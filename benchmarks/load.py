@@ -114,7 +114,7 @@ async def _ask(
 
 async def quiet(client: AsyncClient, count: int, idle_cores: str = "asleep") -> dict[str, Any]:
     """One after another: what the client sees beyond the engine's own time; and what calls that do nothing take, after pauses as
-    long as a request: that much is gRPC in Python, on a core that has just been idle."""
+    long as a request: that much is gRPC in Python."""
     rng, beyond, seen, empty = random.Random(0), [], [], []
     for _ in range(count):
         started = time.perf_counter()

@@ -1,7 +1,6 @@
 """A result row and the environment it was measured in."""
 
 import argparse
-import errno
 import importlib.metadata
 import math
 import os
@@ -45,10 +44,10 @@ def result_file(text: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     except OSError as error:
         raise argparse.ArgumentTypeError(f"cannot write {text}: {error.strerror}") from None
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"cannot write {text}: it is a folder")
     return path
 
 

@@ -17,9 +17,10 @@ PART_OF: dict[Stage, str] = {
     "denoise": "denoiser",
 }
 
-LEAST_MARGIN, _MOST_MARGIN = 1.4, 4.0
-_BROKEN_SHARE = 0.01
-_MARGIN_STEP = 0.05
+LEAST_MARGIN, MOST_MARGIN = 1.4, 4.0
+"""How much more waiting counts in a promise than it should take."""
+_BROKEN_SHARE = 0.01  # of promises, once the margin is learned
+_MARGIN_STEP = 0.05  # for a broken one: from least to most within fifty
 
 
 Priority = Literal["high", "normal", "low"]
@@ -176,13 +177,14 @@ def promise_ms(alone_ms: float, expected_ms: float, margin: float) -> float:
 
 
 def next_margin(margin: float, *, kept: bool) -> float:
-    """The margin of waiting after a promise to one who had to wait was kept or broken, so that about one in a hundred is broken.
+    """The margin of waiting after a promise was kept or broken, so that about one in a hundred is broken.
 
-    `finish_times` does not know who comes later, reads texts and fills the batches of the last in the queue, nor how a shared
-    machine will be: how far it is off is learned, by steps whose sum is 0 at that share (Robbins and Monro 1951).
+    `finish_times` does not know who comes later, whose texts are read in between, how full the last batches get, nor how busy a
+    shared machine will be: how far it is off is learned, by steps whose sum is 0 at that share (as in Robbins and Monro 1951,
+    but of constant size, since it changes).
     """
     step = -_MARGIN_STEP * _BROKEN_SHARE if kept else _MARGIN_STEP * (1 - _BROKEN_SHARE)
-    return min(_MOST_MARGIN, max(LEAST_MARGIN, margin + step))
+    return min(MOST_MARGIN, max(LEAST_MARGIN, margin + step))
 
 
 def _cost(by_batch: Mapping[int, float], slots: int) -> float:

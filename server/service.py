@@ -74,7 +74,7 @@ class ImageEncoders:
         now = time.monotonic()
         s_per_pixel = 3 * (now - started) / sum(image.size for image in images)
         usual = self._s_per_pixel(image_format, quality) or s_per_pixel
-        # One stall must not refuse the next.
+        # One stall among others must not refuse the next.
         self._speeds[image_format, quality is None] = now, usual + 0.2 * (min(s_per_pixel, 3 * usual) - usual)
         return files
 

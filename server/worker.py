@@ -42,6 +42,7 @@ from flashdiff.preview import preview
 from flashdiff.server.models import Model
 from flashdiff.server.scheduler import (
     LEAST_MARGIN,
+    MOST_MARGIN,
     PART_OF,
     Priority,
     Ready,
@@ -108,7 +109,7 @@ class Job:
     due: float
     whole: Work  # as it came: texts that were kept from before are no work
     alone_s: float  # how long it would have taken when it came, had nothing else been there; 0 where there is no deadline
-    waits: bool  # behind others: its promise counted on them
+    is_tight: bool  # it waits behind others, with a deadline so near that the margin may decide whether it is promised
     arrived: float
     arrival: int
     on_step: Callable[[Step], None] | None = None
@@ -177,7 +178,8 @@ class Worker:
         self._jobs: list[Job] = []
         self._unsent: set[Job] = set()  # answered, their pixels not yet released
         self._arrivals = 0
-        self._margin = LEAST_MARGIN
+        self._turns = 0  # of the device thread
+        self._margin, self._widened = LEAST_MARGIN, 0  # of waiting in promises, and in which turn
         self._is_draining = False
         self._hung_at: dict[int, float] = {}  # when the call that runs now counts as hung, by thread
         self._changed = threading.Condition()
@@ -205,8 +207,8 @@ class Worker:
     ) -> Job:
         """Accept an order, to be answered within `timeout_s`; raises a RefusedError at once when that cannot be.
 
-        So much as `files_s`, which writing its files will take, is then left of the timeout. `on_step` is called in the worker's
-        thread after every step of every row; it must not block.
+        `files_s` of the timeout are kept for writing the files. `on_step` is called in the worker's thread after every step of
+        every row; it must not block.
         """
         now = time.monotonic()
         with self._changed:
@@ -223,7 +225,7 @@ class Worker:
         return job
 
     def estimate_ms(self, model: Model, order: Order, *, client: str = "", priority: Priority = "normal") -> float:
-        """How long the order would take if it were submitted now; a deadline needs more of the waiting in it."""
+        """How long the order would take if it were submitted now; a deadline must leave a margin of the waiting in it."""
         now = time.monotonic()
         with self._changed:
             new = _work_of(model, order)
@@ -286,18 +288,20 @@ class Worker:
         new = _work_of(model, order)
         alone_ms = 0.0 if timeout_s is None else new.alone_ms
         due_at = self._due(new, now, deadline, client, priority)
-        expected_ms = alone_ms
+        is_tight = False
         if timeout_s is not None:
             expected_ms = self._check_deadline(model, new, alone_ms, due_at, now, timeout_s, files_s)
+            at_most_ms = promise_ms(alone_ms, expected_ms, MOST_MARGIN)
+            is_tight = expected_ms > alone_ms and 1000 * (timeout_s - files_s) < at_most_ms
         return Job(
             model,
             order,
             client,
-            deadline,
-            due_at,
-            new,
-            alone_ms / 1000,
-            expected_ms > alone_ms,
+            deadline=deadline,
+            due=due_at,
+            whole=new,
+            alone_s=alone_ms / 1000,
+            is_tight=is_tight,
             arrived=now,
             arrival=self._arrivals + 1,
             on_step=on_step,
@@ -325,7 +329,7 @@ class Worker:
         forecast = self._with(new, due_at) if self._jobs else _Forecast(alone_ms, [], [])
         promised = promise_ms(alone_ms, forecast.own_ms, self._margin)
         if promised > 1000 * (timeout_s - files_s):
-            if not self._jobs and promised > 1000 * timeout_s:
+            if not self._jobs:
                 _forget_slowness(model)
             raise DeadlineError(
                 f"this can be promised in about {promised + 1000 * files_s:.0f} ms, "
@@ -392,6 +396,7 @@ class Worker:
 
     def _turn(self) -> None:
         """One call of the device, for whoever is most urgent and whatever can share it."""
+        self._turns += 1
         seen = self._arrivals
         self._drop_departed(time.monotonic())
         targets: list[_Target] = []
@@ -558,9 +563,11 @@ class Worker:
                 job.answer.set_exception(error)
 
     def _follow(self, job: Job, *, kept: bool) -> None:
-        """What became of its promise."""
-        if job.waits:
-            self._margin = next_margin(self._margin, kept=kept)
+        """Learn from what became of its promise. A stall breaks those of all who wait, in one turn: that counts once."""
+        with self._changed:
+            if job.is_tight and (kept or self._turns > self._widened):
+                self._margin = next_margin(self._margin, kept=kept)
+                self._widened = self._widened if kept else self._turns
 
     def _end(self, job: Job) -> bool:
         """Take the job off the list; True for the one who may answer it."""
