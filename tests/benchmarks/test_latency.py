@@ -132,7 +132,7 @@ def test_the_command_times_every_backend_the_server_and_stock_diffusers(tmp_path
     """On the embedded model: stock diffusers needs one that its loader takes."""
     script = Path(__file__).parents[2] / "benchmarks" / "latency.py"
     command = [sys.executable, str(script), "--base", "avatars", "--lora", "avatars-flash", "--quick"]
-    run = subprocess.run([*command, "--json", str(tmp_path / "r.json")], capture_output=True, text=True, timeout=280, check=False)
+    run = subprocess.run([*command, "--json", str(tmp_path / "r.json")], capture_output=True, text=True, timeout=560, check=False)
     assert run.returncode == 0, run.stderr
     found = json.loads((tmp_path / "r.json").read_text())
     rows = found["rows"]
