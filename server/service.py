@@ -45,7 +45,7 @@ class ImageEncoders:
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="flashdiff-images")
         self._readers = ThreadPoolExecutor(max_workers=1, thread_name_prefix="flashdiff-readers")
         self._reading = Counter[str]()
-        # When last seen, and seconds a pixel of late, by format and whether a quality was said.
+        # When last seen, and seconds a pixel of late, by format and whether it is without a quality.
         self._speeds: dict[tuple[ImageFormat, bool], tuple[float, float]] = {}
 
     async def run(self, function: Callable[..., _Made], *args: object) -> _Made:
