@@ -39,9 +39,11 @@ from flashdiff.engines.bundle import BackendName
 from flashdiff.engines.runtime.engine import Engine, open_bundle
 from flashdiff.errors import BackendError, BundleError, ConfigError, FlashdiffError, first_line
 from flashdiff.files import write_whole
-from flashdiff.generate import check_order, decode_rows, denoise_rows, encode_prompts, new_row, unconditional_of
+from flashdiff.generate import finish_rows, prepare, unconditional_of
+from flashdiff.rows import denoise_rows, start_rows
 from flashdiff.server.client import Client
 from flashdiff.server.images import encode_image
+from flashdiff.tasks import check_order
 
 _BACKENDS: tuple[BackendName, ...] = ("openvino", "onnxruntime", "torch", "tensorrt")  # the first that runs is the main one
 STAGES = ("text", "denoise_step", "decode", "image_encoding", "queue", "wire", "total")
@@ -102,11 +104,11 @@ def in_process(model: str, engine: Components, steps: int, batch: int, backend: 
 
         order = check_order(engine.spec, prompt=PROMPT, seed=seed, steps=steps, count=batch)
         started = time.perf_counter()
-        conditioning = timed("text", lambda: encode_prompts(engine, [order.prompt])[0])
-        rows = [new_row(engine.spec, order, index, conditioning, unconditional) for index in range(order.count)]
+        encoded = timed("text", lambda: prepare(engine, engine.spec.text_part.name, [order.prompt])[0])
+        rows = start_rows(engine.spec, order, {"prompt": encoded}, unconditional)
         for _ in range(order.steps):
             timed("denoise_step", lambda: denoise_rows(engine, rows))
-        images = timed("decode", lambda: decode_rows(engine, rows))
+        images = timed("decode", lambda: finish_rows(engine, rows))
         timed("image_encoding", lambda: [encode_image(image, "png") for image in images])
         stages["total"].append(1000 * (time.perf_counter() - started))
         return stages

@@ -36,8 +36,9 @@ from flashdiff.engines.bundle import read_manifest
 from flashdiff.engines.runtime.engine import open_bundle
 from flashdiff.errors import FlashdiffError
 from flashdiff.files import write_whole
-from flashdiff.generate import Order, generate
+from flashdiff.generate import generate
 from flashdiff.server.client import AsyncClient, ServerError
+from flashdiff.tasks import check_order
 
 _BATCHINGS: tuple[Batching, ...] = ("step", "request")
 _STEPS = (2, 4)
@@ -241,11 +242,11 @@ def offline(bundle: Path, seconds: float, cores: set[int]) -> dict[str, Any]:
     with on_cores(cores):
         engine, rng, made = open_bundle(bundle), random.Random(0), 0
         batch = engine.max_batch // engine.spec.sampler.evaluations_per_step
-        generate(engine, [Order(prompt="warm", seed=0, steps=1, size=engine.spec.sizes[0], count=batch)])
+        generate(engine, [check_order(engine.spec, prompt="warm", steps=1, count=batch)])
         started = time.perf_counter()
         while (spent := time.perf_counter() - started) < seconds:
             steps = _STEPS[made // batch % len(_STEPS)]
-            orders = [Order(prompt=_prompt(rng), seed=index, steps=steps, size=engine.spec.sizes[0]) for index in range(batch)]
+            orders = [check_order(engine.spec, prompt=_prompt(rng), seed=index, steps=steps) for index in range(batch)]
             generate(engine, orders)
             made += batch
     return {"phase": "offline", "images_per_s": round(made / spent, 2), "batch": batch}

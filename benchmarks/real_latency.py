@@ -40,12 +40,14 @@ from flashdiff.engines.runtime.engine import Engine
 from flashdiff.engines.runtime.machine import this_machine
 from flashdiff.errors import ConfigError, FlashdiffError, first_line
 from flashdiff.files import write_whole
-from flashdiff.generate import Order
 from flashdiff.sampling import Sampler
 from flashdiff.schedule import Grid
 from flashdiff.server.images import encode_image
-from flashdiff.server.models import Model, ModelIdentity
-from flashdiff.server.worker import Job, Worker
+from flashdiff.server.jobs import Job
+from flashdiff.server.models import Model
+from flashdiff.server.names import ModelIdentity
+from flashdiff.server.worker import Worker
+from flashdiff.tasks import check_order
 
 _GUIDANCE = 5.0
 _FILLS = 4  # so many batches of requests in flight saturate a worker
@@ -172,7 +174,7 @@ def of_stock(pipeline: Any, name: str, precision: Precision, steps: int, batch: 
 def through_worker(engine: Engine, costs: Costs, seconds: float, *, beside: bool) -> dict[str, Any]:
     """Images a second of the server's worker with a full queue, decoding beside or in turn."""
     engine = copy.copy(engine)
-    engine.decodes_beside = beside
+    engine.parallel_decode = beside
     identity = ModelIdentity(engine.spec.name, "", engine.spec.family, "torch", engine.manifest.precision)
     fill = _FILLS * engine.max_batch
     model, worker = Model(identity, engine, costs), Worker(max_pending_images=fill)
@@ -180,7 +182,7 @@ def through_worker(engine: Engine, costs: Costs, seconds: float, *, beside: bool
     started = time.perf_counter()
     while made <= 0 or time.perf_counter() - started < seconds:
         while len(running) < fill:
-            order = Order(prompt=f"robot {sent}", seed=sent, steps=(2, 4)[sent % 2], size=engine.spec.sizes[0])
+            order = check_order(engine.spec, prompt=f"robot {sent}", seed=sent, steps=(2, 4)[sent % 2])
             running.add(worker.submit(model, order))
             sent += 1
         wait([job.answer for job in running], return_when=FIRST_COMPLETED)

@@ -14,8 +14,11 @@ from typing import Any, Literal, NamedTuple
 
 from benchmarks.peers.pipeline import filled
 from flashdiff.errors import FlashdiffError
+from flashdiff.parts import Phase
+from flashdiff.server.jobs import Job, Running
+from flashdiff.server.loop import DeviceLoop
 from flashdiff.server.scheduler import Ready, choose
-from flashdiff.server.worker import Job, Worker
+from flashdiff.server.worker import Worker
 
 Batching = Literal["step", "request", "in turn"]
 """Step-level as the server does it, request-level as most do; and step-level with decoding in turn where it would be beside."""
@@ -72,33 +75,39 @@ def _all_that_fit(ready: Iterable[Ready]) -> list[Ready]:
     return choose(item._replace(costs=dict.fromkeys(item.costs, 1.0)) for item in ready)
 
 
-class RequestLevelWorker(Worker):
-    """What most servers do, for comparison: a batch is closed when it starts, all of one number of steps; who comes waits.
+class RequestLevelLoop(DeviceLoop):
+    """What most servers do, for comparison: a batch is closed when it starts, all of one number of steps; later arrivals wait.
 
     It takes as many rows as fill a batch size, so that none pays for padding.
     """
 
     _choose = staticmethod(_all_that_fit)
 
-    def __init__(self, **options: Any) -> None:
-        self._group: list[Job] = []
-        super().__init__(**options)
+    def __init__(self, *arguments: Any) -> None:
+        self._group: list[Running] = []
+        super().__init__(*arguments)
 
-    def _candidates(self) -> list[Job]:
-        waiting = sorted(super()._candidates(), key=lambda job: (job.due, job.arrival))
-        self._group = [job for job in self._group if job in waiting]
+    def _candidates(self) -> list[Running]:
+        waiting = sorted(super()._candidates(), key=lambda running: (running.job.due, running.job.arrival))
+        self._group = [running for running in self._group if running in waiting]
         if not self._group and waiting:
-            kinds = [(job.model, job.order.size, job.order.steps) for job in waiting]
-            alike = [job for job, kind in zip(waiting, kinds, strict=True) if kind == kinds[0]]
+            kinds = [(r.job.model, r.job.order.size, r.job.order.steps) for r in waiting]
+            alike = [running for running, kind in zip(waiting, kinds, strict=True) if kind == kinds[0]]
             first, (model, size, _) = waiting[0], kinds[0]
             slots = model.components.spec.sampler.evaluations_per_step
-            sizes = [batch // slots for batch in sorted(model.costs["denoiser", size]) if batch >= slots]
-            room = max(first.order.count, filled(sum(job.order.count for job in alike), sizes))
-            for job in alike:
-                if room >= job.order.count:
-                    self._group.append(job)
-                    room -= job.order.count
+            sizes = [batch // slots for batch in sorted(model.costs.current[size][Phase.STEP]) if batch >= slots]
+            room = max(first.job.order.count, filled(sum(r.job.order.count for r in alike), sizes))
+            for running in alike:
+                if room >= running.job.order.count:
+                    self._group.append(running)
+                    room -= running.job.order.count
         return self._group or waiting[:1]
+
+
+class RequestLevelWorker(Worker):
+    """A worker with that loop."""
+
+    loop_class = RequestLevelLoop
 
 
 class Counts(NamedTuple):
@@ -179,7 +188,7 @@ def _serve(bundle: Path, batching: Batching, engine_cores: set[int] | None, pipe
     async def run() -> None:
         with on_cores(cores):  # where the engine's own threads start
             model = open_model(bundle)
-            model.components.decodes_beside &= batching != "in turn"
+            model.components.parallel_decode &= batching != "in turn"
         freeze_loaded()
         running = await start(Models({"student": model}), Listen(port=0), worker=PinnedWorker)
         pipe.send(running.port)

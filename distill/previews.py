@@ -9,8 +9,10 @@ from PIL import Image
 
 from flashdiff.components import ModelSpec
 from flashdiff.families.base import TorchModel
-from flashdiff.generate import Pixels, check_order, generate
+from flashdiff.generate import generate
+from flashdiff.orders import Pixels
 from flashdiff.sampling import Sampler
+from flashdiff.tasks import check_order
 
 TEACHER_STEPS = 50
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from flashdiff.distill.config import Recipe
 from flashdiff.errors import ConfigError
 from flashdiff.files import write_whole
-from flashdiff.generate import Pixels
+from flashdiff.orders import Pixels
 
 
 class Tracker(Protocol):

@@ -13,7 +13,7 @@ from flashdiff.errors import BundleError
 from flashdiff.files import hash_file, write_whole
 from flashdiff.text import TokenizerSpec
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 MANIFEST = "manifest.json"
 PARTS = ("text_encoder", "encoder", "denoiser", "decoder")
 

@@ -328,7 +328,7 @@ def _differences(old: BuildInputs, new: BuildInputs) -> Iterator[str]:
             yield f"{field.replace('_', ' ')}: {_words(then)} -> {_words(now)}"
     if old.base_hash == new.base_hash and (old.loras, old.guidance) == (new.loras, new.guidance):
         # The weights are the same, so what changed stands beside them.
-        for field in ("prediction", "sampler", "tokenizers", "unconditional"):
+        for field in ("prediction", "sampler", "tokenizers", "parts", "conditions", "tasks"):
             if getattr(old.model, field) != getattr(new.model, field):
                 yield f"another {field}: flash.json or the base's configuration changed"
     for name in sorted({*old.library_versions, *new.library_versions}):

@@ -13,7 +13,9 @@ from torch import Tensor
 from flashdiff.components import Components, ModelSpec, Size
 from flashdiff.engines.parts import Part, no_reduced_precision, random_inputs, run_torch
 from flashdiff.families.base import TorchModel
-from flashdiff.generate import check_order, denoise_rows, encode_prompts, new_row, unconditional_of
+from flashdiff.generate import prepare, unconditional_of
+from flashdiff.rows import denoise_rows, start_rows
+from flashdiff.tasks import check_order
 
 Outputs = Mapping[str, NDArray[np.float32]]
 
@@ -85,8 +87,8 @@ def _on_gpu(parts: Sequence[Part]) -> Iterator[None]:
 def sample_image(components: Components, spec: ModelSpec, size: Size) -> NDArray[np.float32]:
     """One image [1, 3, H, W] from a fixed prompt and seed, step for step as a request goes, not clipped."""
     order = check_order(spec, prompt="a picture", seed=1, steps=min(4, spec.sampler.max_steps), size=size)
-    conditioning = encode_prompts(components, [order.prompt])[0]
-    row = new_row(spec, order, 0, conditioning, unconditional_of(components))
+    prepared = {"prompt": prepare(components, spec.text_part.name, [order.prompt])[0]}
+    (row,) = start_rows(spec, order, prepared, unconditional_of(components))
     while not row.is_done:
         denoise_rows(components, [row])
-    return components.decode(row.latents[None])
+    return components.call("decoder", {"latents": row.latents[None]})["images"]

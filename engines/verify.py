@@ -56,11 +56,11 @@ def verify(expected: Reference, engine: Engine) -> Findings:
 
 def _check_case(case: Case, engine: Engine, allowed: float) -> tuple[float, bool]:
     """The error of a part at one bucket, and whether its rows are exact."""
-    got = engine.run_part(case.part, case.inputs)
+    got = engine.call(case.part, case.inputs)
     _check_kind(case, got)
     last = {name: values[-1:] for name, values in case.inputs.items()}
-    alone = engine.run_part(case.part, last)
-    repeated = engine.run_part(case.part, {name: np.repeat(values, case.batch, axis=0) for name, values in last.items()})
+    alone = engine.call(case.part, last)
+    repeated = engine.call(case.part, {name: np.repeat(values, case.batch, axis=0) for name, values in last.items()})
     _check_repeated(case, repeated, allowed)
     first = {name: np.broadcast_to(values[:1], values.shape) for name, values in repeated.items()}
     is_exact = _equal({name: values[-1:] for name, values in got.items()}, alone) and _equal(repeated, first)

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from flashdiff.server.client import AsyncClient, Client, ServerError
-from flashdiff.server.convert import Preview
+from flashdiff.server.replies import Preview
 
 
 def with_previews(address: str, prompt: str, out: Path) -> None:

@@ -24,8 +24,9 @@ from PIL import Image, ImageDraw, ImageFont
 from benchmarks import latency
 from flashdiff.engines.bundle import read_manifest
 from flashdiff.engines.runtime.engine import open_bundle
-from flashdiff.generate import check_order, generate
+from flashdiff.generate import generate
 from flashdiff.server.client import Client
+from flashdiff.tasks import check_order
 
 OUT = Path("demo")
 STUDENT, TEACHER = OUT / "student", OUT / "teacher"

@@ -4,9 +4,10 @@ import argparse
 import logging
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import flashdiff
 from flashdiff.errors import ConfigError, FlashdiffError, install
@@ -14,6 +15,8 @@ from flashdiff.errors import ConfigError, FlashdiffError, install
 if TYPE_CHECKING:
     from flashdiff.components import Components
     from flashdiff.server.models import Model
+
+T = TypeVar("T")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -155,9 +158,29 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, default=0, help="default: %(default)s; image i has seed + i")
     generate.add_argument("--size", metavar="WxH", help="default: the model's")
     generate.add_argument("--count", type=int, default=1, help="default: %(default)s")
-    generate.add_argument("--image", type=Path, metavar="FILE", help="a PNG, JPEG or WebP file to start from")
     generate.add_argument(
-        "--strength", type=float, help="with --image: share of the steps to take, up to 1; less keeps more of it; default: 0.8"
+        "--image",
+        dest="input",
+        type=_named("image", Path),
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a PNG, JPEG or WebP file to start from; short for --input image=FILE",
+    )
+    generate.add_argument(
+        "--strength",
+        dest="parameter",
+        type=_named("strength", float),
+        action="append",
+        default=[],
+        metavar="SHARE",
+        help="with --image: share of the steps to take, up to 1; less keeps more of it; default: 0.8",
+    )
+    generate.add_argument(
+        "--input", type=_assignment(Path), action="append", metavar="NAME=FILE", help="any other image that a task takes"
+    )
+    generate.add_argument(
+        "--parameter", type=_assignment(float), action="append", metavar="NAME=NUMBER", help="any other number that a task takes"
     )
     generate.set_defaults(run=_generate)
     return parser
@@ -309,7 +332,8 @@ def _serve(options: argparse.Namespace) -> None:
 def open_model(bundle: Path) -> "Model":
     """The bundle, warmed up and measured."""
     from flashdiff.engines.runtime.engine import open_bundle
-    from flashdiff.server.models import Model, ModelIdentity
+    from flashdiff.server.models import Model
+    from flashdiff.server.names import ModelIdentity
 
     engine = open_bundle(bundle)
     manifest = engine.manifest
@@ -327,8 +351,9 @@ def _generate(options: argparse.Namespace) -> None:
     """Make images with a bundle, in this process: the same pixels that a server with this bundle sends."""
     from flashdiff.engines.config import parse_sizes
     from flashdiff.engines.runtime.engine import open_bundle
-    from flashdiff.generate import check_order, generate
-    from flashdiff.server.images import FORMAT_OF_SUFFIX, encode_image, start_from_file
+    from flashdiff.generate import generate
+    from flashdiff.server.images import FORMAT_OF_SUFFIX, decode_image, encode_image
+    from flashdiff.tasks import check_order
 
     image_format = FORMAT_OF_SUFFIX.get(options.out.suffix.lower())
     if image_format is None:
@@ -336,9 +361,15 @@ def _generate(options: argparse.Namespace) -> None:
     engine = open_bundle(options.bundle)
     size = parse_sizes(options.size)[0] if options.size else None
     order = check_order(
-        engine.spec, prompt=options.prompt, seed=options.seed, steps=options.steps, size=size, count=options.count
+        engine.spec,
+        prompt=options.prompt,
+        seed=options.seed,
+        steps=options.steps,
+        size=size,
+        count=options.count,
+        inputs={name: partial(decode_image, path.read_bytes(), name=name) for name, path in options.input},
+        parameters=dict(options.parameter),
     )
-    order = start_from_file(order, options.image.read_bytes() if options.image else None, options.strength)
     for index, pixels in enumerate(generate(engine, [order])[0]):
         path = options.out if order.count == 1 else options.out.with_stem(f"{options.out.stem}-{index}")
         try:
@@ -346,6 +377,29 @@ def _generate(options: argparse.Namespace) -> None:
         except OSError as error:
             raise ConfigError(f"{path}: cannot write: {error.strerror or error}") from None
         print(f"{path}  {order.size}  steps {order.steps}  seed {order.seed + index}")
+
+
+def _named(name: str, kind: Callable[[str], T]) -> Callable[[str], tuple[str, T]]:
+    """What reads an option's text as the value of a task's input or parameter."""
+
+    def read(text: str) -> tuple[str, T]:
+        return name, kind(text)
+
+    read.__name__ = kind.__name__.lower()  # argparse names it in its errors
+    return read
+
+
+def _assignment(kind: Callable[[str], T]) -> Callable[[str], tuple[str, T]]:
+    """What reads `NAME=VALUE`."""
+
+    def read(text: str) -> tuple[str, T]:
+        name, is_there, value = text.partition("=")
+        if not (name and is_there):
+            raise ValueError(text)
+        return name, kind(value)
+
+    read.__name__ = f"NAME={kind.__name__.upper()}"
+    return read
 
 
 def _lora(text: str) -> tuple[str, float]:

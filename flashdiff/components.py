@@ -1,24 +1,25 @@
-"""The seam between whoever makes images and whatever runs the network: four calls and what the model says of itself.
+"""The seam between the code that makes images and the engine that runs the networks.
 
-`Components` is implemented by a torch model, by an opened bundle and by the fake backend; generate, the server's
+`Components` is implemented by a torch model, by an opened bundle and by the fake model; generate, the server's
 scheduler, training previews and the benchmarks use nothing else of them. Arrays handed out belong to the caller: an
 implementation never writes to them again.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from flashdiff.config import Record
+from flashdiff.parts import Condition, PartSpec, Phase
 from flashdiff.prediction import Prediction
 from flashdiff.sampling import Sampler
 from flashdiff.text import TokenizerSpec
 
-Conditioning = dict[str, NDArray[np.float32]]
-"""Named conditioning tensors of a batch, [B, ...] each, such as encoder_hidden_states [B, T, D]."""
+Tensors = Mapping[str, NDArray[np.float32]]
+"""Named outputs of a part, [B, ...] each for a batch, such as encoder_hidden_states [B, T, D]; without B for one row."""
 
 
 class Size(NamedTuple):
@@ -32,7 +33,7 @@ class Size(NamedTuple):
 
 
 Costs = dict[tuple[str, Size | None], dict[int, float]]
-"""Milliseconds of a call by part of the model and image size (None for texts), then by batch size."""
+"""Milliseconds of a call by part and image size (None for parts whose tensors do not depend on it), then by batch size."""
 
 
 class ModelSpec(Record):
@@ -43,13 +44,45 @@ class ModelSpec(Record):
     prediction: Prediction
     sampler: Sampler
     latent_channels: int = Field(ge=1)
+    """Of the autoencoder; the denoiser's entrance may be wider by its conditions' channels."""
     latent_factor: int = Field(ge=1)
     """Pixels per latent cell, along each side."""
     sizes: tuple[Size, ...] = Field(min_length=1)
     """The default first."""
     tokenizers: tuple[TokenizerSpec, ...] = Field(min_length=1)
-    unconditional: Literal["empty_prompt", "zeros"] = "empty_prompt"
-    """What guidance contrasts a prompt with: the conditioning of the empty prompt, or zeros in its place."""
+    parts: tuple[PartSpec, ...] = Field(min_length=1)
+    conditions: tuple[Condition, ...]
+    tasks: tuple[str, ...] = ("text_to_image", "image_to_image")
+    """Names of the tasks it can do; of two that take the same inputs the first is meant."""
+
+    @model_validator(mode="after")
+    def _parts_make_what_the_denoiser_takes(self) -> Self:
+        made = {"latents", "times"} | {condition.name for condition in self.conditions}
+        for condition in self.conditions:
+            if condition.part and condition.name not in self.part(condition.part).outputs:
+                raise ValueError(f"part '{condition.part}' does not make the condition '{condition.name}'")
+        for part in self.parts_in(Phase.STEP):
+            if unknown := set(part.inputs) - made:
+                raise ValueError(f"part '{part.name}' takes '{min(unknown)}', which no condition and no part before it is")
+            made |= set(part.outputs)
+        return self
+
+    def part(self, name: str) -> PartSpec:
+        """The part of that name; ValueError when there is none."""
+        found = next((part for part in self.parts if part.name == name), None)
+        if found is None:
+            raise ValueError(f"there is no part '{name}'")
+        return found
+
+    def parts_in(self, phase: Phase) -> tuple[PartSpec, ...]:
+        """The parts of a phase, in the order in which they run."""
+        return tuple(part for part in self.parts if part.phase == phase)
+
+    @property
+    def text_part(self) -> PartSpec:
+        """The part that reads prompts."""
+        names = tuple(tokenizer.name for tokenizer in self.tokenizers)
+        return next(part for part in self.parts_in(Phase.PREPARE) if part.inputs == names)
 
     @property
     def prompt_tokens(self) -> int:
@@ -66,23 +99,13 @@ class Components(Protocol):
 
     spec: ModelSpec
     max_batch: int
-    decodes_beside: bool
-    """Whether `decode` may be called by another thread while another call runs, because the device gains by it."""
+    parallel_decode: bool
+    """Whether another thread may call the parts that finish while a call runs, because the device gains by it."""
 
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Conditioning of the prompts; RequestError for one that is too long."""
+    def tokenize(self, prompts: Sequence[str]) -> dict[str, NDArray[np.int64]]:
+        """Token ids [B, length] of every tokenizer; RequestError for a prompt that is too long."""
         ...
 
-    def encode_images(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Latents [B, C, h, w] of images [B, 3, H, W] in [-1, 1]: the mean where the autoencoder has a distribution of them."""
-        ...
-
-    def denoise(
-        self, latents: NDArray[np.float32], times: NDArray[np.int64], conditioning: Mapping[str, NDArray[np.float32]]
-    ) -> NDArray[np.float32]:
-        """The network's raw output [B, C, h, w] for latents of that shape, each row at its own time [B]."""
-        ...
-
-    def decode(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Images [B, 3, H, W] in [-1, 1] (not clipped) of latents [B, C, h, w]."""
+    def call(self, part: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
+        """The outputs [B, ...] of a part, by name, for its inputs [B, ...]; BackendError when the engine fails."""
         ...

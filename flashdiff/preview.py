@@ -4,7 +4,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashdiff.components import Components
-from flashdiff.generate import Order, Pixels, generate_rows
+from flashdiff.generate import generate_rows
+from flashdiff.orders import Pixels
+from flashdiff.tasks import check_order
 
 _PROMPTS = ("red", "green", "blue", "yellow", "purple", "black", "white", "a photo")  # any model makes many colours of these
 _STEPS = 2
@@ -17,7 +19,7 @@ def fit_preview(components: Components) -> NDArray[np.float32]:
     """
     spec = components.spec
     steps, size = min(_STEPS, spec.sampler.max_steps), spec.sizes[0]
-    orders = [Order(prompt=prompt, seed=seed, steps=steps, size=size) for seed, prompt in enumerate(_PROMPTS)]
+    orders = [check_order(spec, prompt=prompt, seed=seed, steps=steps) for seed, prompt in enumerate(_PROMPTS)]
     made = [row_and_image for (row_and_image,) in generate_rows(components, orders)]
     channels, height, width = spec.latent_shape(size)
     cells = np.stack([row.latents for row, _ in made]).transpose(0, 2, 3, 1).reshape(-1, channels)

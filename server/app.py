@@ -24,7 +24,8 @@ from flashdiff.server.auth import Tokens, server_credentials
 from flashdiff.server.gate import Gate
 from flashdiff.server.metrics import Metrics
 from flashdiff.server.models import Models
-from flashdiff.server.service import ImageEncoders, ImageService
+from flashdiff.server.requests import Requests
+from flashdiff.server.service import ImageService
 from flashdiff.server.shared_memory import Regions
 from flashdiff.server.triton import TRITON_SERVICE, triton_handler
 from flashdiff.server.worker import Worker
@@ -118,9 +119,9 @@ async def start(models: Models, listen: Listen, worker: type[Worker] = Worker) -
     metrics.watch_queue(lambda: device.pending_images)
 
     server = grpc.aio.server(options=_OPTIONS, interceptors=[gate], maximum_concurrent_rpcs=_MAX_CALLS)
-    encoders = ImageEncoders()
-    image_pb2_grpc.add_ImageServiceServicer_to_server(ImageService(device, models, encoders), server)
-    server.add_generic_rpc_handlers((triton_handler(device, models, encoders, Regions() if listen.shared_memory else None),))
+    requests = Requests(device, models)
+    image_pb2_grpc.add_ImageServiceServicer_to_server(ImageService(requests), server)
+    server.add_generic_rpc_handlers((triton_handler(device, requests, Regions() if listen.shared_memory else None),))
     servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     reflection.enable_server_reflection((*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server, _protocols())

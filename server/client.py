@@ -7,7 +7,7 @@ with Client("127.0.0.1:50051") as client:
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypedDict, Unpack
@@ -17,7 +17,8 @@ import grpc
 from flashdiff.components import Size
 from flashdiff.errors import FlashdiffError
 from flashdiff.proto.v1 import image_pb2, image_pb2_grpc
-from flashdiff.server.convert import (
+from flashdiff.server.names import ImageFormat, Priority
+from flashdiff.server.replies import (
     Estimate,
     Preview,
     Result,
@@ -27,8 +28,6 @@ from flashdiff.server.convert import (
     read_update,
     write_request,
 )
-from flashdiff.server.images import ImageFormat
-from flashdiff.server.scheduler import Priority
 
 
 class ServerError(FlashdiffError):
@@ -40,7 +39,7 @@ class ServerError(FlashdiffError):
 
 
 class Options(TypedDict, total=False):
-    """What may be said beside the prompt; what is absent is the server's choice."""
+    """What a request may say besides its prompt; the server chooses what is absent."""
 
     model: str
     negative_prompt: str
@@ -53,6 +52,10 @@ class Options(TypedDict, total=False):
     priority: Priority
     image: bytes
     strength: float | None
+    inputs: Mapping[str, bytes]
+    """Files of other inputs that a task of the model takes, by name."""
+    parameters: Mapping[str, float]
+    """The task's other numbers, by name."""
 
 
 # A refused request has done nothing, and neither has one that found no server. UNAVAILABLE is a connection lost under way too:

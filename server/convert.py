@@ -1,127 +1,75 @@
-"""Between the wire of `flashdiff.v1` and our records. Only this file and `triton*.py` turn messages into records and back."""
+"""The server's half of `flashdiff.v1`: its messages to requests, replies to its messages."""
 
-import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from typing import TypeVar
 
-from flashdiff.components import ModelSpec, Size
+from flashdiff.components import Size
 from flashdiff.errors import RequestError
-from flashdiff.generate import Order, check_order
-from flashdiff.noise import SEED_LIMIT, image_seed
+from flashdiff.noise import image_seed
 from flashdiff.proto.v1 import image_pb2 as pb
-from flashdiff.server.images import ImageFormat, start_from_file
-from flashdiff.server.models import Model, ModelIdentity
-from flashdiff.server.scheduler import Priority
-from flashdiff.server.worker import Step, Timings
+from flashdiff.server.jobs import Step
+from flashdiff.server.models import Model
+from flashdiff.server.requests import Estimate, ImageRequest, Reply
+from flashdiff.server.wire import FORMAT_NUMBERS, FORMATS, PRIORITIES
 
-_FORMATS: dict[int, ImageFormat] = {
-    pb.IMAGE_FORMAT_UNSPECIFIED: "png",
-    pb.IMAGE_FORMAT_PNG: "png",
-    pb.IMAGE_FORMAT_JPEG: "jpeg",
-    pb.IMAGE_FORMAT_WEBP: "webp",
-    pb.IMAGE_FORMAT_RAW_RGB: "raw",
-}
-_NUMBERS: dict[ImageFormat, pb.ImageFormat] = {
-    "png": pb.IMAGE_FORMAT_PNG,
-    "jpeg": pb.IMAGE_FORMAT_JPEG,
-    "webp": pb.IMAGE_FORMAT_WEBP,
-    "raw": pb.IMAGE_FORMAT_RAW_RGB,
-}
-_TIMINGS = {field.name.removesuffix("_ms"): field.name for field in pb.Timings.DESCRIPTOR.fields}
-_PRIORITIES: dict[int, Priority] = {pb.PRIORITY_NORMAL: "normal", pb.PRIORITY_HIGH: "high", pb.PRIORITY_LOW: "low"}
+_Value = TypeVar("_Value")
 
 
-@dataclass(frozen=True)
-class Wish:
-    """What a request says beside its order."""
-
-    format: ImageFormat
-    quality: int | None
-    priority: Priority
-
-
-@dataclass(frozen=True)
-class Result:
-    """A reply, as the client hands it out. Times in milliseconds, see the .proto file."""
-
-    images: tuple[bytes, ...]
-    seeds: tuple[int, ...]
-    steps: int
-    size: Size
-    format: ImageFormat
-    timings: dict[str, float]
-    model: ModelIdentity
-    denoise_batches: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Preview:
-    """A small picture of where image `image` is heading after `step` of `steps`, as the client hands it out."""
-
-    image: int
-    step: int
-    steps: int
-    size: Size
-    png: bytes
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """How long a request would take if it were sent now, waiting included, and how many images wait or are made."""
-
-    expected_ms: float
-    pending_images: int
-
-
-def read_request(request: pb.GenerateRequest, spec: ModelSpec) -> tuple[Order, Wish]:
-    """The order and how it is wanted; RequestError names the field that is wrong. Where there is an image it takes a while."""
-    if request.format not in _FORMATS:
-        raise RequestError("format", int(request.format), f"it must be one of {', '.join(pb.ImageFormat.keys())}")
-    if request.priority not in _PRIORITIES:
-        raise RequestError("priority", int(request.priority), f"it must be one of {', '.join(pb.Priority.keys())}")
-    image_format = _FORMATS[request.format]
-    if request.quality and (image_format not in ("jpeg", "webp") or request.quality > 100):
-        raise RequestError("quality", request.quality, "it must be 1 to 100, for JPEG or WebP, or 0")
-    has_size = request.width or request.height
-    order = check_order(
-        spec,
-        prompt=request.prompt,
-        seed=request.seed if request.HasField("seed") else secrets.randbits(32),
-        steps=request.steps or None,
-        size=Size(request.width, request.height) if has_size else None,
-        count=request.count or 1,
-        negative_prompt=request.negative_prompt,
+def read_request(message: pb.GenerateRequest, timeout_s: float | None = None, *, wants_steps: bool = False) -> ImageRequest:
+    """The request; RequestError for a field that has no meaning, or that says something a second time."""
+    if message.format not in FORMATS:
+        raise RequestError("format", int(message.format), f"it must be one of {', '.join(pb.ImageFormat.keys())}")
+    if message.priority not in PRIORITIES:
+        raise RequestError("priority", int(message.priority), f"it must be one of {', '.join(pb.Priority.keys())}")
+    image_format = FORMATS[message.format]
+    if message.quality and (image_format not in ("jpeg", "webp") or message.quality > 100):
+        raise RequestError("quality", message.quality, "it must be 1 to 100, for JPEG or WebP, or 0")
+    files, parameters = dict(message.inputs), dict(message.parameters)
+    if message.image:
+        _add(files, "image", message.image)
+    if message.strength:
+        _add(parameters, "strength", message.strength)
+    return ImageRequest(
+        prompt=message.prompt,
+        negative_prompt=message.negative_prompt,
+        seed=message.seed if message.HasField("seed") else None,
+        steps=message.steps or None,
+        size=Size(message.width, message.height) if message.width or message.height else None,
+        count=message.count or 1,
+        files=files,
+        parameters=parameters,
+        format=image_format,
+        quality=message.quality or None,
+        priority=PRIORITIES[message.priority],
+        timeout_s=timeout_s,
+        wants_steps=wants_steps,
     )
-    order = start_from_file(order, request.image or None, request.strength or None)
-    return order, Wish(image_format, request.quality or None, _PRIORITIES[request.priority])
 
 
-def write_response(
-    order: Order,
-    wish: Wish,
-    images: Sequence[bytes],
-    timings: Timings,
-    encoding_ms: float,
-    batches: Sequence[int],
-    model: ModelIdentity,
-) -> pb.GenerateResponse:
+def _add(given: dict[str, _Value], name: str, value: _Value) -> None:
+    """Take the value of a field that has a name in the map as well; RequestError when both are given."""
+    if name in given:
+        raise RequestError(name, value, "it is given twice, by its own field and by name")
+    given[name] = value
+
+
+def write_response(reply: Reply) -> pb.GenerateResponse:
+    order, timings = reply.order, reply.timings
+    stages = timings.by_stage(reply.model.components.spec)
     return pb.GenerateResponse(
-        images=[pb.Image(data=data, seed=image_seed(order.seed, index)) for index, data in enumerate(images)],
+        images=[pb.Image(data=data, seed=image_seed(order.seed, index)) for index, data in enumerate(reply.files)],
         steps=order.steps,
         width=order.size.width,
         height=order.size.height,
-        format=_NUMBERS[wish.format],
+        format=FORMAT_NUMBERS[reply.format],
         timings=pb.Timings(
             queue_ms=timings.queue,
-            text_ms=timings.text,
-            denoise_ms=timings.denoise,
-            input_image_ms=timings.input_image,
-            decode_ms=timings.decode,
-            image_encoding_ms=encoding_ms,
-            total_ms=timings.total + encoding_ms,
+            image_encoding_ms=reply.encoding_ms,
+            total_ms=timings.total + reply.encoding_ms,
+            part_ms=timings.parts,
+            **{f"{stage}_ms": spent_ms for stage, spent_ms in stages.items()},
         ),
-        model=pb.Model(**vars(model)),
-        denoise_batches=batches,
+        model=pb.Model(**vars(reply.model.identity)),
+        denoise_batches=reply.batches,
     )
 
 
@@ -149,84 +97,9 @@ def _served(name: str, model: Model) -> pb.ServedModel:
         max_steps=spec.sampler.max_steps,
         max_prompt_tokens=spec.prompt_tokens,
         takes_negative_prompt=spec.sampler.evaluations_per_step > 1,
+        tasks=spec.tasks,
     )
 
 
-def write_estimate(expected_ms: float, pending_images: int) -> pb.EstimateResponse:
-    return pb.EstimateResponse(expected_ms=expected_ms, pending_images=pending_images)
-
-
-# --- the client's side -----------------------------------------------------------------------------------------------
-
-
-def write_request(
-    prompt: str,
-    *,
-    model: str = "",
-    negative_prompt: str = "",
-    seed: int | None = None,
-    steps: int | None = None,
-    size: Size | None = None,
-    count: int = 1,
-    image_format: ImageFormat = "png",
-    quality: int | None = None,
-    priority: Priority = "normal",
-    image: bytes = b"",
-    strength: float | None = None,
-) -> pb.GenerateRequest:
-    """The message; RequestError for a value that it cannot carry. What the model allows is the server's to say."""
-    for field, value, least in (("seed", seed, 0), ("steps", steps, 1), ("count", count, 1), ("quality", quality, 1)):
-        if value is not None and not least <= value < (SEED_LIMIT if field == "seed" else 2**32):
-            raise RequestError(field, value, f"it must be a number from {least} on that the wire can carry")
-    if image_format not in _NUMBERS:
-        raise RequestError("format", image_format, f"it must be one of {', '.join(_NUMBERS)}")
-    if strength is not None and not 0 < strength <= 1:
-        raise RequestError("strength", strength, "it must be above 0 and at most 1")
-    priorities = {name: number for number, name in _PRIORITIES.items()}
-    if priority not in priorities:
-        raise RequestError("priority", priority, f"it must be one of {', '.join(priorities)}")
-    width, height = size or (0, 0)
-    return pb.GenerateRequest(
-        prompt=prompt,
-        seed=seed,
-        steps=steps or 0,
-        width=width,
-        height=height,
-        count=count,
-        format=_NUMBERS[image_format],
-        model=model,
-        negative_prompt=negative_prompt,
-        quality=quality or 0,
-        priority=pb.Priority.Name(priorities[priority]),
-        image=image,
-        strength=strength or 0.0,
-    )
-
-
-def read_response(response: pb.GenerateResponse) -> Result:
-    times = response.timings
-    return Result(
-        images=tuple(image.data for image in response.images),
-        seeds=tuple(image.seed for image in response.images),
-        steps=response.steps,
-        size=Size(response.width, response.height),
-        format=_FORMATS[response.format],
-        timings={name: getattr(times, field) for name, field in _TIMINGS.items()},
-        model=ModelIdentity(*(getattr(response.model, field.name) for field in fields(ModelIdentity))),
-        denoise_batches=tuple(response.denoise_batches),
-    )
-
-
-def read_models(response: pb.ListModelsResponse) -> list[str]:
-    return [model.name for model in response.models]
-
-
-def read_estimate(response: pb.EstimateResponse) -> Estimate:
-    return Estimate(response.expected_ms, response.pending_images)
-
-
-def read_update(update: pb.GenerateUpdate) -> Preview | Result:
-    if update.HasField("result"):
-        return read_response(update.result)
-    seen = update.preview
-    return Preview(seen.image, seen.step, seen.steps, Size(seen.width, seen.height), seen.png)
+def write_estimate(estimate: Estimate) -> pb.EstimateResponse:
+    return pb.EstimateResponse(expected_ms=estimate.expected_ms, pending_images=estimate.pending_images)

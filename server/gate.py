@@ -21,13 +21,13 @@ from opentelemetry import propagate, trace
 from flashdiff.errors import FlashdiffError
 from flashdiff.server.auth import Tokens
 from flashdiff.server.status import abort, code_of
+from flashdiff.server.tracing import current_span
 
 _UNWATCHED = ("/grpc.health.v1.Health/", "/grpc.reflection.")  # asked every second, by who supervises
 _OPEN_TO_ALL = "/grpc.health.v1.Health/Check"
 _REQUEST_ID = re.compile(r"[\w.-]{1,64}")
 # Of the call whose task this is. Never reset: a stream that is left unread is closed in another context.
 _client: ContextVar[str] = ContextVar("client", default="")
-_span: ContextVar[trace.Span] = ContextVar("span", default=trace.INVALID_SPAN)
 
 _log = logging.getLogger(__name__)
 _tracer = trace.get_tracer("flashdiff.server")
@@ -36,11 +36,6 @@ _tracer = trace.get_tracer("flashdiff.server")
 def client_of(context: Any) -> str:
     """Whose call this is: the name of its token, else the address it comes from."""
     return _client.get() or context.peer().rpartition(":")[0]
-
-
-def describe_call(**attributes: float | str) -> None:
-    """Add attributes to the span of the call that runs; of several requests in a stream, those of the last stay."""
-    _span.get().set_attributes(attributes)
 
 
 @dataclass(frozen=True)
@@ -105,7 +100,7 @@ def _watched(handler: Any, method: str, admit: Callable[[Any], None], count: Cal
         span = _tracer.start_span(
             method.lstrip("/"), propagate.extract(metadata), trace.SpanKind.SERVER, {"request_id": request_id}
         )
-        _span.set(span)
+        current_span.set(span)
         name = "OK"
         try:
             yield

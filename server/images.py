@@ -1,7 +1,6 @@
 """RGB pixels to the bytes of an image file, and back."""
 
 import io
-from typing import Literal
 
 import fpng
 import numpy as np
@@ -9,9 +8,8 @@ from PIL import Image, ImageOps
 
 from flashdiff.components import Size
 from flashdiff.errors import RequestError
-from flashdiff.generate import Order, Pixels, start_from
-
-ImageFormat = Literal["png", "jpeg", "webp", "raw"]
+from flashdiff.orders import Pixels
+from flashdiff.server.names import ImageFormat
 
 FORMAT_OF_SUFFIX: dict[str, ImageFormat] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 
@@ -41,29 +39,23 @@ def _with_pillow(pixels: Pixels, name: str, **options: object) -> bytes:
     return buffer.getvalue()
 
 
-def decode_image(file: bytes, size: Size) -> Pixels:
-    """The picture of a PNG, JPEG or WebP file, scaled to fill `size` (Lanczos) and cut at the middle; RequestError for others."""
+def decode_image(file: bytes, size: Size, name: str = "image") -> Pixels:
+    """The picture of a PNG, JPEG or WebP file, scaled to fill `size` (Lanczos) and cropped at the centre.
+
+    RequestError for any other file, by the `name` that the request gives it.
+    """
     try:
         with Image.open(io.BytesIO(file), formats=("PNG", "JPEG", "WEBP")) as image:
             if image.width * image.height > _MAX_INPUT_PIXELS:
-                raise RequestError("image", f"{image.width}x{image.height}", f"at most {_MAX_INPUT_PIXELS} pixels are read")
+                raise RequestError(name, f"{image.width}x{image.height}", f"at most {_MAX_INPUT_PIXELS} pixels are read")
             if image.format == "JPEG" and file.count(b"\xff\xda") > _MAX_SCANS:
-                raise RequestError("image", f"{len(file)} bytes", f"a JPEG may have {_MAX_SCANS} scans")
+                raise RequestError(name, f"{len(file)} bytes", f"a JPEG may have {_MAX_SCANS} scans")
             ImageOps.exif_transpose(image, in_place=True)
             upright = image.convert("RGB")
     except (RequestError, MemoryError):
         raise
     except Image.DecompressionBombError:
-        raise RequestError("image", f"{len(file)} bytes", f"at most {_MAX_INPUT_PIXELS} pixels are read") from None
+        raise RequestError(name, f"{len(file)} bytes", f"at most {_MAX_INPUT_PIXELS} pixels are read") from None
     except Exception:  # Pillow raises many kinds for what is damaged
-        raise RequestError("image", f"{len(file)} bytes", "they must be a whole PNG, JPEG or WebP file") from None
+        raise RequestError(name, f"{len(file)} bytes", "they must be a whole PNG, JPEG or WebP file") from None
     return np.array(ImageOps.fit(upright, size, Image.Resampling.LANCZOS))
-
-
-def start_from_file(order: Order, file: bytes | None, strength: float | None) -> Order:
-    """The order with the image of a file to start from, or as it is where there is none; RequestError when one does not fit."""
-    if file is not None:
-        return start_from(order, decode_image(file, order.size), strength)
-    if strength is not None:
-        raise RequestError("strength", strength, "it needs an image to start from")
-    return order

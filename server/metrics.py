@@ -1,4 +1,4 @@
-"""What Prometheus reads: the queue, the batches, the time each stage takes, and what was refused."""
+"""What Prometheus reads: the queue, the batches, the time each part takes, and what was refused."""
 
 from collections import deque
 from collections.abc import Callable
@@ -7,8 +7,7 @@ from functools import partial
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
 from flashdiff.errors import ConfigError, FlashdiffError
-from flashdiff.server.scheduler import Stage
-from flashdiff.server.worker import Timings
+from flashdiff.server.jobs import Timings
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 _SLOTS = (1, 2, 4, 8, 16, 32)
@@ -21,16 +20,14 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         registry = self.registry
-        self._stage = Histogram(
-            "flashdiff_stage_seconds", "Device calls", ["model", "stage"], buckets=_SECONDS, registry=registry
-        )
+        self._part = Histogram("flashdiff_part_seconds", "Device calls", ["model", "part"], buckets=_SECONDS, registry=registry)
         self._slots = Histogram(
-            "flashdiff_batch_slots", "Slots filled, two by a guided row", ["model", "stage"], buckets=_SLOTS, registry=registry
+            "flashdiff_batch_slots", "Slots filled, two by a guided row", ["model", "part"], buckets=_SLOTS, registry=registry
         )
         self._error = Histogram(
             "flashdiff_cost_ratio",
             "Time of a device call over what admission expected",
-            ["model", "stage"],
+            ["model", "part"],
             buckets=_RATIO,
             registry=registry,
         )
@@ -66,8 +63,8 @@ class Metrics:
         for _ in range(len(self._seen)):
             self._seen.popleft()()
 
-    def called(self, model: str, stage: Stage, slots: int, spent_ms: float, expected_ms: float) -> None:
-        self._seen.append(partial(self._count_call, model, stage, slots, spent_ms, expected_ms))
+    def called(self, model: str, part: str, slots: int, spent_ms: float, expected_ms: float) -> None:
+        self._seen.append(partial(self._count_call, model, part, slots, spent_ms, expected_ms))
 
     def answered(self, model: str, timings: Timings, error: FlashdiffError | None) -> None:
         # Its name and not the error itself, which would keep what it is about.
@@ -79,11 +76,11 @@ class Metrics:
     def refused(self, error: FlashdiffError) -> None:
         self._seen.append(partial(self._count_refusal, _cause(error)))
 
-    def _count_call(self, model: str, stage: Stage, slots: int, spent_ms: float, expected_ms: float) -> None:
-        self._stage.labels(model, stage).observe(spent_ms / 1000)
-        self._slots.labels(model, stage).observe(slots)
+    def _count_call(self, model: str, part: str, slots: int, spent_ms: float, expected_ms: float) -> None:
+        self._part.labels(model, part).observe(spent_ms / 1000)
+        self._slots.labels(model, part).observe(slots)
         if expected_ms:
-            self._error.labels(model, stage).observe(spent_ms / expected_ms)
+            self._error.labels(model, part).observe(spent_ms / expected_ms)
 
     def _count_answer(self, model: str, total_ms: float, queue_ms: float, outcome: str) -> None:
         self._answered.labels(model, outcome).inc()

@@ -3,80 +3,65 @@
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flashdiff.components import Components, Conditioning, Costs
+from flashdiff.components import Components, Costs, Tensors
 from flashdiff.errors import BundleError, NotFoundError, OverloadedError
 from flashdiff.generate import unconditional_of
 from flashdiff.preview import fit_preview
+from flashdiff.server.costs import CostTable
+from flashdiff.server.names import ModelIdentity
 
 _EMBEDDING_BYTES = 64 * 1024**2
 _CGROUP = Path("/sys/fs/cgroup")  # of the container that this runs in, if it does
 _MEMORY_PER_BUNDLE_BYTE = 2.0  # weights as the engine holds them, and its buffers
 
 
-@dataclass(frozen=True)
-class ModelIdentity:
-    """What a reply says about the model that made it."""
-
-    name: str
-    bundle_hash: str
-    family: str
-    backend: str
-    precision: str
-
-
 class Embeddings:
-    """The conditionings of the texts last used, at most 64 MiB of them."""
+    """The encoded texts last used, at most 64 MiB of them; safe to use from any thread."""
 
     def __init__(self, max_bytes: int = _EMBEDDING_BYTES) -> None:
         self._max_bytes, self.bytes = max_bytes, 0
-        self._kept: OrderedDict[str, Conditioning] = OrderedDict()
+        self._kept: OrderedDict[str, Tensors] = OrderedDict()
+        self._lock = threading.Lock()
 
-    def get(self, text: str) -> Conditioning | None:
-        if text in self._kept:
-            self._kept.move_to_end(text)
-        return self._kept.get(text)
+    def get(self, text: str) -> Tensors | None:
+        with self._lock:
+            if text in self._kept:
+                self._kept.move_to_end(text)
+            return self._kept.get(text)
 
     def __contains__(self, text: str) -> bool:
-        return text in self._kept
+        with self._lock:
+            return text in self._kept
 
-    def put(self, text: str, conditioning: Conditioning) -> None:
-        if text in self._kept:
-            return
-        # Copies: a row of a batch would keep the whole batch alive.
-        self._kept[text] = {name: values.copy() for name, values in conditioning.items()}
-        self.bytes += _size_of(conditioning)
-        while self.bytes > self._max_bytes:
-            self.bytes -= _size_of(self._kept.popitem(last=False)[1])
-
-
-def _size_of(conditioning: Conditioning) -> int:
-    return sum(values.nbytes for values in conditioning.values())
+    def put(self, text: str, encoded: Tensors) -> None:
+        with self._lock:
+            if text in self._kept:
+                return
+            # Copies: a row of a batch would keep the whole batch alive.
+            self._kept[text] = {name: values.copy() for name, values in encoded.items()}
+            self.bytes += _size_of(encoded)
+            while self.bytes > self._max_bytes:
+                self.bytes -= _size_of(self._kept.popitem(last=False)[1])
 
 
-@dataclass(eq=False)
+def _size_of(encoded: Tensors) -> int:
+    return sum(values.nbytes for values in encoded.values())
+
+
 class Model:
-    """An opened model, warmed up. The worker's threads alone call `components` and change what is below it."""
+    """An opened model, warmed up with costs that were just measured. Only the worker's threads call `components`."""
 
-    identity: ModelIdentity
-    components: Components
-    costs: Costs
-    """As measured of late, in milliseconds."""
-    first_costs: Costs = field(init=False)
-    """As measured when it was opened."""
-    unconditional: Conditioning | None = field(init=False)
-    preview_colors: NDArray[np.float32] = field(init=False)
-    embeddings: Embeddings = field(default_factory=Embeddings)
-
-    def __post_init__(self) -> None:
-        self.first_costs, self.costs = self.costs, {key: dict(by_batch) for key, by_batch in self.costs.items()}
-        self.unconditional = unconditional_of(self.components)
-        self.preview_colors = fit_preview(self.components)
+    def __init__(self, identity: ModelIdentity, components: Components, measured: Costs) -> None:
+        self.identity, self.components = identity, components
+        self.costs = CostTable(components.spec, measured)
+        self.embeddings = Embeddings()
+        self.unconditional: Tensors | None = unconditional_of(components)
+        self.preview_colors: NDArray[np.float32] = fit_preview(components)
 
 
 class Models:

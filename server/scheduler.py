@@ -3,27 +3,17 @@
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from flashdiff.components import Size
-
-Stage = Literal["decode", "encode_text", "encode_image", "denoise"]
-_ENCODES: tuple[Stage, ...] = ("encode_text", "encode_image")
-
-PART_OF: dict[Stage, str] = {
-    "decode": "decoder",
-    "encode_text": "text_encoder",
-    "encode_image": "encoder",
-    "denoise": "denoiser",
-}
+from flashdiff.parts import Phase
+from flashdiff.server.names import Priority
 
 LEAST_MARGIN, MOST_MARGIN = 1.4, 4.0
 """How much more waiting counts in a promise than it should take."""
 _BROKEN_SHARE = 0.01  # of promises, once the margin is learned
 _MARGIN_STEP = 0.05  # for a broken one: from least to most within fifty
 
-
-Priority = Literal["high", "normal", "low"]
 PATIENCE_S: dict[Priority, float] = {"high": 1.0, "normal": 10.0, "low": 100.0}
 """How long a request that names no deadline counts as willing to wait. Waiting makes any request urgent: none starves."""
 
@@ -38,7 +28,7 @@ def due(arrived: float, priority: Priority, deadline: float, own_backlog_s: floa
 
 
 class Ready(NamedTuple):
-    """Something the device could work on now: a text or an image to encode, or a row to denoise or decode.
+    """Something the device could work on now: an input to prepare, or a row to step or to finish.
 
     The less, the more urgent: due, then arrival of the request, then the caller's handle, of which each has its own.
     """
@@ -46,33 +36,34 @@ class Ready(NamedTuple):
     due: float
     arrival: int
     handle: int
-    stage: Stage
+    phase: Phase
+    part: str
     model: Hashable
     size: Size | None  # None for texts, which share one bucket
     slots: int
-    costs: Mapping[int, float]  # ms of a call of its stage, by slots of the batch
+    costs: Mapping[int, float]  # ms of a call, by slots of the batch
 
     @property
-    def bucket(self) -> tuple[Stage, Hashable, Size | None]:
-        return self.stage, self.model, self.size
+    def bucket(self) -> tuple[str, Hashable, Size | None, int]:
+        return self.part, self.model, self.size, self.slots
 
 
 def choose(ready: Iterable[Ready]) -> list[Ready]:
-    """The next batch: one stage, one model, one size; empty when nothing is ready.
+    """The next batch: one part, one model, one size; empty when nothing is ready.
 
-    Finished rows are decoded first, since that answers someone. Then texts and images are encoded, so that they join the very
-    next step, unless they would not make it larger and all its rows are no less urgent: they would wait anyway, and are read
-    together with those to come. Then one denoise step. Within a stage, the most urgent item (due, then arrival) picks model and
-    size, so none blocks another; the next in urgency follow, of rows to denoise as many as `best_batch` says.
+    Rows that only have to finish go first, since that answers a request. Then inputs are prepared, so that they join the very
+    next step, unless they would not make it larger and all its rows are no less urgent: they would wait anyway, and are
+    prepared together with those to come. Then one step. Within a phase, the most urgent item (due, then arrival) picks part,
+    model and size, so none blocks another; the next in urgency follow, of rows to step as many as `best_batch` says.
     """
     urgent = sorted(ready)
     if len(urgent) == 1:
         return urgent  # a quiet server's every turn
-    decode, given, rows = (
-        _alike([item for item in urgent if item.stage in stages]) for stages in (("decode",), _ENCODES, ("denoise",))
+    finish, given, rows = (
+        _alike([item for item in urgent if item.phase == phase]) for phase in (Phase.FINISH, Phase.PREPARE, Phase.STEP)
     )
-    if decode:
-        return decode[: max(decode[0].costs)]
+    if finish:
+        return finish[: max(finish[0].costs)]
     step = rows[: _step_size(rows)]
     if given:
         joined = (
@@ -108,25 +99,26 @@ class Work:
     """What is left to do for one request."""
 
     steps: tuple[int, ...]
-    """Of each row that is not decoded yet."""
+    """Steps left of each row that is not finished yet."""
     slots: int  # of each row's step
-    texts: int
-    costs: Mapping[str, Mapping[int, float]]  # ms by part, at its size, and batch
-    images: int = 0  # to encode
-    bucket: Hashable = None  # whose rows share a denoise step
+    prepare: Mapping[str, int]
+    """Inputs left to prepare, by part."""
+    costs: Mapping[str, Mapping[int, float]]
+    """Milliseconds by batch of each part that prepares, and of "step" and "finish", at its size."""
+    bucket: Hashable = None  # whose rows share a step
 
     @cached_property
     def share_ms(self) -> float:
         """Its share of the device, in full batches."""
-        calls = {
-            "text_encoder": self.texts,
-            "encoder": self.images,
-            "denoiser": sum(self.steps) * self.slots,
-            "decoder": len(self.steps),
-        }
+        calls = {**self.prepare, Phase.STEP: sum(self.steps) * self.slots, Phase.FINISH: len(self.steps)}
         return sum(
             slots * by_batch[max(by_batch)] / max(by_batch) for part, slots in calls.items() for by_batch in [self.costs[part]]
         )
+
+    @property
+    def prepare_ms(self) -> float:
+        """Of all its preparations, alone in their calls."""
+        return sum(_cost(self.costs[part], count) for part, count in self.prepare.items())
 
     @property
     def alone_ms(self) -> float:
@@ -137,8 +129,8 @@ class Work:
 def finish_times(works: Sequence[Work]) -> list[float]:
     """When each is done, in ms from now, if nothing comes in between; the works in order of urgency.
 
-    This is `choose`, played through from one row's end to the next. It leaves out that texts and images of several requests
-    share a call, and that some are read before they are needed.
+    This is `choose`, played through from one row's end to the next. It leaves out that inputs of several requests share a
+    call, and that some are prepared before they are needed.
     """
     lines: dict[Hashable, list[tuple[int, int]]] = {}  # by bucket: a row's work and its steps left
     for index, work in enumerate(works):
@@ -149,7 +141,7 @@ def finish_times(works: Sequence[Work]) -> list[float]:
         bucket = min(lines, key=lambda bucket: lines[bucket][0][0])
         rows = lines[bucket]
         work = works[rows[0][0]]
-        costs = work.costs["denoiser"]
+        costs = work.costs[Phase.STEP]
         key = bucket, min(len(rows), max(costs))  # more than fit change nothing
         if key not in counts:
             counts[key] = best_batch(costs, work.slots, key[1])
@@ -157,11 +149,11 @@ def finish_times(works: Sequence[Work]) -> list[float]:
         batch, waiting = rows[:count], rows[count:]
         for index in {index for index, _ in batch} - read:
             read.add(index)
-            clock += _cost(work.costs["text_encoder"], works[index].texts) + _cost(work.costs["encoder"], works[index].images)
+            clock += works[index].prepare_ms
         steps = min(left for _, left in batch)
-        clock += steps * _cost(work.costs["denoiser"], count * work.slots)
+        clock += steps * _cost(costs, count * work.slots)
         done = [index for index, left in batch if left == steps]
-        clock += _cost(work.costs["decoder"], len(done))
+        clock += _cost(work.costs[Phase.FINISH], len(done))
         for index in done:
             ends[index] = clock
         lines[bucket] = [(index, left - steps) for index, left in batch if left > steps] + waiting

@@ -5,7 +5,6 @@ A model has a prompt and some numbers as inputs; IMAGES, ENCODED, SEEDS and, in 
 
 import asyncio
 import contextlib
-import functools
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -19,21 +18,21 @@ import flashdiff
 from flashdiff.errors import BackendError, FlashdiffError, NotFoundError, TensorError
 from flashdiff.proto.v1 import triton_pb2 as pb
 from flashdiff.server.gate import Malformed, client_of
-from flashdiff.server.models import Model, Models
-from flashdiff.server.service import ImageEncoders, progress
+from flashdiff.server.jobs import Step
+from flashdiff.server.models import Model
+from flashdiff.server.requests import Reply, Requests
 from flashdiff.server.shared_memory import Regions, offered
 from flashdiff.server.status import abort
 from flashdiff.server.triton_convert import (
-    INPUTS,
     MAX_ID,
     OUTPUTS,
     VERSION,
-    has_file,
+    inputs_of,
     read_request,
     write_preview,
     write_result,
 )
-from flashdiff.server.worker import Finished, Step, Worker
+from flashdiff.server.worker import Worker
 
 TRITON_SERVICE = "inference.GRPCInferenceService"
 _EXTENSIONS = (
@@ -79,8 +78,8 @@ class _Statistics:
 class TritonService:
     """The calls of `proto/v1/triton.proto`, by their names there."""
 
-    def __init__(self, worker: Worker, models: Models, encoders: ImageEncoders, regions: Regions | None) -> None:
-        self._worker, self._models, self._encoders, self._regions = worker, models, encoders, regions
+    def __init__(self, worker: Worker, requests: Requests, regions: Regions | None) -> None:
+        self._worker, self._requests, self._models, self._regions = worker, requests, requests.models, regions
         self._statistics: dict[str, _Statistics] = {}
 
     async def ServerLive(self, request: Any, context: Any) -> pb.ServerLiveResponse:
@@ -101,24 +100,26 @@ class TritonService:
 
     async def ModelMetadata(self, request: pb.ModelMetadataRequest, context: Any) -> pb.ModelMetadataResponse:
         model = await self._found(request, context)
+        inputs = inputs_of(model.components.spec)
         tensor = pb.ModelMetadataResponse.TensorMetadata
         return pb.ModelMetadataResponse(
             name=request.name,
             versions=[VERSION],
             platform=f"flashdiff_{model.identity.backend}",
-            inputs=[tensor(name=name, datatype=t.datatype, shape=t.shape) for name, t in INPUTS.items()],
+            inputs=[tensor(name=name, datatype=t.datatype, shape=t.shape) for name, t in inputs.items()],
             outputs=[tensor(name=name, datatype=t.datatype, shape=t.shape) for name, t in OUTPUTS.items()],
         )
 
     async def ModelConfig(self, request: pb.ModelConfigRequest, context: Any) -> pb.ModelConfigResponse:
         model = await self._found(request, context)
+        inputs = inputs_of(model.components.spec)
         config = pb.ModelConfig(
             name=request.name,
             platform=f"flashdiff_{model.identity.backend}",
             backend="flashdiff",
             max_batch_size=0,  # requests are not tensors to be stacked: the server batches the steps within them
             input=[
-                pb.ModelInput(name=name, data_type=t.config_type, dims=t.shape, optional=t.optional) for name, t in INPUTS.items()
+                pb.ModelInput(name=name, data_type=t.config_type, dims=t.shape, optional=t.optional) for name, t in inputs.items()
             ],
             output=[pb.ModelOutput(name=name, data_type=t.config_type, dims=t.shape) for name, t in OUTPUTS.items()],
             model_transaction_policy=pb.ModelTransactionPolicy(decoupled=True),
@@ -255,35 +256,16 @@ class TritonService:
         statistics = None
         try:
             model = self._find(request.model_name, request.model_version)
-            read = functools.partial(read_request, request, model.components.spec, remaining_s, self._regions, stream=stream)
-            call = await self._encoders.read(client, read) if has_file(request) else read()
-            reading_s = time.monotonic() - started if has_file(request) else 0.0
-            timeout_s = None if call.timeout_s is None else call.timeout_s - reading_s
+            call = read_request(request, model.components.spec, remaining_s, self._regions, stream=stream)
             statistics = self._statistics.setdefault(request.model_name, _Statistics())
-            steps = "PREVIEW" in call.outputs
-            updates = progress(
-                self._worker,
-                model,
-                call.order,
-                timeout_s,
-                client,
-                call.priority,
-                steps=steps,
-                reading_s=reading_s,
-                files_s=self._encoders.expected_s(call.order, call.format) if "ENCODED" in call.outputs else 0.0,
-            )
+            updates = self._requests.serve(model, call.request, client)
             async with contextlib.aclosing(updates):
                 async for update in updates:
                     if isinstance(update, Step):
                         yield write_preview(request, update)
                     else:
-                        finished, encoding = update, time.monotonic()
-                        files = await self._encoders.encode(finished.images, call.format) if "ENCODED" in call.outputs else []
-                        response = await self._encoders.run(
-                            write_result, request, call, finished, files, model.identity, self._regions
-                        )
-                        now = time.monotonic()
-                        _count(statistics, finished, 1000 * (now - started), 1000 * (now - encoding))
+                        response = await self._requests.threads.run(write_result, request, call, update, self._regions)
+                        _count(statistics, update, 1000 * (time.monotonic() - started))
                         yield response
         except FlashdiffError:
             if statistics:
@@ -305,9 +287,9 @@ class TritonService:
             await abort(context, error)
 
 
-def triton_handler(worker: Worker, models: Models, encoders: ImageEncoders, regions: Regions | None) -> grpc.GenericRpcHandler:
+def triton_handler(worker: Worker, requests: Requests, regions: Regions | None) -> grpc.GenericRpcHandler:
     """The service under Triton's name; without `regions` there is no shared memory."""
-    service = TritonService(worker, models, encoders, regions)
+    service = TritonService(worker, requests, regions)
     handlers = {}
     for method in pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods:
         make = grpc.stream_stream_rpc_method_handler if method.client_streaming else grpc.unary_unary_rpc_method_handler
@@ -317,12 +299,12 @@ def triton_handler(worker: Worker, models: Models, encoders: ImageEncoders, regi
     return grpc.method_handlers_generic_handler(TRITON_SERVICE, handlers)
 
 
-def _count(statistics: _Statistics, finished: Finished, total_ms: float, encoding_ms: float) -> None:
-    timings = finished.timings
-    statistics.images += len(finished.images)
+def _count(statistics: _Statistics, reply: Reply, total_ms: float) -> None:
+    stages = reply.timings.by_stage(reply.model.components.spec)
+    statistics.images += len(reply.images)
     statistics.last_ms = round(1000 * time.time())
     statistics.add("success", total_ms)
-    statistics.add("queue", timings.queue)
-    statistics.add("compute_input", timings.text + timings.input_image)
-    statistics.add("compute_infer", timings.denoise)
-    statistics.add("compute_output", timings.decode + encoding_ms)
+    statistics.add("queue", reply.timings.queue)
+    statistics.add("compute_input", stages["text"] + stages["input_image"])
+    statistics.add("compute_infer", stages["denoise"])
+    statistics.add("compute_output", stages["decode"] + reply.encoding_ms)

@@ -1,8 +1,7 @@
 """Between the messages of Triton's protocol and our records: requests into calls, results into responses."""
 
-import secrets
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,14 +10,13 @@ from numpy.typing import NDArray
 
 from flashdiff.components import ModelSpec, Size
 from flashdiff.errors import RequestError, TensorError
-from flashdiff.generate import Order, check_order
 from flashdiff.noise import image_seed
 from flashdiff.proto.v1 import triton_pb2 as pb
-from flashdiff.server.images import ImageFormat, start_from_file
-from flashdiff.server.models import ModelIdentity
-from flashdiff.server.scheduler import Priority
+from flashdiff.server.jobs import Step
+from flashdiff.server.names import ImageFormat, Priority
+from flashdiff.server.requests import ImageRequest, Reply
 from flashdiff.server.shared_memory import Regions, offered
-from flashdiff.server.worker import Finished, Step
+from flashdiff.tasks import tasks_of
 
 VERSION = "1"  # of every model: bundles are told apart by name and hash
 MAX_ID = 256
@@ -34,7 +32,7 @@ class Tensor:
     is_file: bool = False
 
 
-INPUTS = {
+_INPUTS = {
     "PROMPT": Tensor("BYTES", pb.TYPE_STRING, (1,), optional=False),
     "NEGATIVE_PROMPT": Tensor("BYTES", pb.TYPE_STRING, (1,)),
     "SEED": Tensor("UINT64", pb.TYPE_UINT64, (1,)),
@@ -43,9 +41,9 @@ INPUTS = {
     "HEIGHT": Tensor("INT32", pb.TYPE_INT32, (1,)),
     "COUNT": Tensor("INT32", pb.TYPE_INT32, (1,)),
     "FORMAT": Tensor("BYTES", pb.TYPE_STRING, (1,)),
-    "IMAGE": Tensor("BYTES", pb.TYPE_STRING, (1,), is_file=True),
-    "STRENGTH": Tensor("FP32", pb.TYPE_FP32, (1,)),
 }
+_FILE = Tensor("BYTES", pb.TYPE_STRING, (1,), is_file=True)
+_NUMBER = Tensor("FP32", pb.TYPE_FP32, (1,))
 OUTPUTS = {
     "IMAGES": Tensor("UINT8", pb.TYPE_UINT8, (-1, -1, -1, 3)),  # [count, height, width, RGB]
     "ENCODED": Tensor("BYTES", pb.TYPE_STRING, (-1,)),  # [count] files of FORMAT
@@ -57,29 +55,30 @@ _TYPED = {"UINT64": "uint64_contents", "INT32": "int_contents", "FP32": "fp32_co
 _FORMATS: tuple[ImageFormat, ...] = ("png", "jpeg", "webp")
 
 
+def inputs_of(spec: ModelSpec) -> dict[str, Tensor]:
+    """The inputs of a model by name: what all models take, and the files and numbers of its tasks."""
+    tasks = tasks_of(spec)
+    files = {name.upper(): _FILE for task in tasks for name in task.inputs}
+    numbers = {parameter.name.upper(): _NUMBER for task in tasks for parameter in task.parameters}
+    return {**_INPUTS, **files, **numbers}
+
+
 @dataclass(frozen=True)
 class Call:
-    """One inference request, read and checked."""
+    """One inference request, read; `outputs` says of each output where in shared memory it goes, if anywhere."""
 
-    order: Order
-    outputs: dict[str, dict[str, Any]]  # name -> where in shared memory it goes, if anywhere
-    format: ImageFormat
-    priority: Priority
-    timeout_s: float | None
-
-
-def has_file(request: pb.ModelInferRequest) -> bool:
-    """Whether reading the request takes a while."""
-    return any(tensor.name in INPUTS and INPUTS[tensor.name].is_file for tensor in request.inputs)
+    request: ImageRequest
+    outputs: dict[str, dict[str, Any]]
 
 
 def read_request(
     request: pb.ModelInferRequest, spec: ModelSpec, remaining_s: float | None, regions: Regions | None, *, stream: bool
 ) -> Call:
-    """What is asked of the model of `spec`; an error names the input, output or parameter that is wrong."""
+    """A request to the model of `spec`; an error names the input, output or parameter that is wrong."""
     if len(request.id) > MAX_ID:
         raise TensorError(f"the request's id has {len(request.id)} characters, at most {MAX_ID} are taken")
-    values = _read_inputs(request, regions)
+    inputs = inputs_of(spec)
+    values = _read_inputs(request, inputs, regions)
     parameters = _parameters(request.parameters)
     outputs = {output.name: _parameters(output.parameters) for output in request.outputs} or {name: {} for name in OUTPUTS}
     for name in outputs:
@@ -97,28 +96,33 @@ def read_request(
     image_format = values.get("FORMAT", "png")
     if image_format not in _FORMATS:
         raise RequestError("FORMAT", image_format, f"it must be one of {', '.join(_FORMATS)}")
-    order = check_order(
-        spec,
+    asked = ImageRequest(
         prompt=values["PROMPT"],
         negative_prompt=values.get("NEGATIVE_PROMPT", ""),
-        seed=values.get("SEED", secrets.randbits(32)),
+        seed=values.get("SEED"),
         steps=values.get("STEPS"),
         size=Size(values.get("WIDTH", 0), values.get("HEIGHT", 0)) if {"WIDTH", "HEIGHT"} & set(values) else None,
         count=values.get("COUNT", 1),
+        files={name.lower(): values[name] for name, tensor in inputs.items() if tensor is _FILE and name in values},
+        parameters={name.lower(): values[name] for name, tensor in inputs.items() if tensor is _NUMBER and name in values},
+        format=image_format,
+        priority=_priority(parameters),
+        timeout_s=_timeout_s(parameters, remaining_s),
+        wants_steps="PREVIEW" in outputs,
+        wants_files="ENCODED" in outputs,
     )
-    order = start_from_file(order, values.get("IMAGE"), values.get("STRENGTH"))
-    return Call(order, outputs, image_format, _priority(parameters), _timeout_s(parameters, remaining_s))
+    return Call(asked, outputs)
 
 
-def _read_inputs(request: pb.ModelInferRequest, regions: Regions | None) -> dict[str, Any]:
+def _read_inputs(request: pb.ModelInferRequest, inputs: Mapping[str, Tensor], regions: Regions | None) -> dict[str, Any]:
     """The value of every input given; RequestError names the tensor that is wrong."""
     model = request.model_name
     raws = iter(request.raw_input_contents)
     values: dict[str, Any] = {}
     for tensor in request.inputs:
-        if tensor.name not in INPUTS:
+        if tensor.name not in inputs:
             raise TensorError(f"unexpected inference input '{tensor.name}' for model '{model}'")
-        expected = INPUTS[tensor.name]
+        expected = inputs[tensor.name]
         if tensor.name in values:
             raise TensorError(f"input '{tensor.name}' is given twice for model '{model}'")
         if tensor.datatype != expected.datatype:
@@ -140,7 +144,7 @@ def _read_inputs(request: pb.ModelInferRequest, regions: Regions | None) -> dict
         values[tensor.name] = _text(tensor.name, value) if isinstance(value, bytes) and not expected.is_file else value
     if next(raws, None) is not None:
         raise TensorError(f"more raw input contents than inputs that need them for model '{model}'")
-    missing = [name for name, tensor in INPUTS.items() if not tensor.optional and name not in values]
+    missing = [name for name, tensor in inputs.items() if not tensor.optional and name not in values]
     if missing:
         raise TensorError(f"expected input '{missing[0]}' for model '{model}' is not there")
     return values
@@ -220,23 +224,17 @@ def write_preview(request: pb.ModelInferRequest, step: Step) -> pb.ModelInferRes
     return response
 
 
-def write_result(
-    request: pb.ModelInferRequest,
-    call: Call,
-    finished: Finished,
-    files: Sequence[bytes],
-    model: ModelIdentity,
-    regions: Regions | None,
-) -> pb.ModelInferResponse:
-    """The last response; `files` are the images as ENCODED has them. Outputs with a place in shared memory are written there."""
+def write_result(request: pb.ModelInferRequest, call: Call, reply: Reply, regions: Regions | None) -> pb.ModelInferResponse:
+    """The last response; outputs with a place in shared memory are written there."""
+    order, timings = reply.order, reply.timings
     tensors: dict[str, NDArray[Any] | list[bytes]] = {}
     for name in call.outputs:
         if name == "IMAGES":
-            tensors[name] = np.stack(finished.images)
+            tensors[name] = np.stack(reply.images)
         elif name == "SEEDS":
-            tensors[name] = np.array([image_seed(call.order.seed, i) for i in range(call.order.count)], dtype="<u8")
+            tensors[name] = np.array([image_seed(order.seed, index) for index in range(order.count)], dtype="<u8")
         elif name == "ENCODED":
-            tensors[name] = list(files)
+            tensors[name] = reply.files
     response = _response(request, tensors)
     raws = list(response.raw_output_contents)
     del response.raw_output_contents[:]
@@ -250,9 +248,10 @@ def write_result(
         output.parameters["shared_memory_region"].string_param = region
         output.parameters["shared_memory_offset"].int64_param = offset
         output.parameters["shared_memory_byte_size"].int64_param = len(raw)
-    response.parameters["steps"].int64_param = call.order.steps
-    response.parameters["bundle_hash"].string_param = model.bundle_hash
-    for name, spent in vars(finished.timings).items():
+    response.parameters["steps"].int64_param = order.steps
+    response.parameters["bundle_hash"].string_param = reply.model.identity.bundle_hash
+    stages = {"queue": timings.queue, **timings.by_stage(reply.model.components.spec), "total": timings.total}
+    for name, spent in stages.items():
         response.parameters[f"{name}_ms"].double_param = spent
     response.parameters["triton_final_response"].bool_param = True
     return response

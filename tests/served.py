@@ -6,12 +6,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
+
+from numpy.typing import NDArray
 
 from flashdiff.components import Size
 from flashdiff.engines.runtime.fake_backend import FakeComponents
 from flashdiff.proto.v1 import image_pb2, triton_pb2
 from flashdiff.server.app import Listen, Server, start
-from flashdiff.server.models import Model, ModelIdentity, Models
+from flashdiff.server.models import Model, Models
+from flashdiff.server.names import ModelIdentity
 
 MODEL = ModelIdentity(name="fake", bundle_hash="0" * 64, family="fake", backend="fake", precision="fp32")
 SIZE = Size(64, 64)
@@ -34,6 +38,41 @@ def model_of(fake: FakeComponents, identity: ModelIdentity = MODEL) -> Model:
     model = Model(identity, fake, fake.costs)
     fake.calls.clear()  # those of opening it
     return model
+
+
+class Clock:
+    """A worker's clock that tests set."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def set_cost(model: Model, part: str, ms: float, size: Size = SIZE) -> None:
+    """What every call of a part counts as from now on."""
+    model.costs.replace(part, size, dict.fromkeys(model.costs.current[size][part], ms))
+
+
+def set_costs(model: Model, ms: float) -> None:
+    """The same for all parts at all sizes."""
+    for size in model.components.spec.sizes:
+        for part in model.components.spec.parts:
+            set_cost(model, part.name, ms, size)
+
+
+Tensors = dict[str, NDArray[Any]]
+
+
+def intercept(fake: FakeComponents, part: str, around: Callable[[Callable[[Tensors], Tensors], Tensors], Any]) -> None:
+    """From now on calls of a part go to `around`, which gets what would have been called and its inputs."""
+    call = fake.call
+
+    def intercepted(name: str, inputs: Any) -> Any:
+        return around(lambda given: call(part, given), inputs) if name == part else call(name, inputs)
+
+    fake.call = intercepted  # type: ignore[method-assign]
 
 
 @dataclass

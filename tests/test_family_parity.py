@@ -8,13 +8,15 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from orders import from_image
 from PIL import Image
 from tiny import FAMILIES
 
 from flashdiff.families import family_of, load_base
-from flashdiff.generate import check_order, generate, generate_rows, start_from
+from flashdiff.generate import generate, generate_rows
 from flashdiff.noise import image_noise
 from flashdiff.schedule import FlowSchedule
+from flashdiff.tasks import check_order
 
 PROMPT = " A Red dog"
 
@@ -59,7 +61,7 @@ def test_image_to_image_is_that_of_the_stock_pipeline(
     _, model = load_base(str(base))
     spec = model.spec
     picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    ours = generate(model, [start_from(check_order(spec, prompt=PROMPT, seed=3, steps=steps), picture, strength)])[0][0]
+    ours = generate(model, [from_image(check_order(spec, prompt=PROMPT, seed=3, steps=steps), picture, strength)])[0][0]
 
     pipeline: Any = diffusers.StableDiffusionImg2ImgPipeline.from_pretrained(base)
     pipeline.set_progress_bar_config(disable=True)
@@ -79,7 +81,7 @@ def test_specs_say_what_the_pipelines_do(base: Path) -> None:
     assert spec.sizes == ((32, 32),)
     assert spec.latent_factor == 4
     assert (spec.prediction == "flow") == isinstance(spec.sampler.schedule, FlowSchedule)
-    assert (spec.unconditional == "zeros") == (base.name == "sdxl")
+    assert {condition.unconditional for condition in spec.conditions} == {"zeros" if base.name == "sdxl" else "empty_prompt"}
 
 
 def test_latents_survive_the_codec_as_the_pipeline_scales_them(base: Path) -> None:
@@ -93,4 +95,4 @@ def test_latents_survive_the_codec_as_the_pipeline_scales_them(base: Path) -> No
         torch.testing.assert_close(latents, (expected - shift) * vae.config.scaling_factor)
         torch.testing.assert_close(model.decoder(latents), vae.decode(expected).sample, atol=1e-4, rtol=1e-4)
         mean = (vae.encode(images).latent_dist.mean - shift) * vae.config.scaling_factor
-        torch.testing.assert_close(torch.from_numpy(model.encode_images(images.numpy())), mean)
+        torch.testing.assert_close(torch.from_numpy(model.call("encoder", {"images": images.numpy()})["latents"]), mean)

@@ -43,12 +43,31 @@ def test_no_layer_imports_one_above_it() -> None:
     assert not wrong
 
 
-def test_only_convert_knows_protobuf_messages_and_only_runtime_knows_engine_libraries() -> None:
+def test_only_translators_know_protobuf_messages_and_only_runtime_knows_engine_libraries() -> None:
     knowing = {path.name for path in (ROOT / "server").rglob("*.py") if "flashdiff.proto.v1" in path.read_text()}
-    # The last three name services, not fields.
-    assert knowing <= {"convert.py", "triton.py", "triton_convert.py", "app.py", "service.py", "client.py"}
+    translators = {"convert.py", "replies.py", "wire.py", "triton.py", "triton_convert.py"}
+    assert knowing <= translators | {"app.py", "service.py", "client.py"}  # these name services, not fields
     for path in (ROOT / "engines").glob("*.py"):
         assert not {"openvino", "onnxruntime"} & {name.split(".")[0] for name in _imports(path)}, path
+
+
+def test_a_client_imports_no_server_code_and_no_engine() -> None:
+    code = """
+import sys, flashdiff.server.client
+print(sorted(name for name in sys.modules if name.startswith(("flashdiff.server.", "flashdiff.engines", "PIL", "torch"))))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    ours = [f"flashdiff.server.{name}" for name in ("client", "names", "replies", "wire")]
+    assert result.stdout.splitlines()[-1] == str(ours)
+
+
+def test_only_tasks_know_a_tasks_name() -> None:
+    names = {"text_to_image", "image_to_image"}
+    for layer in (*LAYERS, "flashdiff"):
+        for path in (ROOT / layer).rglob("*.py"):
+            if "flashdiff/tasks" not in path.as_posix():
+                found = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+                assert not names & {value for value in found if isinstance(value, str)} or path.name == "components.py", path
 
 
 def test_help_needs_no_heavy_import() -> None:

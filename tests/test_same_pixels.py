@@ -11,12 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from orders import from_image
 from served import model_of
 
 from flashdiff.components import Size
 from flashdiff.engines.runtime.fake_backend import FLASH, GUIDED, FakeComponents
-from flashdiff.generate import Order, Pixels, check_order, generate, start_from
+from flashdiff.generate import generate
+from flashdiff.orders import Order, Pixels
 from flashdiff.server.worker import Worker
+from flashdiff.tasks import check_order
 
 HASHES = Path(__file__).with_suffix("").with_name("same_pixels.json")
 SAMPLERS = {"flash": FLASH, "guided": GUIDED}
@@ -39,7 +42,7 @@ def _orders(fake: FakeComponents) -> list[Order]:
         if number % 5 > 2:
             rows, columns = np.mgrid[: order.size.height, : order.size.width]
             picture = np.stack([rows * 3 + number, columns * 5, rows + columns], axis=-1).astype(np.uint8)
-            order = start_from(order, picture, (0.3, 0.8, 1.0)[number % 3])
+            order = from_image(order, picture, (0.3, 0.8, 1.0)[number % 3])
         orders.append(order)
     return orders
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flashdiff.engines.runtime.engine import open_bundle
-from flashdiff.generate import check_order, generate
+from flashdiff.generate import generate
 from flashdiff.server.images import encode_image
+from flashdiff.tasks import check_order
 
 
 @dataclass(frozen=True)

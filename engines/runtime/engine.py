@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flashdiff.components import Conditioning, Costs, ModelSpec, Size
+from flashdiff.components import Costs, ModelSpec, Size
 from flashdiff.engines.bundle import PARTS, BucketCost, Manifest, read_manifest, tokenizer_file
 from flashdiff.engines.runtime import CompiledPart, bucket_shapes, dimensions_of, open_parts
 from flashdiff.text import PromptTokenizer
@@ -25,7 +25,7 @@ class Engine:
         self.spec: ModelSpec = manifest.model
         self.max_batch = manifest.batch_sizes[-1]
         # On a GPU parts have streams of their own; a CPU's engines each take all of its cores.
-        self.decodes_beside = manifest.machine.device == "cuda" and manifest.backend != "onnxruntime"
+        self.parallel_decode = manifest.machine.device == "cuda" and manifest.backend != "onnxruntime"
         texts = {tokenizer.name: (folder / tokenizer_file(tokenizer)).read_text("utf-8") for tokenizer in self.spec.tokenizers}
         self._tokenizer = PromptTokenizer(texts, self.spec.tokenizers)
         self._compile = open_parts(folder, manifest)
@@ -58,21 +58,10 @@ class Engine:
             costs.setdefault((cost.part, cost.size), {})[cost.batch] = cost.ms
         return costs
 
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        return self.run_part("text_encoder", self._tokenizer(prompts))
+    def tokenize(self, prompts: Sequence[str]) -> dict[str, NDArray[np.int64]]:
+        return self._tokenizer(prompts)
 
-    def encode_images(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        return self.run_part("encoder", {"images": images})["latents"]
-
-    def denoise(
-        self, latents: NDArray[np.float32], times: NDArray[np.int64], conditioning: Mapping[str, NDArray[np.float32]]
-    ) -> NDArray[np.float32]:
-        return self.run_part("denoiser", {"latents": latents, "times": times, **conditioning})["output"]
-
-    def decode(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
-        return self.run_part("decoder", {"latents": latents})["images"]
-
-    def run_part(self, part: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
+    def call(self, part: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
         """Outputs of one part for up to `max_batch` rows, at the smallest bucket that holds them."""
         rows = len(next(iter(inputs.values())))
         batch = next(batch for batch in self.manifest.batch_sizes if batch >= rows)

@@ -2,13 +2,15 @@
 
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flashdiff.components import Conditioning, Costs, ModelSpec, Size
+from flashdiff.components import Costs, ModelSpec, Size
 from flashdiff.errors import BackendError, RequestError
+from flashdiff.parts import Condition, latent_diffusion
 from flashdiff.sampling import Sampler
 from flashdiff.schedule import Grid, NoiseSchedule
 from flashdiff.text import TokenizerSpec
@@ -22,7 +24,7 @@ class FakeComponents:
     """Implements `Components`. Every call is recorded in `calls` as (part, rows); it can be slow or fail on demand."""
 
     def __init__(
-        self, sampler: Sampler = FLASH, *, delay_s: float = 0.0, max_batch: int = 4, decodes_beside: bool = False
+        self, sampler: Sampler = FLASH, *, delay_s: float = 0.0, max_batch: int = 4, parallel_decode: bool = False
     ) -> None:
         self.spec = ModelSpec(
             name="fake",
@@ -33,9 +35,11 @@ class FakeComponents:
             latent_factor=8,
             sizes=(Size(64, 64), Size(128, 64)),
             tokenizers=(TokenizerSpec(name="input_ids", length=32, pad_id=0),),
+            parts=latent_diffusion(["input_ids"], ["color"]),
+            conditions=(Condition(name="color", part="text_encoder"),),
         )
         self.max_batch = max_batch
-        self.decodes_beside = decodes_beside
+        self.parallel_decode = parallel_decode
         self.delay_s = delay_s
         self.fail_on: str | None = None  # the part that raises BackendError
         self.calls: list[tuple[str, int]] = []
@@ -46,38 +50,40 @@ class FakeComponents:
         spatial = [(part, size) for part in ("encoder", "denoiser", "decoder") for size in self.spec.sizes]
         return {key: {self.max_batch: 1000 * self.delay_s} for key in (("text_encoder", None), *spatial)}
 
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        self._called("text_encoder", len(prompts))
+    def tokenize(self, prompts: Sequence[str]) -> dict[str, NDArray[np.int64]]:
+        """One id of the whole prompt, in a row of padding."""
+        length = self.spec.prompt_tokens
         for prompt in prompts:
-            if len(prompt.split()) > self.spec.prompt_tokens:
-                raise RequestError("prompt", prompt, f"at most {self.spec.prompt_tokens} words fit")
-        return {
-            "color": np.array(
-                [[(zlib.crc32(p.encode()) >> s & 255) / 255 for s in (0, 8, 16)] for p in prompts], dtype=np.float32
-            )
-        }
+            if len(prompt.split()) > length:
+                raise RequestError("prompt", prompt, f"at most {length} words fit")
+        return {"input_ids": np.array([[zlib.crc32(p.encode()), *[0] * (length - 1)] for p in prompts], dtype=np.int64)}
 
-    def encode_images(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        self._called("encoder", len(images))
+    def call(self, part: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
+        self._called(part, len(next(iter(inputs.values()))))
+        runs: dict[str, Callable[..., NDArray[np.float32]]] = {
+            "text_encoder": _color,
+            "encoder": self._encode,
+            "denoiser": self._denoise,
+            "decoder": self._decode,
+        }
+        return {self.spec.part(part).outputs[0]: runs[part](**inputs)}
+
+    def _encode(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         batch, channels, height, width = images.shape
         factor = self.spec.latent_factor
         cells = images.reshape(batch, channels, height // factor, factor, width // factor, factor)
         latents: NDArray[np.float32] = cells.mean((3, 5), dtype=np.float32)
         return latents
 
-    def denoise(
-        self, latents: NDArray[np.float32], times: NDArray[np.int64], conditioning: Mapping[str, NDArray[np.float32]]
-    ) -> NDArray[np.float32]:
-        self._called("denoiser", len(latents))
+    def _denoise(self, latents: NDArray[np.float32], times: NDArray[np.int64], color: NDArray[np.float32]) -> NDArray[np.float32]:
         alphas, sigmas = self.spec.sampler.schedule.levels(times)
-        x0 = np.broadcast_to(conditioning["color"][:, :, None, None], latents.shape)
+        x0 = np.broadcast_to(color[:, :, None, None], latents.shape)
         epsilon: NDArray[np.float32] = ((latents - alphas[:, None, None, None] * x0) / sigmas[:, None, None, None]).astype(
             np.float32
         )
         return epsilon
 
-    def decode(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
-        self._called("decoder", len(latents))
+    def _decode(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
         factor = self.spec.latent_factor
         return np.asarray(latents.repeat(factor, axis=2).repeat(factor, axis=3))
 
@@ -88,3 +94,8 @@ class FakeComponents:
             time.sleep(self.delay_s)
         if self.fail_on == part:
             raise BackendError(f"the fake {part} failed, as asked")
+
+
+def _color(input_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    """[B, 3] in [0, 1]: three bytes of each prompt's id."""
+    return np.stack([(input_ids[:, 0] >> shift & 255) / 255 for shift in (0, 8, 16)], axis=1).astype(np.float32)

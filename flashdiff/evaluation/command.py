@@ -36,8 +36,8 @@ from flashdiff.evaluation.images import (
 )
 from flashdiff.families.base import TorchModel
 from flashdiff.files import new_folder, write_whole
-from flashdiff.generate import check_order
 from flashdiff.lora import find_lora, fused_spec, load_fused, read_flash_info
+from flashdiff.tasks import check_order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +157,7 @@ def _plan(options: EvaluateOptions, open_bundle: Callable[[Path], Components], r
             taken.add(title)
             plan.models.append((title, components, count))
         for prompt in plan.prompts:
-            components.encode([prompt.text])  # refuses what is too long
+            components.tokenize([prompt.text])  # refuses what is too long
     return plan
 
 

@@ -29,7 +29,8 @@ from flashdiff.evaluation.metrics import (
     spread_within_groups,
     weighted_mean,
 )
-from flashdiff.generate import check_order, generate_rows
+from flashdiff.generate import generate_rows
+from flashdiff.tasks import check_order
 
 LARGE = ("kind", "color", "background", "plant", "ring", "top", "outfit", "face")
 SMALL = ("eyes", "mouth", "pattern", "chest", "moons", "surface", "beard", "glasses")

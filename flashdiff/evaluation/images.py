@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from flashdiff.errors import EvaluationError, first_line
 from flashdiff.files import write_whole
-from flashdiff.generate import Pixels
+from flashdiff.orders import Pixels
 
 DAMAGED_IMAGE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 """What pillow has for damaged files."""

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from flashdiff.components import Conditioning, ModelSpec
+from flashdiff.components import ModelSpec
 from flashdiff.families.codec import Encoder
 from flashdiff.files import hash_files
 from flashdiff.text import PromptTokenizer
@@ -59,17 +59,16 @@ class ModelFamily:
 
 @dataclass(kw_only=True)
 class TorchModel:
-    """A base model in torch, float32 and in eval mode. Implements `Components`.
+    """A base model in torch, float32 and in eval mode. Implements `Components`; a part's module has the part's name.
 
-    text_encoder (ids [B, T] of every tokenizer) -> conditioning tensors; denoiser (latents [B, C, h, w], times [B],
-    *conditioning) -> [B, C, h, w]; encoder (images [B, 3, H, W] in [-1, 1]) -> latents, and decoder back. Latents are scaled:
+    text_encoder (ids [B, T] of every tokenizer) -> conditions; denoiser (latents [B, C, h, w], times [B],
+    *conditions) -> [B, C, h, w]; encoder (images [B, 3, H, W] in [-1, 1]) -> latents, and decoder back. Latents are scaled:
     about unit variance.
     """
 
     spec: ModelSpec
     folder: Path
     tokenizer: PromptTokenizer
-    conditioning: tuple[str, ...]
     text_encoder: nn.Module
     denoiser: nn.Module
     encoder: Encoder
@@ -79,22 +78,41 @@ class TorchModel:
     weights: Mapping[str, Any]
     """Every model that was loaded, by its folder: saving them, fused or not, makes a base directory again."""
     max_batch: int = 8
-    decodes_beside: bool = False
+    parallel_decode: bool = False
 
     @cached_property
     def base_hash(self) -> str:
         """Names the weights and configuration, wherever they lie."""
         return base_hash(self.folder)
 
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        return {name: value.cpu().numpy() for name, value in self.encode_ids(self.tokenizer(prompts)).items()}
+    @property
+    def conditioning(self) -> tuple[str, ...]:
+        """Names of the denoiser's conditions, in the order in which it takes them."""
+        return tuple(condition.name for condition in self.spec.conditions)
+
+    def module(self, part: str) -> nn.Module:
+        """The module of a part."""
+        module: nn.Module = getattr(self, part)
+        return module
+
+    def tokenize(self, prompts: Sequence[str]) -> dict[str, NDArray[np.int64]]:
+        return self.tokenizer(prompts)
+
+    def call(self, part: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
+        spec, module = self.spec.part(part), self.module(part)
+        place = next(module.parameters()).device
+        with torch.no_grad():
+            outputs = module(*(torch.from_numpy(np.ascontiguousarray(inputs[name])).to(place) for name in spec.inputs))
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return {name: values.float().cpu().numpy() for name, values in zip(spec.outputs, outputs, strict=True)}
 
     def encode_ids(self, ids: Mapping[str, NDArray[np.int64]]) -> dict[str, Tensor]:
-        """`encode` of token ids [B, T] of every tokenizer, for callers that go on in torch."""
+        """The text encoder's outputs for token ids [B, T] of every tokenizer, float32 on the network's device."""
+        spec = self.spec.text_part
         place = next(self.text_encoder.parameters()).device
         with torch.no_grad():
-            outputs = self.text_encoder(*(torch.from_numpy(ids[tokenizer.name]).to(place) for tokenizer in self.spec.tokenizers))
-        return {name: values.to(self.device, torch.float32) for name, values in zip(self.conditioning, outputs, strict=True)}
+            outputs = self.text_encoder(*(torch.from_numpy(ids[name]).to(place) for name in spec.inputs))
+        return {name: values.to(self.device, torch.float32) for name, values in zip(spec.outputs, outputs, strict=True)}
 
     @property
     def device(self) -> torch.device:
@@ -112,28 +130,8 @@ class TorchModel:
         if not self.guides_twice:
             return None
         empty = self.encode_ids(self.tokenizer([""]))
-        zeros = self.spec.unconditional == "zeros"
-        return {name: torch.zeros_like(values) for name, values in empty.items()} if zeros else empty
-
-    def encode_images(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        with torch.no_grad():
-            latents: NDArray[np.float32] = self.encoder(torch.from_numpy(images).to(self.device)).cpu().numpy()
-        return latents
-
-    def denoise(
-        self, latents: NDArray[np.float32], times: NDArray[np.int64], conditioning: Mapping[str, NDArray[np.float32]]
-    ) -> NDArray[np.float32]:
-        inputs = (latents, times, *(conditioning[name] for name in self.conditioning))
-        with torch.no_grad():
-            output: NDArray[np.float32] = (
-                self.denoiser(*(torch.from_numpy(values).to(self.device) for values in inputs)).cpu().numpy()
-            )
-        return output
-
-    def decode(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
-        with torch.no_grad():
-            images: NDArray[np.float32] = self.decoder(torch.from_numpy(latents).to(self.device)).cpu().numpy()
-        return images
+        zeros = {condition.name for condition in self.spec.conditions if condition.unconditional == "zeros"}
+        return {name: torch.zeros_like(values) if name in zeros else values for name, values in empty.items()}
 
 
 def base_hash(folder: Path) -> str:

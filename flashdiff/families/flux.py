@@ -86,7 +86,7 @@ def _read_spec(folder: Path) -> ModelSpec:
         schedule=FlowSchedule.from_scheduler_config(
             scheduler_config(folder), source=f"{folder}/scheduler", tokens=(side // 2) ** 2
         ),
-        latent_channels=vae["latent_channels"],
+        network_channels=read_config(folder, "transformer")["in_channels"] // 4,  # a token is a patch of 2x2
         latent_side=side,
         tokenizers=(
             tokenizer_spec(folder, "tokenizer", "input_ids"),
@@ -106,7 +106,6 @@ def _load(folder: Path, spec: ModelSpec) -> TorchModel:
     return TorchModel(
         spec=spec,
         folder=folder,
-        conditioning=FAMILY.conditioning,
         tokenizer=load_tokenizers(folder, {"input_ids": "tokenizer", "input_ids_2": "tokenizer_2"}, spec.tokenizers),
         text_encoder=_TextEncoder(clip, t5).eval(),
         denoiser=_Denoiser(transformer, spec.sampler.schedule).eval(),

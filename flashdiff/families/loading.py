@@ -12,6 +12,7 @@ from flashdiff.components import ModelSpec, Size
 from flashdiff.errors import ModelError, first_line
 from flashdiff.families.base import ModelFamily
 from flashdiff.families.codec import latent_factor
+from flashdiff.parts import Condition, latent_diffusion
 from flashdiff.prediction import Prediction
 from flashdiff.sampling import Sampler
 from flashdiff.schedule import NoiseSchedule, Schedule
@@ -49,23 +50,35 @@ def spec_of(
     *,
     prediction: Prediction,
     schedule: Schedule,
-    latent_channels: int,
+    network_channels: int,
     latent_side: int,
     tokenizers: tuple[TokenizerSpec, ...],
     unconditional: Literal["empty_prompt", "zeros"] = "empty_prompt",
 ) -> ModelSpec:
-    """The spec of a base model, sampled by its ODE with the family's guidance and steps."""
-    factor = latent_factor(read_config(folder, "vae"))
+    """The spec of a base model, sampled by its ODE with the family's guidance and steps.
+
+    ModelError when the network's entrance, of `network_channels`, is not as wide as the autoencoder's latents.
+    """
+    vae = read_config(folder, "vae")
+    factor, channels = latent_factor(vae), vae["latent_channels"]
+    conditions = tuple(Condition(name=name, part="text_encoder", unconditional=unconditional) for name in family.conditioning)
+    if network_channels != channels + sum(condition.channels for condition in conditions):
+        raise ModelError(
+            f"{folder}: the {family.lora_prefix} takes {network_channels} channels, the autoencoder's latents have {channels}, "
+            f"and the family {family.name} has no condition that adds channels; models for inpainting, super-resolution and "
+            "edits are not supported"
+        )
     return ModelSpec(
         name=folder.resolve().name,
         family=family.name,
         prediction=prediction,
         sampler=Sampler(kind="ode", schedule=schedule, guidance=family.default_guidance, default_steps=family.default_steps),
-        latent_channels=latent_channels,
+        latent_channels=channels,
         latent_factor=factor,
         sizes=(Size(latent_side * factor, latent_side * factor),),
         tokenizers=tokenizers,
-        unconditional=unconditional,
+        parts=latent_diffusion([tokenizer.name for tokenizer in tokenizers], family.conditioning),
+        conditions=conditions,
     )
 
 
@@ -80,7 +93,7 @@ def unet_spec(folder: Path, family: ModelFamily, tokenizers: tuple[TokenizerSpec
         family,
         prediction=prediction,
         schedule=NoiseSchedule.from_scheduler_config(scheduler, source=f"{folder}/scheduler"),
-        latent_channels=unet["in_channels"],
+        network_channels=unet["in_channels"],
         latent_side=unet["sample_size"],
         tokenizers=tokenizers,
         **settings,

@@ -72,7 +72,7 @@ def _read_spec(folder: Path) -> ModelSpec:
         FAMILY,
         prediction="epsilon",
         schedule=NoiseSchedule.from_scheduler_config(scheduler_config(folder), source=f"{folder}/scheduler"),
-        latent_channels=transformer["in_channels"],
+        network_channels=transformer["in_channels"],
         latent_side=transformer["sample_size"],
         tokenizers=(tokenizer_spec(folder, "tokenizer", "input_ids", _T5_TOKENS),),
     )
@@ -88,7 +88,6 @@ def _load(folder: Path, spec: ModelSpec) -> TorchModel:
     return TorchModel(
         spec=spec,
         folder=folder,
-        conditioning=FAMILY.conditioning,
         tokenizer=load_tokenizers(folder, {"input_ids": "tokenizer"}, spec.tokenizers, lowercase=True),
         text_encoder=_TextEncoder(t5, spec.tokenizers[0].pad_id).eval(),
         denoiser=_Denoiser(transformer, spec.latent_factor).eval(),

@@ -59,7 +59,6 @@ def _load(folder: Path, spec: ModelSpec) -> TorchModel:
     return TorchModel(
         spec=spec,
         folder=folder,
-        conditioning=FAMILY.conditioning,
         tokenizer=load_tokenizers(folder, {"input_ids": "tokenizer"}, spec.tokenizers),
         text_encoder=_TextEncoder(clip).eval(),
         denoiser=_Denoiser(unet).eval(),

@@ -68,7 +68,7 @@ def _read_spec(folder: Path) -> ModelSpec:
         FAMILY,
         prediction="flow",
         schedule=FlowSchedule.from_scheduler_config(scheduler_config(folder), source=f"{folder}/scheduler", tokens=tokens),
-        latent_channels=transformer["in_channels"],
+        network_channels=transformer["in_channels"],
         latent_side=side,
         tokenizers=(
             tokenizer_spec(folder, "tokenizer", "input_ids"),
@@ -91,7 +91,6 @@ def _load(folder: Path, spec: ModelSpec) -> TorchModel:
     return TorchModel(
         spec=spec,
         folder=folder,
-        conditioning=FAMILY.conditioning,
         tokenizer=load_tokenizers(folder, parts, spec.tokenizers),
         text_encoder=_TextEncoder(first, second, third).eval(),
         denoiser=_Denoiser(transformer, spec.sampler.schedule).eval(),

@@ -68,7 +68,6 @@ def _load(folder: Path, spec: ModelSpec) -> TorchModel:
     return TorchModel(
         spec=spec,
         folder=folder,
-        conditioning=FAMILY.conditioning,
         tokenizer=load_tokenizers(folder, {"input_ids": "tokenizer", "input_ids_2": "tokenizer_2"}, spec.tokenizers),
         text_encoder=_TextEncoder(first, second).eval(),
         denoiser=_Denoiser(unet, spec.latent_factor).eval(),

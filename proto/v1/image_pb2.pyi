@@ -30,7 +30,21 @@ PRIORITY_HIGH: Priority
 PRIORITY_LOW: Priority
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("prompt", "seed", "steps", "width", "height", "count", "format", "model", "negative_prompt", "quality", "priority", "image", "strength")
+    __slots__ = ("prompt", "seed", "steps", "width", "height", "count", "format", "model", "negative_prompt", "quality", "priority", "image", "strength", "inputs", "parameters")
+    class InputsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: bytes
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[bytes] = ...) -> None: ...
+    class ParametersEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
@@ -44,6 +58,8 @@ class GenerateRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     IMAGE_FIELD_NUMBER: _ClassVar[int]
     STRENGTH_FIELD_NUMBER: _ClassVar[int]
+    INPUTS_FIELD_NUMBER: _ClassVar[int]
+    PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     prompt: str
     seed: int
     steps: int
@@ -57,7 +73,9 @@ class GenerateRequest(_message.Message):
     priority: Priority
     image: bytes
     strength: float
-    def __init__(self, prompt: _Optional[str] = ..., seed: _Optional[int] = ..., steps: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., count: _Optional[int] = ..., format: _Optional[_Union[ImageFormat, str]] = ..., model: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., quality: _Optional[int] = ..., priority: _Optional[_Union[Priority, str]] = ..., image: _Optional[bytes] = ..., strength: _Optional[float] = ...) -> None: ...
+    inputs: _containers.ScalarMap[str, bytes]
+    parameters: _containers.ScalarMap[str, float]
+    def __init__(self, prompt: _Optional[str] = ..., seed: _Optional[int] = ..., steps: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., count: _Optional[int] = ..., format: _Optional[_Union[ImageFormat, str]] = ..., model: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., quality: _Optional[int] = ..., priority: _Optional[_Union[Priority, str]] = ..., image: _Optional[bytes] = ..., strength: _Optional[float] = ..., inputs: _Optional[_Mapping[str, bytes]] = ..., parameters: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class GenerateUpdate(_message.Message):
     __slots__ = ("preview", "result")
@@ -94,7 +112,7 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[ServedModel, _Mapping]]] = ...) -> None: ...
 
 class ServedModel(_message.Message):
-    __slots__ = ("name", "model", "sizes", "default_steps", "max_steps", "max_prompt_tokens", "takes_negative_prompt")
+    __slots__ = ("name", "model", "sizes", "default_steps", "max_steps", "max_prompt_tokens", "takes_negative_prompt", "tasks")
     NAME_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     SIZES_FIELD_NUMBER: _ClassVar[int]
@@ -102,6 +120,7 @@ class ServedModel(_message.Message):
     MAX_STEPS_FIELD_NUMBER: _ClassVar[int]
     MAX_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TAKES_NEGATIVE_PROMPT_FIELD_NUMBER: _ClassVar[int]
+    TASKS_FIELD_NUMBER: _ClassVar[int]
     name: str
     model: Model
     sizes: _containers.RepeatedCompositeFieldContainer[Size]
@@ -109,7 +128,8 @@ class ServedModel(_message.Message):
     max_steps: int
     max_prompt_tokens: int
     takes_negative_prompt: bool
-    def __init__(self, name: _Optional[str] = ..., model: _Optional[_Union[Model, _Mapping]] = ..., sizes: _Optional[_Iterable[_Union[Size, _Mapping]]] = ..., default_steps: _Optional[int] = ..., max_steps: _Optional[int] = ..., max_prompt_tokens: _Optional[int] = ..., takes_negative_prompt: _Optional[bool] = ...) -> None: ...
+    tasks: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., model: _Optional[_Union[Model, _Mapping]] = ..., sizes: _Optional[_Iterable[_Union[Size, _Mapping]]] = ..., default_steps: _Optional[int] = ..., max_steps: _Optional[int] = ..., max_prompt_tokens: _Optional[int] = ..., takes_negative_prompt: _Optional[bool] = ..., tasks: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Size(_message.Message):
     __slots__ = ("width", "height")
@@ -156,7 +176,14 @@ class Image(_message.Message):
     def __init__(self, data: _Optional[bytes] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class Timings(_message.Message):
-    __slots__ = ("queue_ms", "text_ms", "denoise_ms", "decode_ms", "image_encoding_ms", "total_ms", "input_image_ms")
+    __slots__ = ("queue_ms", "text_ms", "denoise_ms", "decode_ms", "image_encoding_ms", "total_ms", "input_image_ms", "part_ms")
+    class PartMsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
     QUEUE_MS_FIELD_NUMBER: _ClassVar[int]
     TEXT_MS_FIELD_NUMBER: _ClassVar[int]
     DENOISE_MS_FIELD_NUMBER: _ClassVar[int]
@@ -164,6 +191,7 @@ class Timings(_message.Message):
     IMAGE_ENCODING_MS_FIELD_NUMBER: _ClassVar[int]
     TOTAL_MS_FIELD_NUMBER: _ClassVar[int]
     INPUT_IMAGE_MS_FIELD_NUMBER: _ClassVar[int]
+    PART_MS_FIELD_NUMBER: _ClassVar[int]
     queue_ms: float
     text_ms: float
     denoise_ms: float
@@ -171,7 +199,8 @@ class Timings(_message.Message):
     image_encoding_ms: float
     total_ms: float
     input_image_ms: float
-    def __init__(self, queue_ms: _Optional[float] = ..., text_ms: _Optional[float] = ..., denoise_ms: _Optional[float] = ..., decode_ms: _Optional[float] = ..., image_encoding_ms: _Optional[float] = ..., total_ms: _Optional[float] = ..., input_image_ms: _Optional[float] = ...) -> None: ...
+    part_ms: _containers.ScalarMap[str, float]
+    def __init__(self, queue_ms: _Optional[float] = ..., text_ms: _Optional[float] = ..., denoise_ms: _Optional[float] = ..., decode_ms: _Optional[float] = ..., image_encoding_ms: _Optional[float] = ..., total_ms: _Optional[float] = ..., input_image_ms: _Optional[float] = ..., part_ms: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class Model(_message.Message):
     __slots__ = ("name", "bundle_hash", "family", "backend", "precision")

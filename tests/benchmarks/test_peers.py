@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from types import SimpleNamespace
 from unittest.mock import AsyncMock
 
 import pytest
-from served import MODEL
+from served import MODEL, intercept
 
 from benchmarks import load
 from benchmarks.peers import compare
@@ -19,8 +20,8 @@ from benchmarks.peers.pipeline import Pipeline, Place
 from benchmarks.serving import RequestLevelWorker
 from flashdiff.engines.runtime.fake_backend import FakeComponents
 from flashdiff.errors import BackendError
-from flashdiff.generate import check_order
 from flashdiff.server.models import Model
+from flashdiff.tasks import check_order
 
 
 def test_flashdiff_alone_goes_through_every_phase(student_bundle: Path) -> None:
@@ -89,13 +90,14 @@ def test_an_environment_without_the_peer_is_refused_before_anything_runs(student
 def test_three_requests_run_as_two_and_one_in_a_peer_and_pay_for_no_padding(student_bundle: Path) -> None:
     pipeline = Pipeline(Place(student_bundle, 0, frozenset(os.sched_getaffinity(0))))
     rows: list[int] = []
-    denoise = pipeline._engine.denoise
+    call = pipeline._engine.call
 
-    def counted(latents, *rest):
-        rows.append(len(latents))
-        return denoise(latents, *rest)
+    def counted(part, inputs):
+        if part == "denoiser":
+            rows.append(len(inputs["latents"]))
+        return call(part, inputs)
 
-    pipeline._engine.denoise = counted
+    pipeline._engine.call = counted
     requests = [(f"a dog {seed}", 2, seed) for seed in range(3)]
     together = pipeline(requests)
     assert rows == [2, 2, 1, 1]
@@ -107,10 +109,13 @@ def test_request_level_batching_takes_as_many_as_fill_a_batch() -> None:
     model = Model(MODEL, fake, {key: {1: 10.0, 2: 10.0, 4: 10.0} for key in fake.costs})
     worker = RequestLevelWorker()
     fake.calls.clear()
-    with worker._changed:  # nothing starts before all three are there
-        jobs = [worker.submit(model, check_order(fake.spec, prompt=f"x {seed}", steps=2, seed=seed)) for seed in range(3)]
+    gate = threading.Event()
+    intercept(fake, "text_encoder", lambda call, inputs: call(inputs) if gate.wait(10) else {})
+    worker.submit(model, check_order(fake.spec, prompt="another size", size=fake.spec.sizes[1], steps=1))
+    jobs = [worker.submit(model, check_order(fake.spec, prompt=f"x {seed}", steps=2, seed=seed)) for seed in range(3)]
+    gate.set()  # all three are there
     for job in jobs:
         job.answer.result(10)
     worker.drain()
     assert worker.join(10)
-    assert [rows for part, rows in fake.calls if part == "denoiser"] == [2, 2, 1, 1]
+    assert [rows for part, rows in fake.calls if part == "denoiser"] == [1, 2, 2, 1, 1]

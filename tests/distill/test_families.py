@@ -14,8 +14,9 @@ from torch import Tensor
 from flashdiff.distill import loop
 from flashdiff.distill.loop import distill
 from flashdiff.families import load_base
-from flashdiff.generate import check_order, generate
+from flashdiff.generate import generate
 from flashdiff.lora import KOHYA, WEIGHTS, load_fused
+from flashdiff.tasks import check_order
 
 ALL = {"updates": 2, "mode_weights": (1, 1, 1, 1), "adversarial": 0.1, "distribution_matching": 0.3}
 

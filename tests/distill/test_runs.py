@@ -20,8 +20,9 @@ from flashdiff.distill.loop import distill
 from flashdiff.distill.student import Student
 from flashdiff.errors import ConfigError, TrainingError
 from flashdiff.families import load_base
-from flashdiff.generate import check_order, generate
+from flashdiff.generate import generate
 from flashdiff.lora import FLASH, add_adapter, load_fused
+from flashdiff.tasks import check_order
 
 PROMPTS = ("a dog", "a cat")
 

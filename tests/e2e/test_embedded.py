@@ -4,14 +4,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from orders import from_image
 
 from flashdiff.config import load_recipe
 from flashdiff.distill.config import Recipe, bundled_recipe
 from flashdiff.engines.build import BuildOptions, build_engine
 from flashdiff.engines.runtime.engine import Engine, open_bundle
 from flashdiff.families import find_base
-from flashdiff.generate import Pixels, check_order, generate, start_from
+from flashdiff.generate import generate
 from flashdiff.lora import find_lora, read_flash_info
+from flashdiff.orders import Pixels
+from flashdiff.tasks import check_order
 from flashdiff.zoo.world import BACKGROUND_COLORS, OBJECT_COLORS
 
 THINGS = ("monster with a smile", "robot with an antenna", "planet")
@@ -53,7 +56,7 @@ def test_an_image_to_start_from_stays_or_takes_the_prompts_color_as_its_strength
     green = generate(student, [check_order(student.spec, prompt="a green monster on a blue background", seed=4)])[0][0]
     red = check_order(student.spec, prompt="a red monster on a blue background", seed=5)
     for strength, color in ((0.25, "green"), (0.75, "red")):
-        image = generate(student, [start_from(red, green, strength)])[0][0]
+        image = generate(student, [from_image(red, green, strength)])[0][0]
         votes = [_nearest(OBJECT_COLORS, pixel) for pixel in image[48:60:4, 24:44:4].reshape(-1, 3)]
         assert max(votes, key=votes.count) == color
 

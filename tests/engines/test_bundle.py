@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import pytest
 from numpy.typing import NDArray
+from orders import from_image
 
 from flashdiff.components import Size
 from flashdiff.engines.build import build_engine
@@ -25,8 +26,9 @@ from flashdiff.engines.verify import verify
 from flashdiff.errors import BundleError, RequestError
 from flashdiff.families import load_base
 from flashdiff.files import hash_file
-from flashdiff.generate import check_order, generate, start_from
+from flashdiff.generate import generate
 from flashdiff.lora import load_fused
+from flashdiff.tasks import check_order
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +81,7 @@ def test_the_engine_starts_from_an_image_as_torch_does(tiny_base: Path, teacher:
     rng = np.random.default_rng(0)
     images = {size: rng.integers(0, 256, (size.height, size.width, 3), dtype=np.uint8) for size in teacher.spec.sizes}
     orders = [
-        start_from(check_order(teacher.spec, prompt="a dog", steps=5, size=size), image, 0.4) for size, image in images.items()
+        from_image(check_order(teacher.spec, prompt="a dog", steps=5, size=size), image, 0.4) for size, image in images.items()
     ]
     for engine_images, torch_images in zip(generate(teacher, orders), generate(model, orders), strict=True):
         assert np.abs(engine_images[0].astype(int) - torch_images[0]).max() <= 1
@@ -103,7 +105,7 @@ def test_the_lora_changes_the_images(student: Engine, tiny_base: Path) -> None:
 
 def test_a_prompt_that_does_not_fit_is_refused_and_not_cut(student: Engine) -> None:
     with pytest.raises(RequestError, match="tokens, at most 16 fit"):
-        student.encode(["x" * 40])
+        student.tokenize(["x" * 40])
 
 
 def test_opening_and_running_a_bundle_imports_neither_torch_nor_diffusers(
@@ -267,8 +269,8 @@ def test_a_students_engine_looks_up_what_depends_on_its_few_times_and_knows_no_o
     kinds = set(re.findall(r' type="(\w+)"', (student_bundle / "denoiser" / "model.xml").read_text()))
     assert not kinds & {"Sin", "Cos"}  # of the time embedding; verified at every time when it was built
     engine = open_bundle(student_bundle)
-    conditioning = engine.encode(["a", "b"])
+    conditioning = engine.call("text_encoder", engine.tokenize(["a", "b"]))
     latents = np.zeros((2, *engine.spec.latent_shape(engine.spec.sizes[0])), dtype=np.float32)
-    known, other = engine.denoise(latents, np.array([749, 748]), conditioning)
+    known, other = engine.call("denoiser", {"latents": latents, "times": np.array([749, 748]), **conditioning})["output"]
     assert np.isfinite(known).all()
     assert np.isnan(other).all()

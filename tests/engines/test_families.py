@@ -23,7 +23,8 @@ from flashdiff.engines.plan import plan_build
 from flashdiff.engines.runtime.engine import open_bundle
 from flashdiff.errors import BundleError
 from flashdiff.families import load_base
-from flashdiff.generate import check_order, generate
+from flashdiff.generate import generate
+from flashdiff.tasks import check_order
 
 Build = Callable[[str, BackendName], Path]
 

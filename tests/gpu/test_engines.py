@@ -14,7 +14,9 @@ from flashdiff.engines.config import BuildOptions
 from flashdiff.engines.runtime.engine import Engine, open_bundle
 from flashdiff.engines.runtime.tensorrt_build import check_opens
 from flashdiff.errors import BackendError
-from flashdiff.generate import Order, check_order, generate
+from flashdiff.generate import generate
+from flashdiff.orders import Order
+from flashdiff.tasks import check_order
 
 pytestmark = pytest.mark.gpu
 
@@ -68,9 +70,9 @@ def torch_engine(tiny_base: Path, tmp_path: Path) -> Engine:
 def test_outputs_of_a_replayed_graph_belong_to_the_caller(torch_engine: Engine) -> None:
     shape = torch_engine.spec.latent_shape(torch_engine.spec.sizes[0])
     latents = np.random.default_rng(0).standard_normal((2, *shape), dtype=np.float32)
-    first = torch_engine.decode(latents)
+    first = torch_engine.call("decoder", {"latents": latents})["images"]
     kept = first.copy()
-    torch_engine.decode(-latents)
+    torch_engine.call("decoder", {"latents": -latents})
     np.testing.assert_array_equal(first, kept)
 
 
@@ -83,22 +85,24 @@ def test_a_row_at_one_batch_size_is_the_same_in_any_place_and_company(torch_engi
 
 
 def test_decoding_in_another_thread_changes_nothing_on_either_side(torch_engine: Engine) -> None:
-    assert torch_engine.decodes_beside
+    assert torch_engine.parallel_decode
     shape = torch_engine.spec.latent_shape(torch_engine.spec.sizes[0])
     latents, times = np.random.default_rng(0).standard_normal((4, *shape), dtype=np.float32), np.array([999, 749, 499, 249])
-    conditioning = torch_engine.encode(["a", "b", "c", "d"])
-    images, output = torch_engine.decode(latents), torch_engine.denoise(latents, times, conditioning)
+    conditioning = torch_engine.call("text_encoder", torch_engine.tokenize(["a", "b", "c", "d"]))
+    given = {"latents": latents, "times": times, **conditioning}
+    images = torch_engine.call("decoder", {"latents": latents})["images"]
+    output = torch_engine.call("denoiser", given)["output"]
     differing: list[int] = []
 
     def decode_again_and_again() -> None:
         for turn in range(200):
-            if not np.array_equal(torch_engine.decode(latents), images):
+            if not np.array_equal(torch_engine.call("decoder", {"latents": latents})["images"], images):
                 differing.append(turn)
 
     beside = threading.Thread(target=decode_again_and_again)
     beside.start()
     while beside.is_alive():
-        np.testing.assert_array_equal(torch_engine.denoise(latents, times, conditioning), output)
+        np.testing.assert_array_equal(torch_engine.call("denoiser", given)["output"], output)
     beside.join()
     assert not differing
 

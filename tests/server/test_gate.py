@@ -18,7 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from served import METHODS, SIZE, message, serving, until
+from served import METHODS, message, serving, set_cost, until
 
 from flashdiff.engines.runtime.fake_backend import FakeComponents
 from flashdiff.errors import ConfigError
@@ -244,7 +244,7 @@ def test_the_span_of_a_failed_call_has_its_code_and_no_prompt(spans: InMemorySpa
 def test_metrics_tell_of_batches_times_and_refusals() -> None:
     with serving(FakeComponents(), Listen(port=0, metrics_port=0)) as running, Client(running.address) as client:
         client.generate("x", steps=3, timeout_s=10)
-        running.server.models.get().costs["denoiser", SIZE][4] = 5000.0
+        set_cost(running.server.models.get(), "denoiser", 5000.0)
         with pytest.raises(ServerError):
             client.generate("x", timeout_s=1)
         lines = set[str]()
@@ -256,7 +256,7 @@ def test_metrics_tell_of_batches_times_and_refusals() -> None:
             return 'flashdiff_refusals_total{cause="deadline"} 1.0' in lines
 
         until(refusal_is_counted)
-    assert 'flashdiff_batch_slots_count{model="fake",stage="denoise"} 3.0' in lines
+    assert 'flashdiff_batch_slots_count{model="fake",part="denoiser"} 3.0' in lines
     assert 'flashdiff_requests_total{model="fake",outcome="ok"} 1.0' in lines
     assert "flashdiff_pending_images 0.0" in lines
     for code in ("OK", "DEADLINE_EXCEEDED"):

@@ -14,7 +14,8 @@ from flashdiff.engines.runtime.fake_backend import FakeComponents
 from flashdiff.errors import BundleError, NotFoundError, OverloadedError
 from flashdiff.server import models as models_module
 from flashdiff.server.client import Client, ServerError
-from flashdiff.server.models import Embeddings, Model, ModelIdentity, Models
+from flashdiff.server.models import Embeddings, Model, Models
+from flashdiff.server.names import ModelIdentity
 
 
 def _bundle(repository: Path, name: str) -> Path:

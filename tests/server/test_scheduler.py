@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashdiff.components import Size
+from flashdiff.parts import Phase
+from flashdiff.server.names import Priority
 from flashdiff.server.scheduler import (
     LEAST_MARGIN,
     MOST_MARGIN,
     PATIENCE_S,
-    Priority,
     Ready,
-    Stage,
     Work,
     best_batch,
     choose,
@@ -30,13 +30,14 @@ SMALL, LARGE = Size(64, 64), Size(128, 64)
 COSTS = {
     "text_encoder": {1: 1.0, 4: 2.0},
     "encoder": {1: 3.0, 4: 6.0},
-    "denoiser": {1: 10.0, 4: 20.0},
-    "decoder": {1: 4.0, 4: 8.0},
+    "step": {1: 10.0, 4: 20.0},
+    "finish": {1: 4.0, 4: 8.0},
 }
+PHASES = {"text_encoder": Phase.PREPARE, "encoder": Phase.PREPARE, "denoiser": Phase.STEP, "decoder": Phase.FINISH}
 
 
 def _ready(
-    stage: Stage,
+    part: str,
     index: int,
     *,
     size: Size | None = SMALL,
@@ -48,7 +49,9 @@ def _ready(
     arrival: int | None = None,
 ) -> Ready:
     """Each of a request of its own unless `arrival` says whose; unless `costs` are given, a full batch costs as much as one."""
-    return Ready(due, index if arrival is None else arrival, index, stage, model, size, slots, costs or {1: 10.0, most: 10.0})
+    return Ready(
+        due, index if arrival is None else arrival, index, PHASES[part], part, model, size, slots, costs or {1: 10.0, most: 10.0}
+    )
 
 
 def test_nothing_ready_is_an_empty_batch() -> None:
@@ -56,38 +59,38 @@ def test_nothing_ready_is_an_empty_batch() -> None:
 
 
 def test_finished_rows_are_decoded_before_prompts_are_encoded_before_steps_are_taken() -> None:
-    ready = [_ready("denoise", 0), _ready("encode_text", 1, size=None), _ready("decode", 2)]
-    assert [item.stage for item in choose(ready)] == ["decode"]
-    assert [item.stage for item in choose(ready[:2])] == ["encode_text"]
+    ready = [_ready("denoiser", 0), _ready("text_encoder", 1, size=None), _ready("decoder", 2)]
+    assert [item.part for item in choose(ready)] == ["decoder"]
+    assert [item.part for item in choose(ready[:2])] == ["text_encoder"]
 
 
 def test_an_image_of_another_size_does_not_hold_up_a_step_that_it_cannot_join() -> None:
-    row = _ready("denoise", 0, due=2)
-    assert [item.stage for item in choose([row, _ready("encode_image", 1, due=3)])] == ["encode_image"]
-    assert [item.stage for item in choose([row, _ready("encode_image", 1, size=LARGE, due=3)])] == ["denoise"]
+    row = _ready("denoiser", 0, due=2)
+    assert [item.part for item in choose([row, _ready("encoder", 1, due=3)])] == ["encoder"]
+    assert [item.part for item in choose([row, _ready("encoder", 1, size=LARGE, due=3)])] == ["denoiser"]
 
 
 def test_texts_wait_for_room_in_the_step_unless_they_are_more_urgent() -> None:
-    full = [_ready("denoise", index, due=2) for index in range(4)]
-    text = _ready("encode_text", 9, size=None, due=3)
-    assert [item.stage for item in choose([*full, text])] == 4 * ["denoise"]
-    assert [item.stage for item in choose([*full[:3], text])] == ["encode_text"]
-    assert [item.stage for item in choose([*full, _ready("encode_text", 9, size=None, due=1)])] == ["encode_text"]
+    full = [_ready("denoiser", index, due=2) for index in range(4)]
+    text = _ready("text_encoder", 9, size=None, due=3)
+    assert [item.part for item in choose([*full, text])] == 4 * ["denoiser"]
+    assert [item.part for item in choose([*full[:3], text])] == ["text_encoder"]
+    assert [item.part for item in choose([*full, _ready("text_encoder", 9, size=None, due=1)])] == ["text_encoder"]
 
 
 def test_the_most_urgent_deadline_picks_the_size_and_the_rest_of_its_size_joins() -> None:
     ready = [
-        _ready("denoise", 0),
-        _ready("denoise", 1, size=LARGE, due=5),
-        _ready("denoise", 2),
-        _ready("denoise", 3, size=LARGE),
+        _ready("denoiser", 0),
+        _ready("denoiser", 1, size=LARGE, due=5),
+        _ready("denoiser", 2),
+        _ready("denoiser", 3, size=LARGE),
     ]
     assert [item.handle for item in choose(ready)] == [1, 3]
 
 
 def test_slots_are_never_more_than_the_batch_and_a_guided_row_takes_two() -> None:
     for most in (4, 5):
-        ready = [_ready("denoise", index, slots=2, most=most) for index in range(3)]
+        ready = [_ready("denoiser", index, slots=2, most=most) for index in range(3)]
         assert [item.handle for item in choose(ready)] == [0, 1]
 
 
@@ -103,45 +106,50 @@ def test_a_step_takes_as_many_rows_as_cost_least_each() -> None:
 
 def test_texts_wait_where_their_rows_would_not_join_the_step() -> None:
     costs = {1: 5.0, 2: 9.0, 4: 17.0}
-    rows = [_ready("denoise", index, due=1, costs=costs) for index in range(2)]
-    texts = [_ready("encode_text", index, size=None, due=9) for index in range(2, 4)]
-    assert [item.stage for item in choose([*rows, *texts[:1]])] == 2 * ["denoise"]  # three would go as two and one
-    assert [item.stage for item in choose([*rows, *texts])] == 2 * ["encode_text"]
+    rows = [_ready("denoiser", index, due=1, costs=costs) for index in range(2)]
+    texts = [_ready("text_encoder", index, size=None, due=9) for index in range(2, 4)]
+    assert [item.part for item in choose([*rows, *texts[:1]])] == 2 * ["denoiser"]  # three would go as two and one
+    assert [item.part for item in choose([*rows, *texts])] == 2 * ["text_encoder"]
     assert [
-        item.stage for item in choose([*rows, *(_ready("encode_text", 5 + i, size=None, due=9, model="b") for i in (0, 1))])
-    ] == (2 * ["denoise"])
+        item.part for item in choose([*rows, *(_ready("text_encoder", 5 + i, size=None, due=9, model="b") for i in (0, 1))])
+    ] == (2 * ["denoiser"])
 
 
 def test_models_do_not_share_a_batch_and_none_blocks_another() -> None:
-    ready = [_ready("denoise", 0), _ready("denoise", 1, model="b", due=5), _ready("denoise", 2), _ready("denoise", 3, model="b")]
+    ready = [
+        _ready("denoiser", 0),
+        _ready("denoiser", 1, model="b", due=5),
+        _ready("denoiser", 2),
+        _ready("denoiser", 3, model="b"),
+    ]
     assert [item.handle for item in choose(ready)] == [1, 3]
 
 
-_STAGE = st.sampled_from(["decode", "encode_text", "encode_image", "denoise"])
+_PART = st.sampled_from(["decoder", "text_encoder", "encoder", "denoiser"])
 
 
-@given(st.lists(st.tuples(_STAGE, st.booleans(), st.integers(0, 9)), max_size=30), st.integers(2, 8))
+@given(st.lists(st.tuples(_PART, st.booleans(), st.integers(0, 9)), max_size=30), st.integers(2, 8))
 def test_any_batch_is_of_one_stage_and_size_fits_and_holds_the_most_urgent(
-    items: list[tuple[Stage, bool, int]], max_batch: int
+    items: list[tuple[str, bool, int]], max_batch: int
 ) -> None:
     ready = [
         _ready(
-            stage,
+            part,
             index,
-            size=None if stage == "encode_text" else (LARGE if large else SMALL),
-            slots=2 if stage == "denoise" and due % 2 else 1,  # of a model with guidance
+            size=None if part == "text_encoder" else (LARGE if large else SMALL),
+            slots=2 if part == "denoiser" and due % 2 else 1,  # of a model with guidance
             due=float(due),
             most=max_batch,
             model="a" if due % 2 else "b",
         )
-        for index, (stage, large, due) in enumerate(items)
+        for index, (part, large, due) in enumerate(items)
     ]
     batch = choose(ready)
     assert bool(batch) == bool(ready)
     assert len({item.bucket for item in batch}) <= 1
     assert sum(item.slots for item in batch) <= max_batch
     if batch:
-        same = [item for item in ready if item.stage == batch[0].stage]
+        same = [item for item in ready if item.phase == batch[0].phase]
         assert min(same, key=lambda item: (item.due, item.arrival)) in batch
 
 
@@ -156,7 +164,7 @@ def test_thousands_of_arrivals_are_all_served_and_none_waits_for_ever() -> None:
         if not rows:
             clock = arrived * 5.5
             continue
-        ready = [_ready("denoise", index, size=size) for index, (_, size, _) in rows.items()]
+        ready = [_ready("denoiser", index, size=size) for index, (_, size, _) in rows.items()]
         batch = choose(ready)
         clock += 8.0
         for item in batch:
@@ -189,7 +197,7 @@ def _simulated_p99(believed: Mapping[int, float], costs: Mapping[int, float], lo
         if not rows:
             clock = coming
             continue
-        batch = choose([_ready("denoise", index, costs=believed) for index in rows])
+        batch = choose([_ready("denoiser", index, costs=believed) for index in rows])
         clock += costs[min(bucket for bucket in costs if bucket >= len(batch))]
         for item in batch:
             steps, arrived = rows.pop(item.handle)
@@ -216,16 +224,16 @@ def test_under_lasting_overload_even_low_priority_is_served() -> None:
         assert clock <= 2 * PATIENCE_S["low"] + 2
         for index in (2 * int(clock) + 1, 2 * int(clock) + 2):
             waiting[index] = due(clock, rng.choice(priorities), math.inf, 0.0)
-        del waiting[choose([_ready("denoise", index, due=at, most=1) for index, at in waiting.items()])[0].handle]
+        del waiting[choose([_ready("denoiser", index, due=at, most=1) for index, at in waiting.items()])[0].handle]
         clock += 1.0
     assert clock > PATIENCE_S["low"] / 2
 
 
 def test_a_request_alone_takes_its_stages_and_with_others_waits_for_places() -> None:
-    new = Work(steps=(4,), slots=1, texts=1, costs=COSTS)
+    new = Work(steps=(4,), slots=1, prepare={"text_encoder": 1}, costs=COSTS)
     assert finish_times([new]) == [1 + 4 * 10 + 4]
     assert finish_times([replace(new, steps=5 * (1,))]) == [1 + (20 + 8) + (10 + 4)]
-    beside = Work(steps=(3, 3), slots=1, texts=0, costs=COSTS)  # all three fit one batch of four
+    beside = Work(steps=(3, 3), slots=1, prepare={}, costs=COSTS)  # all three fit one batch of four
     assert finish_times([beside, new]) == [1 + 3 * 20 + 8, 1 + 3 * 20 + 8 + 10 + 4]
     elsewhere = replace(beside, bucket="another size")
     assert finish_times([elsewhere, new]) == [3 * 20 + 8, 3 * 20 + 8 + 45]
@@ -260,7 +268,7 @@ _REQUEST = st.tuples(st.lists(st.integers(1, 6), min_size=1, max_size=6), st.int
 def test_finish_times_are_what_the_policy_then_takes(requests: list[tuple[list[int], int, bool, bool]]) -> None:
     """Requests of so many steps a row, in two sizes, guided or not, in order of urgency, stepped and decoded as `choose` says."""
     works = [
-        Work(steps=tuple(steps), slots=slots, texts=0, costs=COSTS, bucket=(LARGE if large else SMALL, slots))
+        Work(steps=tuple(steps), slots=slots, prepare={}, costs=COSTS, bucket=(LARGE if large else SMALL, slots))
         for steps, slots, large, _ in requests
     ]
     left = {(job, row): steps for job, work in enumerate(works) for row, steps in enumerate(work.steps)}
@@ -269,24 +277,22 @@ def test_finish_times_are_what_the_policy_then_takes(requests: list[tuple[list[i
         handles = list(left)
         ready = [
             _ready(
-                "denoise" if left[job, row] else "decode",
+                "denoiser" if left[job, row] else "decoder",
                 index,
                 size=works[job].bucket[0],  # type: ignore[index]
                 slots=works[job].slots if left[job, row] else 1,
                 due=float(job),
                 model=str(works[job].slots),
                 arrival=job,
-                costs=COSTS["denoiser" if left[job, row] else "decoder"],
+                costs=COSTS["step" if left[job, row] else "finish"],
             )
             for index, (job, row) in enumerate(handles)
         ]
         batch = choose(ready)
-        clock += (COSTS["decoder"] if batch[0].stage == "decode" else COSTS["denoiser"])[
-            1 if sum(i.slots for i in batch) == 1 else 4
-        ]
+        clock += (COSTS["finish"] if batch[0].part == "decoder" else COSTS["step"])[1 if sum(i.slots for i in batch) == 1 else 4]
         for item in batch:
             job, row = handles[item.handle]
-            if item.stage == "denoise":
+            if item.part == "denoiser":
                 left[job, row] -= 1
             else:
                 del left[job, row]

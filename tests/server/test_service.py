@@ -3,12 +3,11 @@
 import asyncio
 import gc
 import io
-import re
 import socket
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -17,22 +16,26 @@ import pytest
 from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from orders import from_image
 from PIL import Image
-from served import METHODS, MODEL, SIZE, Running, message, model_of, until
+from served import METHODS, MODEL, SIZE, Running, Tensors, intercept, message, model_of, set_cost, until
 
-from flashdiff.components import Conditioning, Size
+from flashdiff.components import Size
 from flashdiff.engines.runtime.fake_backend import FakeComponents
 from flashdiff.errors import BackendError, ConfigError, OverloadedError, RequestError
-from flashdiff.generate import Pixels, check_order, generate, start_from
+from flashdiff.generate import generate
 from flashdiff.proto.v1 import image_pb2, image_pb2_grpc
-from flashdiff.server import service as service_module
-from flashdiff.server import worker as worker_module
+from flashdiff.server import image_threads
+from flashdiff.server import loop as loop_module
+from flashdiff.server import requests as requests_module
 from flashdiff.server.app import Listen, serve, start
 from flashdiff.server.client import AsyncClient, Client, ServerError
-from flashdiff.server.convert import Preview, Result
-from flashdiff.server.images import ImageFormat, decode_image, encode_image
+from flashdiff.server.images import decode_image, encode_image
+from flashdiff.server.jobs import Job, Step
 from flashdiff.server.models import Models
-from flashdiff.server.worker import Finished, Job, Step
+from flashdiff.server.names import ImageFormat
+from flashdiff.server.replies import Preview, Result
+from flashdiff.tasks import check_order
 
 
 def test_a_reply_carries_images_seeds_timings_and_the_model(running: Running, client: Client) -> None:
@@ -116,7 +119,7 @@ def test_a_request_may_bring_an_image_to_start_from(running: Running, client: Cl
     assert [part for part, _ in running.fake.calls] == ["encoder", "text_encoder", "denoiser", "denoiser", "decoder"] or (
         [part for part, _ in running.fake.calls] == ["text_encoder", "encoder", "denoiser", "denoiser", "decoder"]
     )
-    order = start_from(check_order(running.fake.spec, prompt="x", seed=3, steps=4), decode_image(file, SIZE), 0.5)
+    order = from_image(check_order(running.fake.spec, prompt="x", seed=3, steps=4), decode_image(file, SIZE), 0.5)
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(result.images[0]))), generate(FakeComponents(), [order])[0][0])
     stages = ("queue", "text", "input_image", "denoise", "decode", "image_encoding")
     assert result.timings["total"] == pytest.approx(sum(result.timings[stage] for stage in stages), rel=0.01, abs=0.01)
@@ -132,7 +135,7 @@ def test_a_request_may_bring_an_image_to_start_from(running: Running, client: Cl
         (_file("BMP", 64, 64), 0.5, "they must be a whole PNG, JPEG or WebP file"),
         (_file("PNG", 5000, 5000), 0.5, "image: '5000x5000' is not allowed; at most 16777216 pixels are read"),
         (_file("PNG", 64, 64), 1.5, "strength: 1.5 is not allowed; it must be above 0 and at most 1"),
-        (b"", 0.5, "strength: 0.5 is not allowed; it needs an image to start from"),
+        (b"", 0.5, "strength: 0.5 is not allowed; it needs an image"),
     ],
 )
 def test_a_bad_image_names_what_is_wrong(running: Running, image: bytes, strength: float, message: str) -> None:
@@ -159,20 +162,20 @@ def test_images_that_unpack_to_hours_of_work_or_gigabytes_are_refused() -> None:
 def test_more_images_than_can_be_read_at_once_are_told_to_come_again(
     limit: str, whose: str, running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(service_module, limit, 0)
+    monkeypatch.setattr(image_threads, limit, 0)
     with Client(running.address, retries=False) as client:
         with pytest.raises(ServerError, match=f"RESOURCE_EXHAUSTED: 0 images{whose} are being read already"):
             client.generate("x", image=_file("PNG", 64, 64), timeout_s=10)
         assert client.generate("x", timeout_s=10).images
 
 
-async def _reading(encoders: service_module.ImageEncoders, client: str) -> None:
+async def _reading(encoders: image_threads.ImageThreads, client: str) -> None:
     await encoders.read(client, lambda: None)
 
 
 def test_one_client_leaves_room_for_the_images_of_another_and_gets_its_own_back() -> None:
     async def read() -> None:
-        encoders, go = service_module.ImageEncoders(), threading.Event()
+        encoders, go = image_threads.ImageThreads(), threading.Event()
         of_one = [asyncio.create_task(encoders.read("one", go.wait, 10)) for _ in range(12)]
         await asyncio.sleep(0)
         with pytest.raises(OverloadedError, match="12 images of yours are being read already"):
@@ -193,8 +196,8 @@ def test_a_refused_image_of_a_megabyte_is_sent_again(running: Running, client: C
     noise = np.random.default_rng(0).integers(0, 256, (600, 600, 3), dtype=np.uint8)
     file = encode_image(noise, "png")
     assert len(file) > 1_000_000
-    monkeypatch.setattr(service_module, "_MAX_READING", 0)
-    threading.Timer(0.3, lambda: monkeypatch.setattr(service_module, "_MAX_READING", 16)).start()
+    monkeypatch.setattr(image_threads, "_MAX_READING", 0)
+    threading.Timer(0.3, lambda: monkeypatch.setattr(image_threads, "_MAX_READING", 16)).start()
     assert client.generate("x", image=file, timeout_s=20).images
 
 
@@ -237,17 +240,16 @@ def test_a_stream_left_half_way_frees_its_rows(running: Running, client: Client)
 
 
 def test_a_stream_that_is_not_read_keeps_room_for_a_while_only(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service_module, "_SENDING_S", 0.1)
+    monkeypatch.setattr(requests_module, "_SENDING_S", 0.1)
     worker, model = running.server.worker, running.server.models.get()
 
     async def read_one_step() -> None:
-        updates = service_module.progress(
-            worker, model, check_order(model.components.spec, prompt="x"), None, "", "normal", steps=True
-        )
+        requests = requests_module.Requests(worker, running.server.models)
+        updates = requests.serve(model, requests_module.ImageRequest(prompt="x", wants_steps=True), "")
         assert isinstance(await anext(updates), Step)
         while worker.pending_images or worker.has_unsent:
             await asyncio.sleep(0.01)
-        assert isinstance([update async for update in updates][-1], Finished)  # who reads on has it all the same
+        assert isinstance([update async for update in updates][-1], requests_module.Reply)  # for a client that reads on
 
     asyncio.run_coroutine_threadsafe(read_one_step(), running.loop).result(5)
 
@@ -266,7 +268,7 @@ def test_a_refused_stream_has_the_status_of_the_plain_call(client: Client) -> No
 
 def test_models_are_listed_and_an_estimate_is_what_admission_would_say(running: Running, client: Client) -> None:
     assert client.models() == ["fake"]
-    running.server.models.get().costs["denoiser", SIZE][4] = 100.0
+    set_cost(running.server.models.get(), "denoiser", 100.0)
     assert client.estimate("x", steps=4).expected_ms == pytest.approx(400, abs=20)
     with pytest.raises(ServerError, match="INVALID_ARGUMENT: steps: 9"):
         client.estimate("x", steps=9)
@@ -299,49 +301,24 @@ def test_waiting_for_a_server_that_is_not_there_ends() -> None:
 
 
 def test_quality_makes_files_smaller(running: Running, client: Client) -> None:
-    decode = running.fake.decode
     noise = np.random.default_rng(0).standard_normal((3, 64, 64), dtype=np.float32)
-    running.fake.decode = lambda latents: decode(latents) + noise  # type: ignore[method-assign]
+    intercept(running.fake, "decoder", lambda call, inputs: {"images": call(inputs)["images"] + noise})
     for image_format in ("jpeg", "webp"):
         small, large = (len(client.generate("x", image_format=image_format, quality=q).images[0]) for q in (20, None))  # type: ignore[arg-type]
         assert small < large / 2
 
 
 def test_deadlines_failures_and_overload_have_their_own_status(running: Running, client: Client) -> None:
-    running.server.models.get().costs["denoiser", SIZE][4] = 5000.0
+    set_cost(running.server.models.get(), "denoiser", 5000.0)
     with pytest.raises(ServerError, match="DEADLINE_EXCEEDED: this can be promised in about") as caught:
         client.generate("x", timeout_s=5)
     assert caught.value.code == grpc.StatusCode.DEADLINE_EXCEEDED
     running.fake.fail_on = "decoder"
     with pytest.raises(ServerError, match="INTERNAL: the fake decoder failed"):
         client.generate("x")
-    running.server.worker._max_pending_images = 0
+    running.server.worker.admission._max_pending_images = 0
     with pytest.raises(ServerError, match="RESOURCE_EXHAUSTED: the queue is full"):
         client.generate("x")
-
-
-def test_what_files_take_counts_against_the_deadline_while_it_is_known(
-    running: Running, client: Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def slow(pixels: Pixels, image_format: ImageFormat, quality: int | None = None) -> bytes:
-        time.sleep(0.8 if image_format == "jpeg" else 0.0)
-        return encode_image(pixels, image_format, quality)
-
-    monkeypatch.setattr(service_module, "encode_image", slow)
-    alone_ms = client.estimate("x", image_format="jpeg").expected_ms
-    client.generate("x", image_format="jpeg")
-    assert client.estimate("x", image_format="jpeg").expected_ms > alone_ms + 790
-    assert client.estimate("x", image_format="jpeg", count=2).expected_ms > alone_ms + 1590
-    calls = len(running.fake.calls)
-    with pytest.raises(ServerError, match="DEADLINE_EXCEEDED") as caught:
-        client.generate("x", image_format="jpeg", timeout_s=0.7)
-    promised_ms, left_ms = map(int, re.findall(r"(\d+) ms", str(caught.value)))
-    assert promised_ms >= 800
-    assert 0 < left_ms <= 700
-    assert len(running.fake.calls) == calls  # refused at once
-    assert client.generate("x", image_format="png", timeout_s=0.7).images
-    monkeypatch.setattr(service_module, "_SPEED_KNOWN_S", 0.0)
-    assert client.estimate("x", image_format="jpeg").expected_ms < alone_ms + 790
 
 
 def test_a_cancelled_call_frees_its_rows(running: Running) -> None:
@@ -425,19 +402,18 @@ def test_a_device_thread_that_is_lost_ends_the_server_and_every_call_in_flight(
 ) -> None:
     fake, all_are_here, over = FakeComponents(), threading.Event(), threading.Event()
     models = Models({"fake": model_of(fake)})
-    encode = fake.encode
 
-    def encode_later(prompts: Sequence[str]) -> Conditioning:
+    def encode_later(call: Callable[[Tensors], Tensors], inputs: Tensors) -> Tensors:
         assert all_are_here.wait(10)
-        return encode(prompts)
+        return call(inputs)
 
     def denoise(*_: object) -> float:
         if hangs:
             over.wait(30)
         return 1 / 0
 
-    monkeypatch.setattr(fake, "encode", encode_later)
-    monkeypatch.setattr(fake, "denoise", denoise)
+    intercept(fake, "text_encoder", encode_later)
+    intercept(fake, "denoiser", denoise)
 
     async def scenario(port: int) -> None:
         serving = asyncio.create_task(serve(models, Listen(port=port)))
@@ -447,7 +423,7 @@ def test_a_device_thread_that_is_lost_ends_the_server_and_every_call_in_flight(
             calls = [channel.stream_stream(f"/{method}")(iter([message(method)])) for method in METHODS[:3]]
             while (await client.estimate("x")).pending_images < len(calls):
                 await asyncio.sleep(0.01)
-            monkeypatch.setattr(worker_module, "_HANG_S", 0.1)
+            monkeypatch.setattr(loop_module, "HANG_S", 0.1)
             all_are_here.set()
             assert (await watching.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
             for call in calls:

@@ -11,17 +11,19 @@ import grpc
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
+from orders import from_image
 from PIL import Image
-from served import SIZE, Running, serving, until
+from served import SIZE, Running, serving, set_cost, until
 from tritonclient.utils import InferenceServerException, serialize_byte_tensor
 from tritonclient.utils import shared_memory as shm
 
 from flashdiff.engines.runtime.fake_backend import FakeComponents
-from flashdiff.generate import check_order, generate, start_from
+from flashdiff.generate import generate
 from flashdiff.proto.v1 import triton_pb2 as pb
 from flashdiff.server.app import Listen
+from flashdiff.server.image_threads import ImageThreads
 from flashdiff.server.images import decode_image
-from flashdiff.server.service import ImageEncoders
+from flashdiff.tasks import check_order
 
 
 @pytest.fixture
@@ -83,7 +85,7 @@ def test_an_image_to_start_from_comes_as_a_file(running: Running, stock: triton.
     given = [*inputs(SEED=7, STEPS=4), tensor("IMAGE", "BYTES", file.getvalue()), tensor("STRENGTH", "FP32", 0.25)]
     result = stock.infer("fake", given)
     order = check_order(running.fake.spec, prompt="a red car", seed=7, steps=4)
-    expected = generate(FakeComponents(), [start_from(order, decode_image(file.getvalue(), SIZE), 0.25)])[0]
+    expected = generate(FakeComponents(), [from_image(order, decode_image(file.getvalue(), SIZE), 0.25)])[0]
     np.testing.assert_array_equal(result.as_numpy("IMAGES"), expected)
     assert [part for part, _ in running.fake.calls].count("denoiser") == 1
 
@@ -113,7 +115,7 @@ def test_only_the_outputs_asked_for_come(stock: triton.InferenceServerClient) ->
         ("fake", "", [*inputs(), tensor("FORMAT", "BYTES", b"gif")], None, "INVALID_ARGUMENT", "must be one of png, jpeg, webp"),
         ("fake", "", [*inputs(), tensor("IMAGE", "BYTES", b"gif")], None, "INVALID_ARGUMENT", "image: '3 bytes' is not allowed"),
         ("fake", "", [*inputs(), tensor("IMAGE", "BYTES", b"")], None, "INVALID_ARGUMENT", "image: '0 bytes' is not allowed"),
-        ("fake", "", [*inputs(), tensor("STRENGTH", "FP32", 0.5)], None, "INVALID_ARGUMENT", "it needs an image to start from"),
+        ("fake", "", [*inputs(), tensor("STRENGTH", "FP32", 0.5)], None, "INVALID_ARGUMENT", "it needs an image"),
         ("fake", "", inputs(), ["NONE"], "INVALID_ARGUMENT", "unexpected inference output 'NONE'"),
         ("fake", "", inputs(), ["PREVIEW"], "INVALID_ARGUMENT", "use ModelStreamInfer"),
     ],
@@ -234,7 +236,7 @@ def test_a_cancelled_stream_frees_its_rows(running: Running, stock: triton.Infer
 
 
 def test_timeouts_priorities_and_cancelling_reach_the_scheduler(running: Running, stock: triton.InferenceServerClient) -> None:
-    running.server.models.get().costs["denoiser", SIZE][4] = 5000.0
+    set_cost(running.server.models.get(), "denoiser", 5000.0)
     with pytest.raises(InferenceServerException, match=r"DEADLINE_EXCEEDED.*the deadline is"):
         stock.infer("fake", inputs(), timeout=100_000)
     with pytest.raises(InferenceServerException, match="DEADLINE_EXCEEDED"):
@@ -242,7 +244,8 @@ def test_timeouts_priorities_and_cancelling_reach_the_scheduler(running: Running
     running.fake.delay_s = 0.1
     call = stock.async_infer("fake", inputs(STEPS=4), lambda result, error: None, priority=1)
     until(lambda: running.server.worker.pending_images == 1)
-    assert running.server.worker._jobs[0].due < running.server.worker._jobs[0].arrived + 2
+    (job,) = running.server.worker.admission._jobs
+    assert job.due < job.arrived + 2
     call.cancel()
     until(lambda: running.server.worker.pending_images == 0)
 
@@ -250,7 +253,7 @@ def test_timeouts_priorities_and_cancelling_reach_the_scheduler(running: Running
 def test_what_files_take_counts_against_the_timeout_where_they_are_asked_for(
     stock: triton.InferenceServerClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ImageEncoders, "expected_s", lambda *_: 5.0)
+    monkeypatch.setattr(ImageThreads, "expected_s", lambda *_: 5.0)
     with pytest.raises(InferenceServerException, match=r"DEADLINE_EXCEEDED.*the deadline is"):
         stock.infer("fake", inputs(), outputs=[triton.InferRequestedOutput("ENCODED")], timeout=3_000_000)
     assert stock.infer("fake", inputs(), outputs=[triton.InferRequestedOutput("IMAGES")], timeout=3_000_000)

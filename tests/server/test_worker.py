@@ -1,25 +1,28 @@
 """The worker with the fake backend: every accepted order is answered exactly once."""
 
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import wait
-from types import SimpleNamespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
-from served import SIZE, model_of, until
+from orders import from_image
+from served import SIZE, Clock, Tensors, intercept, model_of, set_cost, set_costs, until
 
 from flashdiff.components import Size
 from flashdiff.engines.runtime.fake_backend import GUIDED, FakeComponents
 from flashdiff.errors import BackendError, CancelledError, DeadlineError, DrainingError, OverloadedError, RequestError
-from flashdiff.generate import Order, check_order, generate, start_from
-from flashdiff.server import worker as worker_module
+from flashdiff.generate import generate
+from flashdiff.orders import Order
+from flashdiff.server import admission as admission_module
+from flashdiff.server.jobs import Called, Job, Step, progress_of
+from flashdiff.server.loop import HANG_S
 from flashdiff.server.scheduler import next_margin
-from flashdiff.server.worker import Job, Step, Worker
+from flashdiff.server.worker import Worker
+from flashdiff.tasks import check_order
 
 
 class Gate:
@@ -42,7 +45,7 @@ class Gate:
 
 @pytest.fixture(params=[False, True], ids=["in turn", "decodes beside"])
 def fake(request: pytest.FixtureRequest) -> FakeComponents:
-    return FakeComponents(decodes_beside=request.param)
+    return FakeComponents(parallel_decode=request.param)
 
 
 class Asking:
@@ -58,7 +61,7 @@ class Asking:
     def finish(self) -> None:
         self.worker.drain()
         assert self.worker.join(10)
-        assert self.worker._jobs == []
+        assert self.worker.pending_images == 0
 
 
 @pytest.fixture
@@ -85,7 +88,7 @@ def test_everything_waiting_shares_the_next_steps_and_the_pixels_are_those_of_ea
     assert sum(rows for part, rows in fake.calls if part == "denoiser") == 4 + 1 + 2 + 4
     for job, answer in zip((first, *others), answers, strict=True):
         np.testing.assert_array_equal(answer.images, generate(FakeComponents(), [job.order])[0])
-        assert answer.timings.total >= answer.timings.denoise
+        assert answer.timings.total >= answer.timings.parts["denoiser"]
 
 
 def test_guided_rows_and_two_sizes_are_served_together() -> None:
@@ -105,20 +108,21 @@ def test_a_full_queue_and_a_hopeless_deadline_are_refused_at_once(fake: FakeComp
         asking.submit(_order(fake))
     gate.open()
     wait([job.answer for job in jobs], 10)
-    asking.model.costs["denoiser", SIZE][4] = 1000.0
+    set_cost(asking.model, "denoiser", 1000.0)
     with pytest.raises(DeadlineError, match=r"this can be promised in about \d+ ms, the deadline is 100 ms away"):
         asking.submit(_order(fake), timeout_s=0.1)
     with pytest.raises(DeadlineError):
         asking.submit(_order(fake), timeout_s=-1.0)
 
 
-def test_who_left_and_whose_deadline_passed_free_their_place(fake: FakeComponents, asking: Asking) -> None:
-    gate = Gate(fake)
+def test_who_left_and_whose_deadline_passed_free_their_place(fake: FakeComponents) -> None:
+    clock = Clock()
+    asking, gate = Asking(fake, clock=clock), Gate(fake)
     running = asking.submit(_order(fake))
     gate.entered.wait(10)
     left, late = asking.submit(_order(fake, 1)), asking.submit(_order(fake, 2), timeout_s=0.05)
     asking.worker.release(left)
-    time.sleep(0.1)
+    clock.now += 0.1
     gate.open()
     assert len(running.answer.result(10).images) == 1
     with pytest.raises(CancelledError):
@@ -127,6 +131,7 @@ def test_who_left_and_whose_deadline_passed_free_their_place(fake: FakeComponent
         late.answer.result(10)
     assert ("text_encoder", 1) in fake.calls
     assert all(rows == 1 for _, rows in fake.calls)
+    asking.finish()
 
 
 def test_cancelling_the_answer_itself_does_not_reach_the_worker(fake: FakeComponents, asking: Asking) -> None:
@@ -159,7 +164,7 @@ def test_a_prompt_that_is_too_long_does_not_take_its_neighbours_down(fake: FakeC
 
 def test_an_unexpected_crash_answers_everyone_and_refuses_what_comes_later(fake: FakeComponents) -> None:
     asking = Asking(fake)
-    fake.denoise = lambda *_: 1 / 0  # type: ignore[method-assign,assignment]
+    intercept(fake, "denoiser", lambda call, inputs: 1 / 0)
     with pytest.raises(BackendError, match="device thread has stopped"):
         asking.submit(_order(fake)).answer.result(10)
     assert asking.worker.join(10)
@@ -179,26 +184,26 @@ def test_draining_finishes_what_was_accepted_and_refuses_the_rest(fake: FakeComp
 
 def test_each_size_costs_what_its_own_calls_take(fake: FakeComponents, asking: Asking) -> None:
     small, large = fake.spec.sizes
-    costs = asking.model.costs
     asking.submit(_order(fake, size=large, steps=1)).answer.result(10)
+    costs = asking.model.costs.current
     for part in ("denoiser", "decoder"):
-        assert costs[part, large][4] > costs[part, small][4] == 0
-    costs["denoiser", large][4] = 1000.0
+        assert costs[large][part][4] > costs[small][part][4] == 0
+    set_cost(asking.model, "denoiser", 1000.0, large)
     with pytest.raises(DeadlineError):
         asking.submit(_order(fake, 1, size=large), timeout_s=0.5)
     assert asking.submit(_order(fake, 2, size=small), timeout_s=0.5).answer.result(10)
 
 
 def test_a_slow_past_does_not_refuse_for_ever(fake: FakeComponents, asking: Asking) -> None:
-    asking.model.costs["denoiser", SIZE][4] = 1000.0
-    for _ in range(200):
+    set_cost(asking.model, "denoiser", 1000.0)
+
+    def is_accepted() -> bool:
         try:
-            asking.submit(_order(fake), timeout_s=0.5).answer.result(10)
-            break
+            return bool(asking.submit(_order(fake), timeout_s=0.5).answer.result(10))
         except DeadlineError:
-            continue
-    else:
-        pytest.fail("refused 200 times by an idle device")
+            return False
+
+    until(is_accepted)
 
 
 def test_every_step_of_every_row_is_told_with_a_picture_of_where_it_is_heading(fake: FakeComponents, asking: Asking) -> None:
@@ -219,10 +224,10 @@ def test_a_text_read_before_is_not_read_again(fake: FakeComponents, asking: Aski
 
 def test_a_text_read_before_costs_its_request_no_time(fake: FakeComponents, asking: Asking) -> None:
     asking.submit(_order(fake, prompt="known", steps=1)).answer.result(10)
-    asking.model.costs["text_encoder", None][4] = 5000.0
+    set_cost(asking.model, "text_encoder", 5000.0)
     gate = Gate(fake)
     job = asking.submit(_order(fake, prompt="known", steps=1), timeout_s=3.0)
-    assert job.left.texts == 0  # at its first turn too, when it might be dropped
+    assert not job.whole.prepare  # at its first turn too, when it might be dropped
     with pytest.raises(DeadlineError):
         asking.submit(_order(fake, prompt="new", steps=1), timeout_s=3.0)
     gate.open()
@@ -233,13 +238,13 @@ def test_noise_is_drawn_while_the_device_reads_the_text(fake: FakeComponents, as
     gate = Gate(fake)
     job = asking.submit(_order(fake, steps=3, count=2))
     gate.entered.wait(10)
-    until(lambda: job.noise is not None)
-    assert job.noise
-    drawn = job.noise.result(10)
+    running = asking.worker._loop._running[job]
+    assert running.noise
+    drawn = running.noise.result(10)
     assert not fake.calls
     gate.open()
     np.testing.assert_array_equal(job.answer.result(10).images, generate(FakeComponents(), [job.order])[0])
-    assert [row.noises for row in job.rows] == [later for _, *later in drawn]
+    assert [row.noises for row in running.rows] == [later for _, *later in drawn]
 
 
 def test_two_models_are_served_side_by_side() -> None:
@@ -252,17 +257,17 @@ def test_two_models_are_served_side_by_side() -> None:
 
 
 def test_one_row_that_is_not_finite_does_not_take_its_neighbours_down(fake: FakeComponents, asking: Asking) -> None:
-    denoise = fake.denoise
+    bad_color = fake.call("text_encoder", fake.tokenize(["bad"]))["color"][0, 0]
 
-    def poisoned(latents: np.ndarray, times: np.ndarray, conditioning: dict[str, np.ndarray]) -> np.ndarray:  # type: ignore[type-arg]
-        output = denoise(latents, times, conditioning)
-        output[conditioning["color"][:, 0] == fake.encode(["bad"])["color"][0, 0]] = np.nan
-        return output
+    def poisoned(call: Callable[[Tensors], Tensors], inputs: Tensors) -> Tensors:
+        outputs = call(inputs)
+        outputs["output"][inputs["color"][:, 0] == bad_color] = np.nan
+        return outputs
 
     gate = Gate(fake)
     running = asking.submit(_order(fake))
     gate.entered.wait(10)
-    fake.denoise = poisoned  # type: ignore[method-assign,assignment]
+    intercept(fake, "denoiser", poisoned)
     bad, fine = asking.submit(_order(fake, prompt="bad")), asking.submit(_order(fake, 1))
     gate.open()
     with pytest.raises(BackendError, match="not finite"):
@@ -275,7 +280,7 @@ def test_one_client_leaves_room_in_the_queue_and_the_refusal_says_when_to_come_a
     fake: FakeComponents, asking: Asking
 ) -> None:
     fake.delay_s = 0.001
-    asking.model.costs["denoiser", SIZE][4] = 100.0
+    set_cost(asking.model, "denoiser", 100.0)
     gate = Gate(fake)
     greedy = asking.submit(_order(fake, count=6), client="greedy")
     with pytest.raises(OverloadedError, match="6 images of yours are pending, at most 6 fit; try again in about") as caught:
@@ -291,7 +296,7 @@ def test_one_client_leaves_room_in_the_queue_and_the_refusal_says_when_to_come_a
 def test_large_images_fill_the_queue_by_their_bytes(
     fake: FakeComponents, asking: Asking, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker_module, "MAX_PENDING_BYTES", 3 * 64 * 64 * 3)
+    monkeypatch.setattr(admission_module, "MAX_PENDING_BYTES", 3 * 64 * 64 * 3)
     gate = Gate(fake)
     jobs = [asking.submit(_order(fake, size=Size(128, 64)))]
     with pytest.raises(OverloadedError, match="MB of images are pending"):
@@ -309,7 +314,7 @@ def test_large_images_fill_the_queue_by_their_bytes(
 def test_a_hundred_of_one_client_do_not_go_before_the_one_of_another() -> None:
     fake = FakeComponents()
     asking = Asking(fake)
-    asking.model.costs["denoiser", SIZE][4] = 1000.0
+    set_cost(asking.model, "denoiser", 1000.0)
     gate = Gate(fake)
     many = [asking.submit(_order(fake, seed, steps=1), client="many") for seed in range(40)]
     one = asking.submit(_order(fake, 99, steps=1), client="one")
@@ -325,7 +330,7 @@ def test_a_hundred_of_one_client_do_not_go_before_the_one_of_another() -> None:
 def test_a_promise_is_not_broken_by_who_is_in_a_hurry_and_a_backlog_without_deadlines_does_not_refuse_him(
     fake: FakeComponents, asking: Asking
 ) -> None:
-    asking.model.costs["denoiser", SIZE][4] = 100.0
+    set_cost(asking.model, "denoiser", 100.0)
     gate = Gate(fake)
     patient = asking.submit(_order(fake, count=3, steps=4))
     hurried = asking.submit(_order(fake, 1, steps=1), timeout_s=0.35)  # the patient one alone would take longer than that
@@ -337,7 +342,8 @@ def test_a_promise_is_not_broken_by_who_is_in_a_hurry_and_a_backlog_without_dead
 
 
 def test_promises_to_who_has_to_wait_leave_a_margin_that_widens_when_one_is_broken(fake: FakeComponents, asking: Asking) -> None:
-    least, asking.model.costs["denoiser", SIZE][4] = asking.worker._margin, 1000.0
+    least = asking.worker._loop._margin
+    set_cost(asking.model, "denoiser", 1000.0)
     gate = Gate(fake)
     asking.submit(_order(fake, 0, steps=1, count=4), priority="high")
     assert gate.entered.wait(10)
@@ -346,36 +352,36 @@ def test_promises_to_who_has_to_wait_leave_a_margin_that_widens_when_one_is_brok
     jobs.append(asking.submit(_order(fake, 4, steps=1), timeout_s=99.0))
     assert [job.is_tight for job in jobs] == [True, True, True, False]
     for job in (*jobs[:2], jobs[3]):
-        job.deadline = 0.0
+        object.__setattr__(job, "deadline", 0.0)  # as if the clock had jumped for these alone
     gate.open()
     assert jobs[2].answer.result(10).images
     for job in (*jobs[:2], jobs[3]):
         with pytest.raises(DeadlineError):
             job.answer.result(10)
-    assert asking.worker._margin == next_margin(next_margin(least, kept=False), kept=True)
+    assert asking.worker._loop._margin == next_margin(next_margin(least, kept=False), kept=True)
 
 
 def test_the_margin_decides_who_is_promised_a_time(fake: FakeComponents, asking: Asking) -> None:
-    asking.model.costs["denoiser", SIZE][4] = 1000.0
+    set_cost(asking.model, "denoiser", 1000.0)
     gate = Gate(fake)
     asking.submit(_order(fake, 0, steps=1, count=4), priority="high")
     assert gate.entered.wait(10)
     asking.submit(_order(fake, 1, steps=1), timeout_s=3.0)
-    asking.worker._margin = 3.0
+    asking.worker._outlook = replace(asking.worker._outlook, margin=3.0)
     with pytest.raises(DeadlineError, match="promised in about 4"):
         asking.submit(_order(fake, 2, steps=1), timeout_s=3.0)
     gate.open()
 
 
-def test_a_call_that_hangs_answers_everyone_and_refuses_what_comes(fake: FakeComponents, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_module, "_HANG_S", 0.05)
-    asking = Asking(fake)
+def test_a_call_that_hangs_answers_everyone_and_refuses_what_comes(fake: FakeComponents) -> None:
+    clock = Clock()
+    asking = Asking(fake, clock=clock)
     gate = Gate(fake)
     stuck = asking.submit(_order(fake))
     gate.entered.wait(10)
     asking.worker.check_alive()
     assert not stuck.answer.done()
-    time.sleep(0.1)
+    clock.now += HANG_S + 1
     asking.worker.check_alive()
     with pytest.raises(BackendError, match="has not come back"):
         stuck.answer.result(0)
@@ -389,24 +395,20 @@ def test_what_is_left_of_a_job_is_known_after_every_call(
     fake: FakeComponents, asking: Asking, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also of one whose text another's call has read."""
-    gate, jobs, called = Gate(fake), list[Job](), asking.worker._call
+    gate, jobs, loop = Gate(fake), list[Job](), asking.worker._loop
+    take = loop._take
 
-    def check(*arguments: object) -> None:
-        called(*arguments)  # type: ignore[arg-type]
-        if asking.worker._is_decoding:  # another thread may be changing what is compared
-            return
-        for job in asking.worker._candidates():
-            worker_module._needs(job)
-            assert job.left == worker_module._work_left(job)
-            if not job.rows:
-                assert job.left.texts == sum(text not in job.encoded for text in job.order.texts)
+    def check(called: Called) -> None:
+        take(called)
+        for running in loop._running.values():
+            assert loop._progress[running.job] == progress_of(running)
 
-    monkeypatch.setattr(asking.worker, "_call", check)
+    monkeypatch.setattr(loop, "_take", check)
     picture = np.zeros((64, 64, 3), dtype=np.uint8)
     for seed in range(6):
         order = _order(fake, seed, prompt="the same", steps=1 + seed % 3)
-        jobs.append(asking.submit(start_from(order, picture, 1.0) if seed % 2 else order))
-        assert jobs[-1].left.texts == 1  # asked for, and so kept, before it changes
+        jobs.append(asking.submit(from_image(order, picture, 1.0) if seed % 2 else order))
+        assert jobs[-1].whole.prepare["text_encoder"] == 1
     gate.open()
     for job in jobs:
         assert len(job.answer.result(10).images) == 1
@@ -417,17 +419,17 @@ def test_images_to_start_from_are_encoded_together_and_one_that_fails_takes_none
     fake: FakeComponents, asking: Asking
 ) -> None:
     pictures = [np.full((64, 64, 3), shade, dtype=np.uint8) for shade in (10, 99, 200)]
-    orders = [start_from(_order(fake, seed), picture, 0.5) for seed, picture in enumerate(pictures)]
+    orders = [from_image(_order(fake, seed), picture, 0.5) for seed, picture in enumerate(pictures)]
     alone = [generate(FakeComponents(), [order])[0][0] for order in orders]
-    gate, encode = Gate(fake), fake.encode_images
+    gate = Gate(fake)
 
-    def fail_dark(images: NDArray[np.float32]) -> NDArray[np.float32]:
-        latents = encode(images)
-        if images.min() < -0.9:
+    def fail_dark(call: Callable[[Tensors], Tensors], inputs: Tensors) -> Tensors:
+        outputs = call(inputs)
+        if inputs["images"].min() < -0.9:
             raise BackendError("too dark")
-        return latents
+        return outputs
 
-    fake.encode_images = fail_dark  # type: ignore[method-assign]
+    intercept(fake, "encoder", fail_dark)
     jobs = [asking.submit(order) for order in orders]
     gate.open()
     with pytest.raises(BackendError, match="too dark"):
@@ -436,31 +438,26 @@ def test_images_to_start_from_are_encoded_together_and_one_that_fails_takes_none
         np.testing.assert_array_equal(job.answer.result(10).images[0], expected)
 
 
-def test_an_order_larger_than_a_batch_keeps_its_promise(
-    fake: FakeComponents, asking: Asking, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_order_larger_than_a_batch_keeps_its_promise(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its texts and steps done count no more, or it would be given up as too late on the way."""
-    fake.decodes_beside = False  # the clock adds up what calls take
-    clock = 0.0
+    fake, clock = FakeComponents(), Clock()
+    asking = Asking(fake, clock=clock)
 
     def called(part: str, rows: int) -> None:
-        nonlocal clock
-        clock += 0.02
+        clock.now += 0.02
 
-    monkeypatch.setattr(worker_module, "time", SimpleNamespace(monotonic=lambda: clock))
     monkeypatch.setattr(fake, "_called", called)
-    for by_batch in asking.model.costs.values():
-        by_batch.update(dict.fromkeys(by_batch, 20.0))
+    set_costs(asking.model, 20.0)
     order = _order(fake, count=7, steps=3)
     promised_s = asking.worker.estimate_ms(asking.model, order) / 1000
     assert promised_s >= 0.02 * (1 + 2 * 3 + 2)
     assert len(asking.submit(order, timeout_s=1.01 * promised_s).answer.result(10).images) == 7
+    asking.finish()
 
 
 def test_patient_requests_do_not_shut_out_a_hurried_one_who_must_not_break_their_promises(fake: FakeComponents) -> None:
     asking = Asking(fake)
-    for by_batch in asking.model.costs.values():
-        by_batch.update(dict.fromkeys(by_batch, 1000.0))
+    set_costs(asking.model, 1000.0)
     gate = Gate(fake)
     patient = [  # 6 s each, 60 in all: with the margin for waiting, the last is promised in 82
         asking.submit(_order(fake, seed, count=4, steps=4), timeout_s=83, priority="low") for seed in range(10)
@@ -477,8 +474,7 @@ def test_patient_requests_do_not_shut_out_a_hurried_one_who_must_not_break_their
 def test_a_promise_outlasts_who_comes_later_without_a_deadline(fake: FakeComponents) -> None:
     """However high his priority: he goes first only where that makes nobody late."""
     asking = Asking(fake)
-    for by_batch in asking.model.costs.values():
-        by_batch.update(dict.fromkeys(by_batch, 1000.0))
+    set_costs(asking.model, 1000.0)
     gate = Gate(fake)
     promised = asking.submit(_order(fake, steps=4), timeout_s=20)  # 6 s
     later = asking.submit(_order(fake, 1, steps=1), timeout_s=60)
@@ -493,8 +489,7 @@ def test_a_promise_outlasts_who_comes_later_without_a_deadline(fake: FakeCompone
 
 def test_an_estimate_knows_who_else_waits_and_what_the_client_has_waiting(fake: FakeComponents) -> None:
     asking = Asking(fake)
-    for by_batch in asking.model.costs.values():
-        by_batch.update(dict.fromkeys(by_batch, 1000.0))
+    set_costs(asking.model, 1000.0)
     gate = Gate(fake)
 
     def estimate_s(client: str) -> float:
@@ -509,8 +504,8 @@ def test_an_estimate_knows_who_else_waits_and_what_the_client_has_waiting(fake: 
 
 
 def test_a_text_that_two_ask_for_costs_what_one_costs(fake: FakeComponents, asking: Asking) -> None:
-    for costs in (asking.model.costs, asking.model.first_costs):
-        costs["text_encoder", None] = {1: 1.0, 2: 1000.0}
+    asking.model.costs.replace("text_encoder", SIZE, {1: 1.0, 2: 1000.0})
+    asking.model.costs.first = asking.model.costs.current
     gate = Gate(fake)
     first = asking.submit(_order(fake))
     gate.entered.wait(10)
@@ -518,39 +513,38 @@ def test_a_text_that_two_ask_for_costs_what_one_costs(fake: FakeComponents, aski
     gate.open()
     wait([job.answer for job in (first, *alike)], 10)
     assert fake.calls.count(("text_encoder", 1)) == 2
-    assert asking.model.costs["text_encoder", None][2] > 950  # there was no call of two texts to learn from
+    assert asking.model.costs.current[SIZE]["text_encoder"][2] > 950  # there was no call of two texts to learn from
 
 
 def test_refusing_while_idle_does_not_make_the_costs_vanish() -> None:
     fake = FakeComponents(delay_s=0.001)
     asking = Asking(fake)
-    first = {key: dict(by_batch) for key, by_batch in asking.model.costs.items()}
-    for by_batch in asking.model.costs.values():
-        by_batch.update(dict.fromkeys(by_batch, 100.0))
+    first = asking.model.costs.current
+    set_costs(asking.model, 100.0)
     for _ in range(100):
         with pytest.raises(DeadlineError):
             asking.submit(_order(fake), timeout_s=-1.0)
-    assert asking.model.costs == first
     asking.finish()
+    assert asking.model.costs.current == first
 
 
 def test_finished_rows_are_decoded_while_others_take_their_steps() -> None:
-    fake = FakeComponents(decodes_beside=True)
+    fake = FakeComponents(parallel_decode=True)
     asking = Asking(fake)
-    decode, denoise, second_steps = fake.decode, fake.denoise, threading.Event()
-    decoding = threading.Event()
+    decoding, second_steps = threading.Event(), threading.Event()
 
-    def decodes_when_another_steps(latents: NDArray[np.float32]) -> NDArray[np.float32]:
+    def decodes_when_another_steps(call: Callable[[Tensors], Tensors], inputs: Tensors) -> Tensors:
         decoding.set()
         assert second_steps.wait(10)
-        return decode(latents)
+        return call(inputs)
 
-    def denoises(*inputs: object) -> NDArray[np.float32]:
+    def denoises(call: Callable[[Tensors], Tensors], inputs: Tensors) -> Tensors:
         if decoding.is_set():
             second_steps.set()
-        return denoise(*inputs)  # type: ignore[arg-type]
+        return call(inputs)
 
-    fake.decode, fake.denoise = decodes_when_another_steps, denoises  # type: ignore[method-assign,assignment]
+    intercept(fake, "decoder", decodes_when_another_steps)
+    intercept(fake, "denoiser", denoises)
     first = asking.submit(_order(fake, steps=1))
     assert decoding.wait(10)
     second = asking.submit(_order(fake, 1, steps=2))  # comes while all that there was is being decoded
@@ -560,19 +554,18 @@ def test_finished_rows_are_decoded_while_others_take_their_steps() -> None:
 
 
 def test_who_comes_while_rows_are_decoded_beside_waits_for_that_too() -> None:
-    fake = FakeComponents(decodes_beside=True)
+    fake = FakeComponents(parallel_decode=True)
     asking = Asking(fake)
-    for part in ("text_encoder", "denoiser", "decoder"):
-        asking.model.costs[part, None if part == "text_encoder" else SIZE][4] = 100.0
+    set_costs(asking.model, 100.0)
     alone_ms = asking.worker.estimate_ms(asking.model, _order(fake, 1, steps=1))
-    decode, decoding, opened = fake.decode, threading.Event(), threading.Event()
+    decoding, opened = threading.Event(), threading.Event()
 
-    def held(latents: NDArray[np.float32]) -> NDArray[np.float32]:
+    def held(call: Callable[[Tensors], Tensors], inputs: Tensors) -> Tensors:
         decoding.set()
         assert opened.wait(10)
-        return decode(latents)
+        return call(inputs)
 
-    fake.decode = held  # type: ignore[method-assign]
+    intercept(fake, "decoder", held)
     first = asking.submit(_order(fake, steps=1))
     assert decoding.wait(10)
     assert asking.worker.estimate_ms(asking.model, _order(fake, 1, steps=1)) > alone_ms + 50
@@ -582,13 +575,13 @@ def test_who_comes_while_rows_are_decoded_beside_waits_for_that_too() -> None:
 
 
 def test_a_crash_beside_answers_everyone_too() -> None:
-    fake = FakeComponents(decodes_beside=True)
+    fake = FakeComponents(parallel_decode=True)
     asking = Asking(fake)
 
-    def crash(_: object) -> NDArray[np.float32]:
+    def crash(call: Callable[[Tensors], Tensors], inputs: Tensors) -> Tensors:
         raise MemoryError("no room")
 
-    fake.decode = crash  # type: ignore[method-assign]
+    intercept(fake, "decoder", crash)
     with pytest.raises(BackendError, match="the device thread has stopped: no room"):
         asking.submit(_order(fake)).answer.result(10)
     with pytest.raises(BackendError, match="the device thread has stopped"):
@@ -597,7 +590,7 @@ def test_a_crash_beside_answers_everyone_too() -> None:
 
 
 def test_draining_waits_for_what_is_decoded_beside() -> None:
-    fake = FakeComponents(decodes_beside=True)
+    fake = FakeComponents(parallel_decode=True)
     asking = Asking(fake)
     gate = Gate(fake)
     job = asking.submit(_order(fake, steps=1))
@@ -618,7 +611,7 @@ def test_draining_waits_for_what_is_decoded_beside() -> None:
     )
 )
 def test_whatever_comes_while_rows_are_decoded_beside_is_answered_once(requests: list[tuple[int, int, str]]) -> None:
-    fake = FakeComponents(decodes_beside=True, delay_s=0.0005)
+    fake = FakeComponents(parallel_decode=True, delay_s=0.0005)
     asking = Asking(fake)
     jobs = []
     for seed, (steps, count, fate) in enumerate(requests):

@@ -65,4 +65,4 @@ def test_a_killed_training_goes_on_and_makes_the_same_model(tmp_path: Path, monk
         assert all(torch.equal(whole[key], broken[key]) for key in whole)
     _, model = load_base(str(tmp_path / "whole" / "model"))
     assert model.spec.sizes[0] == (32, 32)
-    assert model.encode(["a red planet"])["encoder_hidden_states"].shape == (1, 32, 32)
+    assert model.call("text_encoder", model.tokenize(["a red planet"]))["encoder_hidden_states"].shape == (1, 32, 32)

@@ -1,0 +1,52 @@
+"""What one request asks for, once it is checked."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashdiff.components import Size
+
+if TYPE_CHECKING:
+    from flashdiff.tasks.base import Task
+
+Pixels = NDArray[np.uint8]
+"""[H, W, 3] RGB."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Order:
+    """A request that its model can fill: see `flashdiff.tasks.check_order`."""
+
+    task: "Task"
+    prompt: str
+    seed: int
+    steps: int
+    size: Size
+    count: int = 1
+    negative_prompt: str = ""
+    """What guidance steers away from; empty: what the model was trained to contrast with."""
+    inputs: Mapping[str, Pixels] = field(default_factory=dict, repr=False)
+    """The request's own images, of `size`, by the names that its task gives them."""
+    parameters: Mapping[str, float] = field(default_factory=dict)
+    """The task's numbers, defaults filled in."""
+
+    @property
+    def steps_taken(self) -> int:
+        """How many of its steps it takes: the last ones."""
+        return self.task.steps_taken(self)
+
+    @property
+    def input_pixels(self) -> int:
+        """Of all its inputs."""
+        return sum(pixels.shape[0] * pixels.shape[1] for pixels in self.inputs.values())
+
+
+@dataclass(frozen=True, eq=False)
+class Preparation:
+    """Something that a part has to read before the first step: a text, or an image of the order's size."""
+
+    part: str
+    value: str | Pixels

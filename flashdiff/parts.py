@@ -1,0 +1,67 @@
+"""What a model is made of, as data: its parts, when each runs, and the inputs of its denoiser."""
+
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from flashdiff.config import Record
+
+
+class Phase(StrEnum):
+    """When a part runs for an image."""
+
+    PREPARE = "prepare"
+    """Once, before the first step: text and image encoders."""
+    STEP = "step"
+    """In every step: the denoiser, and what runs in front of it."""
+    FINISH = "finish"
+    """Once, after the last step: the decoder."""
+
+
+class PartSpec(Record):
+    """One network of a model, with the names of its tensors in order.
+
+    A part that is prepared takes either the token ids of every tokenizer or one batch of images. Parts of a step share their
+    tensors by name: `latents`, `times` and the conditions go in, what a part gives is there for those after it, and the last
+    gives `output`. A part that finishes takes `latents` and gives `images`.
+    """
+
+    name: str
+    phase: Phase
+    inputs: tuple[str, ...] = Field(min_length=1)
+    outputs: tuple[str, ...] = Field(min_length=1)
+
+
+class Condition(Record):
+    """An input of the denoiser besides latents and times."""
+
+    name: str
+    part: str | None = None
+    """The part that makes it; None: the task makes it from the request's own images."""
+    unconditional: Literal["empty_prompt", "zeros"] = "empty_prompt"
+    """What a text condition is in the unconditional branch of guidance: that of the empty prompt, or zeros."""
+    channels: int = Field(0, ge=0)
+    """Channels it adds to the latents where they enter the network; 0 where it is no image."""
+    absent: Literal["refused", "zeros"] = "refused"
+    """What a request without it gets: a refusal, or zeros, so that it shares batches with those that have it."""
+
+    @model_validator(mode="after")
+    def _zeros_have_a_shape(self) -> Self:
+        if self.absent == "zeros" and not self.channels:
+            raise ValueError(f"condition '{self.name}' has no channels, so there are no zeros to stand in for it")
+        return self
+
+
+def latent_diffusion(token_inputs: Sequence[str], text_conditions: Sequence[str], *others: str) -> tuple[PartSpec, ...]:
+    """The parts of a latent diffusion model: text encoder, image encoder, denoiser and decoder.
+
+    `others` names conditions that the text encoder does not make.
+    """
+    return (
+        PartSpec(name="text_encoder", phase=Phase.PREPARE, inputs=tuple(token_inputs), outputs=tuple(text_conditions)),
+        PartSpec(name="encoder", phase=Phase.PREPARE, inputs=("images",), outputs=("latents",)),
+        PartSpec(name="denoiser", phase=Phase.STEP, inputs=("latents", "times", *text_conditions, *others), outputs=("output",)),
+        PartSpec(name="decoder", phase=Phase.FINISH, inputs=("latents",), outputs=("images",)),
+    )

@@ -1,0 +1,179 @@
+"""A row is one image in progress: its noise, its start, one step."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashdiff.components import Components, ModelSpec, Size, Tensors
+from flashdiff.errors import BackendError, RequestError
+from flashdiff.noise import image_noise, image_seed
+from flashdiff.orders import Order
+from flashdiff.parts import Phase
+from flashdiff.prediction import to_x0
+from flashdiff.sampling import extrapolate, ode_step, ode_weights, renoise
+from flashdiff.tasks.base import Branch, Prepared
+
+_EARLY_VALUES = 1 << 16
+"""Latents of so many values get the noise of all their steps at the start; for larger ones that would delay the first step."""
+
+
+@dataclass
+class Row:
+    """It starts as noise and is done when `step` reaches the number of its times.
+
+    What its steps need is computed when it starts: right after an engine call, which fills the processor's caches with
+    weights, the same work takes several times as long.
+    """
+
+    seed: int
+    size: Size
+    times: list[int]
+    alphas: NDArray[np.float32]  # [len(times) + 1], the clean end last
+    sigmas: NDArray[np.float32]
+    extrapolations: list[np.float32]  # weights of `extrapolate` at each time, where the sampler is an ODE's
+    noises: list[NDArray[np.float32]]  # [C, h, w], of the steps from 1 on, where it is not and they are small
+    branches: tuple[Branch, ...]
+    latents: NDArray[np.float32]  # [C, h, w]
+    step: int = 0
+    x0: NDArray[np.float32] | None = field(default=None, repr=False)
+    """[C, h, w]: the last step's estimate of the finished latents."""
+
+    @property
+    def is_done(self) -> bool:
+        return self.step == len(self.times)
+
+    @property
+    def slots(self) -> int:
+        """Network evaluations that one step takes."""
+        return len(self.branches)
+
+
+def draw_noise(spec: ModelSpec, order: Order) -> list[list[NDArray[np.float32]]]:
+    """For each image of the order the noise [C, h, w] of its first time, and of later steps where latents are small.
+
+    It does not depend on the prompt: a server draws it while the device encodes texts.
+    """
+    return [_noise_of(spec, order, index) for index in range(order.count)]
+
+
+def _noise_of(spec: ModelSpec, order: Order, index: int) -> list[NDArray[np.float32]]:
+    seed, shape = image_seed(order.seed, index), spec.latent_shape(order.size)
+    are_early = spec.sampler.kind != "ode" and math.prod(shape) <= _EARLY_VALUES
+    return [image_noise(seed, step, shape) for step in range(order.steps_taken if are_early else 1)]
+
+
+def start_rows(
+    spec: ModelSpec,
+    order: Order,
+    prepared: Prepared,
+    unconditional: Tensors | None,
+    noise: Sequence[Sequence[NDArray[np.float32]]] = (),
+) -> list[Row]:
+    """All images of an order whose inputs are prepared; `noise` is that of `draw_noise` where it was drawn before.
+
+    `unconditional` is `generate.unconditional_of` the model. RequestError for an order without a condition that it needs.
+    """
+    branches = tuple(
+        Branch(_complete(spec, order.size, branch.conditions), branch.weight)
+        for branch in order.task.branches(spec, order, prepared, unconditional)
+    )
+    start = order.task.start(order, prepared)
+    return [_new_row(spec, order, index, branches, start, noise[index] if noise else ()) for index in range(order.count)]
+
+
+def _complete(spec: ModelSpec, size: Size, given: Tensors) -> Tensors:
+    """All of the model's conditions: zeros for those that may be absent."""
+    if len(given) == len(spec.conditions):
+        return given
+    missing = [condition for condition in spec.conditions if condition.name not in given]
+    for condition in missing:
+        if condition.absent == "refused":
+            raise RequestError(condition.name, None, "this model needs it")
+    _, height, width = spec.latent_shape(size)
+    zeros = {c.name: np.zeros((c.channels, height, width), dtype=np.float32) for c in missing}
+    return {**given, **zeros}
+
+
+def _new_row(
+    spec: ModelSpec,
+    order: Order,
+    index: int,
+    branches: tuple[Branch, ...],
+    start: NDArray[np.float32] | None,
+    noise: Sequence[NDArray[np.float32]],
+) -> Row:
+    times = spec.sampler.times(order.steps)[-order.steps_taken :]
+    alphas, sigmas = (levels.astype(np.float32) for levels in spec.sampler.schedule.levels([*times, -1]))
+    is_ode = spec.sampler.kind == "ode"
+    latents, *later = noise or _noise_of(spec, order, index)
+    return Row(
+        seed=image_seed(order.seed, index),
+        size=order.size,
+        times=times,
+        alphas=alphas,
+        sigmas=sigmas,
+        extrapolations=[np.float32(weight) for weight in ode_weights(spec.sampler.schedule, times)] if is_ode else [],
+        noises=later,
+        branches=branches,
+        latents=latents if start is None else renoise(start, latents, alphas[0], sigmas[0]),
+    )
+
+
+def denoise_rows(components: Components, rows: Sequence[Row]) -> None:
+    """Take every row one step further; an error changes none. The rows share a size, their slots fit in one batch."""
+    # The first branches of all rows stand first in the batch, then the second ones of those that have one, and so on.
+    most = max(row.slots for row in rows)
+    entries = [(index, row.branches[rank]) for rank in range(most) for index, row in enumerate(rows) if rank < row.slots]
+    spec = components.spec
+    values: dict[str, NDArray[Any]] = {
+        "latents": stacked([rows[index].latents for index, _ in entries]),
+        "times": np.array([rows[index].times[rows[index].step] for index, _ in entries], dtype=np.int64),
+    }
+    for condition in spec.conditions:
+        values[condition.name] = stacked([branch.conditions[condition.name] for _, branch in entries])
+    for part in spec.parts_in(Phase.STEP):
+        values |= components.call(part.name, {name: values[name] for name in part.inputs})
+    outputs = _weighted(entries, values["output"], len(rows))
+    for row, output in zip(rows, outputs, strict=True):
+        if not np.isfinite(output).all():
+            raise BackendError(f"the network returned values that are not finite at time {row.times[row.step]} (seed {row.seed})")
+    for row, output in zip(rows, outputs, strict=True):
+        _advance(spec, row, output)
+
+
+def _weighted(entries: Sequence[tuple[int, Branch]], output: NDArray[np.float32], count: int) -> list[NDArray[np.float32]]:
+    """Each row's sum of its branches' outputs, by their weights."""
+    if len(entries) == count:
+        return list(output)
+    sums: list[NDArray[np.float32] | None] = [None] * count
+    for (index, branch), values in zip(entries, output, strict=True):
+        before, values = sums[index], branch.weight * values
+        sums[index] = values if before is None else before + values
+    return [total for total in sums if total is not None]
+
+
+def stacked(rows: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """`np.stack`, which for a single row would cost more than the rest of its step."""
+    return np.stack(rows) if len(rows) > 1 else rows[0][None]
+
+
+def _advance(spec: ModelSpec, row: Row, output: NDArray[np.float32]) -> None:
+    """One sampler step of one row, alone, so that no other row of the batch can touch its arithmetic."""
+    step, previous_x0 = row.step, row.x0
+    alpha, sigma, next_alpha, next_sigma = row.alphas[step], row.sigmas[step], row.alphas[step + 1], row.sigmas[step + 1]
+    x0 = to_x0(spec.prediction, output, row.latents, alpha, sigma)
+    row.x0 = x0
+
+    row.step += 1
+    if spec.sampler.kind == "ode":
+        estimate = x0 if previous_x0 is None else extrapolate(x0, previous_x0, row.extrapolations[step])
+        row.latents = ode_step(row.latents, estimate, alpha, sigma, next_alpha, next_sigma)
+    elif row.is_done:
+        row.latents = x0
+    else:
+        noise = row.noises[step] if row.noises else image_noise(row.seed, row.step, x0.shape)
+        row.latents = renoise(x0, noise, next_alpha, next_sigma)

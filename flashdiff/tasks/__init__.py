@@ -1,0 +1,131 @@
+"""The tasks by name, and how a request's values become an order. Only this folder knows a task's name."""
+
+from collections.abc import Callable, Collection, Mapping
+
+from flashdiff.components import ModelSpec, Size
+from flashdiff.errors import RequestError
+from flashdiff.noise import SEED_LIMIT
+from flashdiff.orders import Order, Pixels
+from flashdiff.tasks import image_to_image, text_to_image
+from flashdiff.tasks.base import Parameter, Task
+
+TASKS: dict[str, Task] = {module.TASK.name: module.TASK for module in (text_to_image, image_to_image)}
+
+MAX_COUNT = 16
+"""Images per request."""
+
+_CHARACTERS_PER_TOKEN = 64  # no word of a tokenizer is longer
+
+
+def tasks_of(spec: ModelSpec) -> list[Task]:
+    """What a model can do."""
+    return [TASKS[name] for name in spec.tasks]
+
+
+def input_names() -> list[str]:
+    """The images that any task takes."""
+    return list(dict.fromkeys(name for task in TASKS.values() for name in task.inputs))
+
+
+def parameters() -> dict[str, Parameter]:
+    """The numbers that any task takes, by name."""
+    return {parameter.name: parameter for task in TASKS.values() for parameter in task.parameters}
+
+
+def check_order(
+    spec: ModelSpec,
+    *,
+    prompt: str,
+    seed: int = 0,
+    steps: int | None = None,
+    size: Size | None = None,
+    count: int = 1,
+    negative_prompt: str = "",
+    inputs: Mapping[str, Pixels | Callable[[Size], Pixels]] | None = None,
+    parameters: Mapping[str, float] | None = None,
+) -> Order:
+    """An order that this model can fill, defaults filled in; RequestError names the field, the value and what is allowed.
+
+    The inputs are images, or functions that read one of the size that its task wants: these are called last, when all else is
+    right. Their names say which of the model's tasks is meant.
+    """
+    inputs, parameters = inputs or {}, parameters or {}
+    _check_text(spec, prompt, negative_prompt)
+    if not 0 <= seed < SEED_LIMIT:
+        raise RequestError("seed", seed, "it must be between 0 and 2^64 - 1")
+    steps = spec.sampler.default_steps if steps is None else steps
+    if not 1 <= steps <= spec.sampler.max_steps:
+        raise RequestError("steps", steps, f"this model takes 1 to {spec.sampler.max_steps}")
+    size = check_size(spec, size)
+    if not 1 <= count <= MAX_COUNT:
+        raise RequestError("count", count, f"it must be between 1 and {MAX_COUNT}")
+    task = task_for(spec, inputs)
+    numbers = _checked(spec, task, parameters)
+    order = Order(
+        task=task,
+        prompt=prompt,
+        seed=seed,
+        steps=steps,
+        size=size,
+        count=count,
+        negative_prompt=negative_prompt,
+        inputs={name: _input(name, given, task.input_size(spec, name, size)) for name, given in inputs.items()},
+        parameters=numbers,
+    )
+    task.check(spec, order)
+    return order
+
+
+def _input(name: str, given: Pixels | Callable[[Size], Pixels], size: Size) -> Pixels:
+    pixels = given(size) if callable(given) else given
+    height, width, _ = pixels.shape
+    if (width, height) != size:
+        raise RequestError(name, f"{width}x{height}", f"it must have {size} pixels")
+    return pixels
+
+
+def check_size(spec: ModelSpec, size: Size | None) -> Size:
+    """The size, or the model's default for None; RequestError when the model was not built for it."""
+    size = spec.sizes[0] if size is None else size
+    if size not in spec.sizes:
+        raise RequestError("size", str(size), f"this model was built for {', '.join(map(str, spec.sizes))}")
+    return size
+
+
+def _check_text(spec: ModelSpec, prompt: str, negative_prompt: str) -> None:
+    if not prompt.strip():
+        raise RequestError("prompt", prompt, "it must not be empty")
+    for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+        if len(text) > _CHARACTERS_PER_TOKEN * spec.prompt_tokens:  # refused before a tokenizer spends time on it
+            raise RequestError(name, text, f"{len(text)} characters are more than {spec.prompt_tokens} tokens can be")
+        if any("\ud800" <= character <= "\udfff" for character in text):  # what Python makes of bytes that are not UTF-8
+            raise RequestError(name, text, "it must be valid Unicode text")
+    if negative_prompt and spec.sampler.evaluations_per_step == 1:
+        raise RequestError("negative_prompt", negative_prompt, "this model runs without guidance, it must be empty")
+
+
+def task_for(spec: ModelSpec, inputs: Collection[str]) -> Task:
+    """The model's task that takes just these inputs; RequestError when there is none."""
+    for task in tasks_of(spec):
+        if set(task.inputs) == set(inputs):
+            return task
+    taken = "; ".join(f"{task.name} takes {', '.join(task.inputs) or 'none'}" for task in tasks_of(spec))
+    raise RequestError("inputs", ", ".join(inputs), f"of the images a request may bring, {taken}")
+
+
+def _checked(spec: ModelSpec, task: Task, given: Mapping[str, float]) -> dict[str, float]:
+    """Every parameter of the task, defaults filled in."""
+    known = {parameter.name: parameter for parameter in task.parameters}
+    for name, value in given.items():
+        if name not in known:
+            raise RequestError(name, value, _remedy(spec, name))
+    return {name: parameter.check(given.get(name)) for name, parameter in known.items()}
+
+
+def _remedy(spec: ModelSpec, parameter: str) -> str:
+    """What a request would have to bring for its parameter to make sense."""
+    for task in tasks_of(spec):
+        if parameter in {known.name for known in task.parameters}:
+            needed = " and ".join(f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in task.inputs)
+            return f"it needs {needed} ({task.name})"
+    return "no task of this model takes it"

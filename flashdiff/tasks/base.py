@@ -1,0 +1,98 @@
+"""What a request can ask a model for. A task is one file: what it takes, and what it makes of that.
+
+The base class is what all tasks share, and makes images of a prompt; a subclass overrides what is different.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashdiff.components import ModelSpec, Size, Tensors
+from flashdiff.errors import RequestError
+from flashdiff.orders import Order, Pixels, Preparation
+
+Prepared = Mapping[str, Tensors]
+"""What the parts made of an order's preparations, without the batch dimension, by the preparation's name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameter:
+    """A number that a request may give."""
+
+    name: str
+    default: float
+    above: float
+    at_most: float
+
+    def check(self, value: float | None) -> float:
+        """The value, or the default for None; RequestError outside the bounds."""
+        value = float(np.float32(self.default if value is None else value))  # what the protocols carry
+        if not self.above < value <= self.at_most:
+            raise RequestError(self.name, value, f"it must be above {self.above:g} and at most {self.at_most:g}")
+        return value
+
+
+@dataclass(frozen=True, eq=False)
+class Branch:
+    """One network evaluation of a guided step: its conditions, without the batch dimension, and its weight in the sum.
+
+    The weights of a row's branches add up to 1. Classifier-free guidance at scale w is (prompt, w), (unconditional, 1 - w).
+    """
+
+    conditions: Tensors
+    weight: float
+
+
+class Task:
+    """Images of a prompt, from noise. Tasks have no state: one instance serves all requests."""
+
+    name: ClassVar[str] = "text_to_image"
+    inputs: ClassVar[tuple[str, ...]] = ()
+    """The images that a request must bring, by name."""
+    parameters: ClassVar[tuple[Parameter, ...]] = ()
+
+    def input_size(self, spec: ModelSpec, name: str, size: Size) -> Size:
+        """The size that an input has to have for a result of `size`."""
+        return size
+
+    def check(self, spec: ModelSpec, order: Order) -> None:
+        """RequestError for an order that passed all general checks and still cannot be filled."""
+
+    def steps_taken(self, order: Order) -> int:
+        """How many of the order's steps are taken: the last ones, at least one."""
+        return order.steps
+
+    def preparations(self, spec: ModelSpec, order: Order) -> dict[str, Preparation]:
+        """What the model's parts have to read before the first step, by any name."""
+        part, texts = spec.text_part.name, {"prompt": order.prompt}
+        if order.negative_prompt:
+            texts["negative_prompt"] = order.negative_prompt
+        return {name: Preparation(part, text) for name, text in texts.items()}
+
+    def conditions(self, spec: ModelSpec, order: Order, prepared: Prepared, text: Tensors) -> Tensors:
+        """The denoiser's conditions in the branch that reads `text`."""
+        return text
+
+    def evaluations_per_step(self, spec: ModelSpec) -> int:
+        """How many branches each step has."""
+        return spec.sampler.evaluations_per_step
+
+    def branches(self, spec: ModelSpec, order: Order, prepared: Prepared, unconditional: Tensors | None) -> tuple[Branch, ...]:
+        """The evaluations of each step; `unconditional` is `generate.unconditional_of` the model, None without guidance."""
+        prompt = self.conditions(spec, order, prepared, prepared["prompt"])
+        if unconditional is None:
+            return (Branch(prompt, 1.0),)
+        contrast = prepared.get("negative_prompt", unconditional)
+        weight = spec.sampler.guidance
+        return Branch(prompt, weight), Branch(self.conditions(spec, order, prepared, contrast), 1 - weight)
+
+    def start(self, order: Order, prepared: Prepared) -> NDArray[np.float32] | None:
+        """The latents [C, h, w] that the first noise is added to; None: pure noise."""
+        return None
+
+    def finish(self, order: Order, pixels: Pixels) -> Pixels:
+        """What a decoded image [H, W, 3] becomes."""
+        return pixels

@@ -1,0 +1,80 @@
+"""Image files, read and written on threads of their own: off the event loop and off the device thread."""
+
+import asyncio
+import math
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from flashdiff.errors import OverloadedError
+from flashdiff.orders import Order, Pixels
+from flashdiff.server.images import encode_image
+from flashdiff.server.names import ImageFormat
+
+_MAX_READING = 16  # images of requests at once: nothing has been promised to these yet
+_MAX_READING_OF_ONE = 12  # of these for one client, so that none fills it alone
+_READING_RETRY_S = 0.1
+_SPEED_KNOWN_S = 10.0  # after a file was written, how fast that was
+_SMALL_BYTES = 64 * 1024  # of pixels: to encode these takes less than to change threads and back
+_Made = TypeVar("_Made")
+
+
+class ImageThreads:
+    """What reads, writes and measures; `clock` gives seconds."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="flashdiff-images")
+        self._readers = ThreadPoolExecutor(max_workers=1, thread_name_prefix="flashdiff-readers")
+        self._reading = Counter[str]()
+        # When a file was last written, and seconds a pixel, by format and whether it has the default quality.
+        self._speeds: dict[tuple[ImageFormat, bool], tuple[float, float]] = {}
+
+    async def run(self, function: Callable[..., _Made], *args: object) -> _Made:
+        """Any work that is too long for the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
+
+    async def read(self, client: str, function: Callable[..., _Made], *args: object) -> _Made:
+        """Read a client's request with images; replies do not wait behind it. OverloadedError when too many are being read."""
+        for count, limit, whose in (
+            (self._reading.total(), _MAX_READING, ""),
+            (self._reading[client], _MAX_READING_OF_ONE, " of yours"),
+        ):
+            if count >= limit:
+                raise OverloadedError(f"{limit} images{whose} are being read already", retry_after_s=_READING_RETRY_S)
+        self._reading[client] += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._readers, function, *args)
+        finally:
+            self._reading[client] -= 1
+            self._reading += Counter()  # forgets the clients that have none
+
+    async def encode(self, images: list[Pixels], image_format: ImageFormat, quality: int | None = None) -> list[bytes]:
+        """The files of an order's images; measures how long it takes."""
+        started = self._clock()
+        files = await self._encoded(images, image_format, quality)
+        now = self._clock()
+        s_per_pixel = 3 * (now - started) / sum(image.size for image in images)
+        usual = self._s_per_pixel(image_format, quality) or s_per_pixel
+        # One stall among others must not refuse the next.
+        self._speeds[image_format, quality is None] = now, usual + 0.2 * (min(s_per_pixel, 3 * usual) - usual)
+        return files
+
+    def expected_s(self, order: Order, image_format: ImageFormat, quality: int | None = None) -> float:
+        """How long `encode` will take for the order's images, by what it took in the last seconds."""
+        return order.count * order.size.width * order.size.height * self._s_per_pixel(image_format, quality)
+
+    async def encode_preview(self, picture: Pixels) -> bytes:
+        return (await self._encoded([picture], "png", None))[0]
+
+    def _s_per_pixel(self, image_format: ImageFormat, quality: int | None) -> float:
+        """0 when no file was written of late: refusing measures nothing, so a slow past would refuse for ever."""
+        at, s_per_pixel = self._speeds.get((image_format, quality is None), (-math.inf, 0.0))
+        return s_per_pixel if self._clock() - at < _SPEED_KNOWN_S else 0.0
+
+    async def _encoded(self, images: list[Pixels], image_format: ImageFormat, quality: int | None) -> list[bytes]:
+        if image_format in ("png", "raw") and sum(image.nbytes for image in images) <= _SMALL_BYTES:
+            return [encode_image(image, image_format) for image in images]
+        return await asyncio.gather(*(self.run(encode_image, image, image_format, quality) for image in images))

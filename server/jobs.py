@@ -1,0 +1,242 @@
+"""Jobs: what was accepted, what the device has made of it, what is left to do, and the messages that the device thread takes."""
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashdiff.components import ModelSpec, Tensors
+from flashdiff.orders import Order, Pixels, Preparation
+from flashdiff.parts import Phase
+from flashdiff.rows import Row, start_rows
+from flashdiff.server.models import Model
+from flashdiff.server.scheduler import Work
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timings:
+    """Milliseconds. A part's time is that of the calls the job took part in, shared with whatever else was in them."""
+
+    total: float = 0.0
+    queue: float = 0.0
+    """What remains of the total."""
+    reading: float = 0.0
+    """Reading the request's own images, before it was submitted."""
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+    def by_stage(self, spec: ModelSpec) -> dict[str, float]:
+        """The stages that every model has: text, input_image (reading included), denoise, decode."""
+        stages = {"text": 0.0, "input_image": self.reading, "denoise": 0.0, "decode": 0.0}
+        names = {Phase.PREPARE: "input_image", Phase.STEP: "denoise", Phase.FINISH: "decode"}
+        for part, spent_ms in self.parts.items():
+            stages["text" if part == spec.text_part.name else names[spec.part(part).phase]] += spent_ms
+        return stages
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A job's answer."""
+
+    images: list[Pixels]
+    timings: Timings
+    batches: list[int]
+    """Slots of each denoise call that the job took part in."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A row that has taken a step: `picture` [h, w, 3] shows, at latent size, where it is heading."""
+
+    index: int  # of the image in its order
+    step: int  # from 1
+    total: int
+    picture: Pixels
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Job:
+    """One accepted request. It never changes; only its answer is set, once."""
+
+    model: Model
+    order: Order
+    client: str
+    arrival: int  # from 1, in order of acceptance
+    arrived: float  # on the worker's clock, in seconds, as all times here
+    deadline: float  # infinity where there is none
+    due: float
+    whole: Work  # as accepted: texts in the model's cache are no work
+    alone_s: float  # how long it would take on an idle device, as forecast at acceptance; 0 without a deadline
+    is_tight: bool  # it waits behind others, with a deadline so near that the margin decided whether it was promised
+    on_step: Callable[[Step], None] | None = None
+    answer: "Future[Finished]" = field(default_factory=Future)
+    _unclaimed: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def claim(self) -> bool:
+        """True for the one caller that may set the answer."""
+        return self._unclaimed.acquire(blocking=False)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What is left of a job, as of the device thread's last turn."""
+
+    job: Job
+    phase: Phase
+    prepare: Mapping[str, int]
+    """Calls' slots that are left, by part."""
+    steps: tuple[int, ...]
+    """Steps left of each row that is not finished yet."""
+
+    def work(self, costs: Mapping[str, Mapping[int, float]]) -> Work:
+        """What is left at these costs, in milliseconds by part and batch size."""
+        whole = self.job.whole
+        return Work(steps=self.steps, slots=whole.slots, prepare=self.prepare, costs=costs, bucket=whole.bucket)
+
+
+def as_accepted(job: Job) -> Progress:
+    """The progress of a job that the device thread has not seen yet."""
+    return Progress(job, Phase.PREPARE, job.whole.prepare, job.whole.steps)
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What the device thread has in hand. It publishes a new one after every turn; none ever changes."""
+
+    arrival: int
+    """The last job it knows of."""
+    progress: tuple[Progress, ...]
+    """Of its unanswered jobs."""
+    margin: float
+    """See `scheduler.promise_ms`."""
+
+
+# --- messages to the device thread -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Arrived:
+    job: Job
+
+
+@dataclass(frozen=True)
+class Left:
+    """The client has left, or has its answer."""
+
+    job: Job
+
+
+@dataclass(frozen=True, eq=False)
+class Called:
+    """A device call has come back: its outputs, one a target, or its error."""
+
+    targets: "list[Target]"
+    outputs: "list[Output]"
+    error: BaseException | None
+    spent_ms: float
+
+
+Output = Tensors | Pixels | None
+"""What a call gives for a target: the outputs of the part that prepared it, nothing for a step, a finished image."""
+
+
+@dataclass(frozen=True)
+class Forgive:
+    """A request was refused by the costs of an idle device."""
+
+    model: Model
+
+
+@dataclass(frozen=True)
+class Stop:
+    """End when every job is answered."""
+
+
+Message = Arrived | Left | Called | Forgive | Stop
+
+
+# --- the device thread's own ------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Running:
+    """What the device thread has made of a job; no other thread sees it."""
+
+    job: Job
+    preparations: Mapping[str, Preparation]
+    prepared: dict[str, Tensors] = field(default_factory=dict)  # what the parts made of these
+    noise: "Future[list[list[NDArray[np.float32]]]] | None" = None  # being drawn
+    rows: list[Row] = field(default_factory=list)  # empty until everything is prepared
+    finishing: set[int] = field(default_factory=set)  # rows in a call that runs in parallel
+    images: dict[int, Pixels] = field(default_factory=dict)  # by row
+    spent_ms: dict[str, float] = field(default_factory=dict)  # by part
+    batches: list[int] = field(default_factory=list)
+
+    @property
+    def is_done(self) -> bool:
+        return len(self.images) == self.job.order.count
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a device call can be made for: a preparation of a job, or one of its rows to step or to finish."""
+
+    running: Running
+    phase: Phase
+    part: str
+    """The first of its phase, where that has several."""
+    preparation: str = ""
+    row: int = -1
+    slots: int = 1
+
+
+def targets_of(running: Running) -> list[Target]:
+    """What could be called for a job now: each preparation that is missing, or the next call of each unfinished row."""
+    if not running.rows:
+        if missing := _missing(running):
+            return [Target(running, Phase.PREPARE, running.preparations[name].part, preparation=name) for name in missing]
+        _start(running)
+    spec = running.job.model.components.spec
+    (step, *_), (finish, *_) = spec.parts_in(Phase.STEP), spec.parts_in(Phase.FINISH)
+    return [
+        Target(running, Phase.FINISH, finish.name, row=index)
+        if row.is_done
+        else Target(running, Phase.STEP, step.name, row=index, slots=row.slots)
+        for index, row in enumerate(running.rows)
+        if index not in running.finishing and index not in running.images
+    ]
+
+
+def _missing(running: Running) -> list[str]:
+    """The preparations that are left, once texts in the model's cache are taken from there."""
+    for name, given in running.preparations.items():
+        if name in running.prepared or not isinstance(given.value, str):
+            continue
+        if (kept := running.job.model.embeddings.get(given.value)) is not None:
+            running.prepared[name] = kept
+    return [name for name in running.preparations if name not in running.prepared]
+
+
+def _start(running: Running) -> None:
+    """Make the rows, now that everything is prepared."""
+    job, noise = running.job, running.noise.result() if running.noise else ()
+    running.noise = None
+    running.rows = start_rows(job.model.components.spec, job.order, running.prepared, job.model.unconditional, noise)
+
+
+def progress_of(running: Running) -> Progress:
+    """A frozen view of what is left."""
+    job = running.job
+    if not running.rows:
+        left = Counter(given.part for name, given in running.preparations.items() if name not in running.prepared)
+        return Progress(job, Phase.PREPARE, left, job.whole.steps)
+    steps = tuple(len(row.times) - row.step for index, row in enumerate(running.rows) if index not in running.images)
+    return Progress(job, Phase.STEP if any(steps) else Phase.FINISH, {}, steps)
+
+
+def pixel_bytes(order: Order) -> int:
+    """Of its images and of those it starts from."""
+    return 3 * (order.count * order.size.width * order.size.height + order.input_pixels)

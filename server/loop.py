@@ -1,0 +1,354 @@
+"""What the device thread does: it takes messages, and makes one device call after another until every job is answered.
+
+All state here belongs to the device thread, and messages alone tell it what happens elsewhere: `handle` takes one, `turn` makes
+one call, `outlook` says what is left. Tests drive these without a thread, in any order.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashdiff.components import ModelSpec
+from flashdiff.errors import CancelledError, DeadlineError, FlashdiffError
+from flashdiff.generate import finish_rows, prepare
+from flashdiff.orders import Order
+from flashdiff.parts import Phase
+from flashdiff.preview import preview
+from flashdiff.rows import denoise_rows
+from flashdiff.server.costs import bucket_of
+from flashdiff.server.jobs import (
+    Arrived,
+    Called,
+    Finished,
+    Forgive,
+    Job,
+    Left,
+    Message,
+    Outlook,
+    Output,
+    Progress,
+    Running,
+    Step,
+    Stop,
+    Target,
+    Timings,
+    as_accepted,
+    progress_of,
+    targets_of,
+)
+from flashdiff.server.scheduler import LEAST_MARGIN, Ready, choose, next_margin
+
+HANG_S = 60.0
+"""A device call that takes this long, and 20 times its usual cost, counts as hung."""
+
+_SLOWER = 3.0  # how many times slower the machine may be than when it accepted a job, before the job counts as urgent
+
+Noise = list[list[NDArray[np.float32]]]
+
+
+class Observer(Protocol):
+    """What is counted of jobs and calls: see `metrics`."""
+
+    def called(self, model: str, part: str, slots: int, spent_ms: float, expected_ms: float) -> None: ...
+
+    def answered(self, model: str, timings: Timings, error: FlashdiffError | None) -> None: ...
+
+    def refused(self, error: FlashdiffError) -> None: ...
+
+
+class InFlight:
+    """A device call under way; only the thread that makes it sets `is_back`."""
+
+    def __init__(self, hung_at: float) -> None:
+        self.hung_at = hung_at
+        """When the call counts as hung, on the worker's clock."""
+        self.is_back = False
+
+
+class DeviceLoop:
+    """The jobs in hand and what to do with them.
+
+    `draw` starts drawing an order's noise in another thread. `start` runs a call in another thread, and sends the device
+    thread the message that it returns.
+    """
+
+    _choose = staticmethod(choose)  # the benchmarks compare another policy with it
+
+    def __init__(
+        self,
+        clock: Callable[[], float],
+        observer: Observer | None,
+        draw: "Callable[[ModelSpec, Order], Future[Noise]]",
+        start: Callable[[Callable[[], Message]], None],
+    ) -> None:
+        self._clock, self._observer, self._draw, self._start = clock, observer, draw, start
+        self._running: dict[Job, Running] = {}
+        self._progress: dict[Job, Progress] = {}
+        self._left: set[Job] = set()
+        self._arrival = 0
+        self._turns = 0
+        self._margin, self._widened = LEAST_MARGIN, 0  # of waiting in promises, and in which turn it was widened
+        self._is_stopping = False
+        self._parallel: InFlight | None = None
+        self.in_flight: tuple[InFlight, ...] = ()
+        """The calls under way, for a watch in another thread."""
+
+    # --- messages in, outlook out ------------------------------------------------------------------------------------
+
+    def handle(self, message: Message) -> None:
+        """Take one message; an error that is none of a request's ends the device thread."""
+        match message:
+            case Arrived(job):
+                preparations = job.order.task.preparations(job.model.components.spec, job.order)
+                self._running[job], self._progress[job] = Running(job, preparations), as_accepted(job)
+                self._arrival = job.arrival
+            case Left(job):
+                if job in self._running:
+                    self._left.add(job)
+            case Called():
+                self._parallel, self.in_flight = None, ()
+                self._came_back(message)
+            case Forgive(model):
+                model.costs.forgive()
+            case Stop():
+                self._is_stopping = True
+
+    @property
+    def is_over(self) -> bool:
+        """Whether every job is answered and none will come."""
+        return self._is_stopping and not self._running and not self._parallel
+
+    def outlook(self) -> Outlook:
+        """What is in hand now."""
+        return Outlook(self._arrival, tuple(self._progress.values()), self._margin)
+
+    def turn(self) -> bool:
+        """Make one device call, for the most urgent work and whatever can share it; False when there is nothing to call."""
+        self._turns += 1
+        self._drop_hopeless(self._clock())
+        targets: list[Target] = []
+        ready: list[Ready] = []
+        for running in self._candidates():
+            for target in self._targets(running):
+                if target.phase == Phase.FINISH and self._parallel:
+                    continue  # with the next call, when this one is back
+                ready.append(self._ready(target, len(targets)))
+                targets.append(target)
+        chosen = [targets[item.handle] for item in self._choose(ready)]
+        if not chosen:
+            return False
+        if chosen[0].phase == Phase.FINISH and chosen[0].running.job.model.components.parallel_decode:
+            self._call_in_parallel(chosen)
+        else:
+            self._came_back(self._call(chosen))
+        return True
+
+    # --- what to call ------------------------------------------------------------------------------------------------
+
+    def _candidates(self) -> Iterable[Running]:
+        """The jobs that may be served now."""
+        return list(self._running.values())
+
+    def _targets(self, running: Running) -> list[Target]:
+        was_preparing = not running.rows
+        try:
+            targets = targets_of(running)
+        except FlashdiffError as error:
+            self._fail(running.job, error)
+            return []
+        if was_preparing:  # what the model's cache has is prepared, or the rows have started
+            self._progress[running.job] = progress_of(running)
+        return targets
+
+    def _ready(self, target: Target, handle: int) -> Ready:
+        job = target.running.job
+        costs, size = job.model.costs, job.order.size
+        name = target.part if target.phase == Phase.PREPARE else target.phase
+        return Ready(
+            job.due,
+            job.arrival,
+            handle,
+            target.phase,
+            target.part,
+            id(job.model),
+            costs.size_of(target.part, size),
+            target.slots,
+            costs.current[size][name],
+        )
+
+    # --- calls -------------------------------------------------------------------------------------------------------
+
+    def _call(self, targets: list[Target]) -> Called:
+        """Make one call in this thread."""
+        for target in targets:
+            if target.phase == Phase.PREPARE and target.running.noise is None:
+                target.running.noise = self._draw(target.running.job.model.components.spec, target.running.job.order)
+        flight = self._flight(targets)
+        before, self.in_flight = self.in_flight, (*self.in_flight, flight)
+        called = _make(targets, self._clock, flight)
+        self.in_flight = before
+        return called
+
+    def _call_in_parallel(self, targets: list[Target]) -> None:
+        """Make one call in another thread; its outputs come as a message."""
+        for target in targets:
+            target.running.finishing.add(target.row)
+        clock, self._parallel = self._clock, self._flight(targets)
+        self.in_flight = (self._parallel,)
+        flight = self._parallel
+        self._start(lambda: _make(targets, clock, flight))
+
+    def _flight(self, targets: Sequence[Target]) -> InFlight:
+        return InFlight(self._clock() + max(HANG_S, 20 * self._usual_ms(targets) / 1000))
+
+    def _usual_ms(self, targets: Sequence[Target]) -> float:
+        first = targets[0]
+        by_batch = self._ready(first, 0).costs
+        return by_batch[bucket_of(by_batch, _slots(targets))]
+
+    def _came_back(self, called: Called) -> None:
+        """Take what a call gave: its outputs, or its error."""
+        targets, error = called.targets, called.error
+        owners = list(dict.fromkeys(target.running for target in targets))
+        for target in targets:
+            target.running.finishing.discard(target.row)
+        if error is None:
+            self._take(called)
+        elif not isinstance(error, FlashdiffError):
+            raise error
+        elif len(owners) == 1:
+            self._fail(owners[0].job, error)
+        else:  # one job's text, numbers or memory must not take its neighbours down: each is tried again alone
+            for owner in owners:
+                alone = self._call([target for target in targets if target.running is owner])
+                if alone.error is None:
+                    self._take(alone)
+                elif isinstance(alone.error, FlashdiffError):
+                    self._fail(owner.job, alone.error)
+                else:
+                    raise alone.error
+
+    def _take(self, called: Called) -> None:
+        """Note outputs, time spent and progress of a call, and answer the jobs that it finished."""
+        targets, first = called.targets, called.targets[0]
+        model, size, slots = first.running.job.model, first.running.job.order.size, _slots(called.targets)
+        phase_parts = [part.name for part in model.components.spec.parts_in(first.phase)]
+        parts = [first.part] if first.phase == Phase.PREPARE else phase_parts
+        costs = model.costs.current[size]
+        expected = {part: costs[part][bucket_of(costs[part], slots)] for part in parts}
+        spent = model.costs.follow(parts, size, slots, called.spent_ms)
+        if self._observer:
+            for part, spent_ms in spent.items():
+                self._observer.called(model.identity.name, part, slots, spent_ms, expected[part])
+        for target, output in zip(targets, called.outputs, strict=True):
+            self._take_output(target, output)
+        for running in dict.fromkeys(target.running for target in targets):
+            for part, spent_ms in spent.items():
+                running.spent_ms[part] = running.spent_ms.get(part, 0.0) + spent_ms
+            if first.phase == Phase.STEP:
+                running.batches.append(slots)
+            if running.job in self._running:
+                self._progress[running.job] = progress_of(running)
+                if running.is_done:
+                    self._answer(running)
+
+    def _take_output(self, target: Target, output: Output) -> None:
+        running = target.running
+        if target.phase == Phase.PREPARE:
+            running.prepared[target.preparation] = output  # type: ignore[assignment]
+            text = running.preparations[target.preparation].value
+            if isinstance(text, str):
+                running.job.model.embeddings.put(text, output)  # type: ignore[arg-type]
+        elif target.phase == Phase.FINISH:
+            running.images[target.row] = output  # type: ignore[assignment]
+        elif running.job.on_step:
+            row = running.rows[target.row]
+            assert row.x0 is not None  # it has just taken a step
+            picture = preview(row.x0, running.job.model.preview_colors)
+            running.job.on_step(Step(target.row, row.step, len(row.times), picture))
+
+    # --- answers -----------------------------------------------------------------------------------------------------
+
+    def _drop_hopeless(self, now: float) -> None:
+        """Answer the jobs whose client has left and those that cannot be in time any more."""
+        for job, running in list(self._running.items()):
+            if job in self._left:
+                self._fail(job, CancelledError("the client has left"))
+            elif running.finishing or job.deadline > now + _SLOWER * job.alone_s:
+                continue  # how much of a parallel call is over is not known
+            else:
+                work = self._progress[job].work(job.model.costs.current[job.order.size])
+                if job.deadline <= now + work.alone_ms / 1000:
+                    self._fail(job, DeadlineError("the deadline cannot be kept any more: the images would be done after it"))
+
+    def _answer(self, running: Running) -> None:
+        job, now = running.job, self._clock()
+        total, spent = 1000 * (now - job.arrived), sum(running.spent_ms.values())
+        timings = Timings(total=total, queue=max(0.0, total - spent), parts=running.spent_ms)
+        if self._end(job):
+            self._learn(job, kept=now <= job.deadline)
+            if self._observer:
+                self._observer.answered(job.model.identity.name, timings, None)
+            images = [running.images[row] for row in range(job.order.count)]
+            job.answer.set_result(Finished(images, timings, running.batches))
+
+    def _fail(self, job: Job, error: FlashdiffError) -> None:
+        if self._end(job):
+            if isinstance(error, DeadlineError) or self._clock() > job.deadline:  # also one whose client has left by then
+                self._learn(job, kept=False)
+            if self._observer:
+                self._observer.answered(job.model.identity.name, Timings(), error)
+            job.answer.set_exception(error)
+
+    def _learn(self, job: Job, *, kept: bool) -> None:
+        """Let the margin follow what became of a promise. A stall breaks many promises in one turn: that counts once."""
+        if job.is_tight and (kept or self._turns > self._widened):
+            self._margin = next_margin(self._margin, kept=kept)
+            self._widened = self._widened if kept else self._turns
+
+    def _end(self, job: Job) -> bool:
+        """Take the job out of hand; True when its answer is still to be given."""
+        self._left.discard(job)
+        self._progress.pop(job, None)
+        return self._running.pop(job, None) is not None and job.claim()
+
+
+def _slots(targets: Sequence[Target]) -> int:
+    """Of the call for these targets; a text that several jobs share is encoded once."""
+    if targets[0].phase != Phase.PREPARE:
+        return sum(target.slots for target in targets)
+    values = (target.running.preparations[target.preparation].value for target in targets)
+    return len({value if isinstance(value, str) else id(value) for value in values})
+
+
+def _make(targets: list[Target], clock: Callable[[], float], flight: InFlight) -> Called:
+    """The device call for these targets, all of one part, model and size; an error leaves every row as it was."""
+    started = clock()
+    try:
+        outputs, error = _outputs(targets), None
+    except BaseException as caught:
+        outputs, error = [], caught
+    finally:
+        flight.is_back = True
+    return Called(targets, outputs, error, 1000 * (clock() - started))
+
+
+def _outputs(targets: Sequence[Target]) -> list[Output]:
+    first = targets[0]
+    components = first.running.job.model.components
+    if first.phase == Phase.PREPARE:
+        values = [target.running.preparations[target.preparation].value for target in targets]
+        if not isinstance(values[0], str):
+            return list(prepare(components, first.part, values))  # type: ignore[arg-type]
+        texts = list(dict.fromkeys(values))
+        encoded = dict(zip(texts, prepare(components, first.part, texts), strict=True))  # type: ignore[arg-type]
+        return [encoded[text] for text in values]
+    rows = [target.running.rows[target.row] for target in targets]
+    if first.phase == Phase.STEP:
+        denoise_rows(components, rows)
+        return [None] * len(rows)
+    orders = [target.running.job.order for target in targets]
+    return [order.task.finish(order, pixels) for order, pixels in zip(orders, finish_rows(components, rows), strict=True)]

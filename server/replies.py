@@ -1,0 +1,125 @@
+"""The client's half of `flashdiff.v1`: what it sends, and what it makes of replies. It imports no server code."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+from flashdiff.components import Size
+from flashdiff.errors import RequestError
+from flashdiff.noise import SEED_LIMIT
+from flashdiff.proto.v1 import image_pb2 as pb
+from flashdiff.server.names import ImageFormat, ModelIdentity, Priority
+from flashdiff.server.wire import FORMAT_NUMBERS, FORMATS, PRIORITY_NUMBERS
+
+_TIMINGS = {field.name.removesuffix("_ms"): field.name for field in pb.Timings.DESCRIPTOR.fields if field.name != "part_ms"}
+
+
+@dataclass(frozen=True)
+class Result:
+    """A reply, as the client returns it. Times in milliseconds; the .proto file describes the fields."""
+
+    images: tuple[bytes, ...]
+    seeds: tuple[int, ...]
+    steps: int
+    size: Size
+    format: ImageFormat
+    timings: dict[str, float]
+    part_timings: dict[str, float]
+    """Of the device calls, by the part of the model that they ran."""
+    model: ModelIdentity
+    denoise_batches: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Preview:
+    """A small picture of where image `image` is heading after `step` of `steps`, as the client returns it."""
+
+    image: int
+    step: int
+    steps: int
+    size: Size
+    png: bytes
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """How long a request would take if it were sent now, waiting included, and how many images are pending."""
+
+    expected_ms: float
+    pending_images: int
+
+
+def write_request(
+    prompt: str,
+    *,
+    model: str = "",
+    negative_prompt: str = "",
+    seed: int | None = None,
+    steps: int | None = None,
+    size: Size | None = None,
+    count: int = 1,
+    image_format: ImageFormat = "png",
+    quality: int | None = None,
+    priority: Priority = "normal",
+    image: bytes = b"",
+    strength: float | None = None,
+    inputs: Mapping[str, bytes] | None = None,
+    parameters: Mapping[str, float] | None = None,
+) -> pb.GenerateRequest:
+    """The message; RequestError for a value that it cannot carry. The server checks what the model allows."""
+    for field, value, least in (("seed", seed, 0), ("steps", steps, 1), ("count", count, 1), ("quality", quality, 1)):
+        if value is not None and not least <= value < (SEED_LIMIT if field == "seed" else 2**32):
+            raise RequestError(field, value, f"it must be a number from {least} on that the wire can carry")
+    if image_format not in FORMAT_NUMBERS:
+        raise RequestError("format", image_format, f"it must be one of {', '.join(FORMAT_NUMBERS)}")
+    if strength is not None and not 0 < strength <= 1:
+        raise RequestError("strength", strength, "it must be above 0 and at most 1")
+    if priority not in PRIORITY_NUMBERS:
+        raise RequestError("priority", priority, f"it must be one of {', '.join(PRIORITY_NUMBERS)}")
+    width, height = size or (0, 0)
+    return pb.GenerateRequest(
+        prompt=prompt,
+        seed=seed,
+        steps=steps or 0,
+        width=width,
+        height=height,
+        count=count,
+        format=FORMAT_NUMBERS[image_format],
+        model=model,
+        negative_prompt=negative_prompt,
+        quality=quality or 0,
+        priority=PRIORITY_NUMBERS[priority],
+        image=image,
+        strength=strength or 0.0,
+        inputs=inputs or {},
+        parameters=parameters or {},
+    )
+
+
+def read_response(response: pb.GenerateResponse) -> Result:
+    times = response.timings
+    return Result(
+        images=tuple(image.data for image in response.images),
+        seeds=tuple(image.seed for image in response.images),
+        steps=response.steps,
+        size=Size(response.width, response.height),
+        format=FORMATS[response.format],
+        timings={name: getattr(times, field) for name, field in _TIMINGS.items()},
+        part_timings=dict(times.part_ms),
+        model=ModelIdentity(*(getattr(response.model, field.name) for field in fields(ModelIdentity))),
+        denoise_batches=tuple(response.denoise_batches),
+    )
+
+
+def read_models(response: pb.ListModelsResponse) -> list[str]:
+    return [model.name for model in response.models]
+
+
+def read_estimate(response: pb.EstimateResponse) -> Estimate:
+    return Estimate(response.expected_ms, response.pending_images)
+
+
+def read_update(update: pb.GenerateUpdate) -> Preview | Result:
+    if update.HasField("result"):
+        return read_response(update.result)
+    seen = update.preview
+    return Preview(seen.image, seen.step, seen.steps, Size(seen.width, seen.height), seen.png)

@@ -1,0 +1,182 @@
+"""What every protocol shares: a request in no protocol's terms, how it is served, and its reply. Protocols only translate."""
+
+import asyncio
+import functools
+import secrets
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+
+from flashdiff.components import Size
+from flashdiff.orders import Order, Pixels
+from flashdiff.server.image_threads import ImageThreads
+from flashdiff.server.images import decode_image
+from flashdiff.server.jobs import Finished, Step, Timings
+from flashdiff.server.models import Model, Models
+from flashdiff.server.names import ImageFormat, Priority
+from flashdiff.server.tracing import describe_call
+from flashdiff.server.worker import Worker
+from flashdiff.tasks import check_order
+
+_SENDING_S = 30.0  # how long a reply that the client does not read keeps its room
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageRequest:
+    """One request for images, as a protocol reads it; nothing is checked against the model yet."""
+
+    prompt: str
+    negative_prompt: str = ""
+    seed: int | None = None
+    """None: drawn."""
+    steps: int | None = None
+    size: Size | None = None
+    count: int = 1
+    files: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+    """PNG, JPEG or WebP files of the task's inputs, by name."""
+    parameters: Mapping[str, float] = field(default_factory=dict)
+    """The task's numbers, by name."""
+    format: ImageFormat = "png"
+    quality: int | None = None
+    priority: Priority = "normal"
+    timeout_s: float | None = None
+    """Seconds from when the request was read."""
+    wants_steps: bool = False
+    wants_files: bool = True
+    """Whether the images are wanted as files, or as pixels alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """What a request is answered with."""
+
+    model: Model
+    order: Order
+    images: list[Pixels]
+    files: list[bytes]
+    """Empty where no files are wanted."""
+    format: ImageFormat
+    timings: Timings
+    encoding_ms: float
+    """Writing the files."""
+    batches: list[int]
+    """Slots of each denoise call that the request took part in."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """How long a request would take if it were sent now, waiting included, and how many images are pending."""
+
+    expected_ms: float
+    pending_images: int
+
+
+class Requests:
+    """Serves requests of any protocol with one worker."""
+
+    def __init__(self, worker: Worker, models: Models) -> None:
+        self._worker, self._clock = worker, worker.clock
+        self.models = models
+        self.threads = ImageThreads(worker.clock)
+
+    async def serve(self, model: Model, request: ImageRequest, client: str) -> AsyncGenerator[Step | Reply, None]:
+        """Every step where steps are wanted, then the reply; a FlashdiffError says why there is none.
+
+        The request keeps its place, and its pixels their room, until the generator is closed: close it, by
+        `contextlib.aclosing`, when the reply is sent. A reply that is not read for 30 s gives its room back.
+        """
+        started = self._clock()
+        order = await self._order(model, request, client)
+        reading_s = self._clock() - started if request.files else 0.0
+        progress = self._progress(model, order, request, client, reading_s)
+        async with aclosing(progress):
+            async for update in progress:
+                if isinstance(update, Step):
+                    yield update
+                else:
+                    yield await self._reply(model, order, request, update)
+
+    async def estimate(self, model: Model, request: ImageRequest, client: str) -> Estimate:
+        """What the request would take now."""
+        order = await self._order(model, request, client)
+        own_ms = self._worker.estimate_ms(model, order, client=client, priority=request.priority)
+        return Estimate(own_ms + 1000 * self._files_s(order, request), self._worker.pending_images)
+
+    async def _order(self, model: Model, request: ImageRequest, client: str) -> Order:
+        read = functools.partial(_read_order, model, request)
+        return await self.threads.read(client, read) if request.files else read()
+
+    def _files_s(self, order: Order, request: ImageRequest) -> float:
+        return self.threads.expected_s(order, request.format, request.quality) if request.wants_files else 0.0
+
+    async def _progress(
+        self, model: Model, order: Order, request: ImageRequest, client: str, reading_s: float
+    ) -> AsyncGenerator[Step | Finished, None]:
+        """Submit the order; its steps where they are wanted, then what was made."""
+        worker, loop = self._worker, asyncio.get_running_loop()
+        steps: asyncio.Queue[Step | None] = asyncio.Queue()
+        unread: asyncio.TimerHandle | None = None
+
+        def end() -> None:
+            nonlocal unread
+            steps.put_nowait(None)
+            if not is_closed:  # from now on, whether the steps before have been read or not
+                unread = loop.call_later(_SENDING_S, worker.release, job)
+
+        def on_step(step: Step) -> None:
+            loop.call_soon_threadsafe(steps.put_nowait, step)
+
+        is_closed = False
+        job = worker.submit(
+            model,
+            order,
+            None if request.timeout_s is None else request.timeout_s - reading_s,
+            client=client,
+            priority=request.priority,
+            on_step=on_step if request.wants_steps else None,
+            files_s=self._files_s(order, request),
+        )
+        try:
+            job.answer.add_done_callback(lambda _: loop.call_soon_threadsafe(end))
+            while (step := await steps.get()) is not None:
+                yield step
+            finished = job.answer.result()
+            reading_ms = 1000 * reading_s
+            timings = replace(finished.timings, reading=reading_ms, total=finished.timings.total + reading_ms)
+            stages = {"queue": timings.queue, "total": timings.total, **timings.by_stage(model.components.spec)}
+            describe_call(model=model.identity.name, steps=order.steps, **{f"{name}_ms": ms for name, ms in stages.items()})
+            yield replace(finished, timings=timings)
+        finally:
+            is_closed = True
+            if unread:
+                unread.cancel()  # or it would keep the pixels as long
+            worker.release(job)  # the client may have left, or its deadline have passed
+
+    async def _reply(self, model: Model, order: Order, request: ImageRequest, finished: Finished) -> Reply:
+        started = self._clock()
+        files = await self.threads.encode(finished.images, request.format, request.quality) if request.wants_files else []
+        return Reply(
+            model=model,
+            order=order,
+            images=finished.images,
+            files=files,
+            format=request.format,
+            timings=finished.timings,
+            encoding_ms=1000 * (self._clock() - started),
+            batches=finished.batches,
+        )
+
+
+def _read_order(model: Model, request: ImageRequest) -> Order:
+    """The order, its files decoded; that takes a while."""
+    return check_order(
+        model.components.spec,
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt,
+        seed=secrets.randbits(32) if request.seed is None else request.seed,
+        steps=request.steps,
+        size=request.size,
+        count=request.count,
+        inputs={name: functools.partial(decode_image, file, name=name) for name, file in request.files.items()},
+        parameters=request.parameters,
+    )
