@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from flashdiff import defaults
 from flashdiff.components import Components, Conditioning, ModelSpec, Size
 from flashdiff.errors import BackendError, RequestError
 from flashdiff.noise import SEED_LIMIT, image_noise, image_seed
@@ -19,9 +20,6 @@ from flashdiff.sampling import extrapolate, ode_step, ode_weights, renoise
 
 MAX_COUNT = 16
 """Images per request."""
-
-DEFAULT_STRENGTH = 0.8
-"""Of a request with an image, as in diffusers' Stable Diffusion pipeline."""
 
 _EARLY_VALUES = 1 << 16
 """Latents of so many values get the noise of all their steps at once; drawing that of larger ones would hold everybody up."""
@@ -40,7 +38,7 @@ class Order:
     seed: int
     steps: int
     size: Size
-    count: int = 1
+    count: int = defaults.COUNT
     negative_prompt: str = ""
     """What guidance steers away from; empty: what the model was trained to contrast with."""
     image: Pixels | None = field(default=None, repr=False)
@@ -95,10 +93,10 @@ def check_order(
     spec: ModelSpec,
     *,
     prompt: str,
-    seed: int = 0,
+    seed: int = defaults.SEED,
     steps: int | None = None,
     size: Size | None = None,
-    count: int = 1,
+    count: int = defaults.COUNT,
     negative_prompt: str = "",
 ) -> Order:
     """An order this model can fill, defaults filled in; RequestError names the field, the value and what is allowed."""
@@ -126,7 +124,7 @@ def check_order(
 
 def start_from(order: Order, image: Pixels, strength: float | None = None) -> Order:
     """The order with an image to start from, image-to-image; RequestError when one of the two does not fit."""
-    strength = float(np.float32(DEFAULT_STRENGTH if strength is None else strength))  # as on the wire
+    strength = float(np.float32(defaults.STRENGTH if strength is None else strength))  # as on the wire
     if not 0 < strength <= 1:
         raise RequestError("strength", strength, "it must be above 0 and at most 1")
     height, width, _ = image.shape

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from flashdiff import defaults
 from flashdiff.components import Components
 from flashdiff.errors import ConfigError, EvaluationError
 from flashdiff.evaluation.evaluate import (
@@ -48,15 +49,15 @@ class EvaluateOptions:
     loras: tuple[tuple[str, float], ...] = ()
     steps: tuple[int, ...] = ()
     teacher: str | None = None
-    teacher_steps: tuple[int, ...] = (50,)
+    teacher_steps: tuple[int, ...] = defaults.TEACHER_STEPS
     guidance: float | None = None
     """Of the teacher, or of the subject where no teacher is named; None: what the subject's flash LoRA was taught at, or the
     family's."""
-    prompts: str = WORLD
-    count: int = 500
-    seeds: int = 2
-    reference: str = WORLD
-    reference_count: int = 5000
+    prompts: str = defaults.PROMPTS
+    count: int = defaults.PROMPT_COUNT
+    seeds: int = defaults.IMAGES_PER_PROMPT
+    reference: str = defaults.REFERENCE
+    reference_count: int = defaults.REFERENCE_COUNT
     features: str | None = None
     text: str | None = None
     json_file: Path | None = None
