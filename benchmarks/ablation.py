@@ -134,13 +134,13 @@ class Meter:
         }
 
     def _numbers(self, subject: Subject) -> dict[str, float]:
-        row, _ = measure(subject, self.yardstick)
-        assert row.kid
-        assert row.text
-        assert row.diversity
-        found = {"FID": row.fid, "KID x1000": row.kid, "text": row.text, "diversity": row.diversity}
-        shares = {f"{name} %": 100 * row.attributes[name].value for name in ("large", "small")}
-        return {**{name: estimate.value for name, estimate in found.items()}, **shares}
+        measured, _ = measure(subject, self.yardstick)
+        assert measured.kid
+        assert measured.text
+        assert measured.diversity
+        found = {"FID": measured.fid, "KID x1000": measured.kid, "text": measured.text, "diversity": measured.diversity}
+        shares = {f"{name} %": 100 * measured.attributes[name].value for name in ("large", "small")}
+        return {**{name: interval.value for name, interval in found.items()}, **shares}
 
 
 def run(recipe: Recipe, out: Path, meter: Meter, steps: Sequence[int]) -> None:

@@ -159,9 +159,9 @@ def server(bundle: Path, batching: Batching = "step", engine_cores: set[int] | N
 
 
 def _serve(bundle: Path, batching: Batching, engine_cores: set[int] | None, pipe: Any) -> None:
-    from flashdiff.cli import open_model
     from flashdiff.server.app import Listen, freeze_loaded, start
     from flashdiff.server.models import Models
+    from flashdiff.server.opening import open_model
 
     cores = engine_cores or os.sched_getaffinity(0)
     base = RequestLevelWorker if batching == "request" else Worker

@@ -155,3 +155,9 @@ class Recipe(Record):
 def bundled_recipe(name: str) -> Path:
     """The path of a recipe that ships with flashdiff."""
     return Path(__file__).parent / "recipes" / name
+
+
+def find_recipe(path: Path) -> Path:
+    """The path itself, or where a bare file name is no file here, the recipe of that name that ships with flashdiff."""
+    bundled = bundled_recipe(path.name)
+    return bundled if path.parent == Path() and not path.exists() and bundled.exists() else path

@@ -5,6 +5,7 @@ from typing import Self
 
 from pydantic import model_validator
 
+from flashdiff import defaults
 from flashdiff.components import Size
 from flashdiff.config import Record
 from flashdiff.engines.bundle import BackendName, Precision
@@ -19,11 +20,11 @@ class BuildRecipe(Record):
     base: str
     loras: tuple[tuple[str, float], ...] = ()
     """Folder, file or shipped name, and weight."""
-    backend: BackendName = "openvino"
-    precision: Precision = "fp32"
+    backend: BackendName = defaults.BACKEND
+    precision: Precision = defaults.PRECISION
     sizes: tuple[Size, ...] = ()
     """Empty: the size the base was trained at."""
-    batch_sizes: tuple[int, ...] = (1, 2, 4, 8)
+    batch_sizes: tuple[int, ...] = defaults.BATCH_SIZES
     version_compatible: bool = False
     """TensorRT plans that run on later versions too, more slowly."""
     guidance: float | None = None

@@ -18,6 +18,7 @@ from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
+from flashdiff import defaults
 from flashdiff.errors import BackendError, ConfigError
 from flashdiff.proto.v1 import image_pb2, image_pb2_grpc, triton_pb2
 from flashdiff.server.auth import Tokens, server_credentials
@@ -55,8 +56,8 @@ _log = logging.getLogger(__name__)
 class Listen:
     """Where to listen and for whom; ConfigError for what would be unsafe or incomplete."""
 
-    host: str = "127.0.0.1"
-    port: int = 50051
+    host: str = defaults.HOST
+    port: int = defaults.PORT
     """0 takes a free one."""
     tokens: Path | None = None
     tls_cert: Path | None = None
@@ -66,7 +67,7 @@ class Listen:
     """Lets clients of this machine pass tensors through any shared memory object of this server's user."""
     no_auth: bool = False
     """Said for a public address without tokens or client certificates."""
-    metrics_host: str = "127.0.0.1"
+    metrics_host: str = defaults.HOST
     metrics_port: int | None = None
 
     def __post_init__(self) -> None:

@@ -3,10 +3,12 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from flashdiff import cli
+from flashdiff import cli, defaults
+from flashdiff.engines.bundle import BackendName, Precision
 
 
 def _run(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -86,6 +88,11 @@ def test_the_served_pixels_are_those_of_generate_and_sigterm_ends_the_server_wel
     np.testing.assert_array_equal(
         np.frombuffer(served, np.uint8).reshape(32, 32, 3), np.asarray(Image.open(tmp_path / "dog.png"))
     )
+
+
+def test_the_choices_of_an_option_are_those_of_its_record() -> None:
+    assert get_args(BackendName) == defaults.BACKENDS
+    assert get_args(Precision) == defaults.PRECISIONS
 
 
 def test_version_is_the_changelogs_newest_release(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from flashdiff.config import load_recipe
-from flashdiff.distill.config import Recipe, bundled_recipe
+from flashdiff.distill.config import Recipe, bundled_recipe, find_recipe
 from flashdiff.errors import ConfigError
 
 GOOD = bundled_recipe("avatars.toml").read_text()
@@ -18,6 +18,18 @@ def _load(tmp_path: Path, text: str) -> Recipe:
 def test_equal_recipes_have_equal_hashes_whatever_their_layout(tmp_path: Path) -> None:
     assert _load(tmp_path, GOOD).content_hash == _load(tmp_path, "# again\n\n" + GOOD.replace(" = ", "=")).content_hash
     assert _load(tmp_path, GOOD).content_hash != _load(tmp_path, GOOD.replace("rank = 4", "rank = 8")).content_hash
+
+
+def test_a_bare_name_finds_the_bundled_recipe_unless_there_is_such_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    bare = Path("avatars.toml")
+    assert find_recipe(bare) == bundled_recipe("avatars.toml")
+    assert find_recipe(tmp_path / bare) == tmp_path / bare
+    assert find_recipe(Path("none.toml")) == Path("none.toml")
+    bare.write_text(GOOD)
+    assert find_recipe(bare) == bare
 
 
 @pytest.mark.parametrize(

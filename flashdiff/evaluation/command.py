@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from flashdiff import defaults
 from flashdiff.components import Components
 from flashdiff.errors import ConfigError, EvaluationError
 from flashdiff.evaluation.evaluate import (
@@ -48,15 +49,15 @@ class EvaluateOptions:
     loras: tuple[tuple[str, float], ...] = ()
     steps: tuple[int, ...] = ()
     teacher: str | None = None
-    teacher_steps: tuple[int, ...] = (50,)
+    teacher_steps: tuple[int, ...] = defaults.TEACHER_STEPS
     guidance: float | None = None
     """Of the teacher, or of the subject where no teacher is named; None: what the subject's flash LoRA was taught at, or the
     family's."""
-    prompts: str = WORLD
-    count: int = 500
-    seeds: int = 2
-    reference: str = WORLD
-    reference_count: int = 5000
+    prompts: str = defaults.PROMPTS
+    count: int = defaults.PROMPT_COUNT
+    seeds: int = defaults.IMAGES_PER_PROMPT
+    reference: str = defaults.REFERENCE
+    reference_count: int = defaults.REFERENCE_COUNT
     features: str | None = None
     text: str | None = None
     json_file: Path | None = None
@@ -71,19 +72,19 @@ def evaluate(options: EvaluateOptions, *, open_bundle: Callable[[Path], Componen
     features = feature_extractor(options.features or ("avatars" if of_world else "inception"))
     scorer_name = options.text or ("avatars" if of_world else None)
     scorer = text_scorer(scorer_name) if scorer_name else None
-    plan = _plan(options, open_bundle, report)
+    selection = _select(options, open_bundle, report)
     reference = read_reference(options.reference, options.reference_count, WORLD_SIZE)
-    if not plan.is_drawable:
-        plan.real, reference = _real_part(reference)
+    if not selection.is_drawable:
+        selection.real, reference = _real_part(reference)
     report(f"reference: {options.reference}, {len(reference)} images")
     yardstick = Yardstick(features, scorer, reference)
 
     with new_folder(options.out) if options.out else nullcontext() as folder:
-        rows = []
-        for subject in _subjects(plan, report):
-            row, which = measure(subject, yardstick)
-            rows.append(row)
-            report(f"{row.name}: FID {row.fid}, KID {row.kid}")
+        measurements = []
+        for subject in _subjects(selection, report):
+            measurement, which = measure(subject, yardstick)
+            measurements.append(measurement)
+            report(f"{measurement.name}: FID {measurement.fid}, KID {measurement.kid}")
             if folder:
                 write_sheets(folder / "sheets", subject, which, reference)
                 write_images(subject.images, folder / "images" / subject.images.name)
@@ -94,8 +95,8 @@ def evaluate(options: EvaluateOptions, *, open_bundle: Callable[[Path], Componen
             text_scorer=scorer.name if scorer else None,
             reference=options.reference,
             reference_images=len(reference),
-            rows=tuple(rows),
-            warnings=warnings_for(yardstick, [row.images for row in rows]),
+            rows=tuple(measurements),
+            warnings=warnings_for(yardstick, [measurement.images for measurement in measurements]),
         )
         if folder:
             write_whole(folder / "report.md", markdown(result) + "\n")
@@ -105,7 +106,7 @@ def evaluate(options: EvaluateOptions, *, open_bundle: Callable[[Path], Componen
 
 
 @dataclass
-class _Plan:
+class _Selection:
     """What will be measured: images that exist, and models with the numbers of steps they make images in."""
 
     prompts: list[Prompt]
@@ -120,7 +121,7 @@ class _Plan:
         return bool(self.prompts) and all(prompt.scene for prompt in self.prompts)
 
 
-def _plan(options: EvaluateOptions, open_bundle: Callable[[Path], Components], report: Callable[[str], None]) -> _Plan:
+def _select(options: EvaluateOptions, open_bundle: Callable[[Path], Components], report: Callable[[str], None]) -> _Selection:
     """Open everything and check every prompt with every model, so that a mistake shows before the first image."""
     opened: list[tuple[str, Components, tuple[int, ...]]] = []
     taught = None
@@ -129,16 +130,16 @@ def _plan(options: EvaluateOptions, open_bundle: Callable[[Path], Components], r
             raise ConfigError(f"{options.subject} is a folder of images: --lora and --steps are for models")
         made = read_images(Path(options.subject))
         prompts = list(dict.fromkeys(prompt for prompt in made.prompts if prompt))
-        plan = _Plan(prompts, len(made) // max(1, len(prompts)), made)
+        selection = _Selection(prompts, len(made) // max(1, len(prompts)), made)
     else:
-        plan = _Plan(read_prompts(options.prompts, options.count), options.seeds)
+        selection = _Selection(read_prompts(options.prompts, options.count), options.seeds)
         loras = tuple((find_lora(name), weight) for name, weight in options.loras)
         name = " + ".join([Path(options.subject).resolve().name, *(folder.name for folder, _ in loras)])
         taught = next((info.guidance for folder, _ in loras if (info := read_flash_info(folder))), None)
         guidance = None if options.teacher else options.guidance
         opened.append((name, _open(options.subject, loras, guidance, open_bundle), options.steps))
     if options.teacher:
-        if not plan.prompts:
+        if not selection.prompts:
             raise ConfigError(f"{options.subject} tells no prompts, so the teacher has none to draw: see docs/evaluation.md")
         components = _open(options.teacher, (), options.guidance, open_bundle)
         if options.guidance is None and taught and isinstance(components, TorchModel) and components.guides_twice:
@@ -146,29 +147,29 @@ def _plan(options: EvaluateOptions, open_bundle: Callable[[Path], Components], r
             report(f"{options.teacher}: guided at {statistics.mean(taught):g}, as the flash LoRA was taught")
         opened.append((Path(options.teacher).resolve().name, components, options.teacher_steps))
 
-    taken = {REAL, plan.made.name if plan.made else REAL}
+    taken = {REAL, selection.made.name if selection.made else REAL}
     for name, components, steps in opened:
         for count in steps or (components.spec.sampler.default_steps,):
-            for prompt in plan.prompts:
+            for prompt in selection.prompts:
                 check_order(components.spec, prompt=prompt.text, steps=count)
             title = f"{name}, {count} step{'s' if count > 1 else ''}"
             while title in taken:
                 title += " (again)"
             taken.add(title)
-            plan.models.append((title, components, count))
-        for prompt in plan.prompts:
+            selection.models.append((title, components, count))
+        for prompt in selection.prompts:
             components.tokenize([prompt.text])  # refuses what is too long
-    return plan
+    return selection
 
 
-def _subjects(plan: _Plan, report: Callable[[str], None]) -> Iterator[Subject]:
+def _subjects(selection: _Selection, report: Callable[[str], None]) -> Iterator[Subject]:
     """The real images, then the subject's, then its teacher's."""
-    yield Subject(plan.real or real_images(plan.prompts, plan.seeds, WORLD_SIZE))
-    if plan.made:
-        name = plan.made.name if plan.made.name != REAL else f"{REAL} (subject)"
-        yield Subject(replace(plan.made, name=name))
-    for title, components, steps in plan.models:
-        yield make_images(components, plan.prompts, seeds=plan.seeds, steps=steps, name=title, report=report)
+    yield Subject(selection.real or real_images(selection.prompts, selection.seeds, WORLD_SIZE))
+    if selection.made:
+        name = selection.made.name if selection.made.name != REAL else f"{REAL} (subject)"
+        yield Subject(replace(selection.made, name=name))
+    for title, components, steps in selection.models:
+        yield make_images(components, selection.prompts, seeds=selection.seeds, steps=steps, name=title, report=report)
 
 
 def _real_part(reference: ImageSet) -> tuple[ImageSet, ImageSet]:

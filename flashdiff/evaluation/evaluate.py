@@ -1,7 +1,7 @@
-"""Subjects side by side: the same prompts and seeds, the same reference, one row of numbers each.
+"""Subjects side by side: the same prompts and seeds, the same reference, one measurement each.
 
-A subject is a model at a number of steps, a folder of images, or the real images themselves, whose row is the floor: no
-model can be expected to be closer to the reference than other real images are.
+A subject is a model at a number of steps, a folder of images, or the real images themselves. The real images are the floor:
+no model can be expected to be closer to the reference than other real images are.
 """
 
 import math
@@ -19,10 +19,10 @@ from flashdiff.errors import EvaluationError
 from flashdiff.evaluation.features import FeatureExtractor, TextScorer, attribute_reader
 from flashdiff.evaluation.images import ImageSet, Prompt, attributes_of, sheet
 from flashdiff.evaluation.metrics import (
-    Estimate,
+    Interval,
     KernelDistance,
     Moments,
-    estimate,
+    bootstrap,
     frechet_distance,
     nearest,
     share,
@@ -39,24 +39,24 @@ SMALL = ("eyes", "mouth", "pattern", "chest", "moons", "surface", "beard", "glas
 _ORDERS_AT_ONCE = 32
 
 
-class Row(Record):
+class Measurement(Record):
     """The numbers of one subject; None for what cannot be measured on it."""
 
     name: str
     images: int
-    fid: Estimate
+    fid: Interval
     """Frechet distance to the reference, in the named features; FID where they are Inception's."""
-    kid: Estimate | None
+    kid: Interval | None
     """1000 times the kernel distance to the reference; it needs images of two prompts."""
-    text: Estimate | None
+    text: Interval | None
     """100 times the cosine between image and prompt."""
     text_shuffled: float | None
     """The same with every image beside another's prompt: what the score says of no relation at all."""
-    diversity: Estimate | None
+    diversity: Interval | None
     """Mean feature distance between images of one prompt with different seeds."""
-    nearest: Estimate
-    """Mean feature distance to the nearest reference image; far below the real row's, it tells of copies."""
-    attributes: dict[str, Estimate]
+    nearest: Interval
+    """Mean feature distance to the nearest reference image; far below that of real images, it tells of copies."""
+    attributes: dict[str, Interval]
     """Share of images on which the probe reads what the prompt says; `large` and `small` average over attributes."""
     latent_mean: float | None
     latent_std: float | None
@@ -64,7 +64,7 @@ class Row(Record):
 
 
 class Report(Record):
-    """All rows and what they were measured with."""
+    """All measurements and what they were made with."""
 
     features: str
     feature_dimension: int
@@ -72,7 +72,8 @@ class Report(Record):
     text_scorer: str | None
     reference: str
     reference_images: int
-    rows: tuple[Row, ...]
+    rows: tuple[Measurement, ...]
+    """Named after the rows of the tables; JSON files have them under this name."""
     warnings: tuple[str, ...]
 
 
@@ -121,8 +122,8 @@ def make_images(
     return Subject(images, (float(values.mean()), float(values.std())))
 
 
-def measure(subject: Subject, yardstick: Yardstick) -> tuple[Row, NDArray[np.int64]]:
-    """The subject's row, and for every image which reference image is nearest to it."""
+def measure(subject: Subject, yardstick: Yardstick) -> tuple[Measurement, NDArray[np.int64]]:
+    """The subject's numbers, and for every image which reference image is nearest to it."""
     images = subject.images
     _need_two(images)
     groups = images.groups
@@ -131,15 +132,15 @@ def measure(subject: Subject, yardstick: Yardstick) -> tuple[Row, NDArray[np.int
     far, which = nearest(features, yardstick.reference_features)
     spread = spread_within_groups(features, groups)
     text, shuffled = _text_scores(images, yardstick.text_scorer)
-    return Row(
+    return Measurement(
         name=images.name,
         images=len(images),
-        fid=estimate(lambda w: frechet_distance(yardstick.moments, Moments.of(features, w)), groups),
-        kid=estimate(lambda w: 1000 * kid(w), groups) if groups.max() else None,
+        fid=bootstrap(lambda w: frechet_distance(yardstick.moments, Moments.of(features, w)), groups),
+        kid=bootstrap(lambda w: 1000 * kid(w), groups) if groups.max() else None,
         text=_mean(text, groups),
         text_shuffled=None if shuffled is None else weighted_mean(shuffled),
         diversity=_mean(spread, groups),
-        nearest=estimate(lambda w: weighted_mean(far, w), groups),
+        nearest=bootstrap(lambda w: weighted_mean(far, w), groups),
         attributes=_attributes(images, groups),
         latent_mean=subject.latents[0] if subject.latents else None,
         latent_std=subject.latents[1] if subject.latents else None,
@@ -151,11 +152,11 @@ def _need_two(images: ImageSet) -> None:
         raise EvaluationError(f"{images.name}: {len(images)} image cannot be measured as a set; give at least 2")
 
 
-def _mean(values: NDArray[np.floating] | None, groups: NDArray[np.int64]) -> Estimate | None:
+def _mean(values: NDArray[np.floating] | None, groups: NDArray[np.int64]) -> Interval | None:
     if values is None or np.isnan(values).all():
         return None
     counts = ~np.isnan(values)
-    return estimate(lambda weights: weighted_mean(values[counts], weights), groups[counts])
+    return bootstrap(lambda weights: weighted_mean(values[counts], weights), groups[counts])
 
 
 def _text_scores(images: ImageSet, scorer: TextScorer | None) -> tuple[NDArray[np.floating] | None, NDArray[np.floating] | None]:
@@ -173,7 +174,7 @@ def _text_scores(images: ImageSet, scorer: TextScorer | None) -> tuple[NDArray[n
     return own, scorer(images.pixels, others)
 
 
-def _attributes(images: ImageSet, groups: NDArray[np.int64]) -> dict[str, Estimate]:
+def _attributes(images: ImageSet, groups: NDArray[np.int64]) -> dict[str, Interval]:
     """Accuracy per attribute, over the images whose prompt says it."""
     asked = [attributes_of(prompt) if prompt else {} for prompt in images.prompts]
     if not any(asked):
@@ -212,21 +213,21 @@ def warnings_for(yardstick: Yardstick, counts: Iterable[int]) -> tuple[str, ...]
 
 def markdown(report: Report) -> str:
     """The report as tables: one line a subject, then one line an attribute."""
-    has_latents = any(row.latent_std is not None for row in report.rows)
+    has_latents = any(m.latent_std is not None for m in report.rows)
     head = ["", "images", "FID", "KID x1000", "text", "(shuffled)", "diversity", "nearest"]
     lines = [[*head, *(["latents: mean, std"] if has_latents else [])]]
-    for row in report.rows:
-        shuffled = "-" if row.text_shuffled is None else f"{row.text_shuffled:.1f}"
-        cells = [row.name, str(row.images), row.fid, row.kid, row.text, shuffled, row.diversity, row.nearest]
-        drift = "-" if row.latent_std is None else f"{row.latent_mean:.3f}, {row.latent_std:.3f}"
+    for m in report.rows:
+        shuffled = "-" if m.text_shuffled is None else f"{m.text_shuffled:.1f}"
+        cells = [m.name, str(m.images), m.fid, m.kid, m.text, shuffled, m.diversity, m.nearest]
+        drift = "-" if m.latent_std is None else f"{m.latent_mean:.3f}, {m.latent_std:.3f}"
         lines.append([_cell(value) for value in (*cells, *([drift] if has_latents else []))])
     text = _table(lines)
-    names = [name for name in ("large", *LARGE, "small", *SMALL) if any(name in row.attributes for row in report.rows)]
+    names = [name for name in ("large", *LARGE, "small", *SMALL) if any(name in m.attributes for m in report.rows)]
     if names:
-        shares = [["attributes read right, %", *(row.name for row in report.rows)]]
+        shares = [["attributes read right, %", *(m.name for m in report.rows)]]
         for name in names:
             title = f"**{name}**" if name in ("large", "small") else name
-            shares.append([title, *(_percent(row.attributes.get(name)) for row in report.rows)])
+            shares.append([title, *(_percent(m.attributes.get(name)) for m in report.rows)])
         text += "\n\n" + _table(shares)
     scored = f"; text: {report.text_scorer}" if report.text_scorer else ""
     text += (
@@ -241,7 +242,7 @@ def _cell(value: Any) -> str:
     return "-" if value is None else str(value)
 
 
-def _percent(value: Estimate | None) -> str:
+def _percent(value: Interval | None) -> str:
     if value is None or value.low is None or value.high is None:
         return "-"
     return f"{100 * value.value:.1f} ({100 * value.low:.1f} to {100 * value.high:.1f})"

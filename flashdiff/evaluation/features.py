@@ -71,8 +71,9 @@ def text_scorer(name: str) -> TextScorer:
 
 def attribute_reader() -> Callable[[NDArray[np.uint8]], dict[str, list[str]]]:
     """Reads off images [N, H, W, 3] of the embedded world the word of every attribute, by its probe."""
+    from flashdiff.zoo.images import to_input
     from flashdiff.zoo.world import attribute_words
-    from flashdiff.zoo.yardstick import load_probe, to_input
+    from flashdiff.zoo.yardstick import load_probe
 
     probe, words = load_probe(), attribute_words()
 
@@ -85,7 +86,8 @@ def attribute_reader() -> Callable[[NDArray[np.uint8]], dict[str, list[str]]]:
 
 
 def _avatars_features() -> FeatureExtractor:
-    from flashdiff.zoo.yardstick import FOLDER, SIZE, load_probe, to_input
+    from flashdiff.zoo.images import to_input
+    from flashdiff.zoo.yardstick import FOLDER, SIZE, load_probe
 
     probe = load_probe()
 
@@ -103,7 +105,8 @@ def _avatars_features() -> FeatureExtractor:
 
 
 def _avatars_scorer() -> TextScorer:
-    from flashdiff.zoo.yardstick import FOLDER, load_dual_encoder, to_input
+    from flashdiff.zoo.images import to_input
+    from flashdiff.zoo.yardstick import FOLDER, load_dual_encoder
 
     encoder = load_dual_encoder()
 

@@ -295,11 +295,11 @@ def write_images(images: ImageSet, folder: Path) -> None:
     write_whole(folder / METADATA, "\n".join(lines) + "\n")
 
 
-def sheet(rows: Sequence[NDArray[np.uint8]] | NDArray[np.uint8], columns: int = 8, gap: int = 2) -> Image.Image:
+def sheet(images: Sequence[NDArray[np.uint8]] | NDArray[np.uint8], columns: int = 8, gap: int = 2) -> Image.Image:
     """Images side by side, `columns` a line, on white."""
-    height, width = rows[0].shape[:2]
-    lines = -(-len(rows) // columns)
+    height, width = images[0].shape[:2]
+    lines = -(-len(images) // columns)
     page = Image.new("RGB", (columns * (width + gap) - gap, lines * (height + gap) - gap), "white")
-    for index, pixels in enumerate(rows):
+    for index, pixels in enumerate(images):
         page.paste(Image.fromarray(pixels), ((index % columns) * (width + gap), (index // columns) * (height + gap)))
     return page

@@ -1,6 +1,6 @@
 """The numbers, as pure functions of features: arrays [N, D] in, floats out. No network, no file.
 
-Every estimate is a function of weights over the N images (how often each counts), so that one bootstrap serves all.
+Every statistic is a function of weights over the N images (how often each counts), so that one bootstrap serves all.
 """
 
 import math
@@ -18,8 +18,8 @@ Array = NDArray[np.float64]
 BOOTSTRAP_DRAWS = 100
 
 
-class Estimate(Record):
-    """A value and its 95 % interval; None where too few prompts count to tell one."""
+class Interval(Record):
+    """A statistic's value and its 95 % confidence interval; `low` and `high` are None where too few prompts count for one."""
 
     value: float
     low: float | None
@@ -129,7 +129,7 @@ def distances(a: NDArray[np.floating], b: NDArray[np.floating]) -> Array:
     return result
 
 
-def estimate(statistic: Callable[[Array | None], float], groups: NDArray[np.int64], *, seed: int = 0) -> Estimate:
+def bootstrap(statistic: Callable[[Array | None], float], groups: NDArray[np.int64], *, seed: int = 0) -> Interval:
     """The statistic with its 95 % interval: groups (the images of one prompt) are drawn together, with replacement.
 
     The interval is the value plus or minus 1.96 bootstrap standard errors, and not the draws' percentiles: a draw holds
@@ -145,12 +145,12 @@ def estimate(statistic: Callable[[Array | None], float], groups: NDArray[np.int6
     ]
     known = np.array(draws)[np.isfinite(draws)]
     if count < 2 or len(known) < 2:
-        return Estimate(value=value, low=None, high=None)
+        return Interval(value=value, low=None, high=None)
     error = 1.96 * float(known.std(ddof=1))
-    return Estimate(value=value, low=value - error, high=value + error)
+    return Interval(value=value, low=value - error, high=value + error)
 
 
-def share(value: float, prompts: int) -> Estimate:
+def share(value: float, prompts: int) -> Interval:
     """A share with its 95 % score interval (Wilson 1927; Brown, Cai & DasGupta 2001, section 3.1.1): within [0, 1], never empty.
 
     `prompts` is how many different ones count: two images of one prompt are not two trials.
@@ -158,4 +158,4 @@ def share(value: float, prompts: int) -> Estimate:
     z = 1.96
     middle = (value + z**2 / (2 * prompts)) / (1 + z**2 / prompts)
     error = z / (1 + z**2 / prompts) * math.sqrt(value * (1 - value) / prompts + z**2 / (4 * prompts**2))
-    return Estimate(value=value, low=max(0.0, middle - error), high=min(1.0, middle + error))
+    return Interval(value=value, low=max(0.0, middle - error), high=min(1.0, middle + error))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping
 
+from flashdiff import defaults
 from flashdiff.components import ModelSpec, Size
 from flashdiff.errors import RequestError
 from flashdiff.noise import SEED_LIMIT
@@ -36,10 +37,10 @@ def check_order(
     spec: ModelSpec,
     *,
     prompt: str,
-    seed: int = 0,
+    seed: int = defaults.SEED,
     steps: int | None = None,
     size: Size | None = None,
-    count: int = 1,
+    count: int = defaults.COUNT,
     negative_prompt: str = "",
     inputs: Mapping[str, Pixels | Callable[[Size], Pixels]] | None = None,
     parameters: Mapping[str, float] | None = None,

@@ -3,6 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from flashdiff import defaults
 from flashdiff.components import ModelSpec
 from flashdiff.orders import Order, Preparation
 from flashdiff.tasks.base import Parameter, Prepared, Task
@@ -11,8 +12,8 @@ from flashdiff.tasks.base import Parameter, Prepared, Task
 class _ImageToImage(Task):
     name = "image_to_image"
     inputs = ("image",)
-    # The share of the steps that are taken: the less, the more of the image stays. 0.8 as in diffusers' pipelines.
-    parameters = (Parameter(name="strength", default=0.8, above=0, at_most=1),)
+    # The share of the steps that are taken: the less, the more of the image stays.
+    parameters = (Parameter(name="strength", default=defaults.STRENGTH, above=0, at_most=1),)
 
     def steps_taken(self, order: Order) -> int:
         return max(1, int(order.parameters["strength"] * order.steps + 1e-4))  # 1e-4: a strength came as float32

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,9 @@ from numpy.typing import NDArray
 from flashdiff.files import cache_folder, write_whole
 from flashdiff.zoo import world
 from flashdiff.zoo.world import Scene, scenes
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _CHUNK = 1000
 
@@ -40,6 +44,13 @@ def rendered(folder: Path, kinds: Sequence[str], first_seed: int, count: int, si
 def render_cache() -> Path:
     """Where renders that belong to no run are kept: 12 kB an image of 64x64."""
     return cache_folder() / "renders"
+
+
+def to_input(images: NDArray[np.uint8]) -> "Tensor":
+    """uint8 [B, H, W, 3] as float [B, 3, H, W] in [-1, 1], as networks take them."""
+    import torch
+
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous(memory_format=torch.channels_last)
 
 
 def _world_hash() -> str:

@@ -25,7 +25,7 @@ from flashdiff.checkpoint import step_generator
 from flashdiff.errors import FlashdiffError, TrainingError
 from flashdiff.files import new_folder
 from flashdiff.zoo.fit import StageRecipe, fit
-from flashdiff.zoo.images import rendered
+from flashdiff.zoo.images import rendered, to_input
 from flashdiff.zoo.world import ABSENT, KINDS, Scene, attribute_labels, attribute_words, caption
 
 FOLDER = Path(__file__).parent / "avatars-yardstick"
@@ -147,11 +147,6 @@ def _load(network: _Network, file: Path) -> _Network:
     network.load_state_dict({name: value.float() for name, value in load_file(file).items()})
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network.eval()
-
-
-def to_input(images: NDArray[np.uint8]) -> Tensor:
-    """uint8 [B, 64, 64, 3] as float [B, 3, 64, 64] in [-1, 1]."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous(memory_format=torch.channels_last)
 
 
 # --- training --------------------------------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ from PIL import Image, ImageFilter
 from flashdiff import cli
 from flashdiff.engines.runtime.engine import open_bundle
 from flashdiff.errors import ConfigError, EvaluationError
-from flashdiff.evaluation.command import EvaluateOptions, _plan
-from flashdiff.evaluation.evaluate import Row, Subject, Yardstick, measure
+from flashdiff.evaluation.command import EvaluateOptions, _select
+from flashdiff.evaluation.evaluate import Measurement, Subject, Yardstick, measure
 from flashdiff.evaluation.features import attribute_reader, feature_extractor, text_scorer
 from flashdiff.evaluation.images import ImageSet, Prompt, attributes_of, read_images, read_prompts, real_images
 from flashdiff.evaluation.metrics import share
@@ -40,7 +40,7 @@ def real() -> ImageSet:
 
 
 @pytest.fixture(scope="module")
-def real_row(real: ImageSet, yardstick: Yardstick) -> Row:
+def floor(real: ImageSet, yardstick: Yardstick) -> Measurement:
     return measure(Subject(real), yardstick)[0]
 
 
@@ -59,34 +59,34 @@ def _noisy(deviation: float) -> Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
 
 @pytest.mark.parametrize("damage", [(_blurred(0.9), _blurred(1.5), _blurred(3)), (_noisy(25), _noisy(45), _noisy(90))])
 def test_distances_are_lowest_for_real_images_and_grow_with_damage(
-    damage: tuple[Callable[[NDArray[np.uint8]], NDArray[np.uint8]], ...], real: ImageSet, real_row: Row, yardstick: Yardstick
+    damage: tuple[Callable[[NDArray[np.uint8]], NDArray[np.uint8]], ...], real: ImageSet, floor: Measurement, yardstick: Yardstick
 ) -> None:
-    rows = [real_row, *(measure(_changed(real, change), yardstick)[0] for change in damage)]
-    assert all(a.fid.value < b.fid.value for a, b in itertools.pairwise(rows))
-    assert all(a.kid.value < b.kid.value for a, b in itertools.pairwise(rows))
-    assert rows[-1].attributes["small"].value < rows[0].attributes["small"].value
+    measured = [floor, *(measure(_changed(real, change), yardstick)[0] for change in damage)]
+    assert all(a.fid.value < b.fid.value for a, b in itertools.pairwise(measured))
+    assert all(a.kid.value < b.kid.value for a, b in itertools.pairwise(measured))
+    assert measured[-1].attributes["small"].value < measured[0].attributes["small"].value
 
 
-def test_a_narrowed_background_shows_in_the_distances(real: ImageSet, real_row: Row, yardstick: Yardstick) -> None:
+def test_a_narrowed_background_shows_in_the_distances(real: ImageSet, floor: Measurement, yardstick: Yardstick) -> None:
     asked = [attributes_of(prompt)["background"] for prompt in real.prompts if prompt]
     kept = np.flatnonzero([word in ("blue", "navy") for word in asked])
     narrow = measure(Subject(real.part(kept, "narrow")), yardstick)[0]
     same_size = measure(Subject(real.part(np.arange(len(kept)), "same size")), yardstick)[0]
     assert narrow.kid.value > 2 * same_size.kid.value
-    assert narrow.fid.value > same_size.fid.value > real_row.fid.value  # fewer images, a larger distance: the bias
+    assert narrow.fid.value > same_size.fid.value > floor.fid.value  # fewer images, a larger distance: the bias
 
 
-def test_text_scores_tell_a_prompt_from_anothers(real_row: Row) -> None:
-    assert real_row.text is not None
-    assert real_row.text_shuffled is not None
-    assert real_row.text.low > real_row.text_shuffled + 30
+def test_text_scores_tell_a_prompt_from_anothers(floor: Measurement) -> None:
+    assert floor.text is not None
+    assert floor.text_shuffled is not None
+    assert floor.text.low > floor.text_shuffled + 30
 
 
-def test_the_probe_reads_real_renders(real_row: Row) -> None:
-    assert real_row.attributes["kind"].value > 0.99
-    assert real_row.attributes["kind"] == share(real_row.attributes["kind"].value, len(PROMPTS))  # two images each, one trial
-    assert real_row.attributes["large"].value > 0.9
-    assert real_row.attributes["small"].value > 0.7
+def test_the_probe_reads_real_renders(floor: Measurement) -> None:
+    assert floor.attributes["kind"].value > 0.99
+    assert floor.attributes["kind"] == share(floor.attributes["kind"].value, len(PROMPTS))  # two images each, one trial
+    assert floor.attributes["large"].value > 0.9
+    assert floor.attributes["small"].value > 0.7
 
 
 def test_the_probe_sees_what_is_missing() -> None:
@@ -96,14 +96,14 @@ def test_the_probe_sees_what_is_missing() -> None:
     assert (read["ring"] + read["moons"]).count("none") >= 15
 
 
-def test_copies_of_the_reference_are_near_and_one_image_has_no_diversity(yardstick: Yardstick, real_row: Row) -> None:
+def test_copies_of_the_reference_are_near_and_one_image_has_no_diversity(yardstick: Yardstick, floor: Measurement) -> None:
     copies = ImageSet("copies", yardstick.reference.pixels[:40], (Prompt("x"),) * 40)
-    assert measure(Subject(copies), yardstick)[0].nearest.value < 0.01 * real_row.nearest.value
+    assert measure(Subject(copies), yardstick)[0].nearest.value < 0.01 * floor.nearest.value
     same = ImageSet("same", np.repeat(yardstick.reference.pixels[:1], 40, axis=0), (Prompt("x"),) * 40)
-    assert real_row.diversity is not None
+    assert floor.diversity is not None
     diversity = measure(Subject(same), yardstick)[0].diversity
     assert diversity is not None
-    assert diversity.value < 0.01 * real_row.diversity.value
+    assert diversity.value < 0.01 * floor.diversity.value
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ def test_guidance_is_the_teachers_and_by_default_what_the_flash_lora_was_taught_
     def guidance(subject: Path, loras: tuple[tuple[str, float], ...], given: float | None, teacher: Path | None) -> list[float]:
         name = str(teacher) if teacher else None
         options = EvaluateOptions(subject=str(subject), loras=loras, teacher=name, guidance=given, prompts=str(prompts))
-        return [components.spec.sampler.guidance for _, components, _ in _plan(options, open_bundle, print).models]
+        return [components.spec.sampler.guidance for _, components, _ in _select(options, open_bundle, print).models]
 
     low, high = json.loads((flash_lora / "flash.json").read_text())["guidance"]
     student = (tiny_base, ((str(flash_lora), 1.0),))

@@ -4,8 +4,8 @@ import pytest
 from flashdiff.evaluation.metrics import (
     KernelDistance,
     Moments,
+    bootstrap,
     distances,
-    estimate,
     frechet_distance,
     nearest,
     share,
@@ -80,7 +80,7 @@ def test_the_bootstrap_interval_covers_the_mean_about_as_often_as_it_says() -> N
     covered = 0
     for trial in range(100):
         values = rng.normal(size=80)
-        found = estimate(lambda weights, values=values: weighted_mean(values, weights), np.arange(80), seed=trial)
+        found = bootstrap(lambda weights, values=values: weighted_mean(values, weights), np.arange(80), seed=trial)
         assert found.low is not None
         assert found.high is not None
         covered += found.low <= 0 <= found.high
@@ -89,13 +89,13 @@ def test_the_bootstrap_interval_covers_the_mean_about_as_often_as_it_says() -> N
 
 def test_images_of_one_prompt_are_drawn_together() -> None:
     values = np.repeat(np.random.default_rng(6).normal(size=50), 20)  # twenty equal images a prompt tell no more than one
-    alone = estimate(lambda w: weighted_mean(values, w), np.arange(1000))
-    together = estimate(lambda w: weighted_mean(values, w), np.repeat(np.arange(50), 20))
+    alone = bootstrap(lambda w: weighted_mean(values, w), np.arange(1000))
+    together = bootstrap(lambda w: weighted_mean(values, w), np.repeat(np.arange(50), 20))
     assert together.high - together.low > 3 * (alone.high - alone.low)
 
 
 def test_one_prompt_has_no_interval() -> None:
-    found = estimate(lambda w: weighted_mean(np.array([1.0, 3.0]), w), np.zeros(2, dtype=int))
+    found = bootstrap(lambda w: weighted_mean(np.array([1.0, 3.0]), w), np.zeros(2, dtype=int))
     assert (found.value, found.low, found.high) == (2, None, None)
     assert str(found) == "2 ± -"
 

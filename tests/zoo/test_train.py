@@ -11,9 +11,10 @@ from flashdiff.config import load_recipe
 from flashdiff.families import load_base
 from flashdiff.zoo import fit
 from flashdiff.zoo import train as training
-from flashdiff.zoo.train import DenoiserRecipe, Recipe, TextRecipe, VaeRecipe, WorldRecipe, train
+from flashdiff.zoo.recipe import DenoiserRecipe, TextRecipe, VaeRecipe, WorldRecipe, ZooRecipe
+from flashdiff.zoo.train import train
 
-RECIPE = Recipe(
+RECIPE = ZooRecipe(
     world=WorldRecipe(kinds=("critters", "planets"), image_size=32, train_images=40),
     vae=VaeRecipe(
         channels=16,
@@ -31,7 +32,7 @@ RECIPE = Recipe(
 
 
 def test_the_shipped_recipe_reads() -> None:
-    recipe = load_recipe(Path(training.__file__).parent / "avatars.toml", Recipe)
+    recipe = load_recipe(Path(training.__file__).parent / "avatars.toml", ZooRecipe)
     assert recipe.world.image_size >= 64
 
 

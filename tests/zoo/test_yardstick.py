@@ -8,8 +8,9 @@ import torch
 
 from flashdiff.zoo import yardstick
 from flashdiff.zoo.fit import StageRecipe
+from flashdiff.zoo.images import to_input
 from flashdiff.zoo.world import attribute_words
-from flashdiff.zoo.yardstick import FOLDER, load_dual_encoder, load_probe, to_input
+from flashdiff.zoo.yardstick import FOLDER, load_dual_encoder, load_probe
 
 
 def test_the_recipe_writes_networks_that_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,41 @@
+"""`flashdiff distill`."""
+
+import argparse
+import logging
+from pathlib import Path
+
+from flashdiff.cli.shared import need, quiet_libraries
+from flashdiff.errors import ConfigError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file; avatars.toml ships with flashdiff")
+    parser.add_argument("--out", type=Path, help="the LoRA folder to make; training state is kept in OUT/training")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print what would be done, and what it costs; write nothing, with or without --out"
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Train a flash LoRA: the base model's guided result in one to four steps. A killed run goes on with the same command."""
+    if options.out is None and not options.dry_run:
+        raise ConfigError("give --out FOLDER for the LoRA, or --dry-run")
+    need("distill", "torch", "diffusers", "peft")
+    from flashdiff.config import load_recipe
+    from flashdiff.distill.config import Recipe, find_recipe
+
+    recipe = load_recipe(find_recipe(options.recipe), Recipe)
+    from flashdiff.distill import processes
+    from flashdiff.distill.loop import distill
+    from flashdiff.distill.plan import plan
+
+    quiet_libraries()
+    if not processes.is_main():
+        logging.getLogger("flashdiff").setLevel(logging.WARNING)  # only the main process reports progress
+    if options.dry_run:
+        for line in plan(recipe):
+            print(line)
+        return
+    distill(recipe, options.out)
+    if processes.is_main():
+        print(f"published {options.out}")

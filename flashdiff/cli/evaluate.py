@@ -1,0 +1,88 @@
+"""`flashdiff evaluate`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from flashdiff import defaults
+from flashdiff.cli.shared import listed, need, parse_lora, quiet_libraries
+from flashdiff.errors import ConfigError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("subject", metavar="SUBJECT", help="a bundle, a diffusers directory, 'avatars', or a folder of images")
+    parser.add_argument("--lora", action="append", default=[], metavar="FOLDER[:WEIGHT]", help="fuse this LoRA into SUBJECT")
+    parser.add_argument("--steps", metavar="N[,N...]", help="steps to measure SUBJECT at, a row each; default: the model's")
+    parser.add_argument("--teacher", metavar="BASE", help="a bundle or model to measure beside it")
+    parser.add_argument(
+        "--teacher-steps", default=listed(defaults.TEACHER_STEPS), metavar="N[,N...]", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--guidance",
+        type=float,
+        help="guidance scale of the teacher, or of SUBJECT without one; default: what SUBJECT's flash LoRA was taught at (a "
+        "bundle does not know it), or the family's",
+    )
+    parser.add_argument(
+        "--prompts",
+        default=defaults.PROMPTS,
+        metavar="FILE",
+        help="a text file, one prompt a line; or prompts of the embedded world: %(default)s (default), avatars-held-out",
+    )
+    parser.add_argument("--count", type=int, default=defaults.PROMPT_COUNT, help="prompts to use at most; default: %(default)s")
+    parser.add_argument(
+        "--seeds", type=int, default=defaults.IMAGES_PER_PROMPT, help="images of each prompt; default: %(default)s"
+    )
+    parser.add_argument(
+        "--reference",
+        default=defaults.REFERENCE,
+        metavar="IMAGES",
+        help="a folder, webdataset shards (.tar), or %(default)s: the embedded model's training renders (default)",
+    )
+    parser.add_argument(
+        "--reference-count",
+        type=int,
+        default=defaults.REFERENCE_COUNT,
+        help="reference images at most, evenly spaced; default: %(default)s",
+    )
+    parser.add_argument(
+        "--features", metavar="NAME", help="avatars, inception[:FOLDER]; default: avatars for its reference, else inception"
+    )
+    parser.add_argument("--text", metavar="NAME", help="avatars, clip[:MODEL]; default: avatars for its reference, else none")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write report.md, sheets and all images here")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure images against a reference set: FID, KID, text score, attributes, diversity, copies. Prints Markdown tables."""
+    need("distill", "torch", "diffusers", "peft")
+    from flashdiff.config import parse_numbers
+    from flashdiff.engines.runtime.engine import open_bundle
+    from flashdiff.evaluation.command import EvaluateOptions, evaluate
+
+    for name in ("count", "seeds", "reference_count"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(options, name)}: give a number of at least 1")
+    quiet_libraries()
+    text = evaluate(
+        EvaluateOptions(
+            subject=options.subject,
+            loras=tuple(parse_lora(lora) for lora in options.lora),
+            steps=parse_numbers("--steps", options.steps) if options.steps else (),
+            teacher=options.teacher,
+            teacher_steps=parse_numbers("--teacher-steps", options.teacher_steps),
+            guidance=options.guidance,
+            prompts=options.prompts,
+            count=options.count,
+            seeds=options.seeds,
+            reference=options.reference,
+            reference_count=options.reference_count,
+            features=options.features,
+            text=options.text,
+            json_file=options.json,
+            out=options.out,
+        ),
+        open_bundle=open_bundle,
+        report=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    print(text)

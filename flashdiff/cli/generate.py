@@ -1,0 +1,113 @@
+"""`flashdiff generate`."""
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from flashdiff import defaults
+from flashdiff.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE")
+    parser.add_argument("prompt", metavar="PROMPT")
+    parser.add_argument(
+        "-o", "--out", type=Path, required=True, help="a .png, .jpg or .webp file; --count N makes NAME-0, NAME-1, ..."
+    )
+    parser.add_argument("--steps", type=int, help="default: the model's")
+    parser.add_argument("--seed", type=int, default=defaults.SEED, help="default: %(default)s; image i has seed + i")
+    parser.add_argument("--size", metavar="WxH", help="default: the model's")
+    parser.add_argument("--count", type=int, default=defaults.COUNT, help="default: %(default)s")
+    parser.add_argument(
+        "--image",
+        dest="inputs",
+        type=_value_of("image", Path),
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a PNG, JPEG or WebP file to start from",
+    )
+    parser.add_argument(
+        "--strength",
+        dest="parameters",
+        type=_value_of("strength", float),  # no default here: a strength without an image is refused
+        action="append",
+        default=[],
+        metavar="SHARE",
+        help=f"with --image: share of the steps to take, up to 1; less keeps more of it; default: {defaults.STRENGTH}",
+    )
+    parser.add_argument(
+        "--input",
+        dest="inputs",
+        type=_assignment(Path),
+        action="append",
+        metavar="NAME=FILE",
+        help="any other image that a task of the model takes",
+    )
+    parser.add_argument(
+        "--parameter",
+        dest="parameters",
+        type=_assignment(float),
+        action="append",
+        metavar="NAME=NUMBER",
+        help="any other number that a task of the model takes",
+    )
+
+
+def _value_of(name: str, kind: Callable[[str], T]) -> Callable[[str], tuple[str, T]]:
+    """Reads an option's text as the value of one of a task's inputs or parameters."""
+
+    def read(text: str) -> tuple[str, T]:
+        return name, kind(text)
+
+    read.__name__ = getattr(kind, "__name__", name)  # what argparse calls a wrong value
+    return read
+
+
+def _assignment(kind: Callable[[str], T]) -> Callable[[str], tuple[str, T]]:
+    """Reads `NAME=VALUE`."""
+
+    def read(text: str) -> tuple[str, T]:
+        name, is_there, value = text.partition("=")
+        if not (name and is_there):
+            raise ValueError(text)
+        return name, kind(value)
+
+    read.__name__ = "NAME=VALUE"
+    return read
+
+
+def run(options: argparse.Namespace) -> None:
+    """Make images with a bundle, in this process: the same pixels that a server with this bundle sends."""
+    from flashdiff.engines.config import parse_sizes
+    from flashdiff.engines.runtime.engine import open_bundle
+    from flashdiff.generate import generate
+    from flashdiff.server.images import FORMAT_OF_SUFFIX, decode_image, encode_image
+    from flashdiff.tasks import check_order
+
+    image_format = FORMAT_OF_SUFFIX.get(options.out.suffix.lower())
+    if image_format is None:
+        raise ConfigError(f"--out {options.out}: the name must end in .png, .jpg or .webp")
+    engine = open_bundle(options.bundle)
+    size = parse_sizes(options.size)[0] if options.size else None
+    order = check_order(
+        engine.spec,
+        prompt=options.prompt,
+        seed=options.seed,
+        steps=options.steps,
+        size=size,
+        count=options.count,
+        inputs={name: partial(decode_image, path.read_bytes(), name=name) for name, path in options.inputs},
+        parameters=dict(options.parameters),
+    )
+    for index, pixels in enumerate(generate(engine, [order])[0]):
+        path = options.out if order.count == 1 else options.out.with_stem(f"{options.out.stem}-{index}")
+        try:
+            path.write_bytes(encode_image(pixels, image_format))
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot write: {error.strerror or error}") from None
+        print(f"{path}  {order.size}  steps {order.steps}  seed {order.seed + index}")

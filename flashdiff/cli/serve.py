@@ -1,0 +1,61 @@
+"""`flashdiff serve`."""
+
+import argparse
+from pathlib import Path
+
+from flashdiff import defaults
+from flashdiff.cli.shared import need
+from flashdiff.errors import ConfigError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "bundles", type=Path, nargs="*", metavar="BUNDLE", help="answers to its folder's name; the first is the default"
+    )
+    parser.add_argument(
+        "--repository", type=Path, metavar="FOLDER", help="of bundles that may be loaded, by folder name, while serving"
+    )
+    parser.add_argument("--host", default=defaults.HOST, help="default: %(default)s")
+    parser.add_argument("--port", type=int, default=defaults.PORT, help="default: %(default)s; 0 takes a free one")
+    parser.add_argument("--tokens", type=Path, metavar="FILE", help="who may call: lines of NAME TOKEN [CALLS-PER-SECOND]")
+    parser.add_argument("--tls-cert", type=Path, metavar="FILE", help="PEM certificate chain")
+    parser.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM private key")
+    parser.add_argument(
+        "--tls-client-ca", type=Path, metavar="FILE", help="let in only clients with a certificate of this authority"
+    )
+    parser.add_argument("--no-auth", action="store_true", help="let anyone in who reaches a public --host")
+    parser.add_argument(
+        "--shared-memory", action="store_true", help="Triton clients of this machine may pass tensors through shared memory"
+    )
+    parser.add_argument("--metrics-host", default=defaults.HOST, metavar="HOST", help="default: %(default)s")
+    parser.add_argument("--metrics-port", type=int, metavar="PORT", help="Prometheus metrics; default: none")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Serve bundles over gRPC until SIGTERM or Ctrl-C, then finish what was accepted and stop."""
+    need("server", "grpc", "grpc_health", "grpc_reflection", "prometheus_client")
+    for option, port in (("--port", options.port), ("--metrics-port", options.metrics_port)):
+        if port is not None and not 0 <= port <= 65535:
+            raise ConfigError(f"{option} {port}: give a number from 0 to 65535")
+    if not options.bundles and not options.repository:
+        raise ConfigError("give a BUNDLE, or a --repository to load some from")
+    if options.repository and not options.repository.is_dir():
+        raise ConfigError(f"--repository {options.repository}: there is no such folder")
+    import asyncio
+
+    from flashdiff.server.app import Listen, serve
+    from flashdiff.server.opening import open_models
+
+    listen = Listen(
+        host=options.host,
+        port=options.port,
+        tokens=options.tokens,
+        tls_cert=options.tls_cert,
+        tls_key=options.tls_key,
+        tls_client_ca=options.tls_client_ca,
+        shared_memory=options.shared_memory,
+        no_auth=options.no_auth,
+        metrics_host=options.metrics_host,
+        metrics_port=options.metrics_port,
+    )
+    asyncio.run(serve(open_models(options.bundles, options.repository), listen))

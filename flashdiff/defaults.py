@@ -1,0 +1,29 @@
+"""Defaults and choices that the command line's help shows and the records of options hold: plain values, cheap to import."""
+
+from typing import Final
+
+# --- build-engine ---
+BACKENDS: Final = ("openvino", "onnxruntime", "torch", "tensorrt", "tensorrt-rtx")
+BACKEND: Final = "openvino"
+PRECISIONS: Final = ("fp32", "fp16", "bf16")
+PRECISION: Final = "fp32"
+BATCH_SIZES: Final = (1, 2, 4, 8)
+
+# --- serve ---
+HOST: Final = "127.0.0.1"
+"""Of the server and of its metrics."""
+PORT: Final = 50051
+
+# --- evaluate ---
+PROMPTS: Final = "avatars"
+PROMPT_COUNT: Final = 500
+IMAGES_PER_PROMPT: Final = 2
+REFERENCE: Final = "avatars"
+REFERENCE_COUNT: Final = 5000
+TEACHER_STEPS: Final = (50,)
+
+# --- a request ---
+SEED: Final = 0
+COUNT: Final = 1
+STRENGTH: Final = 0.8
+"""Of a request with an image, as in diffusers' Stable Diffusion pipeline."""

@@ -1,0 +1,70 @@
+"""The embedded model's UNet: made, and trained on the latents and captions of renders."""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashdiff.checkpoint import step_generator
+from flashdiff.schedule import NoiseSchedule
+from flashdiff.zoo.fit import fit
+from flashdiff.zoo.recipe import ZooRecipe
+from flashdiff.zoo.text_encoder import token_ids
+from flashdiff.zoo.world import Scene, caption
+
+SCHEDULE = NoiseSchedule(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")  # Stable Diffusion's
+
+
+def make_unet(recipe: ZooRecipe) -> Any:
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(recipe.seed + 1)
+    denoiser = recipe.denoiser
+    inner = len(denoiser.block_out_channels) - 1
+    return UNet2DConditionModel(
+        sample_size=recipe.world.image_size // 2 ** (len(recipe.vae.decoder_blocks) - 1),
+        in_channels=recipe.vae.latent_channels,
+        out_channels=recipe.vae.latent_channels,
+        block_out_channels=denoiser.block_out_channels,
+        # Attention only inside: on the largest map it would cost more than all the rest.
+        down_block_types=("DownBlock2D", *("CrossAttnDownBlock2D",) * inner),
+        up_block_types=(*("CrossAttnUpBlock2D",) * inner, "UpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=recipe.text.width,
+        attention_head_dim=4,
+    )
+
+
+def train_unet(
+    unet: Any,
+    text_encoder: Any,
+    tokenizer: Any,
+    latents: Tensor,
+    scale: float,
+    scenes: Sequence[Scene],
+    recipe: ZooRecipe,
+    out: Path,
+) -> None:
+    """v-prediction (Salimans & Ho 2022, eq. 9) of text-conditioned latents, in place; the weights left are the EMA."""
+    stage = recipe.denoiser
+    alphas, sigmas = (torch.from_numpy(values).float() for values in SCHEDULE.levels(list(range(SCHEDULE.num_train_timesteps))))
+
+    def loss_of(step: int) -> Tensor:
+        rng, generator = step_generator(recipe.seed + 1, step)
+        words = random.Random(int(rng.integers(2**62)))
+        chosen = rng.integers(0, len(scenes), stage.batch_size)
+        texts = ["" if words.random() < stage.caption_dropout else caption(scenes[index], words) for index in chosen]
+        hidden = text_encoder(token_ids(tokenizer, texts)).last_hidden_state
+
+        x0 = latents[torch.from_numpy(chosen)] * scale
+        noise = torch.randn(x0.shape, generator=generator)
+        t = torch.randint(0, len(alphas), (len(chosen),), generator=generator)
+        alpha, sigma = alphas[t][:, None, None, None], sigmas[t][:, None, None, None]
+        x_t, v = alpha * x0 + sigma * noise, alpha * noise - sigma * x0
+        x_t = x_t.contiguous(memory_format=torch.channels_last)
+        return torch.nn.functional.mse_loss(unet(x_t, t, hidden).sample, v)
+
+    fit("denoiser", unet, loss_of, stage, out, ema_decay=stage.ema_decay, report=lambda: "")
