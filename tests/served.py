@@ -75,6 +75,30 @@ def intercept(fake: FakeComponents, part: str, around: Callable[[Callable[[Tenso
     fake.call = intercepted  # type: ignore[method-assign]
 
 
+class Gate:
+    """Holds the fake model in its next call until opened, so that tests decide what happens meanwhile.
+
+    With a `part`, in that part's next call, once `after` of them are through.
+    """
+
+    def __init__(self, fake: FakeComponents, part: str | None = None, after: int = 0) -> None:
+        self._open, self.entered, self._after = threading.Event(), threading.Event(), after
+        called = fake._called
+
+        def gated(name: str, rows: int) -> None:
+            if part in (None, name):
+                self._after -= 1
+                if self._after < 0:
+                    self.entered.set()
+                    assert self._open.wait(60)
+            called(name, rows)
+
+        fake._called = gated  # type: ignore[method-assign]
+
+    def open(self) -> None:
+        self._open.set()
+
+
 @dataclass
 class Running:
     fake: FakeComponents
@@ -85,8 +109,8 @@ class Running:
     def address(self) -> str:
         return f"127.0.0.1:{self.server.port}"
 
-    def stop(self, grace_s: float = 10.0) -> None:
-        asyncio.run_coroutine_threadsafe(self.server.stop(grace_s), self.loop).result(20)
+    def stop(self, grace_s: float = 60.0) -> None:
+        asyncio.run_coroutine_threadsafe(self.server.stop(grace_s), self.loop).result(90)
 
 
 @contextmanager
@@ -116,7 +140,8 @@ async def _cancel_what_is_left() -> None:
 
 
 def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 5
+    """Wait for what must come; a minute without it is a hang, on any machine."""
+    deadline = time.monotonic() + 60
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert condition()

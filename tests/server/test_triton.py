@@ -13,7 +13,7 @@ import pytest
 import tritonclient.grpc as triton
 from orders import from_image
 from PIL import Image
-from served import SIZE, Running, serving, set_cost, until
+from served import SIZE, Gate, Running, serving, set_cost, until
 from tritonclient.utils import InferenceServerException, serialize_byte_tensor
 from tritonclient.utils import shared_memory as shm
 
@@ -225,12 +225,14 @@ def test_who_sends_and_does_not_read_waits_for_himself(running: Running) -> None
 
 
 def test_a_cancelled_stream_frees_its_rows(running: Running, stock: triton.InferenceServerClient) -> None:
-    running.fake.delay_s = 0.1
+    gate = Gate(running.fake, "denoiser", after=1)
     answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
     stock.start_stream(lambda result, error: answers.put((result, error)))
     stock.async_stream_infer("fake", inputs(STEPS=4, COUNT=4))
-    answers.get(timeout=10)
+    answers.get(timeout=60)
     stock.stop_stream(cancel_requests=True)
+    until(lambda: bool(running.server.worker.admission._released))
+    gate.open()
     until(lambda: running.server.worker.pending_images == 0)
     assert "decoder" not in {part for part, _ in running.fake.calls}
 
@@ -241,22 +243,23 @@ def test_timeouts_priorities_and_cancelling_reach_the_scheduler(running: Running
         stock.infer("fake", inputs(), timeout=100_000)
     with pytest.raises(InferenceServerException, match="DEADLINE_EXCEEDED"):
         stock.infer("fake", inputs(), client_timeout=0.5)
-    running.fake.delay_s = 0.1
+    gate = Gate(running.fake)
     call = stock.async_infer("fake", inputs(STEPS=4), lambda result, error: None, priority=1)
     until(lambda: running.server.worker.pending_images == 1)
     (job,) = running.server.worker.admission._jobs
     assert job.due < job.arrived + 2
     call.cancel()
+    gate.open()
     until(lambda: running.server.worker.pending_images == 0)
 
 
 def test_what_files_take_counts_against_the_timeout_where_they_are_asked_for(
     stock: triton.InferenceServerClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ImageThreads, "expected_s", lambda *_: 5.0)
+    monkeypatch.setattr(ImageThreads, "expected_s", lambda *_: 100.0)
     with pytest.raises(InferenceServerException, match=r"DEADLINE_EXCEEDED.*the deadline is"):
-        stock.infer("fake", inputs(), outputs=[triton.InferRequestedOutput("ENCODED")], timeout=3_000_000)
-    assert stock.infer("fake", inputs(), outputs=[triton.InferRequestedOutput("IMAGES")], timeout=3_000_000)
+        stock.infer("fake", inputs(), outputs=[triton.InferRequestedOutput("ENCODED")], timeout=60_000_000)
+    assert stock.infer("fake", inputs(), outputs=[triton.InferRequestedOutput("IMAGES")], timeout=60_000_000)
 
 
 @pytest.fixture

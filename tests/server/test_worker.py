@@ -1,6 +1,7 @@
 """The worker with the fake backend: every accepted order is answered exactly once."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import wait
 from dataclasses import replace
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from orders import from_image
-from served import SIZE, Clock, Tensors, intercept, model_of, set_cost, set_costs, until
+from served import SIZE, Clock, Gate, Tensors, intercept, model_of, set_cost, set_costs, until
 
 from flashdiff.components import Size
 from flashdiff.engines.runtime.fake_backend import GUIDED, FakeComponents
@@ -25,35 +26,17 @@ from flashdiff.server.worker import Worker
 from flashdiff.tasks import check_order
 
 
-class Gate:
-    """Holds the device in its next call until opened, so that tests decide what is waiting meanwhile."""
-
-    def __init__(self, fake: FakeComponents) -> None:
-        self._open, self.entered = threading.Event(), threading.Event()
-        called = fake._called
-
-        def gated(part: str, rows: int) -> None:
-            self.entered.set()
-            assert self._open.wait(10)
-            called(part, rows)
-
-        fake._called = gated  # type: ignore[method-assign]
-
-    def open(self) -> None:
-        self._open.set()
-
-
 @pytest.fixture(params=[False, True], ids=["in turn", "decodes beside"])
 def fake(request: pytest.FixtureRequest) -> FakeComponents:
     return FakeComponents(parallel_decode=request.param)
 
 
 class Asking:
-    """A worker and the model asked when a test says nothing else."""
+    """A worker whose clock stands until a test moves it, and the model of its orders unless a test names another."""
 
     def __init__(self, fake: FakeComponents, **options: object) -> None:
-        self.model = model_of(fake)
-        self.worker = Worker(**options)  # type: ignore[arg-type]
+        self.model, self.clock = model_of(fake), Clock()
+        self.worker = Worker(**{"clock": self.clock, **options})  # type: ignore[arg-type]
 
     def submit(self, order: Order, timeout_s: float | None = None, **options: object) -> Job:
         return self.worker.submit(self.model, order, timeout_s, **options)  # type: ignore[arg-type]
@@ -116,13 +99,12 @@ def test_a_full_queue_and_a_hopeless_deadline_are_refused_at_once(fake: FakeComp
 
 
 def test_who_left_and_whose_deadline_passed_free_their_place(fake: FakeComponents) -> None:
-    clock = Clock()
-    asking, gate = Asking(fake, clock=clock), Gate(fake)
+    asking, gate = Asking(fake), Gate(fake)
     running = asking.submit(_order(fake))
     gate.entered.wait(10)
     left, late = asking.submit(_order(fake, 1)), asking.submit(_order(fake, 2), timeout_s=0.05)
     asking.worker.release(left)
-    clock.now += 0.1
+    asking.clock.now += 0.1
     gate.open()
     assert len(running.answer.result(10).images) == 1
     with pytest.raises(CancelledError):
@@ -184,6 +166,13 @@ def test_draining_finishes_what_was_accepted_and_refuses_the_rest(fake: FakeComp
 
 def test_each_size_costs_what_its_own_calls_take(fake: FakeComponents, asking: Asking) -> None:
     small, large = fake.spec.sizes
+
+    def slow(call: Callable[[Tensors], Tensors], inputs: Tensors) -> Tensors:
+        asking.clock.now += 0.01
+        return call(inputs)
+
+    for part in ("denoiser", "decoder"):
+        intercept(fake, part, slow)
     asking.submit(_order(fake, size=large, steps=1)).answer.result(10)
     costs = asking.model.costs.current
     for part in ("denoiser", "decoder"):
@@ -279,7 +268,6 @@ def test_one_row_that_is_not_finite_does_not_take_its_neighbours_down(fake: Fake
 def test_one_client_leaves_room_in_the_queue_and_the_refusal_says_when_to_come_again(
     fake: FakeComponents, asking: Asking
 ) -> None:
-    fake.delay_s = 0.001
     set_cost(asking.model, "denoiser", 100.0)
     gate = Gate(fake)
     greedy = asking.submit(_order(fake, count=6), client="greedy")
@@ -374,14 +362,13 @@ def test_the_margin_decides_who_is_promised_a_time(fake: FakeComponents, asking:
 
 
 def test_a_call_that_hangs_answers_everyone_and_refuses_what_comes(fake: FakeComponents) -> None:
-    clock = Clock()
-    asking = Asking(fake, clock=clock)
+    asking = Asking(fake)
     gate = Gate(fake)
     stuck = asking.submit(_order(fake))
     gate.entered.wait(10)
     asking.worker.check_alive()
     assert not stuck.answer.done()
-    clock.now += HANG_S + 1
+    asking.clock.now += HANG_S + 1
     asking.worker.check_alive()
     with pytest.raises(BackendError, match="has not come back"):
         stuck.answer.result(0)
@@ -440,11 +427,11 @@ def test_images_to_start_from_are_encoded_together_and_one_that_fails_takes_none
 
 def test_an_order_larger_than_a_batch_keeps_its_promise(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its texts and steps done count no more, or it would be given up as too late on the way."""
-    fake, clock = FakeComponents(), Clock()
-    asking = Asking(fake, clock=clock)
+    fake = FakeComponents()
+    asking = Asking(fake)
 
     def called(part: str, rows: int) -> None:
-        clock.now += 0.02
+        asking.clock.now += 0.02
 
     monkeypatch.setattr(fake, "_called", called)
     set_costs(asking.model, 20.0)
@@ -477,6 +464,7 @@ def test_a_promise_outlasts_who_comes_later_without_a_deadline(fake: FakeCompone
     set_costs(asking.model, 1000.0)
     gate = Gate(fake)
     promised = asking.submit(_order(fake, steps=4), timeout_s=20)  # 6 s
+    asking.clock.now += 0.001
     later = asking.submit(_order(fake, 1, steps=1), timeout_s=60)
     long = asking.submit(_order(fake, 2, count=12, steps=4), priority="high", client="another")  # 16 s
     assert promised.due == long.due < later.due
@@ -612,7 +600,7 @@ def test_draining_waits_for_what_is_decoded_beside() -> None:
 )
 def test_whatever_comes_while_rows_are_decoded_beside_is_answered_once(requests: list[tuple[int, int, str]]) -> None:
     fake = FakeComponents(parallel_decode=True, delay_s=0.0005)
-    asking = Asking(fake)
+    asking = Asking(fake, clock=time.monotonic)  # what is in time is left to chance: every way must end well
     jobs = []
     for seed, (steps, count, fate) in enumerate(requests):
         prompt = "too " * 40 if fate == "fails" else f"prompt {seed}"
