@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -180,8 +181,7 @@ class Running:
         return len(self.images) == self.job.order.count
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """What a device call can be made for: a preparation of a job, or one of its rows to step or to finish."""
 
     running: Running

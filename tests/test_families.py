@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from flashdiff.components import ModelSpec
 from flashdiff.errors import ConfigError, ModelError
 from flashdiff.families import family_of, find_base, load_base
+from flashdiff.parts import Condition, latent_diffusion
 
 
 @pytest.fixture
@@ -84,3 +86,24 @@ def test_a_base_is_a_directory_a_shipped_name_or_a_hub_id(tiny_base: Path) -> No
         find_base("avatar")
     with pytest.raises(ModelError, match="no base model 'nobody/nothing': not a directory, and the hub did not give it"):
         find_base("nobody/nothing")
+
+
+@pytest.mark.parametrize(("part", "key", "value"), [("unet", "in_channels", 9), ("vae", "latent_channels", 8)])
+def test_a_network_whose_entrance_does_not_fit_its_latents_is_refused_by_name(
+    copy: Path, part: str, key: str, value: int
+) -> None:
+    _edit(copy / part / "config.json", **{key: value})
+    with pytest.raises(ModelError, match=r"the unet takes (9|4) channels, the autoencoder's latents have (4|8), .* sd15"):
+        family_of(copy).read_spec(copy)
+
+
+def test_a_spec_whose_parts_do_not_make_what_the_denoiser_takes_is_no_spec(tiny_base: Path) -> None:
+    spec = family_of(tiny_base).read_spec(tiny_base)
+    unmade = latent_diffusion(["input_ids"], ["encoder_hidden_states"], "mask")
+    with pytest.raises(ValueError, match="part 'denoiser' takes 'mask', which no condition and no part before it is"):
+        ModelSpec.model_validate({**dict(spec), "parts": unmade})
+    conditions = (*spec.conditions, Condition(name="mask", part="encoder"))
+    with pytest.raises(ValueError, match="part 'encoder' does not make the condition 'mask'"):
+        ModelSpec.model_validate({**dict(spec), "conditions": conditions})
+    with pytest.raises(ValueError, match="condition 'mask' has no channels, so there are no zeros"):
+        Condition(name="mask", absent="zeros")
