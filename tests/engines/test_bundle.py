@@ -217,8 +217,8 @@ class _Faulty(Engine):
         super().__init__(bundle, read_manifest(bundle))
         self._fault = fault
 
-    def run_part(self, part: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
-        outputs = super().run_part(part, inputs)
+    def call(self, part: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
+        outputs = super().call(part, inputs)
         return {name: self._fault(values) if part == "denoiser" else values for name, values in outputs.items()}
 
 
