@@ -179,7 +179,7 @@ def _serve(bundle: Path, batching: Batching, engine_cores: set[int] | None, pipe
     async def run() -> None:
         with on_cores(cores):  # where the engine's own threads start
             model = open_model(bundle)
-            model.components.decodes_beside &= batching != "in turn"
+            model.components.parallel_decode &= batching != "in turn"
         freeze_loaded()
         running = await start(Models({"student": model}), Listen(port=0), worker=PinnedWorker)
         pipe.send(running.port)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import flashdiff
+from flashdiff.engines.backends import BACKENDS
 from flashdiff.errors import ConfigError, FlashdiffError, install
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--out", type=Path, required=True, help="the bundle folder to make, or to bring up to date")
     build.add_argument(
         "--backend",
-        choices=("openvino", "onnxruntime", "torch", "tensorrt", "tensorrt-rtx"),
+        choices=tuple(BACKENDS),
         help="default: openvino",
     )
     build.add_argument("--precision", choices=("fp32", "fp16", "bf16"), help="default: fp32")

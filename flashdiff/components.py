@@ -1,6 +1,6 @@
 """The seam between whoever makes images and whatever runs the network: four calls and what the model says of itself.
 
-`Components` is implemented by a torch model, by an opened bundle and by the fake backend; generate, the server's
+`Components` is implemented by a torch model, by an opened bundle and by `FakeComponents`; generate, the server's
 scheduler, training previews and the benchmarks use nothing else of them. Arrays handed out belong to the caller: an
 implementation never writes to them again.
 """
@@ -66,7 +66,7 @@ class Components(Protocol):
 
     spec: ModelSpec
     max_batch: int
-    decodes_beside: bool
+    parallel_decode: bool
     """Whether `decode` may be called by another thread while another call runs, because the device gains by it."""
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:

@@ -403,7 +403,7 @@ class Worker:
         ready: list[Ready] = []
         for job in self._candidates():
             for stage, target in _needs(job):
-                if stage == "decode" and self._is_decoding and job.model.components.decodes_beside:
+                if stage == "decode" and self._is_decoding and job.model.components.parallel_decode:
                     continue  # with the next call, when this one is back
                 size = None if stage == "encode_text" else job.order.size
                 slots = job.rows[target].slots if stage == "denoise" and isinstance(target, int) else 1
@@ -416,7 +416,7 @@ class Worker:
                 self._changed.wait_for(lambda: not self._is_decoding or self._arrivals != seen)
             return
         stage, chosen, slots = batch[0].stage, [targets[item.handle] for item in batch], sum(item.slots for item in batch)
-        if stage == "decode" and chosen[0][0].model.components.decodes_beside:
+        if stage == "decode" and chosen[0][0].model.components.parallel_decode:
             for job, target in chosen:
                 job.decoding.add(int(target))
             self._is_decoding = True

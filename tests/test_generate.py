@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from flashdiff.components import Size
-from flashdiff.engines.runtime.fake_backend import FLASH, GUIDED, FakeComponents
+from flashdiff.engines.runtime.fake import FLASH, GUIDED, FakeComponents
 from flashdiff.errors import BackendError, RequestError
 from flashdiff.generate import (
     check_order,

@@ -79,7 +79,7 @@ class TorchModel:
     weights: Mapping[str, Any]
     """Every model that was loaded, by its folder: saving them, fused or not, makes a base directory again."""
     max_batch: int = 8
-    decodes_beside: bool = False
+    parallel_decode: bool = False
 
     @cached_property
     def base_hash(self) -> str:

@@ -17,7 +17,7 @@ from benchmarks.peers import compare
 from benchmarks.peers.compare import LITSERVE, QUICK, Peer, markdown, run, started
 from benchmarks.peers.pipeline import Pipeline, Place
 from benchmarks.serving import RequestLevelWorker
-from flashdiff.engines.runtime.fake_backend import FakeComponents
+from flashdiff.engines.runtime.fake import FakeComponents
 from flashdiff.errors import BackendError
 from flashdiff.generate import check_order
 from flashdiff.server.models import Model

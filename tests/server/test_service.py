@@ -1,4 +1,4 @@
-"""The real server and the real client over a real port, with the fake backend."""
+"""The real server and the real client over a real port, with fake components."""
 
 import asyncio
 import gc
@@ -21,7 +21,7 @@ from PIL import Image
 from served import METHODS, MODEL, SIZE, Running, message, model_of, until
 
 from flashdiff.components import Conditioning, Size
-from flashdiff.engines.runtime.fake_backend import FakeComponents
+from flashdiff.engines.runtime.fake import FakeComponents
 from flashdiff.errors import BackendError, ConfigError, OverloadedError, RequestError
 from flashdiff.generate import Pixels, check_order, generate, start_from
 from flashdiff.proto.v1 import image_pb2, image_pb2_grpc

@@ -1,4 +1,4 @@
-"""The worker with the fake backend: every accepted order is answered exactly once."""
+"""The worker with fake components: every accepted order is answered exactly once."""
 
 import threading
 import time
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from served import SIZE, model_of, until
 
 from flashdiff.components import Size
-from flashdiff.engines.runtime.fake_backend import GUIDED, FakeComponents
+from flashdiff.engines.runtime.fake import GUIDED, FakeComponents
 from flashdiff.errors import BackendError, CancelledError, DeadlineError, DrainingError, OverloadedError, RequestError
 from flashdiff.generate import Order, check_order, generate, start_from
 from flashdiff.server import worker as worker_module
@@ -42,7 +42,7 @@ class Gate:
 
 @pytest.fixture(params=[False, True], ids=["in turn", "decodes beside"])
 def fake(request: pytest.FixtureRequest) -> FakeComponents:
-    return FakeComponents(decodes_beside=request.param)
+    return FakeComponents(parallel_decode=request.param)
 
 
 class Asking:
@@ -440,7 +440,7 @@ def test_an_order_larger_than_a_batch_keeps_its_promise(
     fake: FakeComponents, asking: Asking, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its texts and steps done count no more, or it would be given up as too late on the way."""
-    fake.decodes_beside = False  # the clock adds up what calls take
+    fake.parallel_decode = False  # the clock adds up what calls take
     clock = 0.0
 
     def called(part: str, rows: int) -> None:
@@ -535,7 +535,7 @@ def test_refusing_while_idle_does_not_make_the_costs_vanish() -> None:
 
 
 def test_finished_rows_are_decoded_while_others_take_their_steps() -> None:
-    fake = FakeComponents(decodes_beside=True)
+    fake = FakeComponents(parallel_decode=True)
     asking = Asking(fake)
     decode, denoise, second_steps = fake.decode, fake.denoise, threading.Event()
     decoding = threading.Event()
@@ -560,7 +560,7 @@ def test_finished_rows_are_decoded_while_others_take_their_steps() -> None:
 
 
 def test_who_comes_while_rows_are_decoded_beside_waits_for_that_too() -> None:
-    fake = FakeComponents(decodes_beside=True)
+    fake = FakeComponents(parallel_decode=True)
     asking = Asking(fake)
     for part in ("text_encoder", "denoiser", "decoder"):
         asking.model.costs[part, None if part == "text_encoder" else SIZE][4] = 100.0
@@ -582,7 +582,7 @@ def test_who_comes_while_rows_are_decoded_beside_waits_for_that_too() -> None:
 
 
 def test_a_crash_beside_answers_everyone_too() -> None:
-    fake = FakeComponents(decodes_beside=True)
+    fake = FakeComponents(parallel_decode=True)
     asking = Asking(fake)
 
     def crash(_: object) -> NDArray[np.float32]:
@@ -597,7 +597,7 @@ def test_a_crash_beside_answers_everyone_too() -> None:
 
 
 def test_draining_waits_for_what_is_decoded_beside() -> None:
-    fake = FakeComponents(decodes_beside=True)
+    fake = FakeComponents(parallel_decode=True)
     asking = Asking(fake)
     gate = Gate(fake)
     job = asking.submit(_order(fake, steps=1))
@@ -618,7 +618,7 @@ def test_draining_waits_for_what_is_decoded_beside() -> None:
     )
 )
 def test_whatever_comes_while_rows_are_decoded_beside_is_answered_once(requests: list[tuple[int, int, str]]) -> None:
-    fake = FakeComponents(decodes_beside=True, delay_s=0.0005)
+    fake = FakeComponents(parallel_decode=True, delay_s=0.0005)
     asking = Asking(fake)
     jobs = []
     for seed, (steps, count, fate) in enumerate(requests):

@@ -22,7 +22,7 @@ class FakeComponents:
     """Implements `Components`. Every call is recorded in `calls` as (part, rows); it can be slow or fail on demand."""
 
     def __init__(
-        self, sampler: Sampler = FLASH, *, delay_s: float = 0.0, max_batch: int = 4, decodes_beside: bool = False
+        self, sampler: Sampler = FLASH, *, delay_s: float = 0.0, max_batch: int = 4, parallel_decode: bool = False
     ) -> None:
         self.spec = ModelSpec(
             name="fake",
@@ -35,7 +35,7 @@ class FakeComponents:
             tokenizers=(TokenizerSpec(name="input_ids", length=32, pad_id=0),),
         )
         self.max_batch = max_batch
-        self.decodes_beside = decodes_beside
+        self.parallel_decode = parallel_decode
         self.delay_s = delay_s
         self.fail_on: str | None = None  # the part that raises BackendError
         self.calls: list[tuple[str, int]] = []
