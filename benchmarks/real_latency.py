@@ -34,10 +34,10 @@ from benchmarks.real_size import NETWORKS, write_base
 from benchmarks.rows import environment, result_file, timed_row
 from flashdiff.components import Costs, ModelSpec
 from flashdiff.config import parse_numbers
+from flashdiff.engines.backends import find_backend
 from flashdiff.engines.bundle import Manifest, PartFile, PartSpec, Precision, tokenizer_file
 from flashdiff.engines.config import parse_batches
 from flashdiff.engines.runtime.engine import Engine
-from flashdiff.engines.runtime.machine import this_machine
 from flashdiff.errors import ConfigError, FlashdiffError, first_line
 from flashdiff.files import write_whole
 from flashdiff.sampling import Sampler
@@ -81,11 +81,11 @@ def random_weights(base: Path, device: str) -> Iterator[None]:
 
 def open_random(base: Path, precision: Precision, batches: Sequence[int]) -> Engine:
     """The torch backend's engine of a base without weights, as a bundle of it would be opened: guided."""
+    from flashdiff.engines.backends.torch import MODEL
     from flashdiff.engines.parts import parts_of
-    from flashdiff.engines.runtime.torch_backend import MODEL
     from flashdiff.families import load_base
 
-    machine = this_machine("torch")
+    machine = find_backend("torch").machine()
     with random_weights(base, machine.device):
         family, model = load_base(str(base))
         parts = parts_of(family, model)

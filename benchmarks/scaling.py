@@ -30,11 +30,13 @@ import numpy as np
 
 from benchmarks.rows import environment, result_file, timed_row
 from flashdiff.components import Size
-from flashdiff.engines.bundle import OPENVINO_GRAPH, Manifest, PartFile, PartSpec
-from flashdiff.engines.runtime import backend_module, bucket_shapes, dimensions_of
+from flashdiff.engines.backends import find_backend
+from flashdiff.engines.bundle import Manifest, PartFile, PartSpec
+from flashdiff.engines.shapes import bucket_shapes, dimensions_of
 from flashdiff.errors import ConfigError, FlashdiffError
 from flashdiff.files import write_whole
 
+_BACKEND = "openvino"
 _WIDTHS = (32, 64, 128, 256)  # of the first level: 1, 4, 16 and 64 million parameters; 64 is the embedded model's
 _SIZES = (Size(64, 64), Size(128, 128))
 _BATCHES = (1, 2, 4, 8)
@@ -47,11 +49,13 @@ def networks(widths: Sequence[int], sizes: Sequence[Size], batches: Sequence[int
     """(parameters, size, batch, one denoise step at that bucket) of a random network of every width."""
     from diffusers import UNet2DConditionModel
 
-    from flashdiff.engines.export import export_openvino
     from flashdiff.engines.parts import parts_of
     from flashdiff.families import find_base, load_base
 
-    openvino = backend_module("openvino")
+    backend = find_backend(_BACKEND)
+    form = backend.graph
+    assert form
+    backend.import_modules()
     for width in widths:
         with tempfile.TemporaryDirectory() as name:
             base = Path(shutil.copytree(find_base("avatars"), Path(name, "base")))
@@ -60,14 +64,14 @@ def networks(widths: Sequence[int], sizes: Sequence[Size], batches: Sequence[int
             network.save_pretrained(base / "unet")
             family, model = load_base(str(base))
             part = next(part for part in parts_of(family, model) if part.name == "denoiser")
-            export_openvino(model, part, Path(name), size=sizes[0])
-            spec = PartSpec(files=(PartFile(file=OPENVINO_GRAPH),), inputs=part.inputs, outputs=part.outputs)
+            form.export(model, part, Path(name), size=sizes[0])
+            spec = PartSpec(files=(PartFile(file=form.file),), inputs=part.inputs, outputs=part.outputs)
             # No bundle is published, so its manifest has only what the backend reads.
             read: dict[str, Any] = {"precision": "fp32", "parts": {part.name: spec}}
-            compile_part = openvino.open_parts(Path(name), Manifest.model_construct(**read))
+            compile_part = backend.open_parts(Path(name), Manifest.model_construct(**read))
             for size, batch in product(sizes, batches):
                 dimensions = dimensions_of(model.spec, size, batch)
-                compiled = compile_part(part.name, Path(name, OPENVINO_GRAPH), dimensions)
+                compiled = compile_part(part.name, Path(name, form.file), dimensions)
                 rng, shapes = np.random.default_rng(0), bucket_shapes(part.inputs, dimensions)
                 inputs = {t.name: rng.standard_normal(shapes[t.name]).astype(t.dtype) for t in part.inputs}
                 inputs["times"] = np.full(batch, 500)
@@ -94,7 +98,7 @@ def run(
         report(f"round {index + 1} of {repeats}")
     rows = [
         timed_row(
-            "openvino", "fp32", f"unet {_millions(parameters)}", batch, 1, 1, "denoise_step", samples[parameters, size, batch]
+            _BACKEND, "fp32", f"unet {_millions(parameters)}", batch, 1, 1, "denoise_step", samples[parameters, size, batch]
         )
         | {"parameters": parameters, "size": list(size)}
         for parameters, size, batch in steps

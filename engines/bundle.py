@@ -3,12 +3,14 @@
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
+from pydantic_core import PydanticKnownError
 
 from flashdiff.components import ModelSpec, Size
 from flashdiff.config import Record
+from flashdiff.engines.backends import BACKENDS
 from flashdiff.errors import BundleError
 from flashdiff.files import hash_file, write_whole
 from flashdiff.text import TokenizerSpec
@@ -17,16 +19,18 @@ SCHEMA_VERSION = 5
 MANIFEST = "manifest.json"
 PARTS = ("text_encoder", "encoder", "denoiser", "decoder")
 
-BackendName = Literal["openvino", "onnxruntime", "torch", "tensorrt", "tensorrt-rtx"]
 Precision = Literal["fp32", "fp16", "bf16"]
 
-ONNX_GRAPH = "model.onnx"
-OPENVINO_GRAPH = "model.xml"
+
+def _check_backend_name(value: object) -> object:
+    if value not in tuple(BACKENDS):
+        *others, last = map(repr, BACKENDS)
+        raise PydanticKnownError("literal_error", {"expected": f"{', '.join(others)} or {last}"})
+    return value
 
 
-def graph_file(backend: BackendName) -> str:
-    """What an exported part is called: OpenVINO has a form of its own, the others begin with ONNX."""
-    return OPENVINO_GRAPH if backend == "openvino" else ONNX_GRAPH
+BackendName = Annotated[str, BeforeValidator(_check_backend_name)]
+"""One of `BACKENDS`."""
 
 
 def tokenizer_file(tokenizer: TokenizerSpec) -> str:

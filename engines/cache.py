@@ -1,14 +1,21 @@
 """What is slow to make is made once: folders of files kept by the hash of all that decides them."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from flashdiff.errors import BackendError
 from flashdiff.files import cache_folder, hash_file, new_folder, write_whole
 
 _HASHES = "hashes.json"
+
+
+def key_of(name: str, deciding: dict[str, Any]) -> str:
+    """A cache key for what these values decide."""
+    return f"{name}-{hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:24]}"
 
 
 def is_cached(key: str) -> bool:

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from flashdiff.engines.backends import find_backend
 from flashdiff.engines.bundle import PARTS, Manifest
-from flashdiff.engines.runtime.machine import check_machine
 from flashdiff.errors import BundleError
 
 
@@ -48,7 +48,7 @@ def _machine(manifest: Manifest) -> str:
 
 def _fit(manifest: Manifest) -> str:
     try:
-        check_machine(manifest)
+        find_backend(manifest.backend).check_machine(manifest)
     except BundleError as error:
         return f"no: {error}"
     return "yes"

@@ -1,4 +1,4 @@
-"""A torch part to a graph, ONNX or OpenVINO's own: named tensors, dynamic batch and size, weights beside the graph."""
+"""A torch part to a traced program, and to an ONNX graph: named tensors, dynamic batch and size, weights next to the graph."""
 
 import logging
 import warnings
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from flashdiff.components import Size
-from flashdiff.engines.bundle import ONNX_GRAPH, OPENVINO_GRAPH, Precision
+from flashdiff.engines.backends.base import ONNX
+from flashdiff.engines.bundle import Precision
 from flashdiff.engines.parts import AtPrecision, Part, random_inputs
-from flashdiff.engines.runtime import backend_module
 from flashdiff.errors import BackendError, first_line
 from flashdiff.families.base import TorchModel
 
@@ -29,26 +29,12 @@ def export_onnx(model: TorchModel, part: Part, folder: Path, *, size: Size, prec
     """
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports the absence of torchvision, which is not needed
     try:
-        program = _to_onnx(_traced(model, part, size, precision), part)
+        program = _to_onnx(trace(model, part, size, precision), part)
     except Exception as error:  # the exporter raises many kinds
         raise BackendError(f"{part.name} cannot be exported to ONNX: {first_line(error)}") from error
     _name_dimensions(program.model.graph, part)
     _check_precision(program.model.graph, part, precision)
-    program.save(folder / ONNX_GRAPH, external_data=True)
-
-
-def export_openvino(model: TorchModel, part: Part, folder: Path, *, size: Size, precision: Precision = "fp32") -> None:
-    """Write `model.xml` and `model.bin` for a part, as `export_onnx` does.
-
-    Not by way of ONNX, which knows attention and group norm only in pieces that OpenVINO does not put together again. Its
-    graphs are float32; in float16 it stores their weights so, and lowers what it computes in by itself.
-    """
-    try:
-        program = _traced(model, part, size, "fp32")
-    except Exception as error:
-        raise BackendError(f"{part.name} cannot be exported: {first_line(error)}") from error
-    names = [tensor.name for tensor in part.inputs], [tensor.name for tensor in part.outputs]
-    backend_module("openvino").convert(program, *names, folder / OPENVINO_GRAPH, precision)
+    program.save(folder / ONNX.file, external_data=True)
 
 
 def dimension_names(part: Part) -> set[str]:
@@ -57,7 +43,11 @@ def dimension_names(part: Part) -> set[str]:
     return {d for tensor in part.inputs for d in tensor.shape if isinstance(d, str)} - fixed
 
 
-def _traced(model: TorchModel, part: Part, size: Size, precision: Precision) -> torch.export.ExportedProgram:
+def trace(model: TorchModel, part: Part, size: Size, precision: Precision) -> torch.export.ExportedProgram:
+    """A part's graph at a precision, its batch and sizes open, with all that its few known times decide looked up in tables.
+
+    Below float32 the part's own weights are cast. What torch cannot trace raises torch's errors, of many kinds.
+    """
     inputs = random_inputs(model, part, _EXAMPLE_BATCH, size, torch.Generator().manual_seed(0))
     is_open = dimension_names(part)
     dynamic: Any = tuple(

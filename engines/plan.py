@@ -1,23 +1,20 @@
 """What a build would make, and why, from configuration files and hashes alone: no weights are loaded."""
 
-import hashlib
 import importlib.metadata
-import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import safetensors
 
 import flashdiff
-from flashdiff.components import ModelSpec, Size
-from flashdiff.engines.bundle import MANIFEST, PARTS, BuildInputs, LoraRecord, Manifest, Precision, graph_file, read_manifest
-from flashdiff.engines.cache import is_cached
+from flashdiff.components import ModelSpec
+from flashdiff.engines.backends import find_backend
+from flashdiff.engines.backends.base import EXPORTERS, Backend, Export, GraphForm
+from flashdiff.engines.bundle import MANIFEST, PARTS, BuildInputs, LoraRecord, Manifest, read_manifest
+from flashdiff.engines.cache import is_cached, key_of
 from flashdiff.engines.config import BuildOptions
-from flashdiff.engines.runtime import backend_module
-from flashdiff.engines.runtime.machine import check_backend, check_runs, this_machine
 from flashdiff.errors import BundleError
 from flashdiff.families import family_of, find_base
 from flashdiff.families.base import ModelFamily, base_hash
@@ -25,32 +22,11 @@ from flashdiff.families.loading import read_config
 from flashdiff.files import cache_folder, hash_files
 from flashdiff.lora import check_base, find_lora, fused_spec, lora_hash
 
-_LIBRARIES = {
-    "openvino": ("openvino",),
-    "onnxruntime": ("onnxruntime",),
-    "torch": (),
-    "tensorrt": ("tensorrt",),
-    "tensorrt-rtx": ("tensorrt-rtx-cu13",),
-}
-_EXPORTERS = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
-_BYTES: dict[Precision, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
-
 
 @dataclass(frozen=True, kw_only=True)
-class Export:
-    """One graph that a build needs."""
-
-    part: str
-    size: Size | None
-    """The only size it serves; None: all."""
-    key: str
-    """Names its content in the cache."""
-    is_cached: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
+class BuildPlan:
     options: BuildOptions
+    backend: Backend
     family: ModelFamily
     folder: Path
     spec: ModelSpec
@@ -80,11 +56,9 @@ class Plan:
     @property
     def disk_bytes(self) -> dict[Path, int]:
         """What the build may write, at most, where."""
-        # OpenVINO's weights are float32 where it will compute in bfloat16.
-        is_wide = self.inputs.backend == "openvino" and self.inputs.precision == "bf16"
-        width = 4 if is_wide else _BYTES[self.inputs.precision]
+        width = self.backend.weight_bytes[self.inputs.precision]
         weights = {part: count * width for part, count in self.parameters.items()}
-        copies = self.buckets if self.inputs.backend.startswith("tensorrt") else 1
+        copies = self.buckets if self.backend.files_per_bucket else 1
         sizes = {part: len([e for e in self.exports if e.part == part]) for part in PARTS}
         bundle = sum(weights[part] * max(copies, sizes[part]) for part in PARTS)
         cache = sum(weights[export.part] for export in self.exports if not export.is_cached)
@@ -93,18 +67,20 @@ class Plan:
     @property
     def memory_bytes(self) -> int:
         """Peak, roughly: the model in torch, and when that is gone once a bucket; activations and libraries on top."""
-        copies = self.buckets if self.inputs.backend != "torch" else 1
+        copies = self.buckets if self.backend.memory_per_bucket else 1
         return 4 * copies * sum(self.parameters.values()) + (1400 << 20)
 
 
-def plan_build(options: BuildOptions) -> Plan:
+def plan_build(options: BuildOptions) -> BuildPlan:
     """Check the options against the base, the LoRAs, this machine and the disk, and say what has to be done.
 
     BundleError, LoraError, ModelError or BackendError name what does not fit.
     """
     previous, flaw = _previous(options.out)
-    check_backend(options.backend, options.precision)
-    backend_module(options.backend)  # so that a missing library is said now, not after minutes of exporting
+    backend = find_backend(options.backend)
+    machine = backend.machine()
+    backend.check_build(options.precision, machine)
+    backend.import_modules()  # so that a missing library is reported now, not after minutes of exporting
     folder = find_base(options.base)
     family = family_of(folder)
     found = [(find_lora(name), weight) for name, weight in options.loras]
@@ -123,29 +99,30 @@ def plan_build(options: BuildOptions) -> Plan:
         precision=options.precision,
         sizes=spec.sizes,
         batch_sizes=options.batch_sizes,
-        library_versions=_versions((*_EXPORTERS, *_LIBRARIES[options.backend])),
+        library_versions=_versions((*EXPORTERS, *backend.packages)),
         version_compatible=options.version_compatible,
         code=_code_hash(),
-        machine=this_machine(options.backend),
+        machine=machine,
     )
-    plan = Plan(
+    plan = BuildPlan(
         options=options,
+        backend=backend,
         family=family,
         folder=folder,
         spec=spec,
         inputs=inputs,
-        exports=tuple(_exports(family, inputs)) if options.backend != "torch" else (),
+        exports=tuple(_exports(backend.graph, family, inputs)) if backend.graph else (),
         parameters=_parameters(folder, family),
         previous=previous,
         flaw=flaw,
     )
     if plan.changes:
-        check_runs(options.backend)
+        backend.check_runs()
         _check_disk(plan)
     return plan
 
 
-def describe(plan: Plan) -> Iterator[str]:
+def describe(plan: BuildPlan) -> Iterator[str]:
     """The plan for people: what, why, and what it takes."""
     inputs, spec = plan.inputs, plan.spec
     loras = "".join(f" + {lora.name} x {lora.weight:g}" for lora in inputs.loras)
@@ -165,7 +142,7 @@ def describe(plan: Plan) -> Iterator[str]:
         yield f"to do        {reason}"
 
 
-def _expected_s(plan: Plan) -> float:
+def _expected_s(plan: BuildPlan) -> float:
     """Of builds of small models: exporting takes a while however small a part is, and so does each bucket. Weights come on top:
     a second per five million parameters, where networks of real size took one per 7 to 18 million (docs/engines.md)."""
     if not plan.changes:
@@ -176,8 +153,8 @@ def _expected_s(plan: Plan) -> float:
     return 8 + exporting + 2 * plan.buckets * (1 + max(plan.parameters.values()) / 100e6)
 
 
-def _export_state(plan: Plan, part: str) -> str:
-    if plan.inputs.backend == "torch":
+def _export_state(plan: BuildPlan, part: str) -> str:
+    if not plan.backend.graph:
         return "saved as they are"
     return "in the cache" if all(export.is_cached for export in plan.exports if export.part == part) else "to export"
 
@@ -206,7 +183,7 @@ def _check_shapes(options: BuildOptions, family: ModelFamily, spec: ModelSpec, d
         raise BundleError(f"--batch must reach {spec.sampler.evaluations_per_step}: guidance evaluates the network twice a step")
 
 
-def _check_disk(plan: Plan) -> None:
+def _check_disk(plan: BuildPlan) -> None:
     """BundleError when the disks cannot take what the build may write."""
     by_disk: dict[int, tuple[Path, int]] = {}
     for place, needed in plan.disk_bytes.items():
@@ -227,10 +204,9 @@ def _free_bytes(place: Path) -> int:
     return shutil.disk_usage(_existing(place)).free
 
 
-def _exports(family: ModelFamily, inputs: BuildInputs) -> Iterator[Export]:
+def _exports(form: GraphForm, family: ModelFamily, inputs: BuildInputs) -> Iterator[Export]:
     """The graphs to export."""
-    exporters = (*_EXPORTERS, *(_LIBRARIES["openvino"] if inputs.backend == "openvino" else ()))
-    versions = {name: inputs.library_versions.get(name) for name in exporters}
+    versions = {name: inputs.library_versions.get(name) for name in form.packages}
     for part in PARTS:
         is_fixed = part == "denoiser" and family.fixed_size
         for size in inputs.sizes if is_fixed else (None,):
@@ -238,7 +214,7 @@ def _exports(family: ModelFamily, inputs: BuildInputs) -> Iterator[Export]:
                 "part": part,
                 "base": inputs.base_hash,
                 "loras": [[lora.weights_hash, lora.weight] for lora in inputs.loras] if part == "denoiser" else [],
-                "form": graph_file(inputs.backend),
+                "form": form.file,
                 "precision": inputs.precision,
                 "example": size or inputs.sizes[0],
                 "times": inputs.model.sampler.known_times if part == "denoiser" else [],
@@ -247,11 +223,6 @@ def _exports(family: ModelFamily, inputs: BuildInputs) -> Iterator[Export]:
             }
             key = key_of(f"export-{part}", deciding)
             yield Export(part=part, size=size, key=key, is_cached=is_cached(key))
-
-
-def key_of(name: str, deciding: dict[str, Any]) -> str:
-    """A cache key for what these values decide."""
-    return f"{name}-{hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:24]}"
 
 
 def _versions(names: tuple[str, ...]) -> dict[str, str]:

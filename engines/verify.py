@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from flashdiff.engines.backends import find_backend
 from flashdiff.engines.bundle import Precision
 from flashdiff.engines.reference import Case, Outputs, Reference, sample_image
 from flashdiff.engines.runtime.engine import Engine
@@ -13,7 +14,6 @@ PART_ERROR: dict[Precision, float] = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 2e-1}
 """Largest difference of a part's output to torch that is allowed, in units of that output's root mean square (at least 1)."""
 IMAGE_ERROR: dict[Precision, float] = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 3e-2}
 """Largest root mean square difference of a whole image in [-1, 1]: 0.005 is 52 dB, 0.03 is 36 dB."""
-_EXACT = ("openvino", "onnxruntime")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ def verify(expected: Reference, engine: Engine) -> Findings:
     not depend, bit for bit, on its batch.
     """
     precision, machine = engine.manifest.precision, engine.manifest.machine
-    must_be_exact = engine.manifest.backend in _EXACT and precision == "fp32" and machine.device == "cpu"
+    is_exact_here = find_backend(engine.manifest.backend).exact_rows_on_cpu and machine.device == "cpu"
+    must_be_exact = is_exact_here and precision == "fp32"
     allowed = {**dict.fromkeys(engine.manifest.parts, PART_ERROR[precision]), "image": IMAGE_ERROR[precision]}
     errors, are_exact = dict.fromkeys(engine.manifest.parts, 0.0), True
     for case in expected.cases:

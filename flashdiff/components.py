@@ -6,7 +6,6 @@ implementation never writes to them again.
 """
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
@@ -75,15 +74,11 @@ class ModelSpec(Record):
             raise ValueError(f"there is no part '{name}'")
         return found
 
-    @cached_property
-    def _by_phase(self) -> dict[Phase, tuple[PartSpec, ...]]:
-        return {phase: tuple(part for part in self.parts if part.phase == phase) for phase in Phase}
-
     def parts_in(self, phase: Phase) -> tuple[PartSpec, ...]:
         """The parts of a phase, in the order in which they run."""
-        return self._by_phase[phase]
+        return tuple(part for part in self.parts if part.phase == phase)
 
-    @cached_property
+    @property
     def text_part(self) -> PartSpec:
         """The part that reads prompts."""
         names = tuple(tokenizer.name for tokenizer in self.tokenizers)

@@ -3,7 +3,6 @@
 from typing import Final
 
 # --- build-engine ---
-BACKENDS: Final = ("openvino", "onnxruntime", "torch", "tensorrt", "tensorrt-rtx")
 BACKEND: Final = "openvino"
 PRECISIONS: Final = ("fp32", "fp16", "bf16")
 PRECISION: Final = "fp32"

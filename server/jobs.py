@@ -199,12 +199,11 @@ def targets_of(running: Running) -> list[Target]:
         if missing := _missing(running):
             return [Target(running, Phase.PREPARE, running.preparations[name].part, preparation=name) for name in missing]
         _start(running)
-    spec = running.job.model.components.spec
-    (step, *_), (finish, *_) = spec.parts_in(Phase.STEP), spec.parts_in(Phase.FINISH)
+    model = running.job.model
     return [
-        Target(running, Phase.FINISH, finish.name, row=index)
+        Target(running, Phase.FINISH, model.finish_part, row=index)
         if row.is_done
-        else Target(running, Phase.STEP, step.name, row=index, slots=row.slots)
+        else Target(running, Phase.STEP, model.step_part, row=index, slots=row.slots)
         for index, row in enumerate(running.rows)
         if index not in running.finishing and index not in running.images
     ]

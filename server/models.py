@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from flashdiff.components import Components, Costs, Tensors
 from flashdiff.errors import BundleError, NotFoundError, OverloadedError
 from flashdiff.generate import unconditional_of
+from flashdiff.parts import Phase
 from flashdiff.preview import fit_preview
 from flashdiff.server.costs import CostTable
 from flashdiff.server.names import ModelIdentity
@@ -58,6 +59,7 @@ class Model:
 
     def __init__(self, identity: ModelIdentity, components: Components, measured: Costs) -> None:
         self.identity, self.components = identity, components
+        self.step_part, self.finish_part = (components.spec.parts_in(phase)[0].name for phase in (Phase.STEP, Phase.FINISH))
         self.costs = CostTable(components.spec, measured)
         self.embeddings = Embeddings()
         self.unconditional: Tensors | None = unconditional_of(components)

@@ -1,4 +1,4 @@
-"""A server with the fake backend, in a thread of its own, for whoever talks to it over a real port."""
+"""A server with fake components, in a thread of its own, for clients that talk to it over a real port."""
 
 import asyncio
 import threading
@@ -11,7 +11,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from flashdiff.components import Size
-from flashdiff.engines.runtime.fake_backend import FakeComponents
+from flashdiff.engines.runtime.fake import FakeComponents
 from flashdiff.proto.v1 import image_pb2, triton_pb2
 from flashdiff.server.app import Listen, Server, start
 from flashdiff.server.models import Model, Models

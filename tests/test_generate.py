@@ -4,7 +4,7 @@ from orders import from_image
 from served import intercept
 
 from flashdiff.components import Size
-from flashdiff.engines.runtime.fake_backend import FLASH, GUIDED, FakeComponents
+from flashdiff.engines.runtime.fake import FLASH, GUIDED, FakeComponents
 from flashdiff.errors import BackendError, RequestError
 from flashdiff.generate import finish_rows, generate, prepare, unconditional_of
 from flashdiff.noise import image_noise

@@ -3,7 +3,10 @@
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from flashdiff.engines.backends import BACKENDS
 
 ROOT = Path(__file__).parent.parent
 ALLOWED = {
@@ -45,12 +48,54 @@ def test_no_layer_imports_one_above_it() -> None:
     assert not wrong
 
 
-def test_only_translators_know_protobuf_messages_and_only_runtime_knows_engine_libraries() -> None:
+def test_only_translators_know_protobuf_messages() -> None:
     knowing = {path.name for path in (ROOT / "server").rglob("*.py") if "flashdiff.proto.v1" in path.read_text()}
     translators = {"convert.py", "replies.py", "wire.py", "triton.py", "triton_convert.py"}
     assert knowing <= translators | {"app.py", "service.py", "client.py"}  # these name services, not fields
-    for path in (ROOT / "engines").glob("*.py"):
-        assert not {"openvino", "onnxruntime"} & {name.split(".")[0] for name in _imports(path)}, path
+
+
+def test_only_backends_know_engine_libraries() -> None:
+    libraries = {"openvino", "onnxruntime", "tensorrt", "tensorrt_rtx", "cuda"}
+    for path in _outside_backends():
+        assert not libraries & {name.split(".")[0] for name in _imports(path)}, path
+
+
+def test_only_backends_test_for_a_backends_name() -> None:
+    wrong = []
+    for path in (*_outside_backends(), *(ROOT / "benchmarks").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            # Benchmarks may list what they measure.
+            tested = [*_tested(node), *(_listed(node) if "benchmarks" not in path.parts else ())]
+            wrong += [f"{path.relative_to(ROOT)}:{node.lineno}" for name in tested if name in BACKENDS]
+    assert not wrong
+
+
+def _outside_backends() -> list[Path]:
+    folders = [ROOT / "flashdiff", *(ROOT / layer for layer in LAYERS)]  # links are not followed
+    return [path for folder in folders for path in folder.rglob("*.py") if "backends" not in path.parts]
+
+
+def _tested(node: ast.AST) -> Iterator[object]:
+    """Constants that a value is compared with or looked up by: in comparisons, `match`, `startswith`, and as keys of tables."""
+    match node:
+        case ast.Compare(left=left, comparators=others):
+            yield from _constants([left, *others])
+            yield from (name for other in others for name in _listed(other))
+        case ast.Call(func=ast.Attribute(attr="startswith" | "endswith" | "removeprefix" | "removesuffix"), args=args):
+            yield from _constants(args)
+        case ast.Dict(keys=keys):
+            yield from _constants(keys)
+        case ast.MatchValue(value=value):
+            yield from _constants([value])
+
+
+def _listed(node: ast.AST) -> Iterator[object]:
+    if isinstance(node, ast.Tuple | ast.List | ast.Set):
+        yield from _constants(node.elts)
+
+
+def _constants(nodes: Sequence[ast.AST | None]) -> Iterator[object]:
+    return (node.value for node in nodes if isinstance(node, ast.Constant))
 
 
 def test_a_client_imports_no_server_code_and_no_engine() -> None:

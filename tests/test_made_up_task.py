@@ -13,7 +13,7 @@ from PIL import Image
 from served import Running, serving
 
 from flashdiff.components import ModelSpec, Tensors
-from flashdiff.engines.runtime.fake_backend import GUIDED, FakeComponents
+from flashdiff.engines.runtime.fake import GUIDED, FakeComponents
 from flashdiff.errors import RequestError
 from flashdiff.generate import generate
 from flashdiff.orders import Order, Pixels, Preparation

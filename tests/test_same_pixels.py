@@ -15,7 +15,7 @@ from orders import from_image
 from served import model_of
 
 from flashdiff.components import Size
-from flashdiff.engines.runtime.fake_backend import FLASH, GUIDED, FakeComponents
+from flashdiff.engines.runtime.fake import FLASH, GUIDED, FakeComponents
 from flashdiff.generate import generate
 from flashdiff.orders import Order, Pixels
 from flashdiff.server.worker import Worker

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashdiff.components import Costs, ModelSpec, Size
+from flashdiff.engines.backends import find_backend
+from flashdiff.engines.backends.base import Backend, CompiledPart
 from flashdiff.engines.bundle import PARTS, BucketCost, Manifest, read_manifest, tokenizer_file
-from flashdiff.engines.runtime import CompiledPart, bucket_shapes, dimensions_of, open_parts
+from flashdiff.engines.shapes import bucket_shapes, dimensions_of
+from flashdiff.errors import BackendError, first_line
 from flashdiff.text import PromptTokenizer
 
 _TIMED_RUNS, _TIMED_MS = 7, 1000  # at most; but never once alone, since the first call sets up
@@ -24,11 +27,12 @@ class Engine:
         self.manifest = manifest
         self.spec: ModelSpec = manifest.model
         self.max_batch = manifest.batch_sizes[-1]
-        # On a GPU parts have streams of their own; a CPU's engines each take all of its cores.
-        self.parallel_decode = manifest.machine.device == "cuda" and manifest.backend != "onnxruntime"
+        backend = find_backend(manifest.backend)
+        # Never on a CPU: each engine takes all of its cores.
+        self.parallel_decode = manifest.machine.device == "cuda" and backend.parallel_decode_on_gpu
         texts = {tokenizer.name: (folder / tokenizer_file(tokenizer)).read_text("utf-8") for tokenizer in self.spec.tokenizers}
         self._tokenizer = PromptTokenizer(texts, self.spec.tokenizers)
-        self._compile = open_parts(folder, manifest)
+        self._compile = _open_parts(folder, manifest, backend)
         self._compiled: dict[tuple[str, Size | None, int], CompiledPart] = {}
 
     def measure_buckets(self) -> tuple[BucketCost, ...]:
@@ -88,6 +92,37 @@ class Engine:
         if key not in self._compiled:
             self._compiled[key] = self._compile(part, size, batch)
         return self._compiled[key]
+
+
+def _open_parts(folder: Path, manifest: Manifest, backend: Backend) -> Callable[[str, Size | None, int], CompiledPart]:
+    """Makes a bundle's parts ready: one part, by name, at one size (None for a part that has none) and batch size a call.
+
+    BundleError when they were made for another machine; BackendError for whatever goes wrong in the library, then or later.
+    """
+    backend.check_machine(manifest)
+    backend.import_modules()
+    try:
+        compile_part = backend.open_parts(folder, manifest)
+    except Exception as error:  # the libraries' errors share no public base class
+        raise BackendError(f"{backend.name} could not open {folder}: {first_line(error)}") from None
+
+    def compile_named(part: str, size: Size | None, batch: int) -> CompiledPart:
+        spec = manifest.parts[part]
+        dimensions = dimensions_of(manifest.model, size, batch)
+        try:
+            compiled = compile_part(part, folder / spec.file_for(size, batch), dimensions)
+        except Exception as error:
+            raise BackendError(f"{backend.name} could not compile {part}: {first_line(error)}") from None
+
+        def run(inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
+            try:
+                return compiled(inputs)
+            except Exception as error:
+                raise BackendError(f"{backend.name} failed in {part}: {first_line(error)}") from error
+
+        return run
+
+    return compile_named
 
 
 def open_bundle(folder: Path) -> Engine:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from flashdiff import defaults
 from flashdiff.cli.shared import listed, need, parse_lora, quiet_libraries
+from flashdiff.engines.backends import BACKENDS
 from flashdiff.errors import ConfigError
 
 
@@ -23,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="fuse this LoRA, such as the shipped avatars-flash; may be repeated",
     )
     parser.add_argument("--out", type=Path, required=True, help="the bundle folder to make, or to bring up to date")
-    parser.add_argument("--backend", choices=defaults.BACKENDS, help=f"default: {defaults.BACKEND}")
+    parser.add_argument("--backend", choices=tuple(BACKENDS), help=f"default: {defaults.BACKEND}")
     parser.add_argument("--precision", choices=defaults.PRECISIONS, help=f"default: {defaults.PRECISION}")
     parser.add_argument("--size", metavar="WxH[,WxH...]", help="image sizes; default: the size the base was trained at")
     parser.add_argument("--batch", metavar="N[,N...]", help=f"batch sizes; default: {listed(defaults.BATCH_SIZES)}")

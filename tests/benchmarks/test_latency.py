@@ -16,7 +16,7 @@ from benchmarks import latency, rows
 from benchmarks.latency import STAGES, Configuration, beyond_ideal, in_process, markdown, measure, of_main_backend, run, summary
 from benchmarks.rows import environment, median_ranks, percentile, timed_row
 from flashdiff.engines.bundle import read_manifest
-from flashdiff.engines.runtime.fake_backend import GUIDED, FakeComponents
+from flashdiff.engines.runtime.fake import GUIDED, FakeComponents
 from flashdiff.errors import BundleError, ConfigError
 
 

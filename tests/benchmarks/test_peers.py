@@ -18,7 +18,7 @@ from benchmarks.peers import compare
 from benchmarks.peers.compare import LITSERVE, QUICK, Peer, markdown, run, started
 from benchmarks.peers.pipeline import Pipeline, Place
 from benchmarks.serving import RequestLevelWorker
-from flashdiff.engines.runtime.fake_backend import FakeComponents
+from flashdiff.engines.runtime.fake import FakeComponents
 from flashdiff.errors import BackendError
 from flashdiff.server.models import Model
 from flashdiff.tasks import check_order

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from served import model_of, serving
 
-from flashdiff.engines.runtime.fake_backend import FakeComponents
+from flashdiff.engines.runtime.fake import FakeComponents
 from flashdiff.server.app import Listen
 from flashdiff.server.images import encode_image
 from flashdiff.server.models import Models

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,13 @@ from safetensors.torch import load_file, save_file
 from flashdiff import cli
 from flashdiff.components import Size
 from flashdiff.engines import plan as planning
+from flashdiff.engines.backends import find_backend, openvino
 from flashdiff.engines.build import build_engine
 from flashdiff.engines.bundle import PARTS, read_manifest
 from flashdiff.engines.cache import cached, is_cached
 from flashdiff.engines.config import BuildOptions
 from flashdiff.engines.plan import describe, plan_build
 from flashdiff.engines.runtime.engine import open_bundle
-from flashdiff.engines.runtime.machine import check_backend
 from flashdiff.errors import BackendError, BundleError, ConfigError, FlashdiffError, LoraError, ModelError
 from flashdiff.files import cache_folder
 from flashdiff.lora import FLASH, WEIGHTS, load_fused
@@ -156,7 +157,10 @@ def test_a_full_disk_leaves_nothing_behind(tiny_base: Path, tmp_path: Path, monk
         raise OSError(28, "No space left on device")
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("flashdiff.engines.build.export_openvino", full_disk)
+    form = openvino.RECORDS[0].graph
+    assert form
+    full = replace(openvino.RECORDS[0], graph=replace(form, export=full_disk))
+    monkeypatch.setattr(openvino, "RECORDS", (full,))
     with pytest.raises(BackendError, match="cannot write: No space left on device"):
         build_engine(BuildOptions(base=str(tiny_base), out=tmp_path / "bundle"), print)
     assert not (tmp_path / "bundle").exists()
@@ -228,15 +232,15 @@ def test_options_that_do_not_fit_are_refused(
 
 def test_a_precision_that_the_processor_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flashdiff.engines.runtime.machine._cpu_info", lambda *_: "avx2")
+    backend = find_backend("openvino")
     with pytest.raises(BackendError, match="--precision bf16: this processor has no such arithmetic"):
-        check_backend("openvino", "bf16")
+        backend.check_build("bf16", backend.machine())
 
 
 def test_a_backend_that_is_not_installed_is_named_with_its_cure(
     options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
-    monkeypatch.delitem(sys.modules, "flashdiff.engines.runtime.openvino_backend")
     with pytest.raises(BackendError, match=r"needs 'openvino', which is not here: pip install '\.\[cpu\]'"):
         plan_build(BuildOptions(**options | {"out": tmp_path / "bundle"}))
 

@@ -9,12 +9,12 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from flashdiff.components import Size
+from flashdiff.engines.backends import tensorrt_builder
+from flashdiff.engines.backends.base import Export
+from flashdiff.engines.backends.tensorrt import compile_graph
+from flashdiff.engines.backends.tensorrt_builder import build_plan, check_opens, library
 from flashdiff.engines.bundle import BackendName, read_manifest
-from flashdiff.engines.compile import compile_export
-from flashdiff.engines.plan import Export
-from flashdiff.engines.runtime import tensorrt_build
 from flashdiff.engines.runtime.machine import nvidia_gpu
-from flashdiff.engines.runtime.tensorrt_build import build_plan, check_opens, library
 from flashdiff.errors import BackendError
 
 needs_rtx = pytest.mark.skipif(
@@ -52,19 +52,19 @@ def test_a_part_becomes_one_plan_a_bucket_and_a_second_build_takes_them_from_the
     inputs = manifest.model_copy(update={"backend": "tensorrt-rtx"})
     spec = manifest.parts["decoder"]
     built: list[Path] = []
-    build = tensorrt_build.build_plan
+    build = tensorrt_builder.build_plan
 
     def counted(*arguments: object, **settings: object) -> None:
         built.append(Path(str(arguments[3])))
         build(*arguments, **settings)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(tensorrt_build, "build_plan", counted)
+    monkeypatch.setattr(tensorrt_builder, "build_plan", counted)
     for name in ("first", "second"):
         folder = tmp_path / name
         folder.mkdir()
         for file in (bundle / "decoder").iterdir():
             (folder / file.name).write_bytes(file.read_bytes())
-        files = compile_export(spec, Export(part="decoder", size=None, key="graph", is_cached=True), inputs, folder, print)
+        files = compile_graph(spec, Export(part="decoder", size=None, key="graph", is_cached=True), inputs, folder, print)
         assert [(file.file, file.size, file.batch) for file in files] == [
             (f"batch{batch}-{size}.plan", size, batch) for size in (Size(32, 32), Size(48, 32)) for batch in (2, 3)
         ]

@@ -8,11 +8,11 @@ import pytest
 from tiny import FAMILIES
 
 from flashdiff.components import Size
+from flashdiff.engines.backends import BACKENDS, find_backend
 from flashdiff.engines.build import build_engine
 from flashdiff.engines.bundle import BackendName
 from flashdiff.engines.config import BuildOptions
 from flashdiff.engines.runtime.engine import Engine, open_bundle
-from flashdiff.engines.runtime.tensorrt_build import check_opens
 from flashdiff.errors import BackendError
 from flashdiff.generate import generate
 from flashdiff.orders import Order
@@ -20,23 +20,16 @@ from flashdiff.tasks import check_order
 
 pytestmark = pytest.mark.gpu
 
-_MODULES: dict[BackendName, str] = {
-    "torch": "torch",
-    "onnxruntime": "onnxruntime",
-    "tensorrt": "tensorrt",
-    "tensorrt-rtx": "tensorrt_rtx",
-}
 
-
-def _needs(backend: BackendName) -> None:
-    module = pytest.importorskip(_MODULES[backend])
-    if backend == "onnxruntime" and "CUDAExecutionProvider" not in module.get_available_providers():
-        pytest.skip("this onnxruntime has no CUDA provider: pip install onnxruntime-gpu")
-    if backend.startswith("tensorrt"):
-        try:
-            check_opens(backend)
-        except BackendError as error:
-            pytest.skip(str(error))
+def _needs(name: BackendName) -> None:
+    backend = find_backend(name)
+    try:
+        backend.import_modules()
+        backend.check_runs()
+    except BackendError as error:
+        pytest.skip(str(error))
+    if not backend.uses_gpu():
+        pytest.skip(f"{name} as installed does not run on a GPU")
 
 
 def _orders(engine: Engine, count: int = 2) -> list[Order]:
@@ -45,7 +38,7 @@ def _orders(engine: Engine, count: int = 2) -> list[Order]:
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("backend", _MODULES)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_every_family_passes_the_gate_on_the_gpu_and_repeats_itself(
     family: str, tmp_path: Path, backend: BackendName, precision: str
 ) -> None:

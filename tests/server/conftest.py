@@ -3,7 +3,7 @@ from collections.abc import Iterator
 import pytest
 from served import Running, serving
 
-from flashdiff.engines.runtime.fake_backend import FakeComponents
+from flashdiff.engines.runtime.fake import FakeComponents
 from flashdiff.server.client import Client
 
 

@@ -14,7 +14,7 @@ import pytest
 from orders import from_image
 from served import Clock, model_of
 
-from flashdiff.engines.runtime.fake_backend import FakeComponents
+from flashdiff.engines.runtime.fake import FakeComponents
 from flashdiff.errors import DeadlineError, FlashdiffError, OverloadedError
 from flashdiff.rows import Row
 from flashdiff.server.admission import Admission

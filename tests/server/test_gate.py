@@ -20,7 +20,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from served import METHODS, message, serving, set_cost, until
 
-from flashdiff.engines.runtime.fake_backend import FakeComponents
+from flashdiff.engines.runtime.fake import FakeComponents
 from flashdiff.errors import ConfigError
 from flashdiff.proto.v1 import image_pb2, image_pb2_grpc, triton_pb2
 from flashdiff.server import gate

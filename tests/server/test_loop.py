@@ -12,7 +12,7 @@ from orders import from_image
 from served import Clock, Tensors, intercept, model_of, set_costs
 
 from flashdiff.components import ModelSpec
-from flashdiff.engines.runtime.fake_backend import FLASH, GUIDED, FakeComponents
+from flashdiff.engines.runtime.fake import FLASH, GUIDED, FakeComponents
 from flashdiff.errors import BackendError, CancelledError, DeadlineError, FlashdiffError, OverloadedError
 from flashdiff.generate import generate
 from flashdiff.orders import Order

@@ -10,7 +10,7 @@ import tritonclient.grpc as triton
 from served import model_of, serving
 from tritonclient.utils import InferenceServerException
 
-from flashdiff.engines.runtime.fake_backend import FakeComponents
+from flashdiff.engines.runtime.fake import FakeComponents
 from flashdiff.errors import BundleError, NotFoundError, OverloadedError
 from flashdiff.server import models as models_module
 from flashdiff.server.client import Client, ServerError

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from served import Clock, model_of
 
-from flashdiff.engines.runtime.fake_backend import FakeComponents
+from flashdiff.engines.runtime.fake import FakeComponents
 from flashdiff.errors import DeadlineError
 from flashdiff.orders import Pixels
 from flashdiff.server import image_threads

@@ -21,7 +21,7 @@ from PIL import Image
 from served import METHODS, MODEL, SIZE, Gate, Running, Tensors, intercept, message, model_of, set_cost, until
 
 from flashdiff.components import Size
-from flashdiff.engines.runtime.fake_backend import FakeComponents
+from flashdiff.engines.runtime.fake import FakeComponents
 from flashdiff.errors import BackendError, ConfigError, OverloadedError, RequestError
 from flashdiff.generate import generate
 from flashdiff.proto.v1 import image_pb2, image_pb2_grpc

@@ -17,7 +17,7 @@ from served import SIZE, Gate, Running, serving, set_cost, until
 from tritonclient.utils import InferenceServerException, serialize_byte_tensor
 from tritonclient.utils import shared_memory as shm
 
-from flashdiff.engines.runtime.fake_backend import FakeComponents
+from flashdiff.engines.runtime.fake import FakeComponents
 from flashdiff.generate import generate
 from flashdiff.proto.v1 import triton_pb2 as pb
 from flashdiff.server.app import Listen

@@ -14,7 +14,7 @@ from orders import from_image
 from served import SIZE, Clock, Gate, Tensors, intercept, model_of, set_cost, set_costs, until
 
 from flashdiff.components import Size
-from flashdiff.engines.runtime.fake_backend import GUIDED, FakeComponents
+from flashdiff.engines.runtime.fake import GUIDED, FakeComponents
 from flashdiff.errors import BackendError, CancelledError, DeadlineError, DrainingError, OverloadedError, RequestError
 from flashdiff.generate import generate
 from flashdiff.orders import Order

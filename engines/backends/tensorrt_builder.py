@@ -22,25 +22,25 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class _Library:
+class Library:
     module: str
     package: str
     keeps_timings: bool
     """Whether it times kernels while it builds; TensorRT-RTX chooses them when a plan first runs."""
 
 
-_LIBRARIES: dict[str, _Library] = {
-    "tensorrt": _Library("tensorrt", "tensorrt", True),
-    "tensorrt-rtx": _Library("tensorrt_rtx", "tensorrt-rtx-cu13", False),
+LIBRARIES: dict[BackendName, Library] = {
+    "tensorrt": Library("tensorrt", "tensorrt", True),
+    "tensorrt-rtx": Library("tensorrt_rtx", "tensorrt-rtx-cu13", False),
 }
 
 
 def library(backend: BackendName) -> Any:
     """The library's module; BackendError says what to install."""
     try:
-        return importlib.import_module(_LIBRARIES[backend].module)
+        return importlib.import_module(LIBRARIES[backend].module)
     except ImportError:
-        package = _LIBRARIES[backend].package
+        package = LIBRARIES[backend].package
         raise BackendError(f"--backend {backend} needs '{package}', which is not here: {install(backend)}") from None
 
 
@@ -90,7 +90,7 @@ def build_plan(
     if version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     _add_profile(builder, network, config, shapes)
-    keeps_timings = _LIBRARIES[backend].keeps_timings
+    keeps_timings = LIBRARIES[backend].keeps_timings
     if keeps_timings:
         config.set_timing_cache(config.create_timing_cache(timings.read_bytes() if timings.exists() else b""), False)
 

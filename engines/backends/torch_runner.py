@@ -1,7 +1,4 @@
-"""torch itself, the reference that always works: eager on a CPU, one captured CUDA graph per bucket on a GPU.
-
-Its bundle holds a base directory with the LoRAs fused in, and each part runs as the module that other backends export.
-"""
+"""The parts of a torch bundle as callables: eager on a CPU, one captured CUDA graph per bucket on a GPU."""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -15,21 +12,21 @@ import transformers.utils.logging
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flashdiff.engines.backends.base import CompiledPart, CompilePart
+from flashdiff.engines.backends.torch import MODEL
 from flashdiff.engines.bundle import Manifest
 from flashdiff.engines.parts import AtPrecision, no_reduced_precision, parts_of
-from flashdiff.engines.runtime import bucket_shapes
+from flashdiff.engines.shapes import bucket_shapes
 from flashdiff.families import load_base
 
-MODEL = "model"
-"""The base directory within a bundle."""
 _WARM_UP_RUNS = 3
 _CHANNELS_LAST = ("denoiser",)
 """Parts whose convolutions are in NHWC, tensor cores' own layout. On an H200 SD1.5's UNet takes 7.5 ms in place of 10.0, but its
 decoder 25 in place of 20: torch's group norm wants the other layout, and turning large images over costs more than that gains."""
 
 
-def open_parts(folder: Path, manifest: Manifest) -> Callable[[str, Path, Mapping[str, int]], Any]:
-    """See `flashdiff.engines.runtime.open_parts`."""
+def open_parts(folder: Path, manifest: Manifest) -> CompilePart:
+    """Load the model of a bundle onto its device; see `Backend.open_parts`."""
     transformers.utils.logging.disable_progress_bar()  # it would draw bars between a server's lines
     no_reduced_precision()
     family, model = load_base(str(folder / MODEL))
@@ -41,7 +38,7 @@ def open_parts(folder: Path, manifest: Manifest) -> Callable[[str, Path, Mapping
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         runners[part.name] = _Eager(module) if device.type == "cpu" else _Graphs(module, part.name)
 
-    def compile_part(name: str, file: Path, dimensions: Mapping[str, int]) -> Any:
+    def compile_part(name: str, file: Path, dimensions: Mapping[str, int]) -> CompiledPart:
         part, runner = manifest.parts[name], runners[name]
         shapes = bucket_shapes(part.inputs, dimensions)
         # Times and ids of zero are valid everywhere, which a warm-up on whatever memory held would not be.

@@ -1,22 +1,24 @@
 """ONNX Runtime, one session per static shape: on the CPU, or on the GPU that the bundle was checked on."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
-from flashdiff.engines.bundle import Manifest
+from flashdiff.engines.backends.base import ONNX, Backend, CompiledPart, CompilePart
+from flashdiff.engines.bundle import Machine, Manifest, Precision
 from flashdiff.engines.runtime.threads import cpu_threads
+from flashdiff.errors import BackendError
 
 
-def open_parts(folder: Path, manifest: Manifest) -> Callable[[str, Path, Mapping[str, int]], Any]:
-    """See `flashdiff.engines.runtime.open_parts`."""
+def _open_parts(folder: Path, manifest: Manifest) -> CompilePart:
+    import onnxruntime as ort
+
     on_gpu = ["CUDAExecutionProvider"] if manifest.machine.device == "cuda" else []
 
-    def compile_part(name: str, file: Path, dimensions: Mapping[str, int]) -> Any:
+    def compile_part(name: str, file: Path, dimensions: Mapping[str, int]) -> CompiledPart:
         part = manifest.parts[name]
         options = ort.SessionOptions()
         options.intra_op_num_threads = cpu_threads()
@@ -34,3 +36,29 @@ def open_parts(folder: Path, manifest: Manifest) -> Callable[[str, Path, Mapping
         return run
 
     return compile_part
+
+
+def _uses_gpu() -> bool:
+    import onnxruntime as ort
+
+    return "CUDAExecutionProvider" in ort.get_available_providers()
+
+
+def _check_build(precision: Precision, here: Machine) -> None:
+    if precision == "bf16" and here.device == "cpu":
+        raise BackendError("--precision bf16: ONNX Runtime has no bfloat16 convolutions on CPUs; take fp32, or openvino")
+
+
+RECORDS = (
+    Backend(
+        name="onnxruntime",
+        extra="cpu",
+        modules=("onnxruntime",),
+        packages=("onnxruntime",),
+        graph=ONNX,
+        open_parts=_open_parts,
+        uses_gpu=_uses_gpu,
+        check_build=_check_build,
+        exact_rows_on_cpu=True,
+    ),
+)

@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT-RTX: one plan, one context, fixed buffers and one CUDA graph per bucket. Needs an NVIDIA GPU."""
+"""TensorRT plans as callables: one context, fixed buffers and one CUDA graph per bucket. Needs an NVIDIA GPU."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -8,14 +8,15 @@ import numpy as np
 from cuda.bindings import runtime as cuda
 from numpy.typing import NDArray
 
+from flashdiff.engines.backends.base import CompiledPart, CompilePart
+from flashdiff.engines.backends.tensorrt_builder import library, make_logger
 from flashdiff.engines.bundle import Manifest
-from flashdiff.engines.runtime import bucket_shapes
-from flashdiff.engines.runtime.tensorrt_build import library, make_logger
+from flashdiff.engines.shapes import bucket_shapes
 from flashdiff.errors import BackendError
 
 
-def open_parts(folder: Path, manifest: Manifest) -> Callable[[str, Path, Mapping[str, int]], Any]:
-    """See `flashdiff.engines.runtime.open_parts`."""
+def open_parts(folder: Path, manifest: Manifest) -> CompilePart:
+    """Make the library's runtime and a stream for each part; see `Backend.open_parts`."""
     trt = library(manifest.backend)
     logger = make_logger(trt)
     runtime = trt.Runtime(logger)
@@ -23,7 +24,7 @@ def open_parts(folder: Path, manifest: Manifest) -> Callable[[str, Path, Mapping
     # One a part: parts may run at once.
     streams = {name: _checked(cuda.cudaStreamCreateWithFlags(cuda.cudaStreamNonBlocking)) for name in manifest.parts}
 
-    def compile_part(name: str, file: Path, dimensions: Mapping[str, int]) -> Any:
+    def compile_part(name: str, file: Path, dimensions: Mapping[str, int]) -> CompiledPart:
         engine = runtime.deserialize_cuda_engine(file.read_bytes())
         if engine is None:
             raise BackendError(f"{file.name}: {(logger.errors or ['no reason given'])[-1]}")

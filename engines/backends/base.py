@@ -1,0 +1,154 @@
+"""What differs between backends, as one record. A backend is a library that runs the parts of a bundle.
+
+Records are cheap to import: a backend's functions import its library when they are called.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashdiff.components import Size
+from flashdiff.engines.bundle import BuildInputs, Machine, Manifest, PartFile, PartSpec, Precision
+from flashdiff.engines.runtime.machine import this_machine
+from flashdiff.errors import BackendError, BundleError, install
+
+if TYPE_CHECKING:
+    from flashdiff.engines.parts import Part
+    from flashdiff.families.base import TorchModel
+
+REBUILD = "build it on this one with `flashdiff build-engine`"
+
+CompiledPart = Callable[[Mapping[str, NDArray[Any]]], dict[str, NDArray[np.float32]]]
+"""One part at one fixed shape: named inputs of exactly that shape to named outputs, which belong to the caller."""
+
+CompilePart = Callable[[str, Path, Mapping[str, int]], CompiledPart]
+"""Makes a part, by name, ready to run from one of its files, with its named dimensions filled."""
+
+
+class ExportPart(Protocol):
+    def __call__(self, model: "TorchModel", part: "Part", folder: Path, *, size: Size, precision: Precision = "fp32") -> None:
+        """Write a part's graph into `folder`, which exists; inputs and outputs stay float32. BackendError when it cannot.
+
+        `size` is the size of the example, and the only one that a part of fixed size will take. Below float32 the part's own
+        weights may be cast: take what is wanted of them in float32 before.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphForm:
+    """A form that parts are exported to."""
+
+    name: str
+    file: str
+    """The graph's file name; its weights lie next to it."""
+    packages: tuple[str, ...]
+    """Distributions whose versions decide what is exported."""
+    export: ExportPart
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """One graph that a build needs."""
+
+    part: str
+    size: Size | None
+    """The only size it serves; None: all."""
+    key: str
+    """Names its content in the cache."""
+    is_cached: bool
+
+
+CompileGraph = Callable[[PartSpec, Export, BuildInputs, Path, Callable[[str], None]], list[PartFile]]
+"""Turns the exported graph of a part in a folder into the backend's files there, whose names are relative to the folder; the last
+argument gets a line per phase. BackendError when the backend cannot."""
+
+SaveModel = Callable[["TorchModel", Sequence["Part"], Path, Precision], dict[str, tuple[PartFile, ...]]]
+"""Writes a fused model into a folder at a precision, and returns the files of each part, relative to that folder."""
+
+
+def _always(*_: object) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """One way to run a bundle. A backend that needs an `if` outside this folder misses a field here.
+
+    Either `graph` or `save` is given: the backend reads exported graphs, or the fused model as torch saves it.
+    """
+
+    name: str
+    extra: str
+    """What to install for it: an extra of the project."""
+    modules: tuple[str, ...]
+    """What it imports to open a bundle."""
+    packages: tuple[str, ...] = ()
+    """Distributions whose versions count in a bundle's fingerprint, besides the exporters'."""
+
+    graph: GraphForm | None = None
+    """The form its parts are exported to."""
+    compile_graph: CompileGraph | None = None
+    """None: it reads the graph itself."""
+    save: SaveModel | None = None
+    open_parts: Callable[[Path, Manifest], CompilePart]
+    """Opens a bundle's folder; any error may be raised."""
+
+    uses_gpu: Callable[[], bool] = lambda: False
+    """Whether the library, as installed, runs on an NVIDIA GPU; asked only where there is one."""
+    check_build: Callable[[Precision, Machine], None] = _always
+    """BackendError when this machine cannot run, and so not check, what would be built at a precision."""
+    check_runs: Callable[[], None] = _always
+    """BackendError when the library is here but opens nothing on this GPU, which takes it a second to find out."""
+    check_bundle: Callable[[Manifest, Machine], None] = _always
+    """BundleError, with the cause and the cure, when a bundle does not fit this machine, whose device is of the right kind."""
+
+    exact_rows_on_cpu: bool = False
+    """Whether a row in float32 on a CPU must not depend, bit for bit, on its batch."""
+    parallel_decode_on_gpu: bool = False
+    """Whether decoding on a GPU may run in parallel with other calls, because parts have streams of their own."""
+    weight_bytes: Mapping[Precision, int] = field(default_factory=lambda: {"fp32": 4, "fp16": 2, "bf16": 2})
+    """Bytes of a weight in its files."""
+    files_per_bucket: bool = False
+    """Whether the file of every bucket holds the weights again."""
+    memory_per_bucket: bool = True
+    """Whether every bucket that is ready holds the weights again."""
+
+    def __post_init__(self) -> None:
+        assert (self.graph is None) != (self.save is None)
+
+    def import_modules(self) -> None:
+        """BackendError says what to install when a library is missing."""
+        try:
+            for module in self.modules:
+                importlib.import_module(module)
+        except ImportError as error:
+            needed = f"backend '{self.name}' needs '{error.name}', which is not here"
+            raise BackendError(f"{needed}: {install(self.extra)}") from None
+
+    def machine(self) -> Machine:
+        """Where it would run here."""
+        return this_machine(self.uses_gpu)
+
+    def check_machine(self, manifest: Manifest) -> None:
+        """BundleError, with the cause and the cure, when a bundle was made for another machine."""
+        here, made = self.machine(), manifest.machine
+        if made.device == "cuda" and here.device == "cpu":
+            raise BundleError(f"the bundle was made for a GPU ({made.processor}), and there is none here; {REBUILD}")
+        self.check_bundle(manifest, here)
+
+
+EXPORTERS = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
+"""Distributions whose versions count in the fingerprint of every bundle."""
+
+
+def _export_onnx(model: "TorchModel", part: "Part", folder: Path, *, size: Size, precision: Precision = "fp32") -> None:
+    from flashdiff.engines.export import export_onnx
+
+    export_onnx(model, part, folder, size=size, precision=precision)
+
+
+ONNX = GraphForm(name="ONNX", file="model.onnx", packages=EXPORTERS, export=_export_onnx)

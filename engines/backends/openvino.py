@@ -1,0 +1,129 @@
+"""OpenVINO on the CPU, one static shape per compiled part; float32 unless a lower precision was asked for."""
+
+import re
+import warnings
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashdiff.components import Size
+from flashdiff.engines.backends.base import EXPORTERS, Backend, CompiledPart, CompilePart, GraphForm
+from flashdiff.engines.bundle import Machine, Manifest, Precision
+from flashdiff.engines.runtime.threads import cpu_threads
+from flashdiff.engines.shapes import bucket_shapes
+from flashdiff.errors import BackendError, BundleError, first_line
+
+if TYPE_CHECKING:
+    from flashdiff.engines.parts import Part
+    from flashdiff.families.base import TorchModel
+
+# Without the hint OpenVINO computes in bf16 on CPUs that can, a few per cent off and in silence.
+_HINTS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
+_CPU_FEATURES: dict[Precision, tuple[str, ...]] = {
+    "fp32": (),
+    "bf16": ("avx512_bf16", "amx_bf16", "bf16"),
+    "fp16": ("avx512_fp16", "amx_fp16", "asimdhp"),
+}
+"""Any of these makes a precision worth naming; without one OpenVINO would compute in float32 and not say so."""
+
+
+@cache
+def _core() -> Any:
+    import openvino as ov
+
+    return ov.Core()
+
+
+def _open_parts(folder: Path, manifest: Manifest) -> CompilePart:
+    import openvino as ov
+
+    config = {"INFERENCE_PRECISION_HINT": _HINTS[manifest.precision], "PERFORMANCE_HINT": "LATENCY"}
+
+    def compile_part(name: str, file: Path, dimensions: Mapping[str, int]) -> CompiledPart:
+        part = manifest.parts[name]
+        model, shapes = _core().read_model(file), bucket_shapes(part.inputs, dimensions)
+        model.reshape({name: ov.PartialShape(list(shape)) for name, shape in shapes.items()})
+        compiled = _core().compile_model(model, "CPU", {**config, "INFERENCE_NUM_THREADS": cpu_threads()})
+        request = compiled.create_infer_request()
+        # Fixed tensors: the caller's values are copied in and the results out, nothing else is allocated per call.
+        shapes |= bucket_shapes(part.outputs, dimensions)
+        buffers = {spec.name: np.empty(shapes[spec.name], dtype=spec.dtype) for spec in (*part.inputs, *part.outputs)}
+        for name, buffer in buffers.items():
+            request.set_tensor(name, ov.Tensor(buffer, shared_memory=True))
+
+        def run(inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
+            for spec in part.inputs:
+                np.copyto(buffers[spec.name], inputs[spec.name])
+            request.infer(share_outputs=True)
+            return {spec.name: buffers[spec.name].copy() for spec in part.outputs}
+
+        return run
+
+    return compile_part
+
+
+def _export(model: "TorchModel", part: "Part", folder: Path, *, size: Size, precision: Precision = "fp32") -> None:
+    """Not by way of ONNX, which knows attention and group norm only in pieces that OpenVINO does not put together again.
+
+    The graphs are float32. In float16 OpenVINO stores their weights so, and lowers what it computes in by itself.
+    """
+    import openvino as ov
+
+    from flashdiff.engines.export import trace
+
+    try:
+        program = trace(model, part, size, "fp32")
+    except Exception as error:
+        raise BackendError(f"{part.name} cannot be exported: {first_line(error)}") from error
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch warns about its own copying
+            converted = ov.convert_model(program)
+        for ports, tensors in ((converted.inputs, part.inputs), (converted.outputs, part.outputs)):
+            for port, tensor in zip(ports, tensors, strict=True):
+                port.tensor.set_names({tensor.name})
+        # It numbers the model and the nodes that it adds by all that the process did before: two builds of the same would differ.
+        converted.set_friendly_name("model")
+        for index, node in enumerate(converted.get_ordered_ops()):
+            if re.fullmatch(r"[A-Z]\w*_\d+", node.get_friendly_name()):
+                node.set_friendly_name(f"{node.get_type_name()}_{index}")
+        ov.save_model(converted, str(folder / _GRAPH.file), compress_to_fp16=precision == "fp16")
+    except Exception as error:  # a graph it cannot take, or a disk that is full
+        raise BackendError(f"OpenVINO cannot convert {folder.name}: {first_line(error)}") from error
+
+
+def _check_build(precision: Precision, here: Machine) -> None:
+    if precision != "fp32" and not set(_CPU_FEATURES[precision]) & set(here.features):
+        raise BackendError(
+            f"--precision {precision}: this processor has no such arithmetic (none of "
+            f"{', '.join(_CPU_FEATURES[precision])}), OpenVINO would compute in float32; take fp32"
+        )
+
+
+def _check_bundle(manifest: Manifest, here: Machine) -> None:
+    try:
+        _check_build(manifest.precision, here)
+    except BackendError as error:
+        raise BundleError(f"the bundle does not fit this machine: {error}") from None
+
+
+_GRAPH = GraphForm(name="OpenVINO", file="model.xml", packages=(*EXPORTERS, "openvino"), export=_export)
+
+RECORDS = (
+    Backend(
+        name="openvino",
+        extra="cpu",
+        modules=("openvino",),
+        packages=("openvino",),
+        graph=_GRAPH,
+        open_parts=_open_parts,
+        check_build=_check_build,
+        check_bundle=_check_bundle,
+        exact_rows_on_cpu=True,
+        weight_bytes={"fp32": 4, "fp16": 2, "bf16": 4},  # it computes in bfloat16 with weights kept in float32
+    ),
+)

@@ -1,0 +1,129 @@
+"""TensorRT and TensorRT-RTX: each bucket of an ONNX graph becomes a plan, their word for an engine, for one kind of GPU."""
+
+import importlib.metadata
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from flashdiff.components import Size
+from flashdiff.engines.backends import tensorrt_builder
+from flashdiff.engines.backends.base import ONNX, REBUILD, Backend, CompilePart, Export
+from flashdiff.engines.bundle import BackendName, BuildInputs, Machine, Manifest, PartFile, PartSpec, Precision
+from flashdiff.engines.cache import cached, key_of
+from flashdiff.engines.shapes import bucket_shapes, dimensions_of
+from flashdiff.errors import BackendError, BundleError
+from flashdiff.files import cache_folder
+
+
+def compile_graph(
+    part: PartSpec, export: Export, inputs: BuildInputs, folder: Path, report: Callable[[str], None]
+) -> list[PartFile]:
+    """Put a plan for every bucket in the place of the graph in `folder`."""
+    files = [
+        _plan(part, export, inputs, folder, size, batch, report)
+        for size in _sizes(part, export, inputs)
+        for batch in inputs.batch_sizes
+    ]
+    for path in folder.glob(f"{ONNX.file}*"):
+        path.unlink()
+    return files
+
+
+def _sizes(part: PartSpec, export: Export, inputs: BuildInputs) -> tuple[Size | None, ...]:
+    return (None,) if not part.is_spatial else (export.size,) if export.size else inputs.sizes
+
+
+def _plan(
+    part: PartSpec,
+    export: Export,
+    inputs: BuildInputs,
+    folder: Path,
+    size: Size | None,
+    batch: int,
+    report: Callable[[str], None],
+) -> PartFile:
+    """The plan of one bucket: built when the cache has none, so a build that was killed goes on where it was."""
+    shapes = bucket_shapes(part.inputs, dimensions_of(inputs.model, size, batch))
+    deciding = {
+        "graph": export.key,
+        "backend": inputs.backend,
+        "versions": inputs.library_versions,
+        "machine": inputs.machine.model_dump(mode="json"),
+        "shapes": shapes,
+        "version_compatible": inputs.version_compatible,
+    }
+    file = f"batch{batch}.plan" if size is None else f"batch{batch}-{size}.plan"
+
+    def make(target: Path) -> None:
+        tensorrt_builder.build_plan(
+            inputs.backend,
+            folder / ONNX.file,
+            shapes,
+            target / file,
+            timings=_timings(inputs),
+            version_compatible=inputs.version_compatible,
+            report=report,
+        )
+
+    cached(key_of(f"plan-{export.part}", deciding), make, folder)
+    return PartFile(file=file, size=size, batch=batch)
+
+
+def _timings(inputs: BuildInputs) -> Path:
+    """Kernel timings are good for one version of the library on one kind of GPU."""
+    versions = {name: version for name, version in inputs.library_versions.items() if "tensorrt" in name}
+    return cache_folder() / key_of("timings", {**versions, "processor": inputs.machine.processor})
+
+
+def _open_parts(folder: Path, manifest: Manifest) -> CompilePart:
+    from flashdiff.engines.backends.tensorrt_runner import open_parts
+
+    return open_parts(folder, manifest)
+
+
+def _check_build(backend: BackendName, _: Precision, here: Machine) -> None:
+    if here.device == "cpu":
+        raise BackendError(
+            f"--backend {backend}: there is no NVIDIA GPU here to check the engine on, and nothing is published unchecked; "
+            "build where it will serve, or take openvino"
+        )
+
+
+def _check_bundle(package: str, manifest: Manifest, here: Machine) -> None:
+    made = manifest.machine
+    for what, then, now in (("system", made.system, here.system), ("GPU generation", made.features, here.features)):
+        if then != now:
+            raise BundleError(f"the plans were made for {what} {_text(then)}, this machine has {_text(now)}; {REBUILD}")
+    version = manifest.library_versions.get(package)
+    try:
+        installed = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return
+    if version and installed != version and not manifest.version_compatible:
+        raise BundleError(
+            f"the plans were made with {package} {version}, here is {installed}; install that version, or {REBUILD}"
+        )
+
+
+def _text(value: str | tuple[str, ...]) -> str:
+    return value if isinstance(value, str) else ", ".join(value) or "none"
+
+
+RECORDS = tuple(
+    Backend(
+        name=name,
+        extra=name,
+        modules=("cuda.bindings.runtime",),
+        packages=(library.package,),
+        graph=ONNX,
+        compile_graph=compile_graph,
+        open_parts=_open_parts,
+        uses_gpu=lambda: True,
+        check_build=partial(_check_build, name),
+        check_runs=partial(tensorrt_builder.check_opens, name),
+        check_bundle=partial(_check_bundle, library.package),
+        parallel_decode_on_gpu=True,
+        files_per_bucket=True,
+    )
+    for name, library in tensorrt_builder.LIBRARIES.items()
+)

@@ -1,0 +1,19 @@
+"""The shapes of a part's tensors at one bucket: a batch size, and an image size where the part has one."""
+
+from collections.abc import Iterable, Mapping
+
+from flashdiff.components import ModelSpec, Size
+from flashdiff.engines.bundle import TensorSpec
+
+
+def dimensions_of(spec: ModelSpec, size: Size | None, batch: int) -> dict[str, int]:
+    """What fills the named dimensions of tensors at one bucket; `size` is None for a part that has none."""
+    if size is None:
+        return {"batch": batch}
+    _, height, width = spec.latent_shape(size)
+    return {"batch": batch, "height": height, "width": width, "image_height": size.height, "image_width": size.width}
+
+
+def bucket_shapes(tensors: Iterable[TensorSpec], dimensions: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor, by name."""
+    return {tensor.name: tensor.shape_for(dimensions) for tensor in tensors}
