@@ -1,1 +1,1 @@
-"""Benchmarks: commands that measure and write rows. May import everything; nothing imports them."""
+"""Benchmarks: commands that measure and write result files. They may import everything; nothing but examples imports them."""

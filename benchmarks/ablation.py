@@ -1,22 +1,22 @@
-"""What helps: variants of a recipe, several seeds each, at an equal budget of network evaluations, measured as `evaluate` does.
+"""What helps in training: variants of a recipe with several seeds at an equal budget of network evaluations.
 
     python benchmarks/ablation.py --out ablation --scale 0.05 --only distillation,+adversarial,paper,lcm,ours
-    python benchmarks/ablation.py --out ablation --scale 0.05          # then the rest; what is there is not run again
+    python benchmarks/ablation.py --out ablation --scale 0.05          # the rest; finished runs are kept
 
-The first line should take about an hour on two cores and the second another, by a model of the costs and not by a run: 4.1 ms
-a sample's forward pass, 30 s a row, 5 minutes for the teacher, renders and their encoding once. The table holds all
-that is there.
+Each of the two should take an hour on two cores. That is an estimate, not a measurement: 4.1 ms per forward pass of a sample,
+30 s per model and number of steps to evaluate, and 5 minutes once for the teacher, renders and their encoding. The table holds
+all finished runs.
 
-The budget is what the recipe's own length, times `--scale`, costs with the variant `distillation`, in forward passes of the
-network: the teacher's, the student's and those of the other losses, a backward pass as what it takes beside them
-(`flashdiff.distill.plan.cost`). A variant that costs more an update gets fewer updates, in all phases and the warm-up alike.
-Each is charged for all its targets; those that several variants need with the same seed are solved once and kept in OUT/pools.
-Learning rate, batch and LoRA are the recipe's for all, so a variant that needs others is not at its best. At a small scale pools
-of targets are small too, and soon known by heart: what `ours-reuse` says there is not said of the recipe's own length.
+The budget is the cost of the variant `distillation` at the recipe's length times `--scale`. Costs are counted in forward passes
+of the network, by teacher, student and losses; a backward pass counts as the forward passes that take as long
+(`flashdiff.distill.plan.cost`). A variant whose updates cost more gets fewer of them, in all phases and the warm-up alike. It is
+charged for all its targets, although targets that several variants need with the same seed are solved once and kept in OUT/pools.
+Learning rate, batch and LoRA are the recipe's for every variant, so a variant that needs others is not at its best. At a small
+scale, pools of targets are small too and soon overfitted, so the result of `ours-reuse` does not carry over to the full length.
 
-Models are measured on other prompts than those of `evaluate`, so that what is chosen here can still be judged there.
+Models are measured as `flashdiff evaluate` does, but with other prompts, so that `evaluate` can still judge what is chosen here.
 
-A killed ablation goes on where it was. Results of another base, recipe, variant, budget or measure in OUT are refused.
+An interrupted ablation resumes. OUT with results of another base, recipe, variant, budget or metric is refused.
 """
 
 import argparse
@@ -28,16 +28,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-if __package__ in (None, ""):  # run as a file: the repository's root is what it imports from
+if __package__ in (None, ""):  # run as a file: imports start from the repository's root
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.rows import environment
+from benchmarks.command import command_parser, run_command, write_results
+from benchmarks.environment import read_environment
+from benchmarks.markdown_table import markdown_table
+from benchmarks.variants import VARIANTS, make_variant
 from flashdiff.components import Components
 from flashdiff.config import load_recipe
 from flashdiff.distill.config import Recipe, bundled_recipe
 from flashdiff.distill.loop import distill
 from flashdiff.distill.plan import cost
-from flashdiff.errors import ConfigError, FlashdiffError
+from flashdiff.errors import ConfigError
 from flashdiff.evaluation.evaluate import Subject, Yardstick, make_images, measure
 from flashdiff.evaluation.features import feature_extractor, text_scorer
 from flashdiff.evaluation.images import WORLD, WORLD_SIZE, read_prompts, read_reference, real_images
@@ -49,69 +52,12 @@ from flashdiff.lora import FLASH, load_fused, read_flash_info
 TEACHER = "teacher"
 _TEACHER_STEPS = 50
 _IMAGE_SEEDS = 2
-_PROMPT_SEED = 35_000_000  # of scenes that neither a training nor `evaluate` uses
-_PAPER = {"adversarial": {"kind": "lsgan", "r1_weight": 0.0}, "distribution_matching": {"times": (0.0, 1.0)}}
-
-_DISTILLATION_ALONE = {"backward_simulation": (0.0, 0.0), "distribution_matching": (0.0, 0.0)}
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    # The paper, loss by loss: every target used once. Weights are those of its first, second and last phase.
-    "distillation": {"target_uses": 1, "phases": _DISTILLATION_ALONE},
-    "+adversarial": {"target_uses": 1, "loss": _PAPER, "phases": {**_DISTILLATION_ALONE, "adversarial": (0.0, 0.1, 0.3)}},
-    "paper": {
-        "target_uses": 1,
-        "loss": _PAPER,
-        "phases": {**_DISTILLATION_ALONE, "adversarial": (0.0, 0.1, 0.3), "distribution_matching": (0.0, 0.3, 0.7)},
-    },
-    # LCM: one teacher step and the averaged student from there, over all times of the grid alike.
-    "lcm": {"target_uses": 1, "target": "consistency", "every_time": True, "phases": _DISTILLATION_ALONE},
-    # Ours: targets are used again, later phases start from the student's own steps too, and the last one matches distributions;
-    # then one change each.
-    "ours": {},
-    "ours-reuse": {"target_uses": 1},
-    "ours-simulation": {"phases": {"backward_simulation": (0.0, 0.0)}},
-    "ours-matching": {"phases": {"distribution_matching": (0.0, 0.0)}},
-    "ours+huber": {"loss": {"distillation": "pseudo_huber"}},
-    "ours+perceptual": {"loss": {"distillation": "perceptual"}},
-    "ours+adversarial": {"phases": {"adversarial": (0.02, 0.05)}},
-    "ours+critic": {"loss": {"distribution_matching": {"fake_score": "lora"}}},
-}
-"""Changes of the recipe by name; under `phases`, values by phase, the last for all later ones."""
-
+_PROMPT_SEED = 35_000_000  # of scenes that neither training nor `evaluate` uses
 METRICS = ("FID", "KID x1000", "large %", "small %", "text", "diversity")
 
 
-def variant(recipe: Recipe, name: str, seed: int, scale: float) -> Recipe:
-    """The recipe changed as `name` says, as long as the budget allows: `scale` times the length of `recipe`."""
-    budget = scale * cost(_changed(recipe, VARIANTS["distillation"]))
-    changed = _changed(recipe, {**VARIANTS[name], "seed": seed})
-    share = budget / cost(changed)
-    phases = [{**phase.model_dump(), "updates": max(1, round(phase.updates * share))} for phase in changed.phases]
-    settings = {
-        "phases": phases,
-        "warmup_updates": round(recipe.warmup_updates * sum(phase["updates"] for phase in phases) / recipe.updates),
-        "checkpoint_every": max(1, sum(phase["updates"] for phase in phases) // 4),
-        "preview_prompts": (),
-    }
-    return Recipe.model_validate({**changed.model_dump(), **settings})
-
-
-def _changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
-    settings = {key: value for key, value in changes.items() if key not in ("phases", "every_time")}
-    phases = [phase.model_dump() for phase in recipe.phases]
-    for name, values in changes.get("phases", {}).items():
-        for index, phase in enumerate(phases):
-            phase[name] = values[min(index, len(values) - 1)]
-    grid = recipe.grid.model_dump()
-    if changes.get("every_time"):
-        grid["modes"] = grid["solver_steps"]
-        for phase in phases:
-            phase["mode_weights"] = (1,) * grid["modes"]
-    return Recipe.model_validate({**recipe.model_dump(), "grid": grid, "phases": phases, **settings})
-
-
 class Meter:
-    """What every model is measured with, made once: networks and reference of `flashdiff evaluate avatars`, and other prompts."""
+    """The metrics that every model is measured with: those of `flashdiff evaluate avatars`, on other prompts."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.prompts = read_prompts(WORLD, options.count, _PROMPT_SEED)
@@ -120,33 +66,33 @@ class Meter:
         self.yardstick = Yardstick(features, scorer, reference)
         self.networks = [features.name, scorer.name]
 
-    def real(self) -> dict[str, float]:
-        """Metrics of real images: the floor."""
-        return self._numbers(Subject(real_images(self.prompts, _IMAGE_SEEDS, WORLD_SIZE)))
+    def measure_real(self) -> dict[str, float]:
+        """The metrics of real images, which a perfect model would reach."""
+        return self._metrics(Subject(real_images(self.prompts, _IMAGE_SEEDS, WORLD_SIZE)))
 
-    def rows(self, model: Components, name: str, steps: Sequence[int]) -> dict[str, dict[str, float]]:
-        """Metrics by number of steps; the images' noise is the same for every model."""
+    def measure_model(self, model: Components, name: str, steps: Sequence[int]) -> dict[str, dict[str, float]]:
+        """The metrics by number of steps; every model starts from the same noise."""
         return {
-            str(count): self._numbers(
+            str(count): self._metrics(
                 make_images(model, self.prompts, seeds=_IMAGE_SEEDS, steps=count, name=f"{name}, {count} steps", report=_report)
             )
             for count in steps
         }
 
-    def _numbers(self, subject: Subject) -> dict[str, float]:
-        measured, _ = measure(subject, self.yardstick)
-        assert measured.kid
-        assert measured.text
-        assert measured.diversity
-        found = {"FID": measured.fid, "KID x1000": measured.kid, "text": measured.text, "diversity": measured.diversity}
-        shares = {f"{name} %": 100 * measured.attributes[name].value for name in ("large", "small")}
-        return {**{name: interval.value for name, interval in found.items()}, **shares}
+    def _metrics(self, subject: Subject) -> dict[str, float]:
+        found, _ = measure(subject, self.yardstick)
+        assert found.kid
+        assert found.text
+        assert found.diversity
+        estimates = {"FID": found.fid, "KID x1000": found.kid, "text": found.text, "diversity": found.diversity}
+        shares = {f"{name} %": 100 * found.attributes[name].value for name in ("large", "small")}
+        return {**{name: estimate.value for name, estimate in estimates.items()}, **shares}
 
 
 def run(recipe: Recipe, out: Path, meter: Meter, steps: Sequence[int]) -> None:
-    """Train and measure one variant with one seed, unless it has been; OUT.json gets updates, cost, and rows by steps.
+    """Train and measure one variant with one seed, unless that is done; OUT.json gets updates, cost, and metrics by steps.
 
-    ConfigError when the run that is there is of another recipe: the variant has changed since.
+    ConfigError if OUT holds a run of another recipe, because the variant has changed since.
     """
     result = out.with_suffix(".json")
     if (info := read_flash_info(out)) and info.recipe_hash != recipe.content_hash:
@@ -156,23 +102,22 @@ def run(recipe: Recipe, out: Path, meter: Meter, steps: Sequence[int]) -> None:
     if not (out / FLASH).exists():
         distill(recipe, out, pools=out.parent / "pools")
     _, student = load_fused(recipe.base, [(out, 1.0)], None)
-    found = {"updates": recipe.updates, "cost": round(cost(recipe)), "rows": meter.rows(student, out.name, steps)}
-    write_whole(result, json.dumps(found, indent=2) + "\n")
+    metrics = meter.measure_model(student, out.name, steps)
+    write_results(result, {"updates": recipe.updates, "cost": round(cost(recipe)), "rows": metrics}, indent=2)
 
 
 def _report(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """One line a variant and number of steps: the mean over seeds, and their standard deviation where there are several."""
-    head = ["variant", "seeds", "updates", "steps", *METRICS]
-    lines = [head, ["---"] * len(head)]
+def ablation_table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """A line per variant and number of steps: the mean over seeds, and with several seeds the standard deviation."""
+    lines = []
     for name, seeds in results.items():
         for steps in seeds[0]["rows"]:
             cells = [_mean([seed["rows"][steps][metric] for seed in seeds]) for metric in METRICS]
-            lines.append([name, str(len(seeds)), str(seeds[0]["updates"]), steps, *cells])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+            lines.append([name, len(seeds), seeds[0]["updates"], steps, *cells])
+    return markdown_table(("variant", "seeds", "updates", "steps", *METRICS), lines)
 
 
 def _mean(values: Sequence[float]) -> str:
@@ -181,8 +126,7 @@ def _mean(values: Sequence[float]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what is asked for and write OUT/ablation.md and OUT/ablation.json after every run, so that a kill loses one."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="runs and results are kept here")
     parser.add_argument("--recipe", type=Path, default=bundled_recipe("avatars.toml"), help="default: the embedded model's")
     parser.add_argument(
@@ -196,15 +140,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(asctime)s %(message)s", stream=sys.stderr)
     logging.getLogger("flashdiff").setLevel(logging.INFO)
-    try:
-        _ablate(options)
-    except FlashdiffError as error:
-        print(f"ablation: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_command("ablation", lambda: _ablate(options))
 
 
 def _ablate(options: argparse.Namespace) -> None:
+    """Run the variants, and write OUT/ablation.md and OUT/ablation.json after each run, so that an interruption loses one run."""
     if unknown := [name for name in options.only if name not in VARIANTS]:
         raise ConfigError(f"--only {unknown[0]}: the variants are {', '.join(VARIANTS)}")
     recipe = load_recipe(options.recipe, Recipe)
@@ -217,34 +157,34 @@ def _ablate(options: argparse.Namespace) -> None:
         "prompts": _PROMPT_SEED,
         "networks": meter.networks,
     }
-    _claim(options.out / "settings.json", settings)
+    _check_settings(options.out / "settings.json", settings)
     teacher = options.out / f"{TEACHER}.json"
     if not teacher.exists():
         _, base = load_fused(recipe.base, (), sum(recipe.guidance) / 2)
         steps = (_TEACHER_STEPS, *(count for count in options.steps if count > 1))
-        rows = {"real": meter.real(), **meter.rows(base, TEACHER, steps)}
-        write_whole(teacher, json.dumps({"updates": 0, "cost": 0, "rows": rows}, indent=2) + "\n")
-    for seed in options.seeds:  # all variants with one seed first: a table of all comes early
+        metrics = {"real": meter.measure_real(), **meter.measure_model(base, TEACHER, steps)}
+        write_results(teacher, {"updates": 0, "cost": 0, "rows": metrics}, indent=2)
+    for seed in options.seeds:  # all variants with the first seed, then with the next: a complete table comes early
         for name in options.only:
-            run(variant(recipe, name, seed, options.scale), options.out / f"{name}-{seed}", meter, options.steps)
-            results = _results(options.out)
-            record = {"environment": environment({}), "settings": settings, "results": results}
-            write_whole(options.out / "ablation.json", json.dumps(record, indent=2) + "\n")
-            write_whole(options.out / "ablation.md", table(results) + "\n")
+            run(make_variant(recipe, name, seed, options.scale), options.out / f"{name}-{seed}", meter, options.steps)
+            results = _read_runs(options.out)
+            found = {"environment": read_environment({}), "settings": settings, "results": results}
+            write_results(options.out / "ablation.json", found, indent=2)
+            write_whole(options.out / "ablation.md", ablation_table(results) + "\n")
 
 
-def _results(out: Path) -> dict[str, list[dict[str, Any]]]:
-    """What all runs in `out` have found, by variant, a seed each."""
+def _read_runs(out: Path) -> dict[str, list[dict[str, Any]]]:
+    """The results of all runs in `out`, by variant, one per seed."""
     files = {TEACHER: [out / f"{TEACHER}.json"]} | {name: sorted(out.glob(f"{name}-[0-9]*.json")) for name in VARIANTS}
     return {name: [json.loads(file.read_text()) for file in of] for name, of in files.items() if of}
 
 
-def _claim(path: Path, settings: Mapping[str, Any]) -> None:
-    """ConfigError when the results there are of another model, recipe, budget or measure: they would share a table."""
+def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    """Keep the settings for later runs; ConfigError if they differ from those of earlier ones, which share the table."""
     before = json.loads(path.read_text()) if path.exists() else settings
     if changed := [name for name in settings if before.get(name) != settings[name]]:
         raise ConfigError(f"{path.parent} holds results of another {', '.join(changed)}; choose another --out or remove it")
-    write_whole(path, json.dumps(settings, indent=2) + "\n")
+    write_results(path, settings, indent=2)
 
 
 def _whole_numbers(text: str) -> tuple[int, ...]:

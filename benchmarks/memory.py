@@ -1,14 +1,13 @@
-"""What one update of `flashdiff distill` takes of main memory at real size: Stable Diffusion 1.5, random weights, 512x512.
+"""The main memory of one update of `flashdiff distill` at real size: Stable Diffusion 1.5, random weights, 512x512.
 
     python benchmarks/memory.py --json memory.json            # two minutes on two cores, 8 GiB of memory
 
-The weights are random and of the public configuration, so nothing is downloaded; 4.3 GB of them are written to a
-temporary folder. The command runs in a process of its own, once, with all three losses and gradient checkpointing, at
-batch 1 in float32; its peak is the kernel's own count. What the parts take is their number of values; what is left over
-them are activations, and whatever else was there at the peak.
+Nothing is downloaded: 4.3 GB of random weights, in the public configuration's shapes, are written to a temporary folder. The
+command runs once, in a process of its own, with all three losses and gradient checkpointing, at batch 1 in float32; its peak is
+the kernel's count. The memory of weights, gradients and moments follows from their number of values; the rest of the peak are
+activations and everything else.
 """
 
-import argparse
 import json
 import sys
 import tempfile
@@ -16,16 +15,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-if __package__ in (None, ""):  # run as a file: the repository's root is what it imports from
+if __package__ in (None, ""):  # run as a file: imports start from the repository's root
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.real_size import GIB, make_base, run_measured, tell
-from benchmarks.rows import environment, result_file
+from benchmarks.command import command_parser, result_file, run_command, write_and_print_results
+from benchmarks.environment import read_environment
+from benchmarks.measurements import Measurement
+from benchmarks.real_size.base import make_base
+from benchmarks.real_size.measured_command import GIB, run_measured
 from flashdiff.lora import FLASH
 
 _LORA_COPIES = 5  # weights, gradients, average, and AdamW's two moments
 
-# The paper's last phase. The last of four modes on a grid of four points: the teacher takes one step, which is as large as any.
+# The paper's last phase, at the last of four modes on a grid of four points: the teacher's one step costs as much as any other.
 _RECIPE = """
 base = "{base}"
 guidance = [3.0, 13.0]
@@ -48,7 +50,7 @@ distribution_matching = 0.7
 
 
 def run() -> dict[str, Any]:
-    """{"environment": ..., "rows": [one row]}; FlashdiffError when the command fails."""
+    """{"environment": ..., "rows": [one measurement]}; FlashdiffError if the command fails."""
     import numpy as np
     from PIL import Image
 
@@ -60,10 +62,10 @@ def run() -> dict[str, Any]:
         (folder / "images" / "0.txt").write_text("noise")
         recipe = folder / "recipe.toml"
         recipe.write_text(_RECIPE.format(base=folder / "sd15", data=folder / "images"))
-        # The embedded base has 16 MB: what a process that read it holds are the libraries.
+        # The embedded base has only 16 MB, so a process that reads it holds little but the libraries.
         libraries, _, _ = run_measured(folder, "distill", "avatars.toml", "--dry-run")
-        _, _, told = run_measured(folder, "distill", str(recipe), "--dry-run")
-        print(told, file=sys.stderr)
+        _, _, output = run_measured(folder, "distill", str(recipe), "--dry-run")
+        print(output, file=sys.stderr)
         peak, seconds, _ = run_measured(folder, "distill", str(recipe), "--out", str(folder / "out"))
         lora = json.loads((folder / "out" / FLASH).read_text())["lora_parameters"]
     parts = {
@@ -72,7 +74,7 @@ def run() -> dict[str, Any]:
         "libraries": libraries,
     }
     parts["activations and the rest"] = peak - sum(parts.values())
-    row = {
+    measurement: Measurement = {
         "model": "sd15, random weights",
         "backend": "torch",
         "precision": "float32",
@@ -81,19 +83,19 @@ def run() -> dict[str, Any]:
         "stage": "one update of flashdiff distill, three losses",
         "gradient_checkpointing": True,
         "parameters": {**counts, "lora": lora},
-        "planned": next(line for line in told.splitlines() if line.startswith("memory")),
+        "planned": next(line for line in output.splitlines() if line.startswith("memory")),
         "peak_gib": round(peak, 2),
         "parts_gib": {part: round(gib, 2) for part, gib in parts.items()},
         "command_s": round(seconds),
     }
-    return {"environment": environment({}), "rows": [row]}
+    return {"environment": read_environment({}), "rows": [measurement]}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=result_file, required=True, help="where the row goes")
+    parser = command_parser(__doc__)
+    parser.add_argument("--json", type=result_file, required=True, help="where the measurement goes")
     options = parser.parse_args(arguments)
-    return tell(run, options.json)
+    return run_command("memory", lambda: write_and_print_results(options.json, run()))
 
 
 if __name__ == "__main__":

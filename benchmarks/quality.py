@@ -1,55 +1,33 @@
-"""Quality against latency: one point for teacher and student at each number of steps.
+"""Quality against latency: one point for student and teacher at each number of steps.
 
     python benchmarks/quality.py --student STUDENT_BUNDLE --teacher TEACHER_BUNDLE --json quality.json
 
-Quality is what `flashdiff evaluate` measures; latency what benchmarks/latency.py does, for the same bundles in the same session.
-With --evaluation, quality is what `flashdiff evaluate STUDENT --teacher TEACHER --json FILE` has written of them before.
+Quality is measured by `flashdiff evaluate`, and latency as by benchmarks/latency.py, for the same bundles in the same session.
+With --evaluation, quality is read from FILE, which `flashdiff evaluate STUDENT --teacher TEACHER --json FILE` has written.
 """
 
 import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-if __package__ in (None, ""):  # run as a file: the repository's root is what it imports from
+if __package__ in (None, ""):  # run as a file: imports start from the repository's root
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import latency
-from benchmarks.rows import result_file
+from benchmarks.command import command_parser, result_file, run_command, write_results
+from benchmarks.markdown_table import markdown_table
+from benchmarks.measurements import Measurement
 from flashdiff.config import parse_numbers
 from flashdiff.engines.runtime.engine import open_bundle
-from flashdiff.errors import ConfigError, FlashdiffError
+from flashdiff.errors import ConfigError
 from flashdiff.evaluation.command import EvaluateOptions, evaluate
 from flashdiff.evaluation.images import REAL
-from flashdiff.files import write_whole
 
-_MEASURES = ("fid", "kid", "text", "diversity")
-
-
-def points(evaluation: dict[str, Any], timed: Sequence[dict[str, Any]], names: dict[str, str]) -> list[dict[str, Any]]:
-    """Every timed number of steps with its measures, {value, low, high} each.
-
-    `names` has the folders of the two bundles by model, as the evaluation calls them.
-    """
-    rows = {row["name"]: row for row in evaluation["rows"]}
-    found = []
-    for total in (row for row in timed if row["stage"] == "total" and row["batch"] == 1):
-        model, steps = total["model"], total["steps"]
-        row = rows[_title(names[model], steps)]
-        found.append({"model": model, "steps": steps, "median_ms": total["median_ms"], **_measures(row)})
-    return found
-
-
-def _title(name: str, steps: int) -> str:
-    """What `flashdiff evaluate` calls a row."""
-    return f"{name}, {steps} step{'s' if steps > 1 else ''}"
-
-
-def _measures(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: row[name] for name in _MEASURES} | {name: row["attributes"][name] for name in ("large", "small")}
+_METRICS = ("fid", "kid", "text", "diversity")
 
 
 def run(
@@ -63,7 +41,10 @@ def run(
     evaluation_file: Path | None,
     report: Callable[[str], None],
 ) -> dict[str, Any]:
-    """{"environment": ..., "points": [...], "real": the row of real images}. ConfigError where a bundle's rows cannot be told."""
+    """{"environment": ..., "points": [...], "real": the metrics of real images}.
+
+    ConfigError for bundles that the evaluation cannot tell apart, or that it lacks.
+    """
     names = {"student": student.resolve().name, "teacher": teacher.resolve().name}
     if names["student"] == names["teacher"]:
         raise ConfigError(f"--student and --teacher are both called '{names['student']}', and so would be their rows: rename one")
@@ -79,27 +60,50 @@ def run(
                 json_file=written,
             )
             evaluate(options, open_bundle=open_bundle, report=report)
-        evaluation = _read(written)
-    there = [row["name"] for row in evaluation["rows"]]
+        evaluation = _read_evaluation(written)
+    evaluated = [subject["name"] for subject in evaluation["rows"]]
     for model, counts in (("student", steps), ("teacher", teacher_steps)):
-        if missing := [title for count in counts if (title := _title(names[model], count)) not in there]:
-            raise ConfigError(f"the evaluation has no row '{missing[0]}': it has {', '.join(there)}")
+        if missing := [title for count in counts if (title := _title(names[model], count)) not in evaluated]:
+            raise ConfigError(f"the evaluation has no row '{missing[0]}': it has {', '.join(evaluated)}")
     timed = latency.run(
         [(student, teacher)], batches=[1], repeats=repeats, report=report, steps=steps, teacher_steps=teacher_steps
     )
-    real = next(row for row in evaluation["rows"] if row["name"] == REAL)
+    real = next(subject for subject in evaluation["rows"] if subject["name"] == REAL)
     return {
         "environment": timed["environment"],
-        "points": points(evaluation, timed["rows"], names),
-        "real": _measures(real),
+        "points": quality_points(evaluation, timed["rows"], names),
+        "real": _metrics_of(real),
     }
 
 
-def _read(file: Path) -> dict[str, Any]:
+def quality_points(evaluation: Mapping[str, Any], timed: Sequence[Measurement], names: Mapping[str, str]) -> list[dict[str, Any]]:
+    """A point for every timed number of steps, with its metrics as {value, low, high}.
+
+    `names` are the bundles' folders by model: the evaluation's names for them.
+    """
+    subjects = {subject["name"]: subject for subject in evaluation["rows"]}
+    points = []
+    for total in (one for one in timed if one["stage"] == "total" and one["batch"] == 1):
+        model, steps = total["model"], total["steps"]
+        subject = subjects[_title(names[model], steps)]
+        points.append({"model": model, "steps": steps, "median_ms": total["median_ms"], **_metrics_of(subject)})
+    return points
+
+
+def _title(name: str, steps: int) -> str:
+    """The evaluation's name for a model at a number of steps."""
+    return f"{name}, {steps} step{'s' if steps > 1 else ''}"
+
+
+def _metrics_of(subject: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: subject[name] for name in _METRICS} | {name: subject["attributes"][name] for name in ("large", "small")}
+
+
+def _read_evaluation(file: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(file.read_text("utf-8"))
-        has_all = all(row["attributes"] and row["kid"] and row["text"] for row in found["rows"])
-        if has_all and any(row["name"] == REAL for row in found["rows"]):
+        has_all = all(subject["attributes"] and subject["kid"] and subject["text"] for subject in found["rows"])
+        if has_all and any(subject["name"] == REAL for subject in found["rows"]):
             return found
     except (ValueError, KeyError, TypeError):
         pass
@@ -108,47 +112,45 @@ def _read(file: Path) -> dict[str, Any]:
     )
 
 
-def markdown(found: Sequence[dict[str, Any]]) -> str:
-    """The points as a table."""
-    lines = ["| model | steps | ms an image | KID x1000 | text | large, % | small, % |", "|---|---|---|---|---|---|---|"]
-    for p in found:
-        values = (p["kid"]["value"], p["text"]["value"], 100 * p["large"]["value"], 100 * p["small"]["value"])
-        lines.append(f"| {p['model']} | {p['steps']} | {p['median_ms']:.1f} | " + " | ".join(f"{v:.1f}" for v in values) + " |")
-    return "\n".join(lines)
+def quality_table(points: Sequence[Mapping[str, Any]]) -> str:
+    """A line per point."""
+    lines = []
+    for point in points:
+        values = (point["kid"]["value"], point["text"]["value"], 100 * point["large"]["value"], 100 * point["small"]["value"])
+        lines.append([point["model"], point["steps"], f"{point['median_ms']:.1f}", *(f"{value:.1f}" for value in values)])
+    return markdown_table(("model", "steps", "ms an image", "KID x1000", "text", "large, %", "small, %"), lines)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--student", type=Path, required=True, metavar="BUNDLE")
     parser.add_argument("--teacher", type=Path, required=True, metavar="BUNDLE")
     parser.add_argument("--steps", default="1,2,3,4", metavar="N[,N...]", help="of the student; default: %(default)s")
     parser.add_argument("--teacher-steps", default="50,25,8,4,2", metavar="N[,N...]", help="default: %(default)s")
     parser.add_argument("--count", type=int, default=150, help="prompts, two seeds each; default: %(default)s")
-    parser.add_argument("--evaluation", type=Path, metavar="FILE", help="numbers to take instead of measuring quality now")
+    parser.add_argument("--evaluation", type=Path, metavar="FILE", help="read the quality from this file instead of measuring it")
     parser.add_argument("--repeats", type=int, default=20, help="of the timing; default: %(default)s")
-    parser.add_argument("--quick", action="store_true", help="a few images: does it run, not what it measures")
+    parser.add_argument("--quick", action="store_true", help="a few images: exercises the code, the numbers mean nothing")
     parser.add_argument("--json", type=result_file, metavar="FILE")
     options = parser.parse_args()
-    try:
-        if options.count < 2 or options.repeats < 1:
-            raise ConfigError("--count takes numbers from 2 on, --repeats from 1")
-        report = run(
-            options.student,
-            options.teacher,
-            steps=[1] if options.quick else parse_numbers("--steps", options.steps),
-            teacher_steps=[2] if options.quick else parse_numbers("--teacher-steps", options.teacher_steps),
-            count=2 if options.quick else options.count,
-            repeats=1 if options.quick else options.repeats,
-            evaluation_file=options.evaluation,
-            report=lambda line: print(line, file=sys.stderr),
-        )
-        print(markdown(report["points"]))
-        if options.json:
-            write_whole(options.json, json.dumps(report, indent=2) + "\n")
-    except (FlashdiffError, OSError) as error:
-        print(f"quality.py: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_command("quality.py", lambda: _measure(options))
+
+
+def _measure(options: argparse.Namespace) -> None:
+    if options.count < 2 or options.repeats < 1:
+        raise ConfigError("--count takes numbers from 2 on, --repeats from 1")
+    results = run(
+        options.student,
+        options.teacher,
+        steps=[1] if options.quick else parse_numbers("--steps", options.steps),
+        teacher_steps=[2] if options.quick else parse_numbers("--teacher-steps", options.teacher_steps),
+        count=2 if options.quick else options.count,
+        repeats=1 if options.quick else options.repeats,
+        evaluation_file=options.evaluation,
+        report=lambda line: print(line, file=sys.stderr),
+    )
+    print(quality_table(results["points"]))
+    write_results(options.json, results, indent=2)
 
 
 if __name__ == "__main__":

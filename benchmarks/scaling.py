@@ -1,16 +1,16 @@
-"""How the cost of a step grows with parameters, image size and batch, and how well a line foretells it.
+"""How the cost of a step grows with parameters, image size and batch, and how well a linear fit predicts it.
 
-    python benchmarks/scaling.py --json scaling.json      # about three minutes on two cores; --quick for the code paths alone
+    python benchmarks/scaling.py --json scaling.json      # about three minutes on two cores; --quick only exercises the code
 
-Networks of the embedded model's kind, of other widths and random weights, through the exporter and the OpenVINO backend that
-bundles use. Every round runs each network at each size and batch once, in turn, so that a noisy machine is noisy for all of them.
+The networks are of the embedded model's kind, with other widths and random weights. Like bundles, they go through the exporter
+and the OpenVINO backend. Every round runs each network at each size and batch in turn, so that all meet the same noise of the
+machine.
 
-The server's admission fits nothing: it has a table of measured costs, one per batch size, and takes the smallest batch size that
-holds the rows. The line, a + b * batch for one network and size, is what such a table looks like: `a` is what a batch saves.
+The server's admission fits nothing: it has a table of measured costs by batch size, and uses the smallest batch size that holds
+the rows. The linear fit, a + b * batch per network and size, describes such a table: `a` is what batching saves.
 """
 
 import argparse
-import json
 import math
 import shutil
 import statistics
@@ -23,20 +23,21 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-if __package__ in (None, ""):  # run as a file: the repository's root is what it imports from
+if __package__ in (None, ""):  # run as a file: imports start from the repository's root
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from benchmarks.rows import environment, result_file, timed_row
+from benchmarks.command import check_repeats, command_parser, result_file, run_command, show, write_results
+from benchmarks.environment import read_environment
+from benchmarks.markdown_table import markdown_table
+from benchmarks.measurements import Measurement, stage_measurement
 from flashdiff.components import Size
 from flashdiff.engines.backends import find_backend
 from flashdiff.engines.bundle import Manifest, PartFile, PartSpec
 from flashdiff.engines.shapes import bucket_shapes, dimensions_of
-from flashdiff.errors import ConfigError, FlashdiffError
-from flashdiff.files import write_whole
 
-_BACKEND = "openvino"
+BACKEND = "openvino"
 _WIDTHS = (32, 64, 128, 256)  # of the first level: 1, 4, 16 and 64 million parameters; 64 is the embedded model's
 _SIZES = (Size(64, 64), Size(128, 128))
 _BATCHES = (1, 2, 4, 8)
@@ -46,13 +47,13 @@ Step = Callable[[], object]
 
 
 def networks(widths: Sequence[int], sizes: Sequence[Size], batches: Sequence[int]) -> Iterator[tuple[int, Size, int, Step]]:
-    """(parameters, size, batch, one denoise step at that bucket) of a random network of every width."""
+    """(parameters, size, batch, one denoise step of that bucket) of a random network of every width."""
     from diffusers import UNet2DConditionModel
 
     from flashdiff.engines.parts import parts_of
     from flashdiff.families import find_base, load_base
 
-    backend = find_backend(_BACKEND)
+    backend = find_backend(BACKEND)
     form = backend.graph
     assert form
     backend.import_modules()
@@ -66,9 +67,9 @@ def networks(widths: Sequence[int], sizes: Sequence[Size], batches: Sequence[int
             part = next(part for part in parts_of(family, model) if part.name == "denoiser")
             form.export(model, part, Path(name), size=sizes[0])
             spec = PartSpec(files=(PartFile(file=form.file),), inputs=part.inputs, outputs=part.outputs)
-            # No bundle is published, so its manifest has only what the backend reads.
-            read: dict[str, Any] = {"precision": "fp32", "parts": {part.name: spec}}
-            compile_part = backend.open_parts(Path(name), Manifest.model_construct(**read))
+            # The manifest is never written, so it has only the fields that the backend reads.
+            fields: dict[str, Any] = {"precision": "fp32", "parts": {part.name: spec}}
+            compile_part = backend.open_parts(Path(name), Manifest.model_construct(**fields))
             for size, batch in product(sizes, batches):
                 dimensions = dimensions_of(model.spec, size, batch)
                 compiled = compile_part(part.name, Path(name, form.file), dimensions)
@@ -81,13 +82,13 @@ def networks(widths: Sequence[int], sizes: Sequence[Size], batches: Sequence[int
 def run(
     widths: Sequence[int], sizes: Sequence[Size], batches: Sequence[int], repeats: int, report: Callable[[str], None]
 ) -> dict[str, Any]:
-    """{"environment": ..., "rows": [...]}: rows as in latency.py, with `parameters` and `size`."""
+    """{"environment": ..., "rows": [...]}: measurements as latency.py's, with `parameters` and `size`."""
     steps: dict[tuple[int, Size, int], Step] = {}
     for parameters, size, batch, step in networks(widths, sizes, batches):
         steps[parameters, size, batch] = step
         if (size, batch) == (sizes[-1], batches[-1]):
             report(f"compiled {_millions(parameters)}")
-    record = environment({})
+    environment = read_environment({})
     samples: dict[tuple[int, Size, int], list[float]] = defaultdict(list)
     for index in range(-_WARM_UP_ROUNDS, repeats):
         for key, step in steps.items():
@@ -96,18 +97,25 @@ def run(
             if index >= 0:
                 samples[key].append(1000 * (time.perf_counter() - started))
         report(f"round {index + 1} of {repeats}")
-    rows = [
-        timed_row(
-            _BACKEND, "fp32", f"unet {_millions(parameters)}", batch, 1, 1, "denoise_step", samples[parameters, size, batch]
+    measurements = [
+        stage_measurement(
+            samples[parameters, size, batch],
+            model=f"unet {_millions(parameters)}",
+            backend=BACKEND,
+            precision="fp32",
+            batch=batch,
+            steps=1,
+            nfe=1,
+            stage="denoise_step",
         )
         | {"parameters": parameters, "size": list(size)}
         for parameters, size, batch in steps
     ]
-    return {"environment": record, "rows": rows}
+    return {"environment": environment, "rows": measurements}
 
 
-def line(batches: Sequence[int], costs_ms: Sequence[float]) -> tuple[float, float, float]:
-    """(a, b, largest relative error) of ms = a + b * batch, fitted to relative errors so that small batches count as much."""
+def fit_line(batches: Sequence[int], costs_ms: Sequence[float]) -> tuple[float, float, float]:
+    """(a, b, largest relative error) of ms = a + b * batch, fitted to relative errors, so that small batches count as much."""
     known = np.array(costs_ms)
     terms = np.stack([np.ones(len(batches)), np.array(batches, dtype=float)], axis=1)
     (a, b), *_ = np.linalg.lstsq(terms / known[:, None], np.ones(len(batches)), rcond=None)
@@ -115,51 +123,58 @@ def line(batches: Sequence[int], costs_ms: Sequence[float]) -> tuple[float, floa
 
 
 def table_error(samples_ms: Sequence[float]) -> float:
-    """How far off a measured cost is as a forecast: the median of every other sample against that of the rest."""
+    """The relative error of a measured cost as a prediction: the median of every other sample against that of the rest."""
     return abs(statistics.median(samples_ms[::2]) / statistics.median(samples_ms[1::2] or samples_ms) - 1)
 
 
-def fits(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of every network and size: the line over batches, its error and the table's, each the worst of its batches."""
-    cells: dict[tuple[int, tuple[int, int]], list[dict[str, Any]]] = defaultdict(list)
-    for row in rows:
-        cells[row["parameters"], tuple(row["size"])].append(row)
-    found = []
+def fit_all(measurements: Sequence[Measurement]) -> list[dict[str, Any]]:
+    """For every network and size: the linear fit over batches, and the largest errors of the fit and of the table."""
+    cells: dict[tuple[int, tuple[int, int]], list[Measurement]] = defaultdict(list)
+    for one in measurements:
+        cells[one["parameters"], tuple(one["size"])].append(one)
+    fits = []
     for (parameters, size), cell in cells.items():
-        a, b, error = line([row["batch"] for row in cell], [row["median_ms"] for row in cell])
-        table = max(table_error(row["samples_ms"]) for row in cell)
-        found.append({"parameters": parameters, "size": size, "a_ms": a, "b_ms": b, "error": error, "table_error": table})
-    return found
+        a, b, error = fit_line([one["batch"] for one in cell], [one["median_ms"] for one in cell])
+        worst = max(table_error(one["samples_ms"]) for one in cell)
+        fits.append({"parameters": parameters, "size": size, "a_ms": a, "b_ms": b, "error": error, "table_error": worst})
+    return fits
 
 
-def exponent(rows: Sequence[dict[str, Any]], size: Sequence[int], batch: int) -> float | None:
-    """The power of the number of parameters with which a step's cost grows; None of one network."""
-    known = [(r["parameters"], r["median_ms"]) for r in rows if (list(r["size"]), r["batch"]) == (list(size), batch)]
+def exponent(measurements: Sequence[Measurement], size: Sequence[int], batch: int) -> float | None:
+    """The power of the number of parameters with which a step's cost grows; None for a single network."""
+    known = [
+        (one["parameters"], one["median_ms"]) for one in measurements if (list(one["size"]), one["batch"]) == (list(size), batch)
+    ]
     if len(known) < 2:
         return None
     return float(np.polyfit([math.log(parameters) for parameters, _ in known], [math.log(ms) for _, ms in known], 1)[0])
 
 
-def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """What the rows say, and a line per network and size: measured milliseconds by batch, the fit, and both errors."""
-    batches = sorted({row["batch"] for row in rows})
-    lines = []
-    for size, batch in product(sorted({tuple(row["size"]) for row in rows}), (batches[0], batches[-1])):
-        power = exponent(rows, size, batch)
+def scaling_table(measurements: Sequence[Measurement]) -> str:
+    """The growth with parameters, and a line per network and size: milliseconds by batch, the linear fit, and both errors."""
+    batches = sorted({one["batch"] for one in measurements})
+    growth = []
+    for size, batch in product(sorted({tuple(one["size"]) for one in measurements}), (batches[0], batches[-1])):
+        power = exponent(measurements, size, batch)
         if power is not None:
-            lines.append(f"- at {Size(*size)}, batch {batch}, a step's cost grows as parameters to the power of {power:.2f}")
+            growth.append(f"- at {Size(*size)}, batch {batch}, a step's cost grows as parameters to the power of {power:.2f}")
+    lines = []
+    for fit in fit_all(measurements):
+        key = (fit["parameters"], fit["size"])
+        medians = {one["batch"]: one["median_ms"] for one in measurements if (one["parameters"], tuple(one["size"])) == key}
+        lines.append(
+            [
+                _millions(fit["parameters"]),
+                Size(*fit["size"]),
+                *(f"{medians[batch]:.2f}" for batch in batches),
+                f"{fit['a_ms']:.2f} + {fit['b_ms']:.2f} * batch",
+                f"{fit['error']:.0%}",
+                f"{fit['table_error']:.0%}",
+            ]
+        )
     titles = ("parameters", "size", *(f"batch {batch}, ms" for batch in batches))
-    lines += [
-        "",
-        f"| {' | '.join(titles)} | a + b * batch | the line is off by | the table by |",
-        "|---" * (len(titles) + 3) + "|",
-    ]
-    for fit in fits(rows):
-        of = {r["batch"]: r["median_ms"] for r in rows if (r["parameters"], tuple(r["size"])) == (fit["parameters"], fit["size"])}
-        cells = (_millions(fit["parameters"]), str(Size(*fit["size"])), *(f"{of[batch]:.2f}" for batch in batches))
-        model = f"{fit['a_ms']:.2f} + {fit['b_ms']:.2f} * batch"
-        lines.append(f"| {' | '.join(cells)} | {model} | {fit['error']:.0%} | {fit['table_error']:.0%} |")
-    return "\n".join(lines)
+    table = markdown_table((*titles, "a + b * batch", "the line is off by", "the table by"), lines)
+    return "\n".join([*growth, "", table])
 
 
 def _millions(parameters: int) -> str:
@@ -167,24 +182,22 @@ def _millions(parameters: int) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--repeats", type=int, default=6, help="rounds that count; default: %(default)s")
-    parser.add_argument("--quick", action="store_true", help="one small network and round: does it run, not what it measures")
-    parser.add_argument("--json", type=result_file, metavar="FILE", help="write environment, rows and every sample")
+    parser.add_argument(
+        "--quick", action="store_true", help="one small network and round: exercises the code, the numbers mean nothing"
+    )
+    parser.add_argument("--json", type=result_file, metavar="FILE", help="write environment, measurements and every sample")
     options = parser.parse_args()
-    try:
-        if options.repeats < 1:
-            raise ConfigError(f"--repeats {options.repeats}: give a number from 1 on")
-        widths, sizes, batches = (_WIDTHS[:1], _SIZES[:1], _BATCHES[:2]) if options.quick else (_WIDTHS, _SIZES, _BATCHES)
-        repeats = 1 if options.quick else options.repeats
-        report = run(widths, sizes, batches, repeats, lambda line: print(line, flush=True))
-        print(markdown(report["rows"]))
-        if options.json:
-            write_whole(options.json, json.dumps(report) + "\n")
-    except (FlashdiffError, OSError) as error:
-        print(f"scaling.py: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_command("scaling.py", lambda: _measure(options))
+
+
+def _measure(options: argparse.Namespace) -> None:
+    check_repeats(options.repeats)
+    widths, sizes, batches = (_WIDTHS[:1], _SIZES[:1], _BATCHES[:2]) if options.quick else (_WIDTHS, _SIZES, _BATCHES)
+    results = run(widths, sizes, batches, 1 if options.quick else options.repeats, show)
+    print(scaling_table(results["rows"]))
+    write_results(options.json, results)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from benchmarks import latency
+from benchmarks.timing.speedup import speedup_table
 from flashdiff.engines.bundle import read_manifest
 from flashdiff.engines.runtime.engine import open_bundle
 from flashdiff.generate import generate
@@ -70,7 +71,7 @@ def main() -> None:
     say("5/5 Latency, one image at a time: student at 1, 2, 4 steps against the teacher at 50, interleaved")
     report = latency.run([(STUDENT, TEACHER)], batches=[1], repeats=20, report=print)
     (OUT / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    table = latency.markdown(report["rows"])
+    table = speedup_table(report["rows"])
     (OUT / "report.md").write_text(markdown(report, table))
     print(f"\n{table}\n")
     say(f"Done in {time.monotonic() - started:.0f} s: see {OUT}/images.png, {OUT}/report.md and {OUT}/report.json")

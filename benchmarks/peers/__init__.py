@@ -1,1 +1,1 @@
-"""Other servers of the same bundle, to compare with."""
+"""Peers: other servers of the same bundle, compared with flashdiff."""

@@ -5,20 +5,20 @@ from typing import Any
 import litserve
 from fastapi import Response
 
-from benchmarks.peers.pipeline import Pipeline, Place, parse_place
+from benchmarks.peers.pipeline import PeerOptions, Pipeline, parse_peer_options
 from flashdiff.engines.bundle import read_manifest
 
 
 class ImageAPI(litserve.LitAPI):  # type: ignore[misc]
-    """`setup` runs in the process that infers."""
+    """LitServe calls `setup` in the process that runs the model."""
 
-    def __init__(self, place: Place) -> None:
-        # A batch is what is waiting when the last one ends: no timeout to tune.
-        super().__init__(max_batch_size=read_manifest(place.bundle).batch_sizes[-1], batch_timeout=0.0)
-        self._place = place
+    def __init__(self, options: PeerOptions) -> None:
+        # A batch is whatever waits when the previous one ends, so there is no timeout to tune.
+        super().__init__(max_batch_size=read_manifest(options.bundle).batch_sizes[-1], batch_timeout=0.0)
+        self._options = options
 
     def setup(self, device: str) -> None:
-        self._pipeline = Pipeline(self._place)
+        self._pipeline = Pipeline(self._options)
 
     def decode_request(self, request: dict[str, Any]) -> tuple[str, int, int]:
         return request["prompt"], request["steps"], request["seed"]
@@ -37,6 +37,6 @@ class ImageAPI(litserve.LitAPI):  # type: ignore[misc]
 
 
 if __name__ == "__main__":
-    place = parse_place()
-    server = litserve.LitServer(ImageAPI(place), accelerator="cpu", devices=1, fast_queue=True)
-    server.run(host="127.0.0.1", port=place.port, log_level="warning", generate_client_file=False)
+    options = parse_peer_options()
+    server = litserve.LitServer(ImageAPI(options), accelerator="cpu", devices=1, fast_queue=True)
+    server.run(host="127.0.0.1", port=options.port, log_level="warning", generate_client_file=False)

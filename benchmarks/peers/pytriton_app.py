@@ -1,4 +1,4 @@
-"""The bundle behind Triton through pytriton: Triton's own dynamic batcher, PNG over gRPC."""
+"""The bundle behind Triton, through pytriton: Triton's own dynamic batches of requests, PNG over gRPC."""
 
 import os
 
@@ -7,13 +7,13 @@ from pytriton.decorators import batch
 from pytriton.model_config import DynamicBatcher, ModelConfig, Tensor
 from pytriton.triton import Triton, TritonConfig
 
-from benchmarks.peers.pipeline import Pipeline, parse_place
+from benchmarks.peers.pipeline import Pipeline, parse_peer_options
 
 
 def main() -> None:
-    place, others = parse_place(), os.sched_getaffinity(0)
-    pipeline = Pipeline(place)
-    os.sched_setaffinity(0, others)  # Triton's own process starts from here
+    options, others = parse_peer_options(), os.sched_getaffinity(0)
+    pipeline = Pipeline(options)
+    os.sched_setaffinity(0, others)  # Triton's own process inherits these
 
     @batch  # type: ignore[untyped-decorator]
     def infer(PROMPT: np.ndarray, STEPS: np.ndarray, SEED: np.ndarray) -> dict[str, np.ndarray]:  # noqa: N803 - Triton's names
@@ -22,9 +22,9 @@ def main() -> None:
 
     config = TritonConfig(
         grpc_address="127.0.0.1",
-        grpc_port=place.port,
+        grpc_port=options.port,
         http_address="127.0.0.1",
-        http_port=place.port + 1,
+        http_port=options.port + 1,
         allow_metrics=False,
     )
     with Triton(config=config) as triton:

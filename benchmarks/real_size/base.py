@@ -1,137 +1,34 @@
-"""Models of real size with random weights, from the public configurations, and what a command takes on them."""
+"""The diffusers directories of models of real size, with random weights."""
 
 import json
 import math
-import multiprocessing
-import os
-import subprocess
-import sys
-import time
 import zlib
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flashdiff.errors import FlashdiffError
+from benchmarks.new_process import call_in_new_process
+from benchmarks.real_size.networks import NETWORKS, PIPELINES
 from flashdiff.files import write_whole
 
-GIB = 2**30
-_PERIOD = 1_000_003  # of the random values: a prime, so that no two rows of a weight are alike
+_PERIOD = 1_000_003  # of the random values: a prime, so that no two rows of a weight are equal
 
 
 def make_base(name: str, folder: Path) -> dict[str, int]:
-    """Write the diffusers directory of a model of `NETWORKS`; the number of values by part.
+    """Write the directory of a model of `NETWORKS`; the number of parameters by part.
 
-    In a process that ends: the kernel counts what a parent has at the fork into its child's peak.
+    SD1.5 is complete, in float32. Of the others, in float16, only the network is of real size, and everything else as small as
+    its shapes allow. Another process writes the directory: a command's peak, as the kernel counts it, includes what its parent
+    held at the fork.
     """
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(write_base, name, folder, is_whole=name == "sd15").result()
-
-
-def run_measured(folder: Path, *arguments: str) -> tuple[float, float, str]:
-    """Peak GiB of main memory (the kernel's count), seconds and output of a `flashdiff` command, with a cache of its own in
-    `folder`; FlashdiffError when it fails."""
-    started = time.monotonic()
-    with open(folder / "told.txt", "w+") as told:
-        process = subprocess.Popen(
-            [sys.executable, "-u", "-m", "flashdiff", *arguments],
-            env={**os.environ, "XDG_CACHE_HOME": str(folder / "cache")},
-            stdout=told,
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        told.seek(0)
-        output = told.read()
-    if process.returncode:
-        raise FlashdiffError(f"flashdiff {' '.join(arguments)} ended with status {process.returncode}")
-    return usage.ru_maxrss * 1024 / GIB, time.monotonic() - started, output
-
-
-def tell(measure: Callable[[], dict[str, Any]], json_file: Path) -> int:
-    """Write what was measured and print its rows; the command's exit status, 1 when it failed."""
-    try:
-        found = measure()
-    except FlashdiffError as error:
-        print(f"{Path(sys.argv[0]).stem}: error: {error}", file=sys.stderr)
-        return 1
-    write_whole(json_file, json.dumps(found, indent=2) + "\n")
-    print(json.dumps(found["rows"], indent=2))
-    return 0
-
-
-def _unet_sd15() -> Any:
-    from diffusers import UNet2DConditionModel
-
-    return UNet2DConditionModel(sample_size=64, cross_attention_dim=768)  # the rest are diffusers' defaults
-
-
-def _unet_sdxl() -> Any:
-    from diffusers import UNet2DConditionModel
-
-    return UNet2DConditionModel(
-        sample_size=128,
-        block_out_channels=(320, 640, 1280),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=(5, 10, 20),
-        transformer_layers_per_block=(1, 2, 10),
-        cross_attention_dim=2048,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=2816,
-    )
-
-
-def _transformer_pixart() -> Any:
-    from diffusers import PixArtTransformer2DModel
-
-    return PixArtTransformer2DModel(sample_size=64, caption_channels=4096)  # PixArt-XL-2-512x512
-
-
-def _transformer_sd3() -> Any:
-    from diffusers import SD3Transformer2DModel
-
-    return SD3Transformer2DModel(
-        sample_size=128,
-        num_layers=24,
-        num_attention_heads=24,
-        caption_projection_dim=1536,
-        joint_attention_dim=4096,
-        pooled_projection_dim=2048,
-        pos_embed_max_size=192,
-    )
-
-
-NETWORKS: dict[str, tuple[str, Callable[[], Any]]] = {
-    "sd15": ("unet", _unet_sd15),
-    "sdxl": ("unet", _unet_sdxl),
-    "pixart": ("transformer", _transformer_pixart),
-    "sd3": ("transformer", _transformer_sd3),
-}
-"""Folder and network of each. SD1.5 is whole, in float32; of the others the network is the public one, in float16, and what
-stands around it as small as its shapes allow."""
-
-_PIPELINES = {
-    "sd15": "StableDiffusionPipeline",
-    "sdxl": "StableDiffusionXLPipeline",
-    "pixart": "PixArtAlphaPipeline",
-    "sd3": "StableDiffusion3Pipeline",
-}
-
-
-def network_parameters(name: str) -> int:
-    """Of the public network, from its shapes alone."""
-    import torch
-
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in NETWORKS[name][1]().parameters())
+    return call_in_new_process(write_base, name, folder, is_whole=name == "sd15")
 
 
 def write_base(name: str, folder: Path, *, is_whole: bool, weights: bool = True) -> dict[str, int]:
-    """`make_base`, in this process; whole means autoencoder and CLIP encoders of real size too, T5 never. Without weights it has
-    configurations and vocabularies alone."""
+    """`make_base`, in this process. `is_whole` gives autoencoder and CLIP encoders their real size too; T5 is always small.
+
+    Without weights, the directory has only configurations and vocabularies.
+    """
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
@@ -168,12 +65,12 @@ def write_base(name: str, folder: Path, *, is_whole: bool, weights: bool = True)
     )
     scheduler.save_pretrained(folder / "scheduler")
     classes["scheduler"] = ("diffusers", type(scheduler).__name__)
-    write_whole(folder / "model_index.json", json.dumps({"_class_name": _PIPELINES[name], **classes}))
+    write_whole(folder / "model_index.json", json.dumps({"_class_name": PIPELINES[name], **classes}))
     return counts
 
 
 def _text_encoders(name: str, is_whole: bool) -> dict[str, Any]:
-    """By folder: CLIP's two, of real width, and T5's."""
+    """The encoders by folder: up to two of CLIP, of real width, and a T5."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
     def clip(width: int, layers: int) -> Any:
@@ -203,7 +100,7 @@ def _text_encoders(name: str, is_whole: bool) -> dict[str, Any]:
 
 
 def _write_weights(model: Any, file: Path, dtype: Any) -> int:
-    """Random ones that keep the scale of what goes through: variance 1 over the inputs of a value, norms of 1, biases of 0."""
+    """Write random weights that keep the scale of activations (variance 1 / inputs, norms 1, biases 0); their number."""
     import torch
     from safetensors.torch import save_file
 
@@ -212,7 +109,7 @@ def _write_weights(model: Any, file: Path, dtype: Any) -> int:
     def weight(name: str, shape: Sequence[int]) -> Any:
         if len(shape) < 2:
             return torch.zeros(shape, dtype=dtype) if name.endswith("bias") else torch.ones(shape, dtype=dtype)
-        # Each begins elsewhere: OpenVINO keeps weights that are alike once.
+        # Each starts at another value: OpenVINO stores equal weights once.
         scaled = (values.roll(zlib.crc32(name.encode())) / math.sqrt(math.prod(shape[1:]))).to(dtype)
         count = math.prod(shape)
         return scaled.repeat(-(-count // _PERIOD))[:count].clone().reshape(tuple(shape))
@@ -225,7 +122,7 @@ def _write_weights(model: Any, file: Path, dtype: Any) -> int:
 def _clip_words() -> list[str]:
     from tokenizers import pre_tokenizers
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # a text is 77 tokens whatever the vocabulary
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # the vocabulary does not matter: a text is always 77 tokens
     return [*alphabet, *(symbol + "</w>" for symbol in alphabet), "<|startoftext|>", "<|endoftext|>"]
 
 

@@ -1,0 +1,117 @@
+"""A flashdiff server in a process of its own, on chosen cores, with the batching to be measured."""
+
+import asyncio
+import multiprocessing
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from benchmarks.traffic.cores import on_cores
+from benchmarks.traffic.request_level import RequestLevelWorker
+from flashdiff.errors import FlashdiffError
+from flashdiff.server.jobs import Job
+from flashdiff.server.worker import Worker
+
+Batching = Literal["step", "request", "in turn"]
+"""Step-level is the server's own, request-level that of most servers. `in turn` is step-level without parallel decoding."""
+
+
+class Counts(NamedTuple):
+    """What a server's worker has counted since it started."""
+
+    accepted: int
+    """Requests."""
+    answered: int
+    """Accepted requests that got their answer, whether or not the client was still there."""
+    texts_mb: float
+    """The cache of text embeddings."""
+
+
+@dataclass(frozen=True)
+class ServerProcess:
+    """A running server, and the pipe to its process."""
+
+    address: str
+    process_id: int
+    _pipe: Any
+
+    def counts(self) -> Counts:
+        """The server's counts; FlashdiffError if it does not answer."""
+        try:
+            self._pipe.send(None)
+            if not self._pipe.poll(10):
+                raise FlashdiffError("the server did not report its counts within 10 s")
+            return Counts(*self._pipe.recv())
+        except (EOFError, BrokenPipeError):
+            raise FlashdiffError("the server has ended") from None
+
+    def memory_mb(self) -> float:
+        """Resident memory of the process."""
+        return int(Path(f"/proc/{self.process_id}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+@contextmanager
+def start_server(bundle: Path, batching: Batching = "step", engine_cores: set[int] | None = None) -> Iterator[ServerProcess]:
+    """A server of the bundle that is ready, its engine on `engine_cores` (None: on any)."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(bundle, batching, engine_cores, theirs), daemon=True)
+    process.start()
+    theirs.close()  # so that the pipe ends with the process
+    try:
+        if not ours.poll(120) or process.pid is None:
+            raise FlashdiffError("the server did not start within two minutes")
+        try:
+            port = ours.recv()
+        except EOFError:
+            raise FlashdiffError(f"the server of {bundle} ended before it was ready; its output is above") from None
+        yield ServerProcess(f"127.0.0.1:{port}", process.pid, ours)
+    finally:
+        process.terminate()
+        process.join(30)
+
+
+def _serve(bundle: Path, batching: Batching, engine_cores: set[int] | None, pipe: Any) -> None:
+    """The process: serve until it is terminated, and answer every message on the pipe with the counts."""
+    from flashdiff.server.app import Listen, freeze_loaded, start
+    from flashdiff.server.models import Models
+    from flashdiff.server.opening import open_model
+
+    cores = engine_cores or os.sched_getaffinity(0)
+    base = RequestLevelWorker if batching == "request" else Worker
+    accepted = answered = 0
+    counting = threading.Lock()  # answers come from two threads
+
+    class PinnedWorker(base):  # type: ignore[valid-type,misc]
+        def _run(self) -> None:
+            with on_cores(cores):
+                super()._run()
+
+        def submit(self, *arguments: Any, **options: Any) -> Job:
+            nonlocal accepted
+            job: Job = super().submit(*arguments, **options)
+            accepted += 1
+            job.answer.add_done_callback(count_answer)
+            return job
+
+    def count_answer(_: object) -> None:
+        nonlocal answered
+        with counting:
+            answered += 1
+
+    async def run() -> None:
+        with on_cores(cores):  # where the engine's own threads start
+            model = open_model(bundle)
+            model.components.parallel_decode &= batching != "in turn"
+        freeze_loaded()
+        running = await start(Models({"student": model}), Listen(port=0), worker=PinnedWorker)
+        pipe.send(running.port)
+        while True:
+            await asyncio.to_thread(pipe.recv)
+            pipe.send((accepted, answered, model.embeddings.bytes / 1e6))
+
+    asyncio.run(run())

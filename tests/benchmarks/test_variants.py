@@ -1,0 +1,30 @@
+"""The ablation's variants."""
+
+import pytest
+
+from benchmarks.variants import VARIANTS, make_variant
+from flashdiff.config import load_recipe
+from flashdiff.distill.config import Recipe, bundled_recipe
+from flashdiff.distill.plan import cost
+
+
+@pytest.mark.parametrize("name", list(VARIANTS))
+def test_every_variant_costs_the_same_budget(name: str) -> None:
+    recipe = load_recipe(bundled_recipe("avatars.toml"), Recipe)
+    budget = cost(make_variant(recipe, "distillation", 0, 1.0))
+    changed = make_variant(recipe, name, 7, 1.0)
+    assert cost(changed) == pytest.approx(budget, rel=0.01)
+    assert changed.seed == 7
+    assert cost(make_variant(recipe, name, 7, 0.5)) == pytest.approx(budget / 2, rel=0.02)
+
+
+def test_variants_differ_in_what_their_names_say() -> None:
+    recipe = load_recipe(bundled_recipe("avatars.toml"), Recipe)
+    made = {name: make_variant(recipe, name, 0, 1.0) for name in VARIANTS}
+    assert len({one.content_hash for one in made.values()}) == len(VARIANTS)
+    assert made["distillation"].updates == recipe.updates < made["ours"].updates
+    assert [phase.adversarial for phase in made["paper"].phases] == [0.0, 0.1, 0.3]
+    assert [phase.distribution_matching for phase in made["paper"].phases] == [0.0, 0.3, 0.7]
+    assert not any(phase.distribution_matching + phase.backward_simulation for phase in made["distillation"].phases)
+    assert made["ours"].warmup_updates / made["ours"].updates == pytest.approx(recipe.warmup_updates / recipe.updates, rel=0.01)
+    assert made["lcm"].grid.inference_times(4) == recipe.grid.inference_times(4)
