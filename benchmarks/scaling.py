@@ -34,7 +34,7 @@ from benchmarks.markdown_table import markdown_table
 from benchmarks.measurements import Measurement, stage_measurement
 from flashdiff.components import Size
 from flashdiff.engines.backends import find_backend
-from flashdiff.engines.bundle import Manifest, PartFile, PartSpec
+from flashdiff.engines.bundle import Manifest, PartFile, PartRecord
 from flashdiff.engines.shapes import bucket_shapes, dimensions_of
 
 BACKEND = "openvino"
@@ -66,7 +66,7 @@ def networks(widths: Sequence[int], sizes: Sequence[Size], batches: Sequence[int
             family, model = load_base(str(base))
             part = next(part for part in parts_of(family, model) if part.name == "denoiser")
             form.export(model, part, Path(name), size=sizes[0])
-            spec = PartSpec(files=(PartFile(file=form.file),), inputs=part.inputs, outputs=part.outputs)
+            spec = PartRecord(files=(PartFile(file=form.file),), inputs=part.inputs, outputs=part.outputs)
             # The manifest is never written, so it has only the fields that the backend reads.
             fields: dict[str, Any] = {"precision": "fp32", "parts": {part.name: spec}}
             compile_part = backend.open_parts(Path(name), Manifest.model_construct(**fields))

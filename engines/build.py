@@ -13,7 +13,7 @@ from flashdiff.engines.bundle import (
     LatentCodec,
     Manifest,
     PartFile,
-    PartSpec,
+    PartRecord,
     tokenizer_file,
     write_manifest,
 )
@@ -111,7 +111,7 @@ def _export(
     return tuple(files)
 
 
-def _compile(plan: BuildPlan, manifest: Manifest, folder: Path, watch: "_Stopwatch") -> dict[str, PartSpec]:
+def _compile(plan: BuildPlan, manifest: Manifest, folder: Path, watch: "_Stopwatch") -> dict[str, PartRecord]:
     """The exported parts as the backend's own files, where it does not read the graph itself."""
     parts = {}
     for name, part in manifest.parts.items():
@@ -149,7 +149,7 @@ def _manifest(plan: BuildPlan, model: TorchModel, parts: list[Part], files: dict
             scale=vae.config.scaling_factor,
             shift=shift_of(vae),
         ),
-        parts={part.name: PartSpec(files=files[part.name], inputs=part.inputs, outputs=part.outputs) for part in parts},
+        parts={part.name: PartRecord(files=files[part.name], inputs=part.inputs, outputs=part.outputs) for part in parts},
         rows_are_exact=False,
         max_error={},
         max_error_allowed={},

@@ -17,7 +17,6 @@ from flashdiff.text import TokenizerSpec
 
 SCHEMA_VERSION = 5
 MANIFEST = "manifest.json"
-PARTS = ("text_encoder", "encoder", "denoiser", "decoder")
 
 Precision = Literal["fp32", "fp16", "bf16"]
 
@@ -65,7 +64,7 @@ class PartFile(Record):
     """None: any batch."""
 
 
-class PartSpec(Record):
+class PartRecord(Record):
     """One compiled part: its files, and its tensors in order."""
 
     files: tuple[PartFile, ...] = Field(min_length=1)
@@ -154,7 +153,7 @@ class Manifest(BuildInputs):
     schema_version: int
     flashdiff_version: str
     latent_codec: LatentCodec
-    parts: dict[str, PartSpec]
+    parts: dict[str, PartRecord]
     rows_are_exact: bool
     """Whether a row has the same values, bit for bit, in every batch size, place and company."""
     max_error: dict[str, float]
@@ -203,7 +202,7 @@ def read_manifest(bundle: Path) -> Manifest:
         raise BundleError(f"{bundle}/{MANIFEST} is damaged at '{where}'; {rebuild}") from None
     if manifest.sealed() != manifest:
         raise BundleError(f"{bundle}/{MANIFEST} has changed since it was built; {rebuild}")
-    if set(manifest.parts) != set(PARTS):
+    if set(manifest.parts) != {part.name for part in manifest.model.parts}:
         raise BundleError(f"{bundle}/{MANIFEST} is damaged at 'parts'; {rebuild}")
     _check_files(bundle, manifest, rebuild)
     return manifest

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from flashdiff.engines.backends import find_backend
-from flashdiff.engines.bundle import PARTS, Manifest
+from flashdiff.engines.bundle import Manifest
 from flashdiff.errors import BundleError
 
 
@@ -31,7 +31,7 @@ def describe(bundle: Path, manifest: Manifest) -> Iterator[str]:
     yield f"rows         {exact}"
     for name, error in manifest.max_error.items():
         yield f"off torch    {name:12} {error:.1e} (allowed {manifest.max_error_allowed[name]:.0e})"
-    for part in PARTS:
+    for part in manifest.parts:
         for size in model.sizes if manifest.parts[part].is_spatial else (None,):
             costs = [f"{c.batch}: {c.ms:.1f}" for c in manifest.step_costs if c.part == part and c.size == size]
             yield f"ms by batch  {part:12} {str(size) + '  ' if size else ''}{', '.join(costs)}"

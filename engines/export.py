@@ -54,7 +54,7 @@ def trace(model: TorchModel, part: Part, size: Size, precision: Precision) -> to
         {axis: torch.export.Dim.AUTO for axis, name in enumerate(tensor.shape) if name in is_open} for tensor in part.inputs
     )
     module = part.module if precision == "fp32" else AtPrecision(part, precision)
-    times = model.spec.sampler.known_times if part.name == "denoiser" else []
+    times = model.spec.sampler.known_times if "times" in {tensor.name for tensor in part.inputs} else []
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns about its own code
         shapes = dynamic if precision == "fp32" else (dynamic,)  # what AtPrecision takes is one list of inputs

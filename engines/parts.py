@@ -1,14 +1,17 @@
 """The parts of a bundle as torch modules with flat, named tensors: what is exported, what torch runs, what is compared."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from flashdiff.components import Size
 from flashdiff.engines.bundle import Precision, TensorSpec, is_spatial
+from flashdiff.engines.shapes import dimensions_of
 from flashdiff.families.base import ModelFamily, TorchModel
+from flashdiff.parts import PartSpec, Phase
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -33,32 +36,46 @@ class Part:
 
 
 def parts_of(family: ModelFamily, model: TorchModel) -> list[Part]:
-    """The parts of a bundle, in the order of `bundle.PARTS`."""
+    """The parts of a model, in the order of its spec, with the shapes of their tensors."""
     spec = model.spec
-    states = [
-        TensorSpec(name=name, dtype="float32", shape=("batch", *values.shape[1:]))
-        for name, values in model.encode_ids(model.tokenizer([""])).items()
-    ]
-    latents = TensorSpec(name="latents", dtype="float32", shape=("batch", spec.latent_channels, "height", "width"))
-    images = TensorSpec(name="images", dtype="float32", shape=("batch", 3, "image_height", "image_width"))
-    return [
-        Part(
-            "text_encoder",
-            model.text_encoder,
-            tuple(TensorSpec(name=t.name, dtype="int64", shape=("batch", t.length)) for t in spec.tokenizers),
-            tuple(states),
-        ),
-        Part("encoder", model.encoder, (images,), (latents,)),
-        Part(
-            "denoiser",
-            model.denoiser,
-            (latents, TensorSpec(name="times", dtype="int64", shape=("batch",)), *states),
-            (TensorSpec(name="output", dtype="float32", shape=latents.shape),),
-            float32_inputs=family.float32_inputs,
-            fixed_size=family.fixed_size,
-        ),
-        Part("decoder", model.decoder, (latents,), (images,)),
-    ]
+    latents = ("batch", spec.latent_channels, "height", "width")
+    shapes: dict[str, tuple[int | str, ...]] = {
+        "latents": latents,
+        "times": ("batch",),
+        "output": latents,
+        "images": ("batch", 3, "image_height", "image_width"),
+        **{tokenizer.name: ("batch", tokenizer.length) for tokenizer in spec.tokenizers},
+        **{c.name: ("batch", c.channels, "height", "width") for c in spec.conditions if c.channels},
+    }
+    whole = {"times", *(tokenizer.name for tokenizer in spec.tokenizers)}
+
+    def tensors(names: Iterable[str]) -> tuple[TensorSpec, ...]:
+        return tuple(TensorSpec(name=n, dtype="int64" if n in whole else "float32", shape=shapes[n]) for n in names)
+
+    parts = []
+    for part in spec.parts:
+        module, inputs = model.module(part.name), tensors(part.inputs)
+        if not set(part.outputs) <= shapes.keys():
+            shapes |= _output_shapes(model, part, inputs)
+        is_denoiser = part == spec.parts_in(Phase.STEP)[-1]
+        parts.append(
+            Part(
+                part.name,
+                module,
+                inputs,
+                tensors(part.outputs),
+                float32_inputs=family.float32_inputs if is_denoiser else (),
+                fixed_size=family.fixed_size and is_denoiser,
+            )
+        )
+    return parts
+
+
+def _output_shapes(model: TorchModel, part: PartSpec, inputs: Sequence[TensorSpec]) -> dict[str, tuple[int | str, ...]]:
+    """What a part gives for zeros, by name, with a dynamic batch: for outputs whose shapes do not depend on the image's size."""
+    dimensions = dimensions_of(model.spec, model.spec.sizes[0], 1)
+    zeros = {tensor.name: np.zeros(tensor.shape_for(dimensions), dtype=tensor.dtype) for tensor in inputs}
+    return {name: ("batch", *values.shape[1:]) for name, values in model.call(part.name, zeros).items()}
 
 
 class AtPrecision(nn.Module):
@@ -82,23 +99,28 @@ class AtPrecision(nn.Module):
 
 def random_inputs(model: TorchModel, part: Part, batch: int, size: Size, generator: torch.Generator) -> tuple[Tensor, ...]:
     """Inputs of the kinds a part is really given, every row another: token ids that end in padding, uniform pixels, normal
-    latents, the conditioning of such ids, and times from the clean end to the noisiest, a few-step student's own if it is one."""
-    ids = {}
-    for tokenizer in model.spec.tokenizers:
+    latents, conditions that the parts make of such inputs, and times from the clean end to the noisiest, a few-step student's
+    own if it is one."""
+    spec = model.spec
+    known: dict[str, Tensor] = {}
+    for tokenizer in spec.tokenizers:
         rows = torch.randint(3, 200, (batch, tokenizer.length), generator=generator)
         ends = torch.randint(2, tokenizer.length + 1, (batch, 1), generator=generator)
-        ids[tokenizer.name] = torch.where(torch.arange(tokenizer.length) < ends, rows, tokenizer.pad_id)
-    if part.name == "text_encoder":
-        return tuple(ids.values())
-    times = model.spec.sampler.known_times or range(model.spec.sampler.schedule.num_train_timesteps)
-    known: dict[str, Tensor] = {
-        "latents": torch.randn(batch, *model.spec.latent_shape(size), generator=generator),
-        "times": torch.tensor(times)[torch.linspace(0, len(times) - 1, batch).round().long()],
-    }
-    if part.name == "encoder":
-        known["images"] = 2 * torch.rand(batch, 3, size.height, size.width, generator=generator) - 1
-    if part.name == "denoiser":
-        known |= model.encode_ids({name: values.numpy() for name, values in ids.items()})
+        known[tokenizer.name] = torch.where(torch.arange(tokenizer.length) < ends, rows, tokenizer.pad_id)
+    times = spec.sampler.known_times or range(spec.sampler.schedule.num_train_timesteps)
+    known["latents"] = torch.randn(batch, *spec.latent_shape(size), generator=generator)
+    known["times"] = torch.tensor(times)[torch.linspace(0, len(times) - 1, batch).round().long()]
+    known["images"] = 2 * torch.rand(batch, 3, size.height, size.width, generator=generator) - 1
+    for condition in spec.conditions:
+        if condition.name not in {tensor.name for tensor in part.inputs} or condition.name in known:
+            continue
+        if condition.part is None:
+            known[condition.name] = torch.rand(
+                batch, condition.channels, *known["latents"].shape[2:], generator=generator
+            ).round()
+        else:
+            made = model.call(condition.part, {n: known[n].numpy() for n in spec.part(condition.part).inputs})
+            known |= {name: torch.from_numpy(values).to(model.device) for name, values in made.items()}
     return tuple(known[tensor.name] for tensor in part.inputs)
 
 

@@ -12,7 +12,7 @@ import flashdiff
 from flashdiff.components import ModelSpec
 from flashdiff.engines.backends import find_backend
 from flashdiff.engines.backends.base import EXPORTERS, Backend, Export, GraphForm
-from flashdiff.engines.bundle import MANIFEST, PARTS, BuildInputs, LoraRecord, Manifest, read_manifest
+from flashdiff.engines.bundle import MANIFEST, BuildInputs, LoraRecord, Manifest, read_manifest
 from flashdiff.engines.cache import is_cached, key_of
 from flashdiff.engines.config import BuildOptions
 from flashdiff.errors import BundleError
@@ -21,6 +21,7 @@ from flashdiff.families.base import ModelFamily, base_hash
 from flashdiff.families.loading import read_config
 from flashdiff.files import cache_folder, hash_files
 from flashdiff.lora import check_base, find_lora, fused_spec, lora_hash
+from flashdiff.parts import Phase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +60,8 @@ class BuildPlan:
         width = self.backend.weight_bytes[self.inputs.precision]
         weights = {part: count * width for part, count in self.parameters.items()}
         copies = self.buckets if self.backend.files_per_bucket else 1
-        sizes = {part: len([e for e in self.exports if e.part == part]) for part in PARTS}
-        bundle = sum(weights[part] * max(copies, sizes[part]) for part in PARTS)
+        sizes = {part: len([e for e in self.exports if e.part == part]) for part in weights}
+        bundle = sum(weights[part] * max(copies, sizes[part]) for part in weights)
         cache = sum(weights[export.part] for export in self.exports if not export.is_cached)
         return {self.options.out.absolute().parent: bundle, cache_folder(): cache}
 
@@ -129,7 +130,7 @@ def describe(plan: BuildPlan) -> Iterator[str]:
     yield f"base         {plan.folder} ({plan.family.name}, {inputs.base_hash[:12]}){loras}"
     yield f"backend      {inputs.backend}, {inputs.precision}, on {inputs.machine.device} ({inputs.machine.processor})"
     yield f"fingerprint  {inputs.fingerprint[:12]}"
-    for part in PARTS:
+    for part in plan.parameters:
         yield f"{part:12} {plan.parameters[part] / 1e6:.1f} M parameters, {_export_state(plan, part)}"
     sizes = ", ".join(map(str, inputs.sizes))
     shape = " x ".join(map(str, spec.latent_shape(spec.sizes[0])))
@@ -207,17 +208,18 @@ def _free_bytes(place: Path) -> int:
 def _exports(form: GraphForm, family: ModelFamily, inputs: BuildInputs) -> Iterator[Export]:
     """The graphs to export."""
     versions = {name: inputs.library_versions.get(name) for name in form.packages}
-    for part in PARTS:
-        is_fixed = part == "denoiser" and family.fixed_size
+    denoiser = inputs.model.parts_in(Phase.STEP)[-1].name  # what the LoRAs are fused into
+    for part in (spec.name for spec in inputs.model.parts):
+        is_fixed = part == denoiser and family.fixed_size
         for size in inputs.sizes if is_fixed else (None,):
             deciding = {
                 "part": part,
                 "base": inputs.base_hash,
-                "loras": [[lora.weights_hash, lora.weight] for lora in inputs.loras] if part == "denoiser" else [],
+                "loras": [[lora.weights_hash, lora.weight] for lora in inputs.loras] if part == denoiser else [],
                 "form": form.file,
                 "precision": inputs.precision,
                 "example": size or inputs.sizes[0],
-                "times": inputs.model.sampler.known_times if part == "denoiser" else [],
+                "times": inputs.model.sampler.known_times if part == denoiser else [],
                 "versions": versions,
                 "code": inputs.code,
             }
@@ -240,7 +242,13 @@ def _is_installed(name: str) -> bool:
 def _code_hash() -> str:
     """Of what decides how a model is loaded, fused, exported, compiled and checked."""
     root = Path(flashdiff.__file__).parent
-    files = [*(root / "engines").rglob("*.py"), *(root / "families").glob("*.py"), root / "lora.py", root / "kohya.py"]
+    files = [
+        *(root / "engines").rglob("*.py"),
+        *(root / "families").glob("*.py"),
+        root / "lora.py",
+        root / "kohya.py",
+        root / "parts.py",
+    ]
     return hash_files(root, files)
 
 

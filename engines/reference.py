@@ -13,7 +13,7 @@ from torch import Tensor
 from flashdiff.components import Components, ModelSpec, Size
 from flashdiff.engines.parts import Part, no_reduced_precision, random_inputs, run_torch
 from flashdiff.families.base import TorchModel
-from flashdiff.generate import prepare, unconditional_of
+from flashdiff.generate import decode_rows, prepare, unconditional_of
 from flashdiff.rows import denoise_rows, start_rows
 from flashdiff.tasks import check_order
 
@@ -91,4 +91,4 @@ def sample_image(components: Components, spec: ModelSpec, size: Size) -> NDArray
     (row,) = start_rows(spec, order, prepared, unconditional_of(components))
     while not row.is_done:
         denoise_rows(components, [row])
-    return components.call("decoder", {"latents": row.latents[None]})["images"]
+    return decode_rows(components, [row])

@@ -37,12 +37,17 @@ def unconditional_of(components: Components) -> Tensors | None:
     return {name: np.zeros_like(values) if name in zeros else values for name, values in empty.items()}
 
 
-def finish_rows(components: Components, rows: Sequence[Row]) -> list[Pixels]:
-    """The decoded images [H, W, 3] of finished rows of one size; at most `max_batch` rows."""
+def decode_rows(components: Components, rows: Sequence[Row]) -> NDArray[np.float32]:
+    """Images [B, 3, H, W] in [-1, 1] (not clipped) of finished rows of one size; at most `max_batch` rows."""
     values = {"latents": stacked([row.latents for row in rows])}
     for part in components.spec.parts_in(Phase.FINISH):
         values |= components.call(part.name, {name: values[name] for name in part.inputs})
-    return to_pixels(values["images"])
+    return values["images"]
+
+
+def finish_rows(components: Components, rows: Sequence[Row]) -> list[Pixels]:
+    """The same as RGB bytes [H, W, 3]."""
+    return to_pixels(decode_rows(components, rows))
 
 
 def to_pixels(images: NDArray[np.float32]) -> list[Pixels]:

@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 from flashdiff.components import ModelSpec
 from flashdiff.engines.backends import find_backend
-from flashdiff.engines.bundle import Manifest, PartFile, PartSpec, Precision, tokenizer_file
+from flashdiff.engines.bundle import Manifest, PartFile, PartRecord, Precision, tokenizer_file
 from flashdiff.engines.runtime.engine import Engine
 from flashdiff.files import write_whole
 from flashdiff.sampling import Sampler
@@ -60,7 +60,7 @@ def open_random_teacher(base: Path, precision: Precision, batches: Sequence[int]
         )
         if not (base.parent / MODEL).exists():
             (base.parent / MODEL).symlink_to(base)
-        specs = {part.name: PartSpec(files=(PartFile(file=MODEL),), inputs=part.inputs, outputs=part.outputs) for part in parts}
+        specs = {part.name: PartRecord(files=(PartFile(file=MODEL),), inputs=part.inputs, outputs=part.outputs) for part in parts}
         del family, model, parts
         # The manifest is never written, so it has only the fields that an engine reads.
         fields: dict[str, Any] = {"model": spec, "backend": "torch", "precision": precision, "machine": machine, "parts": specs}

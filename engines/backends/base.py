@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashdiff.components import Size
-from flashdiff.engines.bundle import BuildInputs, Machine, Manifest, PartFile, PartSpec, Precision
+from flashdiff.engines.bundle import BuildInputs, Machine, Manifest, PartFile, PartRecord, Precision
 from flashdiff.engines.runtime.machine import this_machine
 from flashdiff.errors import BackendError, BundleError, install
 
@@ -63,7 +63,7 @@ class Export:
     is_cached: bool
 
 
-CompileGraph = Callable[[PartSpec, Export, BuildInputs, Path, Callable[[str], None]], list[PartFile]]
+CompileGraph = Callable[[PartRecord, Export, BuildInputs, Path, Callable[[str], None]], list[PartFile]]
 """Turns the exported graph of a part in a folder into the backend's files there, whose names are relative to the folder; the last
 argument gets a line per phase. BackendError when the backend cannot."""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from flashdiff.components import Size
 from flashdiff.engines.backends import tensorrt_builder
 from flashdiff.engines.backends.base import ONNX, REBUILD, Backend, CompilePart, Export
-from flashdiff.engines.bundle import BackendName, BuildInputs, Machine, Manifest, PartFile, PartSpec, Precision
+from flashdiff.engines.bundle import BackendName, BuildInputs, Machine, Manifest, PartFile, PartRecord, Precision
 from flashdiff.engines.cache import cached, key_of
 from flashdiff.engines.shapes import bucket_shapes, dimensions_of
 from flashdiff.errors import BackendError, BundleError
@@ -16,7 +16,7 @@ from flashdiff.files import cache_folder
 
 
 def compile_graph(
-    part: PartSpec, export: Export, inputs: BuildInputs, folder: Path, report: Callable[[str], None]
+    part: PartRecord, export: Export, inputs: BuildInputs, folder: Path, report: Callable[[str], None]
 ) -> list[PartFile]:
     """Put a plan for every bucket in the place of the graph in `folder`."""
     files = [
@@ -29,12 +29,12 @@ def compile_graph(
     return files
 
 
-def _sizes(part: PartSpec, export: Export, inputs: BuildInputs) -> tuple[Size | None, ...]:
+def _sizes(part: PartRecord, export: Export, inputs: BuildInputs) -> tuple[Size | None, ...]:
     return (None,) if not part.is_spatial else (export.size,) if export.size else inputs.sizes
 
 
 def _plan(
-    part: PartSpec,
+    part: PartRecord,
     export: Export,
     inputs: BuildInputs,
     folder: Path,

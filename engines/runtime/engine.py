@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from flashdiff.components import Costs, ModelSpec, Size
 from flashdiff.engines.backends import find_backend
 from flashdiff.engines.backends.base import Backend, CompiledPart
-from flashdiff.engines.bundle import PARTS, BucketCost, Manifest, read_manifest, tokenizer_file
+from flashdiff.engines.bundle import BucketCost, Manifest, read_manifest, tokenizer_file
 from flashdiff.engines.shapes import bucket_shapes, dimensions_of
 from flashdiff.errors import BackendError, first_line
 from flashdiff.text import PromptTokenizer
@@ -38,8 +38,7 @@ class Engine:
     def measure_buckets(self) -> tuple[BucketCost, ...]:
         """Run every bucket a few times and say what it takes; also makes all of them ready, so no request pays for that."""
         costs = []
-        for part in PARTS:
-            spec = self.manifest.parts[part]
+        for part, spec in self.manifest.parts.items():
             for size in self.spec.sizes if spec.is_spatial else (None,):
                 for batch in self.manifest.batch_sizes:
                     shapes = bucket_shapes(spec.inputs, dimensions_of(self.spec, size, batch))
@@ -69,22 +68,21 @@ class Engine:
         """Outputs of one part for up to `max_batch` rows, at the smallest bucket that holds them."""
         rows = len(next(iter(inputs.values())))
         batch = next(batch for batch in self.manifest.batch_sizes if batch >= rows)
-        run = self._bucket(part, self._size_of(inputs), batch)
+        run = self._bucket(part, self._size_of(part, inputs), batch)
         if rows == batch:
             return run(inputs)
         # Padding repeats the first row: any finite values do, since rows do not see each other.
         padded = {name: np.concatenate([values, *[values[:1]] * (batch - rows)]) for name, values in inputs.items()}
         return {name: values[:rows] for name, values in run(padded).items()}
 
-    def _size_of(self, inputs: Mapping[str, NDArray[Any]]) -> Size | None:
-        """The image size whose bucket takes these inputs: read off the images or latents, None for a part that has none."""
-        if "images" in inputs:
-            _, _, height, width = inputs["images"].shape
-            return Size(width, height)
-        if "latents" not in inputs:
-            return None
-        _, _, height, width = inputs["latents"].shape
-        return Size(width * self.spec.latent_factor, height * self.spec.latent_factor)
+    def _size_of(self, part: str, inputs: Mapping[str, NDArray[Any]]) -> Size | None:
+        """The image size whose bucket takes these inputs: read off an image or latents, None for a part that has none."""
+        for tensor in self.manifest.parts[part].inputs:
+            for height, width, factor in (("image_height", "image_width", 1), ("height", "width", self.spec.latent_factor)):
+                if height in tensor.shape:
+                    sides = inputs[tensor.name].shape
+                    return Size(sides[tensor.shape.index(width)] * factor, sides[tensor.shape.index(height)] * factor)
+        return None
 
     def _bucket(self, part: str, size: Size | None, batch: int) -> CompiledPart:
         """One part at one bucket, compiled when it is first asked for: one image needs few of them, not all."""
