@@ -28,7 +28,7 @@ from flashdiff.errors import BundleError
 from flashdiff.families.base import TorchModel
 from flashdiff.families.codec import shift_of
 from flashdiff.files import hash_file, new_folder, write_whole
-from flashdiff.lora import find_lora, load_fused
+from flashdiff.lora import fuse
 
 __all__ = ["BuildOptions", "build_engine", "parse_batches", "parse_sizes"]
 
@@ -76,11 +76,10 @@ def build_engine(options: BuildOptions, report: Callable[[str], None]) -> Manife
 def _from_torch(plan: BuildPlan, folder: Path, watch: "_Stopwatch") -> tuple[Manifest, Reference]:
     """All that torch is needed for: the exported parts in `folder`, a manifest of them, and what they will be compared with."""
     options = plan.options
-    loras = [(find_lora(name), weight) for name, weight in options.loras]
-    family, model = load_fused(options.base, loras, options.guidance)
-    model.spec = plan.spec
-    watch.lap("fuse", f"{options.base} ({family.name})" + "".join(f" + {lora.name}" for lora, _ in loras))
-    parts = parts_of(family, model)
+    model = plan.family.load(plan.folder, plan.spec)
+    fuse(model, plan.family, plan.loras)
+    watch.lap("fuse", f"{options.base} ({plan.family.name})" + "".join(f" + {lora.name}" for lora, _ in plan.loras))
+    parts = parts_of(plan.family, model)
     expected = run_reference(model, parts, options.batch_sizes)
     watch.lap("run", "every part, and an image of each size, in torch")
     if form := plan.backend.graph:

@@ -18,7 +18,8 @@ from torch import Tensor
 from flashdiff.components import ModelSpec
 from flashdiff.config import Record, parse_record
 from flashdiff.errors import ConfigError, LoraError, first_line
-from flashdiff.families.base import ModelFamily, TorchModel
+from flashdiff.families import family_of, find_base
+from flashdiff.families.base import GUIDANCE, ModelFamily, TorchModel
 from flashdiff.files import hash_file, write_whole
 from flashdiff.kohya import from_kohya, is_kohya, to_kohya
 from flashdiff.sampling import Sampler
@@ -128,14 +129,18 @@ def lora_hash(lora: Path) -> str:
 
 def load_fused(base: str, loras: Sequence[tuple[Path, float]], guidance: float | None) -> tuple[ModelFamily, TorchModel]:
     """A base model with its LoRAs fused, sampled as they ask for: the model that bundles hold and evaluations measure."""
-    from flashdiff.families import load_base
-
-    family, model = load_base(base)
-    if guidance is not None and not model.guides_twice:
-        raise ConfigError(f"--guidance: {base} takes its guidance as an input, and runs at its own pipeline's scale")
-    model.spec = fused_spec(model.spec, [folder for folder, _ in loras], guidance)
+    folder = find_base(base)
+    family = family_of(folder)
+    check_guidance(base, family, guidance)
+    model = family.load(folder, fused_spec(family.read_spec(folder), [lora for lora, _ in loras], guidance))
     fuse(model, family, loras)
     return family, model
+
+
+def check_guidance(base: str, family: ModelFamily, guidance: float | None) -> None:
+    """ConfigError for a guidance scale that the base has no use for."""
+    if guidance is not None and GUIDANCE in family.conditioning:
+        raise ConfigError(f"--guidance: {base} takes its guidance as an input, and runs at its own pipeline's scale")
 
 
 def fused_spec(base: ModelSpec, loras: Sequence[Path], guidance: float | None) -> ModelSpec:

@@ -5,7 +5,7 @@ modules, so what is exported is what was trained.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -52,9 +52,21 @@ class ModelFamily:
     default_guidance: float
     default_steps: int
     """Of the base model, without a flash LoRA."""
+    part_weights: Mapping[str, tuple[str, tuple[str, ...]]] = field(
+        default_factory=lambda: {
+            "text_encoder": ("text_encoder*", ("",)),
+            "encoder": ("vae", ("encoder.", "quant_conv.")),
+            "decoder": ("vae", ("decoder.", "post_quant_conv.")),
+        }
+    )
+    """Where the weights of a part lie: a pattern of folders, and the first letters of the tensors' names."""
     read_spec: Callable[[Path], ModelSpec]
     """The spec of a base model from its configuration files alone, sampled by its ODE."""
     load: Callable[[Path, ModelSpec], "TorchModel"]
+
+    def weights_of(self, part: str) -> tuple[str, tuple[str, ...]]:
+        """See `part_weights`; the denoiser's have a folder of their own."""
+        return self.part_weights.get(part, (self.lora_prefix, ("",)))
 
 
 @dataclass(kw_only=True)

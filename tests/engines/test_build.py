@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from flashdiff import cli
 from flashdiff.components import Size
 from flashdiff.engines import plan as planning
+from flashdiff.engines import requirements
 from flashdiff.engines.backends import find_backend, openvino
 from flashdiff.engines.build import build_engine
 from flashdiff.engines.bundle import read_manifest
@@ -170,7 +171,7 @@ def test_a_full_disk_leaves_nothing_behind(tiny_base: Path, tmp_path: Path, monk
 def test_a_disk_that_is_too_small_is_refused_before_any_work(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planning, "_free_bytes", lambda _: 1000)
+    monkeypatch.setattr(requirements, "free_bytes", lambda _: 1000)
     with pytest.raises(BundleError, match=r"the build needs 0\.0 GB there, 0\.0 GB are free; make room"):
         build_engine(BuildOptions(base=str(tiny_base), out=tmp_path / "bundle"), print)
     assert not list(tmp_path.iterdir())

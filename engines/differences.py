@@ -1,0 +1,42 @@
+"""What changed between two builds, in plain words."""
+
+from collections.abc import Iterator
+
+from flashdiff.engines.bundle import BuildInputs
+
+
+def differences(old: BuildInputs, new: BuildInputs) -> Iterator[str]:
+    """What changed between two builds, one line each."""
+    if old.base_hash != new.base_hash:
+        yield f"the base changed: {old.base} {old.base_hash[:12]} -> {new.base} {new.base_hash[:12]}"
+    before, after = ({lora.name: lora for lora in inputs.loras} for inputs in (old, new))
+    for name in [*before, *(name for name in after if name not in before)]:
+        if name not in after:
+            yield f"LoRA {name} was removed"
+        elif name not in before:
+            yield f"LoRA {name} was added"
+        elif before[name].weights_hash != after[name].weights_hash:
+            yield f"LoRA {name} was trained anew: {before[name].weights_hash[:12]} -> {after[name].weights_hash[:12]}"
+        elif before[name].weight != after[name].weight:
+            yield f"LoRA {name}: weight {before[name].weight:g} -> {after[name].weight:g}"
+    for field in ("guidance", "backend", "precision", "sizes", "batch_sizes", "version_compatible"):
+        then, now = getattr(old, field), getattr(new, field)
+        if then != now:
+            yield f"{field.replace('_', ' ')}: {_words(then)} -> {_words(now)}"
+    if old.base_hash == new.base_hash and (old.loras, old.guidance) == (new.loras, new.guidance):
+        # The weights are the same, so what changed stands beside them.
+        for field in ("prediction", "sampler", "tokenizers", "parts", "conditions", "tasks"):
+            if getattr(old.model, field) != getattr(new.model, field):
+                yield f"another {field}: flash.json or the base's configuration changed"
+    for name in sorted({*old.library_versions, *new.library_versions}):
+        then, now = old.library_versions.get(name, "none"), new.library_versions.get(name, "none")
+        if then != now:
+            yield f"{name}: {then} -> {now}"
+    if old.code != new.code:
+        yield "flashdiff's own code changed"
+    if old.machine != new.machine:
+        yield f"another machine: {old.machine.processor} -> {new.machine.processor}"
+
+
+def _words(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else "default" if value is None else str(value)

@@ -1,0 +1,119 @@
+"""What a build takes: disk, memory and time, estimated from numbers of parameters, which the weights' headers tell."""
+
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+
+from flashdiff.engines.backends.base import Backend, Export
+from flashdiff.engines.bundle import BuildInputs
+from flashdiff.errors import BundleError
+from flashdiff.families.base import ModelFamily
+from flashdiff.files import cache_folder
+from flashdiff.parts import PartSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Requirements:
+    """Estimates, of which those of disk space are upper bounds."""
+
+    parameters: Mapping[str, int]
+    """Of each part."""
+    disk_bytes: Mapping[Path, int]
+    """What the build may write, at most, where."""
+    memory_bytes: int
+    """Peak, roughly."""
+    seconds: float
+    """On one core, of small models."""
+
+    def check_disk(self) -> None:
+        """BundleError when the disks cannot take what the build may write."""
+        by_disk: dict[int, tuple[Path, int]] = {}
+        for place, needed in self.disk_bytes.items():
+            device = _existing(place).stat().st_dev
+            by_disk[device] = (place, by_disk.get(device, (place, 0))[1] + needed)
+        for place, needed in by_disk.values():
+            free = free_bytes(place)
+            if needed > free:
+                raise BundleError(
+                    f"{place}: the build needs {needed / 1e9:.1f} GB there, {free / 1e9:.1f} GB are free; make room"
+                )
+
+
+def estimate(
+    backend: Backend, inputs: BuildInputs, exports: Sequence[Export], parameters: Mapping[str, int], out: Path
+) -> Requirements:
+    """What it takes to export what is not cached, and to build the bundle `out`."""
+    buckets = len(inputs.sizes) * len(inputs.batch_sizes)
+    return Requirements(
+        parameters=parameters,
+        disk_bytes=_disk_bytes(backend, inputs, exports, parameters, buckets, out),
+        memory_bytes=_memory_bytes(backend, parameters, buckets),
+        seconds=_seconds(exports, parameters, buckets),
+    )
+
+
+def free_bytes(place: Path) -> int:
+    """Of the disk that a folder is on, or would be."""
+    return shutil.disk_usage(_existing(place)).free
+
+
+def count_parameters(folder: Path, family: ModelFamily, parts: Sequence[PartSpec]) -> dict[str, int]:
+    """Parameters by part, read off the headers of the weights."""
+
+    def count(pattern: str, prefixes: tuple[str, ...]) -> int:
+        files = folder.glob(f"{pattern}/*.safetensors")
+        whole = [file for file in files if "." not in file.stem]  # model.fp16.safetensors is the same once more
+        return sum(_tensor_elements(file, prefixes) for file in whole)
+
+    return {part.name: count(*family.weights_of(part.name)) for part in parts}
+
+
+def _disk_bytes(
+    backend: Backend,
+    inputs: BuildInputs,
+    exports: Sequence[Export],
+    parameters: Mapping[str, int],
+    buckets: int,
+    out: Path,
+) -> dict[Path, int]:
+    weights = {part: count * backend.weight_bytes[inputs.precision] for part, count in parameters.items()}
+    copies = buckets if backend.files_per_bucket else 1
+    sizes = {part: len([export for export in exports if export.part == part]) for part in weights}
+    bundle = sum(weights[part] * max(copies, sizes[part]) for part in weights)
+    cache = sum(weights[export.part] for export in exports if not export.is_cached)
+    return {out.absolute().parent: bundle, cache_folder(): cache}
+
+
+def _memory_bytes(backend: Backend, parameters: Mapping[str, int], buckets: int) -> int:
+    """The model in torch, and when that is gone once a bucket; activations and libraries on top."""
+    copies = buckets if backend.memory_per_bucket else 1
+    return 4 * copies * sum(parameters.values()) + (1400 << 20)
+
+
+def _seconds(exports: Sequence[Export], parameters: Mapping[str, int], buckets: int) -> float:
+    """Exporting takes a while however small a part is, and so does each bucket. Weights come on top: a second per five million
+    parameters, where networks of real size took one per 7 to 18 million (docs/engines.md)."""
+    largest = max(parameters, key=lambda part: parameters[part])
+    exporting = sum(
+        (25 if export.part == largest else 6) + parameters[export.part] / 5e6 for export in exports if not export.is_cached
+    )
+    return 8 + exporting + 2 * buckets * (1 + max(parameters.values()) / 100e6)
+
+
+def _existing(place: Path) -> Path:
+    return next(folder for folder in (place, *place.parents) if folder.exists())
+
+
+def _tensor_elements(file: Path, prefixes: tuple[str, ...]) -> int:
+    """Of the tensors whose names start with one of these."""
+    try:
+        with safetensors.safe_open(file, "np") as weights:
+            names = [name for name in weights.keys() if name.startswith(prefixes)]  # noqa: SIM118  # not a mapping
+            shapes = [weights.get_slice(name).get_shape() for name in names]
+    except Exception:  # a damaged file is named when it is loaded
+        return 0
+    return sum(map(math.prod, shapes))
