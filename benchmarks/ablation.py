@@ -9,7 +9,7 @@ that is there.
 
 The budget is what the recipe's own length, times `--scale`, costs with the variant `distillation`, in forward passes of the
 network: the teacher's, the student's and those of the other losses, a backward pass as what it takes beside them
-(`flashdiff.distill.plan.cost`). A variant that costs more an update gets fewer updates, in all phases and the warm-up alike.
+(`flashdiff.distill.costs.cost`). A variant that costs more an update gets fewer updates, in all phases and the warm-up alike.
 Each is charged for all its targets; those that several variants need with the same seed are solved once and kept in OUT/pools.
 Learning rate, batch and LoRA are the recipe's for all, so a variant that needs others is not at its best. At a small scale pools
 of targets are small too, and soon known by heart: what `ours-reuse` says there is not said of the recipe's own length.
@@ -35,8 +35,8 @@ from benchmarks.rows import environment
 from flashdiff.components import Components
 from flashdiff.config import load_recipe
 from flashdiff.distill.config import Recipe, bundled_recipe
+from flashdiff.distill.costs import cost
 from flashdiff.distill.loop import distill
-from flashdiff.distill.plan import cost
 from flashdiff.errors import ConfigError, FlashdiffError
 from flashdiff.evaluation.evaluate import Subject, Yardstick, make_images, measure
 from flashdiff.evaluation.features import feature_extractor, text_scorer

@@ -175,14 +175,14 @@ def _distill(options: argparse.Namespace) -> None:
     path = bundled if not options.recipe.exists() and options.recipe.parent == Path() and bundled.exists() else options.recipe
     recipe = load_recipe(path, Recipe)
     from flashdiff.distill import processes
+    from flashdiff.distill.dry_run import dry_run
     from flashdiff.distill.loop import distill
-    from flashdiff.distill.plan import plan
 
     _quiet_libraries()
     if not processes.is_main():
-        logging.getLogger("flashdiff").setLevel(logging.WARNING)  # one process tells
+        logging.getLogger("flashdiff").setLevel(logging.WARNING)  # only the main process reports progress
     if options.dry_run:
-        for line in plan(recipe):
+        for line in dry_run(recipe):
             print(line)
         return
     distill(recipe, options.out)

@@ -8,7 +8,7 @@ from benchmarks.ablation import VARIANTS, table, variant
 from flashdiff.config import load_recipe
 from flashdiff.distill import loop
 from flashdiff.distill.config import Recipe, bundled_recipe
-from flashdiff.distill.plan import cost
+from flashdiff.distill.costs import cost
 
 
 @pytest.mark.parametrize("name", list(VARIANTS))
