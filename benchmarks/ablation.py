@@ -9,7 +9,7 @@ all finished runs.
 
 The budget is the cost of the variant `distillation` at the recipe's length times `--scale`. Costs are counted in forward passes
 of the network, by teacher, student and losses; a backward pass counts as the forward passes that take as long
-(`flashdiff.distill.plan.cost`). A variant whose updates cost more gets fewer of them, in all phases and the warm-up alike. It is
+(`flashdiff.distill.costs.cost`). A variant whose updates cost more gets fewer of them, in all phases and the warm-up alike. It is
 charged for all its targets, although targets that several variants need with the same seed are solved once and kept in OUT/pools.
 Learning rate, batch and LoRA are the recipe's for every variant, so a variant that needs others is not at its best. At a small
 scale, pools of targets are small too and soon overfitted, so the result of `ours-reuse` does not carry over to the full length.
@@ -38,8 +38,8 @@ from benchmarks.variants import VARIANTS, make_variant
 from flashdiff.components import Components
 from flashdiff.config import load_recipe
 from flashdiff.distill.config import Recipe, bundled_recipe
+from flashdiff.distill.costs import cost
 from flashdiff.distill.loop import distill
-from flashdiff.distill.plan import cost
 from flashdiff.errors import ConfigError
 from flashdiff.evaluation.evaluate import Subject, Yardstick, make_images, measure
 from flashdiff.evaluation.features import feature_extractor, text_scorer

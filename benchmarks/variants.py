@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flashdiff.distill.config import Recipe
-from flashdiff.distill.plan import cost
+from flashdiff.distill.costs import cost
 
 _PAPER = {"adversarial": {"kind": "lsgan", "r1_weight": 0.0}, "distribution_matching": {"times": (0.0, 1.0)}}
 

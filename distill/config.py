@@ -1,99 +1,116 @@
 """The recipe of a distillation run."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, create_model, model_validator
 
 from flashdiff.config import Record
+from flashdiff.distill.losses.settings import Share
+from flashdiff.distill.terms import TERMS, Term
 from flashdiff.schedule import Grid
 
-LatentDistance = Literal["l2", "pseudo_huber"]
-AdversarialKind = Literal["lsgan", "non_saturating", "relativistic"]
-Share = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=0)]
 
 
 class DataRecipe(Record):
     source: str
     """`avatars` for renders of the embedded world; a folder of images with captions in .txt files or metadata.jsonl; webdataset
-    shards (.tar) or parquet files, one or a folder of them; or a .txt file of prompts, one a line, without images."""
+    shards (.tar) or parquet files, one or a folder of them; or a .txt file of prompts, one per line, without images."""
     images: int = Field(4000, ge=1)
     """How many images or prompts to use at most."""
     buckets: bool = False
-    """Train images at the nearest of several proportions, each batch at one, instead of cropping all to the base's size."""
+    """Train each image at the nearest of several aspect ratios, one per batch, instead of cropping all to the base's size."""
 
 
 class LoraRecipe(Record):
     rank: int = Field(ge=1)
     alpha: float = Field(gt=0)
-    """What it adds is scaled by alpha / rank."""
+    """The LoRA's output is scaled by alpha / rank."""
     targets: tuple[str, ...] = ()
-    """Names of the layers that take it, or their ends; empty: the family's, which are the attention projections, and in PixArt
-    most linear layers."""
+    """Names, or endings of names, of the layers that get a LoRA; empty: the family's, which are the attention projections, and
+    in PixArt most linear layers."""
 
 
-class Phase(Record):
-    """A stretch of training with its own mixture of start times and weights of the losses; 0 leaves a loss out."""
+class LossKeys(Record):
+    """A record with a key for each registered loss in addition to its own; their values are its extra fields."""
+
+    model_config = ConfigDict(extra="allow")
+
+    @classmethod
+    def loss_keys(cls) -> dict[str, tuple[Any, Any]]:
+        """Type and default of each loss's key; a key whose default is None stays out of the record where it is not given."""
+        raise NotImplementedError
+
+    @classmethod
+    def key_types(cls) -> dict[str, Any]:
+        return super().key_types() | {name: kind for name, (kind, _) in cls.loss_keys().items()}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_loss_keys(cls, values: Any) -> Any:
+        """Check own keys and those of the losses registered now together, so that errors and unknown keys have their paths."""
+        if not isinstance(values, Mapping):
+            return values
+        losses = cls.loss_keys()
+        fields: dict[str, Any] = {name: (field.annotation, field) for name, field in cls.model_fields.items()} | losses
+        record: type[Record] = create_model(cls.__name__, __base__=Record, **fields)
+        checked = record.model_validate(values)
+        kept = checked.model_fields_set | {name for name, (_, default) in losses.items() if default is not None}
+        return {name: value for name, value in checked if name in kept}
+
+
+class Phase(LossKeys):
+    """A stretch of training with its own mixture of start times and weights of the losses.
+
+    The name of each loss in `terms.py` is a key here too: its weight, where 0 leaves the loss out.
+    """
 
     updates: int = Field(ge=1)
     mode_weights: tuple[float, ...]
-    """beta_j, one weight a mode, noisiest first; they need not sum to one."""
-    distillation: float = Field(1.0, ge=0)
-    adversarial: float = Field(0.0, ge=0)
-    distribution_matching: float = Field(0.0, ge=0)
+    """beta_j, one weight per mode, noisiest first; they need not sum to one."""
     backward_simulation: Share = 0.0
     """Share of the noisy inputs that come from the student's own earlier steps, as at inference, and not from an image."""
 
+    @classmethod
+    def loss_keys(cls) -> dict[str, tuple[Any, Any]]:
+        return {name: (Weight, term.default_weight) for name, term in TERMS.items()}
+
     @model_validator(mode="after")
     def _has_a_loss(self) -> Self:
-        if not self.distillation + self.adversarial + self.distribution_matching:
-            raise ValueError("a phase needs a loss: distillation, adversarial and distribution_matching are all 0")
+        if not any(self.weights.values()):
+            *others, last = self.weights
+            raise ValueError(f"a phase needs a loss: {', '.join(others)} and {last} are all 0")
         return self
 
-
-class AdversarialRecipe(Record):
-    kind: AdversarialKind = "relativistic"
-    """`lsgan`, on the sigmoid, is the paper's; the other two keep a gradient when the discriminator is sure."""
-    learning_rate: float = Field(1e-3, gt=0, lt=1)
-    """Of the discriminator's head."""
-    r1_weight: float = Field(10.0, ge=0)
-    r1_sigma: float = Field(0.1, gt=0)
-    """Approximate R1: the penalty on how much the logits of real latents change under noise of this size."""
-    times: tuple[Share, ...] = Field((0.01, 0.25, 0.5, 0.75), min_length=1)
-    """Where samples are noised before they are judged, as shares of the schedule; drawn per sample."""
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of every registered loss by name, 0 where the phase leaves it out."""
+        return {name: (self.model_extra or {}).get(name, 0.0) for name in TERMS}
 
 
-class DistributionMatchingRecipe(Record):
-    fake_score: Literal["student", "lora"] = "student"
-    """Whose score stands for the student's distribution: the student's own (the paper), or a LoRA trained on its samples."""
-    critic_updates: int = Field(5, ge=1)
-    """Updates of that LoRA per update of the student (two time scales, DMD2, 2405.14867)."""
-    critic_learning_rate: float = Field(1e-3, gt=0, lt=1)
-    """Of that LoRA."""
-    decoupled: bool = False
-    """Take the guidance part of the gradient at less noise than the student's input only (2511.22677)."""
-    times: tuple[Share, Share] = (0.02, 0.98)
-    """Range of the noise that scores are compared at, as shares of the schedule."""
+class LossRecipe(LossKeys):
+    """The settings of each loss, by its name: `losses/settings.py` declares their keys."""
 
-    @model_validator(mode="after")
-    def _times_rise(self) -> Self:
-        if self.times[0] >= self.times[1]:
-            raise ValueError(f"times must be two rising shares, not {self.times}")
-        return self
+    @classmethod
+    def loss_keys(cls) -> dict[str, tuple[Any, Any]]:
+        return {
+            name: (term.settings, None if term.default_weight is None else term.default_settings)
+            for name, term in TERMS.items()
+            if term.settings
+        }
 
-
-class LossRecipe(Record):
-    distillation: Literal["l2", "pseudo_huber", "perceptual"] = "l2"
-    """`perceptual` compares features of the frozen teacher (2401.00110), at two more evaluations an update."""
-    adversarial: AdversarialRecipe = AdversarialRecipe()
-    distribution_matching: DistributionMatchingRecipe = DistributionMatchingRecipe()
+    def settings(self, name: str) -> Any:
+        """The settings of the loss `name`, or its defaults; their type is that of its `Term`."""
+        return (self.model_extra or {}).get(name, TERMS[name].default_settings)
 
 
 class Recipe(Record):
     base: str
     """A diffusers directory, a hub id of one, or `avatars`."""
     seed: int = Field(0, ge=0, lt=2**31)
-    """Of every random number of the run."""
+    """Seed of all random numbers of the run."""
     data: DataRecipe
     grid: Grid
     """Its keys are in `flashdiff/schedule.py`."""
@@ -101,38 +118,39 @@ class Recipe(Record):
     loss: LossRecipe = LossRecipe()
     phases: tuple[Phase, ...] = Field(min_length=1)
     ramp_updates: int = Field(0, ge=0)
-    """Updates over which a phase's loss weights are reached; 0 steps to them, as the paper does."""
+    """Updates over which the loss weights move from the last phase's to the next one's; 0: at once, as in the paper."""
     guidance: tuple[float, float]
     """The teacher's guidance scale is drawn per sample between these two."""
     target: Literal["solution", "consistency"] = "solution"
-    """What the student is regressed on: the end of the teacher's ODE, or, as in LCM, its own answer one step further."""
+    """What the student is regressed on: the end of the teacher's ODE, or, as in LCM, its own answer one teacher step further."""
     batch_size: int = Field(ge=1)
-    """Samples an update, over all processes."""
+    """Samples per update, over all processes; a multiple of their number times `accumulate`."""
     accumulate: int = Field(1, ge=1)
-    """Parts that each process takes its share of a batch in: more need less memory and more time, for the same result."""
+    """Micro-batches that each process splits its share of a batch into: more of them take less memory and more time, for the
+    same result."""
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them: less memory, a third more time."""
+    """Recompute activations in the backward pass instead of keeping them: less memory, a third more time."""
     shard_base: bool = False
     """Spread the frozen network over the processes (FSDP2), for a teacher that one device cannot hold; slower."""
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
-    """Of the student; the second keeps its moments in 8 bits and needs a GPU and bitsandbytes."""
+    """The student's; adamw_8bit keeps its moments in 8 bits and needs an NVIDIA GPU and bitsandbytes."""
     learning_rate: float = Field(gt=0, lt=1)
-    """Of the student, at its highest: it falls to 0 over the last seven tenths of the run."""
+    """The student's highest; it falls linearly to 0 over the last seven tenths of the run."""
     warmup_updates: int = Field(100, ge=0)
-    """Over which it rises to that."""
+    """Updates over which the learning rate rises to its highest."""
     ema_decay: float = Field(0.99, ge=0, lt=1)
-    """Of the student that is published; 0 publishes the last weights."""
+    """Decay of the running average of the student's weights, which is what is published; 0 publishes the last weights."""
     target_uses: int = Field(1, ge=1)
-    """How many updates see one target of the teacher. 1 is the paper; more is cheaper where the teacher is most of the cost, and
-    keeps 256 batches of targets in the memory of every process, which a run that goes on solves again."""
+    """Updates in which each of the teacher's targets is used. 1 is the paper's; more is cheaper where the teacher is most of the
+    cost, and keeps 256 batches of targets in the memory of every process, which a resumed run solves again."""
     checkpoint_every: int = Field(100, ge=1)
     """Updates between checkpoints, and between previews."""
     checkpoints_keep: int = Field(1, ge=1)
-    """How many of the latest checkpoints stay; a run goes on from the last."""
+    """How many of the latest checkpoints are kept; a run resumes from the last."""
     tracker: Literal["tensorboard", "wandb"] = "tensorboard"
-    """Who draws the curves; log.jsonl has the same numbers."""
+    """Where curves and previews go; log.jsonl has the same numbers."""
     preview_prompts: tuple[str, ...] = ()
-    """What previews show; none are drawn without."""
+    """Prompts that previews show; without any there are no previews."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -150,6 +168,11 @@ class Recipe(Record):
     def updates(self) -> int:
         """Length of the run in student updates."""
         return sum(phase.updates for phase in self.phases)
+
+    def terms(self) -> list[Term[Any]]:
+        """The losses that some phase uses, in the registry's order."""
+        weights = [phase.weights for phase in self.phases]
+        return [term for name, term in TERMS.items() if any(by_name[name] for by_name in weights)]
 
 
 def bundled_recipe(name: str) -> Path:

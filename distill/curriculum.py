@@ -8,7 +8,6 @@ from numpy.typing import NDArray
 from flashdiff.distill.config import Phase
 from flashdiff.schedule import Grid
 
-_WEIGHTS = ("distillation", "adversarial", "distribution_matching")
 _MODE_WIDTH = 0.5  # v of arXiv 2406.02347, section 3.2: the exponent is -(i - mu)^2 / v
 
 
@@ -21,9 +20,9 @@ def start_probabilities(grid: Grid, mode_weights: Sequence[float]) -> NDArray[np
 
 
 def phase_at(phases: Sequence[Phase], update: int, ramp_updates: int = 0) -> Phase:
-    """The phase of student update `update`, counted from 0; after the last one its values hold.
+    """The phase of student update `update`, counted from 0; the last phase's values hold after its end.
 
-    Over its first `ramp_updates` updates a phase's loss weights move on a line from those of the phase before.
+    Over a phase's first `ramp_updates` updates, its loss weights move linearly from those of the phase before.
     """
     start, before = 0, phases[0]
     for phase in phases:
@@ -33,6 +32,5 @@ def phase_at(phases: Sequence[Phase], update: int, ramp_updates: int = 0) -> Pha
     share = (update - start + 1) / (ramp_updates + 1)
     if share >= 1:
         return phase
-    old, new = (np.array([getattr(values, name) for name in _WEIGHTS]) for values in (before, phase))
-    weights = zip(_WEIGHTS, (old + share * (new - old)).tolist(), strict=True)
-    return phase.model_copy(update=dict(weights))
+    old, new = before.weights, phase.weights
+    return phase.model_copy(update={name: old[name] + share * (new[name] - old[name]) for name in new})

@@ -1,4 +1,4 @@
-"""What training draws: latents and text embeddings from a cache on disk, in batches of one size, in an order that resumes."""
+"""Training data: latents and text embeddings in a cache on disk, batched by size, in an order that a resumed run continues."""
 
 import hashlib
 import logging
@@ -27,13 +27,13 @@ from flashdiff.files import cache_folder, hash_files
 
 _log = logging.getLogger(__name__)
 
-_FORMAT = 1  # raise it when a cached tensor would come out differently from the same bytes
-_WIDEST = 2.0  # of the aspect buckets, long side to short
+_FORMAT = 1  # raise it when the same bytes give another tensor than before
+_WIDEST = 2.0  # aspect bucket, long side to short side
 
 
 @dataclass(frozen=True)
 class Item:
-    """One sample in the cache, by the files that hold its tensors."""
+    """One sample in the cache: the files that hold its tensors."""
 
     prompt: Path
     latents: Path | None  # None: a prompt without an image
@@ -43,7 +43,7 @@ class Dataset:
     """The items of a run by their size, batched in an order that is a function of seed and batch number alone.
 
     An epoch holds every item at least once: each size's items are shuffled and cut into batches, the last one filled up from
-    the same shuffle, and the batches of all sizes are shuffled. So nothing but the number of the update says where a run is.
+    the same shuffle, and the batches of all sizes are shuffled. So the number of the update is all that a resumed run needs.
     """
 
     def __init__(self, items: Sequence[tuple[Size, Item]], *, batch_size: int, seed: int) -> None:
@@ -57,12 +57,12 @@ class Dataset:
 
     @property
     def has_images(self) -> bool:
-        """False for a list of prompts."""
+        """Whether the samples have images; those of a list of prompts have none."""
         return self.items[0].latents is not None
 
     @property
     def sizes(self) -> list[Size]:
-        """Of the images, each once."""
+        """The sizes of the images, each once."""
         return list(self._of_size)
 
     @property
@@ -85,7 +85,7 @@ class Dataset:
         return [batches[index] for index in rng.permutation(len(batches))]
 
     def latents(self, chosen: Sequence[int] | NDArray[np.int64]) -> Tensor:
-        """[len(chosen), C, h, w], scaled; of items that have images."""
+        """Scaled latents [len(chosen), C, h, w] of the items' images."""
         paths = [self.items[index].latents for index in chosen]
         return torch.stack([_read(path)["latents"] for path in paths if path]).float()
 
@@ -96,7 +96,7 @@ class Dataset:
 
 
 def load_dataset(recipe: DataRecipe, model: TorchModel, *, batch_size: int, seed: int) -> Dataset:
-    """Everything the recipe names, encoded into the cache where it is not there yet; each process encodes its share.
+    """The samples that the recipe names, encoded into the cache unless they are there already; each process encodes its share.
 
     A few damaged samples are skipped and counted. TrainingError when there is nothing to train on or too much is damaged.
     """
@@ -141,7 +141,8 @@ def load_dataset(recipe: DataRecipe, model: TorchModel, *, batch_size: int, seed
 
 
 def aspect_sizes(size: Size, factor: int) -> list[Size]:
-    """Sizes of about the area of `size`, from 1:2 to 2:1, in steps of an eighth of its side and of two latent cells."""
+    """Sizes with about the area of `size`, from 1:2 to 2:1. Sides are in steps of an eighth of its own, and of two latent cells
+    at least."""
     step = max(min(size) // 8, 2 * factor)
     area = size.width * size.height
     widths = range(step, 2 * max(size) + 1, step)
@@ -150,7 +151,7 @@ def aspect_sizes(size: Size, factor: int) -> list[Size]:
 
 
 def nearest_size(sizes: Sequence[Size], width: int, height: int) -> Size:
-    """The one whose proportions are nearest to an image's, on a logarithmic scale."""
+    """The size whose aspect ratio is nearest to an image's of `width` x `height`, on a logarithmic scale."""
     return min(sizes, key=lambda size: abs(math.log(size.width / size.height) - math.log(width / height)))
 
 
@@ -158,9 +159,9 @@ def nearest_size(sizes: Sequence[Size], width: int, height: int) -> Size:
 
 
 class _Cache:
-    """Tensors in files named by what they were made from: the sample's bytes, and the hash of the parts that encode it.
+    """Tensors in files named by their origin: the sample's bytes, and the hash of the parts that encode it.
 
-    Samples are encoded one by one, so that a value never depends on which others were missing.
+    Samples are encoded one by one, so that values never depend on which other samples were missing.
     """
 
     def __init__(self, model: TorchModel) -> None:
@@ -170,18 +171,18 @@ class _Cache:
 
         self.folder, self._model = cache_folder() / "distill", model
         self._latents = self.folder / f"latents-{_FORMAT}-{parts('vae')}"
-        # Embeddings are large: they are kept in the precision that text encoders (t*) run in.
+        # Embeddings are large, so they are stored in the precision that text encoders (t*) run in.
         precision = str(processes.precision()).removeprefix("torch.")
         self._prompts = self.folder / f"prompts-{_FORMAT}-{model.spec.family}-{precision}-{parts('t[eo]*')}"
 
     def item(self, sample: Sample, size: Size) -> Item:
-        """Where the sample's tensors are, or would be."""
+        """The paths of the sample's tensors, whether or not they exist yet."""
         image = sample.image.tobytes() if isinstance(sample.image, np.ndarray) else sample.image
         latents = None if image is None else _named(self._latents, image, str(size))
         return Item(_named(self._prompts, sample.caption.encode()), latents)
 
     def put_image(self, item: Item, pixels: NDArray[np.uint8]) -> None:
-        """Encode an image [H, W, 3]; where the autoencoder is variational, one draw that the name decides."""
+        """Encode an image [H, W, 3]. A variational autoencoder is sampled once, with a seed from the file's name."""
         assert item.latents
         generator = torch.Generator().manual_seed(int(item.latents.stem[:12], 16))
         image = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(processes.device()).float().div(127.5).sub(1)
@@ -189,6 +190,7 @@ class _Cache:
             _write(item.latents, {"latents": self._model.encoder(image, generator)[0].float()})
 
     def put_prompt(self, item: Item, caption: str) -> None:
+        """Encode a caption, cut to the tokenizers' length."""
         rows = self._model.encode_ids(self._model.tokenizer([caption], truncate=True))
         _write(item.prompt, {name: values[0].to(processes.precision()) for name, values in rows.items()})
 
@@ -202,16 +204,16 @@ def _named(folder: Path, *content: bytes | str) -> Path:
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Whole or not at all, whoever else writes the same."""
+    """Write the file whole or not at all, even when another process writes the same one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     whole = {name: values.contiguous().cpu() for name, values in tensors.items()}
-    beside.write_bytes(safetensors.torch.save(whole))
-    beside.replace(path)
+    temporary.write_bytes(safetensors.torch.save(whole))
+    temporary.replace(path)
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether the file is there and as long as its header says."""
+    """Whether the file exists and is as long as its header says."""
     try:
         with safetensors.safe_open(path, "pt"):
             return True
@@ -223,4 +225,4 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
-        raise TrainingError(f"{path}: the cache lost this file ({first_line(error)}); start again, it is made anew") from None
+        raise TrainingError(f"{path}: the cache lost this file ({first_line(error)}); start again to encode it again") from None

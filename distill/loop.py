@@ -1,4 +1,4 @@
-"""The training program: when things happen. What one update is stands in `step` and `objective`."""
+"""The training program: pools, updates, checkpoints and the published LoRA in their order. `step` and `objective` do the work."""
 
 import json
 import logging
@@ -15,19 +15,20 @@ from tqdm import tqdm
 
 from flashdiff.checkpoint import load_state, save_state, step_generator
 from flashdiff.distill import processes
+from flashdiff.distill.batch import MicroBatch, Targets
 from flashdiff.distill.config import Recipe
+from flashdiff.distill.costs import remaining_s
 from flashdiff.distill.curriculum import phase_at
 from flashdiff.distill.data import Dataset, load_dataset
 from flashdiff.distill.network import checkpoint_gradients, place
-from flashdiff.distill.objective import Objective, Part
-from flashdiff.distill.plan import remaining_s
+from flashdiff.distill.objective import Objective
 from flashdiff.distill.previews import preview, save_image
 from flashdiff.distill.processes import Draws
 from flashdiff.distill.publish import publish
-from flashdiff.distill.step import Pool, Stretch, Targets, make_pool, shared_pool, stretch_at, student_x0
+from flashdiff.distill.step import Pool, Stretch, make_pool, shared_pool, stretch_at, student_x0
 from flashdiff.distill.student import Student
 from flashdiff.distill.trackers import Tracker, open_tracker
-from flashdiff.errors import ConfigError, TrainingError
+from flashdiff.errors import TrainingError
 from flashdiff.families import load_base
 from flashdiff.families.base import TorchModel
 from flashdiff.files import write_whole
@@ -42,38 +43,38 @@ _SAME_RESULT = (
     "hash", "accumulate", "gradient_checkpointing", "shard_base", "checkpoint_every", "checkpoints_keep", "tracker",
     "preview_prompts",
 )  # fmt: skip
-"""What may be another when a run goes on, such as after it ran out of memory: no number depends on it."""
-_TIMED_UPDATES = 10  # of this process, whether it began the run or goes on with it: then it tells how long the rest takes
+"""Keys that may change when a run is resumed, such as after it ran out of memory: no result depends on them."""
+_TIMED_UPDATES = 10
+"""After so many updates of this process, in a new or a resumed run, the log says how long the rest will take."""
 
 
 def distill(recipe: Recipe, out: Path, *, pools: Path | None = None) -> None:
-    """Train the recipe's flash LoRA into the folder `out`; a killed run goes on when called again.
+    """Train the recipe's flash LoRA into the folder `out`; a killed run is resumed by the same call.
 
-    `pools` is a folder where runs of one process leave the teacher's targets for others that need the same.
+    `pools` is a folder where runs of one process save the teacher's targets for other runs that need the same ones.
 
-    Working files (checkpoints, log, curves, previews) are in `out/training`. TrainingError when the run cannot start,
-    runs out of memory or its numbers stop being finite; the last checkpoint is then untouched.
+    Working files (checkpoints, log, curves, previews) are in `out/training`. TrainingError when the run cannot start, runs out
+    of memory or computes numbers that are not finite; the last checkpoint is then untouched. ConfigError when the recipe does
+    not fit the number of processes.
     """
     work = out / "training"
     if (out / FLASH).exists():
         raise TrainingError(f"{out} holds a finished run; choose another --out or remove it")
-    processes.main_first(lambda: _claim(work, recipe))
-    processes.rows(recipe.batch_size, recipe.accumulate)  # refuses what cannot be split
+    processes.check_split(recipe.batch_size, recipe.accumulate, shard_base=recipe.shard_base)
+    processes.main_first(lambda: _claim_folder(work, recipe))
 
-    with _told_out_of_memory(recipe):
+    with _explained_out_of_memory(recipe):
         family, model = load_base(recipe.base)
         trained = model.spec.sampler.schedule.num_train_timesteps
         if recipe.grid.num_train_timesteps != trained:
             raise TrainingError(
-                f"grid.num_train_timesteps is {recipe.grid.num_train_timesteps}, the base was trained on {trained}; set it so"
+                f"grid.num_train_timesteps is {recipe.grid.num_train_timesteps}, the base was trained on {trained}: set that"
             )
-        if recipe.shard_base and processes.count() == 1:
-            raise ConfigError("shard_base spreads the network over processes, this run has one: start more, or leave it out")
         place(model, whole=not recipe.shard_base)
         _log.info("reading up to %d samples of '%s'", recipe.data.images, recipe.data.source)
         data = load_dataset(recipe.data, model, batch_size=recipe.batch_size, seed=recipe.seed)
         if processes.device().type != "cpu":
-            model.text_encoder.to("cpu", torch.float32)  # all it is needed for now are previews
+            model.text_encoder.to("cpu", torch.float32)  # from here on only previews use it
         targets = recipe.lora.targets or family.lora_targets
         add_adapter(model, targets, rank=recipe.lora.rank, alpha=recipe.lora.alpha, seed=recipe.seed)
         objective = Objective(model, family, recipe)
@@ -96,7 +97,7 @@ def distill(recipe: Recipe, out: Path, *, pools: Path | None = None) -> None:
 
 
 def flash_sampler(model: TorchModel, recipe: Recipe) -> Sampler:
-    """How the student of this recipe is sampled."""
+    """The sampler of the student that this recipe trains."""
     return Sampler(kind="flash", schedule=model.spec.sampler.schedule, grid=recipe.grid, default_steps=min(4, recipe.grid.modes))
 
 
@@ -111,7 +112,7 @@ def _train(
     pools: Path | None,
 ) -> None:
     log = work / _LOG
-    if tracker and log.exists():  # what a killed run told beyond its checkpoint is told again, half a line perhaps included
+    if tracker and log.exists():  # drop what a killed run logged after its last checkpoint: those updates are computed again
         write_whole(log, "".join(log.read_text().splitlines(keepends=True)[: student.update]))
     pool: Pool | None = None
     target_s, update_s = 0.0, list[float]()
@@ -126,11 +127,11 @@ def _train(
                 started = time.monotonic()
             use, number = divmod(update - stretch.first, stretch.batches)
             solved, chosen = pool.batch(number, seed=((recipe.seed << 24) + stretch.index) * 64 + use)
-            batches = (
+            targets = [
                 solved.targets(chosen[rows], data, model.device) for rows in processes.rows(recipe.batch_size, recipe.accumulate)
-            )
+            ]
             try:
-                line = _learn(model, student, objective, list(batches), recipe)
+                line = _learn(model, student, objective, targets, recipe)
             except TrainingError as error:
                 if tracker:
                     save_state(work / "bad_batch.pt", vars(solved.targets(chosen, data, torch.device("cpu"))))
@@ -152,7 +153,7 @@ def _train(
                     file.write(json.dumps({"update": update, **line}) + "\n")
                 tracker.numbers(update, line)
             if student.update % recipe.checkpoint_every == 0 or student.update == recipe.updates:
-                _keep(model, student, objective, recipe, work, tracker)
+                _save_progress(model, student, objective, recipe, work, tracker)
 
 
 def _new_pool(
@@ -164,7 +165,7 @@ def _new_pool(
     stretch: Stretch,
     pools: Path | None,
 ) -> Pool:
-    """A pool depends on seed, stretch and anchor alone, so a resumed run solves the same one."""
+    """The pool of a stretch; it depends only on seed, stretch and anchor, so a resumed run makes the same one."""
 
     def make() -> Pool:
         return make_pool(model, objective.unconditional, data, recipe, stretch)
@@ -172,47 +173,49 @@ def _new_pool(
     if not (stretch.phase.backward_simulation or recipe.target == "consistency" or not data.has_images):
         return shared_pool(pools, model, recipe, stretch, make) if pools and processes.count() == 1 else make()
     if student.update == stretch.first:
-        student.drop_anchor()
+        student.set_anchor()
     with student.holding(student.anchor):
         return make()
 
 
-def _learn(model: TorchModel, student: Student, objective: Objective, batches: list[Targets], recipe: Recipe) -> dict[str, float]:
-    """One update of the student and its opponents, from this process's parts of a batch; what there is to tell of it."""
-    # Weights may be on their way from the phase before; the random stream is apart from the pools'.
+def _learn(model: TorchModel, student: Student, objective: Objective, targets: list[Targets], recipe: Recipe) -> dict[str, float]:
+    """One update of the student and its opponents, from this process's rows of a batch; the numbers of its line in the log."""
+    # The phase's weights may be ramping up. The losses' random stream is apart from that of the pools.
     phase = phase_at(recipe.phases, student.update, recipe.ramp_updates)
-    parts: list[Part] = []
-    told: dict[str, Tensor] = {}
-    for batch, rows in zip(batches, processes.rows(recipe.batch_size, recipe.accumulate), strict=True):
+    batches: list[MicroBatch] = []
+    totals: dict[str, Tensor] = {}
+    for chunk, rows in zip(targets, processes.rows(recipe.batch_size, recipe.accumulate), strict=True):
         _, generator = step_generator(recipe.seed + _LOSS_STREAM, student.update)
-        part = Part(batch, student_x0(model, batch), Draws(generator, recipe.batch_size, rows, model.device))
-        losses = objective.losses(part, phase)
-        (torch.stack(list(losses.values())).sum() / len(batches)).backward()
-        parts.append(Part(batch, part.x0.detach(), part.draws))
-        for name, value in {**losses, **_moments(part)}.items():
-            told[name] = told.get(name, 0) + value.detach() / len(batches)
-    values = dict(zip(told, processes.mean(torch.stack(list(told.values()))).tolist(), strict=True))
-    mean, square, wanted = (values.pop(name) for name in _MOMENTS)
+        batch = MicroBatch(chunk, student_x0(model, chunk), Draws(generator, recipe.batch_size, rows, model.device))
+        losses = objective.losses(batch, phase)
+        (torch.stack(list(losses.values())).sum() / len(targets)).backward()
+        batches.append(batch.detached())
+        for name, value in {**losses, **_moments(batch)}.items():
+            totals[name] = totals.get(name, 0) + value.detach() / len(targets)
+    values = dict(zip(totals, processes.mean(torch.stack(list(totals.values()))).tolist(), strict=True))
+    mean, square, teacher_square = (values.pop(name) for name in _MOMENTS)
     loss = sum(values.values())
     student.learn(loss)
-    student.bound(square**0.5, wanted**0.5)
-    opponents = objective.train_opponents(parts, phase)
+    student.bound(square**0.5, teacher_square**0.5)
+    opponents = objective.train_opponents(batches, phase)
     return {"loss": loss, **values, **opponents, "latent_mean": mean, "latent_std": (square - mean**2) ** 0.5}
 
 
 _MOMENTS = ("mean", "square", "teacher_square")
 
 
-def _moments(part: Part) -> dict[str, Tensor]:
-    """Of the student's latents: guidance-driven losses make them drift before anything else shows."""
-    return dict(zip(_MOMENTS, (part.x0.mean(), part.x0.square().mean(), part.batch.x0.square().mean()), strict=True))
+def _moments(batch: MicroBatch) -> dict[str, Tensor]:
+    """Moments of the student's latents and the teacher's: losses driven by guidance make them drift before images fall apart."""
+    return dict(zip(_MOMENTS, (batch.x0.mean(), batch.x0.square().mean(), batch.targets.x0.square().mean()), strict=True))
 
 
 # --- on disk ---------------------------------------------------------------------------------------------------------
 
 
-def _keep(model: TorchModel, student: Student, objective: Objective, recipe: Recipe, work: Path, tracker: Tracker | None) -> None:
-    """A checkpoint, and a look at the average student beside the teacher; the main process writes them."""
+def _save_progress(
+    model: TorchModel, student: Student, objective: Objective, recipe: Recipe, work: Path, tracker: Tracker | None
+) -> None:
+    """Save a checkpoint and a preview of the averaged student next to the teacher; only the main process writes them."""
     if tracker:
         save_state(
             work / "checkpoints" / f"{student.update:06d}.pt",
@@ -230,12 +233,12 @@ def _keep(model: TorchModel, student: Student, objective: Objective, recipe: Rec
 
 
 def _checkpoints(work: Path) -> list[Path]:
-    """Oldest first."""
+    """The checkpoints in `work`, oldest first."""
     return sorted((work / "checkpoints").glob("*.pt"))
 
 
 def _resume(work: Path, student: Student, objective: Objective) -> None:
-    """Go on from the last checkpoint if there is one."""
+    """Restore the last checkpoint if there is one."""
     if found := _checkpoints(work):
         state = load_state(found[-1])
         student.load_state_dict(state["student"])
@@ -243,11 +246,11 @@ def _resume(work: Path, student: Student, objective: Objective) -> None:
 
 
 @contextmanager
-def _told_out_of_memory(recipe: Recipe) -> Iterator[None]:
-    """What to turn when memory runs out, by what is not turned yet."""
+def _explained_out_of_memory(recipe: Recipe) -> Iterator[None]:
+    """Turn running out of memory into a TrainingError that names the settings which would take less and are not set yet."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:  # torch's own for GPUs is a RuntimeError, as is its allocator's for CPUs
+    except (MemoryError, RuntimeError) as error:  # torch raises RuntimeErrors, of its own class for GPUs alone
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
             raise
         share = recipe.batch_size // processes.count()
@@ -267,8 +270,8 @@ def _told_out_of_memory(recipe: Recipe) -> Iterator[None]:
         ) from None
 
 
-def _claim(work: Path, recipe: Recipe) -> None:
-    """Make the working folder this recipe's own; refuses one that holds a run of another, unless the results are the same."""
+def _claim_folder(work: Path, recipe: Recipe) -> None:
+    """Save the recipe in the working folder; TrainingError when a run of a recipe with other results is there already."""
     resolved = work / "recipe.json"
     try:
         values = {"hash": recipe.content_hash, **recipe.model_dump(mode="json")}

@@ -1,4 +1,4 @@
-"""The one network behind teacher, student and fake score: which adapter is on, where and in which precision it runs."""
+"""The one network behind teacher, student and fake score: which adapter is active, and where and in which precision it runs."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -20,24 +20,24 @@ from flashdiff.schedule import Schedule
 
 
 def guided(conditioning: Mapping[str, Tensor], guidance: Tensor) -> Mapping[str, Tensor]:
-    """The teacher's conditioning: with its guidance scales [B] in it, where the network takes them as an input."""
+    """The teacher's conditioning [B, ...]: with its guidance scales [B] in it, where the network takes them as an input."""
     return {**conditioning, GUIDANCE: guidance} if GUIDANCE in conditioning else conditioning
 
 
 def run_network(model: TorchModel, latents: Tensor, times: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
-    """The denoiser's raw output, with whatever adapters are on."""
+    """The denoiser's raw output [B, C, h, w] for latents [B, C, h, w] at `times` [B], with the adapters that are active."""
     output: Tensor = model.denoiser(latents, times, *(conditioning[name] for name in model.conditioning))
     return output
 
 
 def predict_x0(model: TorchModel, latents: Tensor, times: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
-    """x_0 of latents at `times` [B], by the denoiser with whatever adapters are on."""
+    """x_0 [B, C, h, w] of latents [B, C, h, w] at `times` [B], by the denoiser with the adapters that are active."""
     alpha, sigma = levels(model, times)
     return to_x0(model.spec.prediction, run_network(model, latents, times, conditioning), latents, alpha, sigma)
 
 
 def levels(model: TorchModel, times: Tensor) -> tuple[Tensor, Tensor]:
-    """alpha and sigma [B, 1, 1, 1] of `times` [B], where those are."""
+    """alpha and sigma [B, 1, 1, 1] of `times` [B], on the device of `times`."""
     alpha, sigma = (table.to(times.device)[times].view(-1, 1, 1, 1) for table in _level_tables(model.spec.sampler.schedule))
     return alpha, sigma
 
@@ -48,7 +48,7 @@ def _level_tables(schedule: Schedule) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(alphas).float(), torch.from_numpy(sigmas).float()
 
 
-# --- whose network it is now -----------------------------------------------------------------------------------------
+# --- roles: which adapter is active ----------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -63,7 +63,7 @@ def as_teacher(model: TorchModel) -> Iterator[None]:
 
 @contextmanager
 def as_adapter(model: TorchModel, name: str) -> Iterator[None]:
-    """Another adapter than the student's; peft lets only the active one's weights take gradients."""
+    """The network with the adapter `name` in place of the student's; in peft only the active adapter's weights take gradients."""
     model.network.set_adapter(name)
     try:
         yield
@@ -72,22 +72,22 @@ def as_adapter(model: TorchModel, name: str) -> Iterator[None]:
 
 
 class Tap:
-    """What the family's tapped module of the frozen teacher puts out: features of latents at a noise level."""
+    """The features of latents at a noise level: the output of the family's tapped module."""
 
     def __init__(self, model: TorchModel, family: ModelFamily) -> None:
-        self._model, self._module = model, family.feature_tap(model.network)
+        self._model, self._family = model, family
 
     def __call__(self, latents: Tensor, times: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
-        """A map [B, C', h', w'] of latents [B, C, h, w] noised to `times` [B]; gradients flow through the teacher to them.
+        """A map [B, C', h', w'] of latents [B, C, h, w] noised to `times` [B]; gradients flow through the network to them.
 
-        Whose network it is, the caller says: see `as_teacher`.
+        The caller chooses the role of the network, with `as_teacher` for the frozen base.
         """
         caught: list[Tensor] = []
 
         def catch(module: nn.Module, inputs: Any, output: Any) -> None:
             caught.append(output[-1] if isinstance(output, tuple) else output)  # text comes first, the image last
 
-        handle = self._module.register_forward_hook(catch)
+        handle = self._family.feature_tap(self._model.network).register_forward_hook(catch)
         try:
             run_network(self._model, latents, times, conditioning)
         finally:
@@ -99,13 +99,13 @@ class Tap:
         return features.float()
 
 
-# --- where and how it runs -------------------------------------------------------------------------------------------
+# --- device, precision and memory ------------------------------------------------------------------------------------
 
 
 def place(model: TorchModel, *, whole: bool = True) -> None:
-    """Move the model to this process's device; text encoder and network compute in the run's precision there.
+    """Move the model to this process's device, where text encoder and network compute in the run's precision.
 
-    Without `whole`, the network itself stays where it is until `shard_base` moves it block by block.
+    Without `whole`, the network's parameters stay where they are until `shard_base` moves them block by block.
     """
     device, precision = processes.device(), processes.precision()
     model.text_encoder.to(device, precision)
@@ -115,13 +115,13 @@ def place(model: TorchModel, *, whole: bool = True) -> None:
     for name, buffer in list(model.denoiser.named_buffers(recurse=False)):
         setattr(model.denoiser, name, buffer.to(device))
     if precision != torch.float32:
-        for parameter in model.network.parameters():  # not the buffers: some hold noise levels
+        for parameter in model.network.parameters():  # buffers keep their precision: some hold noise levels
             parameter.data = parameter.data.to(precision)
         model.denoiser = _InPrecision(model.denoiser, precision)
 
 
 class _InPrecision(nn.Module):
-    """Computes in a lower precision and answers in float32; what is trained stays in float32."""
+    """Computes in a lower precision and returns float32; trained parameters stay in float32."""
 
     def __init__(self, denoiser: nn.Module, precision: torch.dtype) -> None:
         super().__init__()
@@ -134,34 +134,34 @@ class _InPrecision(nn.Module):
 
 
 def checkpoint_gradients(model: TorchModel) -> None:
-    """Keep no activations inside the network's blocks, but compute them again in the backward pass.
+    """Keep no activations inside the network's blocks, but recompute them in the backward pass.
 
-    That may come when another role is on than in the forward pass, so each block remembers its own.
+    The network may have another role by then, so each block restores the role of its forward pass.
     """
     adapters = [module for module in model.network.modules() if isinstance(module, BaseTunerLayer)]
 
-    def states() -> list[tuple[bool, list[str]]]:
+    def roles() -> list[tuple[bool, list[str]]]:
         return [(module._disable_adapters, module._active_adapter) for module in adapters]  # type: ignore[misc]
 
-    def put(values: list[tuple[bool, list[str]]]) -> None:
+    def set_roles(values: list[tuple[bool, list[str]]]) -> None:
         for module, (disabled, active) in zip(adapters, values, strict=True):
-            # Not through peft's setters: they also say which weights take gradients, in the middle of a backward pass.
+            # Not through peft's setters: they would also change which weights take gradients, in the middle of a backward pass.
             module._disable_adapters, module._active_adapter = disabled, active
 
     @contextmanager
-    def again(then: list[tuple[bool, list[str]]]) -> Iterator[None]:
-        now = states()
-        put(then)
+    def recomputing(before: list[tuple[bool, list[str]]]) -> Iterator[None]:
+        now = roles()
+        set_roles(before)
         try:
             yield
         finally:
-            put(now)
+            set_roles(now)
 
     def run(module: Callable[..., Any], *inputs: Any) -> Any:
-        then = states()
+        before = roles()
 
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-            return nullcontext(), again(then)
+            return nullcontext(), recomputing(before)
 
         return checkpoint(module, *inputs, use_reentrant=False, context_fn=contexts)
 
@@ -169,9 +169,9 @@ def checkpoint_gradients(model: TorchModel) -> None:
 
 
 def shard_base(model: TorchModel) -> None:
-    """Spread the frozen base over the processes with FSDP2; each gathers a block while it runs it.
+    """Spread the frozen base over the processes with FSDP2; each process gathers a block while it runs it.
 
-    The adapters stay whole in every process: they are small, and their gradients are averaged as without sharding. From now
+    The adapters stay whole in every process: they are small, and their gradients are averaged as without sharding. From then
     on all processes must evaluate the network equally often.
     """
     from torch.distributed.device_mesh import init_device_mesh
@@ -182,7 +182,7 @@ def shard_base(model: TorchModel) -> None:
         parameter.data = parameter.data.to(processes.device())
     mesh = init_device_mesh(processes.device().type, (processes.count(),))
     blocks = set(model.network._no_split_modules or ())
-    for module in reversed(list(model.network.modules())):  # those inside others first
+    for module in reversed(list(model.network.modules())):  # inner modules first
         if type(module).__name__ in blocks:
             fully_shard(module, mesh=mesh, ignored_params=adapters)
     fully_shard(model.network, mesh=mesh, ignored_params=adapters)

@@ -1,4 +1,4 @@
-"""Sheets to look at: the student at few steps beside the teacher, same prompts and seeds."""
+"""Preview sheets: the teacher and the student at few steps, with the same prompts and seeds."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,9 +18,12 @@ TEACHER_STEPS = 50
 
 
 def preview(model: TorchModel, student: Sampler, guidance: float, prompts: Sequence[str]) -> Pixels:
-    """A sheet: rows from the top: teacher at 50 steps, student at its most steps, at 2 and at 1; a column a prompt."""
+    """A sheet [H, W, 3] with a column per prompt. Rows from the top: the teacher at 50 steps, the student at its most, 2 and 1.
+
+    `guidance` is the teacher's scale.
+    """
     model.network.disable_adapters()
-    teacher = model  # one that takes its guidance as an input has a scale of its own
+    teacher = model  # a network that takes its guidance as an input has its own scale
     if model.guides_twice:
         teacher = replace(model, spec=_sampled_by(model, model.spec.sampler.model_copy(update={"guidance": guidance})))
     rows = [_images(teacher, prompts, TEACHER_STEPS)]
@@ -31,6 +34,7 @@ def preview(model: TorchModel, student: Sampler, guidance: float, prompts: Seque
 
 
 def save_image(sheet: Pixels, path: Path) -> None:
+    """Write pixels [H, W, 3] as an image file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(sheet).save(path)
 

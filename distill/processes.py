@@ -1,8 +1,8 @@
-"""One run in one process or in many: who computes which rows, and how the processes agree.
+"""One run in one process or in many: which rows each process computes, and how the processes exchange results.
 
-Accelerate says where this process runs (`accelerate launch`, torchrun, or alone); the same recipe then gives the same
-losses in any number of processes, because every random number is drawn for the whole batch and each takes its rows.
-Gradients are averaged after the backward pass: what is trained is a LoRA, small beside what computes it.
+Accelerate finds out where this process runs (`accelerate launch`, torchrun, or alone). The same recipe gives the same losses
+in any number of processes, because random numbers are drawn for the whole batch and each process takes those of its rows.
+Gradients are averaged after the backward pass: they are those of a LoRA, so the message is small.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -18,46 +18,49 @@ from flashdiff.errors import ConfigError
 
 
 def _state() -> PartialState:
-    # Asked for an accelerator that is not there, accelerate would run every process of a launch on its own.
+    # Without an accelerator and without cpu=True, accelerate would run each process of a launch as a run of its own.
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
 
 
 def index() -> int:
-    """This process's number; 0 writes files."""
+    """This process's number, from 0; process 0 writes the files."""
     return int(_state().process_index)
 
 
 def count() -> int:
+    """The number of processes in the run."""
     return int(_state().num_processes)
 
 
 def is_main() -> bool:
+    """Whether this is process 0."""
     return index() == 0
 
 
 def device() -> torch.device:
+    """The device that this process computes on."""
     return torch.device(_state().device)
 
 
 def precision() -> torch.dtype:
-    """What networks compute in and the cache holds: bfloat16 on GPUs that have it, else float32."""
-    has_it = device().type == "cuda" and torch.cuda.is_bf16_supported()
-    return torch.bfloat16 if has_it else torch.float32
+    """The type that networks compute in and the cache of embeddings holds: bfloat16 on GPUs that support it, else float32."""
+    is_supported = device().type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if is_supported else torch.float32
 
 
 def wait() -> None:
-    """Until all processes are here."""
+    """Block until all processes have called this."""
     _state().wait_for_everyone()
 
 
 def main_first(act: Callable[[], object]) -> None:
-    """`act` in the main process, then in the others, which find what it made."""
+    """Call `act` in the main process, and then in the others, which find its results on disk."""
     with _state().main_process_first():
         act()
 
 
 def union(found: Mapping[Any, Any]) -> dict[Any, Any]:
-    """What any process found."""
+    """The items of all processes' mappings, in every process."""
     if count() == 1:
         return dict(found)
     gathered: list[Any] = [None] * count()
@@ -65,12 +68,19 @@ def union(found: Mapping[Any, Any]) -> dict[Any, Any]:
     return {key: value for one in gathered for key, value in one.items()}
 
 
+def check_split(batch_size: int, accumulate: int, *, shard_base: bool) -> None:
+    """ConfigError when a recipe with these values cannot run in this number of processes."""
+    rows(batch_size, accumulate)
+    if shard_base and count() == 1:
+        raise ConfigError("shard_base spreads the network over processes, this run has one: start more, or leave it out")
+
+
 def rows(total: int, parts: int = 1) -> list[slice]:
-    """This process's rows of a batch of `total`, in as many parts; ConfigError when they do not divide it."""
+    """This process's rows of a batch of `total`, as `parts` slices of equal size; ConfigError when they do not divide it."""
     if total % (count() * parts):
+        each = f" in {parts} parts each" if parts > 1 else ""
         raise ConfigError(
-            f"batch_size {total} cannot be split over {count()} processes in {parts} parts each; "
-            f"make it a multiple of {count() * parts}"
+            f"batch_size {total} cannot be split over {count()} processes{each}; make it a multiple of {count() * parts}"
         )
     size = total // (count() * parts)
     start = index() * size * parts
@@ -78,7 +88,7 @@ def rows(total: int, parts: int = 1) -> list[slice]:
 
 
 def gather(values: Tensor) -> Tensor:
-    """The rows [n, ...] of all processes, in order, on the CPU; every process gives as many."""
+    """The rows of all processes [count * n, ...], in their order, on the CPU; each process passes `values` [n, ...]."""
     if count() == 1:
         return values.cpu()
     gathered = [torch.empty_like(values) for _ in range(count())]
@@ -87,7 +97,7 @@ def gather(values: Tensor) -> Tensor:
 
 
 def mean(values: Tensor) -> Tensor:
-    """The average over the processes."""
+    """`values`, of any shape, averaged over the processes."""
     if count() > 1:
         values = values.clone()
         torch.distributed.all_reduce(values)
@@ -96,7 +106,7 @@ def mean(values: Tensor) -> Tensor:
 
 
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Replace every gradient by its average over the processes, in one message."""
+    """Replace every gradient by its average over the processes, in one all-reduce."""
     if count() == 1:
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
@@ -106,7 +116,10 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
 
 
 class Draws:
-    """Random numbers for a whole batch of `total` samples, of which this part of it takes its `rows`."""
+    """Random numbers drawn for a whole batch of `total` samples, so that they do not depend on how it is split.
+
+    Each draw returns those of `rows`, all by default, on the device `to`, the CPU by default.
+    """
 
     def __init__(self, generator: torch.Generator, total: int, rows: slice | None = None, to: torch.device | None = None) -> None:
         self._generator, self._total, self._rows = generator, total, rows or slice(None)

@@ -5,19 +5,20 @@ import statistics
 from pathlib import Path
 
 from flashdiff.distill.config import Recipe
-from flashdiff.distill.plan import cost
+from flashdiff.distill.costs import cost
 from flashdiff.families.base import GUIDANCE, ModelFamily, TorchModel
 from flashdiff.files import write_whole
 from flashdiff.lora import WEIGHTS, FlashInfo, save_flash_lora
 from flashdiff.schedule import FlowSchedule
 
-_LAST = 100  # updates whose losses the card tells
+_LAST = 100
+"""Updates over which the card averages losses."""
 
 
 def publish(out: Path, model: TorchModel, family: ModelFamily, recipe: Recipe, lora_parameters: int, log: Path) -> None:
-    """Write the student that is in `model` now; the run's `log` has a line of JSON an update.
+    """Write the student's present weights in `model`, with a card; the run's `log` has a line of JSON per update.
 
-    flash.json comes last: a folder that has it is complete.
+    flash.json is written last: a folder that has it is complete.
     """
     info = FlashInfo(
         family=family.name,
@@ -36,7 +37,7 @@ def publish(out: Path, model: TorchModel, family: ModelFamily, recipe: Recipe, l
 
 
 def _usage(info: FlashInfo, model: TorchModel, family: ModelFamily, recipe: Recipe) -> str:
-    """How stock diffusers runs the LoRA, with the exact times."""
+    """How to run the LoRA with stock diffusers, at its exact times."""
     times = info.inference[str(min(4, recipe.grid.modes))]
     if family.lora_writer:
         return f"{family.pipeline_class} has no LoRA loader in diffusers; `PeftAdapterMixin.load_lora_adapter` reads the file."
@@ -57,7 +58,7 @@ pipeline("a prompt", {setting}, guidance_scale={guidance})  # the scheduler's ow
 
 
 def _run(recipe: Recipe, model: TorchModel, log: Path) -> str:
-    """What the run cost, and where its numbers ended."""
+    """The run's cost, and its losses at the end."""
     passes = float(f"{cost(recipe, guided_twice=model.guides_twice) * recipe.batch_size:.2g}")
     lines = [json.loads(line) for line in log.read_text().splitlines()[-_LAST:]]
     names = [name for name in lines[-1] if name not in ("update", "loss")]
@@ -71,8 +72,7 @@ def _run(recipe: Recipe, model: TorchModel, log: Path) -> str:
 
 def _card(info: FlashInfo, recipe: Recipe, run: str, usage: str) -> str:
     share = 100 * info.lora_parameters / info.network_parameters
-    names = ("distillation", "adversarial", "distribution_matching")
-    losses = ", ".join(name.replace("_", " ") for name in names if any(getattr(phase, name) for phase in recipe.phases))
+    losses = ", ".join(term.title for term in recipe.terms())
     guidance = " to ".join(f"{scale:g}" for scale in dict.fromkeys(info.guidance))
     grids = "; ".join(f"{count}: {times}" for count, times in info.inference.items())
     return f"""# Flash LoRA for {info.base}
@@ -83,12 +83,12 @@ teacher takes {recipe.grid.solver_steps} solver steps with guidance {guidance}.
 Recipe hash {info.recipe_hash[:12]}, base hash {info.base_hash[:12]}.
 
 {run}
-What that is worth: `flashdiff evaluate BUNDLE --steps 4,2 --teacher TEACHER_BUNDLE`.
+To measure its quality: `flashdiff evaluate BUNDLE --steps 4,2 --teacher TEACHER_BUNDLE`.
 
 Made for 1 to {recipe.grid.modes} steps, **guidance off**, at these timesteps:
 {grids}.
 
 With flashdiff: `flashdiff build-engine {info.base} --lora THIS_FOLDER --out BUNDLE`. `kohya.safetensors` is the same LoRA for
-ComfyUI and its kin, not tried there (cfg 1, the LCM sampler). With diffusers:
+ComfyUI and similar tools, not tried there (cfg 1, the LCM sampler). With diffusers:
 
 {usage}"""

@@ -22,7 +22,8 @@ _log = logging.getLogger(__name__)
 
 DAMAGE_LIMIT = 0.05
 """A run stops when more than this share of the samples, or of the files that hold several, cannot be used."""
-_CAPTIONS = ("text", "caption", "prompt")  # what parquet data sets call theirs
+_CAPTIONS = ("text", "caption", "prompt")
+"""Columns that hold captions in parquet data sets."""
 
 
 @dataclass(frozen=True)
@@ -30,30 +31,30 @@ class Sample:
     """An image with its caption, or a prompt alone."""
 
     where: str
-    """For messages: the file, and the row or member in it."""
+    """The file, and the row or member in it, for messages."""
     caption: str
     image: bytes | NDArray[np.uint8] | None  # an image file, or pixels [H, W, 3]
 
 
 class Damage:
-    """What was read and what had to be left out: a few damaged samples are skipped, many stop the run."""
+    """Counts what was read and what had to be skipped: a few damaged samples are skipped, many stop the run."""
 
     def __init__(self, source: str) -> None:
         self.source, self.skipped, self._read, self._first = source, Counter[str](), Counter[str](), dict[str, str]()
 
     def count(self, kind: str) -> None:
-        """One more `kind`, damaged or not."""
+        """Count one more of `kind` ("samples", "files"), damaged or not."""
         self._read[kind] += 1
 
     def skip(self, kind: str, why: str) -> None:
-        """One of those counted cannot be used."""
+        """Count one of them as unusable; the first of each kind is logged."""
         if not self.skipped[kind]:
             _log.warning("skipped: %s", why)
         self._first.setdefault(kind, why)
         self.skipped[kind] += 1
 
     def check(self) -> None:
-        """TrainingError when too much was skipped; the first of it is named."""
+        """TrainingError when too much was skipped; the message names the first of it."""
         for kind, skipped in self.skipped.items():
             if skipped > DAMAGE_LIMIT * self._read[kind]:
                 raise TrainingError(
@@ -63,7 +64,7 @@ class Damage:
 
 
 def read_samples(recipe: DataRecipe, size: Size, seed: int, damage: Damage) -> Iterator[Sample]:
-    """Up to `recipe.images` samples in a fixed order; what cannot be used is told to `damage`.
+    """Up to `recipe.images` samples in a fixed order; `damage` counts those that cannot be used. `size` is that of renders.
 
     TrainingError when the source is none of the known kinds.
     """
@@ -86,7 +87,7 @@ def read_samples(recipe: DataRecipe, size: Size, seed: int, damage: Damage) -> I
 
 
 def image_size(image: bytes | NDArray[np.uint8]) -> tuple[int, int]:
-    """Width and height as shown, from the file's header. Raises what pillow raises for a file that is no image."""
+    """Width and height as displayed, from the file's header. Raises pillow's errors for a file that is no image."""
     if isinstance(image, np.ndarray):
         return image.shape[1], image.shape[0]
     with Image.open(io.BytesIO(image)) as opened:
@@ -120,7 +121,7 @@ def _folder(folder: Path, damage: Damage) -> Iterator[Sample]:
     """Image files, each with its caption in a .txt file beside it or in a line of metadata.jsonl."""
     try:
         known = read_metadata(folder / METADATA)
-    except EvaluationError as error:  # a senseless line
+    except EvaluationError as error:  # a malformed line
         raise TrainingError(str(error)) from None
     for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES):
         prompt, _ = known.get(path.relative_to(folder).as_posix(), (None, 0))
@@ -137,7 +138,7 @@ def _folder(folder: Path, damage: Damage) -> Iterator[Sample]:
 
 
 def _files(files: list[Path], damage: Damage) -> Iterator[Sample]:
-    """Shards and parquet files; one that is damaged gives what stands before the damage."""
+    """The samples of shards and parquet files; a damaged file gives those before the damage."""
     for path in files:
         damage.count("files")
         try:
@@ -151,18 +152,18 @@ def _shard(path: Path, damage: Damage) -> Iterator[Sample]:
     for members in shard_samples(path):
         name = next((name for name in members if Path(name).suffix in SUFFIXES), None)
         if name is None:
-            continue  # of another kind: an index, a set of features
+            continue  # not an image: an index, a set of features
         text = next((content for member, content in members.items() if member.endswith(".txt")), None)
         yield from _checked(f"{path}/{name}", members[name], text, "it has no .txt member", damage)
 
 
 def _parquet(path: Path, damage: Damage) -> Iterator[Sample]:
-    """Rows as Hugging Face data sets have them: `image` as bytes or as a struct with `bytes`, the caption beside it."""
+    """Rows in the layout of Hugging Face data sets: a column `image` of bytes or structs with `bytes`, and one of captions."""
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise TrainingError(f"{path}: reading parquet needs 'pyarrow', which is not here: {install('distill')}") from None
+        raise TrainingError(f"{path}: reading parquet needs 'pyarrow', which is not installed: {install('distill')}") from None
     try:
         file = pyarrow.parquet.ParquetFile(path)
         names = file.schema_arrow.names
@@ -190,7 +191,7 @@ def _prompts(path: Path) -> Iterator[Sample]:
 
 
 def _checked(where: str, image: bytes | None, caption: bytes | None, missing: str, damage: Damage) -> Iterator[Sample]:
-    """The sample, unless it has no image or no caption. Whether the image can be decoded shows when it is."""
+    """The sample, unless it has no image or no caption. The image is not decoded yet."""
     damage.count("samples")
     try:
         text = caption.decode("utf-8").strip() if caption is not None else ""

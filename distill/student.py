@@ -19,14 +19,14 @@ _DRIFT_LIMIT = 2.0
 
 
 class Student:
-    """The adapter in `model` that is trained and published."""
+    """The adapter in `model` that is trained and published, with its optimizer and its running average."""
 
     def __init__(self, model: TorchModel, recipe: Recipe) -> None:
         self.parameters = {name: p for name, p in model.network.named_parameters() if f".{ADAPTER}." in name}
         self.optimizer = _optimizer(recipe)(self.parameters.values(), lr=recipe.learning_rate, weight_decay=0.0)
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.anchor: dict[str, Tensor] = {}
-        """The average when the present pool was made, where the pool depends on it: a resumed run makes the same one."""
+        """The average when the present pool was made, if the pool draws on it: a resumed run then makes the same pool."""
         self.update = 0
         self._drift = 0.0
         self._recipe = recipe
@@ -36,9 +36,9 @@ class Student:
         return sum(p.numel() for p in self.parameters.values())
 
     def learn(self, loss: float) -> None:
-        """One optimizer step on the gradients there are, averaged over the processes.
+        """One optimizer step on the present gradients, averaged over the processes.
 
-        TrainingError, with weights untouched, when these or the `loss` are not finite.
+        TrainingError, with weights untouched, when they or `loss` are not finite.
         """
         recipe = self._recipe
         for group in self.optimizer.param_groups:
@@ -55,10 +55,10 @@ class Student:
             self.average[name].lerp_(parameter.detach(), 1 - decay)
 
     def bound(self, student_rms: float, teacher_rms: float) -> None:
-        """TrainingError when the student's latents stay much larger than the teacher's.
+        """TrainingError when the student's latents stay much larger than the teacher's, by the root mean squares of each update.
 
-        Losses driven by guidance blow latents up, mean or deviation, long before images fall apart or a loss shows it
-        (Decoupled DMD, 2511.22677): a run that is there has been lost since its last good preview.
+        Losses driven by guidance enlarge the latents' mean or deviation long before images fall apart or a loss shows it
+        (Decoupled DMD, 2511.22677), and such a run does not recover.
         """
         self._drift = _DRIFT_DECAY * self._drift + (1 - _DRIFT_DECAY) * math.log(
             max(student_rms, 1e-12) / max(teacher_rms, 1e-12)
@@ -66,27 +66,27 @@ class Student:
         if self._drift > math.log(_DRIFT_LIMIT):
             raise TrainingError(
                 f"update {self.update}: the student's latents have grown to {math.exp(self._drift):.2f} times the teacher's; "
-                f"lower the weights of adversarial and distribution_matching, the guidance or the learning_rate"
+                f"lower the weights of the losses other than distillation, the guidance or the learning_rate"
             )
 
     # --- its weights -------------------------------------------------------------------------------------------------
 
-    def drop_anchor(self) -> None:
-        """Remember the average as what the next pool is made with."""
+    def set_anchor(self) -> None:
+        """Keep the present average as the weights that the next pool is made with."""
         self.anchor = {name: values.clone() for name, values in self.average.items()}
 
     @contextmanager
     def holding(self, weights: dict[str, Tensor]) -> Iterator[None]:
-        """Other weights in place of the trained ones, for as long as it takes."""
+        """Within the context, the adapter has `weights` in place of the trained ones."""
         current = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self._put(weights)
+        self._set_weights(weights)
         try:
             yield
         finally:
-            self._put(current)
+            self._set_weights(current)
 
     @torch.no_grad()
-    def _put(self, weights: dict[str, Tensor]) -> None:
+    def _set_weights(self, weights: dict[str, Tensor]) -> None:
         for name, parameter in self.parameters.items():
             parameter.copy_(weights[name])
 
@@ -101,7 +101,7 @@ class Student:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._put(state["weights"])
+        self._set_weights(state["weights"])
         for name, values in self.average.items():
             values.copy_(state["average"][name])
         self.anchor = state["anchor"]
@@ -124,6 +124,6 @@ def _optimizer(recipe: Recipe) -> Any:
 
 
 def _schedule(update: int, recipe: Recipe) -> float:
-    """Linear warm-up, constant, then linear to zero over the last seven tenths."""
+    """The factor of the learning rate at `update`: linear warm-up, constant, then linear to 0 over the last seven tenths."""
     warm = min(1.0, (update + 1) / (recipe.warmup_updates + 1))
     return warm * min(1.0, (recipe.updates - update) / (0.7 * recipe.updates))

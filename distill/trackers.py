@@ -1,4 +1,4 @@
-"""Curves and previews of a run where people look at them: TensorBoard files in OUT/training, or Weights & Biases."""
+"""Curves and previews of a run, in TensorBoard files in OUT/training or in Weights & Biases."""
 
 import secrets
 from collections.abc import Mapping
@@ -12,19 +12,22 @@ from flashdiff.orders import Pixels
 
 
 class Tracker(Protocol):
+    """Receives the numbers and previews of a run."""
+
     def numbers(self, update: int, values: Mapping[str, float]) -> None:
-        """One point of every curve."""
+        """Add one point to the curve of each name."""
         ...
 
     def image(self, update: int, sheet: Pixels) -> None:
-        """A preview sheet [H, W, 3]."""
+        """Add a preview sheet [H, W, 3]."""
         ...
 
     def close(self) -> None: ...
 
 
 def open_tracker(recipe: Recipe, work: Path, update: int) -> Tracker:
-    """The recipe's tracker, going on at `update`: what a killed run told beyond it is replaced."""
+    """The recipe's tracker from `update` on: points that a killed run logged after it are replaced. ConfigError when the
+    tracker's package is missing."""
     try:
         return (_TensorBoard if recipe.tracker == "tensorboard" else _WandB)(recipe, work, update)
     except ImportError as error:
@@ -56,7 +59,7 @@ class _WandB:
 
         self._wandb: Any = wandb
         config = recipe.model_dump(mode="json")
-        kept = work / "wandb-id"  # so that a resumed run draws on in the same curve, and no other run in it
+        kept = work / "wandb-id"  # so that a resumed run continues its own curve, and no other run's
         if not kept.exists():
             write_whole(kept, secrets.token_hex(8))
         self._run: Any = wandb.init(project="flashdiff", id=kept.read_text(), resume="allow", dir=str(work), config=config)

@@ -24,6 +24,11 @@ class Record(BaseModel):
         """One text for one content: sorted keys, no spaces."""
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
 
+    @classmethod
+    def key_types(cls) -> dict[str, Any]:
+        """The keys that a file may give, with their types."""
+        return {name: field.annotation for name, field in cls.model_fields.items()}
+
     @property
     def content_hash(self) -> str:
         """SHA-256 of the canonical JSON, as hex."""
@@ -79,10 +84,10 @@ def _known_keys(record: type[Record], path: tuple[int | str, ...]) -> list[str]:
     for name in path:
         if isinstance(name, int):  # a place in a list of records
             continue
-        field = record.model_fields.get(name)
-        kinds = (field.annotation, *get_args(field.annotation)) if field else ()
+        found = record.key_types().get(name)
+        kinds = (found, *get_args(found))
         inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Record)]
         if not inner:
             return []
         record = inner[0]
-    return list(record.model_fields)
+    return list(record.key_types())

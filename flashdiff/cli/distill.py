@@ -26,14 +26,14 @@ def run(options: argparse.Namespace) -> None:
 
     recipe = load_recipe(find_recipe(options.recipe), Recipe)
     from flashdiff.distill import processes
+    from flashdiff.distill.dry_run import dry_run
     from flashdiff.distill.loop import distill
-    from flashdiff.distill.plan import plan
 
     quiet_libraries()
     if not processes.is_main():
         logging.getLogger("flashdiff").setLevel(logging.WARNING)  # only the main process reports progress
     if options.dry_run:
-        for line in plan(recipe):
+        for line in dry_run(recipe):
             print(line)
         return
     distill(recipe, options.out)

@@ -5,7 +5,7 @@ import pytest
 from benchmarks.variants import VARIANTS, make_variant
 from flashdiff.config import load_recipe
 from flashdiff.distill.config import Recipe, bundled_recipe
-from flashdiff.distill.plan import cost
+from flashdiff.distill.costs import cost
 
 
 @pytest.mark.parametrize("name", list(VARIANTS))

@@ -3,15 +3,10 @@ import math
 import pytest
 import torch
 
-from flashdiff.distill.config import AdversarialKind
-from flashdiff.distill.losses import (
-    approximate_r1,
-    discriminator_loss,
-    distillation_loss,
-    distribution_matching_loss,
-    generator_loss,
-    perceptual_loss,
-)
+from flashdiff.distill.losses.adversarial import approximate_r1, discriminator_loss, generator_loss
+from flashdiff.distill.losses.distillation import distillation_loss, perceptual_loss
+from flashdiff.distill.losses.distribution_matching import distribution_matching_loss
+from flashdiff.distill.losses.settings import AdversarialKind
 
 
 def test_l2_is_the_mean_square() -> None:

@@ -13,11 +13,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flashdiff.distill import loop
+from flashdiff.distill.batch import MicroBatch, Targets
 from flashdiff.distill.config import Recipe
 from flashdiff.distill.loop import distill
-from flashdiff.distill.objective import FAKE_SCORE, Objective, Part
+from flashdiff.distill.losses.distribution_matching import FAKE_SCORE
+from flashdiff.distill.objective import Objective
 from flashdiff.distill.processes import Draws
-from flashdiff.distill.step import Targets, student_x0
+from flashdiff.distill.step import student_x0
 from flashdiff.families import load_base
 from flashdiff.families.base import TorchModel
 from flashdiff.lora import ADAPTER, WEIGHTS, add_adapter
@@ -54,8 +56,8 @@ def _objective(model: TorchModel, tiny_base: Path, **loss: Any) -> Objective:
     return Objective(model, load_base(str(tiny_base))[0], recipe)
 
 
-def _part(batch: Targets, x0: Tensor) -> Part:
-    return Part(batch, x0, Draws(torch.Generator().manual_seed(1), len(x0)))
+def _micro_batch(batch: Targets, x0: Tensor) -> MicroBatch:
+    return MicroBatch(batch, x0, Draws(torch.Generator().manual_seed(1), len(x0)))
 
 
 @pytest.mark.parametrize(
@@ -82,11 +84,11 @@ def test_what_an_update_costs_in_network_evaluations(
     objective = _objective(model, tiny_base, **loss)
     evaluations.clear()
     x0 = student_x0(model, batch)
-    losses = objective.losses(_part(batch, x0), objective.recipe.phases[0])
+    losses = objective.losses(_micro_batch(batch, x0), objective.recipe.phases[0])
     assert evaluations == student
     assert set(losses) == {"distillation", "adversarial", "distribution_matching"}
     evaluations.clear()
-    objective.train_opponents([_part(batch, x0)], objective.recipe.phases[0])
+    objective.train_opponents([_micro_batch(batch, x0)], objective.recipe.phases[0])
     assert evaluations == opponents
 
 
@@ -96,7 +98,7 @@ def test_every_loss_reaches_the_student_and_nobody_else(kind: str, model: TorchM
     for name in ("distillation", "adversarial", "distribution_matching"):
         model.network.zero_grad()
         x0 = student_x0(model, batch)
-        objective.losses(_part(batch, x0), objective.recipe.phases[0])[name].backward()
+        objective.losses(_micro_batch(batch, x0), objective.recipe.phases[0])[name].backward()
         touched = {key for key, p in model.network.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
         assert touched, name
         assert all(f".{ADAPTER}." in key for key in touched), name
@@ -114,9 +116,9 @@ def test_distribution_matching_moves_samples_from_the_fake_score_to_the_guided_t
                 parameter.normal_(0, 0.5, generator=torch.Generator().manual_seed(len(name)))
     x0 = torch.randn(batch.x0.shape, generator=torch.Generator().manual_seed(5)).requires_grad_()
     alone = objective.recipe.phases[0].model_copy(update={"distillation": 0.0, "adversarial": 0.0})
-    loss = objective.losses(_part(batch, x0), alone)["distribution_matching"]
+    loss = objective.losses(_micro_batch(batch, x0), alone)["distribution_matching"]
 
-    draws = _part(batch, x0).draws  # the same numbers, in the order of the method
+    draws = _micro_batch(batch, x0).draws  # the same numbers, in the order of the method
     guidance = 2.0 + 2.0 * draws.uniform().view(-1, 1, 1, 1)
     tau = draws.integers(20, 980)
     noise = draws.normal(x0.shape[1:])
@@ -154,8 +156,8 @@ def test_judges_see_with_the_frozen_teacher_whatever_the_student_has_learnt(
 
     def told() -> dict[str, float]:
         objective.load_state_dict(copy.deepcopy(untrained))
-        losses = {name: loss.item() for name, loss in objective.losses(_part(batch, x0), phase).items()}
-        return losses | objective.train_opponents([_part(batch, x0)], phase)
+        losses = {name: loss.item() for name, loss in objective.losses(_micro_batch(batch, x0), phase).items()}
+        return losses | objective.train_opponents([_micro_batch(batch, x0)], phase)
 
     before, answer = told(), student_x0(model, batch)
     with torch.no_grad():
@@ -171,7 +173,7 @@ def test_opponents_learn_without_moving_the_student(model: TorchModel, tiny_base
     objective = _objective(model, tiny_base, distribution_matching={"fake_score": "lora", "critic_learning_rate": 0.01})
     before = {key: p.detach().clone() for key, p in model.network.named_parameters()}
     x0 = student_x0(model, batch)
-    told = [objective.train_opponents([_part(batch, x0)], objective.recipe.phases[0]) for _ in range(12)]
+    told = [objective.train_opponents([_micro_batch(batch, x0)], objective.recipe.phases[0]) for _ in range(12)]
     assert told[-1]["discriminator"] < told[0]["discriminator"]
     assert told[-1]["fake_score"] < told[0]["fake_score"]
     moved = {key for key, p in model.network.named_parameters() if not torch.equal(p, before[key])}
@@ -184,10 +186,10 @@ def test_a_loss_without_weight_costs_nothing(model: TorchModel, tiny_base: Path,
     recipe = tiny_recipe(tiny_base)
     objective = Objective(model, load_base(str(tiny_base))[0], recipe)
     evaluations.clear()
-    losses = objective.losses(_part(batch, student_x0(model, batch)), recipe.phases[0])
+    losses = objective.losses(_micro_batch(batch, student_x0(model, batch)), recipe.phases[0])
     assert list(losses) == ["distillation"]
     assert len(evaluations) == 1
-    assert objective.train_opponents([_part(batch, batch.x0)], recipe.phases[0]) == {}
+    assert objective.train_opponents([_micro_batch(batch, batch.x0)], recipe.phases[0]) == {}
 
 
 def test_a_killed_run_with_all_losses_goes_on_and_equals_the_unbroken_one(

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from flashdiff.distill.teacher import Network, solve
+from flashdiff.distill.teacher import Network, Teacher
 from flashdiff.schedule import Grid, NoiseSchedule
 
 GRID = Grid(solver_steps=8)
@@ -22,17 +22,13 @@ def _network(calls: list[int]) -> Network:
     return network
 
 
+def _teacher(network: Network, grid: Grid, unconditional: Tensor) -> Teacher:
+    return Teacher(network=network, unconditional={"c": unconditional}, grid=grid, schedule=SCHEDULE, prediction="epsilon")
+
+
 def _solve(x_t: Tensor, starts: list[int], guidance: list[float], color: Tensor, calls: list[int]) -> Tensor:
-    return solve(
-        _network(calls),
-        x_t,
-        torch.tensor(starts),
-        torch.tensor(guidance),
-        {"c": color},
-        {"c": torch.zeros(1, 1)},
-        grid=GRID,
-        schedule=SCHEDULE,
-        prediction="epsilon",
+    return _teacher(_network(calls), GRID, torch.zeros(1, 1)).solve(
+        x_t, torch.tensor(starts), torch.tensor(guidance), {"c": color}
     )
 
 
@@ -67,7 +63,7 @@ def test_the_end_is_that_of_the_guided_ode_whose_solution_is_known() -> None:
     starts, guidance = torch.tensor([0, 0, 250]), torch.tensor([1.0, 4.0, 4.0])
     said, unsaid = torch.tensor([[0.3], [0.3], [-0.2]]), torch.tensor([[0.1]])
     x_t = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
-    found = solve(network, x_t, starts, guidance, {"c": said}, {"c": unsaid}, grid=grid, schedule=SCHEDULE, prediction="epsilon")
+    found = _teacher(network, grid, unsaid).solve(x_t, starts, guidance, {"c": said})
     mean = (unsaid + guidance.view(-1, 1) * (said - unsaid)).view(-1, 1, 1, 1)
     times = [grid.solver_times()[start] for start in starts]
     alpha, sigma = (torch.from_numpy(x).float().view(-1, 1, 1, 1) for x in SCHEDULE.levels(times))

@@ -1,4 +1,4 @@
-"""The plan tells what then happens."""
+"""What a dry run says of a recipe."""
 
 from pathlib import Path
 
@@ -8,33 +8,21 @@ from recipes import tiny_recipe
 from tiny import FAMILIES
 
 from flashdiff import cli
-from flashdiff.distill.config import Phase
+from flashdiff.config import load_recipe
+from flashdiff.distill import processes
+from flashdiff.distill.config import Recipe, bundled_recipe
+from flashdiff.distill.dry_run import activation_bytes, dry_run
 from flashdiff.distill.network import run_network
-from flashdiff.distill.plan import activation_bytes, cost, plan, remaining_s, teacher_evaluations
+from flashdiff.errors import ConfigError
 from flashdiff.families import load_base
 from flashdiff.lora import add_adapter
 
-PAPER = ((0, 0, 0.5, 0.5), (0.1, 0.3, 0.3, 0.3), (0.25,) * 4, (0.4, 0.2, 0.2, 0.2))
 
-
-@pytest.mark.parametrize(("weights", "steps"), list(zip(PAPER, (12.0, 17.4, 19.6, 21.9), strict=True)))
-def test_the_papers_phases_cost_the_solver_steps_they_are_known_to(
-    weights: tuple[float, ...], steps: float, tiny_base: Path
-) -> None:
-    recipe = tiny_recipe(tiny_base, grid={"solver_steps": 32})
-    assert teacher_evaluations(recipe, Phase(updates=1, mode_weights=weights)) == pytest.approx(2 * steps, abs=0.1)
-
-
-def test_a_network_that_takes_its_guidance_as_an_input_costs_the_teacher_half(tiny_base: Path) -> None:
-    recipe = tiny_recipe(tiny_base)  # four updates, 2.5 solver steps each on average, and 3 for the student both ways
-    assert (cost(recipe), cost(recipe, guided_twice=False)) == pytest.approx((4 * (5 + 3), 4 * (2.5 + 3)))
-
-
-def test_a_plan_counts_parameters_apart_and_writes_nothing(tiny_base: Path, tmp_path: Path, flash_lora: Path) -> None:
+def test_a_dry_run_counts_parameters_apart_and_writes_nothing(tiny_base: Path, tmp_path: Path, flash_lora: Path) -> None:
     loss = {"distribution_matching": {"fake_score": "lora", "critic_updates": 2}}
     phases = [{"updates": 3, "mode_weights": (1, 1, 1, 1)}, {"updates": 5, "mode_weights": (1, 0, 0, 0), "adversarial": 0.1}]
     phases[1]["distribution_matching"] = 0.3
-    lines = "\n".join(plan(tiny_recipe(tiny_base, phases=phases, loss=loss)))
+    lines = "\n".join(dry_run(tiny_recipe(tiny_base, phases=phases, loss=loss)))
     assert "fake score LoRA" in lines
     assert "discriminator head" in lines
     # The student's 3, and the critic's 2 x 3.
@@ -61,21 +49,14 @@ def test_a_dry_run_is_the_same_command_with_a_word_more(
     assert not out.exists()
 
 
-def test_a_plan_counts_what_other_targets_and_inputs_cost(tiny_base: Path) -> None:
+def test_a_dry_run_counts_what_other_targets_and_inputs_cost(tiny_base: Path) -> None:
     one_phase = [{"updates": 3, "mode_weights": (0, 0, 0, 1)}]
-    lines = "\n".join(plan(tiny_recipe(tiny_base, phases=one_phase, target="consistency", loss={"distillation": "perceptual"})))
+    lines = "\n".join(
+        dry_run(tiny_recipe(tiny_base, phases=one_phase, target="consistency", loss={"distillation": "perceptual"}))
+    )
     assert "2.0 evaluations of the teacher's ODE, 7 forward passes" in lines  # student, its answer as target, the features
-    lines = "\n".join(plan(tiny_recipe(tiny_base, phases=[{**one_phase[0], "backward_simulation": 0.5}])))
+    lines = "\n".join(dry_run(tiny_recipe(tiny_base, phases=[{**one_phase[0], "backward_simulation": 0.5}])))
     assert "2.2 evaluations of the teacher's ODE, 4 forward passes" in lines  # mostly the last mode: two of three earlier steps
-
-
-def test_the_time_that_remains_counts_pools_and_dearer_phases_to_come(tiny_base: Path) -> None:
-    modes = {"mode_weights": (0, 0, 0, 1)}
-    recipe = tiny_recipe(tiny_base, phases=[{"updates": 20, **modes}, {"updates": 20, **modes, "distribution_matching": 0.5}])
-    # 10 updates of 3 passes and 20 of 6; the pool of 16 updates is there, 24 more are to be solved.
-    assert remaining_s(recipe, 10, target_s=0.5, update_s=1.0) == pytest.approx(10 * 1 + 20 * 2 + 24 * 0.5, rel=0.01)
-    # In the second phase, which has a pool for 16 updates and one for the last 4.
-    assert remaining_s(recipe, 33, target_s=0.5, update_s=2.0) == pytest.approx(7 * 2 + 4 * 0.5)
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))
@@ -90,3 +71,36 @@ def test_activations_are_what_a_real_pass_keeps(name: str, tmp_path: Path) -> No
     real = sum(x.untyped_storage().nbytes() for place, x in kept.items() if place not in weights)
     assert 2 * activation_bytes(model, checkpointing=False) == pytest.approx(real, rel=0.25)
     assert activation_bytes(model, checkpointing=True) < real / 4
+
+
+SHIPPED = {"avatars": "sd15"} | {name: name for name in FAMILIES}
+"""Every shipped recipe with its base's family."""
+
+
+def test_every_shipped_recipe_is_known_here() -> None:
+    assert {path.stem for path in bundled_recipe("avatars.toml").parent.glob("*.toml")} == set(SHIPPED)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_recipe_starts_at_one_two_four_and_eight_processes(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = FAMILIES[SHIPPED[name]](tmp_path / "base")  # a tiny one in place of the recipe's own
+    recipe = load_recipe(bundled_recipe(f"{name}.toml"), Recipe).model_copy(update={"base": str(base)})
+    for count in (1, 2, 4, 8):
+        monkeypatch.setattr(processes, "count", lambda count=count: count)
+        lines = "\n".join(dry_run(recipe))
+        assert f" that {recipe.batch_size // count} samples at a time keep" in lines
+        for index in range(count):
+            monkeypatch.setattr(processes, "index", lambda index=index: index)
+            (rows,) = processes.rows(recipe.batch_size, recipe.accumulate)
+            assert rows.stop - rows.start == recipe.batch_size // count
+
+
+def test_a_dry_run_refuses_what_a_run_would_refuse(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="shard_base spreads the network over processes, this run has one"):
+        next(dry_run(tiny_recipe(tiny_base, shard_base=True)))
+    monkeypatch.setattr(processes, "count", lambda: 4)
+    with pytest.raises(ConfigError, match="batch_size 2 cannot be split over 4 processes; make it a multiple of 4"):
+        next(dry_run(tiny_recipe(tiny_base)))
+    assert "1 samples at a time" in "\n".join(dry_run(tiny_recipe(tiny_base, shard_base=True, batch_size=4)))

@@ -1,0 +1,86 @@
+"""`flashdiff distill RECIPE --dry-run`: what a recipe would train, and what that costs."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+
+from flashdiff.distill import processes
+from flashdiff.distill.config import Recipe
+from flashdiff.distill.costs import target_cost, teacher_evaluations, update_cost
+from flashdiff.distill.network import checkpoint_gradients, run_network
+from flashdiff.distill.objective import Objective
+from flashdiff.families import load_base
+from flashdiff.families.base import TorchModel
+from flashdiff.lora import ADAPTER, add_adapter
+
+_GIB = 2**30
+
+
+def dry_run(recipe: Recipe) -> Iterator[str]:
+    """Describe the run in lines, from the loaded base; nothing is trained or written. ConfigError when it could not start."""
+    processes.check_split(recipe.batch_size, recipe.accumulate, shard_base=recipe.shard_base)
+    family, model = load_base(recipe.base)
+    targets = recipe.lora.targets or family.lora_targets
+    add_adapter(model, targets, rank=recipe.lora.rank, alpha=recipe.lora.alpha, seed=recipe.seed)
+    objective = Objective(model, family, recipe.model_copy(update={"shard_base": False}))  # described whole, wherever it runs
+    network = {name: p.numel() for name, p in model.network.named_parameters()}
+    base = sum(count for name, count in network.items() if ".lora_" not in name)
+    lora = sum(count for name, count in network.items() if f".{ADAPTER}." in name)
+    yield f"base     {recipe.base} ({family.name}), denoiser {base:,} parameters, frozen"
+    yield f"student  LoRA rank {recipe.lora.rank}: {lora:,} parameters, {100 * lora / base:.1f} % of the denoiser"
+    opponents = [f"{opponent.description} {opponent.parameter_count:,} parameters" for opponent in objective.opponents]
+    if opponents:
+        yield f"also     {', '.join(opponents)}: trained, not published"
+    grid = recipe.grid
+    yield f"grid     K = {grid.solver_steps} solver steps; trained for {grid.modes}: {grid.inference_times(grid.modes)}"
+    start = 0
+    for phase in recipe.phases:
+        teacher = teacher_evaluations(recipe, phase, guided_twice=model.guides_twice)
+        others = target_cost(recipe, phase) - teacher_evaluations(recipe, phase) + update_cost(recipe, phase)
+        weights = ", ".join(f"{t.title} {phase.weights[t.name]:g}" for t in recipe.terms() if phase.weights[t.name])
+        yield (
+            f"updates  {start:,} to {start + phase.updates:,}: {weights}; per sample and update {teacher:.1f} evaluations of the "
+            f"teacher's ODE, {round(others, 1):g} forward passes besides"
+        )
+        start += phase.updates
+    # Weights of every part, and for what is trained its gradient, average and AdamW's two moments.
+    parts = (model.text_encoder, model.denoiser, model.decoder)
+    weights_bytes = 4 * sum(p.numel() for part in parts for p in part.parameters())
+    trained = sum(network.values()) - base
+    samples = recipe.batch_size // (processes.count() * recipe.accumulate)
+    passes = 1 + sum(term.cost(recipe.loss.settings(term.name)).kept_passes for term in recipe.terms())
+    kept_bytes = samples * passes * activation_bytes(model, checkpointing=recipe.gradient_checkpointing)
+    yield (
+        f"memory   in float32 {(weights_bytes + 4 * 4 * trained) / _GIB:.2f} GiB for weights and optimizers, and "
+        f"{kept_bytes / _GIB:.2f} GiB that {samples} samples at a time keep for the backward pass; "
+        "what a layer takes while it runs comes on top"
+    )
+    yield f"samples  {recipe.batch_size * recipe.updates:,} in {recipe.updates:,} updates of {recipe.batch_size}"
+
+
+def activation_bytes(model: TorchModel, *, checkpointing: bool) -> int:
+    """Bytes that one sample's forward pass keeps for the backward pass, measured with fake tensors, which take no memory.
+
+    It is the difference between two samples and one, because weights are kept too, but only once.
+    """
+    if checkpointing:
+        checkpoint_gradients(model)
+    conditioning = model.encode_ids(model.tokenizer([""]))
+
+    def kept(samples: int) -> int:
+        found: dict[int, Tensor] = {}
+
+        def keep(values: Tensor) -> Tensor:
+            found[values.untyped_storage()._cdata] = values
+            return values
+
+        with FakeTensorMode(allow_non_fake_inputs=True), saved_tensors_hooks(keep, lambda values: values):
+            latents = torch.zeros(samples, *model.spec.latent_shape(model.spec.sizes[0]))
+            rows = {name: values.expand(samples, *values.shape[1:]) for name, values in conditioning.items()}
+            run_network(model, latents, torch.zeros(samples, dtype=torch.int64), rows)
+        return sum(values.untyped_storage().nbytes() for values in found.values())
+
+    return kept(2) - kept(1)

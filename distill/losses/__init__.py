@@ -1,0 +1,1 @@
+"""The student's losses, one file each. `distill/terms.py` registers them."""
