@@ -22,6 +22,7 @@ from flashdiff import defaults
 from flashdiff.errors import BackendError, ConfigError
 from flashdiff.proto.v1 import image_pb2, image_pb2_grpc, triton_pb2
 from flashdiff.server.auth import Tokens, server_credentials
+from flashdiff.server.calls import Calls
 from flashdiff.server.gate import Gate
 from flashdiff.server.metrics import Metrics
 from flashdiff.server.models import Models
@@ -114,12 +115,12 @@ async def start(models: Models, listen: Listen, worker: type[Worker] = Worker) -
         raise ConfigError(f"cannot listen on {host}:{port}: the port is in use or not ours to take; choose another with --port")
     credentials = server_credentials(listen.tls_cert, listen.tls_key, listen.tls_client_ca)
     metrics = Metrics()
-    gate = Gate(Tokens(listen.tokens) if listen.tokens else None, metrics.ended)
+    calls = Calls(Tokens(listen.tokens) if listen.tokens else None, metrics.ended)
     metrics_port = None if listen.metrics_port is None else metrics.listen(listen.metrics_host, listen.metrics_port)
     device = worker(observer=metrics)
     metrics.watch_queue(lambda: device.pending_images)
 
-    server = grpc.aio.server(options=_OPTIONS, interceptors=[gate], maximum_concurrent_rpcs=_MAX_CALLS)
+    server = grpc.aio.server(options=_OPTIONS, interceptors=[Gate(calls)], maximum_concurrent_rpcs=_MAX_CALLS)
     requests = Requests(device, models)
     image_pb2_grpc.add_ImageServiceServicer_to_server(ImageService(requests), server)
     server.add_generic_rpc_handlers((triton_handler(device, requests, Regions() if listen.shared_memory else None),))

@@ -23,7 +23,7 @@ from served import METHODS, message, serving, set_cost, until
 from flashdiff.engines.runtime.fake_backend import FakeComponents
 from flashdiff.errors import ConfigError
 from flashdiff.proto.v1 import image_pb2, image_pb2_grpc, triton_pb2
-from flashdiff.server import gate
+from flashdiff.server import calls
 from flashdiff.server.app import Listen
 from flashdiff.server.auth import Tokens
 from flashdiff.server.client import Client, ServerError
@@ -214,7 +214,7 @@ def test_a_stream_whose_next_message_is_refused_answers_those_before_and_ends_wi
 def spans(monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
     exporter, provider = InMemorySpanExporter(), TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    monkeypatch.setattr(gate, "_tracer", provider.get_tracer("flashdiff.server"))
+    monkeypatch.setattr(calls, "_tracer", provider.get_tracer("flashdiff.server"))
     return exporter
 
 
