@@ -74,6 +74,4 @@ class Calls:
             span.end()
             self._count(call.method, call.code)
             spent_ms = 1000 * (time.perf_counter() - started)
-            _log.info(
-                "call method=%s id=%s client=%s code=%s ms=%.1f", call.method, request_id, call.client, call.code, spent_ms
-            )
+            _log.info("call method=%s id=%s client=%s code=%s ms=%.1f", call.method, request_id, call.client, call.code, spent_ms)
