@@ -3,17 +3,20 @@
 import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from flashdiff.errors import FlashdiffError
+from flashdiff.errors import FlashdiffError, RequestError
 from flashdiff.server.http.errors import error_body, status_of
 from flashdiff.server.http.fields import check_content_type, remaining_s
+from flashdiff.server.http.forms import read_form
 from flashdiff.server.http.front import Exchange, exchange_of
 from flashdiff.server.http.images_reply import (
+    EDIT,
     GENERATION,
     EventNames,
     partial_steps,
@@ -24,9 +27,9 @@ from flashdiff.server.http.images_reply import (
     write_models,
     write_partial,
 )
-from flashdiff.server.http.images_request import ImagesRequest, read_images_request, read_json
+from flashdiff.server.http.images_request import ImagesRequest, name_files, read_form_value, read_images_request, read_json
 from flashdiff.server.http.sending import Closing, Streaming
-from flashdiff.server.images import enlarge
+from flashdiff.server.images import enlarge, white_where_transparent
 from flashdiff.server.jobs import Step
 from flashdiff.server.models import Model
 from flashdiff.server.requests import Reply, Requests
@@ -45,6 +48,7 @@ class ImagesApi:
     def routes(self) -> list[Route]:
         return [
             Route("/v1/images/generations", self._generate, methods=["POST"]),
+            Route("/v1/images/edits", self._edit, methods=["POST"]),
             Route("/v1/models", self._list_models),
             Route("/v1/models/{name:path}", self._show_model),
         ]
@@ -56,6 +60,22 @@ class ImagesApi:
         model = self._model(fields.get("model"))
         asked = read_images_request(fields, {}, model.components.spec, remaining_s(request))
         return await self._respond(model, asked, exchange, GENERATION)
+
+    async def _edit(self, request: Request) -> Response:
+        check_content_type(request, "multipart/form-data")
+        exchange, threads = exchange_of(request), self._requests.threads
+        client, content_type = exchange.call.client, request.headers["content-type"]
+        form = await threads.read(client, read_form, content_type, exchange.body)
+        files = name_files(form.files)
+        if "image" not in files:
+            raise RequestError("image", None, "it is required")
+        fields = {name: read_form_value(name, text) for name, text in form.texts.items()}
+        model = self._model(fields.get("model"))
+        asked = read_images_request(fields, files, model.components.spec, remaining_s(request))
+        if "mask" in files:
+            mask = await threads.read(client, white_where_transparent, files["mask"])
+            asked = replace(asked, request=replace(asked.request, files={**files, "mask": mask}))
+        return await self._respond(model, asked, exchange, EDIT)
 
     async def _list_models(self, request: Request) -> Response:
         return JSONResponse(write_models(self._requests.models.served, self._aliases, self._started))

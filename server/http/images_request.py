@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -11,11 +11,12 @@ from flashdiff.errors import RequestError
 from flashdiff.server.http.errors import HttpError
 from flashdiff.server.names import ImageFormat, Priority
 from flashdiff.server.requests import ImageRequest
-from flashdiff.tasks import MAX_COUNT, parameters, tasks_of
+from flashdiff.tasks import MAX_COUNT, input_names, parameters, tasks_of
 
 MAX_PARTIAL_IMAGES = 3
 _Kind = Literal["text", "integer", "number", "flag"]
 _FORMATS: tuple[ImageFormat, ...] = ("png", "jpeg", "webp")
+_IMAGES = re.compile(r"image(\[\d*\])?")  # one of several is image[]
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 
 _FIELDS: dict[str, _Kind] = {
@@ -112,6 +113,8 @@ def _typed(fields: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in fields.items():
         if name in _UNSUPPORTED and value is not None:
             raise RequestError(name, value, "this server makes still images only, as PNG, JPEG or WebP")
+        if name in input_names():
+            raise RequestError(name, value, "it is a file: send it in a form to /v1/images/edits")
         if name not in kinds and name not in _UNSUPPORTED:
             raise RequestError(name[:80], value, "this server has no such field")
         if value is None:
@@ -146,6 +149,18 @@ def read_form_value(name: str, text: str) -> Any:
     except (ValueError, KeyError):
         pass
     return text
+
+
+def name_files(files: Sequence[tuple[str, bytes]]) -> dict[str, bytes]:
+    """A form's files by the names that tasks give them; RequestError for a second file of a name."""
+    named: dict[str, bytes] = {}
+    for given, file in files:
+        name = "image" if _IMAGES.fullmatch(given) else given
+        if name in named:
+            count = sum(1 for other, _ in files if other == given)
+            raise RequestError(name, f"{count} files", "this server takes one")
+        named[name] = file
+    return named
 
 
 def _check_what_is_fixed(given: Mapping[str, Any]) -> None:
