@@ -31,7 +31,8 @@ from flashdiff.server.names import LOOPBACK
 from flashdiff.server.requests import Requests
 from flashdiff.server.service import ImageService
 from flashdiff.server.shared_memory import Regions
-from flashdiff.server.triton import TRITON_SERVICE, triton_handler
+from flashdiff.server.triton import TritonService
+from flashdiff.server.triton_grpc import TRITON_SERVICE, triton_handler
 from flashdiff.server.worker import Worker
 
 if TYPE_CHECKING:
@@ -141,10 +142,11 @@ async def start(models: Models, listen: Listen, worker: type[Worker] = Worker) -
     metrics.watch_queue(lambda: device.pending_images)
 
     requests = Requests(device, models)
-    http = await _start_http(device, requests, metrics, calls, listen) if listen.http_port is not None else None
+    triton = TritonService(device, requests, Regions() if listen.shared_memory else None)
+    http = await _start_http(device, requests, triton, metrics, calls, listen) if listen.http_port is not None else None
     server = grpc.aio.server(options=_OPTIONS, interceptors=[Gate(calls)], maximum_concurrent_rpcs=_MAX_CALLS)
     image_pb2_grpc.add_ImageServiceServicer_to_server(ImageService(requests), server)
-    server.add_generic_rpc_handlers((triton_handler(device, requests, Regions() if listen.shared_memory else None),))
+    server.add_generic_rpc_handlers((triton_handler(triton),))
     servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     reflection.enable_server_reflection((*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server, _protocols())
@@ -158,7 +160,9 @@ async def start(models: Models, listen: Listen, worker: type[Worker] = Worker) -
     return Server(bound, device, models, metrics_port, http_port, server, http, servicer, watching)
 
 
-async def _start_http(worker: Worker, requests: Requests, metrics: Metrics, calls: Calls, listen: Listen) -> "HttpListener":
+async def _start_http(
+    worker: Worker, requests: Requests, triton: TritonService, metrics: Metrics, calls: Calls, listen: Listen
+) -> "HttpListener":
     # Here, because HTTP is an extra to install.
     from flashdiff.server.http.app import http_app
     from flashdiff.server.http.listener import listen_http
@@ -167,6 +171,7 @@ async def _start_http(worker: Worker, requests: Requests, metrics: Metrics, call
     app = http_app(
         worker,
         requests,
+        triton,
         metrics,
         calls,
         host=listen.host,

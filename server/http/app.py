@@ -10,17 +10,20 @@ from starlette.routing import Route
 from flashdiff.server.calls import Calls
 from flashdiff.server.http.front import Front
 from flashdiff.server.http.images_api import ImagesApi
+from flashdiff.server.http.kserve import KServeApi
 from flashdiff.server.http.openapi import OPENAPI
 from flashdiff.server.http.origins import Origins
 from flashdiff.server.http.page import page_routes
 from flashdiff.server.metrics import Metrics
 from flashdiff.server.requests import Requests
+from flashdiff.server.triton import TritonService
 from flashdiff.server.worker import Worker
 
 
 def http_app(
     worker: Worker,
     requests: Requests,
+    triton: TritonService,
     metrics: Metrics,
     calls: Calls,
     *,
@@ -49,6 +52,7 @@ def http_app(
         Route("/metrics", show_metrics),
         Route("/openapi.json", show_openapi),
         *ImagesApi(requests, aliases).routes,
+        *KServeApi(triton, requests.threads).routes,
         *page_routes(),
     ]
     return Front(routes, calls, Origins(host, allowed_origins))
