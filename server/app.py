@@ -132,8 +132,11 @@ async def start(models: Models, listen: Listen, worker: type[Worker] = Worker) -
     """A server that answers; ConfigError when it cannot listen there."""
     _check_aliases(models, listen.aliases)
     host, port = listen.host, listen.port
-    if not _is_free(host, port):  # asked first, because gRPC would add lines of its own to our error
-        raise ConfigError(f"cannot listen on {host}:{port}: the port is in use or not ours to take; choose another with --port")
+    for option, wanted in (("--port", port), ("--http-port", listen.http_port)):
+        if wanted is not None and not _is_free(host, wanted):  # asked first, because gRPC would add lines of its own to our error
+            raise ConfigError(
+                f"cannot listen on {host}:{wanted}: the port is in use or not ours to take; choose another with {option}"
+            )
     credentials = server_credentials(listen.tls_cert, listen.tls_key, listen.tls_client_ca)
     metrics = Metrics()
     calls = Calls(Tokens(listen.tokens) if listen.tokens else None, metrics.ended)

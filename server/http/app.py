@@ -11,7 +11,7 @@ from flashdiff.server.calls import Calls
 from flashdiff.server.http.front import Front
 from flashdiff.server.http.images_api import ImagesApi
 from flashdiff.server.http.kserve import KServeApi
-from flashdiff.server.http.openapi import OPENAPI
+from flashdiff.server.http.openapi import describe_routes
 from flashdiff.server.http.origins import Origins
 from flashdiff.server.http.page import page_routes
 from flashdiff.server.metrics import Metrics
@@ -34,17 +34,21 @@ def http_app(
     """The ASGI application of a server that listens on `host`."""
 
     async def show_live(request: Request) -> Response:
+        """200 while the device thread lives, else 503."""
         return Response(status_code=503 if worker.failure else 200)
 
     async def show_ready(request: Request) -> Response:
+        """200 while requests are taken, else 503."""
         return Response(status_code=200 if worker.is_ready else 503)
 
     async def show_metrics(request: Request) -> Response:
+        """Prometheus metrics."""
         metrics.count()
         return Response(generate_latest(metrics.registry), headers={"content-type": CONTENT_TYPE_LATEST})
 
     async def show_openapi(request: Request) -> Response:
-        return JSONResponse(OPENAPI)
+        """This document."""
+        return JSONResponse(describe_routes(routes))
 
     routes = [
         Route("/health/live", show_live),

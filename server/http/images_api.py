@@ -54,6 +54,7 @@ class ImagesApi:
         ]
 
     async def _generate(self, request: Request) -> Response:
+        """Make images of a prompt."""
         check_content_type(request, "application/json")
         exchange = exchange_of(request)
         fields = read_json(exchange.body)
@@ -62,6 +63,7 @@ class ImagesApi:
         return await self._respond(model, asked, exchange, GENERATION)
 
     async def _edit(self, request: Request) -> Response:
+        """Make images that start from an image, or where a mask is transparent."""
         check_content_type(request, "multipart/form-data")
         exchange, threads = exchange_of(request), self._requests.threads
         client, content_type = exchange.call.client, request.headers["content-type"]
@@ -78,9 +80,11 @@ class ImagesApi:
         return await self._respond(model, asked, exchange, EDIT)
 
     async def _list_models(self, request: Request) -> Response:
+        """The models and their aliases."""
         return JSONResponse(write_models(self._requests.models.served, self._aliases, self._started))
 
     async def _show_model(self, request: Request) -> Response:
+        """One model."""
         name = request.path_params["name"]
         return JSONResponse(write_model(name, self._model(name), self._started))
 

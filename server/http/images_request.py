@@ -106,9 +106,14 @@ def read_images_request(
     )
 
 
+def field_kinds() -> dict[str, _Kind]:
+    """The fields that are taken, by name, those of tasks included."""
+    return {**_FIELDS, **dict.fromkeys(parameters(), "number")}
+
+
 def _typed(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that are not null; RequestError for one that is unknown or of the wrong type."""
-    kinds: dict[str, _Kind] = {**_FIELDS, **dict.fromkeys(parameters(), "number")}
+    kinds = field_kinds()
     given = {}
     for name, value in fields.items():
         if name in _UNSUPPORTED and value is not None:
@@ -137,7 +142,7 @@ _A_KIND: dict[_Kind, str] = {"text": "a string", "integer": "an integer", "numbe
 
 def read_form_value(name: str, text: str) -> Any:
     """A form's text as the value that JSON would have; text that is none stays as it is, and is refused by its type later."""
-    kind = "number" if name in parameters() else _FIELDS.get(name, "text")
+    kind = field_kinds().get(name, "text")
     try:
         match kind:
             case "integer":

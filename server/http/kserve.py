@@ -53,27 +53,35 @@ class KServeApi:
         return [Route(f"{_MODEL}{version}{end}", show, methods=[method]) for version in ("", "/versions/{version}")]
 
     async def _show_server(self, request: Request) -> Response:
+        """The server and its extensions."""
         return JSONResponse(as_json(await self._service.ServerMetadata(None)))
 
     async def _show_live(self, request: Request) -> Response:
+        """200 while the device thread lives, else 503."""
         return _yes_or_no((await self._service.ServerLive(None)).live)
 
     async def _show_ready(self, request: Request) -> Response:
+        """200 while requests are taken, else 503."""
         return _yes_or_no((await self._service.ServerReady(None)).ready)
 
     async def _show_model_ready(self, request: Request) -> Response:
+        """200 while requests to the model are taken, else 503."""
         return _yes_or_no((await self._service.ModelReady(pb.ModelReadyRequest(**_named(request)))).ready)
 
     async def _show_model(self, request: Request) -> Response:
+        """A model's tensors."""
         return JSONResponse(as_json(await self._service.ModelMetadata(pb.ModelMetadataRequest(**_named(request)))))
 
     async def _show_config(self, request: Request) -> Response:
+        """A model's configuration."""
         return JSONResponse(as_json((await self._service.ModelConfig(pb.ModelConfigRequest(**_named(request)))).config))
 
     async def _show_statistics(self, request: Request) -> Response:
+        """Counts and times of requests."""
         return JSONResponse(as_json(await self._service.ModelStatistics(pb.ModelStatisticsRequest(**_named(request)))))
 
     async def _show_repository(self, request: Request) -> Response:
+        """The models that are served, and those that could be."""
         ready = _given(request).get("ready", False)
         if not isinstance(ready, bool):
             raise TensorError("ready must be true or false")
@@ -81,6 +89,7 @@ class KServeApi:
         return JSONResponse([as_json(model) for model in index.models])
 
     async def _load(self, request: Request) -> Response:
+        """Load a model of the repository."""
         message = pb.RepositoryModelLoadRequest(model_name=request.path_params["name"])
         for name in _given(request).get("parameters") or {}:
             message.parameters[name].string_param = ""  # refused by the service, whatever it is
@@ -88,15 +97,18 @@ class KServeApi:
         return Response(status_code=200)
 
     async def _unload(self, request: Request) -> Response:
+        """Stop serving a model."""
         await self._service.RepositoryModelUnload(pb.RepositoryModelUnloadRequest(model_name=request.path_params["name"]))
         return Response(status_code=200)
 
     async def _show_regions(self, request: Request) -> Response:
+        """The regions of shared memory."""
         asked = pb.SystemSharedMemoryStatusRequest(name=request.path_params.get("name", ""))
         regions = (await self._service.SystemSharedMemoryStatus(asked)).regions
         return JSONResponse([as_json(region) for region in regions.values()])
 
     async def _register(self, request: Request) -> Response:
+        """Register a region of shared memory."""
         given = _given(request)
         key, offset, byte_size = given.get("key"), given.get("offset", 0), given.get("byte_size")
         if not isinstance(key, str) or type(offset) is not int or type(byte_size) is not int:
@@ -109,11 +121,13 @@ class KServeApi:
         return Response(status_code=200)
 
     async def _unregister(self, request: Request) -> Response:
+        """Forget a region of shared memory, or all."""
         asked = pb.SystemSharedMemoryUnregisterRequest(name=request.path_params.get("name", ""))
         await self._service.SystemSharedMemoryUnregister(asked)
         return Response(status_code=200)
 
     async def _infer(self, request: Request) -> Response:
+        """Make images."""
         exchange, parameters = exchange_of(request), request.path_params
         header_length = request.headers.get(HEADER_LENGTH)
         name, version = parameters["name"], parameters.get("version", "")

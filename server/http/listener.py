@@ -79,9 +79,7 @@ def _bind(host: str, port: int) -> socket.socket:
     try:
         bound.bind((host, port))
         bound.listen()
-    except OSError:
+    except OSError as error:
         bound.close()
-        raise ConfigError(
-            f"cannot listen on {host}:{port}: the port is in use or not ours to take; choose another with --http-port"
-        ) from None
+        raise ConfigError(f"--http-port {port}: cannot listen: {error.strerror or error}") from None
     return bound

@@ -16,6 +16,7 @@ def page_routes() -> list[Route]:
     html = PAGE.read_text(encoding="utf-8")
 
     async def show(request: Request) -> Response:
+        """The web page."""
         return HTMLResponse(html)
 
     return [Route("/", show)]

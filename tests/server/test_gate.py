@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import re
+import ssl
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -161,6 +163,21 @@ def test_tls_with_a_token_and_with_client_certificates(tmp_path: Path) -> None:
             pytest.raises(ServerError, match=r"UNAVAILABLE|DEADLINE"),
         ):
             client.generate("x", timeout_s=2)
+
+
+def test_http_has_the_same_tls_and_client_certificates(tmp_path: Path) -> None:
+    authority = _certificate(tmp_path, "ca")
+    for name in ("server", "client"):
+        _certificate(tmp_path, name, authority)
+    tls = {"tls_cert": tmp_path / "server.pem", "tls_key": tmp_path / "server.key"}
+    trust = ssl.create_default_context(cafile=str(tmp_path / "ca.pem"))
+    with serving(FakeComponents(), Listen(port=0, http_port=0, tls_client_ca=tmp_path / "ca.pem", **tls)) as running:
+        url = running.url.replace("http:", "https:") + "/v1/models"
+        with pytest.raises((urllib.error.URLError, ConnectionError, ssl.SSLError)):
+            urllib.request.urlopen(url, context=trust, timeout=10)
+        trust.load_cert_chain(tmp_path / "client.pem", tmp_path / "client.key")
+        with urllib.request.urlopen(url, context=trust, timeout=10) as page:
+            assert page.status == 200
 
 
 def test_half_of_tls_and_unreadable_files_are_said(tmp_path: Path) -> None:
