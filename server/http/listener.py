@@ -9,12 +9,44 @@ from pathlib import Path
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from flashdiff.errors import ConfigError
 
+HEADERS_S = 30.0
+"""How long a request's headers may take to arrive."""
 _KEEP_ALIVE_S = 75.0  # of an idle connection: longer than those of load balancers
 _CLOSING_S = 0.2  # for connections to be gone that are closed
 _MAX_CONNECTIONS = 2000  # as gRPC's calls
+
+
+class _Connection(H11Protocol):
+    """Closes a connection whose next request does not begin and end its headers in time; idle ones uvicorn closes itself."""
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch_headers()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch_headers()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._stop_timer()
+
+    def _watch_headers(self) -> None:
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._stop_timer()
+        elif self._timer is None and not self.transport.is_closing():
+            self._timer = self.loop.call_later(HEADERS_S, self.transport.close)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
 
 class _Uvicorn(uvicorn.Server):
@@ -44,11 +76,11 @@ async def listen_http(
     """Listen on a port, 0 takes a free one; ConfigError when it cannot be had, or the certificates are none."""
     config = uvicorn.Config(
         app,
-        http="h11",
+        http=_Connection,
         ws="none",
         lifespan="off",
         log_config=None,
-        log_level="warning",
+        log_level="error",
         access_log=False,
         proxy_headers=False,
         server_header=False,

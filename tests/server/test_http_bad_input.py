@@ -14,7 +14,7 @@ from served import FakeComponents, Running, serving, until
 
 from flashdiff.errors import ConfigError
 from flashdiff.server.app import Listen
-from flashdiff.server.http import bodies
+from flashdiff.server.http import bodies, listener
 from flashdiff.server.images import encode_image
 
 GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
@@ -197,6 +197,22 @@ def test_a_body_that_does_not_arrive_is_given_up(running: Running, monkeypatch: 
         answer = b"".join(iter(lambda: connection.recv(65536), b""))  # to the end: the connection is closed
     assert answer.startswith(b"HTTP/1.1 408 ")
     assert b'"type":"invalid_request_error"' in answer
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+@pytest.mark.parametrize("begun", [b"", b"GET /v1/models HTTP/1.1\r\nHost: 127"])
+def test_a_connection_whose_headers_do_not_arrive_is_closed(
+    running: Running, monkeypatch: pytest.MonkeyPatch, begun: bytes, is_first: bool
+) -> None:
+    monkeypatch.setattr(listener, "HEADERS_S", 0.05)
+    with socket.create_connection(("127.0.0.1", running.server.http_port or 0)) as connection:
+        if not is_first:
+            connection.sendall(b"GET /health/live HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
+            begun = begun or b"\r"
+        connection.sendall(begun)
+        while connection.recv(65536):
+            pass
 
 
 def test_bodies_together_are_bounded(running: Running, client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
