@@ -24,7 +24,7 @@ _tracer = trace.get_tracer("flashdiff.server")
 
 @dataclass
 class Call:
-    """A call while it runs; whoever watches it writes down how it ended."""
+    """A call while it runs, and how it ended."""
 
     method: str
     request_id: str
