@@ -4,12 +4,13 @@ import asyncio
 import contextlib
 import gc
 import logging
+import re
 import signal
 import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from google.protobuf import text_format
@@ -22,21 +23,26 @@ from flashdiff import defaults
 from flashdiff.errors import BackendError, ConfigError
 from flashdiff.proto.v1 import image_pb2, image_pb2_grpc, triton_pb2
 from flashdiff.server.auth import Tokens, server_credentials
+from flashdiff.server.calls import Calls
 from flashdiff.server.gate import Gate
 from flashdiff.server.metrics import Metrics
 from flashdiff.server.models import Models
+from flashdiff.server.names import LOOPBACK
 from flashdiff.server.requests import Requests
 from flashdiff.server.service import ImageService
 from flashdiff.server.shared_memory import Regions
-from flashdiff.server.triton import TRITON_SERVICE, triton_handler
+from flashdiff.server.triton import TritonService
+from flashdiff.server.triton_grpc import TRITON_SERVICE, triton_handler
 from flashdiff.server.worker import Worker
+
+if TYPE_CHECKING:
+    from flashdiff.server.http.listener import HttpListener
 
 DRAIN_S = 30.0
 """How long accepted requests may take after SIGTERM before they are cut off."""
 
 _LAST_S = 1.0  # for refusals on their way when all images are sent
 _WATCH_S = 0.5  # how often the device thread is looked after, and the metrics are brought up to date
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _MAX_REPLY = 256 * 1024 * 1024
 _MAX_CALLS = 2000  # at once, refused RESOURCE_EXHAUSTED beyond: far more than the queue takes, far less than would hurt
 _OPTIONS = [
@@ -47,6 +53,7 @@ _OPTIONS = [
     ("grpc.keepalive_time_ms", 60_000),  # a client that vanished without a word is noticed
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
 ]
+_ORIGIN = re.compile(r"https?://[^/\s]+")
 _SERVICES = (image_pb2.DESCRIPTOR.services_by_name["ImageService"].full_name, TRITON_SERVICE)
 
 _log = logging.getLogger(__name__)
@@ -69,17 +76,28 @@ class Listen:
     """Said for a public address without tokens or client certificates."""
     metrics_host: str = defaults.HOST
     metrics_port: int | None = None
+    http_port: int | None = None
+    """Of the HTTP server, on the same host; None: there is none, and 0 takes a free one."""
+    allowed_origins: tuple[str, ...] = ()
+    """Of web pages that may use the HTTP server, besides its own."""
+    aliases: tuple[tuple[str, str], ...] = ()
+    """Further names of models in OpenAI's API: (alias, name)."""
 
     def __post_init__(self) -> None:
         asks_who = self.tokens or self.tls_client_ca
-        if self.host not in _LOOPBACK and not asks_who and not self.no_auth:
+        if self.host not in LOOPBACK and not asks_who and not self.no_auth:
             raise ConfigError(
                 f"--host {self.host} lets anyone who reaches it in: give --tokens FILE or --tls-client-ca FILE, or say --no-auth"
             )
-        if self.shared_memory and self.host not in _LOOPBACK:
+        if self.shared_memory and self.host not in LOOPBACK:
             raise ConfigError("--shared-memory is for clients of this machine: it needs a loopback --host")
         if asks_who and self.no_auth:
             raise ConfigError("--no-auth contradicts --tokens and --tls-client-ca")
+        if self.http_port is None and (self.allowed_origins or self.aliases):
+            raise ConfigError("--allow-origin and --alias are for HTTP: give --http-port")
+        for origin in self.allowed_origins:
+            if not _ORIGIN.fullmatch(origin):
+                raise ConfigError(f"--allow-origin {origin}: give scheme://host or scheme://host:port, as browsers send it")
 
 
 @dataclass
@@ -90,7 +108,9 @@ class Server:
     worker: Worker
     models: Models
     metrics_port: int | None
+    http_port: int | None
     _server: Any
+    _http: "HttpListener | None"
     _health: Any
     _watching: "asyncio.Task[None]"
 
@@ -103,26 +123,33 @@ class Server:
             await asyncio.sleep(0.01)
         while self.worker.has_unsent and time.monotonic() < until:
             await asyncio.sleep(0.01)  # and not gRPC's own grace, which would wait for who only listens, to health say
-        await self._server.stop(min(grace_s, _LAST_S))
+        last_s = min(grace_s, _LAST_S)
+        await asyncio.gather(self._server.stop(last_s), *([self._http.stop(last_s)] if self._http else []))
         self._watching.cancel()
 
 
 async def start(models: Models, listen: Listen, worker: type[Worker] = Worker) -> Server:
     """A server that answers; ConfigError when it cannot listen there."""
+    _check_aliases(models, listen.aliases)
     host, port = listen.host, listen.port
-    if not _is_free(host, port):  # asked first, because gRPC would add lines of its own to our error
-        raise ConfigError(f"cannot listen on {host}:{port}: the port is in use or not ours to take; choose another with --port")
+    for option, wanted in (("--port", port), ("--http-port", listen.http_port)):
+        if wanted is not None and not _is_free(host, wanted):  # asked first, because gRPC would add lines of its own to our error
+            raise ConfigError(
+                f"cannot listen on {host}:{wanted}: the port is in use or not ours to take; choose another with {option}"
+            )
     credentials = server_credentials(listen.tls_cert, listen.tls_key, listen.tls_client_ca)
     metrics = Metrics()
-    gate = Gate(Tokens(listen.tokens) if listen.tokens else None, metrics.ended)
+    calls = Calls(Tokens(listen.tokens) if listen.tokens else None, metrics.ended)
     metrics_port = None if listen.metrics_port is None else metrics.listen(listen.metrics_host, listen.metrics_port)
     device = worker(observer=metrics)
     metrics.watch_queue(lambda: device.pending_images)
 
-    server = grpc.aio.server(options=_OPTIONS, interceptors=[gate], maximum_concurrent_rpcs=_MAX_CALLS)
     requests = Requests(device, models)
+    triton = TritonService(device, requests, Regions() if listen.shared_memory else None)
+    http = await _start_http(device, requests, triton, metrics, calls, listen) if listen.http_port is not None else None
+    server = grpc.aio.server(options=_OPTIONS, interceptors=[Gate(calls)], maximum_concurrent_rpcs=_MAX_CALLS)
     image_pb2_grpc.add_ImageServiceServicer_to_server(ImageService(requests), server)
-    server.add_generic_rpc_handlers((triton_handler(device, requests, Regions() if listen.shared_memory else None),))
+    server.add_generic_rpc_handlers((triton_handler(triton),))
     servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     reflection.enable_server_reflection((*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server, _protocols())
@@ -131,7 +158,41 @@ async def start(models: Models, listen: Listen, worker: type[Worker] = Worker) -
     await server.start()
     for name in ("", *_SERVICES):
         await servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
-    return Server(bound, device, models, metrics_port, server, servicer, asyncio.create_task(_watch(device, metrics)))
+    http_port = http.port if http else None
+    watching = asyncio.create_task(_watch(device, metrics))
+    return Server(bound, device, models, metrics_port, http_port, server, http, servicer, watching)
+
+
+async def _start_http(
+    worker: Worker, requests: Requests, triton: TritonService, metrics: Metrics, calls: Calls, listen: Listen
+) -> "HttpListener":
+    # Here, because HTTP is an extra to install.
+    from flashdiff.server.http.app import http_app
+    from flashdiff.server.http.listener import listen_http
+
+    assert listen.http_port is not None
+    app = http_app(
+        worker,
+        requests,
+        triton,
+        metrics,
+        calls,
+        host=listen.host,
+        allowed_origins=listen.allowed_origins,
+        aliases=dict(listen.aliases),
+    )
+    return await listen_http(
+        app, listen.host, listen.http_port, certificate=listen.tls_cert, key=listen.tls_key, client_ca=listen.tls_client_ca
+    )
+
+
+def _check_aliases(models: Models, aliases: tuple[tuple[str, str], ...]) -> None:
+    known = {*models.served, *models.available()}
+    for alias, name in aliases:
+        if alias in known:
+            raise ConfigError(f"--alias {alias}={name}: a model has that name already")
+        if name not in known:
+            raise ConfigError(f"--alias {alias}={name}: there is no model '{name}', but {', '.join(sorted(known)) or 'none'}")
 
 
 async def _watch(worker: Worker, metrics: Metrics) -> None:
@@ -177,13 +238,15 @@ async def serve(models: Models, listen: Listen) -> None:
     server = await start(models, listen)
     if listen.no_auth:
         _log.warning("listening on %s: anyone who reaches it can use it, as --no-auth says", listen.host)
-    if listen.tokens and listen.host not in _LOOPBACK and not listen.tls_cert:
+    if listen.tokens and listen.host not in LOOPBACK and not listen.tls_cert:
         _log.warning("tokens cross the network in the clear: give --tls-cert and --tls-key, or end TLS in front of this server")
     for name, model in models.served.items():
         identity = model.identity
         _log.info(
             "serving %s (bundle %s, %s) on %s:%d", name, identity.bundle_hash[:12], identity.backend, listen.host, server.port
         )
+    if server.http_port is not None:
+        _log.info("HTTP on %s:%d", listen.host, server.http_port)
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)

@@ -1,13 +1,6 @@
-"""What every call passes before its service: who it is from, whether its bytes are a message, one trace span and one log line.
-
-Neither names a prompt.
-"""
+"""What every gRPC call passes before its service: it is authenticated and watched, and bytes that are no message are refused."""
 
 import asyncio
-import logging
-import re
-import secrets
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,21 +9,15 @@ from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
-from opentelemetry import propagate, trace
 
 from flashdiff.errors import FlashdiffError
-from flashdiff.server.auth import Tokens
+from flashdiff.server.calls import Calls
 from flashdiff.server.status import abort, code_of
-from flashdiff.server.tracing import current_span
 
 _UNWATCHED = ("/grpc.health.v1.Health/", "/grpc.reflection.")  # asked every second, by who supervises
 _OPEN_TO_ALL = "/grpc.health.v1.Health/Check"
-_REQUEST_ID = re.compile(r"[\w.-]{1,64}")
 # Of the call whose task this is. Never reset: a stream that is left unread is closed in another context.
 _client: ContextVar[str] = ContextVar("client", default="")
-
-_log = logging.getLogger(__name__)
-_tracer = trace.get_tracer("flashdiff.server")
 
 
 def client_of(context: Any) -> str:
@@ -46,10 +33,10 @@ class Malformed:
 
 
 class Gate(grpc.aio.ServerInterceptor):
-    """With `tokens`, only who has one gets in; health checks need none. `count` hears of every call's method and status."""
+    """Admits and watches gRPC calls; health checks need no token."""
 
-    def __init__(self, tokens: Tokens | None, count: Callable[[str, str], None] = lambda method, code: None) -> None:
-        self._tokens, self._count = tokens, count
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
         self._watched: dict[str, Any] = {}  # handlers by method
 
     async def intercept_service(self, continuation: Callable[[Any], Any], details: Any) -> Any:
@@ -60,25 +47,23 @@ class Gate(grpc.aio.ServerInterceptor):
             try:
                 self._admit(details.invocation_metadata)
             except FlashdiffError as error:
-                _log.info("call method=%s code=%s", method, code_of(error).name)
-                self._count(method, code_of(error).name)
+                self._calls.refused(method, code_of(error).name)
                 return _refusing(handler, error)
         if method.startswith(_UNWATCHED):
             return handler
         if method not in self._watched:
-            self._watched[method] = _watched(handler, method, self._admit, self._count)
+            self._watched[method] = _watched(handler, method, self._calls, self._admit)
         return self._watched[method]
 
     def _admit(self, metadata: Any) -> None:
-        if self._tokens:
-            _client.set(self._tokens.admit(_texts(metadata).get("authorization", "")))
+        _client.set(self._calls.admit(_texts(metadata).get("authorization", "")))
 
 
 def _texts(metadata: Any) -> dict[str, str]:
     return {key: str(value) for key, value in metadata or ()}
 
 
-def _watched(handler: Any, method: str, admit: Callable[[Any], None], count: Callable[[str, str], None]) -> Any:
+def _watched(handler: Any, method: str, calls: Calls, admit: Callable[[Any], None]) -> Any:
     """The handler, its calls traced, counted and logged, and bytes that are no message answered INVALID_ARGUMENT.
 
     Each further message of a stream is admitted like a call: one that is refused ends it, when those before are answered.
@@ -92,28 +77,14 @@ def _watched(handler: Any, method: str, admit: Callable[[Any], None], count: Cal
 
     @contextmanager
     def watch(context: Any) -> Iterator[None]:
-        metadata = _texts(context.invocation_metadata())
-        given = metadata.get("x-request-id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
         client = client_of(context)  # now: gRPC hangs when a cancelled call is asked for its peer
-        started = time.perf_counter()
-        span = _tracer.start_span(
-            method.lstrip("/"), propagate.extract(metadata), trace.SpanKind.SERVER, {"request_id": request_id}
-        )
-        current_span.set(span)
-        name = "OK"
-        try:
-            yield
-        except BaseException as error:  # an abort, mostly, which has left its code
-            has_left = isinstance(error, asyncio.CancelledError | GeneratorExit)
-            name = context.code().name if context.code() else "CANCELLED" if has_left else "UNKNOWN"
-            span.set_status(trace.StatusCode.ERROR, name)  # and not the error itself, which may quote a prompt
-            raise
-        finally:
-            span.end()
-            count(method, name)
-            spent_ms = 1000 * (time.perf_counter() - started)
-            _log.info("call method=%s id=%s client=%s code=%s ms=%.1f", method, request_id, client, name, spent_ms)
+        with calls.watch(method, client, _texts(context.invocation_metadata()), "OK") as call:
+            try:
+                yield
+            except BaseException as error:  # an abort, mostly, which has left its code
+                has_left = isinstance(error, asyncio.CancelledError | GeneratorExit)
+                call.fail(context.code().name if context.code() else "CANCELLED" if has_left else "UNKNOWN")
+                raise
 
     async def admitted(requests: AsyncIterator[Any], metadata: Any, refusals: list[FlashdiffError]) -> AsyncIterator[Any]:
         first = True

@@ -54,7 +54,7 @@ class ImageThreads:
     async def encode(self, images: list[Pixels], image_format: ImageFormat, quality: int | None = None) -> list[bytes]:
         """The files of an order's images; measures how long it takes."""
         started = self._clock()
-        files = await self._encoded(images, image_format, quality)
+        files = await self.encode_files(images, image_format, quality)
         now = self._clock()
         s_per_pixel = 3 * (now - started) / sum(image.size for image in images)
         usual = self._s_per_pixel(image_format, quality) or s_per_pixel
@@ -67,14 +67,15 @@ class ImageThreads:
         return order.count * order.size.width * order.size.height * self._s_per_pixel(image_format, quality)
 
     async def encode_preview(self, picture: Pixels) -> bytes:
-        return (await self._encoded([picture], "png", None))[0]
+        return (await self.encode_files([picture], "png"))[0]
 
     def _s_per_pixel(self, image_format: ImageFormat, quality: int | None) -> float:
         """0 when no file was written of late: refusing measures nothing, so a slow past would refuse for ever."""
         at, s_per_pixel = self._speeds.get((image_format, quality is None), (-math.inf, 0.0))
         return s_per_pixel if self._clock() - at < _SPEED_KNOWN_S else 0.0
 
-    async def _encoded(self, images: list[Pixels], image_format: ImageFormat, quality: int | None) -> list[bytes]:
+    async def encode_files(self, images: list[Pixels], image_format: ImageFormat, quality: int | None = None) -> list[bytes]:
+        """The files of any pictures; measures nothing."""
         if image_format in ("png", "raw") and sum(image.nbytes for image in images) <= _SMALL_BYTES:
             return [encode_image(image, image_format) for image in images]
         return await asyncio.gather(*(self.run(encode_image, image, image_format, quality) for image in images))

@@ -1,6 +1,8 @@
 """RGB pixels to the bytes of an image file, and back."""
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import fpng
 import numpy as np
@@ -39,23 +41,48 @@ def _with_pillow(pixels: Pixels, name: str, **options: object) -> bytes:
     return buffer.getvalue()
 
 
+def enlarge(picture: Pixels, factor: int) -> Pixels:
+    """A picture `factor` times as wide and as high, smooth."""
+    height, width, _ = picture.shape
+    return np.array(Image.fromarray(picture).resize((factor * width, factor * height), Image.Resampling.BICUBIC))
+
+
 def decode_image(file: bytes, size: Size, name: str = "image") -> Pixels:
     """The picture of a PNG, JPEG or WebP file, scaled to fill `size` (Lanczos) and cropped at the centre.
 
     RequestError for any other file, by the `name` that the request gives it.
     """
+    with _opened(file, name) as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        upright = image.convert("RGB")
+    return np.array(ImageOps.fit(upright, size, Image.Resampling.LANCZOS))
+
+
+def white_where_transparent(file: bytes, name: str = "mask") -> bytes:
+    """A PNG that is white where the picture of the file is transparent, and black where it is opaque.
+
+    RequestError for a file that no picture can be read from, or whose picture cannot be transparent.
+    """
+    with _opened(file, name) as image:
+        if "A" not in image.getbands() and "transparency" not in image.info:
+            raise RequestError(name, f"{len(file)} bytes", "it must be transparent where the image is to be edited")
+        alpha = image.convert("RGBA").getchannel("A")
+    return _with_pillow(np.asarray(ImageOps.invert(alpha)), "PNG", compress_level=1)
+
+
+@contextmanager
+def _opened(file: bytes, name: str) -> Iterator[Image.Image]:
+    """The picture of a file, not decoded yet; RequestError, also for what is damaged further on."""
     try:
         with Image.open(io.BytesIO(file), formats=("PNG", "JPEG", "WEBP")) as image:
             if image.width * image.height > _MAX_INPUT_PIXELS:
                 raise RequestError(name, f"{image.width}x{image.height}", f"at most {_MAX_INPUT_PIXELS} pixels are read")
             if image.format == "JPEG" and file.count(b"\xff\xda") > _MAX_SCANS:
                 raise RequestError(name, f"{len(file)} bytes", f"a JPEG may have {_MAX_SCANS} scans")
-            ImageOps.exif_transpose(image, in_place=True)
-            upright = image.convert("RGB")
+            yield image
     except (RequestError, MemoryError):
         raise
     except Image.DecompressionBombError:
         raise RequestError(name, f"{len(file)} bytes", f"at most {_MAX_INPUT_PIXELS} pixels are read") from None
     except Exception:  # Pillow raises many kinds for what is damaged
         raise RequestError(name, f"{len(file)} bytes", "they must be a whole PNG, JPEG or WebP file") from None
-    return np.array(ImageOps.fit(upright, size, Image.Resampling.LANCZOS))

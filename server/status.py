@@ -1,4 +1,4 @@
-"""The one table from our errors to gRPC status codes."""
+"""The one table from our errors to the statuses of gRPC and of HTTP."""
 
 from typing import Any, NoReturn
 
@@ -20,31 +20,45 @@ from flashdiff.errors import (
 
 _MAX_DETAILS = 500  # characters, which may quote the request: a client takes 16 kB of trailers, escaped, or none
 
+CLIENT_LEFT = 499
+"""The HTTP status in logs and metrics of a request whose client closed the connection; nginx uses it too."""
+
 # The first row that fits counts: kinds stand before what they are kinds of.
-_CODES: tuple[tuple[type[FlashdiffError], grpc.StatusCode], ...] = (
-    (NotFoundError, grpc.StatusCode.NOT_FOUND),
-    (ExistsError, grpc.StatusCode.ALREADY_EXISTS),
-    (RequestError, grpc.StatusCode.INVALID_ARGUMENT),
-    (AuthError, grpc.StatusCode.UNAUTHENTICATED),
-    (OverloadedError, grpc.StatusCode.RESOURCE_EXHAUSTED),
-    (DeadlineError, grpc.StatusCode.DEADLINE_EXCEEDED),
-    (CancelledError, grpc.StatusCode.CANCELLED),
-    (DrainingError, grpc.StatusCode.UNAVAILABLE),
-    (BundleError, grpc.StatusCode.FAILED_PRECONDITION),
-    (BackendError, grpc.StatusCode.INTERNAL),
+_STATUSES: tuple[tuple[type[FlashdiffError], grpc.StatusCode, int], ...] = (
+    (NotFoundError, grpc.StatusCode.NOT_FOUND, 404),
+    (ExistsError, grpc.StatusCode.ALREADY_EXISTS, 409),
+    (RequestError, grpc.StatusCode.INVALID_ARGUMENT, 400),
+    (AuthError, grpc.StatusCode.UNAUTHENTICATED, 401),
+    (OverloadedError, grpc.StatusCode.RESOURCE_EXHAUSTED, 429),
+    (DeadlineError, grpc.StatusCode.DEADLINE_EXCEEDED, 504),
+    (CancelledError, grpc.StatusCode.CANCELLED, CLIENT_LEFT),
+    (DrainingError, grpc.StatusCode.UNAVAILABLE, 503),
+    (BundleError, grpc.StatusCode.FAILED_PRECONDITION, 409),
+    (BackendError, grpc.StatusCode.INTERNAL, 500),
 )
 
 
 def code_of(error: FlashdiffError) -> grpc.StatusCode:
-    """The status of an error; UNKNOWN would hide a missing row, so it is INTERNAL."""
-    return next((code for kind, code in _CODES if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
+    """The gRPC status of an error; UNKNOWN would hide a missing row, so it is INTERNAL."""
+    return next((code for kind, code, _ in _STATUSES if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
+
+
+def http_status_of(error: FlashdiffError) -> int:
+    """The HTTP status of an error."""
+    return next((status for kind, _, status in _STATUSES if isinstance(error, kind)), 500)
+
+
+def retry_after_ms(error: FlashdiffError) -> int | None:
+    """When to try again, where that is known."""
+    if isinstance(error, OverloadedError) and error.retry_after_s is not None:
+        return max(1, round(1000 * error.retry_after_s))
+    return None
 
 
 def _trailers_of(error: FlashdiffError) -> tuple[tuple[str, str], ...]:
     """Trailing metadata: when to try again, under the name that gRPC's own retries look at."""
-    if isinstance(error, OverloadedError) and error.retry_after_s is not None:
-        return (("grpc-retry-pushback-ms", str(max(1, round(1000 * error.retry_after_s)))),)
-    return ()
+    wait_ms = retry_after_ms(error)
+    return () if wait_ms is None else (("grpc-retry-pushback-ms", str(wait_ms)),)
 
 
 async def abort(context: Any, error: FlashdiffError) -> NoReturn:

@@ -50,7 +50,7 @@ OUTPUTS = {
     "SEEDS": Tensor("UINT64", pb.TYPE_UINT64, (-1,)),  # [count]
     "PREVIEW": Tensor("UINT8", pb.TYPE_UINT8, (-1, -1, 3)),  # [h, w, RGB] at latent size; streams only
 }
-_NUMPY = {"UINT64": "<u8", "INT32": "<i4", "FP32": "<f4"}
+NUMPY = {"UINT8": "u1", "UINT64": "<u8", "INT32": "<i4", "FP32": "<f4"}
 _TYPED = {"UINT64": "uint64_contents", "INT32": "int_contents", "FP32": "fp32_contents", "BYTES": "bytes_contents"}
 _FORMATS: tuple[ImageFormat, ...] = ("png", "jpeg", "webp")
 
@@ -177,7 +177,7 @@ def _raw_value(name: str, tensor: Tensor, raw: bytes) -> Any:
         if len(raw) < 4 or struct.unpack("<I", raw[:4])[0] != len(raw) - 4:
             raise TensorError(f"input '{name}': {len(raw)} bytes are not one element with its length before it")
         return raw[4:]
-    kind = np.dtype(_NUMPY[tensor.datatype])
+    kind = np.dtype(NUMPY[tensor.datatype])
     if len(raw) != kind.itemsize:
         raise TensorError(f"input '{name}': expected {kind.itemsize} bytes, got {len(raw)}")
     return np.frombuffer(raw, kind)[0].item()

@@ -109,6 +109,10 @@ class Running:
     def address(self) -> str:
         return f"127.0.0.1:{self.server.port}"
 
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server.http_port}"
+
     def stop(self, grace_s: float = 60.0) -> None:
         asyncio.run_coroutine_threadsafe(self.server.stop(grace_s), self.loop).result(90)
 

@@ -40,6 +40,10 @@ def test_wrong_input_of_every_command(
         (("build-engine", "avatars", "--out", empty), "exists already"),
         (("serve", empty), "not a bundle"),
         (("serve", student_bundle, "--port", 99999), "--port 99999"),
+        (("serve", student_bundle, "--http-port", 99999), "--http-port 99999"),
+        (("serve", student_bundle, "--alias", "a=student"), "give --http-port"),
+        (("serve", student_bundle, "--http-port", 0, "--alias", "a"), "--alias a: write ALIAS=NAME"),
+        (("serve", student_bundle, "--http-port", 0, "--alias", "a=b"), "there is no model 'b', but student"),
         (("generate", tmp_path / "none", "x", "-o", tmp_path / "x.png"), "no such bundle"),
         (("generate", student_bundle, "x", "-o", tmp_path / "x.bmp"), "must end in .png"),
         (("generate", student_bundle, "x", "-o", tmp_path / "no" / "x.png"), "cannot write: No such file or directory"),
@@ -66,29 +70,38 @@ def test_generate_writes_one_file_an_image(student_bundle: Path, tmp_path: Path)
 
 
 def test_the_served_pixels_are_those_of_generate_and_sigterm_ends_the_server_well(student_bundle: Path, tmp_path: Path) -> None:
+    import base64
+    import io
     import signal
     import socket
 
+    import httpx2
     import numpy as np
     from PIL import Image
 
     from flashdiff.server.client import Client
 
-    with socket.socket() as probe:
+    with socket.socket() as probe, socket.socket() as other:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        other.bind(("127.0.0.1", 0))
+        port, http_port = probe.getsockname()[1], other.getsockname()[1]
     assert cli.main(["generate", str(student_bundle), "a dog", "-o", str(tmp_path / "dog.png"), "--seed", "5"]) == 0
-    process = subprocess.Popen([sys.executable, "-m", "flashdiff", "serve", str(student_bundle), "--port", str(port)])
+    ports = ["--port", str(port), "--http-port", str(http_port)]
+    process = subprocess.Popen([sys.executable, "-m", "flashdiff", "serve", str(student_bundle), *ports])
     try:
         with Client(f"127.0.0.1:{port}") as client:
             client.wait_until_ready(60)
             served = client.generate("a dog", seed=5, image_format="raw").images[0]
+        url = f"http://127.0.0.1:{http_port}/v1/images/generations"
+        answer = httpx2.post(url, json={"prompt": "a dog", "seed": 5}, timeout=60).json()
     finally:
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
     np.testing.assert_array_equal(
         np.frombuffer(served, np.uint8).reshape(32, 32, 3), np.asarray(Image.open(tmp_path / "dog.png"))
     )
+    over_http = Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"])))
+    np.testing.assert_array_equal(np.asarray(over_http), np.asarray(Image.open(tmp_path / "dog.png")))
 
 
 def test_the_choices_of_an_option_are_those_of_its_record() -> None:

@@ -1,11 +1,13 @@
 """A third task, with inputs and a condition that no other task has, through every protocol: this file is all that it takes."""
 
+import base64
 import io
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import grpc
 import numpy as np
+import openai
 import pytest
 import tritonclient.grpc as triton
 from numpy.typing import NDArray
@@ -19,6 +21,7 @@ from flashdiff.generate import generate
 from flashdiff.orders import Order, Pixels, Preparation
 from flashdiff.parts import Condition, latent_diffusion
 from flashdiff.sampling import Sampler
+from flashdiff.server.app import Listen
 from flashdiff.server.client import Client, ServerError
 from flashdiff.tasks import TASKS, check_order
 from flashdiff.tasks.base import Parameter, Prepared, Task
@@ -79,7 +82,7 @@ def repaint(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def running() -> Iterator[Running]:
-    with serving(MaskedFake()) as running:
+    with serving(MaskedFake(), Listen(port=0, http_port=0)) as running:
         yield running
 
 
@@ -153,3 +156,20 @@ def test_the_stock_triton_client_finds_and_sends_them(running: Running) -> None:
         given[-1].set_data_from_numpy(value)
     np.testing.assert_array_equal(client.infer("fake", given).as_numpy("IMAGES")[0], _expected(running.fake.spec, 0.5))
     client.close()
+
+
+def test_the_stock_openai_client_sends_a_mask_that_is_transparent_where_the_image_is_edited(running: Running) -> None:
+    transparent = _file(np.dstack([IMAGE, 255 - MASK[..., 0]]))
+    with openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0) as client:
+        options = {"seed": 7, "steps": 3, "opacity": 0.5}
+        answer = client.images.edit(image=_file(IMAGE), mask=transparent, prompt="x", extra_body=options)
+        assert answer.data is not None
+        made = np.asarray(Image.open(io.BytesIO(base64.b64decode(answer.data[0].b64_json or ""))))
+        np.testing.assert_array_equal(made, _expected(running.fake.spec, 0.5))
+        for mask, message in (
+            (_file(MASK), "mask: .* it must be transparent where the image is to be edited"),
+            (b"GIF89a", "mask: '6 bytes' is not allowed"),
+        ):
+            with pytest.raises(openai.BadRequestError, match=message) as caught:
+                client.images.edit(image=_file(IMAGE), mask=mask, prompt="x")
+            assert caught.value.param == "mask"

@@ -23,7 +23,7 @@ _COMMANDS: dict[str, tuple[_Command, str]] = {
     "build-engine": (build_engine, "fuse, export, compile and check a bundle"),
     "inspect": (inspect, "say what a bundle holds"),
     "evaluate": (evaluate, "measure image quality, student beside teacher"),
-    "serve": (serve, "serve bundles over gRPC"),
+    "serve": (serve, "serve bundles over gRPC and HTTP"),
     "generate": (generate, "make images without a server"),
 }
 

@@ -17,6 +17,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--host", default=defaults.HOST, help="default: %(default)s")
     parser.add_argument("--port", type=int, default=defaults.PORT, help="default: %(default)s; 0 takes a free one")
+    parser.add_argument(
+        "--http-port", type=int, metavar="PORT", help="HTTP (OpenAI's images API, KServe v2) on the same host; default: none"
+    )
+    parser.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="a web page that may use HTTP, as https://host[:port]; may be given several times",
+    )
+    parser.add_argument(
+        "--alias",
+        action="append",
+        default=[],
+        metavar="ALIAS=NAME",
+        help="one more name of a model for OpenAI's clients, as gpt-image-1=student; may be given several times",
+    )
     parser.add_argument("--tokens", type=Path, metavar="FILE", help="who may call: lines of NAME TOKEN [CALLS-PER-SECOND]")
     parser.add_argument("--tls-cert", type=Path, metavar="FILE", help="PEM certificate chain")
     parser.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM private key")
@@ -32,9 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Serve bundles over gRPC until SIGTERM or Ctrl-C, then finish what was accepted and stop."""
+    """Serve bundles over gRPC, and HTTP where asked to, until SIGTERM or Ctrl-C, then finish what was accepted and stop."""
     need("server", "grpc", "grpc_health", "grpc_reflection", "prometheus_client")
-    for option, port in (("--port", options.port), ("--metrics-port", options.metrics_port)):
+    if options.http_port is not None:
+        need("http", "starlette", "uvicorn", "python_multipart")
+    ports = (("--port", options.port), ("--http-port", options.http_port), ("--metrics-port", options.metrics_port))
+    for option, port in ports:
         if port is not None and not 0 <= port <= 65535:
             raise ConfigError(f"{option} {port}: give a number from 0 to 65535")
     if not options.bundles and not options.repository:
@@ -57,5 +77,15 @@ def run(options: argparse.Namespace) -> None:
         no_auth=options.no_auth,
         metrics_host=options.metrics_host,
         metrics_port=options.metrics_port,
+        http_port=options.http_port,
+        allowed_origins=tuple(options.allow_origin),
+        aliases=tuple(map(_parse_alias, options.alias)),
     )
     asyncio.run(serve(open_models(options.bundles, options.repository), listen))
+
+
+def _parse_alias(text: str) -> tuple[str, str]:
+    alias, _, name = text.partition("=")
+    if not alias or not name:
+        raise ConfigError(f"--alias {text}: write ALIAS=NAME")
+    return alias, name

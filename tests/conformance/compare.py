@@ -1,4 +1,4 @@
-"""One table of requests, good and bad, sent by stock tritonclient to real Triton and to flashdiff: the answers must agree.
+"""Requests, good and bad, sent by stock tritonclient over gRPC and HTTP to real Triton and to flashdiff: the answers must agree.
 
     python tests/conformance/compare.py ORACLE_PYTHON
 
@@ -17,10 +17,12 @@ from typing import Any
 
 import numpy as np
 import tritonclient.grpc as triton
+import tritonclient.http as triton_http
 from tritonclient.utils import InferenceServerException, serialize_byte_tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import http_table
 from served import model_of, serving
 
 from flashdiff.engines.runtime.fake import FakeComponents
@@ -219,38 +221,54 @@ def _wait(client: triton.InferenceServerClient) -> None:
     raise SystemExit("the oracle did not become ready within a minute")
 
 
+def _compare(protocol: str, table: Any, known: Any, ask: Callable[[Any], tuple[Any, Any]]) -> int:
+    """Print a line a request; how many differences have no reason."""
+    unexplained = 0
+    for name, request in table.items():
+        theirs, own = ask(request)
+        if theirs == own:
+            print(f"agree  {protocol} {name}")
+            continue
+        meant, why = known.get(name, (lambda theirs: theirs, ""))
+        if own != meant(theirs):
+            why = "NOT EXPLAINED"
+            unexplained += 1
+        print(f"differ {protocol} {name}: {why}\n    Triton:    {theirs}\n    flashdiff: {own}")
+    return unexplained
+
+
 def main() -> None:
     oracle_process = subprocess.Popen(
         [sys.argv[1], str(Path(__file__).with_name("oracle.py")), *map(str, _PORTS)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    unexplained = []
     try:
         oracle = triton.InferenceServerClient(f"127.0.0.1:{_PORTS[0]}")
+        http_oracle = triton_http.InferenceServerClient(f"127.0.0.1:{_PORTS[1]}")
         _wait(oracle)
         Path(f"/dev/shm{_KEY}").write_bytes(bytes(_REGION))
         fake = FakeComponents()
         models = Models({"fake": model_of(fake)}, Path(__file__).parent, opener=lambda _: model_of(fake), identify=str)
-        with serving(fake, Listen(port=0, shared_memory=True), models) as running:
+        with serving(fake, Listen(port=0, http_port=0, shared_memory=True), models) as running:
             ours = triton.InferenceServerClient(running.address)
-            for name, ask in TABLE.items():
-                theirs, own = _answer(oracle, ask), _answer(ours, ask)
-                if theirs == own:
-                    print(f"agree  {name}")
-                    continue
-                meant, why = KNOWN.get(name, (lambda theirs: theirs, ""))
-                if own != meant(theirs):
-                    why = "NOT EXPLAINED"
-                    unexplained.append(name)
-                print(f"differ {name}: {why}\n    Triton:    {theirs}\n    flashdiff: {own}")
+            http_ours = triton_http.InferenceServerClient(f"127.0.0.1:{running.server.http_port}")
+            unexplained = _compare("gRPC", TABLE, KNOWN, lambda ask: (_answer(oracle, ask), _answer(ours, ask)))
+            unexplained += _compare(
+                "HTTP",
+                http_table.TABLE,
+                http_table.KNOWN,
+                lambda ask: (http_table.answer(http_oracle, ask), http_table.answer(http_ours, ask)),
+            )
             ours.close()
+            http_ours.close()
         oracle.close()
+        http_oracle.close()
     finally:
         oracle_process.terminate()
         oracle_process.wait(30)
         Path(f"/dev/shm{_KEY}").unlink(missing_ok=True)
-    print(f"{len(TABLE)} requests, {len(unexplained)} unexplained differences")
+    print(f"{len(TABLE)} requests over gRPC, {len(http_table.TABLE)} over HTTP, {unexplained} unexplained differences")
     sys.exit(bool(unexplained))
 
 

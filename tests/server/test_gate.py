@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import re
+import ssl
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from served import METHODS, message, serving, set_cost, until
 from flashdiff.engines.runtime.fake import FakeComponents
 from flashdiff.errors import ConfigError
 from flashdiff.proto.v1 import image_pb2, image_pb2_grpc, triton_pb2
-from flashdiff.server import gate
+from flashdiff.server import calls
 from flashdiff.server.app import Listen
 from flashdiff.server.auth import Tokens
 from flashdiff.server.client import Client, ServerError
@@ -163,6 +165,21 @@ def test_tls_with_a_token_and_with_client_certificates(tmp_path: Path) -> None:
             client.generate("x", timeout_s=2)
 
 
+def test_http_has_the_same_tls_and_client_certificates(tmp_path: Path) -> None:
+    authority = _certificate(tmp_path, "ca")
+    for name in ("server", "client"):
+        _certificate(tmp_path, name, authority)
+    tls = {"tls_cert": tmp_path / "server.pem", "tls_key": tmp_path / "server.key"}
+    trust = ssl.create_default_context(cafile=str(tmp_path / "ca.pem"))
+    with serving(FakeComponents(), Listen(port=0, http_port=0, tls_client_ca=tmp_path / "ca.pem", **tls)) as running:
+        url = running.url.replace("http:", "https:") + "/v1/models"
+        with pytest.raises((urllib.error.URLError, ConnectionError, ssl.SSLError)):
+            urllib.request.urlopen(url, context=trust, timeout=10)
+        trust.load_cert_chain(tmp_path / "client.pem", tmp_path / "client.key")
+        with urllib.request.urlopen(url, context=trust, timeout=10) as page:
+            assert page.status == 200
+
+
 def test_half_of_tls_and_unreadable_files_are_said(tmp_path: Path) -> None:
     with (
         pytest.raises(ConfigError, match="TLS needs both --tls-cert and --tls-key"),
@@ -214,7 +231,7 @@ def test_a_stream_whose_next_message_is_refused_answers_those_before_and_ends_wi
 def spans(monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
     exporter, provider = InMemorySpanExporter(), TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    monkeypatch.setattr(gate, "_tracer", provider.get_tracer("flashdiff.server"))
+    monkeypatch.setattr(calls, "_tracer", provider.get_tracer("flashdiff.server"))
     return exporter
 
 

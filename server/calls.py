@@ -1,0 +1,77 @@
+"""What a call of any protocol has in common: its caller is authenticated; it leaves one trace span, one count and one log line.
+
+None of them names a prompt.
+"""
+
+import logging
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from opentelemetry import propagate, trace
+
+from flashdiff.server.auth import Tokens
+from flashdiff.server.tracing import current_span
+
+_REQUEST_ID = re.compile(r"[\w.-]{1,64}")
+
+_log = logging.getLogger(__name__)
+_tracer = trace.get_tracer("flashdiff.server")
+
+
+@dataclass
+class Call:
+    """A call while it runs, and how it ended."""
+
+    method: str
+    request_id: str
+    client: str
+    """The name of its token, else the address it comes from."""
+    code: str
+    """The status it ended with, in its protocol's terms."""
+    has_failed: bool = False
+
+    def fail(self, code: str) -> None:
+        self.code, self.has_failed = code, True
+
+
+class Calls:
+    """With `tokens`, only a caller with one is admitted. `count` gets every call's method and status."""
+
+    def __init__(self, tokens: Tokens | None = None, count: Callable[[str, str], None] = lambda method, code: None) -> None:
+        self._tokens, self._count = tokens, count
+
+    def admit(self, authorization: str) -> str:
+        """The caller's name, empty without tokens; AuthError or OverloadedError for a caller that is not admitted."""
+        return self._tokens.admit(authorization) if self._tokens else ""
+
+    def refused(self, method: str, code: str) -> None:
+        """Log and count a call that ended before it could be watched."""
+        _log.info("call method=%s code=%s", method, code)
+        self._count(method, code)
+
+    @contextmanager
+    def watch(self, method: str, client: str, headers: Mapping[str, str], code: str) -> Iterator[Call]:
+        """Trace, count and log what runs inside; the call ends with `code` unless its `code` is set or it fails."""
+        given = headers.get("x-request-id", "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+        call = Call(method, request_id, client, code)
+        started = time.perf_counter()
+        span = _tracer.start_span(
+            method.lstrip("/"), propagate.extract(headers), trace.SpanKind.SERVER, {"request_id": request_id}
+        )
+        current_span.set(span)
+        try:
+            yield call
+        finally:
+            if call.has_failed:
+                span.set_status(trace.StatusCode.ERROR, call.code)  # and not the error itself, which may quote a prompt
+            if call.method != method:
+                span.update_name(call.method.lstrip("/"))
+            span.end()
+            self._count(call.method, call.code)
+            spent_ms = 1000 * (time.perf_counter() - started)
+            _log.info("call method=%s id=%s client=%s code=%s ms=%.1f", call.method, request_id, call.client, call.code, spent_ms)

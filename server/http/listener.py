@@ -1,0 +1,117 @@
+"""Runs an ASGI application with uvicorn as a task of the server's event loop, without its signal handlers and its log."""
+
+import asyncio
+import socket
+import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from flashdiff.errors import ConfigError
+
+HEADERS_S = 30.0
+"""How long a request's headers may take to arrive."""
+_KEEP_ALIVE_S = 75.0  # of an idle connection: longer than those of load balancers
+_CLOSING_S = 0.2  # for connections to be gone that are closed
+_MAX_CONNECTIONS = 2000  # as gRPC's calls
+
+
+class _Connection(H11Protocol):
+    """Closes a connection whose next request does not begin and end its headers in time; idle ones uvicorn closes itself."""
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch_headers()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch_headers()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._stop_timer()
+
+    def _watch_headers(self) -> None:
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._stop_timer()
+        elif self._timer is None and not self.transport.is_closing():
+            self._timer = self.loop.call_later(HEADERS_S, self.transport.close)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+class _Uvicorn(uvicorn.Server):
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """The server's own handlers stay."""
+        yield
+
+
+class HttpListener:
+    """A running HTTP server; `port` is the one it listens on."""
+
+    def __init__(self, port: int, server: _Uvicorn, running: "asyncio.Task[None]") -> None:
+        self.port, self._server, self._running = port, server, running
+
+    async def stop(self, grace_s: float) -> None:
+        """Close: idle connections at once, those with a request when it is answered, all after `grace_s`."""
+        grace_s = max(grace_s, _CLOSING_S)
+        self._server.config.timeout_graceful_shutdown = grace_s  # type: ignore[assignment]  # passed on to asyncio.wait_for
+        self._server.should_exit = True
+        await self._running
+
+
+async def listen_http(
+    app: ASGIApp, host: str, port: int, *, certificate: Path | None, key: Path | None, client_ca: Path | None
+) -> HttpListener:
+    """Listen on a port, 0 takes a free one; ConfigError when it cannot be had, or the certificates are none."""
+    config = uvicorn.Config(
+        app,
+        http=_Connection,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        log_level="error",
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=_KEEP_ALIVE_S,  # type: ignore[arg-type]
+        limit_concurrency=_MAX_CONNECTIONS,
+        reset_contextvars=True,  # or a request in a kept-alive connection would see what the one before has set
+        ssl_certfile=certificate,
+        ssl_keyfile=key,
+        ssl_ca_certs=str(client_ca) if client_ca else None,
+        ssl_cert_reqs=ssl.CERT_REQUIRED if client_ca else ssl.CERT_NONE,
+    )
+    try:
+        config.load()
+    except OSError as error:  # ssl.SSLError is one
+        raise ConfigError(f"--tls-cert {certificate}: no certificate for HTTP: {error}") from None
+    bound = _bind(host, port)
+    server = _Uvicorn(config)
+    running = asyncio.create_task(server.serve(sockets=[bound]))
+    while not server.started and not running.done():
+        await asyncio.sleep(0)
+    return HttpListener(bound.getsockname()[1], server, running)
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    # The protocol is named because asyncio sets TCP_NODELAY only where it is: without it a response waits 40 ms for an ACK.
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+        bound.listen()
+    except OSError as error:
+        bound.close()
+        raise ConfigError(f"--http-port {port}: cannot listen: {error.strerror or error}") from None
+    return bound

@@ -1,0 +1,109 @@
+"""Triton's protocol over gRPC, for stock `tritonclient.grpc`."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+from google.protobuf import message_factory
+
+from flashdiff.errors import FlashdiffError, TensorError
+from flashdiff.proto.v1 import triton_pb2 as pb
+from flashdiff.server.gate import Malformed, client_of
+from flashdiff.server.status import abort
+from flashdiff.server.triton import TritonService
+from flashdiff.server.triton_convert import MAX_ID
+
+TRITON_SERVICE = "inference.GRPCInferenceService"
+_IN_STREAM = 32  # requests of one stream that are worked on at once; the next is read when one is answered
+
+_log = logging.getLogger(__name__)
+
+
+def triton_handler(service: TritonService) -> grpc.GenericRpcHandler:
+    """The service under Triton's name."""
+    inference = _Inference(service)
+    handlers = {}
+    for method in pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods:
+        make = grpc.stream_stream_rpc_method_handler if method.client_streaming else grpc.unary_unary_rpc_method_handler
+        read = message_factory.GetMessageClass(method.input_type).FromString
+        write: Callable[[Any], bytes] = message_factory.GetMessageClass(method.output_type).SerializeToString
+        behaviour = getattr(inference, method.name, None) or _unary(getattr(service, method.name))
+        handlers[method.name] = make(behaviour, read, write)
+    return grpc.method_handlers_generic_handler(TRITON_SERVICE, handlers)
+
+
+def _unary(call: Callable[[Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
+    """A call that has one response, whose errors end it with their status."""
+
+    async def answer(request: Any, context: Any) -> Any:
+        try:
+            return await call(request)
+        except FlashdiffError as error:
+            await abort(context, error)
+
+    return answer
+
+
+class _Inference:
+    """The calls that make images, by their names in `proto/v1/triton.proto`."""
+
+    def __init__(self, service: TritonService) -> None:
+        self._service = service
+
+    async def ModelInfer(self, request: pb.ModelInferRequest, context: Any) -> pb.ModelInferResponse:
+        try:
+            updates, loop = (
+                self._service.infer(request, context.time_remaining(), client_of(context), stream=False),
+                asyncio.get_running_loop(),
+            )
+            context.add_done_callback(lambda _: loop.create_task(updates.aclose()))  # when the response is sent
+            return await anext(updates)
+        except FlashdiffError as error:
+            await abort(context, error)
+
+    async def ModelStreamInfer(
+        self, requests: AsyncIterator[pb.ModelInferRequest], context: Any
+    ) -> AsyncIterator[pb.ModelStreamInferResponse]:
+        """Requests of one stream run side by side; an error is told in the stream, which goes on."""
+        # Both are bounded, so that a client who sends and does not read waits for itself, and holds room by what it has not read.
+        responses: asyncio.Queue[pb.ModelStreamInferResponse | None] = asyncio.Queue(1)
+        room = asyncio.Semaphore(_IN_STREAM)
+        client = client_of(context)
+
+        async def answer(request: pb.ModelInferRequest | Malformed) -> None:
+            try:
+                if isinstance(request, Malformed):
+                    raise TensorError(request.message)
+                async for response in self._service.infer(request, context.time_remaining(), client, stream=True):
+                    await responses.put(pb.ModelStreamInferResponse(infer_response=response))
+            except Exception as error:
+                if not isinstance(error, FlashdiffError):
+                    _log.exception("a request of a stream failed")
+                message = str(error) if isinstance(error, FlashdiffError) else "internal error"
+                failed = pb.ModelInferResponse()
+                if not isinstance(request, Malformed):
+                    failed.model_name, failed.id = request.model_name[:MAX_ID], request.id[:MAX_ID]
+                await responses.put(pb.ModelStreamInferResponse(error_message=message, infer_response=failed))
+            finally:
+                room.release()
+
+        async def read() -> None:
+            try:
+                async with asyncio.TaskGroup() as group:
+                    async for request in requests:
+                        await room.acquire()
+                        group.create_task(answer(request))
+            except Exception:
+                await responses.put(None)
+                raise
+            await responses.put(None)  # not when cancelled: then nobody reads any more
+
+        reading = asyncio.ensure_future(read())
+        try:
+            while (response := await responses.get()) is not None:
+                yield response
+            await reading
+        finally:
+            reading.cancel()
