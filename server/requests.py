@@ -103,8 +103,9 @@ class Requests:
         return Estimate(own_ms + 1000 * self._files_s(order, request), self._worker.pending_images)
 
     async def _order(self, model: Model, request: ImageRequest, client: str) -> Order:
-        read = functools.partial(_read_order, model, request)
-        return await self.threads.read(client, read) if request.files else read()
+        if not request.files:
+            return _read_order(model, request)
+        return await self.threads.read(client, _read_order, model, request, timeout_s=request.timeout_s)
 
     def _files_s(self, order: Order, request: ImageRequest) -> float:
         return self.threads.expected_s(order, request.format, request.quality) if request.wants_files else 0.0
