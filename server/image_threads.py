@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-from flashdiff.errors import DeadlineError, OverloadedError
+from flashdiff.errors import OverloadedError
 from flashdiff.orders import Order, Pixels
 from flashdiff.server.images import encode_image
 from flashdiff.server.names import ImageFormat
@@ -105,10 +105,10 @@ class ImageThreads:
         """Any work that is too long for the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
 
-    async def read(self, client: str, function: Callable[..., _Made], *args: object, timeout_s: float | None = None) -> _Made:
+    async def read(self, client: str, function: Callable[..., _Made], *args: object) -> _Made:
         """Read a client's request with images; replies do not wait behind it, and clients take turns.
 
-        OverloadedError when too many are being read; DeadlineError when the timeout ends first, whatever the thread does then.
+        OverloadedError when too many are being read. A caller that is cancelled is free at once, whatever the thread does then.
         """
         for count, limit, whose in (
             (self._reading.total(), _MAX_READING, ""),
@@ -118,10 +118,7 @@ class ImageThreads:
                 raise OverloadedError(f"{limit} images{whose} are being read already", retry_after_s=_READING_RETRY_S)
         self._reading[client] += 1
         try:
-            async with asyncio.timeout(timeout_s):
-                return await self._reader.read(client, partial(function, *args))
-        except TimeoutError:
-            raise DeadlineError("the deadline passed while the images were being read") from None
+            return await self._reader.read(client, partial(function, *args))
         finally:
             self._reading[client] -= 1
             self._reading += Counter()  # forgets the clients that have none

@@ -8,6 +8,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
 from flashdiff.components import Size
+from flashdiff.errors import DeadlineError
 from flashdiff.orders import Order, Pixels
 from flashdiff.server.image_threads import ImageThreads
 from flashdiff.server.images import decode_image
@@ -105,7 +106,11 @@ class Requests:
     async def _order(self, model: Model, request: ImageRequest, client: str) -> Order:
         if not request.files:
             return _read_order(model, request)
-        return await self.threads.read(client, _read_order, model, request, timeout_s=request.timeout_s)
+        try:
+            async with asyncio.timeout(request.timeout_s):
+                return await self.threads.read(client, _read_order, model, request)
+        except TimeoutError:
+            raise DeadlineError("the deadline passed while the images were being read") from None
 
     def _files_s(self, order: Order, request: ImageRequest) -> float:
         return self.threads.expected_s(order, request.format, request.quality) if request.wants_files else 0.0
