@@ -32,7 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Serve bundles over gRPC until SIGTERM or Ctrl-C, then finish what was accepted and stop."""
+    """Serve bundles over gRPC until SIGTERM or Ctrl-C, then finish what was accepted and stop.
+
+    The process ends here, with 0 after a drain and 1 after a failure: see `server/process.py`.
+    """
     need("server", "grpc", "grpc_health", "grpc_reflection", "prometheus_client")
     for option, port in (("--port", options.port), ("--metrics-port", options.metrics_port)):
         if port is not None and not 0 <= port <= 65535:
@@ -41,10 +44,9 @@ def run(options: argparse.Namespace) -> None:
         raise ConfigError("give a BUNDLE, or a --repository to load some from")
     if options.repository and not options.repository.is_dir():
         raise ConfigError(f"--repository {options.repository}: there is no such folder")
-    import asyncio
-
-    from flashdiff.server.app import Listen, serve
+    from flashdiff.server.app import Listen
     from flashdiff.server.opening import open_models
+    from flashdiff.server.process import run_server
 
     listen = Listen(
         host=options.host,
@@ -58,4 +60,4 @@ def run(options: argparse.Namespace) -> None:
         metrics_host=options.metrics_host,
         metrics_port=options.metrics_port,
     )
-    asyncio.run(serve(open_models(options.bundles, options.repository), listen))
+    run_server(lambda: open_models(options.bundles, options.repository), listen)
