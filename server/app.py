@@ -109,19 +109,24 @@ class Server:
     models: Models
     metrics_port: int | None
     http_port: int | None
+    tokens: Tokens | None
     _server: Any
     _http: "HttpListener | None"
     _health: Any
     _watching: "asyncio.Task[None]"
 
-    async def stop(self, grace_s: float = DRAIN_S) -> None:
-        """Say NOT_SERVING, refuse what is new, finish what was accepted, then close."""
+    async def stop(self, grace_s: float = DRAIN_S, hurried: asyncio.Event | None = None) -> None:
+        """Say NOT_SERVING, refuse what is new, finish what was accepted, then close; `hurried` cuts what is left off."""
+
+        def has_time() -> bool:
+            return time.monotonic() < until and not (hurried and hurried.is_set())
+
         await self._health.enter_graceful_shutdown()
         self.worker.drain()
         until = time.monotonic() + grace_s
-        while not self.worker.failure and not self.worker.join(0) and time.monotonic() < until:
+        while not self.worker.failure and not self.worker.join(0) and has_time():
             await asyncio.sleep(0.01)
-        while self.worker.has_unsent and time.monotonic() < until:
+        while self.worker.has_unsent and has_time():
             await asyncio.sleep(0.01)  # and not gRPC's own grace, which would wait for who only listens, to health say
         last_s = min(grace_s, _LAST_S)
         await asyncio.gather(self._server.stop(last_s), *([self._http.stop(last_s)] if self._http else []))
@@ -139,7 +144,8 @@ async def start(models: Models, listen: Listen, worker: type[Worker] = Worker) -
             )
     credentials = server_credentials(listen.tls_cert, listen.tls_key, listen.tls_client_ca)
     metrics = Metrics()
-    calls = Calls(Tokens(listen.tokens) if listen.tokens else None, metrics.ended)
+    tokens = Tokens(listen.tokens) if listen.tokens else None
+    calls = Calls(tokens, metrics.ended)
     metrics_port = None if listen.metrics_port is None else metrics.listen(listen.metrics_host, listen.metrics_port)
     device = worker(observer=metrics)
     metrics.watch_queue(lambda: device.pending_images)
@@ -160,7 +166,7 @@ async def start(models: Models, listen: Listen, worker: type[Worker] = Worker) -
         await servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
     http_port = http.port if http else None
     watching = asyncio.create_task(_watch(device, metrics))
-    return Server(bound, device, models, metrics_port, http_port, server, http, servicer, watching)
+    return Server(bound, device, models, metrics_port, http_port, tokens, server, http, servicer, watching)
 
 
 async def _start_http(
@@ -233,9 +239,17 @@ def freeze_loaded() -> None:
 
 
 async def serve(models: Models, listen: Listen) -> None:
-    """Serve until SIGTERM or SIGINT, then drain. BackendError when the device thread has died: a supervisor should start anew."""
+    """Serve until SIGTERM or SIGINT, then drain; a second one cuts the drain short, and SIGHUP reads the tokens again.
+
+    BackendError when the device thread has died: a supervisor should start anew.
+    """
     freeze_loaded()
+    stopping, hurried = asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):  # before the first request
+        loop.add_signal_handler(number, lambda: (hurried if stopping.is_set() else stopping).set())
     server = await start(models, listen)
+    loop.add_signal_handler(signal.SIGHUP, server.tokens.reload if server.tokens else lambda: None)
     if listen.no_auth:
         _log.warning("listening on %s: anyone who reaches it can use it, as --no-auth says", listen.host)
     if listen.tokens and listen.host not in LOOPBACK and not listen.tls_cert:
@@ -247,14 +261,11 @@ async def serve(models: Models, listen: Listen) -> None:
         )
     if server.http_port is not None:
         _log.info("HTTP on %s:%d", listen.host, server.http_port)
-    stopping = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     while not stopping.is_set() and not server.worker.failure:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(stopping.wait(), _WATCH_S)
     _log.info("draining: no new requests, up to %.0f s for those accepted", DRAIN_S)
-    await server.stop()
+    await server.stop(DRAIN_S, hurried)
     _log.info("stopped")
     if server.worker.failure:
         raise BackendError(f"the device thread has stopped: {server.worker.failure}")

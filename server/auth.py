@@ -42,14 +42,16 @@ class _Holder:
 class Tokens:
     """The tokens of a file, one `NAME TOKEN [CALLS-PER-SECOND]` a line; read again whenever the file changes.
 
-    A file that cannot be read any more changes nothing: the tokens known so far stay, and the log says why.
+    A file with a mistake in it changes nothing until it is changed again, and one that cannot be read changes nothing until it
+    can: every call tries again. The log says why.
     """
 
     def __init__(self, file: Path) -> None:
         self._file = file
         self._lock = threading.Lock()
-        self._stamp = self._stat()
+        self._stamp: tuple[int, ...] | None = self._stat()
         self._holders = _read_tokens(file)
+        self._trouble = ""  # why the file was not taken, as logged
 
     def admit(self, authorization: str) -> str:
         """The name of the holder of `Bearer TOKEN`; AuthError without one, OverloadedError beyond its rate."""
@@ -62,28 +64,44 @@ class Tokens:
             holder.take()
         return holder.name
 
+    def reload(self) -> None:
+        """Read the file now, changed or not."""
+        self._stamp = None
+        self._reread()
+
     def _reread(self) -> None:
         stamp = self._stat()
-        if stamp == self._stamp:
+        if stamp is not None and stamp == self._stamp:
             return
-        self._stamp = stamp
         try:
             fresh = _read_tokens(self._file)
-        except ConfigError as error:
-            _log.error("the tokens stay as they were: %s", error)
+        except UnreadableFileError as error:  # the tokens may be others by now: read them as soon as possible
+            self._stamp = None
+            self._keep(error)
             return
+        except ConfigError as error:
+            self._stamp = stamp
+            self._keep(error)
+            return
+        self._stamp, self._trouble = stamp, ""
         # Who keeps token and rate keeps what was used of it.
         self._holders = {
             key: kept if (kept := self._holders.get(key)) and _same(kept, new) else new for key, new in fresh.items()
         }
         _log.info("%d tokens read from %s", len(fresh), self._file)
 
-    def _stat(self) -> tuple[int, ...]:
+    def _keep(self, error: ConfigError) -> None:
+        """Log why the tokens stay: once, and not with every call."""
+        if str(error) != self._trouble:
+            _log.error("the tokens stay as they were: %s", error)
+        self._trouble = str(error)
+
+    def _stat(self) -> tuple[int, ...] | None:
         try:
             stat = self._file.stat()
         except OSError:
-            return ()
-        return stat.st_mtime_ns, stat.st_ino, stat.st_size
+            return None
+        return stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_size
 
 
 def _same(kept: _Holder, new: _Holder) -> bool:
@@ -126,8 +144,14 @@ def server_credentials(certificate: Path | None, key: Path | None, client_ca: Pa
     return grpc.ssl_server_credentials([(private, chain)], roots, require_client_auth=roots is not None)
 
 
+class UnreadableFileError(ConfigError):
+    """A file that could not be read, which says nothing about its content."""
+
+
 def _read(path: Path, option: str) -> bytes:
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise UnreadableFileError(f"{option} {path}: a pipe or device, where a file is needed")  # reading may never end
         return path.read_bytes()
     except OSError as error:
-        raise ConfigError(f"{option} {path}: cannot read: {error.strerror or error}") from None
+        raise UnreadableFileError(f"{option} {path}: cannot read: {error.strerror or error}") from None

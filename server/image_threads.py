@@ -1,12 +1,17 @@
 """Image files, read and written on threads of their own: off the event loop and off the device thread."""
 
 import asyncio
+import contextlib
 import math
+import queue
+import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
 
 from flashdiff.errors import OverloadedError
 from flashdiff.orders import Order, Pixels
@@ -21,13 +26,77 @@ _SMALL_BYTES = 64 * 1024  # of pixels: to encode these takes less than to change
 _Made = TypeVar("_Made")
 
 
+@dataclass(frozen=True, eq=False)
+class _Reading:
+    """A file to be read, and where its content goes, on the loop that asked for it."""
+
+    read: Callable[[], Any]
+    content: "asyncio.Future[Any]"
+
+
+class _Reader:
+    """A thread that reads files for clients in turn, one of each; an event loop calls the methods.
+
+    A reading that its caller gave up is dropped, or its content is; the interpreter does not wait for the thread to exit.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, deque[_Reading]] = {}  # by client, the next one first
+        self._given: queue.SimpleQueue[_Reading] = queue.SimpleQueue()
+        self._current: _Reading | None = None
+        self._thread: threading.Thread | None = None
+
+    def read(self, client: str, read: Callable[[], Any]) -> "asyncio.Future[Any]":
+        """The content, when it is this client's turn; cancel it to give up."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="flashdiff-reader", daemon=True)
+            self._thread.start()
+        reading = _Reading(read, asyncio.get_running_loop().create_future())
+        self._waiting.setdefault(client, deque()).append(reading)
+        self._give_next()
+        return reading.content
+
+    def _give_next(self) -> None:
+        while self._waiting and self._current is None:
+            client = next(iter(self._waiting))
+            of_client = self._waiting.pop(client)
+            reading = of_client.popleft()
+            if of_client:
+                self._waiting[client] = of_client  # behind the others
+            if not reading.content.done():
+                self._current = reading
+                self._given.put(reading)
+
+    def _end(self, reading: _Reading, content: Any, error: BaseException | None) -> None:
+        self._current = None
+        if reading.content.done():
+            pass
+        elif error:
+            reading.content.set_exception(error)
+        else:
+            reading.content.set_result(content)
+        self._give_next()
+
+    def _run(self) -> None:
+        while True:
+            reading = self._given.get()
+            content, error = None, None
+            try:
+                content = reading.read()
+            except BaseException as caught:
+                error = caught
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                reading.content.get_loop().call_soon_threadsafe(self._end, reading, content, error)
+            del reading, content, error  # not kept until the next
+
+
 class ImageThreads:
     """What reads, writes and measures; `clock` gives seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="flashdiff-images")
-        self._readers = ThreadPoolExecutor(max_workers=1, thread_name_prefix="flashdiff-readers")
+        self._reader = _Reader()
         self._reading = Counter[str]()
         # When a file was last written, and seconds a pixel, by format and whether it has the default quality.
         self._speeds: dict[tuple[ImageFormat, bool], tuple[float, float]] = {}
@@ -37,7 +106,10 @@ class ImageThreads:
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
 
     async def read(self, client: str, function: Callable[..., _Made], *args: object) -> _Made:
-        """Read a client's request with images; replies do not wait behind it. OverloadedError when too many are being read."""
+        """Read a client's request with images; replies do not wait behind it, and clients take turns.
+
+        OverloadedError when too many are being read. A caller that is cancelled is free at once, whatever the thread does then.
+        """
         for count, limit, whose in (
             (self._reading.total(), _MAX_READING, ""),
             (self._reading[client], _MAX_READING_OF_ONE, " of yours"),
@@ -46,7 +118,7 @@ class ImageThreads:
                 raise OverloadedError(f"{limit} images{whose} are being read already", retry_after_s=_READING_RETRY_S)
         self._reading[client] += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._readers, function, *args)
+            return await self._reader.read(client, partial(function, *args))
         finally:
             self._reading[client] -= 1
             self._reading += Counter()  # forgets the clients that have none

@@ -12,13 +12,22 @@ from flashdiff.components import Size
 from flashdiff.errors import RequestError
 from flashdiff.orders import Pixels
 from flashdiff.server.names import ImageFormat
+from flashdiff.server.picture_files import MAX_PIXELS, UnreadableError, cut_down
 
 FORMAT_OF_SUFFIX: dict[str, ImageFormat] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 
 
 DEFAULT_JPEG_QUALITY = 90
-_MAX_INPUT_PIXELS = 4096 * 4096  # a small file can unpack to any number of them
-_MAX_SCANS = 100  # of a progressive JPEG, each of which goes over all pixels; cameras write about ten
+# What turns a picture upright, by EXIF's orientation.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def encode_image(pixels: Pixels, image_format: ImageFormat, quality: int | None = None) -> bytes:
@@ -53,9 +62,8 @@ def decode_image(file: bytes, size: Size, name: str = "image") -> Pixels:
     RequestError for any other file, by the `name` that the request gives it.
     """
     with _opened(file, name) as image:
-        ImageOps.exif_transpose(image, in_place=True)
-        upright = image.convert("RGB")
-    return np.array(ImageOps.fit(upright, size, Image.Resampling.LANCZOS))
+        rgb = image.convert("RGB")
+    return np.array(ImageOps.fit(rgb, size, Image.Resampling.LANCZOS))
 
 
 def white_where_transparent(file: bytes, name: str = "mask") -> bytes:
@@ -72,17 +80,18 @@ def white_where_transparent(file: bytes, name: str = "mask") -> bytes:
 
 @contextmanager
 def _opened(file: bytes, name: str) -> Iterator[Image.Image]:
-    """The picture of a file, not decoded yet; RequestError, also for what is damaged further on."""
+    """The picture of a file, upright; RequestError for what is damaged, or takes too much to decode."""
     try:
-        with Image.open(io.BytesIO(file), formats=("PNG", "JPEG", "WEBP")) as image:
-            if image.width * image.height > _MAX_INPUT_PIXELS:
-                raise RequestError(name, f"{image.width}x{image.height}", f"at most {_MAX_INPUT_PIXELS} pixels are read")
-            if image.format == "JPEG" and file.count(b"\xff\xda") > _MAX_SCANS:
-                raise RequestError(name, f"{len(file)} bytes", f"a JPEG may have {_MAX_SCANS} scans")
-            yield image
+        picture = cut_down(file)
+        with Image.open(io.BytesIO(picture.file), formats=(picture.format,)) as image:
+            picture.check_work(image.width, image.height)
+            image.load()
+            yield image.transpose(_UPRIGHT[picture.orientation]) if picture.orientation in _UPRIGHT else image
     except (RequestError, MemoryError):
         raise
+    except UnreadableError as error:
+        raise RequestError(name, error.value, error.allowed) from None
     except Image.DecompressionBombError:
-        raise RequestError(name, f"{len(file)} bytes", f"at most {_MAX_INPUT_PIXELS} pixels are read") from None
+        raise RequestError(name, f"{len(file)} bytes", f"at most {MAX_PIXELS} pixels are read") from None
     except Exception:  # Pillow raises many kinds for what is damaged
         raise RequestError(name, f"{len(file)} bytes", "they must be a whole PNG, JPEG or WebP file") from None

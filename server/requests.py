@@ -8,6 +8,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
 from flashdiff.components import Size
+from flashdiff.errors import DeadlineError
 from flashdiff.orders import Order, Pixels
 from flashdiff.server.image_threads import ImageThreads
 from flashdiff.server.images import decode_image
@@ -103,8 +104,13 @@ class Requests:
         return Estimate(own_ms + 1000 * self._files_s(order, request), self._worker.pending_images)
 
     async def _order(self, model: Model, request: ImageRequest, client: str) -> Order:
-        read = functools.partial(_read_order, model, request)
-        return await self.threads.read(client, read) if request.files else read()
+        if not request.files:
+            return _read_order(model, request)
+        try:
+            async with asyncio.timeout(request.timeout_s):
+                return await self.threads.read(client, _read_order, model, request)
+        except TimeoutError:
+            raise DeadlineError("the deadline passed while the images were being read") from None
 
     def _files_s(self, order: Order, request: ImageRequest) -> float:
         return self.threads.expected_s(order, request.format, request.quality) if request.wants_files else 0.0

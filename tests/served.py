@@ -1,11 +1,15 @@
 """A server with fake components, in a thread of its own, for clients that talk to it over a real port."""
 
 import asyncio
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
@@ -141,6 +145,60 @@ async def _cancel_what_is_left() -> None:
     for task in left:
         task.cancel()
     await asyncio.gather(*left, return_exceptions=True)
+
+
+class Process:
+    """A `flashdiff serve` of fake models in a process of its own; `setup` is code that may change `fake`, `listen` or modules."""
+
+    def __init__(self, setup: str = "", **popen: Any) -> None:
+        code = f"""
+import logging, sys, threading
+sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}
+from pathlib import Path
+from served import Listen, Models, model_of, FakeComponents
+from flashdiff.server import app
+from flashdiff.server.process import run_server
+logging.basicConfig(format="%(levelname)s %(message)s", stream=sys.stderr)
+logging.getLogger("flashdiff").setLevel(logging.INFO)
+fake, listen = FakeComponents(), Listen(port=0)
+opener = lambda: Models({{"fake": model_of(fake)}})
+{setup}
+run_server(lambda: opener(), listen)
+"""
+        options = {"stderr": subprocess.PIPE, "text": True, **popen}
+        self.process = subprocess.Popen([sys.executable, "-c", code], **options)
+        self.lines: list[str] = []
+
+    def read_until(self, text: str) -> str:
+        """The next line of the log that has the text."""
+        assert self.process.stderr
+        for line in self.process.stderr:
+            self.lines.append(line)
+            if text in line:
+                return line
+        raise AssertionError(f"it ended without '{text}': {''.join(self.lines)}")
+
+    def address(self) -> str:
+        """Where it listens, once it does."""
+        return "127.0.0.1:" + self.read_until("serving fake").rpartition(":")[2].strip()
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def status(self) -> int:
+        """The exit status; what was logged until then is in `lines`."""
+        if self.process.stderr:
+            self.lines += self.process.communicate(timeout=60)[1].splitlines(keepends=True)
+        return self.process.wait(60)
+
+    def __enter__(self) -> "Process":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait(60)
+        if self.process.stderr:
+            self.process.stderr.close()
 
 
 def until(condition: Callable[[], bool]) -> None:

@@ -49,7 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Serve bundles over gRPC, and HTTP where asked to, until SIGTERM or Ctrl-C, then finish what was accepted and stop."""
+    """Serve bundles over gRPC, and HTTP where asked to, until SIGTERM or Ctrl-C, then finish what was accepted and stop.
+
+    The process ends here, with 0 after a drain and 1 after a failure: see `server/process.py`.
+    """
     need("server", "grpc", "grpc_health", "grpc_reflection", "prometheus_client")
     if options.http_port is not None:
         need("http", "starlette", "uvicorn", "python_multipart")
@@ -61,10 +64,9 @@ def run(options: argparse.Namespace) -> None:
         raise ConfigError("give a BUNDLE, or a --repository to load some from")
     if options.repository and not options.repository.is_dir():
         raise ConfigError(f"--repository {options.repository}: there is no such folder")
-    import asyncio
-
-    from flashdiff.server.app import Listen, serve
+    from flashdiff.server.app import Listen
     from flashdiff.server.opening import open_models
+    from flashdiff.server.process import run_server
 
     listen = Listen(
         host=options.host,
@@ -81,7 +83,7 @@ def run(options: argparse.Namespace) -> None:
         allowed_origins=tuple(options.allow_origin),
         aliases=tuple(map(_parse_alias, options.alias)),
     )
-    asyncio.run(serve(open_models(options.bundles, options.repository), listen))
+    run_server(lambda: open_models(options.bundles, options.repository), listen)
 
 
 def _parse_alias(text: str) -> tuple[str, str]:

@@ -1,6 +1,7 @@
 """Who gets in, and what is left behind of a call."""
 
 import datetime
+import errno
 import ipaddress
 import json
 import logging
@@ -23,7 +24,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from served import METHODS, message, serving, set_cost, until
 
 from flashdiff.engines.runtime.fake import FakeComponents
-from flashdiff.errors import ConfigError
+from flashdiff.errors import AuthError, ConfigError
 from flashdiff.proto.v1 import image_pb2, image_pb2_grpc, triton_pb2
 from flashdiff.server import calls
 from flashdiff.server.app import Listen
@@ -77,6 +78,38 @@ def test_tokens_rotate_without_a_restart_and_a_broken_file_locks_nobody_out(
     file.write_text(f"alice {ALICE}\n")
     os.utime(file, ns=(2, 2))  # two changes within one tick of the file system's clock
     assert tokens.admit(f"Bearer {ALICE}") == "alice"
+
+
+@pytest.mark.parametrize("trouble", ["open", "gone"])
+def test_a_token_is_revoked_though_the_file_could_not_be_read_when_it_changed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, trouble: str
+) -> None:
+    file = _tokens(tmp_path, f"alice {ALICE}\n")
+    tokens = Tokens(file)
+    file.write_text(f"bob {BOB}\n")
+
+    def no_descriptors(path: Path) -> bytes:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        if trouble == "open":
+            patch.setattr(Path, "read_bytes", no_descriptors)
+        else:
+            file.rename(tmp_path / "away")
+        for _ in range(3):
+            assert tokens.admit(f"Bearer {ALICE}") == "alice"
+        assert caplog.text.count("the tokens stay as they were") == 1
+    if trouble == "gone":
+        (tmp_path / "away").rename(file)
+    with pytest.raises(AuthError):
+        tokens.admit(f"Bearer {ALICE}")
+    assert tokens.admit(f"Bearer {BOB}") == "bob"
+
+
+def test_a_pipe_in_place_of_the_tokens_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match="a pipe or device, where a file is needed"):
+        Tokens(tmp_path / "pipe")
 
 
 def test_a_token_has_its_rate_and_the_refusal_says_when_to_come_again(tmp_path: Path) -> None:

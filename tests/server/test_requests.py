@@ -1,6 +1,7 @@
 """Requests in no protocol's terms, on a clock that the tests set."""
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from contextlib import aclosing
 
@@ -82,5 +83,24 @@ def test_reading_an_image_counts_in_the_timings_and_against_the_deadline(asking:
         assert reply.timings.total == pytest.approx(500)
         with pytest.raises(DeadlineError):
             await asking.reply(ImageRequest(prompt="x", files={"image": b"a file"}, timeout_s=0.4))
+
+    asyncio.run(scenario())
+
+
+def test_a_deadline_that_passes_while_images_are_read_ends_the_request(asking: Asking, monkeypatch: pytest.MonkeyPatch) -> None:
+    go = threading.Event()
+
+    def held(file: bytes, size: object, name: str) -> Pixels:
+        assert go.wait(60)
+        return np.zeros((64, 64, 3), dtype=np.uint8)
+
+    monkeypatch.setattr("flashdiff.server.requests.decode_image", held)
+
+    async def scenario() -> None:
+        for _ in range(2):  # the one that is being read, and one behind it
+            with pytest.raises(DeadlineError, match="the deadline passed while the images were being read"):
+                await asking.reply(ImageRequest(prompt="x", files={"image": b"a file"}, timeout_s=0.01))
+        go.set()
+        assert (await asking.reply(ImageRequest(prompt="x", files={"image": b"a file"}))).images
 
     asyncio.run(scenario())

@@ -1,0 +1,38 @@
+"""The log of a server never waits for who reads it."""
+
+import logging
+import threading
+
+from flashdiff.server.log import QueuedLog
+
+
+class _Held(logging.Handler):
+    """Writes nothing until it may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may_write, self.writing, self.lines = threading.Event(), threading.Event(), list[str]()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.writing.set()
+        assert self.may_write.wait(60)
+        self.lines.append(record.getMessage())
+
+
+def test_lines_beyond_the_queue_are_dropped_and_counted() -> None:
+    held = _Held()
+    log = QueuedLog([held], most_waiting=3)
+
+    def write(text: str) -> None:
+        log.handle(logging.makeLogRecord({"msg": "%s", "args": (text,), "levelno": logging.INFO}))
+
+    write("first")
+    assert held.writing.wait(60)
+    for number in range(10):
+        write(f"line {number}")
+    log.flush_within(0.01)  # returns, though nothing is written
+    held.may_write.set()
+    log.flush_within(60)
+    write("last")
+    log.flush_within(60)
+    assert held.lines == ["first", "line 0", "line 1", "line 2", "7 lines were dropped: the log was not read", "last"]

@@ -1,0 +1,130 @@
+"""How a server process starts, takes signals and ends: real processes, with the fake model."""
+
+import os
+import signal
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from served import Process
+
+from flashdiff.server.client import Client, ServerError
+from flashdiff.server.replies import Result
+
+HELD = """
+opener = lambda: served_by(model_of(fake))
+def served_by(model):
+    hold()
+    return Models({"fake": model})
+def hold():
+    def held(name, rows):
+        print("the device is held", file=sys.stderr, flush=True)
+        threading.Event().wait()
+    fake._called = held
+"""
+"""No device call comes back, once the model is opened."""
+
+
+def _asking(address: str, pool: ThreadPoolExecutor) -> "Future[Result]":
+    def ask() -> Result:
+        with Client(address, retries=False) as client:
+            return client.generate("x", timeout_s=60)
+
+    return pool.submit(ask)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_drains_and_the_status_is_0(number: signal.Signals) -> None:
+    with Process() as server, Client(server.address()) as client:
+        client.wait_until_ready(60)
+        assert client.generate("x", timeout_s=60).images
+        server.signal(number)
+        assert server.status() == 0
+        assert "stopped" in "".join(server.lines)
+
+
+def test_a_drain_that_runs_out_of_time_ends_with_0_though_the_device_and_a_thread_never_come_back() -> None:
+    stuck_thread = 'app.DRAIN_S = 0.1\nthreading.Thread(target=threading.Event().wait, name="never joined").start()\n'
+    with ThreadPoolExecutor() as pool, Process(HELD + stuck_thread) as server:
+        answer = _asking(server.address(), pool)
+        server.read_until("the device is held")
+        server.signal(signal.SIGTERM)
+        assert server.status() == 0
+        with pytest.raises(ServerError):
+            answer.result(60)
+
+
+def test_a_second_signal_shortens_the_drain() -> None:
+    with ThreadPoolExecutor() as pool, Process(HELD + "app.DRAIN_S = 3600.0") as server:
+        answer = _asking(server.address(), pool)
+        server.read_until("the device is held")
+        server.signal(signal.SIGTERM)
+        server.read_until("draining")
+        server.signal(signal.SIGTERM)
+        assert server.status() == 0
+        with pytest.raises(ServerError):
+            answer.result(60)
+
+
+def test_a_device_that_fails_ends_the_process_with_1_and_one_line() -> None:
+    setup = HELD.replace("threading.Event().wait()", 'raise SystemError("the engine is gone")')
+    with ThreadPoolExecutor() as pool, Process(setup) as server:
+        answer = _asking(server.address(), pool)
+        assert server.status() == 1
+        assert server.lines[-1] == "flashdiff: error: the device thread has stopped: the engine is gone\n"
+        with pytest.raises(ServerError, match="INTERNAL: the device thread has stopped"):
+            answer.result(60)
+
+
+OPENING = """
+def opener():
+    print("opening", file=sys.stderr, flush=True)
+    threading.Event().wait()
+"""
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_while_a_model_opens_ends_the_process_at_once(number: signal.Signals, status: int) -> None:
+    with Process(OPENING) as server:
+        server.read_until("opening")
+        server.signal(signal.SIGHUP)  # and this one ends nothing
+        server.signal(number)
+        assert server.status() == status
+
+
+def test_a_hangup_reads_the_tokens_again_and_kills_nothing(tmp_path: Path) -> None:
+    old, new = "alice-secret-0123456", "bob-secret-012345678"
+    tokens = tmp_path / "tokens"
+    tokens.write_text(f"alice {old}\n")
+    stamp = tokens.stat()
+    with Process(f"listen = Listen(port=0, tokens=Path({str(tokens)!r}))") as server:
+        address = server.address()
+        with Client(address, token=old) as client:
+            client.wait_until_ready(60)
+            assert client.generate("x", timeout_s=60).images
+        tokens.write_text(f"bob {new}\n")
+        os.utime(tokens, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+        server.signal(signal.SIGHUP)
+        server.read_until("1 tokens read")
+        with Client(address, token=new) as client:
+            assert client.generate("x", timeout_s=60).images
+        server.signal(signal.SIGTERM)
+        assert server.status() == 0
+
+
+def test_a_hangup_without_tokens_is_no_reason_to_end() -> None:
+    with Process() as server, Client(server.address()) as client:
+        server.signal(signal.SIGHUP)
+        client.wait_until_ready(60)
+        assert client.generate("x", timeout_s=60).images
+        server.signal(signal.SIGTERM)
+        assert server.status() == 0
+
+
+def test_a_log_that_nothing_reads_holds_up_no_call_and_no_exit() -> None:
+    with Process() as server:
+        with Client(server.address()) as client:
+            for _ in range(1000):  # lines of 150 bytes each, into a pipe of 64 KiB
+                client.models(timeout_s=60)
+        server.signal(signal.SIGTERM)
+        assert server.process.wait(60) == 0
