@@ -1,5 +1,5 @@
 # Everything a newcomer needs: `make demo` and `make test`. Both install into .venv first.
-.PHONY: demo test check stubs conformance bench-peers install clean
+.PHONY: demo test test-fast test-slow check stubs conformance bench-peers install clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,6 +11,14 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+# The inner loop: no engine is built and nothing trains.
+test-fast: $(VENV)/.installed
+	$(BIN)/python -m pytest tests/server tests/test_*.py tests/benchmarks/traffic tests/benchmarks/timing -k "not cli and not parity and not opening"
+
+# What `make test` leaves out, because it builds many engines or trains for a while; CI runs both.
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m "slow and not gpu"
 
 # What CI does besides the tests: style, types, and that the generated stubs are current.
 check: $(VENV)/.installed

@@ -10,6 +10,8 @@ from benchmarks.ablation import ablation_table
 from benchmarks.variants import VARIANTS
 from flashdiff.distill import loop
 
+pytestmark = pytest.mark.slow
+
 
 def test_table_has_mean_and_deviation_over_seeds() -> None:
     metrics = {"FID": 2.0, "KID x1000": 1.0, "large %": 90.0, "small %": 50.0, "text": 80.0, "diversity": 4.0}

@@ -9,6 +9,8 @@ import pytest
 
 from benchmarks.traffic.server_process import start_server
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent.parent
 
 

@@ -7,6 +7,8 @@ from tiny import FAMILIES
 
 from benchmarks.real_latency import main, run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("family", ["sd15", "sd3"])
 def test_students_teachers_and_stock_diffusers_are_timed_and_so_is_the_worker(family: str, tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ import pytest
 
 from benchmarks.scaling import exponent, fit_all, fit_line, scaling_table, table_error
 
+pytestmark = pytest.mark.slow
+
 
 def _measurement(parameters: int, batch: int, ms: float) -> dict[str, Any]:
     return {"parameters": parameters, "size": [64, 64], "batch": batch, "median_ms": ms, "samples_ms": [ms, 1.1 * ms] * 3}

@@ -18,6 +18,8 @@ from flashdiff.generate import generate
 from flashdiff.lora import KOHYA, WEIGHTS, load_fused
 from flashdiff.tasks import check_order
 
+pytestmark = pytest.mark.slow
+
 ALL = {"updates": 2, "mode_weights": (1, 1, 1, 1), "adversarial": 0.1, "distribution_matching": 0.3}
 
 

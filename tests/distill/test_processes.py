@@ -20,6 +20,8 @@ from flashdiff.distill.processes import Draws
 from flashdiff.errors import ConfigError
 from flashdiff.lora import WEIGHTS
 
+pytestmark = pytest.mark.slow
+
 RUN = """
 import sys
 from pathlib import Path

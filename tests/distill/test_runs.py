@@ -24,6 +24,8 @@ from flashdiff.generate import generate
 from flashdiff.lora import FLASH, add_adapter, load_fused
 from flashdiff.tasks import check_order
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ("a dog", "a cat")
 
 

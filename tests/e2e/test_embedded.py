@@ -17,6 +17,8 @@ from flashdiff.orders import Pixels
 from flashdiff.tasks import check_order
 from flashdiff.zoo.world import BACKGROUND_COLORS, OBJECT_COLORS
 
+pytestmark = pytest.mark.slow
+
 THINGS = ("monster with a smile", "robot with an antenna", "planet")
 COLORS = ("red", "green", "blue", "yellow", "purple")
 

@@ -22,10 +22,11 @@ from flashdiff.engines.config import BuildOptions
 from flashdiff.engines.runtime.engine import open_bundle
 from flashdiff.engines.runtime.fake import FakeComponents
 from flashdiff.errors import BackendError
-from flashdiff.generate import check_order, generate
+from flashdiff.generate import generate
 from flashdiff.lora import load_fused
 from flashdiff.server.client import Client
 from flashdiff.server.models import Model, ModelIdentity, Models
+from flashdiff.tasks import check_order
 
 
 def _open_parts(folder: Path, manifest: Manifest) -> CompilePart:

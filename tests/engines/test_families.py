@@ -27,6 +27,8 @@ from flashdiff.families import load_base
 from flashdiff.generate import generate
 from flashdiff.tasks import check_order
 
+pytestmark = pytest.mark.slow
+
 Build = Callable[[str, BackendName], Path]
 
 

@@ -17,6 +17,8 @@ from flashdiff.engines.bundle import BackendName, read_manifest
 from flashdiff.engines.runtime.machine import nvidia_gpu
 from flashdiff.errors import BackendError
 
+pytestmark = pytest.mark.slow
+
 needs_rtx = pytest.mark.skipif(
     not __import__("importlib.util").util.find_spec("tensorrt_rtx"),
     reason="tensorrt_rtx is not installed: pip install -e '.[dev]'",

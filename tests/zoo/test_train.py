@@ -14,6 +14,8 @@ from flashdiff.zoo import train as training
 from flashdiff.zoo.recipe import DenoiserRecipe, TextRecipe, VaeRecipe, WorldRecipe, ZooRecipe
 from flashdiff.zoo.train import train
 
+pytestmark = pytest.mark.slow
+
 RECIPE = ZooRecipe(
     world=WorldRecipe(kinds=("critters", "planets"), image_size=32, train_images=40),
     vae=VaeRecipe(

@@ -12,6 +12,8 @@ from flashdiff.zoo.images import to_input
 from flashdiff.zoo.world import attribute_words
 from flashdiff.zoo.yardstick import FOLDER, load_dual_encoder, load_probe
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_recipe_writes_networks_that_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_TRAIN_IMAGES", "_HELD_BACK_IMAGES"):

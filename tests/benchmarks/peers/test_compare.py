@@ -18,6 +18,8 @@ from benchmarks.traffic.calls import Outcome
 from benchmarks.traffic.workload import Workload
 from flashdiff.errors import BackendError
 
+pytestmark = pytest.mark.slow
+
 
 def test_flashdiff_alone_goes_through_every_phase(student_bundle: Path) -> None:
     measurements = run(student_bundle, [], QUICK, lambda _: None)["rows"]
