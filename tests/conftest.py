@@ -3,6 +3,8 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Tiny models gain nothing by several threads, and on a busy machine threads that wait for each other take minutes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import sys
 from collections.abc import Iterator

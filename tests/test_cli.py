@@ -96,7 +96,7 @@ def test_the_served_pixels_are_those_of_generate_and_sigterm_ends_the_server_wel
         answer = httpx2.post(url, json={"prompt": "a dog", "seed": 5}, timeout=60).json()
     finally:
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
+        assert process.wait(120) == 0
     np.testing.assert_array_equal(
         np.frombuffer(served, np.uint8).reshape(32, 32, 3), np.asarray(Image.open(tmp_path / "dog.png"))
     )

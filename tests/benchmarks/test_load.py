@@ -23,7 +23,7 @@ def test_every_phase_runs_and_every_accepted_request_is_answered(student_bundle:
         "--json",
         str(tmp_path / "r.json"),
     ]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=560, check=False)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=860, check=False)
     assert run.returncode == 0, run.stderr
     measurements = json.loads((tmp_path / "r.json").read_text())["rows"]
     assert [one["phase"] for one in measurements] == [
@@ -50,21 +50,21 @@ def test_running_server_is_measured_too(student_bundle: Path, tmp_path: Path) ->
     with start_server(student_bundle) as server:
         command = [sys.executable, str(ROOT / "benchmarks" / "load.py"), "--server", server.address, "--quick"]
         run = subprocess.run(
-            [*command, "--json", str(tmp_path / "r.json")], capture_output=True, text=True, timeout=100, check=False
+            [*command, "--json", str(tmp_path / "r.json")], capture_output=True, text=True, timeout=600, check=False
         )
     assert run.returncode == 0, run.stderr
     results = json.loads((tmp_path / "r.json").read_text())
     assert results["environment"]["server"] == server.address
     assert [one["phase"] for one in results["rows"]] == ["quiet", "saturated", "open loop", "overload"]
     assert f" {results['rows'][1]['goodput_per_s']:.1f} images/s" in run.stdout
-    gone = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    gone = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert gone.returncode == 1
     assert gone.stderr.startswith("load.py: error: UNAVAILABLE")
 
 
 def test_folder_that_is_no_bundle_is_refused_in_one_line(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "load.py"), str(tmp_path), "--quick"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert run.returncode == 1
     assert run.stderr.startswith("load.py: error: ")
     assert len(run.stderr.splitlines()) == 1

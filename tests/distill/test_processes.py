@@ -86,7 +86,7 @@ def test_two_processes_tell_the_same_losses_as_one_with_and_without_a_sharded_ba
         )
         for rank in range(2)
     ]
-    said = [process.communicate(timeout=560) for process in started]
+    said = [process.communicate(timeout=860) for process in started]
     assert [process.returncode for process in started] == [0, 0], "\n".join(errors[-1500:] for _, errors in said)
     assert [lines for lines, _ in said] == ["0 2\n", "1 2\n"]  # two that worked together, not each on its own
     for name in runs:
