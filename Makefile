@@ -12,9 +12,9 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
 
-# The inner loop: no engine is built and nothing trains.
+# The inner loop: no engine is built, nothing trains, no other process starts, nothing is fuzzed.
 test-fast: $(VENV)/.installed
-	$(BIN)/python -m pytest tests/server tests/test_*.py tests/benchmarks/traffic tests/benchmarks/timing -k "not cli and not parity and not opening"
+	$(BIN)/python -m pytest tests/server tests/test_*.py tests/benchmarks/traffic -k "not cli and not parity and not opening and not npm and not process and not bad_input and not examples and not does_not_read"
 
 # What `make test` leaves out, because it builds many engines or trains for a while; CI runs both.
 test-slow: $(VENV)/.installed
