@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
 
 from flashdiff.errors import BackendError, DrainingError, FlashdiffError
 from flashdiff.orders import Order
@@ -22,35 +21,6 @@ from flashdiff.server.models import Model
 from flashdiff.server.names import Priority
 
 _log = logging.getLogger(__name__)
-
-
-class Submitter(Protocol):
-    """What the protocols see of a worker."""
-
-    def submit(
-        self,
-        model: Model,
-        order: Order,
-        timeout_s: float | None = None,
-        *,
-        client: str = "",
-        priority: Priority = "normal",
-        on_step: Callable[[Step], None] | None = None,
-        files_s: float = 0.0,
-    ) -> Job: ...
-
-    def estimate_ms(self, model: Model, order: Order, *, client: str = "", priority: Priority = "normal") -> float: ...
-
-    def release(self, job: Job) -> None: ...
-
-    @property
-    def pending_images(self) -> int: ...
-
-    @property
-    def is_ready(self) -> bool: ...
-
-    @property
-    def failure(self) -> BaseException | None: ...
 
 
 class Worker:
