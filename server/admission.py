@@ -3,12 +3,12 @@
 import math
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from flashdiff.errors import DeadlineError, FlashdiffError, OverloadedError
-from flashdiff.orders import Order
+from flashdiff.orders import Order, Preparation
 from flashdiff.server.jobs import Arrived, Forgive, Job, Left, Message, Outlook, Progress, Step, as_accepted, pixel_bytes
 from flashdiff.server.models import Model
 from flashdiff.server.names import Priority
@@ -83,7 +83,8 @@ class Admission:
             self._forget_settled()
             for jobs, share, whose in ((self._jobs, 1.0, ""), (self._of(client), _CLIENT_SHARE, " of yours")):
                 self._check_room(order, jobs, share, whose)
-            new, outlook = work_of(model, order), self._outlook()
+            preparations = order.task.preparations(model.components.spec, order)
+            new, outlook = work_of(model, order, preparations), self._outlook()
             queue = self._queue(outlook)
             within_s = math.inf if timeout_s is None else timeout_s - files_s
             due_at = self._due(new, queue, now, now + within_s, client, priority)
@@ -101,6 +102,7 @@ class Admission:
                 arrived=now,
                 deadline=now + within_s,
                 due=due_at,
+                preparations=preparations,
                 whole=new,
                 alone_s=alone_ms / 1000,
                 is_tight=is_tight,
@@ -114,7 +116,8 @@ class Admission:
     def estimate_ms(self, model: Model, order: Order, *, client: str, priority: Priority) -> float:
         """How long the order would take if it were accepted now."""
         with self._lock:
-            now, new, queue = self._clock(), work_of(model, order), self._queue(self._outlook())
+            preparations = order.task.preparations(model.components.spec, order)
+            now, new, queue = self._clock(), work_of(model, order, preparations), self._queue(self._outlook())
             return _forecast(new, self._due(new, queue, now, math.inf, client, priority), queue).own_ms
 
     def release(self, job: Job) -> None:
@@ -244,13 +247,12 @@ def _made_late(forecast: _Forecast, now: float) -> list[Job]:
     return [jobs[index] for index in late if now + without[index] / 1000 <= jobs[index].deadline]
 
 
-def work_of(model: Model, order: Order) -> Work:
-    """All that an order takes, but for texts in the model's cache."""
-    spec = model.components.spec
+def work_of(model: Model, order: Order, preparations: Mapping[str, Preparation]) -> Work:
+    """All that an order with these preparations takes, but for texts in the model's cache."""
     prepare: dict[str, int] = {}
-    for given in order.task.preparations(spec, order).values():
+    for given in preparations.values():
         if not (isinstance(given.value, str) and given.value in model.embeddings):
             prepare[given.part] = prepare.get(given.part, 0) + 1
-    slots = order.task.evaluations_per_step(spec)
+    slots = order.task.evaluations_per_step(model.components.spec)
     bucket = id(model), order.size, slots
     return Work((order.steps_taken,) * order.count, slots, prepare, model.costs.current[order.size], bucket)

@@ -54,7 +54,6 @@ def _add(given: dict[str, _Value], name: str, value: _Value) -> None:
 
 def write_response(reply: Reply) -> pb.GenerateResponse:
     order, timings = reply.order, reply.timings
-    stages = timings.by_stage(reply.model.components.spec)
     return pb.GenerateResponse(
         images=[pb.Image(data=data, seed=image_seed(order.seed, index)) for index, data in enumerate(reply.files)],
         steps=order.steps,
@@ -66,7 +65,7 @@ def write_response(reply: Reply) -> pb.GenerateResponse:
             image_encoding_ms=reply.encoding_ms,
             total_ms=timings.total + reply.encoding_ms,
             part_ms=timings.parts,
-            **{f"{stage}_ms": spent_ms for stage, spent_ms in stages.items()},
+            **{f"{stage}_ms": spent_ms for stage, spent_ms in reply.stages_ms.items()},
         ),
         model=pb.Model(**vars(reply.model.identity)),
         denoise_batches=reply.batches,

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from flashdiff.components import ModelSpec, Tensors
+from flashdiff.components import Tensors
 from flashdiff.orders import Order, Pixels, Preparation
 from flashdiff.parts import Phase
 from flashdiff.rows import Row, start_rows
@@ -29,13 +29,12 @@ class Timings:
     """Reading the request's own images, before it was submitted."""
     parts: Mapping[str, float] = field(default_factory=dict)
 
-    def by_stage(self, spec: ModelSpec) -> dict[str, float]:
-        """The stages that every model has: text, input_image (reading included), denoise, decode."""
-        stages = {"text": 0.0, "input_image": self.reading, "denoise": 0.0, "decode": 0.0}
-        names = {Phase.PREPARE: "input_image", Phase.STEP: "denoise", Phase.FINISH: "decode"}
+    def by_stage(self, stages: Mapping[str, str]) -> dict[str, float]:
+        """The stages that every model has: text, input_image (reading included), denoise, decode; `stages` is `Model.stages`."""
+        spent = {"text": 0.0, "input_image": self.reading, "denoise": 0.0, "decode": 0.0}
         for part, spent_ms in self.parts.items():
-            stages["text" if part == spec.text_part.name else names[spec.part(part).phase]] += spent_ms
-        return stages
+            spent[stages[part]] += spent_ms
+        return spent
 
 
 @dataclass(frozen=True)
@@ -69,6 +68,7 @@ class Job:
     arrived: float  # on the worker's clock, in seconds, as all times here
     deadline: float  # infinity where there is none
     due: float
+    preparations: Mapping[str, Preparation]
     whole: Work  # as accepted: texts in the model's cache are no work
     alone_s: float  # how long it would take on an idle device, as forecast at acceptance; 0 without a deadline
     is_tight: bool  # it waits behind others, with a deadline so near that the margin decided whether it was promised
@@ -81,12 +81,10 @@ class Job:
         return self._unclaimed.acquire(blocking=False)
 
 
-@dataclass(frozen=True)
-class Progress:
+class Progress(NamedTuple):
     """What is left of a job, as of the device thread's last turn."""
 
     job: Job
-    phase: Phase
     prepare: Mapping[str, int]
     """Calls' slots that are left, by part."""
     steps: tuple[int, ...]
@@ -100,11 +98,10 @@ class Progress:
 
 def as_accepted(job: Job) -> Progress:
     """The progress of a job that the device thread has not seen yet."""
-    return Progress(job, Phase.PREPARE, job.whole.prepare, job.whole.steps)
+    return Progress(job, job.whole.prepare, job.whole.steps)
 
 
-@dataclass(frozen=True)
-class Outlook:
+class Outlook(NamedTuple):
     """What the device thread has in hand. It publishes a new one after every turn; none ever changes."""
 
     arrival: int
@@ -130,11 +127,10 @@ class Left:
     job: Job
 
 
-@dataclass(frozen=True, eq=False)
-class Called:
+class Called(NamedTuple):
     """A device call has come back: its outputs, one a target, or its error."""
 
-    targets: "list[Target]"
+    call: "Call"
     outputs: "list[Output]"
     error: BaseException | None
     spent_ms: float
@@ -167,7 +163,6 @@ class Running:
     """What the device thread has made of a job; no other thread sees it."""
 
     job: Job
-    preparations: Mapping[str, Preparation]
     prepared: dict[str, Tensors] = field(default_factory=dict)  # what the parts made of these
     noise: "Future[list[list[NDArray[np.float32]]]] | None" = None  # being drawn
     rows: list[Row] = field(default_factory=list)  # empty until everything is prepared
@@ -186,24 +181,36 @@ class Target(NamedTuple):
 
     running: Running
     phase: Phase
-    part: str
-    """The first of its phase, where that has several."""
+    call: str
+    """The part that prepares, or the phase: see `CostTable`."""
     preparation: str = ""
     row: int = -1
     slots: int = 1
 
 
+class Call:
+    """A device call for some targets; only the thread that makes it sets `is_back`."""
+
+    def __init__(self, targets: "list[Target]", slots: int, usual_ms: Mapping[str, float], hung_at: float) -> None:
+        self.targets, self.slots = targets, slots
+        self.usual_ms = usual_ms
+        """Of each of its parts."""
+        self.hung_at = hung_at
+        """When the call counts as hung, on the worker's clock."""
+        self.is_back = False
+
+
 def targets_of(running: Running) -> list[Target]:
     """What could be called for a job now: each preparation that is missing, or the next call of each unfinished row."""
+    job = running.job
     if not running.rows:
         if missing := _missing(running):
-            return [Target(running, Phase.PREPARE, running.preparations[name].part, preparation=name) for name in missing]
+            return [Target(running, Phase.PREPARE, job.preparations[name].part, preparation=name) for name in missing]
         _start(running)
-    model = running.job.model
     return [
-        Target(running, Phase.FINISH, model.finish_part, row=index)
+        Target(running, Phase.FINISH, Phase.FINISH, row=index)
         if row.is_done
-        else Target(running, Phase.STEP, model.step_part, row=index, slots=row.slots)
+        else Target(running, Phase.STEP, Phase.STEP, row=index, slots=row.slots)
         for index, row in enumerate(running.rows)
         if index not in running.finishing and index not in running.images
     ]
@@ -211,12 +218,12 @@ def targets_of(running: Running) -> list[Target]:
 
 def _missing(running: Running) -> list[str]:
     """The preparations that are left, once texts in the model's cache are taken from there."""
-    for name, given in running.preparations.items():
+    for name, given in running.job.preparations.items():
         if name in running.prepared or not isinstance(given.value, str):
             continue
         if (kept := running.job.model.embeddings.get(given.value)) is not None:
             running.prepared[name] = kept
-    return [name for name in running.preparations if name not in running.prepared]
+    return [name for name in running.job.preparations if name not in running.prepared]
 
 
 def _start(running: Running) -> None:
@@ -230,10 +237,10 @@ def progress_of(running: Running) -> Progress:
     """A frozen view of what is left."""
     job = running.job
     if not running.rows:
-        left = Counter(given.part for name, given in running.preparations.items() if name not in running.prepared)
-        return Progress(job, Phase.PREPARE, left, job.whole.steps)
+        left = Counter(given.part for name, given in job.preparations.items() if name not in running.prepared)
+        return Progress(job, left, job.whole.steps)
     steps = tuple(len(row.times) - row.step for index, row in enumerate(running.rows) if index not in running.images)
-    return Progress(job, Phase.STEP if any(steps) else Phase.FINISH, {}, steps)
+    return Progress(job, {}, steps)
 
 
 def pixel_bytes(order: Order) -> int:

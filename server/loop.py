@@ -4,7 +4,7 @@ All state here belongs to the device thread, and messages alone tell it what hap
 one call, `outlook` says what is left. Tests drive these without a thread, in any order.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Protocol
 
@@ -18,9 +18,9 @@ from flashdiff.orders import Order
 from flashdiff.parts import Phase
 from flashdiff.preview import preview
 from flashdiff.rows import denoise_rows
-from flashdiff.server.costs import bucket_of
 from flashdiff.server.jobs import (
     Arrived,
+    Call,
     Called,
     Finished,
     Forgive,
@@ -44,6 +44,7 @@ from flashdiff.server.scheduler import LEAST_MARGIN, Ready, choose, next_margin
 HANG_S = 60.0
 """A device call that takes this long, and 20 times its usual cost, counts as hung."""
 
+_LEARNED_AT_ONCE = 8  # calls
 _SLOWER = 3.0  # how many times slower the machine may be than when it accepted a job, before the job counts as urgent
 
 Noise = list[list[NDArray[np.float32]]]
@@ -57,15 +58,6 @@ class Observer(Protocol):
     def answered(self, model: str, timings: Timings, error: FlashdiffError | None) -> None: ...
 
     def refused(self, error: FlashdiffError) -> None: ...
-
-
-class InFlight:
-    """A device call under way; only the thread that makes it sets `is_back`."""
-
-    def __init__(self, hung_at: float) -> None:
-        self.hung_at = hung_at
-        """When the call counts as hung, on the worker's clock."""
-        self.is_back = False
 
 
 class DeviceLoop:
@@ -91,9 +83,11 @@ class DeviceLoop:
         self._arrival = 0
         self._turns = 0
         self._margin, self._widened = LEAST_MARGIN, 0  # of waiting in promises, and in which turn it was widened
+        self._unlearned: list[tuple[Job, int, dict[str, float], Mapping[str, float]]] = []
+        """Calls that costs and metrics do not know yet: one job of each, slots, milliseconds spent and usual by part."""
         self._is_stopping = False
-        self._parallel: InFlight | None = None
-        self.in_flight: tuple[InFlight, ...] = ()
+        self._parallel: Call | None = None
+        self.in_flight: tuple[Call, ...] = ()
         """The calls under way, for a watch in another thread."""
 
     # --- messages in, outlook out ------------------------------------------------------------------------------------
@@ -102,8 +96,7 @@ class DeviceLoop:
         """Take one message; an error that is none of a request's ends the device thread."""
         match message:
             case Arrived(job):
-                preparations = job.order.task.preparations(job.model.components.spec, job.order)
-                self._running[job], self._progress[job] = Running(job, preparations), as_accepted(job)
+                self._running[job], self._progress[job] = Running(job), as_accepted(job)
                 self._arrival = job.arrival
             case Left(job):
                 if job in self._running:
@@ -141,9 +134,9 @@ class DeviceLoop:
         if not chosen:
             return False
         if chosen[0].phase == Phase.FINISH and chosen[0].running.job.model.components.parallel_decode:
-            self._call_in_parallel(chosen)
+            self._call_in_parallel(self._planned(chosen))
         else:
-            self._came_back(self._call(chosen))
+            self._came_back(self._call_here(self._planned(chosen)))
         return True
 
     # --- what to call ------------------------------------------------------------------------------------------------
@@ -166,64 +159,59 @@ class DeviceLoop:
     def _ready(self, target: Target, handle: int) -> Ready:
         job = target.running.job
         costs, size = job.model.costs, job.order.size
-        name = target.part if target.phase == Phase.PREPARE else target.phase
         return Ready(
             job.due,
             job.arrival,
             handle,
             target.phase,
-            target.part,
+            target.call,
             id(job.model),
-            costs.size_of(target.part, size),
+            costs.size_of(target.call, size),
             target.slots,
-            costs.current[size][name],
+            costs.current[size][target.call],
         )
 
     # --- calls -------------------------------------------------------------------------------------------------------
 
-    def _call(self, targets: list[Target]) -> Called:
-        """Make one call in this thread."""
-        for target in targets:
-            if target.phase == Phase.PREPARE and target.running.noise is None:
-                target.running.noise = self._draw(target.running.job.model.components.spec, target.running.job.order)
-        flight = self._flight(targets)
-        before, self.in_flight = self.in_flight, (*self.in_flight, flight)
-        called = _make(targets, self._clock, flight)
+    def _planned(self, targets: list[Target]) -> Call:
+        job, slots = targets[0].running.job, _slots(targets)
+        usual_ms = job.model.costs.usual_ms(targets[0].call, job.order.size, slots)
+        return Call(targets, slots, usual_ms, self._clock() + max(HANG_S, 20 * sum(usual_ms.values()) / 1000))
+
+    def _call_here(self, call: Call) -> Called:
+        """Make a call in this thread."""
+        if call.targets[0].phase == Phase.PREPARE:
+            for running in (target.running for target in call.targets):
+                running.noise = running.noise or self._draw(running.job.model.components.spec, running.job.order)
+        before, self.in_flight = self.in_flight, (*self.in_flight, call)
+        called = _make(call, self._clock)
         self.in_flight = before
         return called
 
-    def _call_in_parallel(self, targets: list[Target]) -> None:
-        """Make one call in another thread; its outputs come as a message."""
-        for target in targets:
+    def _call_in_parallel(self, call: Call) -> None:
+        """Make a call in another thread; its outputs come as a message."""
+        for target in call.targets:
             target.running.finishing.add(target.row)
-        clock, self._parallel = self._clock, self._flight(targets)
-        self.in_flight = (self._parallel,)
-        flight = self._parallel
-        self._start(lambda: _make(targets, clock, flight))
-
-    def _flight(self, targets: Sequence[Target]) -> InFlight:
-        return InFlight(self._clock() + max(HANG_S, 20 * self._usual_ms(targets) / 1000))
-
-    def _usual_ms(self, targets: Sequence[Target]) -> float:
-        first = targets[0]
-        by_batch = self._ready(first, 0).costs
-        return by_batch[bucket_of(by_batch, _slots(targets))]
+        clock, self._parallel, self.in_flight = self._clock, call, (call,)
+        self._start(lambda: _make(call, clock))
 
     def _came_back(self, called: Called) -> None:
         """Take what a call gave: its outputs, or its error."""
-        targets, error = called.targets, called.error
-        owners = list(dict.fromkeys(target.running for target in targets))
-        for target in targets:
-            target.running.finishing.discard(target.row)
+        targets, error = called.call.targets, called.error
+        if targets[0].phase == Phase.FINISH:
+            for target in targets:
+                target.running.finishing.discard(target.row)
         if error is None:
             self._take(called)
-        elif not isinstance(error, FlashdiffError):
+            return
+        owners = list(dict.fromkeys(target.running for target in targets))
+        if not isinstance(error, FlashdiffError):
             raise error
-        elif len(owners) == 1:
+        if len(owners) == 1:
             self._fail(owners[0].job, error)
         else:  # one job's text, numbers or memory must not take its neighbours down: each is tried again alone
             for owner in owners:
-                alone = self._call([target for target in targets if target.running is owner])
+                alone = self._call_here(self._planned([target for target in targets if target.running is owner]))
                 if alone.error is None:
                     self._take(alone)
                 elif isinstance(alone.error, FlashdiffError):
@@ -233,33 +221,41 @@ class DeviceLoop:
 
     def _take(self, called: Called) -> None:
         """Note outputs, time spent and progress of a call, and answer the jobs that it finished."""
-        targets, first = called.targets, called.targets[0]
-        model, size, slots = first.running.job.model, first.running.job.order.size, _slots(called.targets)
-        phase_parts = [part.name for part in model.components.spec.parts_in(first.phase)]
-        parts = [first.part] if first.phase == Phase.PREPARE else phase_parts
-        costs = model.costs.current[size]
-        expected = {part: costs[part][bucket_of(costs[part], slots)] for part in parts}
-        spent = model.costs.follow(parts, size, slots, called.spent_ms)
-        if self._observer:
-            for part, spent_ms in spent.items():
-                self._observer.called(model.identity.name, part, slots, spent_ms, expected[part])
-        for target, output in zip(targets, called.outputs, strict=True):
+        call = called.call
+        phase, spent = call.targets[0].phase, _shares(call.usual_ms, called.spent_ms)
+        for target, output in zip(call.targets, called.outputs, strict=True):
             self._take_output(target, output)
-        for running in dict.fromkeys(target.running for target in targets):
+        self._unlearned.append((call.targets[0].running.job, call.slots, spent, call.usual_ms))
+        if phase == Phase.FINISH or len(self._unlearned) == _LEARNED_AT_ONCE:
+            self._learn_costs()
+        for running in dict.fromkeys(target.running for target in call.targets):
             for part, spent_ms in spent.items():
                 running.spent_ms[part] = running.spent_ms.get(part, 0.0) + spent_ms
-            if first.phase == Phase.STEP:
-                running.batches.append(slots)
+            if phase == Phase.STEP:
+                running.batches.append(call.slots)
             if running.job in self._running:
                 self._progress[running.job] = progress_of(running)
                 if running.is_done:
                     self._answer(running)
 
+    def _learn_costs(self) -> None:
+        """Let costs and metrics follow the calls made since the last time.
+
+        Right after an engine call, which fills the processor's caches with weights, this takes several times as long, and the
+        next call waits for it: several calls at once cost little more than one. Before jobs are answered it is always done.
+        """
+        for job, slots, spent, usual_ms in self._unlearned:
+            for part, spent_ms in spent.items():
+                job.model.costs.follow(part, job.order.size, slots, spent_ms)
+                if self._observer:
+                    self._observer.called(job.model.identity.name, part, slots, spent_ms, usual_ms[part])
+        self._unlearned.clear()
+
     def _take_output(self, target: Target, output: Output) -> None:
         running = target.running
         if target.phase == Phase.PREPARE:
             running.prepared[target.preparation] = output  # type: ignore[assignment]
-            text = running.preparations[target.preparation].value
+            text = running.job.preparations[target.preparation].value
             if isinstance(text, str):
                 running.job.model.embeddings.put(text, output)  # type: ignore[arg-type]
         elif target.phase == Phase.FINISH:
@@ -320,31 +316,39 @@ def _slots(targets: Sequence[Target]) -> int:
     """Of the call for these targets; a text that several jobs share is encoded once."""
     if targets[0].phase != Phase.PREPARE:
         return sum(target.slots for target in targets)
-    values = (target.running.preparations[target.preparation].value for target in targets)
+    values = (target.running.job.preparations[target.preparation].value for target in targets)
     return len({value if isinstance(value, str) else id(value) for value in values})
 
 
-def _make(targets: list[Target], clock: Callable[[], float], flight: InFlight) -> Called:
-    """The device call for these targets, all of one part, model and size; an error leaves every row as it was."""
+def _shares(usual_ms: Mapping[str, float], spent_ms: float) -> dict[str, float]:
+    """The time that each part of a call took, by what they usually take."""
+    if len(usual_ms) == 1:
+        return dict.fromkeys(usual_ms, spent_ms)
+    total = sum(usual_ms.values())
+    return {part: spent_ms * (ms / total if total else 1 / len(usual_ms)) for part, ms in usual_ms.items()}
+
+
+def _make(call: Call, clock: Callable[[], float]) -> Called:
+    """Make the device call, all of whose targets are of one part, model and size; an error leaves every row as it was."""
     started = clock()
     try:
-        outputs, error = _outputs(targets), None
+        outputs, error = _outputs(call.targets), None
     except BaseException as caught:
         outputs, error = [], caught
     finally:
-        flight.is_back = True
-    return Called(targets, outputs, error, 1000 * (clock() - started))
+        call.is_back = True
+    return Called(call, outputs, error, 1000 * (clock() - started))
 
 
 def _outputs(targets: Sequence[Target]) -> list[Output]:
     first = targets[0]
     components = first.running.job.model.components
     if first.phase == Phase.PREPARE:
-        values = [target.running.preparations[target.preparation].value for target in targets]
+        values = [target.running.job.preparations[target.preparation].value for target in targets]
         if not isinstance(values[0], str):
-            return list(prepare(components, first.part, values))  # type: ignore[arg-type]
+            return list(prepare(components, first.call, values))  # type: ignore[arg-type]
         texts = list(dict.fromkeys(values))
-        encoded = dict(zip(texts, prepare(components, first.part, texts), strict=True))  # type: ignore[arg-type]
+        encoded = dict(zip(texts, prepare(components, first.call, texts), strict=True))  # type: ignore[arg-type]
         return [encoded[text] for text in values]
     rows = [target.running.rows[target.row] for target in targets]
     if first.phase == Phase.STEP:

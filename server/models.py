@@ -59,8 +59,10 @@ class Model:
 
     def __init__(self, identity: ModelIdentity, components: Components, measured: Costs) -> None:
         self.identity, self.components = identity, components
-        self.step_part, self.finish_part = (components.spec.parts_in(phase)[0].name for phase in (Phase.STEP, Phase.FINISH))
-        self.costs = CostTable(components.spec, measured)
+        spec, names = components.spec, {Phase.PREPARE: "input_image", Phase.STEP: "denoise", Phase.FINISH: "decode"}
+        self.stages = {part.name: names[part.phase] for part in spec.parts} | {spec.text_part.name: "text"}
+        """By part, the name of its stage in timings."""
+        self.costs = CostTable(spec, measured)
         self.embeddings = Embeddings()
         self.unconditional: Tensors | None = unconditional_of(components)
         self.preview_colors: NDArray[np.float32] = fit_preview(components)

@@ -4,7 +4,6 @@ import asyncio
 import functools
 import secrets
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
 from flashdiff.components import Size
@@ -58,6 +57,8 @@ class Reply:
     """Empty where no files are wanted."""
     format: ImageFormat
     timings: Timings
+    stages_ms: Mapping[str, float]
+    """The device's time by stage, see `Timings.by_stage`."""
     encoding_ms: float
     """Writing the files."""
     batches: list[int]
@@ -89,36 +90,6 @@ class Requests:
         started = self._clock()
         order = await self._order(model, request, client)
         reading_s = self._clock() - started if request.files else 0.0
-        progress = self._progress(model, order, request, client, reading_s)
-        async with aclosing(progress):
-            async for update in progress:
-                if isinstance(update, Step):
-                    yield update
-                else:
-                    yield await self._reply(model, order, request, update)
-
-    async def estimate(self, model: Model, request: ImageRequest, client: str) -> Estimate:
-        """What the request would take now."""
-        order = await self._order(model, request, client)
-        own_ms = self._worker.estimate_ms(model, order, client=client, priority=request.priority)
-        return Estimate(own_ms + 1000 * self._files_s(order, request), self._worker.pending_images)
-
-    async def _order(self, model: Model, request: ImageRequest, client: str) -> Order:
-        if not request.files:
-            return _read_order(model, request)
-        try:
-            async with asyncio.timeout(request.timeout_s):
-                return await self.threads.read(client, _read_order, model, request)
-        except TimeoutError:
-            raise DeadlineError("the deadline passed while the images were being read") from None
-
-    def _files_s(self, order: Order, request: ImageRequest) -> float:
-        return self.threads.expected_s(order, request.format, request.quality) if request.wants_files else 0.0
-
-    async def _progress(
-        self, model: Model, order: Order, request: ImageRequest, client: str, reading_s: float
-    ) -> AsyncGenerator[Step | Finished, None]:
-        """Submit the order; its steps where they are wanted, then what was made."""
         worker, loop = self._worker, asyncio.get_running_loop()
         steps: asyncio.Queue[Step | None] = asyncio.Queue()
         unread: asyncio.TimerHandle | None = None
@@ -146,31 +117,50 @@ class Requests:
             job.answer.add_done_callback(lambda _: loop.call_soon_threadsafe(end))
             while (step := await steps.get()) is not None:
                 yield step
-            finished = job.answer.result()
-            reading_ms = 1000 * reading_s
-            timings = replace(finished.timings, reading=reading_ms, total=finished.timings.total + reading_ms)
-            stages = {"queue": timings.queue, "total": timings.total, **timings.by_stage(model.components.spec)}
-            describe_call(model=model.identity.name, steps=order.steps, **{f"{name}_ms": ms for name, ms in stages.items()})
-            yield replace(finished, timings=timings)
+            yield await self._reply(model, order, request, job.answer.result(), reading_s)
         finally:
             is_closed = True
             if unread:
                 unread.cancel()  # or it would keep the pixels as long
             worker.release(job)  # the client may have left, or its deadline have passed
 
-    async def _reply(self, model: Model, order: Order, request: ImageRequest, finished: Finished) -> Reply:
-        started = self._clock()
+    async def estimate(self, model: Model, request: ImageRequest, client: str) -> Estimate:
+        """What the request would take now."""
+        order = await self._order(model, request, client)
+        own_ms = self._worker.estimate_ms(model, order, client=client, priority=request.priority)
+        return Estimate(own_ms + 1000 * self._files_s(order, request), self._worker.pending_images)
+
+    async def _order(self, model: Model, request: ImageRequest, client: str) -> Order:
+        if not request.files:
+            return _read_order(model, request)
+        try:
+            async with asyncio.timeout(request.timeout_s):
+                return await self.threads.read(client, _read_order, model, request)
+        except TimeoutError:
+            raise DeadlineError("the deadline passed while the images were being read") from None
+
+    def _files_s(self, order: Order, request: ImageRequest) -> float:
+        return self.threads.expected_s(order, request.format, request.quality) if request.wants_files else 0.0
+
+    async def _reply(self, model: Model, order: Order, request: ImageRequest, finished: Finished, reading_s: float) -> Reply:
+        timings, started = finished.timings, self._clock()
+        if reading_s:
+            timings = replace(timings, reading=1000 * reading_s, total=timings.total + 1000 * reading_s)
         files = await self.threads.encode(finished.images, request.format, request.quality) if request.wants_files else []
-        return Reply(
+        reply = Reply(
             model=model,
             order=order,
             images=finished.images,
             files=files,
             format=request.format,
-            timings=finished.timings,
+            timings=timings,
+            stages_ms=timings.by_stage(model.stages),
             encoding_ms=1000 * (self._clock() - started),
             batches=finished.batches,
         )
+        spent = {"queue": timings.queue, "total": timings.total, **reply.stages_ms}
+        describe_call(model=model.identity.name, steps=order.steps, **{f"{name}_ms": ms for name, ms in spent.items()})
+        return reply
 
 
 def _read_order(model: Model, request: ImageRequest) -> Order:

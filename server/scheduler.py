@@ -37,7 +37,7 @@ class Ready(NamedTuple):
     arrival: int
     handle: int
     phase: Phase
-    part: str
+    call: str  # the part that prepares, or the phase
     model: Hashable
     size: Size | None  # None for texts, which share one bucket
     slots: int
@@ -45,7 +45,7 @@ class Ready(NamedTuple):
 
     @property
     def bucket(self) -> tuple[str, Hashable, Size | None, int]:
-        return self.part, self.model, self.size, self.slots
+        return self.call, self.model, self.size, self.slots
 
 
 def choose(ready: Iterable[Ready]) -> list[Ready]:

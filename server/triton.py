@@ -200,7 +200,7 @@ class TritonService:
 
 
 def _count(statistics: _Statistics, reply: Reply, total_ms: float) -> None:
-    stages = reply.timings.by_stage(reply.model.components.spec)
+    stages = reply.stages_ms
     statistics.images += len(reply.images)
     statistics.last_ms = round(1000 * time.time())
     statistics.add("success", total_ms)

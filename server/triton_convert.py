@@ -250,7 +250,7 @@ def write_result(request: pb.ModelInferRequest, call: Call, reply: Reply, region
         output.parameters["shared_memory_byte_size"].int64_param = len(raw)
     response.parameters["steps"].int64_param = order.steps
     response.parameters["bundle_hash"].string_param = reply.model.identity.bundle_hash
-    stages = {"queue": timings.queue, **timings.by_stage(reply.model.components.spec), "total": timings.total}
+    stages = {"queue": timings.queue, **reply.stages_ms, "total": timings.total}
     for name, spent in stages.items():
         response.parameters[f"{name}_ms"].double_param = spent
     response.parameters["triton_final_response"].bool_param = True

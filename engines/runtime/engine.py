@@ -4,7 +4,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from flashdiff.components import Costs, ModelSpec, Size
 from flashdiff.engines.backends import find_backend
 from flashdiff.engines.backends.base import Backend, CompiledPart
-from flashdiff.engines.bundle import BucketCost, Manifest, read_manifest, tokenizer_file
+from flashdiff.engines.bundle import BucketCost, Manifest, PartRecord, read_manifest, tokenizer_file
 from flashdiff.engines.shapes import bucket_shapes, dimensions_of
 from flashdiff.errors import BackendError, first_line
 from flashdiff.text import PromptTokenizer
@@ -34,6 +34,7 @@ class Engine:
         self._tokenizer = PromptTokenizer(texts, self.spec.tokenizers)
         self._compile = _open_parts(folder, manifest, backend)
         self._compiled: dict[tuple[str, Size | None, int], CompiledPart] = {}
+        self._size_axes = {part: _size_axes(record, self.spec.latent_factor) for part, record in manifest.parts.items()}
 
     def measure_buckets(self) -> tuple[BucketCost, ...]:
         """Run every bucket a few times and say what it takes; also makes all of them ready, so no request pays for that."""
@@ -68,21 +69,16 @@ class Engine:
         """Outputs of one part for up to `max_batch` rows, at the smallest bucket that holds them."""
         rows = len(next(iter(inputs.values())))
         batch = next(batch for batch in self.manifest.batch_sizes if batch >= rows)
-        run = self._bucket(part, self._size_of(part, inputs), batch)
+        size = None
+        if axes := self._size_axes[part]:
+            sides = inputs[axes.tensor].shape
+            size = Size(sides[axes.width] * axes.factor, sides[axes.height] * axes.factor)
+        run = self._bucket(part, size, batch)
         if rows == batch:
             return run(inputs)
         # Padding repeats the first row: any finite values do, since rows do not see each other.
         padded = {name: np.concatenate([values, *[values[:1]] * (batch - rows)]) for name, values in inputs.items()}
         return {name: values[:rows] for name, values in run(padded).items()}
-
-    def _size_of(self, part: str, inputs: Mapping[str, NDArray[Any]]) -> Size | None:
-        """The image size whose bucket takes these inputs: read off an image or latents, None for a part that has none."""
-        for tensor in self.manifest.parts[part].inputs:
-            for height, width, factor in (("image_height", "image_width", 1), ("height", "width", self.spec.latent_factor)):
-                if height in tensor.shape:
-                    sides = inputs[tensor.name].shape
-                    return Size(sides[tensor.shape.index(width)] * factor, sides[tensor.shape.index(height)] * factor)
-        return None
 
     def _bucket(self, part: str, size: Size | None, batch: int) -> CompiledPart:
         """One part at one bucket, compiled when it is first asked for: one image needs few of them, not all."""
@@ -90,6 +86,24 @@ class Engine:
         if key not in self._compiled:
             self._compiled[key] = self._compile(part, size, batch)
         return self._compiled[key]
+
+
+class _SizeAxes(NamedTuple):
+    """Where a part's inputs show the image size: a tensor, its axes, and pixels per cell."""
+
+    tensor: str
+    width: int
+    height: int
+    factor: int
+
+
+def _size_axes(part: PartRecord, latent_factor: int) -> _SizeAxes | None:
+    """None for a part whose tensors do not depend on the size."""
+    for tensor in part.inputs:
+        for height, width, factor in (("image_height", "image_width", 1), ("height", "width", latent_factor)):
+            if height in tensor.shape:
+                return _SizeAxes(tensor.name, tensor.shape.index(width), tensor.shape.index(height), factor)
+    return None
 
 
 def _open_parts(folder: Path, manifest: Manifest, backend: Backend) -> Callable[[str, Size | None, int], CompiledPart]:

@@ -117,7 +117,7 @@ def _image(file: bytes, size: str, image_format: ImageFormat, created: int) -> d
 
 def _made_by(reply: Reply) -> dict[str, Any]:
     timings = reply.timings
-    stages = {"queue": timings.queue, **timings.by_stage(reply.model.components.spec), "image_encoding": reply.encoding_ms}
+    stages = {"queue": timings.queue, **reply.stages_ms, "image_encoding": reply.encoding_ms}
     return {
         "model": reply.model.identity.name,
         "bundle_hash": reply.model.identity.bundle_hash,

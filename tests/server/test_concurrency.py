@@ -19,14 +19,14 @@ from flashdiff.errors import DeadlineError, FlashdiffError, OverloadedError
 from flashdiff.rows import Row
 from flashdiff.server.admission import Admission
 from flashdiff.server.costs import CostTable
-from flashdiff.server.jobs import Job, Running
-from flashdiff.server.loop import HANG_S, DeviceLoop, InFlight
+from flashdiff.server.jobs import Call, Job, Running
+from flashdiff.server.loop import HANG_S, DeviceLoop
 from flashdiff.server.models import Embeddings
 from flashdiff.server.worker import Worker
 from flashdiff.tasks import check_order
 
 PAGE = Path(__file__).parents[2] / "docs" / "concurrency.md"
-CLASSES: tuple[type, ...] = (Admission, DeviceLoop, Running, Row, CostTable, InFlight, Embeddings, Worker)
+CLASSES: tuple[type, ...] = (Admission, DeviceLoop, Running, Row, CostTable, Call, Embeddings, Worker)
 ROLES = {"flashdiff-device": "device thread", "flashdiff-decode": "thread of the call", "flashdiff-noise": "noise"}
 WRITERS = {
     "callers, under its lock": {"caller+lock"},

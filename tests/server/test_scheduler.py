@@ -60,22 +60,22 @@ def test_nothing_ready_is_an_empty_batch() -> None:
 
 def test_finished_rows_are_decoded_before_prompts_are_encoded_before_steps_are_taken() -> None:
     ready = [_ready("denoiser", 0), _ready("text_encoder", 1, size=None), _ready("decoder", 2)]
-    assert [item.part for item in choose(ready)] == ["decoder"]
-    assert [item.part for item in choose(ready[:2])] == ["text_encoder"]
+    assert [item.call for item in choose(ready)] == ["decoder"]
+    assert [item.call for item in choose(ready[:2])] == ["text_encoder"]
 
 
 def test_an_image_of_another_size_does_not_hold_up_a_step_that_it_cannot_join() -> None:
     row = _ready("denoiser", 0, due=2)
-    assert [item.part for item in choose([row, _ready("encoder", 1, due=3)])] == ["encoder"]
-    assert [item.part for item in choose([row, _ready("encoder", 1, size=LARGE, due=3)])] == ["denoiser"]
+    assert [item.call for item in choose([row, _ready("encoder", 1, due=3)])] == ["encoder"]
+    assert [item.call for item in choose([row, _ready("encoder", 1, size=LARGE, due=3)])] == ["denoiser"]
 
 
 def test_texts_wait_for_room_in_the_step_unless_they_are_more_urgent() -> None:
     full = [_ready("denoiser", index, due=2) for index in range(4)]
     text = _ready("text_encoder", 9, size=None, due=3)
-    assert [item.part for item in choose([*full, text])] == 4 * ["denoiser"]
-    assert [item.part for item in choose([*full[:3], text])] == ["text_encoder"]
-    assert [item.part for item in choose([*full, _ready("text_encoder", 9, size=None, due=1)])] == ["text_encoder"]
+    assert [item.call for item in choose([*full, text])] == 4 * ["denoiser"]
+    assert [item.call for item in choose([*full[:3], text])] == ["text_encoder"]
+    assert [item.call for item in choose([*full, _ready("text_encoder", 9, size=None, due=1)])] == ["text_encoder"]
 
 
 def test_the_most_urgent_deadline_picks_the_size_and_the_rest_of_its_size_joins() -> None:
@@ -108,10 +108,10 @@ def test_texts_wait_where_their_rows_would_not_join_the_step() -> None:
     costs = {1: 5.0, 2: 9.0, 4: 17.0}
     rows = [_ready("denoiser", index, due=1, costs=costs) for index in range(2)]
     texts = [_ready("text_encoder", index, size=None, due=9) for index in range(2, 4)]
-    assert [item.part for item in choose([*rows, *texts[:1]])] == 2 * ["denoiser"]  # three would go as two and one
-    assert [item.part for item in choose([*rows, *texts])] == 2 * ["text_encoder"]
+    assert [item.call for item in choose([*rows, *texts[:1]])] == 2 * ["denoiser"]  # three would go as two and one
+    assert [item.call for item in choose([*rows, *texts])] == 2 * ["text_encoder"]
     assert [
-        item.part for item in choose([*rows, *(_ready("text_encoder", 5 + i, size=None, due=9, model="b") for i in (0, 1))])
+        item.call for item in choose([*rows, *(_ready("text_encoder", 5 + i, size=None, due=9, model="b") for i in (0, 1))])
     ] == (2 * ["denoiser"])
 
 
@@ -289,10 +289,10 @@ def test_finish_times_are_what_the_policy_then_takes(requests: list[tuple[list[i
             for index, (job, row) in enumerate(handles)
         ]
         batch = choose(ready)
-        clock += (COSTS["finish"] if batch[0].part == "decoder" else COSTS["step"])[1 if sum(i.slots for i in batch) == 1 else 4]
+        clock += (COSTS["finish"] if batch[0].call == "decoder" else COSTS["step"])[1 if sum(i.slots for i in batch) == 1 else 4]
         for item in batch:
             job, row = handles[item.handle]
-            if item.part == "denoiser":
+            if item.call == "denoiser":
                 left[job, row] -= 1
             else:
                 del left[job, row]

@@ -4,7 +4,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import wait
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -355,7 +354,7 @@ def test_the_margin_decides_who_is_promised_a_time(fake: FakeComponents, asking:
     asking.submit(_order(fake, 0, steps=1, count=4), priority="high")
     assert gate.entered.wait(10)
     asking.submit(_order(fake, 1, steps=1), timeout_s=3.0)
-    asking.worker._outlook = replace(asking.worker._outlook, margin=3.0)
+    asking.worker._outlook = asking.worker._outlook._replace(margin=3.0)
     with pytest.raises(DeadlineError, match="promised in about 4"):
         asking.submit(_order(fake, 2, steps=1), timeout_s=3.0)
     gate.open()
