@@ -52,7 +52,7 @@ class ModelSpec(Record):
     tokenizers: tuple[TokenizerSpec, ...] = Field(min_length=1)
     parts: tuple[PartSpec, ...] = Field(min_length=1)
     conditions: tuple[Condition, ...]
-    tasks: tuple[str, ...] = ("text_to_image", "image_to_image")
+    tasks: tuple[str, ...] = ("text_to_image", "image_to_image", "inpainting")
     """Names of the tasks it can do; of two that take the same inputs the first is meant."""
 
     @model_validator(mode="after")

@@ -15,7 +15,7 @@ from flashdiff.orders import Order
 from flashdiff.parts import Phase
 from flashdiff.prediction import to_x0
 from flashdiff.sampling import extrapolate, ode_step, ode_weights, renoise
-from flashdiff.tasks.base import Branch, Prepared
+from flashdiff.tasks.base import Branch, Kept, Prepared
 
 _EARLY_VALUES = 1 << 16
 """Latents of so many values get the noise of all their steps at the start; for larger ones that would delay the first step."""
@@ -38,6 +38,8 @@ class Row:
     noises: list[NDArray[np.float32]]  # [C, h, w], of the steps from 1 on, where it is not and they are small
     branches: tuple[Branch, ...]
     latents: NDArray[np.float32]  # [C, h, w]
+    kept: Kept | None = None
+    first_noise: NDArray[np.float32] | None = field(default=None, repr=False)  # [C, h, w], where something is kept
     step: int = 0
     x0: NDArray[np.float32] | None = field(default=None, repr=False)
     """[C, h, w]: the last step's estimate of the finished latents."""
@@ -81,8 +83,15 @@ def start_rows(
         Branch(_complete(spec, order.size, branch.conditions), branch.weight)
         for branch in order.task.branches(spec, order, prepared, unconditional)
     )
-    start = order.task.start(order, prepared)
-    return [_new_row(spec, order, index, branches, start, noise[index] if noise else ()) for index in range(order.count)]
+    start, kept = order.task.start(order, prepared), order.task.kept(spec, order, prepared)
+    rows = []
+    for index in range(order.count):
+        first, *later = noise[index] if noise else _noise_of(spec, order, index)
+        row = _new_row(spec, order, index, branches, start, first, later)
+        if kept:
+            row.kept, row.first_noise = kept, first
+        rows.append(row)
+    return rows
 
 
 def _complete(spec: ModelSpec, size: Size, given: Tensors) -> Tensors:
@@ -104,12 +113,12 @@ def _new_row(
     index: int,
     branches: tuple[Branch, ...],
     start: NDArray[np.float32] | None,
-    noise: Sequence[NDArray[np.float32]],
+    noise: NDArray[np.float32],
+    later: list[NDArray[np.float32]],
 ) -> Row:
     times = spec.sampler.times(order.steps)[-order.steps_taken :]
     alphas, sigmas = (levels.astype(np.float32) for levels in spec.sampler.schedule.levels([*times, -1]))
     is_ode = spec.sampler.kind == "ode"
-    latents, *later = noise or _noise_of(spec, order, index)
     return Row(
         seed=image_seed(order.seed, index),
         size=order.size,
@@ -119,7 +128,7 @@ def _new_row(
         extrapolations=[np.float32(weight) for weight in ode_weights(spec.sampler.schedule, times)] if is_ode else [],
         noises=later,
         branches=branches,
-        latents=latents if start is None else renoise(start, latents, alphas[0], sigmas[0]),
+        latents=noise if start is None else renoise(start, noise, alphas[0], sigmas[0]),
     )
 
 
@@ -143,6 +152,9 @@ def denoise_rows(components: Components, rows: Sequence[Row]) -> None:
             raise BackendError(f"the network returned values that are not finite at time {row.times[row.step]} (seed {row.seed})")
     for row, output in zip(rows, outputs, strict=True):
         _advance(spec, row, output)
+        if row.kept and row.first_noise is not None:
+            own = renoise(row.kept.latents, row.first_noise, row.alphas[row.step], row.sigmas[row.step])
+            row.latents = np.where(row.kept.cells, own, row.latents)
 
 
 def _weighted(entries: Sequence[tuple[int, Branch]], output: NDArray[np.float32], count: int) -> list[NDArray[np.float32]]:

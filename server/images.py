@@ -1,8 +1,9 @@
 """RGB pixels to the bytes of an image file, and back."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 import fpng
 import numpy as np
@@ -28,6 +29,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = (5, 6, 7, 8)
 
 
 def encode_image(pixels: Pixels, image_format: ImageFormat, quality: int | None = None) -> bytes:
@@ -66,6 +68,25 @@ def decode_image(file: bytes, size: Size, name: str = "image") -> Pixels:
     return np.array(ImageOps.fit(rgb, size, Image.Resampling.LANCZOS))
 
 
+def readers(files: Mapping[str, bytes]) -> dict[str, Callable[[Size], Pixels]]:
+    """`decode_image` of each file, as `check_order` takes it.
+
+    RequestError when a mask and the image that it belongs to have different sizes: scaled and cropped, they would not fit.
+    """
+    if "mask" in files and "image" in files:
+        image, mask = (_size_of(files[name], name) for name in ("image", "mask"))
+        if image != mask:
+            raise RequestError("mask", str(mask), f"it must have the image's {image} pixels")
+    return {name: partial(decode_image, file, name=name) for name, file in files.items()}
+
+
+def _size_of(file: bytes, name: str) -> Size:
+    """Of the picture, upright."""
+    with _header(file, name) as (image, orientation):
+        width, height = image.size
+    return Size(height, width) if orientation in _SIDEWAYS else Size(width, height)
+
+
 def white_where_transparent(file: bytes, name: str = "mask") -> bytes:
     """A PNG that is white where the picture of the file is transparent, and black where it is opaque.
 
@@ -81,12 +102,19 @@ def white_where_transparent(file: bytes, name: str = "mask") -> bytes:
 @contextmanager
 def _opened(file: bytes, name: str) -> Iterator[Image.Image]:
     """The picture of a file, upright; RequestError for what is damaged, or takes too much to decode."""
+    with _header(file, name) as (image, orientation):
+        image.load()
+        yield image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+@contextmanager
+def _header(file: bytes, name: str) -> Iterator[tuple[Image.Image, int]]:
+    """The picture of a file before it is decoded, and EXIF's orientation; errors as in `_opened`."""
     try:
         picture = cut_down(file)
         with Image.open(io.BytesIO(picture.file), formats=(picture.format,)) as image:
             picture.check_work(image.width, image.height)
-            image.load()
-            yield image.transpose(_UPRIGHT[picture.orientation]) if picture.orientation in _UPRIGHT else image
+            yield image, picture.orientation
     except (RequestError, MemoryError):
         raise
     except UnreadableError as error:

@@ -1,7 +1,6 @@
 """What every protocol shares: a request in no protocol's terms, how it is served, and its reply. Protocols only translate."""
 
 import asyncio
-import functools
 import secrets
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field, replace
@@ -10,7 +9,7 @@ from flashdiff.components import Size
 from flashdiff.errors import DeadlineError
 from flashdiff.orders import Order, Pixels
 from flashdiff.server.image_threads import ImageThreads
-from flashdiff.server.images import decode_image
+from flashdiff.server.images import readers
 from flashdiff.server.jobs import Finished, Step, Timings
 from flashdiff.server.models import Model, Models
 from flashdiff.server.names import ImageFormat, Priority
@@ -173,6 +172,6 @@ def _read_order(model: Model, request: ImageRequest) -> Order:
         steps=request.steps,
         size=request.size,
         count=request.count,
-        inputs={name: functools.partial(decode_image, file, name=name) for name, file in request.files.items()},
+        inputs=readers(request.files),
         parameters=request.parameters,
     )

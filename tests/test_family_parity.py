@@ -13,7 +13,7 @@ from PIL import Image
 from tiny import FAMILIES
 
 from flashdiff.families import family_of, load_base
-from flashdiff.generate import generate, generate_rows
+from flashdiff.generate import generate, generate_rows, to_pixels
 from flashdiff.noise import image_noise
 from flashdiff.schedule import FlowSchedule
 from flashdiff.tasks import check_order
@@ -74,6 +74,61 @@ def test_image_to_image_is_that_of_the_stock_pipeline(
     stock = pipeline(PROMPT, image=Image.fromarray(picture), **settings).images[0]
     np.testing.assert_allclose(ours.astype(float), 255 * stock, atol=0.51)
     assert ours.std() > 5
+
+
+INPAINTING = {
+    "sd15": diffusers.StableDiffusionInpaintPipeline,
+    "sdxl": diffusers.StableDiffusionXLInpaintPipeline,
+    "sd3": diffusers.StableDiffusion3InpaintPipeline,
+    "flux": diffusers.FluxInpaintPipeline,
+}
+
+
+@pytest.mark.parametrize(("steps", "strength"), [(2, 1.0), (4, 0.5)])
+@pytest.mark.parametrize("name", INPAINTING)
+def test_inpainting_is_that_of_the_stock_pipeline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, steps: int, strength: float
+) -> None:
+    base = FAMILIES[name](tmp_path / name)
+    _, model = load_base(str(base))
+    spec, rng = model.spec, np.random.default_rng(0)
+    picture = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    mask = np.zeros((32, 32, 3), dtype=np.uint8)
+    mask[5:27, 9:20] = 255
+    order = check_order(
+        spec, prompt=PROMPT, seed=3, steps=steps, inputs={"image": picture, "mask": mask}, parameters={"strength": strength}
+    )
+    assert order.task.name == "inpainting"
+    ((row, ours),) = generate_rows(model, [order])[0]
+
+    pipeline: Any = INPAINTING[name].from_pretrained(base)
+    pipeline.set_progress_bar_config(disable=True)
+    if hasattr(pipeline.scheduler.config, "set_alpha_to_one"):
+        pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, set_alpha_to_one=True)
+    module = inspect.getmodule(type(pipeline))
+    noise = torch.from_numpy(image_noise(3, 0, spec.latent_shape(spec.sizes[0])))[None]
+    monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: noise)
+    monkeypatch.setattr(module, "retrieve_latents", lambda encoded, **_: encoded.latent_dist.mode())
+    settings: dict[str, Any] = {"guidance_scale": 3.5 if name == "flux" else spec.sampler.guidance, "height": 32, "width": 32}
+    if isinstance(spec.sampler.schedule, FlowSchedule):
+        settings["sigmas"] = [1 - step / steps for step in range(steps)]
+    stock = pipeline(
+        PROMPT,
+        image=Image.fromarray(picture),
+        mask_image=Image.fromarray(mask),
+        strength=strength,
+        num_inference_steps=steps,
+        output_type="latent" if name == "sd3" else "np",  # diffusers 0.42's decodes without the autoencoder's shift
+        **settings,
+    ).images[0]
+    decoded = to_pixels(model.call("decoder", {"latents": row.latents[None]})["images"])[0]
+    if name == "sd3":
+        np.testing.assert_allclose(row.latents, stock, atol=1e-4)
+    else:
+        np.testing.assert_allclose(decoded.astype(float), 255 * stock, atol=0.51)
+    is_masked = mask > 127
+    np.testing.assert_array_equal(ours, np.where(is_masked, decoded, picture))
+    assert decoded[is_masked].std() > 5
 
 
 def test_specs_say_what_the_pipelines_do(base: Path) -> None:

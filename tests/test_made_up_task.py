@@ -63,7 +63,7 @@ class MaskedFake(FakeComponents):
             update={
                 "parts": latent_diffusion(["input_ids"], ["color"], "mask"),
                 "conditions": (*self.spec.conditions, Condition(name="mask", channels=1, absent="zeros")),
-                "tasks": (*self.spec.tasks, Repaint.name),
+                "tasks": ("text_to_image", "image_to_image", Repaint.name),
             }
         )
         self.masks: list[float] = []

@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -32,13 +31,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a PNG, JPEG or WebP file to start from",
     )
     parser.add_argument(
+        "--mask",
+        dest="inputs",
+        type=_value_of("mask", Path),
+        action="append",
+        metavar="FILE",
+        help="with --image, of the same size: white where the image is made anew; the rest stays as it is",
+    )
+    parser.add_argument(
         "--strength",
         dest="parameters",
         type=_value_of("strength", float),  # no default here: a strength without an image is refused
         action="append",
         default=[],
         metavar="SHARE",
-        help=f"with --image: share of the steps to take, up to 1; less keeps more of it; default: {defaults.STRENGTH}",
+        help=f"with --image: share of the steps to take, up to 1; less keeps more; default: {defaults.STRENGTH}, with --mask 1",
     )
     parser.add_argument(
         "--input",
@@ -86,7 +93,7 @@ def run(options: argparse.Namespace) -> None:
     from flashdiff.engines.config import parse_sizes
     from flashdiff.engines.runtime.engine import open_bundle
     from flashdiff.generate import generate
-    from flashdiff.server.images import FORMAT_OF_SUFFIX, decode_image, encode_image
+    from flashdiff.server.images import FORMAT_OF_SUFFIX, encode_image, readers
     from flashdiff.tasks import check_order
 
     image_format = FORMAT_OF_SUFFIX.get(options.out.suffix.lower())
@@ -101,7 +108,7 @@ def run(options: argparse.Namespace) -> None:
         steps=options.steps,
         size=size,
         count=options.count,
-        inputs={name: partial(decode_image, path.read_bytes(), name=name) for name, path in options.inputs},
+        inputs=readers({name: path.read_bytes() for name, path in options.inputs}),
         parameters=dict(options.parameters),
     )
     for index, pixels in enumerate(generate(engine, [order])[0]):

@@ -46,6 +46,14 @@ class Branch:
     weight: float
 
 
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """What every step of a row leaves as it is."""
+
+    latents: NDArray[np.float32]  # [C, h, w], without noise
+    cells: NDArray[np.bool_]  # [1, h, w]
+
+
 class Task:
     """Images of a prompt, from noise. Tasks have no state: one instance serves all requests."""
 
@@ -91,6 +99,10 @@ class Task:
 
     def start(self, order: Order, prepared: Prepared) -> NDArray[np.float32] | None:
         """The latents [C, h, w] that the first noise is added to; None: pure noise."""
+        return None
+
+    def kept(self, spec: ModelSpec, order: Order, prepared: Prepared) -> Kept | None:
+        """What of the latents no step changes; None: nothing."""
         return None
 
     def finish(self, order: Order, pixels: Pixels) -> Pixels:
