@@ -17,6 +17,7 @@ from flashdiff.distill import processes
 from flashdiff.distill.config import DataRecipe
 from flashdiff.errors import EvaluationError, TrainingError, first_line, install
 from flashdiff.evaluation.images import DAMAGED_SHARD, METADATA, SUFFIXES, WORLD, read_metadata, shard_samples
+from flashdiff.pictures import to_rgb
 
 _log = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ def image_size(image: bytes | NDArray[np.uint8]) -> tuple[int, int]:
 def decoded(image: bytes | NDArray[np.uint8], size: Size) -> NDArray[np.uint8]:
     """RGB pixels [H, W, 3] of `size`, the image centre-cropped to its proportions. Raises as `image_size` does."""
     opened = Image.fromarray(image) if isinstance(image, np.ndarray) else Image.open(io.BytesIO(image))
-    return np.array(ImageOps.fit(ImageOps.exif_transpose(opened).convert("RGB"), size, Image.Resampling.LANCZOS))
+    return np.array(ImageOps.fit(to_rgb(ImageOps.exif_transpose(opened)), size, Image.Resampling.LANCZOS))
 
 
 # --- the kinds of sources --------------------------------------------------------------------------------------------

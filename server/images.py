@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from flashdiff.components import Size
 from flashdiff.errors import RequestError
 from flashdiff.orders import Pixels
+from flashdiff.pictures import to_rgb
 from flashdiff.server.names import ImageFormat
 from flashdiff.server.picture_files import MAX_PIXELS, UnreadableError, cut_down
 
@@ -64,7 +65,7 @@ def decode_image(file: bytes, size: Size, name: str = "image") -> Pixels:
     RequestError for any other file, by the `name` that the request gives it.
     """
     with _opened(file, name) as image:
-        rgb = image.convert("RGB")
+        rgb = to_rgb(image)
     return np.array(ImageOps.fit(rgb, size, Image.Resampling.LANCZOS))
 
 

@@ -1,4 +1,4 @@
-"""A masked part of an image is made anew, the rest stays as it is: tests/test_family_parity.py has the stock pipelines' latents."""
+"""A masked part of an image is made anew, the rest stays as it is; test_family_parity.py compares with diffusers."""
 
 import io
 from collections.abc import Iterator
@@ -64,7 +64,11 @@ def test_the_same_request_gives_the_same_pixels_alone_and_among_others() -> None
 
 @pytest.mark.parametrize(
     ("mask", "value"),
-    [(np.zeros_like(IMAGE), "all black"), (_mask(slice(1, 2), slice(1, 2)), "thin lines"), (_mask(slice(None)) // 3, "all black")],
+    [
+        (np.zeros_like(IMAGE), "all black"),
+        (_mask(slice(1, 2), slice(1, 2)), "thin lines"),
+        (_mask(slice(None)) // 3, "all black"),
+    ],
 )
 def test_a_mask_that_selects_nothing_is_refused(mask: Pixels, value: str) -> None:
     with pytest.raises(RequestError, match=f"mask.*{value}"):

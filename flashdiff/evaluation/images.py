@@ -12,12 +12,13 @@ from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from flashdiff.errors import EvaluationError, first_line
 from flashdiff.files import write_whole
 from flashdiff.orders import Pixels
+from flashdiff.pictures import to_rgb
 
 DAMAGED_IMAGE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 """What pillow has for damaged files."""
@@ -167,7 +168,7 @@ def read_images(source: Path, count: int | None = None) -> ImageSet:
         if wanted is not None and number not in wanted:
             continue
         try:
-            image = np.asarray(Image.open(io.BytesIO(read())).convert("RGB"))
+            image = np.asarray(to_rgb(ImageOps.exif_transpose(Image.open(io.BytesIO(read())))))
         except DAMAGED_IMAGE:
             raise EvaluationError(f"{source}: {name} is not a readable image") from None
         if pixels and image.shape != pixels[0].shape:

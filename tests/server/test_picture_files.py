@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 
 from flashdiff.components import Size
 from flashdiff.errors import RequestError
+from flashdiff.pictures import to_rgb
 from flashdiff.server.images import decode_image
 from flashdiff.server.picture_files import UnreadableError, cut_down
 
@@ -110,7 +111,7 @@ def test_the_orientation_may_stand_in_xmp(name: str) -> None:
 )
 def test_what_is_cut_away_changes_no_pixel(name: str, mode: str, options: dict[str, object]) -> None:
     file = _file(name, mode=mode, **options)
-    image = Image.open(io.BytesIO(file)).convert("RGB")
+    image = to_rgb(Image.open(io.BytesIO(file)))
     np.testing.assert_array_equal(decode_image(file, SIZE), ImageOps.fit(image, SIZE, Image.Resampling.LANCZOS))
 
 

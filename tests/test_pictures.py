@@ -1,0 +1,80 @@
+"""Pictures of every mode become the RGB that a viewer shows."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flashdiff.components import Size
+from flashdiff.pictures import to_rgb
+from flashdiff.server.images import decode_image
+
+SIZE = Size(8, 8)
+
+
+def _file(picture: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def _png_16(values: np.ndarray, color_type: int) -> bytes:
+    """A PNG of 16 bits a channel, which Pillow does not write for color."""
+    height, width = values.shape[:2]
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in values)
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 16, color_type, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+
+
+def _all(color: tuple[int, int, int]) -> np.ndarray:
+    return np.full((8, 8, 3), color, dtype=np.uint8)
+
+
+def _palette_with_transparency() -> bytes:
+    picture = Image.new("P", SIZE, 0)
+    picture.putpalette([200, 10, 10, 0, 0, 0])
+    return _file(picture, transparency=0)
+
+
+@pytest.mark.parametrize(
+    ("file", "color"),
+    [
+        (_png_16(np.full((8, 8), 32896), 0), (128, 128, 128)),  # 16-bit grey
+        (_png_16(np.full((8, 8), 65535), 0), (255, 255, 255)),
+        (_png_16(np.full((8, 8), 127), 0), (0, 0, 0)),
+        (_png_16(np.full((8, 8, 3), (65535, 32896, 0)), 2), (255, 128, 0)),
+        (_png_16(np.full((8, 8, 4), (65535, 0, 0, 0)), 6), (255, 255, 255)),  # red, and transparent
+        (_png_16(np.full((8, 8, 2), (0, 0)), 4), (255, 255, 255)),
+        (_file(Image.new("RGBA", SIZE, (200, 10, 10, 0))), (255, 255, 255)),
+        (_file(Image.new("RGBA", SIZE, (0, 0, 0, 128))), (127, 127, 127)),
+        (_file(Image.new("RGBA", SIZE, (0, 0, 0, 0)), "WEBP", lossless=True), (255, 255, 255)),
+        (_file(Image.new("LA", SIZE, (0, 0))), (255, 255, 255)),
+        (_palette_with_transparency(), (255, 255, 255)),
+        (_file(Image.new("RGB", SIZE, (200, 10, 10)), transparency=(200, 10, 10)), (255, 255, 255)),
+        (_file(Image.new("L", SIZE, 7), transparency=7), (255, 255, 255)),
+        (_file(Image.new("1", SIZE, 1)), (255, 255, 255)),
+        (_file(Image.new("L", SIZE, 90)), (90, 90, 90)),
+        (_file(Image.new("CMYK", SIZE, (0, 0, 0, 0)), "JPEG"), (255, 255, 255)),
+        (_file(Image.new("CMYK", SIZE, (0, 0, 0, 255)), "JPEG"), (0, 0, 0)),
+    ],
+)  # fmt: skip
+def test_a_server_reads_what_a_viewer_shows(file: bytes, color: tuple[int, int, int]) -> None:
+    np.testing.assert_allclose(decode_image(file, SIZE).astype(int), _all(color), atol=1)
+
+
+def test_every_level_of_16_bits_is_the_nearest_of_8() -> None:
+    levels = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    ours = np.asarray(to_rgb(Image.open(io.BytesIO(_png_16(levels, 0)))))[..., 0]
+    np.testing.assert_array_equal(ours, np.round(levels / 257).astype(np.uint8))
+
+
+def test_floating_point_pixels_are_refused() -> None:
+    with pytest.raises(ValueError, match="floating-point"):
+        to_rgb(Image.new("F", SIZE))
