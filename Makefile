@@ -1,5 +1,5 @@
 # Everything a newcomer needs: `make demo` and `make test`. Both install into .venv first.
-.PHONY: demo test test-fast test-slow check stubs conformance bench-peers install clean
+.PHONY: audit sbom demo test test-fast test-slow check stubs conformance bench-peers install clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -78,3 +78,13 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 clean:
 	rm -rf $(VENV) $(ORACLE) $(LITSERVE) $(PYTRITON) demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# Known vulnerabilities of what is installed; asks the advisory service of PyPI, so it needs the network.
+audit: $(VENV)/.installed
+	$(BIN)/pip install -q pip-audit==2.10.1
+	$(BIN)/pip-audit --skip-editable
+
+# A software bill of materials of the environment that the tests run in, for a release.
+sbom: $(VENV)/.installed
+	$(BIN)/pip install -q cyclonedx-bom==7.5.0
+	$(BIN)/cyclonedx-py environment --output-reproducible --pyproject pyproject.toml -o sbom.json $(BIN)/python
