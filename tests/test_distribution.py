@@ -45,9 +45,11 @@ def test_the_wheel_and_the_source_distribution_hold_every_tracked_file_of_the_pa
         assert built.returncode == 0, built.stderr
         path = checkout / built.stdout.split()[-1]
         if kind == "wheel":
-            names = set(zipfile.ZipFile(path).namelist())
+            with zipfile.ZipFile(path) as wheel:
+                names = set(wheel.namelist())
         else:
-            names = {name.partition("/")[2] for name in tarfile.open(path).getnames()}
+            with tarfile.open(path) as archive:
+                names = {name.partition("/")[2] for name in archive.getnames()}
         assert tracked - names == set()
 
 
