@@ -28,6 +28,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_ON_THEIR_SIDE = (5, 6, 7, 8)  # upright, width and height change places
 
 
 def encode_image(pixels: Pixels, image_format: ImageFormat, quality: int | None = None) -> bytes:
@@ -78,15 +79,31 @@ def white_where_transparent(file: bytes, name: str = "mask") -> bytes:
     return _with_pillow(np.asarray(ImageOps.invert(alpha)), "PNG", compress_level=1)
 
 
+def picture_size(file: bytes, name: str = "image") -> Size:
+    """Width and height of the picture of a file, upright, by its header alone; RequestError for a file without one."""
+    with _refused(file, name):
+        picture = cut_down(file)
+        with Image.open(io.BytesIO(picture.file), formats=(picture.format,)) as image:
+            width, height = image.size
+    return Size(height, width) if picture.orientation in _ON_THEIR_SIDE else Size(width, height)
+
+
 @contextmanager
 def _opened(file: bytes, name: str) -> Iterator[Image.Image]:
     """The picture of a file, upright; RequestError for what is damaged, or takes too much to decode."""
-    try:
+    with _refused(file, name):
         picture = cut_down(file)
         with Image.open(io.BytesIO(picture.file), formats=(picture.format,)) as image:
             picture.check_work(image.width, image.height)
             image.load()
             yield image.transpose(_UPRIGHT[picture.orientation]) if picture.orientation in _UPRIGHT else image
+
+
+@contextmanager
+def _refused(file: bytes, name: str) -> Iterator[None]:
+    """Whatever is raised in reading a file becomes a RequestError."""
+    try:
+        yield
     except (RequestError, MemoryError):
         raise
     except UnreadableError as error:

@@ -29,7 +29,7 @@ from flashdiff.server.http.images_reply import (
 )
 from flashdiff.server.http.images_request import ImagesRequest, name_files, read_form_value, read_images_request, read_json
 from flashdiff.server.http.sending import Closing, Streaming
-from flashdiff.server.images import enlarge, white_where_transparent
+from flashdiff.server.images import enlarge, picture_size, white_where_transparent
 from flashdiff.server.jobs import Step
 from flashdiff.server.models import Model
 from flashdiff.server.requests import Reply, Requests
@@ -75,7 +75,7 @@ class ImagesApi:
         model = self._model(fields.get("model"))
         asked = read_images_request(fields, files, model.components.spec, remaining_s(request))
         if "mask" in files:
-            mask = await threads.read(client, white_where_transparent, files["mask"])
+            mask = await threads.read(client, _read_mask, files["mask"], files["image"])
             asked = replace(asked, request=replace(asked.request, files={**files, "mask": mask}))
         return await self._respond(model, asked, exchange, EDIT)
 
@@ -146,3 +146,11 @@ class ImagesApi:
             return await self._requests.threads.run(write, reply, *arguments)
         written: bytes = write(reply, *arguments)
         return written
+
+
+def _read_mask(mask: bytes, image: bytes) -> bytes:
+    """The mask as tasks take it; RequestError for one that is not as large as its image, which would be cropped otherwise."""
+    size, wanted = picture_size(mask, "mask"), picture_size(image)
+    if size != wanted:
+        raise RequestError("mask", str(size), f"it must be as large as the image, {wanted}")
+    return white_where_transparent(mask)
