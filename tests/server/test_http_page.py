@@ -191,6 +191,14 @@ def test_what_is_wrong_is_said_at_its_field(running: Running, open_page: Open) -
     _wait(page, "#status", "1 image in")
     assert page.locator("#error").text_content() == ""
     assert page.locator("#prompt").get_attribute("aria-invalid") is None
+    busy = {"error": {"message": "the queue is full", "param": None}}
+    refuse = {"status": 429, "headers": {"retry-after-ms": "1100"}, "json": busy}
+    page.route("**/v1/images/generations", lambda route: route.fulfill(**refuse), times=1)
+    _generate(page)
+    _wait(page, "#error", "The server is busy. Try again in 2 s.")
+    _wait(page, "#status", "You can try again now.")
+    page.get_by_role("button", name="Try again").click()
+    _wait(page, "#status", "1 image in")
     running.stop()
     _generate(page)
     _wait(page, "#error", "The server does not answer.")
