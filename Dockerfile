@@ -1,13 +1,16 @@
 # Serves a bundle, on a CPU:
 #   docker build -t flashdiff .
 #   docker run -p 127.0.0.1:50051:50051 -v $PWD/bundle:/bundle:ro flashdiff
-# On an NVIDIA GPU (never tried). TensorRT's libraries come from NVIDIA's index; EXTRAS=server,tensorrt-rtx needs none but the public one.
-#   docker build -t flashdiff --build-arg BASE=nvidia/cuda:13.0.1-runtime-ubuntu24.04 --build-arg EXTRAS=server,tensorrt \
+# With HTTP, and the page at http://127.0.0.1:8000:
+#   docker run -p 127.0.0.1:50051:50051 -p 127.0.0.1:8000:8000 -v $PWD/bundle:/bundle:ro flashdiff \
+#     serve /bundle --host 0.0.0.0 --no-auth --http-port 8000
+# On an NVIDIA GPU (never tried). TensorRT's libraries come from NVIDIA's index; EXTRAS=http,tensorrt-rtx needs none but the public one.
+#   docker build -t flashdiff --build-arg BASE=nvidia/cuda:13.0.1-runtime-ubuntu24.04 --build-arg EXTRAS=http,tensorrt \
 #     --build-arg PIP_EXTRA_INDEX_URL=https://pypi.nvidia.com .
 #   docker run --gpus all -p 127.0.0.1:50051:50051 -v $PWD/bundle:/bundle:ro flashdiff
 ARG BASE=python:3.11-slim
 FROM ${BASE}
-ARG EXTRAS=server,cpu
+ARG EXTRAS=http,cpu
 ARG PIP_EXTRA_INDEX_URL
 
 # The CUDA base has no Python of its own.
@@ -23,7 +26,7 @@ RUN pip install --no-cache-dir -c constraints.txt ".[${EXTRAS}]" && rm -rf /src/
 RUN useradd --create-home flashdiff
 USER flashdiff
 WORKDIR /home/flashdiff
-EXPOSE 50051
+EXPOSE 50051 8000
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["flashdiff"]
 # Reached through the port that `docker run -p` publishes; for more than one machine add --tokens and TLS in place of --no-auth.

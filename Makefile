@@ -18,7 +18,7 @@ test-fast: $(VENV)/.installed
 
 # What `make test` leaves out, because it builds many engines or trains for a while; CI runs both.
 test-slow: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest -rs -m "slow and not gpu"
 
 # What CI does besides the tests: style, types, and that the generated stubs are current.
 check: $(VENV)/.installed

@@ -2,6 +2,7 @@
 
     python benchmarks/load.py STUDENT_BUNDLE --json load.json      # about twelve minutes; --quick only exercises the code
     python benchmarks/load.py --server HOST:PORT --json load.json  # the phases that a running server allows
+    python benchmarks/load.py STUDENT_BUNDLE --protocol http       # over HTTP, in turns with gRPC; six minutes
 
 The server runs in a process of its own and is called over a real port. Arrivals are Poisson and do not wait for answers (open
 loop). Every request has a new prompt, so the cache of text embeddings never helps.
@@ -33,6 +34,7 @@ from benchmarks.traffic.calls import Outcome, connect_flashdiff, open_loop, satu
 from benchmarks.traffic.cores import awake, on_cores, split_cores
 from benchmarks.traffic.load_table import load_table
 from benchmarks.traffic.phases import measure_chaos, measure_offline, measure_overload, measure_quiet
+from benchmarks.traffic.protocols import measure_protocols, protocols_table
 from benchmarks.traffic.server_process import Batching, ServerProcess, start_server
 from benchmarks.traffic.workload import BATCHES_IN_FLIGHT, Workload
 from flashdiff.engines.bundle import read_manifest
@@ -82,6 +84,13 @@ def run(bundle: Path, workload: LoadWorkload, report: Callable[[str], None]) -> 
         own.measure_open_loops(capacity)
         own.measure_overload_and_chaos(capacity)
     return {"environment": environment, "rows": own.log.measurements}
+
+
+def run_protocols(bundle: Path, workload: LoadWorkload, report: Callable[[str], None]) -> dict[str, Any]:
+    """Measure HTTP beside gRPC with one new server of the bundle."""
+    environment, log = read_environment({"student": read_manifest(bundle)}), MeasurementLog(report)
+    measure_protocols(bundle, workload, workload.quiet_requests, *split_cores(), log)
+    return {"environment": environment, "rows": log.measurements}
 
 
 @dataclass(frozen=True)
@@ -186,15 +195,27 @@ def main() -> int:
     what.add_argument("bundle", type=Path, nargs="?", metavar="BUNDLE")
     what.add_argument("--server", metavar="HOST:PORT", help="a running flashdiff server that requires no token")
     parser.add_argument(
+        "--protocol",
+        choices=("grpc", "http"),
+        default="grpc",
+        help="http: quiet, saturated and open loop over both, in turns; default: %(default)s",
+    )
+    parser.add_argument(
         "--quick", action="store_true", help="a second or two per phase: exercises the code, the numbers mean nothing"
     )
     parser.add_argument("--json", type=result_file, metavar="FILE", help="write environment, measurements and every latency")
     options = parser.parse_args()
+    if options.server and options.protocol == "http":
+        parser.error("--protocol http starts its own server: give a BUNDLE in place of --server")
 
     def measure() -> None:
         workload = QUICK if options.quick else LoadWorkload()
-        results = run_against(options.server, workload, show) if options.server else run(options.bundle, workload, show)
-        print(load_table(results["rows"]))
+        if options.protocol == "http":
+            results = run_protocols(options.bundle, workload, show)
+            print(protocols_table(results["rows"]))
+        else:
+            results = run_against(options.server, workload, show) if options.server else run(options.bundle, workload, show)
+            print(load_table(results["rows"]))
         write_results(options.json, results)
 
     return run_command("load.py", measure)

@@ -6,6 +6,7 @@ Leaves demo/images.png, demo/report.md and demo/report.json.
 """
 
 import json
+import os
 import shutil
 import signal
 import socket
@@ -75,6 +76,8 @@ def main() -> None:
     (OUT / "report.md").write_text(markdown(report, table))
     print(f"\n{table}\n")
     say(f"Done in {time.monotonic() - started:.0f} s: see {OUT}/images.png, {OUT}/report.md and {OUT}/report.json")
+    print("To try it in a browser, run this and open http://127.0.0.1:8000")
+    print(f"$ {os.path.relpath(Path(sys.executable).with_name('flashdiff'))} serve avatars --http-port 8000")
 
 
 def say(text: str) -> None:

@@ -30,7 +30,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_SIDEWAYS = (5, 6, 7, 8)
+_ON_THEIR_SIDE = (5, 6, 7, 8)  # upright, width and height change places
 
 
 def encode_image(pixels: Pixels, image_format: ImageFormat, quality: int | None = None) -> bytes:
@@ -75,17 +75,10 @@ def readers(files: Mapping[str, bytes]) -> dict[str, Callable[[Size], Pixels]]:
     RequestError when a mask and the image that it belongs to have different sizes: scaled and cropped, they would not fit.
     """
     if "mask" in files and "image" in files:
-        image, mask = (_size_of(files[name], name) for name in ("image", "mask"))
+        image, mask = (picture_size(files[name], name) for name in ("image", "mask"))
         if image != mask:
-            raise RequestError("mask", str(mask), f"it must have the image's {image} pixels")
+            raise RequestError("mask", str(mask), f"it must be as large as the image, {image}")
     return {name: partial(decode_image, file, name=name) for name, file in files.items()}
-
-
-def _size_of(file: bytes, name: str) -> Size:
-    """Of the picture, upright."""
-    with _header(file, name) as (image, orientation):
-        width, height = image.size
-    return Size(height, width) if orientation in _SIDEWAYS else Size(width, height)
 
 
 def white_where_transparent(file: bytes, name: str = "mask") -> bytes:
@@ -100,22 +93,31 @@ def white_where_transparent(file: bytes, name: str = "mask") -> bytes:
     return _with_pillow(np.asarray(ImageOps.invert(alpha)), "PNG", compress_level=1)
 
 
+def picture_size(file: bytes, name: str = "image") -> Size:
+    """Width and height of the picture of a file, upright, by its header alone; RequestError for a file without one."""
+    with _refused(file, name):
+        picture = cut_down(file)
+        with Image.open(io.BytesIO(picture.file), formats=(picture.format,)) as image:
+            width, height = image.size
+    return Size(height, width) if picture.orientation in _ON_THEIR_SIDE else Size(width, height)
+
+
 @contextmanager
 def _opened(file: bytes, name: str) -> Iterator[Image.Image]:
     """The picture of a file, upright; RequestError for what is damaged, or takes too much to decode."""
-    with _header(file, name) as (image, orientation):
-        image.load()
-        yield image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
-
-
-@contextmanager
-def _header(file: bytes, name: str) -> Iterator[tuple[Image.Image, int]]:
-    """The picture of a file before it is decoded, and EXIF's orientation; errors as in `_opened`."""
-    try:
+    with _refused(file, name):
         picture = cut_down(file)
         with Image.open(io.BytesIO(picture.file), formats=(picture.format,)) as image:
             picture.check_work(image.width, image.height)
-            yield image, picture.orientation
+            image.load()
+            yield image.transpose(_UPRIGHT[picture.orientation]) if picture.orientation in _UPRIGHT else image
+
+
+@contextmanager
+def _refused(file: bytes, name: str) -> Iterator[None]:
+    """Whatever is raised in reading a file becomes a RequestError."""
+    try:
+        yield
     except (RequestError, MemoryError):
         raise
     except UnreadableError as error:

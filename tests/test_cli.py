@@ -39,6 +39,8 @@ def test_wrong_input_of_every_command(
         (("build-engine", "avatars", "--size", "big", "--out", out), "--size 'big'"),
         (("build-engine", "avatars", "--out", empty), "exists already"),
         (("serve", empty), "not a bundle"),
+        (("serve", tmp_path / "none"), "no such bundle; there are avatars (the embedded model)\n"),
+        (("serve", student_bundle.parent / "none"), f"no such bundle; there are avatars (the embedded model), {student_bundle}"),
         (("serve", student_bundle, "--port", 99999), "--port 99999"),
         (("serve", student_bundle, "--http-port", 99999), "--http-port 99999"),
         (("serve", student_bundle, "--alias", "a=student"), "give --http-port"),

@@ -92,6 +92,6 @@ def test_a_server_takes_masks_by_name_and_refuses_one_of_another_size(server: Ru
         made = client.generate("p", seed=3, steps=4, inputs=files)
         pixels = np.array(Image.open(io.BytesIO(made.images[0])))
         np.testing.assert_array_equal(pixels, generate(FAKE, [_order()])[0][0])
-        for mask, problem in ((MASK[:-1], "it must have the image's"), (0 * MASK, "all black"), (MASK[:0, :0], "")):
+        for mask, problem in ((MASK[:-1], "it must be as large as the image"), (0 * MASK, "all black"), (MASK[:0, :0], "")):
             with pytest.raises(ServerError, match=f"INVALID_ARGUMENT.*mask.*{problem}"):
                 client.generate("p", inputs={**files, "mask": encode_image(mask, "png") if mask.size else b"no picture"})

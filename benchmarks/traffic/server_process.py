@@ -36,6 +36,8 @@ class ServerProcess:
     """A running server, and the pipe to its process."""
 
     address: str
+    http_address: str
+    """Empty without HTTP."""
     process_id: int
     _pipe: Any
 
@@ -55,27 +57,29 @@ class ServerProcess:
 
 
 @contextmanager
-def start_server(bundle: Path, batching: Batching = "step", engine_cores: set[int] | None = None) -> Iterator[ServerProcess]:
+def start_server(
+    bundle: Path, batching: Batching = "step", engine_cores: set[int] | None = None, *, with_http: bool = False
+) -> Iterator[ServerProcess]:
     """A server of the bundle that is ready, its engine on `engine_cores` (None: on any)."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(bundle, batching, engine_cores, theirs), daemon=True)
+    process = context.Process(target=_serve, args=(bundle, batching, engine_cores, with_http, theirs), daemon=True)
     process.start()
     theirs.close()  # so that the pipe ends with the process
     try:
         if not ours.poll(120) or process.pid is None:
             raise FlashdiffError("the server did not start within two minutes")
         try:
-            port = ours.recv()
+            port, http_port = ours.recv()
         except EOFError:
             raise FlashdiffError(f"the server of {bundle} ended before it was ready; its output is above") from None
-        yield ServerProcess(f"127.0.0.1:{port}", process.pid, ours)
+        yield ServerProcess(f"127.0.0.1:{port}", f"127.0.0.1:{http_port}" if with_http else "", process.pid, ours)
     finally:
         process.terminate()
         process.join(30)
 
 
-def _serve(bundle: Path, batching: Batching, engine_cores: set[int] | None, pipe: Any) -> None:
+def _serve(bundle: Path, batching: Batching, engine_cores: set[int] | None, with_http: bool, pipe: Any) -> None:
     """The process: serve until it is terminated, and answer every message on the pipe with the counts."""
     from flashdiff.server.app import Listen, freeze_loaded, start
     from flashdiff.server.models import Models
@@ -108,8 +112,9 @@ def _serve(bundle: Path, batching: Batching, engine_cores: set[int] | None, pipe
             model = open_model(bundle)
             model.components.parallel_decode &= batching != "in turn"
         freeze_loaded()
-        running = await start(Models({"student": model}), Listen(port=0), worker=PinnedWorker)
-        pipe.send(running.port)
+        listen = Listen(port=0, http_port=0 if with_http else None)
+        running = await start(Models({"student": model}), listen, worker=PinnedWorker)
+        pipe.send((running.port, running.http_port))
         while True:
             await asyncio.to_thread(pipe.recv)
             pipe.send((accepted, answered, model.embeddings.bytes / 1e6))

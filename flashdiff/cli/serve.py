@@ -4,13 +4,18 @@ import argparse
 from pathlib import Path
 
 from flashdiff import defaults
+from flashdiff.cli.embedded import find_bundles
 from flashdiff.cli.shared import need
 from flashdiff.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "bundles", type=Path, nargs="*", metavar="BUNDLE", help="answers to its folder's name; the first is the default"
+        "bundles",
+        type=Path,
+        nargs="*",
+        metavar="BUNDLE",
+        help="answers to its folder's name, the first is the default; 'avatars' without such a folder is the embedded model",
     )
     parser.add_argument(
         "--repository", type=Path, metavar="FOLDER", help="of bundles that may be loaded, by folder name, while serving"
@@ -18,7 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default=defaults.HOST, help="default: %(default)s")
     parser.add_argument("--port", type=int, default=defaults.PORT, help="default: %(default)s; 0 takes a free one")
     parser.add_argument(
-        "--http-port", type=int, metavar="PORT", help="HTTP (OpenAI's images API, KServe v2) on the same host; default: none"
+        "--http-port",
+        type=int,
+        metavar="PORT",
+        help="HTTP (a page to try it on, OpenAI's images API, KServe v2) on the same host; default: none",
     )
     parser.add_argument(
         "--allow-origin",
@@ -83,7 +91,8 @@ def run(options: argparse.Namespace) -> None:
         allowed_origins=tuple(options.allow_origin),
         aliases=tuple(map(_parse_alias, options.alias)),
     )
-    run_server(lambda: open_models(options.bundles, options.repository), listen)
+    bundles = find_bundles(options.bundles)
+    run_server(lambda: open_models(bundles, options.repository), listen)
 
 
 def _parse_alias(text: str) -> tuple[str, str]:

@@ -62,6 +62,22 @@ def test_running_server_is_measured_too(student_bundle: Path, tmp_path: Path) ->
     assert gone.stderr.startswith("load.py: error: UNAVAILABLE")
 
 
+def test_http_is_measured_beside_grpc_with_the_same_arrivals(student_bundle: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "load.py"), str(student_bundle), "--protocol", "http", "--quick"]
+    run = subprocess.run([*command, "--json", str(tmp_path / "r.json")], capture_output=True, text=True, timeout=600, check=False)
+    assert run.returncode == 0, run.stderr
+    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
+    phases = [(one["phase"], one["protocol"]) for one in rows]
+    assert phases == [(phase, name) for phase in ("quiet", "quiet", *["saturated"] * 2, "open loop") for name in ("grpc", "http")]
+    for grpc, http in zip(rows[::2], rows[1::2], strict=True):
+        if grpc["phase"] != "saturated":
+            assert grpc["sent"] == http["sent"] > 0
+        if grpc["phase"] != "quiet":
+            assert set(http["statuses"]) <= {"OK", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED"}
+    assert "times\n" in run.stdout
+    assert "| 50% | http |" in run.stdout
+
+
 def test_folder_that_is_no_bundle_is_refused_in_one_line(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "load.py"), str(tmp_path), "--quick"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)

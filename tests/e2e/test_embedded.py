@@ -1,7 +1,12 @@
 """The embedded model and its flash LoRA, as shipped: what the images show, read off their pixels."""
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
+import httpx2 as httpx
 import numpy as np
 import pytest
 from orders import from_image
@@ -94,3 +99,21 @@ def test_the_shipped_files_are_small_and_safe() -> None:
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".md", ".txt"}
     assert sum(path.stat().st_size for path in files) < 30e6
     assert all(path.stat().st_size < 100 * 2**20 for path in files), Path(folder)
+
+
+@pytest.mark.parametrize("said", ["published", "is up to date"])
+def test_serve_avatars_builds_it_into_the_cache_and_serves_it(student: Engine, said: str) -> None:
+    command = [sys.executable, "-m", "flashdiff", "serve", "avatars", "--port", "0", "--http-port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stdout
+        assert server.stderr
+        try:
+            log = next(line for line in server.stderr if "HTTP on" in line)
+            url = "http://127.0.0.1:" + log.rpartition(":")[2].strip()
+            (model,) = httpx.get(f"{url}/v1/models").json()["data"]
+            assert (model["id"], "<title>flashdiff" in httpx.get(url).text) == ("avatars", True)
+        finally:
+            server.send_signal(signal.SIGTERM)
+        assert server.wait(120) == 0
+        assert f"{os.environ['XDG_CACHE_HOME']}/flashdiff/bundles/avatars" in (report := server.stdout.read())
+        assert said in report

@@ -18,7 +18,6 @@ from flashdiff.errors import ConfigError
 from flashdiff.server import calls
 from flashdiff.server.app import Listen
 from flashdiff.server.client import Client
-from flashdiff.server.http import page
 from flashdiff.server.models import Models
 
 ALICE = "alice-secret-0123456"
@@ -185,16 +184,6 @@ def test_the_openapi_document_lists_every_route_and_field() -> None:
                 assert answer.json()["error"] if answer.status_code == 404 else True
         schema = document["paths"][GENERATIONS]["post"]["requestBody"]["content"]["application/json"]["schema"]
         assert {"prompt", "seed", "strength", "partial_images"} <= set(schema["properties"])
-
-
-def test_the_page_is_served_where_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page, "PAGE", tmp_path / "index.html")
-    with serving(FakeComponents(), LISTEN) as running:
-        assert httpx.get(running.url).status_code == 404
-    (tmp_path / "index.html").write_text("<!doctype html>")
-    with serving(FakeComponents(), LISTEN) as running:
-        answer = httpx.get(running.url)
-        assert (answer.status_code, answer.text) == (200, "<!doctype html>")
 
 
 def test_two_models_answer_to_their_names() -> None:
