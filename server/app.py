@@ -38,11 +38,11 @@ _LAST_S = 1.0  # for refusals on their way when all images are sent
 _WATCH_S = 0.5  # how often the device thread is looked after, and the metrics are brought up to date
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _MAX_REPLY = 256 * 1024 * 1024
-_MAX_CALLS = 2000  # at once, refused RESOURCE_EXHAUSTED beyond: far more than the queue takes, far less than would hurt
 _OPTIONS = [
     ("grpc.max_send_message_length", _MAX_REPLY),
     ("grpc.max_receive_message_length", 4 * 1024 * 1024),  # a request is a prompt, some numbers and perhaps an image
     ("grpc.max_concurrent_streams", 500),  # of one connection
+    ("grpc.server_handshake_timeout_ms", 10_000),  # a connection that says nothing is closed
     ("grpc.so_reuseport", 0),  # otherwise two servers share one port in silence
     ("grpc.keepalive_time_ms", 60_000),  # a client that vanished without a word is noticed
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
@@ -125,7 +125,7 @@ async def start(models: Models, listen: Listen, worker: type[Worker] = Worker) -
     device = worker(observer=metrics)
     metrics.watch_queue(lambda: device.pending_images)
 
-    server = grpc.aio.server(options=_OPTIONS, interceptors=[gate], maximum_concurrent_rpcs=_MAX_CALLS)
+    server = grpc.aio.server(options=_OPTIONS, interceptors=[gate])
     requests = Requests(device, models)
     image_pb2_grpc.add_ImageServiceServicer_to_server(ImageService(requests), server)
     server.add_generic_rpc_handlers((triton_handler(device, requests, Regions() if listen.shared_memory else None),))

@@ -4,12 +4,13 @@ Neither names a prompt.
 """
 
 import asyncio
+import inspect
 import logging
 import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -18,13 +19,17 @@ import grpc
 from google.protobuf.message import DecodeError
 from opentelemetry import propagate, trace
 
-from flashdiff.errors import FlashdiffError
+from flashdiff.errors import BackendError, DeadlineError, FlashdiffError, OverloadedError, TensorError
 from flashdiff.server.auth import Tokens
+from flashdiff.server.caps import Caps, Place
 from flashdiff.server.status import abort, code_of
 from flashdiff.server.tracing import current_span
 
-_UNWATCHED = ("/grpc.health.v1.Health/", "/grpc.reflection.")  # asked every second, by who supervises
-_OPEN_TO_ALL = "/grpc.health.v1.Health/Check"
+_HEALTH, _REFLECTION = "/grpc.health.v1.Health/", "/grpc.reflection."  # no lines for these: supervisors call every second
+_OPEN_TO_ALL, _WATCH = _HEALTH + "Check", _HEALTH + "Watch"
+_FIRST_S = 15.0  # for the first message of a call, of 4 MiB at most
+_MAX_CALLS, _MAX_CALLS_OF_ONE = 2000, 1500  # at once: far more than the queue takes, far less than would hurt
+_MAX_HEALTH_CALLS, _MAX_HEALTH_CALLS_OF_ONE = 200, 100  # beside these
 _REQUEST_ID = re.compile(r"[\w.-]{1,64}")
 # Of the call whose task this is. Never reset: a stream that is left unread is closed in another context.
 _client: ContextVar[str] = ContextVar("client", default="")
@@ -50,6 +55,7 @@ class Gate(grpc.aio.ServerInterceptor):
 
     def __init__(self, tokens: Tokens | None, count: Callable[[str, str], None] = lambda method, code: None) -> None:
         self._tokens, self._count = tokens, count
+        self._caps, self._health_caps = Caps(_MAX_CALLS, _MAX_CALLS_OF_ONE), Caps(_MAX_HEALTH_CALLS, _MAX_HEALTH_CALLS_OF_ONE)
         self._watched: dict[str, Any] = {}  # handlers by method
 
     async def intercept_service(self, continuation: Callable[[Any], Any], details: Any) -> Any:
@@ -63,10 +69,10 @@ class Gate(grpc.aio.ServerInterceptor):
                 _log.info("call method=%s code=%s", method, code_of(error).name)
                 self._count(method, code_of(error).name)
                 return _refusing(handler, error)
-        if method.startswith(_UNWATCHED):
-            return handler
         if method not in self._watched:
-            self._watched[method] = _watched(handler, method, self._admit, self._count)
+            caps = self._health_caps if method.startswith(_HEALTH) else self._caps
+            is_quiet = method.startswith((_HEALTH, _REFLECTION))
+            self._watched[method] = _watched(handler, method, self._admit, self._count, caps, is_quiet=is_quiet)
         return self._watched[method]
 
     def _admit(self, metadata: Any) -> None:
@@ -78,11 +84,15 @@ def _texts(metadata: Any) -> dict[str, str]:
     return {key: str(value) for key, value in metadata or ()}
 
 
-def _watched(handler: Any, method: str, admit: Callable[[Any], None], count: Callable[[str, str], None]) -> Any:
-    """The handler, its calls traced, counted and logged, and bytes that are no message answered INVALID_ARGUMENT.
+def _watched(
+    handler: Any, method: str, admit: Callable[[Any], None], count: Callable[[str, str], None], caps: Caps, *, is_quiet: bool
+) -> Any:
+    """The handler, its calls capped, traced, counted and logged, and each ended with a status.
 
-    Each further message of a stream is admitted like a call: one that is refused ends it, when those before are answered.
+    Bytes that are no message are answered INVALID_ARGUMENT. Each further message of a stream is admitted like a call: one that
+    is refused ends it, when those before are answered.
     """
+    is_open_ended = method == _WATCH
 
     def read(data: bytes) -> Any:
         try:
@@ -92,6 +102,9 @@ def _watched(handler: Any, method: str, admit: Callable[[Any], None], count: Cal
 
     @contextmanager
     def watch(context: Any) -> Iterator[None]:
+        if is_quiet:
+            yield
+            return
         metadata = _texts(context.invocation_metadata())
         given = metadata.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
@@ -115,52 +128,82 @@ def _watched(handler: Any, method: str, admit: Callable[[Any], None], count: Cal
             spent_ms = 1000 * (time.perf_counter() - started)
             _log.info("call method=%s id=%s client=%s code=%s ms=%.1f", method, request_id, client, name, spent_ms)
 
-    async def admitted(requests: AsyncIterator[Any], metadata: Any, refusals: list[FlashdiffError]) -> AsyncIterator[Any]:
-        first = True
-        async for request in requests:
+    async def further(first: Any, context: Any, place: Place, refusals: list[FlashdiffError]) -> AsyncIterator[Any]:
+        metadata, request = context.invocation_metadata(), first
+        while request is not grpc.aio.EOF:
+            if isinstance(request, Malformed) and is_quiet:
+                refusals.append(TensorError(request.message))
+                return
+            yield request
+            place.is_waiting = True
+            request = await context.read()
+            place.is_waiting = False
             try:
-                if not first:
+                if request is not grpc.aio.EOF:
                     admit(metadata)
             except FlashdiffError as error:
                 refusals.append(error)
                 return
-            first = False
-            yield request
 
-    async def answer(request: Any, context: Any) -> Any:
-        with watch(context):
+    async def answer_call(context: Any, place: Place) -> Any:
+        request = await _first_message(context)
+        place.is_waiting = is_open_ended
+        if not handler.request_streaming:
+            if request is grpc.aio.EOF:
+                raise TensorError("the call has no message")
             if isinstance(request, Malformed):
-                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, request.message)
-            return await handler.unary_unary(request, context)
+                raise TensorError(request.message)
+        refusals: list[FlashdiffError] = []
+        given = further(request, context, place, refusals) if handler.request_streaming else request
+        if not handler.response_streaming:
+            return await behaviour(given, context)
+        if not inspect.isasyncgenfunction(behaviour):
+            return await behaviour(given, context)  # it writes its responses itself
+        async with aclosing(behaviour(given, context)) as responses:
+            async for response in responses:
+                await context.write(response)
+        if refusals:
+            raise refusals[0]
+        return None
 
-    async def answer_stream(request: Any, context: Any) -> AsyncIterator[Any]:
+    async def answer(_: Any, context: Any) -> Any:
         with watch(context):
-            if isinstance(request, Malformed):
-                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, request.message)
-            refusals: list[FlashdiffError] = []
-            given = admitted(request, context.invocation_metadata(), refusals) if handler.request_streaming else request
-            async for response in (handler.unary_stream or handler.stream_stream)(given, context):
-                yield response
-            for error in refusals:
+            try:
+                with caps.entered(client_of(context)) as place:
+                    return await answer_call(context, place)
+            except grpc.aio.BaseError:
+                raise
+            except FlashdiffError as error:
                 await abort(context, error)
+            except MemoryError:
+                await abort(context, OverloadedError("there is not enough memory for this now"))
+            except Exception:  # a mistake of ours: its trace is for the log, and the client knows nothing of it
+                _log.exception("method=%s failed", method)
+                await abort(context, BackendError("internal error"))
 
-    return _handler_like(handler, answer_stream if handler.response_streaming else answer, read)
+    behaviour = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+    return _handler_like(handler, answer, read)
+
+
+async def _first_message(context: Any) -> Any:
+    """The first message of a call, or EOF; a DeadlineError when neither comes in time."""
+    try:
+        async with asyncio.timeout(_FIRST_S):
+            return await context.read()
+    except TimeoutError:
+        raise DeadlineError(f"the call's message did not come within {_FIRST_S:g} s") from None
 
 
 def _refusing(handler: Any, error: FlashdiffError) -> Any:
-    """A handler of the same kind that ends every call with the error."""
+    """A handler of the same kind that ends every call with the error, before its message is read."""
 
-    async def refuse(_: Any, context: Any) -> None:  # of a stream as well: gRPC takes one that writes by itself, or not at all
+    async def refuse(_: Any, context: Any) -> None:
         await abort(context, error)
 
     return _handler_like(handler, refuse, lambda data: data)
 
 
 def _handler_like(handler: Any, behaviour: Callable[..., Any], read: Callable[[bytes], Any]) -> Any:
-    makers: dict[tuple[bool, bool], Callable[..., Any]] = {
-        (False, False): grpc.unary_unary_rpc_method_handler,
-        (False, True): grpc.unary_stream_rpc_method_handler,
-        (True, False): grpc.stream_unary_rpc_method_handler,
-        (True, True): grpc.stream_stream_rpc_method_handler,
-    }
-    return makers[handler.request_streaming, handler.response_streaming](behaviour, read, handler.response_serializer)
+    """Of the same kind of response. Its requests are a stream, which gRPC leaves for the behaviour to read."""
+    make = grpc.stream_stream_rpc_method_handler if handler.response_streaming else grpc.stream_unary_rpc_method_handler
+    return make(behaviour, read, handler.response_serializer)

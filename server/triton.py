@@ -32,6 +32,7 @@ from flashdiff.server.triton_convert import (
     write_preview,
     write_result,
 )
+from flashdiff.server.unread import end_of_call, when_answered
 from flashdiff.server.worker import Worker
 
 TRITON_SERVICE = "inference.GRPCInferenceService"
@@ -194,11 +195,8 @@ class TritonService:
 
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Any) -> pb.ModelInferResponse:
         try:
-            updates, loop = (
-                self._infer(request, context.time_remaining(), client_of(context), stream=False),
-                asyncio.get_running_loop(),
-            )
-            context.add_done_callback(lambda _: loop.create_task(updates.aclose()))  # when the response is sent
+            updates = self._infer(request, context.time_remaining(), client_of(context), end_of_call(), stream=False)
+            when_answered(updates.aclose)
             return await anext(updates)
         except FlashdiffError as error:
             await abort(context, error)
@@ -210,13 +208,13 @@ class TritonService:
         # Both are bounded, so that a client who sends and does not read waits for itself, and holds room by what it has not read.
         responses: asyncio.Queue[pb.ModelStreamInferResponse | None] = asyncio.Queue(1)
         room = asyncio.Semaphore(_IN_STREAM)
-        client = client_of(context)
+        client, end_call = client_of(context), end_of_call()
 
         async def answer(request: pb.ModelInferRequest | Malformed) -> None:
             try:
                 if isinstance(request, Malformed):
                     raise TensorError(request.message)
-                async for response in self._infer(request, context.time_remaining(), client, stream=True):
+                async for response in self._infer(request, context.time_remaining(), client, end_call, stream=True):
                     await responses.put(pb.ModelStreamInferResponse(infer_response=response))
             except Exception as error:
                 if not isinstance(error, FlashdiffError):
@@ -249,7 +247,13 @@ class TritonService:
             reading.cancel()
 
     async def _infer(
-        self, request: pb.ModelInferRequest, remaining_s: float | None, client: str, *, stream: bool
+        self,
+        request: pb.ModelInferRequest,
+        remaining_s: float | None,
+        client: str,
+        end_call: Callable[[], None],
+        *,
+        stream: bool,
     ) -> AsyncGenerator[pb.ModelInferResponse, None]:
         """The previews, where they are asked for, and the result; errors count as failed in the statistics."""
         started = time.monotonic()
@@ -258,7 +262,7 @@ class TritonService:
             model = self._find(request.model_name, request.model_version)
             call = read_request(request, model.components.spec, remaining_s, self._regions, stream=stream)
             statistics = self._statistics.setdefault(request.model_name, _Statistics())
-            updates = self._requests.serve(model, call.request, client)
+            updates = self._requests.serve(model, call.request, client, end_call)
             async with contextlib.aclosing(updates):
                 async for update in updates:
                     if isinstance(update, Step):
