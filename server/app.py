@@ -22,6 +22,7 @@ from flashdiff import defaults
 from flashdiff.errors import BackendError, ConfigError
 from flashdiff.proto.v1 import image_pb2, image_pb2_grpc, triton_pb2
 from flashdiff.server.auth import Tokens, server_credentials
+from flashdiff.server.connections import close_excess, raise_file_limit
 from flashdiff.server.gate import Gate
 from flashdiff.server.metrics import Metrics
 from flashdiff.server.models import Models
@@ -137,16 +138,20 @@ async def start(models: Models, listen: Listen, worker: type[Worker] = Worker) -
     await server.start()
     for name in ("", *_SERVICES):
         await servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
-    return Server(bound, device, models, metrics_port, tokens, server, servicer, asyncio.create_task(_watch(device, metrics)))
+    return Server(
+        bound, device, models, metrics_port, tokens, server, servicer, asyncio.create_task(_watch(device, metrics, bound))
+    )
 
 
-async def _watch(worker: Worker, metrics: Metrics) -> None:
+async def _watch(worker: Worker, metrics: Metrics, port: int) -> None:
     while True:
         worker.check_alive()
         try:
             metrics.count()
-        except Exception:  # who looks after the worker must not end by it
-            _log.exception("the metrics are not up to date")
+            if closed := await asyncio.to_thread(close_excess, port):
+                _log.warning("%d connections were closed: their address has more than its share", closed)
+        except Exception:  # the watch over the worker must not end by it
+            _log.exception("metrics or connections could not be looked after")
         await asyncio.sleep(_WATCH_S)
 
 
@@ -183,6 +188,7 @@ async def serve(models: Models, listen: Listen) -> None:
     BackendError when the device thread has died: a supervisor should start anew.
     """
     freeze_loaded()
+    raise_file_limit()
     stopping, hurried = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):  # before the first request

@@ -22,8 +22,10 @@ from opentelemetry import propagate, trace
 from flashdiff.errors import BackendError, DeadlineError, FlashdiffError, OverloadedError, TensorError
 from flashdiff.server.auth import Tokens
 from flashdiff.server.caps import Caps, Place
+from flashdiff.server.requests import sending_s
 from flashdiff.server.status import abort, code_of
 from flashdiff.server.tracing import current_span
+from flashdiff.server.unread import end_of_call
 
 _HEALTH, _REFLECTION = "/grpc.health.v1.Health/", "/grpc.reflection."  # no lines for these: supervisors call every second
 _OPEN_TO_ALL, _WATCH = _HEALTH + "Check", _HEALTH + "Watch"
@@ -159,9 +161,14 @@ def _watched(
             return await behaviour(given, context)
         if not inspect.isasyncgenfunction(behaviour):
             return await behaviour(given, context)  # it writes its responses itself
+        end_call, loop = end_of_call(), asyncio.get_running_loop()
         async with aclosing(behaviour(given, context)) as responses:
             async for response in responses:
-                await context.write(response)
+                unread = loop.call_later(sending_s(response.ByteSize()), end_call)
+                try:
+                    await context.write(response)
+                finally:
+                    unread.cancel()
         if refusals:
             raise refusals[0]
         return None

@@ -20,7 +20,12 @@ from flashdiff.server.worker import Worker
 from flashdiff.tasks import check_order
 
 _SENDING_S = 30.0  # how long a reply that the client does not read keeps its room,
-_SENDING_BYTES_PER_S = 1e6  # and a second more for so many bytes of pixels
+_SENDING_BYTES_PER_S = 1e6  # and a second more for so many bytes
+
+
+def sending_s(size: int) -> float:
+    """How long sending that many bytes may take a client that reads."""
+    return _SENDING_S + size / _SENDING_BYTES_PER_S
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +142,7 @@ class Requests:
             nonlocal unread
             steps.put_nowait(None)
             if not is_closed:  # from now on, whether the steps before have been read or not
-                unread = loop.call_later(_SENDING_S + pixel_bytes(order) / _SENDING_BYTES_PER_S, take_back)
+                unread = loop.call_later(sending_s(pixel_bytes(order)), take_back)
 
         def take_back() -> None:
             worker.release(job)
