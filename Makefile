@@ -1,5 +1,5 @@
 # Everything a newcomer needs: `make demo` and `make test`. Both install into .venv first.
-.PHONY: demo test check stubs conformance bench-peers install clean
+.PHONY: demo test check attack stubs conformance bench-peers install clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,6 +11,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+# The attacks of tests/attack at twenty times their scale.
+attack: $(VENV)/.installed
+	ATTACK_SCALE=20 $(BIN)/python -m pytest tests/attack --timeout=1800
 
 # What CI does besides the tests: style, types, and that the generated stubs are current.
 check: $(VENV)/.installed
