@@ -3,7 +3,7 @@
 import asyncio
 import functools
 import secrets
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
@@ -12,14 +12,20 @@ from flashdiff.errors import DeadlineError
 from flashdiff.orders import Order, Pixels
 from flashdiff.server.image_threads import ImageThreads
 from flashdiff.server.images import decode_image
-from flashdiff.server.jobs import Finished, Step, Timings
+from flashdiff.server.jobs import Finished, Step, Timings, pixel_bytes
 from flashdiff.server.models import Model, Models
 from flashdiff.server.names import ImageFormat, Priority
 from flashdiff.server.tracing import describe_call
 from flashdiff.server.worker import Worker
 from flashdiff.tasks import check_order
 
-_SENDING_S = 30.0  # how long a reply that the client does not read keeps its room
+_SENDING_S = 30.0  # how long a reply that the client does not read keeps its room,
+_SENDING_BYTES_PER_S = 1e6  # and a second more for so many bytes
+
+
+def sending_s(size: int) -> float:
+    """How long sending that many bytes may take a client that reads."""
+    return _SENDING_S + size / _SENDING_BYTES_PER_S
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,16 +86,19 @@ class Requests:
         self.models = models
         self.threads = ImageThreads(worker.clock)
 
-    async def serve(self, model: Model, request: ImageRequest, client: str) -> AsyncGenerator[Step | Reply, None]:
+    async def serve(
+        self, model: Model, request: ImageRequest, client: str, on_unread: Callable[[], None] | None = None
+    ) -> AsyncGenerator[Step | Reply, None]:
         """Every step where steps are wanted, then the reply; a FlashdiffError says why there is none.
 
         The request keeps its place, and its pixels their room, until the generator is closed: close it, by
-        `contextlib.aclosing`, when the reply is sent. A reply that is not read for 30 s gives its room back.
+        `contextlib.aclosing`, when the reply is sent. A reply that is not read for 30 s and longer gives its room back, and
+        `on_unread` is called, to give its memory back as well.
         """
         started = self._clock()
         order = await self._order(model, request, client)
         reading_s = self._clock() - started if request.files else 0.0
-        progress = self._progress(model, order, request, client, reading_s)
+        progress = self._progress(model, order, request, client, reading_s, on_unread)
         async with aclosing(progress):
             async for update in progress:
                 if isinstance(update, Step):
@@ -116,7 +125,13 @@ class Requests:
         return self.threads.expected_s(order, request.format, request.quality) if request.wants_files else 0.0
 
     async def _progress(
-        self, model: Model, order: Order, request: ImageRequest, client: str, reading_s: float
+        self,
+        model: Model,
+        order: Order,
+        request: ImageRequest,
+        client: str,
+        reading_s: float,
+        on_unread: Callable[[], None] | None,
     ) -> AsyncGenerator[Step | Finished, None]:
         """Submit the order; its steps where they are wanted, then what was made."""
         worker, loop = self._worker, asyncio.get_running_loop()
@@ -127,7 +142,12 @@ class Requests:
             nonlocal unread
             steps.put_nowait(None)
             if not is_closed:  # from now on, whether the steps before have been read or not
-                unread = loop.call_later(_SENDING_S, worker.release, job)
+                unread = loop.call_later(sending_s(pixel_bytes(order)), take_back)
+
+        def take_back() -> None:
+            worker.release(job)
+            if on_unread:
+                on_unread()
 
         def on_step(step: Step) -> None:
             loop.call_soon_threadsafe(steps.put_nowait, step)

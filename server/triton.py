@@ -6,7 +6,7 @@ A model has a prompt and some numbers as inputs; IMAGES, ENCODED, SEEDS and, in 
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -167,16 +167,25 @@ class TritonService:
         return pb.SystemSharedMemoryUnregisterResponse()
 
     async def infer(
-        self, request: pb.ModelInferRequest, remaining_s: float | None, client: str, *, stream: bool
+        self,
+        request: pb.ModelInferRequest,
+        remaining_s: float | None,
+        client: str,
+        *,
+        stream: bool,
+        on_unread: Callable[[], None] | None = None,
     ) -> AsyncGenerator[pb.ModelInferResponse, None]:
-        """The previews, where they are asked for, and the result; errors count as failed in the statistics."""
+        """The previews, where they are asked for, and the result; errors count as failed in the statistics.
+
+        `on_unread` as in `Requests.serve`.
+        """
         started = time.monotonic()
         statistics = None
         try:
             model = self._find(request.model_name, request.model_version)
             call = read_request(request, model.components.spec, remaining_s, self._regions, stream=stream)
             statistics = self._statistics.setdefault(request.model_name, _Statistics())
-            updates = self._requests.serve(model, call.request, client)
+            updates = self._requests.serve(model, call.request, client, on_unread)
             async with contextlib.aclosing(updates):
                 async for update in updates:
                     if isinstance(update, Step):
