@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.routing import Route, Router
 from starlette.types import Message, Receive, Scope, Send
 
-from flashdiff.errors import BackendError, CancelledError, FlashdiffError, OverloadedError
+from flashdiff.errors import BackendError, CancelledError, FlashdiffError, OutOfMemoryError
 from flashdiff.server.calls import Call, Calls
 from flashdiff.server.http.bodies import Bodies
 from flashdiff.server.http.errors import HttpError, error_response, status_of
@@ -92,7 +92,7 @@ class Front:
             call.fail(str(CLIENT_LEFT))
             raise
         except MemoryError:
-            error = OverloadedError("there is not enough memory for this now")
+            error = OutOfMemoryError("there is not enough memory for this now")
         except Exception:
             _log.exception("a request of %s failed", call.method)
             error = BackendError("internal error")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import h11
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -53,6 +54,16 @@ class _Connection(H11Protocol):
         super().connection_lost(exc)
         self._stop_timer()
         self._stop_unread()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer garbage, unless a response has begun; uvicorn would fail then, and when the request under way is answered."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:
+            self.transport.close()
 
     def _watch_headers(self) -> None:
         if self.cycle is not None and not self.cycle.response_complete:

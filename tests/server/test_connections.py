@@ -2,11 +2,13 @@
 
 import socket
 import time
+import urllib.request
 from contextlib import ExitStack
 
 from raw_http2 import Connection
-from served import Running, until
+from served import FakeComponents, Running, serving, until
 
+from flashdiff.server.app import Listen
 from flashdiff.server.client import Client
 from flashdiff.server.connections import close_excess
 
@@ -59,3 +61,23 @@ def test_sockets_that_are_none_of_the_ports_stay(running: Running) -> None:
             close_excess({running.server.port}, 1, 1)
             ours.sendall(b"x")
             assert theirs.recv(1) == b"x"
+
+
+def test_the_ports_of_http_and_metrics_count_as_well() -> None:
+    listen = Listen(port=0, http_port=0, metrics_port=0)
+    with serving(FakeComponents(), listen) as running, ExitStack() as stack:
+        server = running.server
+        ports = {server.port, server.http_port or 0, server.metrics_port or 0}
+        for port in ports:
+            for _ in range(6):
+                source = ("127.0.0.2", 0)
+                stack.enter_context(socket.create_connection(("127.0.0.1", port), source_address=source))
+        closed = list[int]()
+
+        def close() -> bool:
+            closed.append(close_excess(ports, 100, 10))
+            return sum(closed) >= 8
+
+        until(close)
+        assert sum(closed) == 8
+        assert urllib.request.urlopen(f"{running.url}/health/live", timeout=60).status == 200
