@@ -51,6 +51,7 @@ _OPTIONS = [
     ("grpc.max_receive_message_length", 4 * 1024 * 1024),  # a request is a prompt, some numbers and perhaps an image
     ("grpc.max_concurrent_streams", 500),  # of one connection
     ("grpc.server_handshake_timeout_ms", 10_000),  # a connection that says nothing is closed
+    ("grpc.max_connection_idle_ms", 600_000),  # frees replies that are not read as well: see `unread`
     ("grpc.so_reuseport", 0),  # otherwise two servers share one port in silence
     ("grpc.keepalive_time_ms", 60_000),  # a client that vanished without a word is noticed
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),

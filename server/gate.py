@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from flashdiff.errors import BackendError, DeadlineError, FlashdiffError, OverloadedError, TensorError
+from flashdiff.errors import BackendError, DeadlineError, FlashdiffError, OutOfMemoryError, TensorError
 from flashdiff.server.calls import Calls
 from flashdiff.server.caps import Place
 from flashdiff.server.requests import sending_s
@@ -150,7 +150,7 @@ def _watched(handler: Any, method: str, calls: Calls, admit: Callable[[Any], Non
             except FlashdiffError as error:
                 await abort(context, error)
             except MemoryError:
-                await abort(context, OverloadedError("there is not enough memory for this now"))
+                await abort(context, OutOfMemoryError("there is not enough memory for this now"))
             except Exception:  # a mistake of ours: the log gets its traceback, and the client nothing of it
                 _log.exception("method=%s failed", method)
                 await abort(context, BackendError("internal error"))

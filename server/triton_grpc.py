@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 from google.protobuf import message_factory
 
-from flashdiff.errors import FlashdiffError, TensorError
+from flashdiff.errors import FlashdiffError, OutOfMemoryError, TensorError
 from flashdiff.proto.v1 import triton_pb2 as pb
 from flashdiff.server.gate import Malformed, client_of
 from flashdiff.server.status import abort
@@ -80,6 +80,8 @@ class _Inference:
                 async for response in updates:
                     await responses.put(pb.ModelStreamInferResponse(infer_response=response))
             except Exception as error:
+                if isinstance(error, MemoryError):
+                    error = OutOfMemoryError("there is not enough memory for this now")
                 if not isinstance(error, FlashdiffError):
                     _log.exception("a request of a stream failed")
                 message = str(error) if isinstance(error, FlashdiffError) else "internal error"
