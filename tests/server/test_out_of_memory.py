@@ -91,6 +91,23 @@ def test_memory_that_lacks_outside_an_engine_fails_one_job(where: str, monkeypat
     assert worker.join(60)
 
 
+def test_a_decoder_that_runs_beside_the_others_fails_one_job_too() -> None:
+    fake = FakeComponents(parallel_decode=True)
+    model, worker = model_of(fake), Worker()
+    decode = fake.call
+
+    def short(call: Any, inputs: Any) -> Any:
+        raise MemoryError
+
+    intercept(fake, "decoder", short)
+    failed = worker.submit(model, check_order(fake.spec, prompt="x", steps=1))
+    assert isinstance(failed.answer.exception(60), OutOfMemoryError)
+    fake.call = decode  # type: ignore[method-assign]
+    assert worker.submit(model, check_order(fake.spec, prompt="x", steps=1)).answer.result(60).images
+    worker.drain()
+    assert worker.join(60)
+
+
 @pytest.fixture
 def running() -> Iterator[Running]:
     with serving(FakeComponents(), Listen(port=0, http_port=0)) as running:
