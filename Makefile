@@ -1,5 +1,5 @@
 # Everything a newcomer needs: `make demo` and `make test`. Both install into .venv first.
-.PHONY: audit sbom demo test test-fast test-slow check stubs conformance bench-peers install clean
+.PHONY: audit sbom demo test test-fast test-slow attack check stubs conformance bench-peers install clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -19,6 +19,10 @@ test-fast: $(VENV)/.installed
 # What `make test` leaves out, because it builds many engines or trains for a while; CI runs both.
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -rs -m "slow and not gpu"
+
+# The attacks of tests/attack at twenty times their scale.
+attack: $(VENV)/.installed
+	ATTACK_SCALE=20 $(BIN)/python -m pytest tests/attack -m "not gpu" --timeout=1800
 
 # What CI does besides the tests: style, types, and that the generated stubs are current.
 check: $(VENV)/.installed

@@ -6,8 +6,10 @@ FlashdiffError
   LoraError            a LoRA that does not fit its base
   BundleError          a bundle that is damaged, of another version, or cannot be made
   BackendError         an engine library that is missing or refused its work
+    OutOfMemoryError   or has too little memory for it now
   TrainingError        a training run that cannot go on
   EvaluationError      images, prompts or a reference set that cannot be measured
+  RepositoryError      a model repository that cannot be read
   RequestError         a request that asks for what this model cannot do
     NotFoundError      or names a model, or a region of memory, that is not there
     ExistsError        or makes one that is
@@ -41,10 +43,16 @@ class BundleError(FlashdiffError): ...
 class BackendError(FlashdiffError): ...
 
 
+class OutOfMemoryError(BackendError): ...
+
+
 class TrainingError(FlashdiffError): ...
 
 
 class EvaluationError(FlashdiffError): ...
+
+
+class RepositoryError(FlashdiffError): ...
 
 
 class RequestError(FlashdiffError):

@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from flashdiff.errors import BackendError, ConfigError
 from flashdiff.proto.v1 import image_pb2, image_pb2_grpc, triton_pb2
 from flashdiff.server.auth import Tokens, server_credentials
 from flashdiff.server.calls import Calls
+from flashdiff.server.connections import close_excess, raise_file_limit
 from flashdiff.server.gate import Gate
 from flashdiff.server.metrics import Metrics
 from flashdiff.server.models import Models
@@ -44,11 +46,12 @@ DRAIN_S = 30.0
 _LAST_S = 1.0  # for refusals on their way when all images are sent
 _WATCH_S = 0.5  # how often the device thread is looked after, and the metrics are brought up to date
 _MAX_REPLY = 256 * 1024 * 1024
-_MAX_CALLS = 2000  # at once, refused RESOURCE_EXHAUSTED beyond: far more than the queue takes, far less than would hurt
 _OPTIONS = [
     ("grpc.max_send_message_length", _MAX_REPLY),
     ("grpc.max_receive_message_length", 4 * 1024 * 1024),  # a request is a prompt, some numbers and perhaps an image
     ("grpc.max_concurrent_streams", 500),  # of one connection
+    ("grpc.server_handshake_timeout_ms", 10_000),  # a connection that says nothing is closed
+    ("grpc.max_connection_idle_ms", 600_000),  # frees replies that are not read as well: see `unread`
     ("grpc.so_reuseport", 0),  # otherwise two servers share one port in silence
     ("grpc.keepalive_time_ms", 60_000),  # a client that vanished without a word is noticed
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
@@ -113,6 +116,7 @@ class Server:
     _server: Any
     _http: "HttpListener | None"
     _health: Any
+    _metrics: Metrics
     _watching: "asyncio.Task[None]"
 
     async def stop(self, grace_s: float = DRAIN_S, hurried: asyncio.Event | None = None) -> None:
@@ -131,6 +135,7 @@ class Server:
         last_s = min(grace_s, _LAST_S)
         await asyncio.gather(self._server.stop(last_s), *([self._http.stop(last_s)] if self._http else []))
         self._watching.cancel()
+        self._metrics.page.close()
 
 
 async def start(models: Models, listen: Listen, worker: type[Worker] = Worker) -> Server:
@@ -146,14 +151,14 @@ async def start(models: Models, listen: Listen, worker: type[Worker] = Worker) -
     metrics = Metrics()
     tokens = Tokens(listen.tokens) if listen.tokens else None
     calls = Calls(tokens, metrics.ended)
-    metrics_port = None if listen.metrics_port is None else metrics.listen(listen.metrics_host, listen.metrics_port)
+    metrics_port = None if listen.metrics_port is None else await metrics.listen(listen.metrics_host, listen.metrics_port)
     device = worker(observer=metrics)
     metrics.watch_queue(lambda: device.pending_images)
 
     requests = Requests(device, models)
     triton = TritonService(device, requests, Regions() if listen.shared_memory else None)
     http = await _start_http(device, requests, triton, metrics, calls, listen) if listen.http_port is not None else None
-    server = grpc.aio.server(options=_OPTIONS, interceptors=[Gate(calls)], maximum_concurrent_rpcs=_MAX_CALLS)
+    server = grpc.aio.server(options=_OPTIONS, interceptors=[Gate(calls)])
     image_pb2_grpc.add_ImageServiceServicer_to_server(ImageService(requests), server)
     server.add_generic_rpc_handlers((triton_handler(triton),))
     servicer = health.aio.HealthServicer()
@@ -165,8 +170,9 @@ async def start(models: Models, listen: Listen, worker: type[Worker] = Worker) -
     for name in ("", *_SERVICES):
         await servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
     http_port = http.port if http else None
-    watching = asyncio.create_task(_watch(device, metrics))
-    return Server(bound, device, models, metrics_port, http_port, tokens, server, http, servicer, watching)
+    ports = {port for port in (bound, http_port, metrics_port) if port is not None}
+    watching = asyncio.create_task(_watch(device, metrics, ports))
+    return Server(bound, device, models, metrics_port, http_port, tokens, server, http, servicer, metrics, watching)
 
 
 async def _start_http(
@@ -201,13 +207,15 @@ def _check_aliases(models: Models, aliases: tuple[tuple[str, str], ...]) -> None
             raise ConfigError(f"--alias {alias}={name}: there is no model '{name}', but {', '.join(sorted(known)) or 'none'}")
 
 
-async def _watch(worker: Worker, metrics: Metrics) -> None:
+async def _watch(worker: Worker, metrics: Metrics, ports: Collection[int]) -> None:
     while True:
         worker.check_alive()
         try:
             metrics.count()
-        except Exception:  # who looks after the worker must not end by it
-            _log.exception("the metrics are not up to date")
+            if closed := await asyncio.to_thread(close_excess, ports):
+                _log.warning("%d connections were closed: their address has more than its share", closed)
+        except Exception:  # the watch over the worker must not end by it
+            _log.exception("metrics or connections could not be looked after")
         await asyncio.sleep(_WATCH_S)
 
 
@@ -244,6 +252,7 @@ async def serve(models: Models, listen: Listen) -> None:
     BackendError when the device thread has died: a supervisor should start anew.
     """
     freeze_loaded()
+    raise_file_limit()
     stopping, hurried = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):  # before the first request

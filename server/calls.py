@@ -1,6 +1,6 @@
-"""What a call of any protocol has in common: its caller is authenticated; it leaves one trace span, one count and one log line.
+"""What calls of all protocols share: authentication, the places for calls at once, and a trace span, a count and a log line each.
 
-None of them names a prompt.
+Span, count and line name no prompt.
 """
 
 import logging
@@ -8,14 +8,17 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 from opentelemetry import propagate, trace
 
 from flashdiff.server.auth import Tokens
+from flashdiff.server.caps import Caps, Place
 from flashdiff.server.tracing import current_span
 
+_MOST, _MOST_OF_ONE = 2000, 1500  # at once: far more than the queue takes, far less than would hurt
+_MOST_HEALTH, _MOST_HEALTH_OF_ONE = 200, 100  # kept for health checks
 _REQUEST_ID = re.compile(r"[\w.-]{1,64}")
 
 _log = logging.getLogger(__name__)
@@ -43,10 +46,15 @@ class Calls:
 
     def __init__(self, tokens: Tokens | None = None, count: Callable[[str, str], None] = lambda method, code: None) -> None:
         self._tokens, self._count = tokens, count
+        self._caps, self._health_caps = Caps(_MOST, _MOST_OF_ONE), Caps(_MOST_HEALTH, _MOST_HEALTH_OF_ONE)
 
     def admit(self, authorization: str) -> str:
         """The caller's name, empty without tokens; AuthError or OverloadedError for a caller that is not admitted."""
         return self._tokens.admit(authorization) if self._tokens else ""
+
+    def placed(self, client: str, *, is_health: bool = False) -> AbstractContextManager[Place]:
+        """A place for the current task's call; see `Caps.entered`. Health checks have places of their own."""
+        return (self._health_caps if is_health else self._caps).entered(client)
 
     def refused(self, method: str, code: str) -> None:
         """Log and count a call that ended before it could be watched."""

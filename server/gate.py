@@ -1,8 +1,10 @@
-"""What every gRPC call passes before its service: it is authenticated and watched, and bytes that are no message are refused."""
+"""What every gRPC call passes before its service: it is authenticated, gets a place among the calls at once, and is watched."""
 
 import asyncio
+import inspect
+import logging
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -10,14 +12,20 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from flashdiff.errors import FlashdiffError
+from flashdiff.errors import BackendError, DeadlineError, FlashdiffError, OutOfMemoryError, TensorError
 from flashdiff.server.calls import Calls
+from flashdiff.server.caps import Place
+from flashdiff.server.requests import sending_s
 from flashdiff.server.status import abort, code_of
+from flashdiff.server.unread import end_of_call
 
-_UNWATCHED = ("/grpc.health.v1.Health/", "/grpc.reflection.")  # asked every second, by who supervises
-_OPEN_TO_ALL = "/grpc.health.v1.Health/Check"
+_HEALTH, _REFLECTION = "/grpc.health.v1.Health/", "/grpc.reflection."  # not logged: supervisors call every second
+_OPEN_TO_ALL, _WATCH = _HEALTH + "Check", _HEALTH + "Watch"
+_FIRST_S = 15.0  # for the first message of a call, of 4 MiB at most
 # Of the call whose task this is. Never reset: a stream that is left unread is closed in another context.
 _client: ContextVar[str] = ContextVar("client", default="")
+
+_log = logging.getLogger(__name__)
 
 
 def client_of(context: Any) -> str:
@@ -49,8 +57,6 @@ class Gate(grpc.aio.ServerInterceptor):
             except FlashdiffError as error:
                 self._calls.refused(method, code_of(error).name)
                 return _refusing(handler, error)
-        if method.startswith(_UNWATCHED):
-            return handler
         if method not in self._watched:
             self._watched[method] = _watched(handler, method, self._calls, self._admit)
         return self._watched[method]
@@ -64,10 +70,14 @@ def _texts(metadata: Any) -> dict[str, str]:
 
 
 def _watched(handler: Any, method: str, calls: Calls, admit: Callable[[Any], None]) -> Any:
-    """The handler, its calls traced, counted and logged, and bytes that are no message answered INVALID_ARGUMENT.
+    """The handler, its calls capped, traced, counted and logged, and each ended with a status.
 
-    Each further message of a stream is admitted like a call: one that is refused ends it, when those before are answered.
+    Bytes that are no message are answered INVALID_ARGUMENT. Each further message of a stream is admitted like a call: one that
+    is refused ends it, when those before are answered.
     """
+    is_health, is_quiet = method.startswith(_HEALTH), method.startswith((_HEALTH, _REFLECTION))
+    is_open_ended = method == _WATCH
+    behaviour = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
 
     def read(data: bytes) -> Any:
         try:
@@ -76,8 +86,10 @@ def _watched(handler: Any, method: str, calls: Calls, admit: Callable[[Any], Non
             return Malformed(f"{len(data)} bytes that are no request of {method}")
 
     @contextmanager
-    def watch(context: Any) -> Iterator[None]:
-        client = client_of(context)  # now: gRPC hangs when a cancelled call is asked for its peer
+    def watch(client: str, context: Any) -> Iterator[None]:
+        if is_quiet:
+            yield
+            return
         with calls.watch(method, client, _texts(context.invocation_metadata()), "OK") as call:
             try:
                 yield
@@ -86,52 +98,85 @@ def _watched(handler: Any, method: str, calls: Calls, admit: Callable[[Any], Non
                 call.fail(context.code().name if context.code() else "CANCELLED" if has_left else "UNKNOWN")
                 raise
 
-    async def admitted(requests: AsyncIterator[Any], metadata: Any, refusals: list[FlashdiffError]) -> AsyncIterator[Any]:
-        first = True
-        async for request in requests:
+    async def messages(first: Any, context: Any, place: Place, refusals: list[FlashdiffError]) -> AsyncIterator[Any]:
+        metadata, request = context.invocation_metadata(), first
+        while request is not grpc.aio.EOF:
+            if isinstance(request, Malformed) and is_quiet:
+                refusals.append(TensorError(request.message))
+                return
+            yield request
+            place.is_waiting = True
+            request = await context.read()
+            place.is_waiting = False
             try:
-                if not first:
+                if request is not grpc.aio.EOF:
                     admit(metadata)
             except FlashdiffError as error:
                 refusals.append(error)
                 return
-            first = False
-            yield request
 
-    async def answer(request: Any, context: Any) -> Any:
-        with watch(context):
+    async def answer_call(context: Any, place: Place) -> Any:
+        request = await _first_message(context)
+        place.is_waiting = is_open_ended
+        if not handler.request_streaming:
+            if request is grpc.aio.EOF:
+                raise TensorError("the call has no message")
             if isinstance(request, Malformed):
-                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, request.message)
-            return await handler.unary_unary(request, context)
+                raise TensorError(request.message)
+        refusals: list[FlashdiffError] = []
+        given = messages(request, context, place, refusals) if handler.request_streaming else request
+        if not inspect.isasyncgenfunction(behaviour):  # it has one response, or writes its responses itself
+            return await behaviour(given, context)
+        end_call, loop = end_of_call(), asyncio.get_running_loop()
+        async with aclosing(behaviour(given, context)) as responses:
+            async for response in responses:
+                unread = loop.call_later(sending_s(response.ByteSize()), end_call)
+                try:
+                    await context.write(response)
+                finally:
+                    unread.cancel()
+        if refusals:
+            raise refusals[0]
+        return None
 
-    async def answer_stream(request: Any, context: Any) -> AsyncIterator[Any]:
-        with watch(context):
-            if isinstance(request, Malformed):
-                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, request.message)
-            refusals: list[FlashdiffError] = []
-            given = admitted(request, context.invocation_metadata(), refusals) if handler.request_streaming else request
-            async for response in (handler.unary_stream or handler.stream_stream)(given, context):
-                yield response
-            for error in refusals:
+    async def answer(_: Any, context: Any) -> Any:
+        client = client_of(context)  # now: gRPC hangs when a cancelled call is asked for its peer
+        with watch(client, context):
+            try:
+                with calls.placed(client, is_health=is_health) as place:
+                    return await answer_call(context, place)
+            except grpc.aio.BaseError:
+                raise
+            except FlashdiffError as error:
                 await abort(context, error)
+            except MemoryError:
+                await abort(context, OutOfMemoryError("there is not enough memory for this now"))
+            except Exception:  # a mistake of ours: the log gets its traceback, and the client nothing of it
+                _log.exception("method=%s failed", method)
+                await abort(context, BackendError("internal error"))
 
-    return _handler_like(handler, answer_stream if handler.response_streaming else answer, read)
+    return _handler_like(handler, answer, read)
+
+
+async def _first_message(context: Any) -> Any:
+    """The first message of a call, or EOF; a DeadlineError when neither comes in time."""
+    try:
+        async with asyncio.timeout(_FIRST_S):
+            return await context.read()
+    except TimeoutError:
+        raise DeadlineError(f"the call's message did not come within {_FIRST_S:g} s") from None
 
 
 def _refusing(handler: Any, error: FlashdiffError) -> Any:
-    """A handler of the same kind that ends every call with the error."""
+    """A handler of the same kind that ends every call with the error, before its message is read."""
 
-    async def refuse(_: Any, context: Any) -> None:  # of a stream as well: gRPC takes one that writes by itself, or not at all
+    async def refuse(_: Any, context: Any) -> None:
         await abort(context, error)
 
     return _handler_like(handler, refuse, lambda data: data)
 
 
 def _handler_like(handler: Any, behaviour: Callable[..., Any], read: Callable[[bytes], Any]) -> Any:
-    makers: dict[tuple[bool, bool], Callable[..., Any]] = {
-        (False, False): grpc.unary_unary_rpc_method_handler,
-        (False, True): grpc.unary_stream_rpc_method_handler,
-        (True, False): grpc.stream_unary_rpc_method_handler,
-        (True, True): grpc.stream_stream_rpc_method_handler,
-    }
-    return makers[handler.request_streaming, handler.response_streaming](behaviour, read, handler.response_serializer)
+    """Of the same kind of response. Its requests are a stream, which gRPC leaves for the behaviour to read."""
+    make = grpc.stream_stream_rpc_method_handler if handler.response_streaming else grpc.stream_unary_rpc_method_handler
+    return make(behaviour, read, handler.response_serializer)

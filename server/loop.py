@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashdiff.components import ModelSpec
-from flashdiff.errors import CancelledError, DeadlineError, FlashdiffError
+from flashdiff.errors import CancelledError, DeadlineError, FlashdiffError, OutOfMemoryError
 from flashdiff.generate import finish_rows, prepare
 from flashdiff.orders import Order
 from flashdiff.parts import Phase
@@ -152,6 +152,9 @@ class DeviceLoop:
         except FlashdiffError as error:
             self._fail(running.job, error)
             return []
+        except MemoryError:
+            self._fail(running.job, _short_of_memory())
+            return []
         if was_preparing:  # what the model's cache has is prepared, or the rows have started
             self._progress[running.job] = progress_of(running)
         return targets
@@ -220,6 +223,14 @@ class DeviceLoop:
                     raise alone.error
 
     def _take(self, called: Called) -> None:
+        """Take the outputs of a call; without the memory for it the call's jobs fail, and no others."""
+        try:
+            self._note(called)
+        except MemoryError:
+            for running in dict.fromkeys(target.running for target in called.call.targets):
+                self._fail(running.job, _short_of_memory())
+
+    def _note(self, called: Called) -> None:
         """Note outputs, time spent and progress of a call, and answer the jobs that it finished."""
         call = called.call
         phase, spent = call.targets[0].phase, _shares(call.usual_ms, called.spent_ms)
@@ -331,13 +342,21 @@ def _shares(usual_ms: Mapping[str, float], spent_ms: float) -> dict[str, float]:
 def _make(call: Call, clock: Callable[[], float]) -> Called:
     """Make the device call, all of whose targets are of one part, model and size; an error leaves every row as it was."""
     started = clock()
+    outputs: list[Output] = []
+    error: BaseException | None = None
     try:
-        outputs, error = _outputs(call.targets), None
+        outputs = _outputs(call.targets)
+    except MemoryError:
+        error = _short_of_memory()
     except BaseException as caught:
-        outputs, error = [], caught
+        error = caught
     finally:
         call.is_back = True
     return Called(call, outputs, error, 1000 * (clock() - started))
+
+
+def _short_of_memory() -> OutOfMemoryError:
+    return OutOfMemoryError("there is not enough memory for this now")
 
 
 def _outputs(targets: Sequence[Target]) -> list[Output]:

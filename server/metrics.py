@@ -1,13 +1,15 @@
 """What Prometheus reads: the queue, the batches, the time each part takes, and what was refused."""
 
+import os
 from collections import deque
 from collections.abc import Callable
 from functools import partial
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from flashdiff.errors import ConfigError, FlashdiffError
 from flashdiff.server.jobs import Timings
+from flashdiff.server.metrics_page import MetricsPage
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 _SLOTS = (1, 2, 4, 8, 16, 32)
@@ -19,6 +21,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self.page = MetricsPage(self.registry)
         registry = self.registry
         self._part = Histogram("flashdiff_part_seconds", "Device calls", ["model", "part"], buckets=_SECONDS, registry=registry)
         self._slots = Histogram(
@@ -46,13 +49,13 @@ class Metrics:
     def watch_queue(self, pending_images: Callable[[], int]) -> None:
         self._pending.set_function(pending_images)
 
-    def listen(self, host: str, port: int) -> int:
-        """Serve /metrics in a thread of its own; the port it listens on."""
+    async def listen(self, host: str, port: int) -> int:
+        """Serve /metrics on the event loop; the port it listens on."""
         try:
-            server, _ = start_http_server(port, addr=host, registry=self.registry)
-            return int(server.server_port)
+            return await self.page.listen(host, port)
         except OSError as error:
-            raise ConfigError(f"--metrics-port {port}: cannot listen: {error.strerror or error}") from None
+            reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error
+            raise ConfigError(f"--metrics-port {port}: cannot listen: {reason}") from None
 
     def count(self) -> None:
         """Count what was seen since the last time.

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashdiff.components import Components, Costs, Tensors
-from flashdiff.errors import BundleError, NotFoundError, OverloadedError
+from flashdiff.errors import BundleError, NotFoundError, OverloadedError, RepositoryError
 from flashdiff.generate import unconditional_of
 from flashdiff.parts import Phase
 from flashdiff.preview import fit_preview
@@ -71,9 +71,9 @@ class Model:
 class Models:
     """The names a server answers to; safe to use from any thread.
 
-    A bundle that several names lead to is opened once: `identify` tells its hash without opening it. Whoever asked for a name
-    keeps the model it led to then, so loading a name again (after its folder or symbolic link was changed) takes no request
-    away; the old model goes with its last one.
+    A bundle that several names lead to is opened once: `identify` gives its hash without opening it. A request keeps the model
+    that its name led to when it came, so loading a name again (after its folder or symbolic link was changed) ends no request;
+    the old model goes with its last one.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Models:
         self._served = dict(served)
         self._default = next(iter(self._served), "")
         self._repository, self._opener, self._identify = repository, opener, identify
-        self._loading, self._changing = threading.Lock(), threading.Lock()
+        self._changing = threading.Lock()
 
     @property
     def served(self) -> dict[str, Model]:
@@ -104,25 +104,34 @@ class Models:
         return served[name]
 
     def available(self) -> list[str]:
-        """Names in the repository, served or not."""
+        """Names in the repository, served or not; RepositoryError when it cannot be read."""
         if self._repository is None:
             return []
-        return sorted(path.name for path in self._repository.iterdir() if (path / "manifest.json").is_file())
+        try:
+            return sorted(path.name for path in self._repository.iterdir() if _is_bundle(path))
+        except OSError as error:
+            raise _unreadable(self._repository, error) from None
 
-    def load(self, name: str) -> None:
-        """Open what the repository has under that name, and answer to it once it is warm."""
+    def load(self, name: str, is_given_up: Callable[[], bool] = lambda: False) -> None:
+        """Open what the repository has under that name, and answer to it once it is warm, unless the load is given up by then.
+
+        Loads come one at a time: see `repository`.
+        """
         if self._repository is None or self._opener is None or self._identify is None:
             raise BundleError("this server was started without --repository: what it serves does not change")
-        with self._loading:  # one at a time: each takes memory and the processor
-            if name not in self.available():
-                raise NotFoundError("model", name, f"the repository has {', '.join(self.available()) or 'none'}")
+        if name not in (available := self.available()):
+            raise NotFoundError("model", name, f"the repository has {', '.join(available) or 'none'}")
+        try:
             folder = (self._repository / name).resolve()  # a symbolic link is an alias: follow it now
             wanted = self._identify(folder)
             model = next((m for m in self.served.values() if m.identity.bundle_hash == wanted), None)
             if model is None:
                 _ensure_memory(folder)
                 model = self._opener(folder)
-            with self._changing:
+        except OSError as error:
+            raise _unreadable(self._repository / name, error) from None
+        with self._changing:
+            if not is_given_up():
                 self._served = {**self._served, name: model}
 
     def unload(self, name: str) -> None:
@@ -133,6 +142,17 @@ class Models:
             if name not in self._served:
                 raise NotFoundError("model", name, f"this server has {', '.join(self._served) or 'none'}")
             self._served = {kept: model for kept, model in self._served.items() if kept != name}
+
+
+def _is_bundle(path: Path) -> bool:
+    try:
+        return (path / "manifest.json").is_file()
+    except OSError:  # that folder alone cannot be read
+        return False
+
+
+def _unreadable(path: Path, error: OSError) -> RepositoryError:
+    return RepositoryError(f"the repository's {path.name} cannot be read: {error.strerror or error}")
 
 
 def _ensure_memory(folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from flashdiff.components import Size
@@ -10,14 +10,20 @@ from flashdiff.errors import DeadlineError
 from flashdiff.orders import Order, Pixels
 from flashdiff.server.image_threads import ImageThreads
 from flashdiff.server.images import readers
-from flashdiff.server.jobs import Finished, Step, Timings
+from flashdiff.server.jobs import Finished, Step, Timings, pixel_bytes
 from flashdiff.server.models import Model, Models
 from flashdiff.server.names import ImageFormat, Priority
 from flashdiff.server.tracing import describe_call
 from flashdiff.server.worker import Worker
 from flashdiff.tasks import check_order
 
-_SENDING_S = 30.0  # how long a reply that the client does not read keeps its room
+_SENDING_S = 30.0  # how long a reply that the client does not read keeps its room,
+_SENDING_BYTES_PER_S = 1e6  # and a second more for so many bytes
+
+
+def sending_s(size: int) -> float:
+    """How long sending that many bytes may take a client that reads."""
+    return _SENDING_S + size / _SENDING_BYTES_PER_S
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,11 +86,14 @@ class Requests:
         self.models = models
         self.threads = ImageThreads(worker.clock)
 
-    async def serve(self, model: Model, request: ImageRequest, client: str) -> AsyncGenerator[Step | Reply, None]:
+    async def serve(
+        self, model: Model, request: ImageRequest, client: str, on_unread: Callable[[], None] | None = None
+    ) -> AsyncGenerator[Step | Reply, None]:
         """Every step where steps are wanted, then the reply; a FlashdiffError says why there is none.
 
         The request keeps its place, and its pixels their room, until the generator is closed: close it, by
-        `contextlib.aclosing`, when the reply is sent. A reply that is not read for 30 s gives its room back.
+        `contextlib.aclosing`, when the reply is sent. A reply that is not read for 30 s and longer gives its room back, and
+        `on_unread` is called, to give its memory back as well.
         """
         started = self._clock()
         order = await self._order(model, request, client)
@@ -97,7 +106,12 @@ class Requests:
             nonlocal unread
             steps.put_nowait(None)
             if not is_closed:  # from now on, whether the steps before have been read or not
-                unread = loop.call_later(_SENDING_S, worker.release, job)
+                unread = loop.call_later(sending_s(pixel_bytes(order)), take_back)
+
+        def take_back() -> None:
+            worker.release(job)
+            if on_unread:
+                on_unread()
 
         def on_step(step: Step) -> None:
             loop.call_soon_threadsafe(steps.put_nowait, step)

@@ -1,7 +1,6 @@
 """flashdiff.v1.ImageService: the calls of `proto/v1/image.proto`, translated for `requests`."""
 
-import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -20,6 +19,7 @@ from flashdiff.server.gate import client_of
 from flashdiff.server.jobs import Step
 from flashdiff.server.requests import Requests
 from flashdiff.server.status import abort
+from flashdiff.server.unread import end_of_call, when_answered
 
 
 class ImageService(image_pb2_grpc.ImageServiceServicer):
@@ -29,23 +29,23 @@ class ImageService(image_pb2_grpc.ImageServiceServicer):
         self._requests = requests
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
-        updates, loop = self._updates(request, context, previews=False), asyncio.get_running_loop()
-        context.add_done_callback(lambda _: loop.create_task(updates.aclose()))  # when the reply is sent
+        updates = self._updates(request, context, end_of_call(), previews=False)
+        when_answered(updates.aclose)
         return (await anext(updates)).result
 
     async def GenerateStream(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateUpdate]:
-        async with aclosing(self._updates(request, context, previews=True)) as updates:
+        async with aclosing(self._updates(request, context, end_of_call(), previews=True)) as updates:
             async for update in updates:
                 yield update
 
     async def _updates(
-        self, message: pb.GenerateRequest, context: Any, *, previews: bool
+        self, message: pb.GenerateRequest, context: Any, end_call: Callable[[], None], *, previews: bool
     ) -> AsyncGenerator[pb.GenerateUpdate, None]:
         """The previews where they are wanted, then the result; an error ends the call."""
         try:
             model = self._requests.models.get(message.model)
             request = read_request(message, context.time_remaining(), wants_steps=previews)
-            async with aclosing(self._requests.serve(model, request, client_of(context))) as updates:
+            async with aclosing(self._requests.serve(model, request, client_of(context), end_call)) as updates:
                 async for update in updates:
                     if isinstance(update, Step):
                         yield write_preview(update, await self._requests.threads.encode_preview(update.picture))

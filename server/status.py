@@ -14,7 +14,9 @@ from flashdiff.errors import (
     ExistsError,
     FlashdiffError,
     NotFoundError,
+    OutOfMemoryError,
     OverloadedError,
+    RepositoryError,
     RequestError,
 )
 
@@ -34,6 +36,8 @@ _STATUSES: tuple[tuple[type[FlashdiffError], grpc.StatusCode, int], ...] = (
     (CancelledError, grpc.StatusCode.CANCELLED, CLIENT_LEFT),
     (DrainingError, grpc.StatusCode.UNAVAILABLE, 503),
     (BundleError, grpc.StatusCode.FAILED_PRECONDITION, 409),
+    (RepositoryError, grpc.StatusCode.UNAVAILABLE, 503),
+    (OutOfMemoryError, grpc.StatusCode.RESOURCE_EXHAUSTED, 503),
     (BackendError, grpc.StatusCode.INTERNAL, 500),
 )
 

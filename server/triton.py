@@ -3,18 +3,18 @@
 A model has a prompt and some numbers as inputs; IMAGES, ENCODED, SEEDS and, in a stream, PREVIEW as outputs.
 """
 
-import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import flashdiff
-from flashdiff.errors import BackendError, FlashdiffError, NotFoundError, TensorError
+from flashdiff.errors import BackendError, FlashdiffError, NotFoundError, RepositoryError, TensorError
 from flashdiff.proto.v1 import triton_pb2 as pb
 from flashdiff.server.jobs import Step
 from flashdiff.server.models import Model
+from flashdiff.server.repository import Repository
 from flashdiff.server.requests import Reply, Requests
 from flashdiff.server.shared_memory import Regions, offered
 from flashdiff.server.triton_convert import (
@@ -70,6 +70,7 @@ class TritonService:
 
     def __init__(self, worker: Worker, requests: Requests, regions: Regions | None) -> None:
         self._worker, self._requests, self._models, self._regions = worker, requests, requests.models, regions
+        self._repository = Repository(requests.models)
         self._statistics: dict[str, _Statistics] = {}
 
     async def ServerLive(self, request: Any) -> pb.ServerLiveResponse:
@@ -131,14 +132,16 @@ class TritonService:
         served = self._models.served
         models = [index(name=name, version=VERSION, state="READY") for name in served]
         if not request.ready:
-            models += [index(name=name) for name in self._models.available() if name not in served]
+            models += [index(name=name) for name in await self._repository.available() if name not in served]
         return pb.RepositoryIndexResponse(models=models)
 
     async def RepositoryModelLoad(self, request: pb.RepositoryModelLoadRequest) -> pb.RepositoryModelLoadResponse:
         try:
             if request.parameters:
                 raise TensorError("loading takes no parameters: a bundle has its configuration in its manifest")
-            await asyncio.to_thread(self._models.load, request.model_name)
+            await self._repository.load(request.model_name)
+        except RepositoryError:
+            raise
         except FlashdiffError as error:
             raise BackendError(f"failed to load '{request.model_name[:MAX_ID]}': {error}") from None
         return pb.RepositoryModelLoadResponse()
@@ -167,16 +170,25 @@ class TritonService:
         return pb.SystemSharedMemoryUnregisterResponse()
 
     async def infer(
-        self, request: pb.ModelInferRequest, remaining_s: float | None, client: str, *, stream: bool
+        self,
+        request: pb.ModelInferRequest,
+        remaining_s: float | None,
+        client: str,
+        *,
+        stream: bool,
+        on_unread: Callable[[], None] | None = None,
     ) -> AsyncGenerator[pb.ModelInferResponse, None]:
-        """The previews, where they are asked for, and the result; errors count as failed in the statistics."""
+        """The previews, where they are asked for, and the result; errors count as failed in the statistics.
+
+        `on_unread` as in `Requests.serve`.
+        """
         started = time.monotonic()
         statistics = None
         try:
             model = self._find(request.model_name, request.model_version)
             call = read_request(request, model.components.spec, remaining_s, self._regions, stream=stream)
             statistics = self._statistics.setdefault(request.model_name, _Statistics())
-            updates = self._requests.serve(model, call.request, client)
+            updates = self._requests.serve(model, call.request, client, on_unread)
             async with contextlib.aclosing(updates):
                 async for update in updates:
                     if isinstance(update, Step):

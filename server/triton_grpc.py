@@ -8,12 +8,13 @@ from typing import Any
 import grpc
 from google.protobuf import message_factory
 
-from flashdiff.errors import FlashdiffError, TensorError
+from flashdiff.errors import FlashdiffError, OutOfMemoryError, TensorError
 from flashdiff.proto.v1 import triton_pb2 as pb
 from flashdiff.server.gate import Malformed, client_of
 from flashdiff.server.status import abort
 from flashdiff.server.triton import TritonService
 from flashdiff.server.triton_convert import MAX_ID
+from flashdiff.server.unread import end_of_call, when_answered
 
 TRITON_SERVICE = "inference.GRPCInferenceService"
 _IN_STREAM = 32  # requests of one stream that are worked on at once; the next is read when one is answered
@@ -54,11 +55,10 @@ class _Inference:
 
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Any) -> pb.ModelInferResponse:
         try:
-            updates, loop = (
-                self._service.infer(request, context.time_remaining(), client_of(context), stream=False),
-                asyncio.get_running_loop(),
+            updates = self._service.infer(
+                request, context.time_remaining(), client_of(context), stream=False, on_unread=end_of_call()
             )
-            context.add_done_callback(lambda _: loop.create_task(updates.aclose()))  # when the response is sent
+            when_answered(updates.aclose)
             return await anext(updates)
         except FlashdiffError as error:
             await abort(context, error)
@@ -70,15 +70,18 @@ class _Inference:
         # Both are bounded, so that a client who sends and does not read waits for itself, and holds room by what it has not read.
         responses: asyncio.Queue[pb.ModelStreamInferResponse | None] = asyncio.Queue(1)
         room = asyncio.Semaphore(_IN_STREAM)
-        client = client_of(context)
+        client, end_call = client_of(context), end_of_call()
 
         async def answer(request: pb.ModelInferRequest | Malformed) -> None:
             try:
                 if isinstance(request, Malformed):
                     raise TensorError(request.message)
-                async for response in self._service.infer(request, context.time_remaining(), client, stream=True):
+                updates = self._service.infer(request, context.time_remaining(), client, stream=True, on_unread=end_call)
+                async for response in updates:
                     await responses.put(pb.ModelStreamInferResponse(infer_response=response))
             except Exception as error:
+                if isinstance(error, MemoryError):
+                    error = OutOfMemoryError("there is not enough memory for this now")
                 if not isinstance(error, FlashdiffError):
                     _log.exception("a request of a stream failed")
                 message = str(error) if isinstance(error, FlashdiffError) else "internal error"

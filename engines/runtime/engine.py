@@ -14,9 +14,19 @@ from flashdiff.engines.backends import find_backend
 from flashdiff.engines.backends.base import Backend, CompiledPart
 from flashdiff.engines.bundle import BucketCost, Manifest, PartRecord, read_manifest, tokenizer_file
 from flashdiff.engines.shapes import bucket_shapes, dimensions_of
-from flashdiff.errors import BackendError, first_line
+from flashdiff.errors import BackendError, OutOfMemoryError, first_line
 from flashdiff.text import PromptTokenizer
 
+# How the libraries say that memory is short, in lower case: they have no class in common for it, and torch on CPUs, OpenVINO and
+# ONNX Runtime none at all.
+_OUT_OF_MEMORY = (
+    "out of memory",  # torch and CUDA
+    "can't allocate memory",  # torch on a CPU
+    "failed to allocate",  # OpenVINO and ONNX Runtime
+    "bad_alloc",
+    "bad allocation",
+    "memoryallocation",  # TensorRT's calls of CUDA
+)
 _TIMED_RUNS, _TIMED_MS = 7, 1000  # at most; but never once alone, since the first call sets up
 
 
@@ -116,7 +126,7 @@ def _open_parts(folder: Path, manifest: Manifest, backend: Backend) -> Callable[
     try:
         compile_part = backend.open_parts(folder, manifest)
     except Exception as error:  # the libraries' errors share no public base class
-        raise BackendError(f"{backend.name} could not open {folder}: {first_line(error)}") from None
+        raise _library_error(f"{backend.name} could not open {folder}", error) from None
 
     def compile_named(part: str, size: Size | None, batch: int) -> CompiledPart:
         spec = manifest.parts[part]
@@ -124,17 +134,25 @@ def _open_parts(folder: Path, manifest: Manifest, backend: Backend) -> Callable[
         try:
             compiled = compile_part(part, folder / spec.file_for(size, batch), dimensions)
         except Exception as error:
-            raise BackendError(f"{backend.name} could not compile {part}: {first_line(error)}") from None
+            raise _library_error(f"{backend.name} could not compile {part}", error) from None
 
         def run(inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
             try:
                 return compiled(inputs)
             except Exception as error:
-                raise BackendError(f"{backend.name} failed in {part}: {first_line(error)}") from error
+                raise _library_error(f"{backend.name} failed in {part}", error) from error
 
         return run
 
     return compile_named
+
+
+def _library_error(what: str, error: Exception) -> BackendError:
+    """What a library failed in, as OutOfMemoryError where it lacked memory."""
+    text = str(error).lower()
+    if isinstance(error, MemoryError) or any(words in text for words in _OUT_OF_MEMORY):
+        return OutOfMemoryError(f"{what}: there is not enough memory for this now")
+    return BackendError(f"{what}: {first_line(error)}")
 
 
 def open_bundle(folder: Path) -> Engine:

@@ -1,12 +1,13 @@
 """What every HTTP request passes before its route, and its response on the way back.
 
-Its caller is authenticated, it is watched, its page is allowed, its body is read, and it ends when its client leaves.
+Its page is allowed, its caller is authenticated, it gets a place among the calls at once, its body is read, it is watched, and it
+ends when its client leaves or does not read the response.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,17 +18,19 @@ from starlette.requests import Request
 from starlette.routing import Route, Router
 from starlette.types import Message, Receive, Scope, Send
 
-from flashdiff.errors import BackendError, CancelledError, FlashdiffError
+from flashdiff.errors import BackendError, CancelledError, FlashdiffError, OutOfMemoryError
 from flashdiff.server.calls import Call, Calls
 from flashdiff.server.http.bodies import Bodies
 from flashdiff.server.http.errors import HttpError, error_response, status_of
 from flashdiff.server.http.origins import Origins, is_preflight, preflight_response
+from flashdiff.server.http.sending import ABORT, send_in_time
 from flashdiff.server.status import CLIENT_LEFT
 
 OPEN_TO_ALL = frozenset(
     {"/", "/openapi.json", "/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready"}
 )  # as gRPC's health checks; the page holds no secret, and a browser has no token before it is loaded
-_UNWATCHED = frozenset({"/metrics", "/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready"})  # asked every second
+_HEALTH = frozenset({"/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready"})
+_UNWATCHED = _HEALTH | {"/metrics"}  # asked every second
 _UNMATCHED = "unmatched"  # and not the path, of which there are any number
 
 _log = logging.getLogger(__name__)
@@ -67,7 +70,7 @@ class Front:
 
     async def _answer(self, scope: Scope, headers: Mapping[str, str], receive: Receive, send: Send, call: Call) -> None:
         """Run the route; every error becomes a response, and the call's code."""
-        sender, error = _Sender(send, call, self._origins.headers(headers)), None
+        sender, error = _Sender(send, call, self._origins.headers(headers), scope[ABORT]), None
         try:
             self._origins.check(headers)
             if is_preflight(scope["method"], headers):
@@ -76,9 +79,11 @@ class Front:
             if scope["path"] not in OPEN_TO_ALL:
                 call.client = self._calls.admit(headers.get("authorization", "")) or call.client
             arrived = time.monotonic()
-            async with self._bodies.read(scope["path"], headers, receive) as body:
-                scope["flashdiff.exchange"] = Exchange(call=call, body=body, arrived=arrived)
-                await self._run(scope, receive, sender)
+            with self._calls.placed(call.client, is_health=scope["path"] in _HEALTH) as place:
+                async with self._bodies.read(scope["path"], call.client, headers, receive) as body:
+                    place.is_waiting = False
+                    scope["flashdiff.exchange"] = Exchange(call=call, body=body, arrived=arrived)
+                    await self._run(scope, receive, sender)
         except FlashdiffError as caught:
             error = caught
         except HTTPException as caught:  # of the router
@@ -86,6 +91,8 @@ class Front:
         except asyncio.CancelledError:
             call.fail(str(CLIENT_LEFT))
             raise
+        except MemoryError:
+            error = OutOfMemoryError("there is not enough memory for this now")
         except Exception:
             _log.exception("a request of %s failed", call.method)
             error = BackendError("internal error")
@@ -128,8 +135,8 @@ async def _until_left(receive: Receive) -> None:
 class _Sender:
     """Sends a response with what all responses have, and notes how it goes."""
 
-    def __init__(self, send: Send, call: Call, headers: Mapping[str, str]) -> None:
-        self._send, self._call = send, call
+    def __init__(self, send: Send, call: Call, headers: Mapping[str, str], abort: Callable[[], None]) -> None:
+        self._send, self._call, self._abort = send, call, abort
         self._headers = {"x-content-type-options": "nosniff", **headers}
         if call.request_id:
             self._headers["x-request-id"] = call.request_id
@@ -141,6 +148,10 @@ class _Sender:
             MutableHeaders(scope=message).update(self._headers)
             if not self._call.has_failed:
                 self._call.code = str(message["status"])
-        elif not message.get("more_body", False):
-            self.has_ended = True
+            await self._send(message)
+        else:
+            await send_in_time(self._hand_on, message, self._abort)
+
+    async def _hand_on(self, message: Message) -> None:
+        self.has_ended = not message.get("more_body", False)
         await self._send(message)

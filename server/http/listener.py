@@ -7,27 +7,44 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import h11
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from flashdiff.errors import ConfigError
+from flashdiff.server.http.sending import ABORT
+from flashdiff.server.requests import sending_s
 
 HEADERS_S = 30.0
 """How long a request's headers may take to arrive."""
 _KEEP_ALIVE_S = 75.0  # of an idle connection: longer than those of load balancers
 _CLOSING_S = 0.2  # for connections to be gone that are closed
-_MAX_CONNECTIONS = 2000  # as gRPC's calls
 
 
 class _Connection(H11Protocol):
-    """Closes a connection whose next request does not begin and end its headers in time; idle ones uvicorn closes itself."""
+    """Closes a connection whose next request does not begin and end its headers in time, or whose client does not read.
+
+    uvicorn closes idle ones itself.
+    """
 
     _timer: asyncio.TimerHandle | None = None
+    _unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=1, low=0)  # so that all that waits for the client counts as unread
+        app, abort = self.app, transport.abort
+        self.app = lambda scope, receive, send: app({**scope, ABORT: abort}, receive, send)
         self._watch_headers()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unread = self.loop.call_later(sending_s(self.transport.get_write_buffer_size()), self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop_unread()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -36,6 +53,17 @@ class _Connection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._stop_timer()
+        self._stop_unread()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer garbage, unless a response has begun; uvicorn would fail then, and when the request under way is answered."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:
+            self.transport.close()
 
     def _watch_headers(self) -> None:
         if self.cycle is not None and not self.cycle.response_complete:
@@ -47,6 +75,11 @@ class _Connection(H11Protocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    def _stop_unread(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
 
 
 class _Uvicorn(uvicorn.Server):
@@ -85,7 +118,6 @@ async def listen_http(
         proxy_headers=False,
         server_header=False,
         timeout_keep_alive=_KEEP_ALIVE_S,  # type: ignore[arg-type]
-        limit_concurrency=_MAX_CONNECTIONS,
         reset_contextvars=True,  # or a request in a kept-alive connection would see what the one before has set
         ssl_certfile=certificate,
         ssl_keyfile=key,

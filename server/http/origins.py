@@ -27,7 +27,7 @@ class Origins:
         host, origin = headers.get("host", ""), headers.get("origin")
         if self._hosts is not None and _name_of(host) not in self._hosts:
             raise HttpError(403, f"host: {host[:80]!r} is not a name of this loopback server; see --allow-origin")
-        if origin is not None and origin.lower() not in self._allowed and urlsplit(origin).netloc.lower() != host.lower():
+        if origin is not None and origin.lower() not in self._allowed and _place_of(origin) != host.lower():
             raise HttpError(403, f"origin: {origin[:80]!r} may not use this server; see --allow-origin")
 
     def headers(self, headers: Mapping[str, str]) -> dict[str, str]:
@@ -53,6 +53,14 @@ def preflight_response(headers: Mapping[str, str]) -> Response:
             "access-control-max-age": "600",
         },
     )
+
+
+def _place_of(origin: str) -> str | None:
+    """Host and port of an `Origin` header, None when it is none."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return None
 
 
 def _name_of(host: str) -> str:

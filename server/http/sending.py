@@ -1,10 +1,35 @@
-"""Responses that end what they are made from when they are sent, or when their client leaves."""
+"""Responses that end what they are made from when they are sent, or when their client leaves or does not read them."""
 
-from collections.abc import AsyncGenerator, Mapping
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
+
+from flashdiff.errors import CancelledError
+from flashdiff.server.requests import sending_s
+
+ABORT = "flashdiff.abort"
+"""The scope's key for what drops the connection with all that waits to be sent."""
+_PIECE_BYTES = 256 * 1024  # of a body that is handed on at once: what follows waits until the client has taken it
+
+
+async def send_in_time(send: Send, message: Message, abort: Callable[[], None]) -> None:
+    """Send a piece of a body; a client that does not take it in time loses its connection, and CancelledError is raised."""
+    body, more_body = message.get("body", b""), message.get("more_body", False)
+    if len(body) <= _PIECE_BYTES and not more_body:
+        await send(message)  # the connection watches what is left of it
+        return
+    try:
+        async with asyncio.timeout(sending_s(len(body))):
+            for start in range(0, len(body), _PIECE_BYTES):
+                await send({**message, "body": body[start : start + _PIECE_BYTES], "more_body": True})
+            if not more_body:
+                await send({**message, "body": b""})  # returns when the last piece has been taken
+    except TimeoutError:
+        abort()
+        raise CancelledError("the client does not read its response") from None
 
 
 class Closing(Response):

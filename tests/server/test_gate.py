@@ -18,6 +18,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -211,6 +212,27 @@ def test_http_has_the_same_tls_and_client_certificates(tmp_path: Path) -> None:
         trust.load_cert_chain(tmp_path / "client.pem", tmp_path / "client.key")
         with urllib.request.urlopen(url, context=trust, timeout=10) as page:
             assert page.status == 200
+
+
+def test_reflection_counts_in_the_rate_of_a_token_and_health_checks_do_not(tmp_path: Path) -> None:
+    tokens = _tokens(tmp_path, f"alice {ALICE} 0.001\n")
+    with serving(FakeComponents(), Listen(port=0, tokens=tokens)) as running, grpc.insecure_channel(running.address) as channel:
+        for _ in range(3):
+            health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=10)
+        reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
+        listing = reflection_pb2.ServerReflectionRequest(list_services="")
+        metadata = (("authorization", f"Bearer {ALICE}"),)
+        (found,) = reflection.ServerReflectionInfo(iter([listing]), metadata=metadata, timeout=10)
+        assert found.list_services_response.service
+        for call in (
+            lambda: list(reflection.ServerReflectionInfo(iter([listing]), metadata=metadata, timeout=10)),
+            lambda: image_pb2_grpc.ImageServiceStub(channel).ListModels(
+                image_pb2.ListModelsRequest(), metadata=metadata, timeout=10
+            ),
+        ):
+            with pytest.raises(grpc.RpcError) as caught:
+                call()
+            assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 def test_half_of_tls_and_unreadable_files_are_said(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def test_reading_an_image_counts_in_the_timings_and_against_the_deadline(asking:
         asking.clock.now += 0.5
         return np.zeros((64, 64, 3), dtype=np.uint8)
 
-    monkeypatch.setattr("flashdiff.server.requests.decode_image", slow_read)
+    monkeypatch.setattr("flashdiff.server.images.decode_image", slow_read)
 
     async def scenario() -> None:
         reply = await asking.reply(ImageRequest(prompt="x", files={"image": b"a file"}, timeout_s=0.6))
@@ -94,7 +94,7 @@ def test_a_deadline_that_passes_while_images_are_read_ends_the_request(asking: A
         assert go.wait(60)
         return np.zeros((64, 64, 3), dtype=np.uint8)
 
-    monkeypatch.setattr("flashdiff.server.requests.decode_image", held)
+    monkeypatch.setattr("flashdiff.server.images.decode_image", held)
 
     async def scenario() -> None:
         for _ in range(2):  # the one that is being read, and one behind it
