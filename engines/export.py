@@ -39,8 +39,9 @@ def export_onnx(model: TorchModel, part: Part, folder: Path, *, size: Size, prec
 
 def dimension_names(part: Part) -> set[str]:
     """The dimensions that stay open in a part's graph."""
-    fixed = {"height", "width", "image_height", "image_width"} if part.fixed_size else set()
-    return {d for tensor in part.inputs for d in tensor.shape if isinstance(d, str)} - fixed
+    fixed: set[str] = {"height", "width", "image_height", "image_width"} if part.fixed_size else set()
+    named: set[str] = {d for tensor in part.inputs for d in tensor.shape if isinstance(d, str)}
+    return named - fixed
 
 
 def trace(model: TorchModel, part: Part, size: Size, precision: Precision) -> torch.export.ExportedProgram:
