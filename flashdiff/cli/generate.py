@@ -86,6 +86,7 @@ def run(options: argparse.Namespace) -> None:
     from flashdiff.engines.config import parse_sizes
     from flashdiff.engines.runtime.engine import open_bundle
     from flashdiff.generate import generate
+    from flashdiff.reading import MAX_BYTES, read_file
     from flashdiff.server.images import FORMAT_OF_SUFFIX, decode_image, encode_image
     from flashdiff.tasks import check_order
 
@@ -101,7 +102,7 @@ def run(options: argparse.Namespace) -> None:
         steps=options.steps,
         size=size,
         count=options.count,
-        inputs={name: partial(decode_image, path.read_bytes(), name=name) for name, path in options.inputs},
+        inputs={name: partial(decode_image, read_file(path, MAX_BYTES), name=name) for name, path in options.inputs},
         parameters=dict(options.parameters),
     )
     for index, pixels in enumerate(generate(engine, [order])[0]):

@@ -18,8 +18,8 @@ _CHECKPOINT_EVERY = 250
 
 
 class StageRecipe(Record):
-    batch_size: int = Field(ge=1)
-    images: int = Field(ge=1)
+    batch_size: int = Field(ge=1, le=2**20)
+    images: int = Field(ge=1, le=10**12)
     """Training length: images seen, counting repeats."""
     learning_rate: float = Field(gt=0, lt=1)
     """Peak; linear warm-up over 200 updates, then cosine to 1 % of it."""
