@@ -173,7 +173,7 @@ def _name_dimensions(graph: Any, part: Part) -> None:
 
 def _drop_sources(model: onnx_ir.Model) -> None:
     """Drop what the exporter notes of our source files and of its own: a graph's bytes must not depend on where they lie."""
-    graphs = [model.graph, *model.functions.values()]
+    graphs: list[Any] = [model.graph, *model.functions.values()]
     nodes = [node for graph in graphs for node in onnx_ir.traversal.RecursiveGraphIterator(graph)]
     values = [value for graph in graphs for value in (*graph.inputs, *graph.outputs)]
     values += [value for node in nodes for value in node.outputs] + list(model.graph.initializers.values())

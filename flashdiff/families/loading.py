@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from pydantic import ValidationError
 
-from flashdiff.components import ModelSpec, Size
+from flashdiff.components import MAX_SIDE, ModelSpec, Size
 from flashdiff.errors import FlashdiffError, ModelError, first_line
 from flashdiff.families.base import ModelFamily
 from flashdiff.families.codec import latent_factor
@@ -142,7 +142,10 @@ def size_limits(folder: Path, family: ModelFamily) -> tuple[int, int | None]:
     """Latent cells that sides must be multiples of, and those of the longest side (None: any); see `ModelFamily`."""
     denoiser = read_config(folder, family.lora_prefix)
     try:
-        return family.size_step(denoiser), family.largest_side(denoiser)
+        step, largest = family.size_step(denoiser), family.largest_side(denoiser)
+        if not (isinstance(step, int) and 1 <= step <= MAX_SIDE):
+            raise ValueError("what sides must be multiples of")
+        return step, largest
     except Exception as error:  # as in `named_gaps`
         raise ModelError(f"{folder}/{family.lora_prefix}/config.json lacks or misstates {first_line(error)}") from None
 
