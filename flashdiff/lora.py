@@ -259,7 +259,7 @@ def with_ordered_header(content: bytes) -> bytes:
     """A safetensors file whose metadata is sorted: the library writes it in another order every time."""
     header, data = _parts(content)
     if "__metadata__" in header:
-        header = {"__metadata__": dict(sorted(header["__metadata__"].items())), **header}
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # the tensors start at a multiple of 8
     return struct.pack("<Q", len(text)) + text + data
