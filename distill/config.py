@@ -11,24 +11,25 @@ from flashdiff.distill.losses.settings import Share
 from flashdiff.distill.terms import TERMS, Term
 from flashdiff.schedule import Grid
 
-Weight = Annotated[float, Field(ge=0)]
+Weight = Annotated[float, Field(ge=0, le=1e6)]
+Updates = Annotated[int, Field(ge=1, le=10**9)]
 
 
 class DataRecipe(Record):
     source: str
     """`avatars` for renders of the embedded world; a folder of images with captions in .txt files or metadata.jsonl; webdataset
     shards (.tar) or parquet files, one or a folder of them; or a .txt file of prompts, one per line, without images."""
-    images: int = Field(4000, ge=1)
+    images: int = Field(4000, ge=1, le=10**9)
     """How many images or prompts to use at most."""
     buckets: bool = False
     """Train each image at the nearest of several aspect ratios, one per batch, instead of cropping all to the base's size."""
 
 
 class LoraRecipe(Record):
-    rank: int = Field(ge=1)
-    alpha: float = Field(gt=0)
+    rank: int = Field(ge=1, le=4096)
+    alpha: float = Field(gt=0, le=1e6)
     """The LoRA's output is scaled by alpha / rank."""
-    targets: tuple[str, ...] = ()
+    targets: tuple[str, ...] = Field((), max_length=10_000)
     """Names, or endings of names, of the layers that get a LoRA; empty: the family's, which are the attention projections, and
     in PixArt most linear layers."""
 
@@ -67,8 +68,8 @@ class Phase(LossKeys):
     The name of each loss in `terms.py` is a key here too: its weight, where 0 leaves the loss out.
     """
 
-    updates: int = Field(ge=1)
-    mode_weights: tuple[float, ...]
+    updates: Updates
+    mode_weights: tuple[float, ...] = Field(max_length=1000)
     """beta_j, one weight per mode, noisiest first; they need not sum to one."""
     backward_simulation: Share = 0.0
     """Share of the noisy inputs that come from the student's own earlier steps, as at inference, and not from an image."""
@@ -116,16 +117,16 @@ class Recipe(Record):
     """Its keys are in `flashdiff/schedule.py`."""
     lora: LoraRecipe
     loss: LossRecipe = LossRecipe()
-    phases: tuple[Phase, ...] = Field(min_length=1)
-    ramp_updates: int = Field(0, ge=0)
+    phases: tuple[Phase, ...] = Field(min_length=1, max_length=1000)
+    ramp_updates: int = Field(0, ge=0, le=10**9)
     """Updates over which the loss weights move from the last phase's to the next one's; 0: at once, as in the paper."""
     guidance: tuple[float, float]
     """The teacher's guidance scale is drawn per sample between these two."""
     target: Literal["solution", "consistency"] = "solution"
     """What the student is regressed on: the end of the teacher's ODE, or, as in LCM, its own answer one teacher step further."""
-    batch_size: int = Field(ge=1)
+    batch_size: int = Field(ge=1, le=2**20)
     """Samples per update, over all processes; a multiple of their number times `accumulate`."""
-    accumulate: int = Field(1, ge=1)
+    accumulate: int = Field(1, ge=1, le=2**20)
     """Micro-batches that each process splits its share of a batch into: more of them take less memory and more time, for the
     same result."""
     gradient_checkpointing: bool = False
@@ -136,20 +137,20 @@ class Recipe(Record):
     """The student's; adamw_8bit keeps its moments in 8 bits and needs an NVIDIA GPU and bitsandbytes."""
     learning_rate: float = Field(gt=0, lt=1)
     """The student's highest; it falls linearly to 0 over the last seven tenths of the run."""
-    warmup_updates: int = Field(100, ge=0)
+    warmup_updates: int = Field(100, ge=0, le=10**9)
     """Updates over which the learning rate rises to its highest."""
     ema_decay: float = Field(0.99, ge=0, lt=1)
     """Decay of the running average of the student's weights, which is what is published; 0 publishes the last weights."""
-    target_uses: int = Field(1, ge=1)
+    target_uses: int = Field(1, ge=1, le=64)
     """Updates in which each of the teacher's targets is used. 1 is the paper's; more is cheaper where the teacher is most of the
     cost, and keeps 256 batches of targets in the memory of every process, which a resumed run solves again."""
-    checkpoint_every: int = Field(100, ge=1)
+    checkpoint_every: Updates = 100
     """Updates between checkpoints, and between previews."""
-    checkpoints_keep: int = Field(1, ge=1)
+    checkpoints_keep: int = Field(1, ge=1, le=10_000)
     """How many of the latest checkpoints are kept; a run resumes from the last."""
     tracker: Literal["tensorboard", "wandb"] = "tensorboard"
     """Where curves and previews go; log.jsonl has the same numbers."""
-    preview_prompts: tuple[str, ...] = ()
+    preview_prompts: tuple[str, ...] = Field((), max_length=100)
     """Prompts that previews show; without any there are no previews."""
 
     @model_validator(mode="after")
@@ -160,8 +161,8 @@ class Recipe(Record):
                     f"mode_weights must be {self.grid.modes} numbers, none negative and not all 0, not {phase.mode_weights}"
                 )
         low, high = self.guidance
-        if not 0 < low <= high:
-            raise ValueError(f"guidance must be two rising positive numbers, not {self.guidance}")
+        if not 0 < low <= high <= 100:
+            raise ValueError(f"guidance must be two rising positive numbers up to 100, not {self.guidance}")
         return self
 
     @property

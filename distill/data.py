@@ -3,7 +3,6 @@
 import hashlib
 import logging
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from flashdiff.distill.sources import Damage, Sample, decoded, image_size, read_
 from flashdiff.errors import TrainingError, first_line
 from flashdiff.evaluation.images import DAMAGED_IMAGE
 from flashdiff.families.base import TorchModel
-from flashdiff.files import cache_folder, hash_files
+from flashdiff.files import cache_folder, hash_files, write_whole
 
 _log = logging.getLogger(__name__)
 
@@ -205,11 +204,7 @@ def _named(folder: Path, *content: bytes | str) -> Path:
 
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write the file whole or not at all, even when another process writes the same one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    whole = {name: values.contiguous().cpu() for name, values in tensors.items()}
-    temporary.write_bytes(safetensors.torch.save(whole))
-    temporary.replace(path)
+    write_whole(path, safetensors.torch.save({name: values.contiguous().cpu() for name, values in tensors.items()}))
 
 
 def _is_whole(path: Path) -> bool:

@@ -5,7 +5,7 @@ import logging
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -28,11 +28,13 @@ from flashdiff.distill.publish import publish
 from flashdiff.distill.step import Pool, Stretch, make_pool, shared_pool, stretch_at, student_x0
 from flashdiff.distill.student import Student
 from flashdiff.distill.trackers import Tracker, open_tracker
-from flashdiff.errors import TrainingError
-from flashdiff.families import load_base
-from flashdiff.families.base import TorchModel
-from flashdiff.files import write_whole
+from flashdiff.errors import TrainingError, first_line
+from flashdiff.families import find_base, load_base
+from flashdiff.families.base import TorchModel, base_files
+from flashdiff.files import sweep_parts, write_whole
+from flashdiff.locks import sole_user
 from flashdiff.lora import FLASH, add_adapter
+from flashdiff.reading import first_change, read_json, witness
 from flashdiff.sampling import Sampler
 
 _log = logging.getLogger(__name__)
@@ -61,9 +63,16 @@ def distill(recipe: Recipe, out: Path, *, pools: Path | None = None) -> None:
     if (out / FLASH).exists():
         raise TrainingError(f"{out} holds a finished run; choose another --out or remove it")
     processes.check_split(recipe.batch_size, recipe.accumulate, shard_base=recipe.shard_base)
-    processes.main_first(lambda: _claim_folder(work, recipe))
+    with _claimed(work) if processes.is_main() else nullcontext():
+        processes.main_first(lambda: _check_recipe(work, recipe))
+        _run(recipe, out, work, pools)
 
+
+def _run(recipe: Recipe, out: Path, work: Path, pools: Path | None) -> None:
+    """Train and publish, in a folder that is this run's alone."""
     with _explained_out_of_memory(recipe):
+        base = find_base(recipe.base)
+        files = witness(base_files(base))
         family, model = load_base(recipe.base)
         trained = model.spec.sampler.schedule.num_train_timesteps
         if recipe.grid.num_train_timesteps != trained:
@@ -73,6 +82,9 @@ def distill(recipe: Recipe, out: Path, *, pools: Path | None = None) -> None:
         place(model, whole=not recipe.shard_base)
         _log.info("reading up to %d samples of '%s'", recipe.data.images, recipe.data.source)
         data = load_dataset(recipe.data, model, batch_size=recipe.batch_size, seed=recipe.seed)
+        _log.info("the base '%s' has the hash %s", recipe.base, model.base_hash[:12])
+        if changed := first_change(files, witness(base_files(base))):
+            raise TrainingError(f"{changed} changed while the run read it; start again when the base stays as it is")
         if processes.device().type != "cpu":
             model.text_encoder.to("cpu", torch.float32)  # from here on only previews use it
         targets = recipe.lora.targets or family.lora_targets
@@ -241,8 +253,13 @@ def _resume(work: Path, student: Student, objective: Objective) -> None:
     """Restore the last checkpoint if there is one."""
     if found := _checkpoints(work):
         state = load_state(found[-1])
-        student.load_state_dict(state["student"])
-        objective.load_state_dict(state["objective"])
+        try:
+            student.load_state_dict(state["student"])
+            objective.load_state_dict(state["objective"])
+        except Exception as error:  # a file that torch can load, but of something else
+            raise TrainingError(
+                f"{found[-1]} is no checkpoint of this run ({first_line(error)}); remove it to go on from the one before"
+            ) from None
 
 
 @contextmanager
@@ -270,17 +287,34 @@ def _explained_out_of_memory(recipe: Recipe) -> Iterator[None]:
         ) from None
 
 
-def _claim_folder(work: Path, recipe: Recipe) -> None:
+@contextmanager
+def _claimed(work: Path) -> Iterator[None]:
+    """Within the block no other process trains in this folder; TrainingError when one does already."""
+    busy = TrainingError(f"another process trains in {work} now; choose another --out or wait for its end")
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(sole_user(work / "lock", busy))
+            sweep_parts(work / "checkpoints")
+        except OSError as error:
+            raise TrainingError(f"{work}: cannot write there: {error.strerror}") from None
+        yield
+
+
+def _check_recipe(work: Path, recipe: Recipe) -> None:
     """Save the recipe in the working folder; TrainingError when a run of a recipe with other results is there already."""
     resolved = work / "recipe.json"
     try:
         values = {"hash": recipe.content_hash, **recipe.model_dump(mode="json")}
-        before = json.loads(resolved.read_text()) if resolved.exists() else values
+        before = read_json(resolved) if resolved.exists() else values
+        if not isinstance(before, dict):
+            raise ValueError("it is no JSON object")
         changed = [name for name in values if name not in _SAME_RESULT and before.get(name) != values[name]]
         if changed:
             raise TrainingError(
                 f"{work} holds a run of another recipe, which differs in {', '.join(changed)}; choose another --out or remove it"
             )
         write_whole(resolved, json.dumps(values, indent=2) + "\n")
+    except ValueError as error:
+        raise TrainingError(f"{resolved} is damaged ({error}); choose another --out or remove {work}") from None
     except OSError as error:
         raise TrainingError(f"{work}: cannot write there: {error.strerror}") from None

@@ -1,14 +1,15 @@
 """The finished LoRA folder: weights, flash.json and a card that says how to use them."""
 
-import json
 import statistics
 from pathlib import Path
 
 from flashdiff.distill.config import Recipe
 from flashdiff.distill.costs import cost
+from flashdiff.errors import TrainingError, first_line
 from flashdiff.families.base import GUIDANCE, ModelFamily, TorchModel
 from flashdiff.files import write_whole
 from flashdiff.lora import WEIGHTS, FlashInfo, save_flash_lora
+from flashdiff.reading import parse_json, read_text
 from flashdiff.schedule import FlowSchedule
 
 _LAST = 100
@@ -60,9 +61,12 @@ pipeline("a prompt", {setting}, guidance_scale={guidance})  # the scheduler's ow
 def _run(recipe: Recipe, model: TorchModel, log: Path) -> str:
     """The run's cost, and its losses at the end."""
     passes = float(f"{cost(recipe, guided_twice=model.guides_twice) * recipe.batch_size:.2g}")
-    lines = [json.loads(line) for line in log.read_text().splitlines()[-_LAST:]]
-    names = [name for name in lines[-1] if name not in ("update", "loss")]
-    means = {name: statistics.mean(line[name] for line in lines if name in line) for name in names}
+    try:
+        lines = [parse_json(line) for line in read_text(log).splitlines()[-_LAST:]]
+        names = [name for name in lines[-1] if name not in ("update", "loss")]
+        means = {name: statistics.mean(line[name] for line in lines if name in line) for name in names}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise TrainingError(f"{log} is damaged ({first_line(error)}); remove it and the last checkpoint") from None
     ended = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in means.items())
     return (
         f"The run cost as much as {passes:,.0f} forward passes of the denoiser, the teacher's and the backward ones included. "

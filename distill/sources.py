@@ -18,6 +18,7 @@ from flashdiff.distill.config import DataRecipe
 from flashdiff.errors import EvaluationError, TrainingError, first_line, install
 from flashdiff.evaluation.images import DAMAGED_SHARD, METADATA, SUFFIXES, WORLD, read_metadata, shard_samples
 from flashdiff.pictures import to_rgb
+from flashdiff.reading import open_file, read_file, read_text
 
 _log = logging.getLogger(__name__)
 
@@ -128,8 +129,8 @@ def _folder(folder: Path, damage: Damage) -> Iterator[Sample]:
         prompt, _ = known.get(path.relative_to(folder).as_posix(), (None, 0))
         text = path.with_suffix(".txt")
         try:
-            caption = prompt.text.encode() if prompt else text.read_bytes() if text.is_file() else None
-            image = path.read_bytes()
+            caption = prompt.text.encode() if prompt else read_file(text) if text.is_file() else None
+            image = read_file(path)
         except OSError as error:
             damage.count("samples")
             damage.skip("samples", f"{error.filename} cannot be read: {error.strerror}")
@@ -143,6 +144,7 @@ def _files(files: list[Path], damage: Damage) -> Iterator[Sample]:
     for path in files:
         damage.count("files")
         try:
+            open_file(path).close()  # a pipe or a device would keep the library waiting
             yield from (_shard if path.suffix == ".tar" else _parquet)(path, damage)
         except DAMAGED_SHARD as error:
             damage.skip("files", f"{path} is damaged ({first_line(error)})")
@@ -176,17 +178,21 @@ def _parquet(path: Path, damage: Damage) -> Iterator[Sample]:
             for values in batch.to_pylist():
                 image, text = values["image"], values[caption]
                 content = image.get("bytes") if isinstance(image, dict) else image
+                if not isinstance(content, bytes | None) or not isinstance(text, str | None):
+                    raise TrainingError(f"{path}: 'image' must hold bytes and '{caption}' text")
                 row += 1
                 where = f"{path}, row {row}"
                 yield from _checked(where, content, text.encode() if text else None, f"column '{caption}' is empty", damage)
-    except (pyarrow.ArrowException, OSError) as error:
+    except TrainingError:
+        raise
+    except Exception as error:  # the library has many kinds for a damaged file
         raise OSError(first_line(error)) from None
 
 
 def _prompts(path: Path) -> Iterator[Sample]:
     try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_text(path).splitlines()
+    except (OSError, ValueError) as error:
         raise TrainingError(f"data.source '{path}': cannot read the prompts: {first_line(error)}") from None
     yield from (Sample(f"{path}:{number}", line.strip(), None) for number, line in enumerate(lines, start=1) if line.strip())
 

@@ -101,6 +101,8 @@ class Student:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if not 0 <= state["update"] <= self._recipe.updates:
+            raise ValueError(f"it is at update {state['update']} of {self._recipe.updates}")
         self._set_weights(state["weights"])
         for name, values in self.average.items():
             values.copy_(state["average"][name])

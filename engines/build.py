@@ -79,6 +79,7 @@ def _from_torch(plan: BuildPlan, folder: Path, watch: "_Stopwatch") -> tuple[Man
     model = plan.family.load(plan.folder, plan.spec)
     fuse(model, plan.family, plan.loras)
     watch.lap("fuse", f"{options.base} ({plan.family.name})" + "".join(f" + {lora.name}" for lora, _ in plan.loras))
+    plan.check_sources()
     parts = parts_of(plan.family, model)
     expected = run_reference(model, parts, options.batch_sizes)
     watch.lap("run", "every part, and an image of each size, in torch")
@@ -91,6 +92,7 @@ def _from_torch(plan: BuildPlan, folder: Path, watch: "_Stopwatch") -> tuple[Man
         watch.lap("save", "the fused weights")
     for tokenizer in model.spec.tokenizers:
         write_whole(folder / tokenizer_file(tokenizer), model.tokenizer.texts[tokenizer.name])
+    plan.check_sources()
     return _manifest(plan, model, parts, files), expected
 
 
@@ -103,6 +105,7 @@ def _export(
 
         def make(target: Path, size: Size = export.size or plan.inputs.sizes[0]) -> None:
             form.export(model, part, target, size=size, precision=plan.inputs.precision)
+            plan.check_sources()  # weights may be mapped from the base's files: the cache must not name others
 
         was_cached = cached(export.key, make, folder / _place(export))
         files.append(PartFile(file=(_place(export) / form.file).as_posix(), size=export.size))

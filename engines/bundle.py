@@ -1,11 +1,12 @@
 """The bundle: a folder with the compiled parts and `manifest.json`, whole and checked or not opened at all."""
 
-import json
-from collections.abc import Iterable, Mapping
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from pydantic_core import PydanticKnownError
 
 from flashdiff.components import ModelSpec, Size
@@ -13,12 +14,24 @@ from flashdiff.config import Record
 from flashdiff.engines.backends import BACKENDS
 from flashdiff.errors import BundleError
 from flashdiff.files import hash_file, write_whole
+from flashdiff.reading import parse_json, read_text
 from flashdiff.text import TokenizerSpec
 
 SCHEMA_VERSION = 5
 MANIFEST = "manifest.json"
 
+MAX_BATCH = 64
+
 Precision = Literal["fp32", "fp16", "bf16"]
+Batch = Annotated[int, Field(ge=1, le=MAX_BATCH)]
+FileName = Annotated[str, Field(pattern=r"^[^\x00-\x1f]+$", max_length=1000)]
+"""Of a file in the bundle, relative to it."""
+Dimension = Annotated[int, Field(ge=1, le=2**20)] | Literal["batch", "height", "width", "image_height", "image_width"]
+
+_MAX_ELEMENTS = 2**31
+"""Of one tensor, at the largest batch and size."""
+_REBUILD = "build it again with `flashdiff build-engine`"
+_TRIES = 3
 
 
 def _check_backend_name(value: object) -> object:
@@ -42,7 +55,7 @@ class TensorSpec(Record):
 
     name: str
     dtype: Literal["float32", "int64"]
-    shape: tuple[int | str, ...]
+    shape: tuple[Dimension, ...] = Field(max_length=8)
 
     def shape_for(self, dimensions: Mapping[str, int]) -> tuple[int, ...]:
         return tuple(dimensions[d] if isinstance(d, str) else d for d in self.shape)
@@ -56,11 +69,10 @@ def is_spatial(tensors: Iterable[TensorSpec]) -> bool:
 class PartFile(Record):
     """One compiled file of a part and the bucket it is for."""
 
-    file: str
-    """Relative to the bundle."""
+    file: FileName
     size: Size | None = None
     """None: any size."""
-    batch: int | None = None
+    batch: Batch | None = None
     """None: any batch."""
 
 
@@ -102,8 +114,8 @@ class Machine(Record):
 class LatentCodec(Record):
     """How the autoencoder's own latents become the model's: (latents - shift) * scale."""
 
-    channels: int
-    factor: int
+    channels: int = Field(ge=1, le=4096)
+    factor: int = Field(ge=1, le=256)
     scale: float
     shift: float
 
@@ -113,8 +125,8 @@ class BucketCost(Record):
 
     part: str
     size: Size | None
-    batch: int
-    ms: float
+    batch: Batch
+    ms: float = Field(ge=0)
 
 
 class BuildInputs(Record):
@@ -130,8 +142,8 @@ class BuildInputs(Record):
     """Asked for; None: the family's default, or a flash student's none."""
     backend: BackendName
     precision: Precision
-    sizes: tuple[Size, ...] = Field(min_length=1)
-    batch_sizes: tuple[int, ...] = Field(min_length=1)
+    sizes: tuple[Size, ...] = Field(min_length=1, max_length=64)
+    batch_sizes: tuple[Batch, ...] = Field(min_length=1, max_length=MAX_BATCH)
     """Rising; every part is compiled for each of them."""
     library_versions: dict[str, str]
     version_compatible: bool = False
@@ -161,10 +173,26 @@ class Manifest(BuildInputs):
     max_error_allowed: dict[str, float]
     step_costs: tuple[BucketCost, ...]
     """For people; a server measures its own."""
-    files: dict[str, str]
+    files: dict[FileName, str]
     """SHA-256 of every other file of the bundle, by relative path."""
     checksum: str = ""
-    """Of this manifest without it: a slip of the hand is found. It is no signature."""
+    """Of this manifest without it: it finds accidental edits, and is no signature."""
+
+    @model_validator(mode="after")
+    def _tensors_can_be_made(self) -> Self:
+        if [*self.batch_sizes] != sorted({*self.batch_sizes}):
+            raise ValueError(f"batch_sizes must rise, not {list(self.batch_sizes)}")
+        width, height = (max(size[side] for size in self.model.sizes) for side in (0, 1))
+        largest = {"batch": self.batch_sizes[-1], "image_height": height, "image_width": width}
+        largest |= {"height": height // self.model.latent_factor, "width": width // self.model.latent_factor}
+        for name, part in self.parts.items():
+            named = {d for tensor in (*part.inputs, *part.outputs) for d in tensor.shape if isinstance(d, str)}
+            if not part.is_spatial and named - {"batch"}:
+                raise ValueError(f"{name} has outputs of the image's size, and no input that has it")
+            for tensor in (*part.inputs, *part.outputs):
+                if math.prod(tensor.shape_for(largest)) > _MAX_ELEMENTS:
+                    raise ValueError(f"{name}: {tensor.name} would have more than {_MAX_ELEMENTS} elements")
+        return self
 
     @property
     def bundle_hash(self) -> str:
@@ -183,45 +211,77 @@ def write_manifest(bundle: Path, manifest: Manifest) -> None:
 
 def read_manifest(bundle: Path) -> Manifest:
     """The manifest of a bundle whose files are all there and unchanged; BundleError says what is not and what to do."""
-    rebuild = "build it again with `flashdiff build-engine`"
+    return read_bundle(bundle, lambda path, _: hash_file(path))
+
+
+def read_bundle(bundle: Path, hash_of: Callable[[Path, str], str]) -> Manifest:
+    """`read_manifest`, with each file's SHA-256 from `hash_of`, which gets its path and its name in the bundle.
+
+    A bundle that is replaced meanwhile is read again from the start.
+    """
+    for _ in range(_TRIES):
+        text, manifest = parse_manifest(bundle)
+        try:
+            _check_files(bundle, manifest, hash_of)
+        except BundleError:
+            if _text_of(bundle) == text:
+                raise
+        else:
+            return manifest
+    raise BundleError(f"{bundle} changed while it was opened; try again when its files stay as they are")
+
+
+def parse_manifest(bundle: Path) -> tuple[str, Manifest]:
+    """The text of a bundle's manifest and what it says, without a look at the other files; BundleError when it is damaged."""
     if not bundle.is_dir():
         raise BundleError(f"{bundle}: no such bundle")
+    text = _text_of(bundle)
+    if text is None:
+        raise BundleError(f"{bundle} is not a bundle: it has no readable {MANIFEST}")
     try:
-        values = json.loads((bundle / MANIFEST).read_text("utf-8"))
+        values = parse_json(text)
         version = values["schema_version"]
-    except OSError:
-        raise BundleError(f"{bundle} is not a bundle: it has no readable {MANIFEST}") from None
     except (ValueError, KeyError, TypeError):
-        raise BundleError(f"{bundle}/{MANIFEST} is damaged; {rebuild}") from None
+        raise BundleError(f"{bundle}/{MANIFEST} is damaged; {_REBUILD}") from None
     if version != SCHEMA_VERSION:
-        raise BundleError(f"{bundle} was made with bundle schema {version}, this flashdiff reads {SCHEMA_VERSION}; {rebuild}")
+        raise BundleError(f"{bundle} was made with bundle schema {version}, this flashdiff reads {SCHEMA_VERSION}; {_REBUILD}")
     try:
         manifest = Manifest.model_validate(values)
     except ValidationError as error:
-        where = ".".join(map(str, error.errors()[0]["loc"]))
-        raise BundleError(f"{bundle}/{MANIFEST} is damaged at '{where}'; {rebuild}") from None
+        where = ".".join(map(str, error.errors()[0]["loc"])) or error.errors()[0]["msg"]
+        raise BundleError(f"{bundle}/{MANIFEST} is damaged at '{where}'; {_REBUILD}") from None
     if manifest.sealed() != manifest:
-        raise BundleError(f"{bundle}/{MANIFEST} has changed since it was built; {rebuild}")
+        raise BundleError(f"{bundle}/{MANIFEST} has changed since it was built; {_REBUILD}")
     if set(manifest.parts) != {part.name for part in manifest.model.parts}:
-        raise BundleError(f"{bundle}/{MANIFEST} is damaged at 'parts'; {rebuild}")
-    _check_files(bundle, manifest, rebuild)
-    return manifest
+        raise BundleError(f"{bundle}/{MANIFEST} is damaged at 'parts'; {_REBUILD}")
+    return text, manifest
 
 
-def _check_files(bundle: Path, manifest: Manifest, rebuild: str) -> None:
+def _text_of(bundle: Path) -> str | None:
+    try:
+        return read_text(bundle / MANIFEST)
+    except (OSError, ValueError):
+        return None
+
+
+def _check_files(bundle: Path, manifest: Manifest, hash_of: Callable[[Path, str], str]) -> None:
     for name, expected in manifest.files.items():
         path = bundle / name
-        if not path.resolve().is_relative_to(bundle.resolve()):
+        if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(bundle)):
             raise BundleError(f"{bundle}/{MANIFEST} names a file outside the bundle: {name}")
         if not path.is_file():
-            raise BundleError(f"{bundle} is incomplete: {name} is missing; {rebuild}")
-        if hash_file(path) != expected:
-            raise BundleError(f"{bundle} is damaged: {name} has changed since it was built; {rebuild}")
+            raise BundleError(f"{bundle} is incomplete: {name} is missing; {_REBUILD}")
+        try:
+            found = hash_of(path, name)
+        except OSError as error:
+            raise BundleError(f"{error.filename or path}: {error.strerror or error}") from None
+        if found != expected:
+            raise BundleError(f"{bundle} is damaged: {name} has changed since it was built; {_REBUILD}")
     parts = manifest.parts.values()
     for name in (*map(tokenizer_file, manifest.model.tokenizers), *(file.file for part in parts for file in part.files)):
         if name not in manifest.files:
-            raise BundleError(f"{bundle}/{MANIFEST} is damaged: {name} is not among its files; {rebuild}")
-    for path in bundle.rglob("*"):  # libraries pick up what lies beside their files
+            raise BundleError(f"{bundle}/{MANIFEST} is damaged: {name} is not among its files; {_REBUILD}")
+    for path in bundle.rglob("*"):  # a server must not seem to run what it does not
         name = path.relative_to(bundle).as_posix()
         hidden = any(part.startswith(".") for part in PurePosixPath(name).parts)
         if path.is_file() and name not in manifest.files and name != MANIFEST and not hidden:

@@ -1,14 +1,15 @@
 """What is slow to make is made once: folders of files kept by the hash of all that decides them."""
 
+import errno
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from flashdiff.errors import BackendError
-from flashdiff.files import cache_folder, hash_file, new_folder, write_whole
+from flashdiff.files import cache_folder, copy_hashed, hash_file, new_folder, write_whole
+from flashdiff.reading import read_json
 
 _HASHES = "hashes.json"
 
@@ -22,7 +23,7 @@ def is_cached(key: str) -> bool:
     """Whether the files of a key are there and unchanged."""
     folder = cache_folder() / key
     try:
-        hashes: dict[str, str] = json.loads((folder / _HASHES).read_text("utf-8"))
+        hashes: dict[str, str] = read_json(folder / _HASHES)
         return all(hash_file(folder / name) == expected for name, expected in hashes.items())
     except (OSError, ValueError, AttributeError):
         return False
@@ -33,11 +34,34 @@ def cached(key: str, make: Callable[[Path], None], target: Path) -> bool:
 
     True when nothing had to be made. An interrupted `make` leaves nothing; damaged files are made again.
     """
-    folder, was_there = cache_folder() / key, is_cached(key)
-    if not was_there:
-        with new_folder(folder, BackendError, replace=True) as beside:
-            make(beside)
-            hashes = {p.relative_to(beside).as_posix(): hash_file(p) for p in sorted(beside.rglob("*")) if p.is_file()}
-            write_whole(beside / _HASHES, json.dumps(hashes, indent=2) + "\n")
-    shutil.copytree(folder, target, ignore=shutil.ignore_patterns(_HASHES), dirs_exist_ok=True)
-    return was_there
+    if _take(key, target):
+        return True
+    with new_folder(cache_folder() / key, BackendError, replace=True) as beside:
+        make(beside)
+        hashes = {p.relative_to(beside).as_posix(): hash_file(p) for p in sorted(beside.rglob("*")) if p.is_file()}
+        write_whole(beside / _HASHES, json.dumps(hashes, indent=2) + "\n")
+    if not _take(key, target):
+        raise BackendError(f"{cache_folder() / key} is changed by another program; start again when it stays as it is")
+    return False
+
+
+def _take(key: str, target: Path) -> bool:
+    """Copy the files of a key into the folder `target`; False, and no file stays, when one is missing or damaged."""
+    folder, taken = cache_folder() / key, list[Path]()
+    try:
+        hashes: dict[str, str] = read_json(folder / _HASHES)
+        for name, expected in hashes.items():
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise ValueError(name)
+            taken.append(target / name)
+            if copy_hashed(folder / name, taken[-1]) != expected:
+                raise ValueError(name)
+    except FileExistsError:
+        raise BackendError(f"{taken[-1]} is in the way of a file from the cache") from None
+    except (OSError, ValueError, AttributeError) as error:
+        for path in taken:
+            path.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise
+        return False
+    return True

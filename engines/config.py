@@ -6,12 +6,10 @@ from typing import Self
 from pydantic import model_validator
 
 from flashdiff import defaults
-from flashdiff.components import Size
+from flashdiff.components import MAX_SIDE, Size
 from flashdiff.config import Record
-from flashdiff.engines.bundle import BackendName, Precision
+from flashdiff.engines.bundle import MAX_BATCH, BackendName, Precision
 from flashdiff.errors import BundleError
-
-MAX_BATCH = 64
 
 
 class BuildRecipe(Record):
@@ -46,9 +44,12 @@ class BuildOptions(BuildRecipe):
 def parse_sizes(text: str) -> tuple[Size, ...]:
     """`512x512,768x768` as sizes; BundleError for anything else."""
     try:
-        return tuple(Size(*(int(side) for side in item.split("x", 1))) for item in text.split(","))
+        sizes = tuple(Size(*(int(side) for side in item.split("x", 1))) for item in text.split(","))
     except (ValueError, TypeError):
         raise BundleError(f"--size '{text}': give WIDTHxHEIGHT, several with commas") from None
+    if max(max(size) for size in sizes) > MAX_SIDE:
+        raise BundleError(f"--size '{text}': sides go up to {MAX_SIDE}")
+    return sizes
 
 
 def parse_batches(text: str) -> tuple[int, ...]:

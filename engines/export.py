@@ -34,13 +34,15 @@ def export_onnx(model: TorchModel, part: Part, folder: Path, *, size: Size, prec
         raise BackendError(f"{part.name} cannot be exported to ONNX: {first_line(error)}") from error
     _name_dimensions(program.model.graph, part)
     _check_precision(program.model.graph, part, precision)
+    _drop_sources(program.model)
     program.save(folder / ONNX.file, external_data=True)
 
 
 def dimension_names(part: Part) -> set[str]:
     """The dimensions that stay open in a part's graph."""
-    fixed = {"height", "width", "image_height", "image_width"} if part.fixed_size else set()
-    return {d for tensor in part.inputs for d in tensor.shape if isinstance(d, str)} - fixed
+    fixed: set[str] = {"height", "width", "image_height", "image_width"} if part.fixed_size else set()
+    named: set[str] = {d for tensor in part.inputs for d in tensor.shape if isinstance(d, str)}
+    return named - fixed
 
 
 def trace(model: TorchModel, part: Part, size: Size, precision: Precision) -> torch.export.ExportedProgram:
@@ -167,6 +169,17 @@ def _name_dimensions(graph: Any, part: Part) -> None:
     for value in values:
         if value.shape is not None:
             value.shape = onnx_ir.Shape([names.get(str(getattr(d, "value", d)), d) for d in value.shape])
+
+
+def _drop_sources(model: onnx_ir.Model) -> None:
+    """Drop what the exporter notes of our source files and of its own: a graph's bytes must not depend on where they lie."""
+    graphs: list[Any] = [model.graph, *model.functions.values()]
+    nodes = [node for graph in graphs for node in onnx_ir.traversal.RecursiveGraphIterator(graph)]
+    values = [value for graph in graphs for value in (*graph.inputs, *graph.outputs)]
+    values += [value for node in nodes for value in node.outputs] + list(model.graph.initializers.values())
+    for noted in (model, *graphs, *nodes, *values):
+        noted.metadata_props.clear()
+        noted.doc_string = None
 
 
 def _check_precision(graph: Any, part: Part, precision: Precision) -> None:

@@ -16,11 +16,12 @@ from flashdiff.engines.differences import differences
 from flashdiff.engines.requirements import Requirements, count_parameters, estimate, free_bytes
 from flashdiff.errors import BundleError
 from flashdiff.families import family_of, find_base
-from flashdiff.families.base import ModelFamily, base_hash
-from flashdiff.families.loading import read_config
+from flashdiff.families.base import ModelFamily, base_files, base_hash
+from flashdiff.families.loading import size_limits
 from flashdiff.files import hash_files
-from flashdiff.lora import check_base, check_guidance, find_lora, fused_spec, lora_hash
+from flashdiff.lora import check_base, check_guidance, find_lora, fused_spec, lora_files, lora_hash
 from flashdiff.parts import Phase
+from flashdiff.reading import Witness, first_change, witness
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,8 @@ class BuildPlan:
     """The bundle at `out` now."""
     flaw: str | None
     """Why there is none, though something is there."""
+    sources: Witness
+    """The files of the base and the LoRAs, as they were before any was read."""
 
     @property
     def changes(self) -> list[str]:
@@ -51,6 +54,12 @@ class BuildPlan:
         if self.previous.fingerprint == self.inputs.fingerprint:
             return []
         return list(differences(self.previous, self.inputs))
+
+    def check_sources(self) -> None:
+        """BundleError when a file of the base or of a LoRA was edited or replaced since: the hashes would name other bytes."""
+        now = witness([*base_files(self.folder), *(file for lora, _ in self.loras for file in lora_files(lora))])
+        if changed := first_change(self.sources, now):
+            raise BundleError(f"{changed} changed while the build read it; start again when its files stay as they are")
 
 
 def plan_build(options: BuildOptions) -> BuildPlan:
@@ -66,12 +75,13 @@ def plan_build(options: BuildOptions) -> BuildPlan:
     folder = find_base(options.base)
     family = family_of(folder)
     loras = tuple((find_lora(name), weight) for name, weight in options.loras)
+    sources = witness([*base_files(folder), *(file for lora, _ in loras for file in lora_files(lora))])
     spec = fused_spec(family.read_spec(folder), [lora for lora, _ in loras], options.guidance)
     check_guidance(options.base, family, options.guidance)
     hash_of_base = base_hash(folder)
     check_base(folder, hash_of_base, [lora for lora, _ in loras])
     spec = spec.model_copy(update={"sizes": options.sizes or spec.sizes})
-    _check_shapes(options, family, spec, read_config(folder, family.lora_prefix))
+    _check_shapes(options, family, spec, *size_limits(folder, family))
     inputs = BuildInputs(
         base=spec.name,
         base_hash=hash_of_base,
@@ -100,7 +110,9 @@ def plan_build(options: BuildOptions) -> BuildPlan:
         requirements=estimate(backend, inputs, exports, count_parameters(folder, family, spec.parts), options.out),
         previous=previous,
         flaw=flaw,
+        sources=sources,
     )
+    plan.check_sources()
     if plan.changes:
         backend.check_runs()
         plan.requirements.check_disk()
@@ -145,9 +157,8 @@ def _previous(out: Path) -> tuple[Manifest | None, str | None]:
         return None, str(error)
 
 
-def _check_shapes(options: BuildOptions, family: ModelFamily, spec: ModelSpec, denoiser: dict[str, object]) -> None:
-    step = family.size_step(denoiser) * spec.latent_factor
-    largest = family.largest_side(denoiser)
+def _check_shapes(options: BuildOptions, family: ModelFamily, spec: ModelSpec, step: int, largest: int | None) -> None:
+    step *= spec.latent_factor
     for size in options.sizes:
         if size.width % step or size.height % step or min(size) <= 0:
             raise BundleError(f"--size {size}: {family.name} needs width and height in multiples of {step}")

@@ -11,24 +11,25 @@ import numpy as np
 import torch
 
 from flashdiff.errors import TrainingError
+from flashdiff.files import write_whole
+from flashdiff.reading import open_file
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
     """Write tensors, numbers and plain containers; a kill at any moment leaves the old or the new file, never half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.part")
     try:
-        torch.save(dict(state), beside)
+        write_whole(path, lambda file: torch.save(dict(state), file))
     except (OSError, RuntimeError) as error:
-        beside.unlink(missing_ok=True)
         raise TrainingError(f"{path}: cannot save the checkpoint ({error}); the one before is untouched") from None
-    beside.replace(path)
 
 
 def load_state(path: Path) -> dict[str, Any]:
     """What `save_state` wrote; TrainingError when the file is damaged."""
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        with open_file(path) as file:
+            state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise TypeError
     except Exception as error:  # torch raises many kinds for a damaged file
         raise TrainingError(f"{path}: damaged checkpoint ({type(error).__name__}); remove it to start over") from None
     return state

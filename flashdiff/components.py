@@ -6,7 +6,7 @@ implementation never writes to them again.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Annotated, Any, NamedTuple, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,11 +22,17 @@ Tensors = Mapping[str, NDArray[np.float32]]
 """Named outputs of a part, [B, ...] each for a batch, such as encoder_hidden_states [B, T, D]; without B for one row."""
 
 
-class Size(NamedTuple):
-    """Pixels."""
+MAX_SIDE = 16384
+"""Pixels of the longest side of an image that any record takes."""
 
-    width: int
-    height: int
+Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
+
+
+class Size(NamedTuple):
+    """Pixels; a record that holds one checks its sides."""
+
+    width: Side
+    height: Side
 
     def __str__(self) -> str:
         return f"{self.width}x{self.height}"
@@ -43,15 +49,15 @@ class ModelSpec(Record):
     family: str
     prediction: Prediction
     sampler: Sampler
-    latent_channels: int = Field(ge=1)
+    latent_channels: int = Field(ge=1, le=4096)
     """Of the autoencoder; the denoiser's entrance may be wider by its conditions' channels."""
-    latent_factor: int = Field(ge=1)
+    latent_factor: int = Field(ge=1, le=256)
     """Pixels per latent cell, along each side."""
-    sizes: tuple[Size, ...] = Field(min_length=1)
+    sizes: tuple[Size, ...] = Field(min_length=1, max_length=64)
     """The default first."""
-    tokenizers: tuple[TokenizerSpec, ...] = Field(min_length=1)
-    parts: tuple[PartSpec, ...] = Field(min_length=1)
-    conditions: tuple[Condition, ...]
+    tokenizers: tuple[TokenizerSpec, ...] = Field(min_length=1, max_length=16)
+    parts: tuple[PartSpec, ...] = Field(min_length=1, max_length=64)
+    conditions: tuple[Condition, ...] = Field(max_length=64)
     tasks: tuple[str, ...] = ("text_to_image", "image_to_image", "inpainting")
     """Names of the tasks it can do; of two that take the same inputs the first is meant."""
 
@@ -65,6 +71,12 @@ class ModelSpec(Record):
             if unknown := set(part.inputs) - made:
                 raise ValueError(f"part '{part.name}' takes '{min(unknown)}', which no condition and no part before it is")
             made |= set(part.outputs)
+        tokens = tuple(tokenizer.name for tokenizer in self.tokenizers)
+        if not any(part.inputs == tokens for part in self.parts_in(Phase.PREPARE)):
+            raise ValueError(f"no part that prepares takes {', '.join(tokens)}")
+        for phase in (Phase.STEP, Phase.FINISH):
+            if not self.parts_in(phase):
+                raise ValueError(f"no part has the phase '{phase}'")
         return self
 
     def part(self, name: str) -> PartSpec:

@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import json
+import reprlib
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from flashdiff.errors import ConfigError
+from flashdiff.reading import read_text
 
 R = TypeVar("R", bound="Record")
 
@@ -49,11 +51,13 @@ def parse_numbers(option: str, text: str) -> tuple[int, ...]:
 def load_recipe(path: Path, record: type[R]) -> R:
     """Read a TOML file into `record`; ConfigError names the file, the key and the nearest known one."""
     try:
-        values = tomllib.loads(path.read_text("utf-8"))
+        values = tomllib.loads(read_text(path))
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the recipe: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # of TOML, of UTF-8, and of numbers with thousands of digits
         raise ConfigError(f"{path}: not a TOML file: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: not a TOML file: nested too deeply") from None
     return parse_record(values, record, source=str(path))
 
 
@@ -77,7 +81,8 @@ def _problem(item: Any, record: type[Record]) -> str:
         return f"'{key}' is missing"
     if item["type"] == "value_error":  # a rule across fields; its message names them
         return str(item["msg"]).removeprefix("Value error, ")
-    return f"'{key}' = {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
+    shown = reprlib.repr(item["input"])
+    return f"'{key}' = {shown}: {item['msg'][0].lower()}{item['msg'][1:]}"
 
 
 def _known_keys(record: type[Record], path: tuple[int | str, ...]) -> list[str]:

@@ -20,7 +20,7 @@ FlashdiffError
     CancelledError     its client left
     DrainingError      the server is shutting down
 
-The command line prints the message in one line and exits with 1; `flashdiff.server.status` maps the classes to gRPC codes.
+The command line prints the message in one line and exits with 2; `flashdiff.server.status` maps the classes to gRPC codes.
 """
 
 
@@ -109,4 +109,5 @@ def install(extra: str) -> str:
 
 def first_line(error: BaseException) -> str:
     """What a library's error says, in one line: for messages that quote it."""
-    return str(error).strip().split("\n")[0] or type(error).__name__
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -5,6 +5,8 @@ flash.json is an ordinary (style) LoRA.
 """
 
 import json
+import struct
+import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +24,7 @@ from flashdiff.families import family_of, find_base
 from flashdiff.families.base import GUIDANCE, ModelFamily, TorchModel
 from flashdiff.files import hash_file, write_whole
 from flashdiff.kohya import from_kohya, is_kohya, to_kohya
+from flashdiff.reading import parse_json, read_file, read_json
 from flashdiff.sampling import Sampler
 from flashdiff.schedule import Grid
 
@@ -43,10 +46,10 @@ class FlashInfo(Record):
     grid: Grid
     guidance: tuple[float, float]
     """Range of the teacher's guidance; the student itself runs without."""
-    updates: int = Field(ge=0)
-    lora_parameters: int
-    network_parameters: int
-    inference: dict[str, list[int]]
+    updates: int = Field(ge=0, le=2**40)
+    lora_parameters: int = Field(ge=0, le=2**50)
+    network_parameters: int = Field(ge=0, le=2**50)
+    inference: dict[str, list[int]] = Field(max_length=1000)
     """Number of steps to the exact timesteps to give a consistency (LCM) scheduler, guidance off."""
 
 
@@ -85,9 +88,12 @@ def save_flash_lora(folder: Path, model: TorchModel, family: ModelFamily, info: 
     config["target_modules"] = sorted(config["target_modules"])
     prefix = family.lora_prefix
     try:
-        getattr(diffusers, family.lora_writer or family.pipeline_class).save_lora_weights(
-            folder, **{f"{prefix}_lora_layers": weights, f"{prefix}_lora_adapter_metadata": config}
-        )
+        with tempfile.TemporaryDirectory() as place:
+            getattr(diffusers, family.lora_writer or family.pipeline_class).save_lora_weights(
+                place, **{f"{prefix}_lora_layers": weights, f"{prefix}_lora_adapter_metadata": config}
+            )
+            content = (Path(place) / WEIGHTS).read_bytes()
+        write_whole(folder / WEIGHTS, with_ordered_header(content))
     except Exception as error:  # safetensors has its own errors for a full disk
         raise LoraError(f"{folder}: cannot write the LoRA: {first_line(error)}") from None
     whole = {f"{prefix}.{key}": value.contiguous() for key, value in weights.items()}
@@ -97,13 +103,15 @@ def save_flash_lora(folder: Path, model: TorchModel, family: ModelFamily, info: 
 
 def read_flash_info(lora: Path) -> FlashInfo | None:
     """The flash.json in a folder or beside one of its files, None where there is none; LoraError when it cannot be read."""
-    folder = lora.parent if lora.name in (WEIGHTS, KOHYA) else lora
-    if not (folder / FLASH).exists():
+    file = _flash_file(lora)
+    if not file.exists():
         return None
     try:
-        return parse_record(json.loads((folder / FLASH).read_text("utf-8")), FlashInfo, source=str(folder / FLASH))
+        return parse_record(read_json(file), FlashInfo, source=str(file))
+    except OSError as error:
+        raise LoraError(f"{file}: cannot read: {error.strerror}") from None
     except (ValueError, ConfigError) as error:
-        raise LoraError(f"{folder / FLASH} is damaged: {error}") from None
+        raise LoraError(f"{file} is damaged: {error}") from None
 
 
 def find_lora(name: str) -> Path:
@@ -120,6 +128,15 @@ def find_lora(name: str) -> Path:
 
 def _weights_file(lora: Path) -> Path:
     return lora if lora.is_file() else lora / WEIGHTS
+
+
+def _flash_file(lora: Path) -> Path:
+    return (lora.parent if lora.name in (WEIGHTS, KOHYA) else lora) / FLASH
+
+
+def lora_files(lora: Path) -> list[Path]:
+    """The files of a LoRA that are read."""
+    return [_weights_file(lora), _flash_file(lora)]
 
 
 def lora_hash(lora: Path) -> str:
@@ -202,7 +219,10 @@ def fuse(model: TorchModel, family: ModelFamily, loras: Sequence[tuple[Path, flo
     if loras:
         names = [f"lora{index}" for index in range(len(loras))]
         network.set_adapters(names, weights=[weight for _, weight in loras])
-        network.fuse_lora(adapter_names=names)
+        try:
+            network.fuse_lora(adapter_names=names)
+        except Exception as error:  # layers whose two matrices do not fit each other
+            raise LoraError(f"{', '.join(str(lora) for lora, _ in loras)}: cannot be fused: {first_line(error)}") from None
         network.unload_lora()
 
 
@@ -213,17 +233,44 @@ def _read_weights(lora: Path, model: TorchModel, family: ModelFamily) -> tuple[d
     """
     file = _weights_file(lora)
     try:
-        weights = safetensors.torch.load_file(file)
-        with safetensors.safe_open(file, "pt") as opened:
-            metadata = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "null"))
+        content = read_file(file)
+        weights = safetensors.torch.load(content)
+        metadata = parse_json(_metadata(content).get("lora_adapter_metadata", "null"))
+        alphas = {key: float(value) for key, value in weights.items() if key.endswith(".alpha")}
     except Exception as error:  # safetensors' errors for a damaged file
         raise LoraError(f"{file} is damaged: {first_line(error)}") from None
+    if not weights:
+        raise LoraError(f"{file} holds no layer")
     if is_kohya(weights):
         modules = [name for name, _ in model.network.named_modules()]
-        weights, alphas = from_kohya(weights, family.lora_prefix, modules, str(file))
-        return weights, {"network_alphas": alphas}
+        weights, kohya_alphas = from_kohya(weights, family.lora_prefix, modules, str(file))
+        return weights, {"network_alphas": kohya_alphas}
     foreign = [key for key in weights if not key.startswith(f"{family.lora_prefix}.")]
     if foreign:
         raise LoraError(f"{lora}: only layers named '{family.lora_prefix}.' can be fused, this one has {foreign[0]}")
-    alphas = {key: float(weights.pop(key)) for key in [*weights] if key.endswith(".alpha")}
+    weights = {key: value for key, value in weights.items() if key not in alphas}
     return weights, {"metadata": metadata} if metadata else {"network_alphas": alphas} if alphas else {}
+
+
+# --- safetensors' header ---------------------------------------------------------------------------------------------
+
+
+def with_ordered_header(content: bytes) -> bytes:
+    """A safetensors file whose metadata is sorted: the library writes it in another order every time."""
+    header, data = _parts(content)
+    if "__metadata__" in header:
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the tensors start at a multiple of 8
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def _metadata(content: bytes) -> dict[str, str]:
+    """The metadata of a safetensors file that the library has loaded."""
+    metadata: dict[str, str] = _parts(content)[0].get("__metadata__", {})
+    return metadata
+
+
+def _parts(content: bytes) -> tuple[dict[str, Any], bytes]:
+    (length,) = struct.unpack("<Q", content[:8])
+    return parse_json(content[8 : 8 + length]), content[8 + length :]

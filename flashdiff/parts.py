@@ -30,8 +30,8 @@ class PartSpec(Record):
 
     name: str
     phase: Phase
-    inputs: tuple[str, ...] = Field(min_length=1)
-    outputs: tuple[str, ...] = Field(min_length=1)
+    inputs: tuple[str, ...] = Field(min_length=1, max_length=64)
+    outputs: tuple[str, ...] = Field(min_length=1, max_length=64)
 
 
 class Condition(Record):
@@ -42,7 +42,7 @@ class Condition(Record):
     """The part that makes it; None: the task makes it from the request's own images."""
     unconditional: Literal["empty_prompt", "zeros"] = "empty_prompt"
     """What a text condition is in the unconditional branch of guidance: that of the empty prompt, or zeros."""
-    channels: int = Field(0, ge=0)
+    channels: int = Field(0, ge=0, le=4096)
     """Channels it adds to the latents where they enter the network; 0 where it is no image."""
     absent: Literal["refused", "zeros"] = "refused"
     """What a request without it gets: a refusal, or zeros, so that it shares batches with those that have it."""

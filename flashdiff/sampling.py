@@ -40,7 +40,7 @@ class Sampler(Record):
     """The trained grid of a flash student; None for the ODE, which takes any trailing times."""
     guidance: float = Field(1.0, ge=0, le=100)
     """Classifier-free guidance scale w; 1 means one network evaluation a step, anything else two."""
-    default_steps: int = Field(ge=1)
+    default_steps: int = Field(ge=1, le=1000)
 
     @model_validator(mode="after")
     def _grid_belongs_to_flash(self) -> Self:

@@ -12,11 +12,14 @@ from pydantic import Field, model_validator
 from flashdiff.config import Record, parse_record
 from flashdiff.errors import ConfigError
 
+MAX_TIMESTEPS = 100_000
+"""Longest schedule: a table of it is made for every model."""
+
 
 class NoiseSchedule(Record):
     """A variance-preserving schedule: x_t = alpha_t x_0 + sigma_t eps for t = 0 .. T - 1 (Ho et al. 2020, eq. 4)."""
 
-    num_train_timesteps: int = Field(1000, ge=1)
+    num_train_timesteps: int = Field(1000, ge=1, le=MAX_TIMESTEPS)
     beta_start: float = Field(gt=0, lt=1)
     beta_end: float = Field(gt=0, lt=1)
     beta_schedule: Literal["linear", "scaled_linear"]
@@ -41,8 +44,8 @@ class FlowSchedule(Record):
     sigma = shift s / (1 + (shift - 1) s), s = (t + 1) / T (eq. 23): larger images need more of the noisy end.
     """
 
-    num_train_timesteps: int = Field(1000, ge=1)
-    shift: float = Field(gt=0)
+    num_train_timesteps: int = Field(1000, ge=1, le=MAX_TIMESTEPS)
+    shift: float = Field(gt=0, le=1000)
 
     @classmethod
     def from_scheduler_config(cls, config: Mapping[str, Any], source: str, *, tokens: int) -> Self:
@@ -92,10 +95,10 @@ class Grid(Record):
     there, and inference uses nothing else (Flash Diffusion, arXiv 2406.02347, section 3.2).
     """
 
-    num_train_timesteps: int = Field(1000, ge=1)
+    num_train_timesteps: int = Field(1000, ge=1, le=MAX_TIMESTEPS)
     solver_steps: int = Field(ge=1, le=1000)
     """K, the steps of the teacher's solver from pure noise to the image."""
-    modes: int = Field(4, ge=1)
+    modes: int = Field(4, ge=1, le=1000)
     """M, the largest number of inference steps."""
 
     @model_validator(mode="after")

@@ -8,7 +8,7 @@ from pydantic import Field
 from tokenizers import Tokenizer
 
 from flashdiff.config import Record
-from flashdiff.errors import RequestError
+from flashdiff.errors import ModelError, RequestError, first_line
 
 
 class TokenizerSpec(Record):
@@ -16,21 +16,18 @@ class TokenizerSpec(Record):
 
     name: str
     """Of that input: input_ids, input_ids_2, ..."""
-    length: int = Field(ge=3)
+    length: int = Field(ge=3, le=2**16)
     """Tokens, end marks included."""
-    pad_id: int
+    pad_id: int = Field(ge=0, lt=2**31)
 
 
 class PromptTokenizer:
     """All tokenizers of a model. Each pads to its length: marks, tokens, end mark, padding."""
 
     def __init__(self, texts: Mapping[str, str], specs: Sequence[TokenizerSpec]) -> None:
-        """`texts` holds the text of a tokenizer.json for every spec, by name."""
+        """`texts` holds the text of a tokenizer.json for every spec, by name; ModelError for any other text."""
         self.texts, self.specs = dict(texts), tuple(specs)
-        self._tokenizers = {spec.name: Tokenizer.from_str(texts[spec.name]) for spec in specs}
-        for tokenizer in self._tokenizers.values():
-            tokenizer.no_padding()
-            tokenizer.no_truncation()
+        self._tokenizers = {spec.name: _parse(spec.name, texts[spec.name]) for spec in specs}
         self._longest = max(spec.length for spec in specs)
 
     def __call__(self, prompts: Sequence[str], *, truncate: bool = False) -> dict[str, NDArray[np.int64]]:
@@ -45,10 +42,26 @@ class PromptTokenizer:
         ids = np.full((len(prompts), spec.length), spec.pad_id, dtype=np.int64)
         tokenizer = self._tokenizers[spec.name]
         for prompt, row in zip(prompts, ids, strict=True):  # one by one: `encode_batch` wakes threads, which costs a prompt more
-            tokens = tokenizer.encode(prompt).ids
+            try:
+                tokens = tokenizer.encode(prompt).ids
+            except Exception as error:  # a tokenizer.json may ask for what it cannot do
+                raise RequestError("prompt", prompt, f"the tokenizer of {spec.name} fails on it: {first_line(error)}") from None
             if len(tokens) > spec.length:
                 if not truncate:
                     raise RequestError("prompt", prompt, f"it has {len(tokens)} tokens, at most {spec.length} fit")
                 tokens = [*tokens[: spec.length - 1], tokens[-1]]  # the end mark stays
             row[: len(tokens)] = tokens
         return ids
+
+
+def _parse(name: str, text: str) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer.from_str(text)
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        tokenizer.encode("")
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises plain Exceptions, and its panics are not even that
+        raise ModelError(f"the tokenizer of {name} cannot be used: {first_line(error)}") from None
+    return tokenizer

@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 
 from flashdiff.errors import AuthError, ConfigError, OverloadedError
+from flashdiff.reading import MAX_BYTES, read_file
 
 _log = logging.getLogger(__name__)
 
@@ -150,8 +151,6 @@ class UnreadableFileError(ConfigError):
 
 def _read(path: Path, option: str) -> bytes:
     try:
-        if path.exists() and not path.is_file() and not path.is_dir():
-            raise UnreadableFileError(f"{option} {path}: a pipe or device, where a file is needed")  # reading may never end
-        return path.read_bytes()
+        return read_file(path, MAX_BYTES)
     except OSError as error:
         raise UnreadableFileError(f"{option} {path}: cannot read: {error.strerror or error}") from None

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from flashdiff.engines.bundle import read_manifest
+from flashdiff.engines.bundle import parse_manifest
 from flashdiff.engines.runtime.engine import open_bundle
 from flashdiff.errors import ConfigError
 from flashdiff.server.models import Model, Models
@@ -19,7 +19,7 @@ def open_models(bundles: Sequence[Path], repository: Path | None) -> Models:
     if len(set(names)) < len(names):
         raise ConfigError(f"two bundles have the same folder name: {', '.join(names)}")
     served = {name: open_model(bundle) for name, bundle in zip(names, bundles, strict=True)}
-    return Models(served, repository, opener=open_model, identify=lambda bundle: read_manifest(bundle).bundle_hash)
+    return Models(served, repository, opener=open_model, identify=lambda bundle: parse_manifest(bundle)[1].bundle_hash)
 
 
 def open_model(bundle: Path) -> Model:

@@ -13,7 +13,7 @@ from flashdiff.engines.bundle import Precision
 
 
 def _run(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    assert cli.main([str(argument) for argument in arguments]) == 1
+    assert cli.main([str(argument) for argument in arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("flashdiff: error: ")
     assert error.count("\n") == 1

@@ -18,17 +18,17 @@ class AdversarialSettings(Record):
     """`lsgan`, on the sigmoid, is the paper's; the other two keep a gradient when the discriminator is sure."""
     learning_rate: float = Field(1e-3, gt=0, lt=1)
     """Of the discriminator's head."""
-    r1_weight: float = Field(10.0, ge=0)
-    r1_sigma: float = Field(0.1, gt=0)
+    r1_weight: float = Field(10.0, ge=0, le=1e6)
+    r1_sigma: float = Field(0.1, gt=0, le=100)
     """Approximate R1: the penalty on how much the logits of real latents change under noise of this deviation."""
-    times: tuple[Share, ...] = Field((0.01, 0.25, 0.5, 0.75), min_length=1)
+    times: tuple[Share, ...] = Field((0.01, 0.25, 0.5, 0.75), min_length=1, max_length=1000)
     """Noise levels at which the discriminator judges samples, as shares of the schedule; one is drawn per sample."""
 
 
 class DistributionMatchingSettings(Record):
     fake_score: Literal["student", "lora"] = "student"
     """Whose score stands for the student's distribution: its own (the paper), or that of a LoRA trained on its samples."""
-    critic_updates: int = Field(5, ge=1)
+    critic_updates: int = Field(5, ge=1, le=1000)
     """Updates of that LoRA per update of the student (two time scales, DMD2, 2405.14867)."""
     critic_learning_rate: float = Field(1e-3, gt=0, lt=1)
     """Of that LoRA."""

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from flashdiff.components import Costs, ModelSpec, Size
 from flashdiff.engines.backends import find_backend
 from flashdiff.engines.backends.base import Backend, CompiledPart
-from flashdiff.engines.bundle import BucketCost, Manifest, PartRecord, read_manifest, tokenizer_file
+from flashdiff.engines.bundle import BucketCost, Manifest, PartRecord, tokenizer_file
+from flashdiff.engines.runtime.snapshot import Snapshot
 from flashdiff.engines.shapes import bucket_shapes, dimensions_of
 from flashdiff.errors import BackendError, OutOfMemoryError, first_line
 from flashdiff.text import PromptTokenizer
@@ -33,8 +34,10 @@ _TIMED_RUNS, _TIMED_MS = 7, 1000  # at most; but never once alone, since the fir
 class Engine:
     """A bundle that runs. `manifest.rows_are_exact` says whether rows depend on what else is in their batch."""
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, snapshot: Snapshot | None = None) -> None:
+        """`folder` holds the files; where that is a snapshot, the engine removes it when it needs it no more."""
         self.manifest = manifest
+        self._snapshot = snapshot
         self.spec: ModelSpec = manifest.model
         self.max_batch = manifest.batch_sizes[-1]
         backend = find_backend(manifest.backend)
@@ -47,7 +50,7 @@ class Engine:
         self._size_axes = {part: _size_axes(record, self.spec.latent_factor) for part, record in manifest.parts.items()}
 
     def measure_buckets(self) -> tuple[BucketCost, ...]:
-        """Run every bucket a few times and say what it takes; also makes all of them ready, so no request pays for that."""
+        """Run every bucket a few times and report what it takes; also makes all of them ready, so no request pays for that."""
         costs = []
         for part, spec in self.manifest.parts.items():
             for size in self.spec.sizes if spec.is_spatial else (None,):
@@ -63,6 +66,8 @@ class Engine:
                         compiled(inputs)
                         times.append(1000 * (time.perf_counter() - started))
                     costs.append(BucketCost(part=part, size=size, batch=batch, ms=round(statistics.median(times), 4)))
+        if self._snapshot:
+            self._snapshot.remove()  # every bucket is compiled
         return tuple(costs)
 
     def measure_costs(self) -> Costs:
@@ -126,7 +131,7 @@ def _open_parts(folder: Path, manifest: Manifest, backend: Backend) -> Callable[
     try:
         compile_part = backend.open_parts(folder, manifest)
     except Exception as error:  # the libraries' errors share no public base class
-        raise _library_error(f"{backend.name} could not open {folder}", error) from None
+        raise _library_error(f"{backend.name} could not open the bundle", error) from None
 
     def compile_named(part: str, size: Size | None, batch: int) -> CompiledPart:
         spec = manifest.parts[part]
@@ -156,5 +161,9 @@ def _library_error(what: str, error: Exception) -> BackendError:
 
 
 def open_bundle(folder: Path) -> Engine:
-    """Check a bundle and make it ready to run; BundleError or BackendError say why it cannot be."""
-    return Engine(folder, read_manifest(folder))
+    """Check a bundle and make it ready to run; BundleError, ModelError or BackendError say why it cannot be.
+
+    It runs on the bytes that were checked, whatever becomes of the folder.
+    """
+    snapshot = Snapshot(folder)
+    return Engine(snapshot.folder, snapshot.manifest, snapshot)

@@ -28,23 +28,33 @@ _COMMANDS: dict[str, tuple[_Command, str]] = {
 }
 
 
+_LONGEST = 2000  # of a message: values from files are quoted in it
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; errors a user can cause are one line on stderr and exit status 1, usage errors 2."""
+    """Run one command; errors a user can cause, in options or in files, are one line on stderr and exit status 2."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     logging.getLogger("flashdiff").setLevel(logging.INFO)  # libraries keep to warnings
     try:
         options.run(options)
     except FlashdiffError as error:
-        print(f"flashdiff: error: {error}", file=sys.stderr)
-        return 1
+        return _refuse(str(error))
     except OSError as error:  # a full disk or a missing permission, wherever it strikes
-        print(f"flashdiff: error: {error.filename or 'cannot write'}: {error.strerror or error}", file=sys.stderr)
-        return 1
+        return _refuse(f"{error.filename or 'cannot write'}: {error.strerror or error}")
+    except MemoryError:
+        return _refuse("out of memory")
     except KeyboardInterrupt:
         print("flashdiff: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _refuse(message: str) -> int:
+    """One line on stderr, whatever names and values from files the message quotes; the exit status."""
+    line = "".join(letter if letter.isprintable() else " " for letter in message)
+    print(f"flashdiff: error: {line if len(line) <= _LONGEST else line[:_LONGEST] + '...'}", file=sys.stderr)
+    return 2
 
 
 def _parser() -> argparse.ArgumentParser:

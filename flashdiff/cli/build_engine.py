@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Fuse LoRAs into a base model, export every part, compile it, check it against torch, and publish the bundle."""
     need("distill", "torch", "diffusers", "peft", "onnx", "onnxscript")
-    from flashdiff.config import load_recipe
+    from flashdiff.config import load_recipe, parse_record
     from flashdiff.engines.build import build_engine
     from flashdiff.engines.config import BuildOptions, BuildRecipe, parse_batches, parse_sizes
     from flashdiff.engines.plan import describe, plan_build
@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> None:
         if given:
             raise ConfigError(f"{options.base} says {', '.join(given)}: change it there, and give --out alone beside a recipe")
         given = load_recipe(Path(options.base), BuildRecipe).model_dump()
-    build = BuildOptions(**{"base": options.base, **given, "out": options.out})
+    build = parse_record({"base": options.base, **given, "out": options.out}, BuildOptions, source="build-engine")
     quiet_libraries()
     if options.dry_run:
         for line in describe(plan_build(build)):

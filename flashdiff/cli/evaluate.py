@@ -8,6 +8,8 @@ from flashdiff import defaults
 from flashdiff.cli.shared import listed, need, parse_lora, quiet_libraries
 from flashdiff.errors import ConfigError
 
+_MOST_IMAGES = 1_000_000
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("subject", metavar="SUBJECT", help="a bundle, a diffusers directory, 'avatars', or a folder of images")
@@ -61,8 +63,11 @@ def run(options: argparse.Namespace) -> None:
     from flashdiff.evaluation.command import EvaluateOptions, evaluate
 
     for name in ("count", "seeds", "reference_count"):
-        if getattr(options, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(options, name)}: give a number of at least 1")
+        value = getattr(options, name)
+        if value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: give a number of at least 1")
+        if value > _MOST_IMAGES:
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: give a number of at most {_MOST_IMAGES}")
     quiet_libraries()
     text = evaluate(
         EvaluateOptions(

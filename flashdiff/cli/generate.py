@@ -93,6 +93,7 @@ def run(options: argparse.Namespace) -> None:
     from flashdiff.engines.config import parse_sizes
     from flashdiff.engines.runtime.engine import open_bundle
     from flashdiff.generate import generate
+    from flashdiff.reading import MAX_BYTES, read_file
     from flashdiff.server.images import FORMAT_OF_SUFFIX, encode_image, readers
     from flashdiff.tasks import check_order
 
@@ -108,7 +109,7 @@ def run(options: argparse.Namespace) -> None:
         steps=options.steps,
         size=size,
         count=options.count,
-        inputs=readers({name: path.read_bytes() for name, path in options.inputs}),
+        inputs=readers({name: read_file(path, MAX_BYTES) for name, path in options.inputs}),
         parameters=dict(options.parameters),
     )
     for index, pixels in enumerate(generate(engine, [order])[0]):

@@ -17,6 +17,7 @@ from PIL import Image
 
 from flashdiff.errors import EvaluationError, first_line
 from flashdiff.files import hash_file
+from flashdiff.reading import open_file
 
 _BATCH = 64
 _INCEPTION_FILE = "inception-2015-12-05.pt"
@@ -137,6 +138,8 @@ def _inception(folder: Path) -> FeatureExtractor:
     file = folder / _INCEPTION_FILE
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if file.exists():
+            open_file(file).close()  # a pipe would keep torch waiting
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit, which these weights are saved in
             network = InceptionV3W(str(folder), download=not file.exists(), resize_inside=False).eval()

@@ -2,6 +2,7 @@
 
 import io
 import json
+import lzma
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -19,10 +20,11 @@ from flashdiff.errors import EvaluationError, first_line
 from flashdiff.files import write_whole
 from flashdiff.orders import Pixels
 from flashdiff.pictures import to_rgb
+from flashdiff.reading import MAX_BYTES, open_file, read_file, read_text
 
-DAMAGED_IMAGE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-"""What pillow has for damaged files."""
-DAMAGED_SHARD = (OSError, EOFError, tarfile.TarError, zlib.error)
+DAMAGED_IMAGE = (Exception,)
+"""What pillow raises for damaged files: errors of many kinds, some from within its decoders."""
+DAMAGED_SHARD = (OSError, EOFError, ValueError, OverflowError, MemoryError, tarfile.TarError, zlib.error, lzma.LZMAError)
 """And tarfile, of a compressed one too."""
 
 METADATA = "metadata.jsonl"
@@ -36,6 +38,7 @@ HELD_OUT = "avatars-held-out"
 REAL = "real"
 """The name of the images that no model made."""
 
+_MAX_MEMBER_BYTES = 1 << 30  # of a file in a shard
 _PROMPT_SEED = 30_000_000  # beyond the seeds of every training
 _REAL_SEED = 40_000_000
 
@@ -79,8 +82,8 @@ def read_prompts(source: str, count: int, seed: int = _PROMPT_SEED) -> list[Prom
     if source in (WORLD, HELD_OUT):
         return _world_prompts(count, seed, held_out=source == HELD_OUT)
     try:
-        lines = [line.strip() for line in Path(source).read_text("utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError):
+        lines = [line.strip() for line in read_text(Path(source)).splitlines()]
+    except (OSError, ValueError):
         raise EvaluationError(f"--prompts {source}: neither '{WORLD}', '{HELD_OUT}' nor a readable text file") from None
     prompts = [Prompt(line) for line in dict.fromkeys(lines) if line][:count]
     if not prompts:
@@ -196,14 +199,14 @@ def _read_folder(folder: Path) -> Iterator[_Found]:
         prompt, seed = known.get(name, (None, 0))
         text = path.with_suffix(".txt")
         if prompt is None and text.is_file():
-            prompt = Prompt(_text(text.read_bytes(), text.name))
-        yield name, path.read_bytes, prompt, seed
+            prompt = Prompt(_text(read_file(text, MAX_BYTES), text.name))
+        yield name, partial(read_file, path), prompt, seed
 
 
 def _known_kind(scene: tuple[str, int]) -> tuple[str, int]:
     from flashdiff.zoo.world import KINDS
 
-    if scene[0] not in KINDS or scene[1] < 0:
+    if scene[0] not in KINDS or not 0 <= scene[1] < 2**62:
         raise ValueError(f"a scene is one of {', '.join(KINDS)} and a seed")
     return scene
 
@@ -213,7 +216,7 @@ class _Entry(BaseModel):
 
     file_name: str
     text: Annotated[str, Field(min_length=1)] | None = None
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**64)
     scene: Annotated[tuple[str, int], AfterValidator(_known_kind)] | None = None
 
 
@@ -222,7 +225,11 @@ def read_metadata(path: Path) -> dict[str, tuple[Prompt | None, int]]:
     if not path.exists():
         return {}
     known: dict[str, tuple[Prompt | None, int]] = {}
-    for number, line in enumerate(_text(path.read_bytes(), str(path)).splitlines(), start=1):
+    try:
+        content = read_file(path, MAX_BYTES)
+    except OSError as error:
+        raise EvaluationError(f"{path}: cannot read: {error.strerror}") from None
+    for number, line in enumerate(_text(content, str(path)).splitlines(), start=1):
         try:
             entry = _Entry.model_validate_json(line)
         except ValidationError as error:
@@ -247,12 +254,14 @@ def shard_samples(path: Path) -> Iterator[dict[str, bytes]]:
 
     Raises what tarfile raises for a damaged shard, after the samples before the damage.
     """
-    with tarfile.open(path) as shard:
+    with open_file(path) as file, tarfile.open(fileobj=file) as shard:
         sample: dict[str, bytes] = {}
         key = None
         for member in shard:
             if not member.isfile():
                 continue
+            if member.size > _MAX_MEMBER_BYTES:
+                raise tarfile.ReadError(f"{member.name} has {member.size} bytes")
             folder, _, name = member.name.rpartition("/")
             stem, _, extension = name.partition(".")
             if (folder, stem) != key:

@@ -1,11 +1,11 @@
 """The model families, and how a base model is found and loaded. Only this folder knows a model's name."""
 
 import importlib
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flashdiff.errors import ModelError, first_line
+from flashdiff.reading import read_json
 
 if TYPE_CHECKING:
     from flashdiff.families.base import ModelFamily, TorchModel
@@ -46,10 +46,10 @@ def _download(repository: str) -> Path:
 def family_of(folder: Path) -> "ModelFamily":
     """The family of a model directory; ModelError when there is none for its pipeline class."""
     try:
-        pipeline_class = json.loads((folder / "model_index.json").read_text("utf-8"))["_class_name"]
+        pipeline_class = read_json(folder / "model_index.json")["_class_name"]
     except (OSError, ValueError, KeyError, TypeError):
         raise ModelError(f"{folder} is not a diffusers model directory: it has no readable model_index.json") from None
-    if pipeline_class not in _FAMILIES:
+    if not isinstance(pipeline_class, str) or pipeline_class not in _FAMILIES:
         raise ModelError(f"{folder}: no family for a {pipeline_class}; supported: {', '.join(_FAMILIES)}")
     family: ModelFamily = importlib.import_module(f"flashdiff.families.{_FAMILIES[pipeline_class]}").FAMILY
     return family

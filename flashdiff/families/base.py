@@ -148,5 +148,14 @@ class TorchModel:
 
 def base_hash(folder: Path) -> str:
     """Hash of a model directory's weights and configuration; other files (cards, pictures) do not count."""
+    return hash_files(folder, _counted(folder))
+
+
+def base_files(folder: Path) -> list[Path]:
+    """All files of a model directory that are read."""
+    return [folder / "model_index.json", *_counted(folder)]
+
+
+def _counted(folder: Path) -> list[Path]:
     counted = {".safetensors", ".bin", ".json", ".txt", ".model"}
-    return hash_files(folder, (path for path in folder.glob("*/*") if path.suffix in counted))
+    return [path for path in folder.glob("*/*") if path.suffix in counted]

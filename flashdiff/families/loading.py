@@ -1,34 +1,56 @@
 """What the families' loaders share: parts from a diffusers directory, configurations, and errors that name the part."""
 
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import ValidationError
 
-from flashdiff.components import ModelSpec, Size
-from flashdiff.errors import ModelError, first_line
+from flashdiff.components import MAX_SIDE, ModelSpec, Size
+from flashdiff.errors import FlashdiffError, ModelError, first_line
 from flashdiff.families.base import ModelFamily
 from flashdiff.families.codec import latent_factor
 from flashdiff.parts import Condition, latent_diffusion
 from flashdiff.prediction import Prediction
+from flashdiff.reading import read_json
 from flashdiff.sampling import Sampler
 from flashdiff.schedule import NoiseSchedule, Schedule
 from flashdiff.text import PromptTokenizer, TokenizerSpec
 
+_MOST_LAYERS = 1000
+_LARGEST = 2**31
+"""Of any number in a configuration."""
+
 
 def read_config(folder: Path, part: str, name: str = "config.json") -> dict[str, Any]:
-    """A part's configuration; ModelError when it is missing or not JSON."""
+    """A part's configuration; ModelError when it is missing, not a JSON object, or names sizes beyond all reason."""
     path = folder / part / name
     try:
-        config: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    except OSError:
+        config: dict[str, Any] = read_json(path)
+    except FileNotFoundError:
         raise ModelError(f"{folder}: not a complete model directory, {part}/{name} is missing") from None
+    except OSError as error:
+        raise ModelError(f"{path}: cannot read: {error.strerror}") from None
     except ValueError as error:
         raise ModelError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{path}: not a JSON object")
+    for key, value in config.items():
+        _check_setting(path, key, value)
     return config
+
+
+def _check_setting(path: Path, key: str, value: Any) -> None:
+    """The libraries would try for hours to make a network of a billion layers."""
+    if isinstance(value, list):
+        if len(value) > _MOST_LAYERS:
+            raise ModelError(f"{path}: '{key}' has {len(value)} items, more than {_MOST_LAYERS}")
+        for item in value:
+            _check_setting(path, key, item)
+    elif isinstance(value, int) and abs(value) > (limit := _MOST_LAYERS if "layers" in key else _LARGEST):
+        raise ModelError(f"{path}: '{key}' is larger than {limit}")
 
 
 def named_gaps(read: Callable[[Path], ModelSpec]) -> Callable[[Path], ModelSpec]:
@@ -38,7 +60,13 @@ def named_gaps(read: Callable[[Path], ModelSpec]) -> Callable[[Path], ModelSpec]
     def checked(folder: Path) -> ModelSpec:
         try:
             return read(folder)
-        except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
+        except FlashdiffError:
+            raise
+        except ValidationError as error:
+            problem = error.errors(include_url=False)[0]
+            where = ".".join(map(str, problem["loc"]))
+            raise ModelError(f"{folder}: a configuration file misstates {where}: {problem['msg']}") from None
+        except Exception as error:  # a missing key, a text for a number, a division by zero: whatever the files say
             raise ModelError(f"{folder}: a configuration file lacks or misstates {first_line(error)}") from None
 
     return checked
@@ -110,11 +138,24 @@ def scheduler_config(folder: Path) -> dict[str, Any]:
     return read_config(folder, "scheduler", "scheduler_config.json")
 
 
+def size_limits(folder: Path, family: ModelFamily) -> tuple[int, int | None]:
+    """Latent cells that sides must be multiples of, and those of the longest side (None: any); see `ModelFamily`."""
+    denoiser = read_config(folder, family.lora_prefix)
+    try:
+        step, largest = family.size_step(denoiser), family.largest_side(denoiser)
+        if not (isinstance(step, int) and 1 <= step <= MAX_SIDE):
+            raise ValueError("what sides must be multiples of")
+        return step, largest
+    except Exception as error:  # as in `named_gaps`
+        raise ModelError(f"{folder}/{family.lora_prefix}/config.json lacks or misstates {first_line(error)}") from None
+
+
 def load_part(folder: Path, part: str, kind: Any) -> Any:
     """A model of class `kind` in float32, frozen and in eval mode, from safetensors and never from pickles.
 
     ModelError when it cannot be loaded whole.
     """
+    read_config(folder, part)
     try:
         model, info = kind.from_pretrained(
             folder / part, torch_dtype=torch.float32, output_loading_info=True, use_safetensors=True
@@ -146,11 +187,15 @@ def load_tokenizers(
 
     texts = {}
     for spec in specs:
-        tokenizer = _tokenizer(folder, parts[spec.name], AutoTokenizer).backend_tokenizer
-        if lowercase:
-            first = [normalizers.Lowercase(), normalizers.Strip()]
-            tokenizer.normalizer = normalizers.Sequence([*first, *([tokenizer.normalizer] if tokenizer.normalizer else [])])
-        texts[spec.name] = tokenizer.to_str()
+        found = _tokenizer(folder, parts[spec.name], AutoTokenizer)
+        try:
+            tokenizer = found.backend_tokenizer
+            if lowercase:
+                first = [normalizers.Lowercase(), normalizers.Strip()]
+                tokenizer.normalizer = normalizers.Sequence([*first, *([tokenizer.normalizer] if tokenizer.normalizer else [])])
+            texts[spec.name] = tokenizer.to_str()
+        except Exception as error:  # a tokenizer of another kind than the library `tokenizers` runs
+            raise ModelError(f"{folder}: {parts[spec.name]} cannot be used: {first_line(error)}") from None
     return PromptTokenizer(texts, specs)
 
 
@@ -158,7 +203,12 @@ def _tokenizer(folder: Path, part: str, kind: Any) -> Any:
     # transformers makes a vocabulary up where it finds none.
     if not any(path for pattern in ("tokenizer.json", "vocab.json", "*.model") for path in (folder / part).glob(pattern)):
         raise ModelError(f"{folder}: {part} holds no vocabulary (tokenizer.json, vocab.json or spiece.model)")
+    for path in (folder / part).iterdir():
+        if not path.is_file() and not path.is_dir():  # reading a pipe may never end
+            raise ModelError(f"{path}: a pipe, a device or a broken link, where a file is needed")
     try:
         return kind.from_pretrained(folder / part)
-    except Exception as error:  # as above
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # as above; a panic of the Rust library is not even an Exception
         raise ModelError(f"{folder}: cannot load {part}: {first_line(error)}") from None

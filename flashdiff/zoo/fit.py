@@ -12,14 +12,14 @@ from torch import Tensor
 
 from flashdiff.checkpoint import load_state, save_state
 from flashdiff.config import Record
-from flashdiff.errors import TrainingError
+from flashdiff.errors import TrainingError, first_line
 
 _CHECKPOINT_EVERY = 250
 
 
 class StageRecipe(Record):
-    batch_size: int = Field(ge=1)
-    images: int = Field(ge=1)
+    batch_size: int = Field(ge=1, le=2**20)
+    images: int = Field(ge=1, le=10**12)
     """Training length: images seen, counting repeats."""
     learning_rate: float = Field(gt=0, lt=1)
     """Peak; linear warm-up over 200 updates, then cosine to 1 % of it."""
@@ -45,9 +45,12 @@ def fit(
     checkpoint, step = out / f"{name}.pt", 0
     if checkpoint.exists():
         state = load_state(checkpoint)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        average, step = state["average"], state["step"]
+        try:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            average, step = state["average"], int(state["step"])
+        except Exception as error:  # a file that torch can load, but of something else
+            raise TrainingError(f"{checkpoint} is no checkpoint of this run ({first_line(error)}); remove it") from None
 
     total = stage.images // stage.batch_size
     started, first, running = time.monotonic(), step, 0.0

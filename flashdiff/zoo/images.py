@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from flashdiff.errors import ConfigError, first_line
 from flashdiff.files import cache_folder, write_whole
+from flashdiff.reading import read_json
 from flashdiff.zoo import world
 from flashdiff.zoo.world import Scene, scenes
 
@@ -30,15 +32,19 @@ def rendered(folder: Path, kinds: Sequence[str], first_seed: int, count: int, si
     name = f"{'+'.join(kinds)}-{first_seed}-{count}-{size}-{_world_hash()}"
     images_file, scenes_file = folder / f"{name}.npy", folder / f"{name}.json"
     if not scenes_file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
         starts = range(0, count, _CHUNK)
         with ProcessPoolExecutor() as pool:
             jobs = [pool.submit(_draw_chunk, tuple(kinds), first_seed + 10 * s, min(_CHUNK, count - s), size) for s in starts]
             chunks = [job.result() for job in jobs]
-        np.save(images_file, np.concatenate([images for images, _ in chunks]))
+        drawn = np.concatenate([images for images, _ in chunks])
+        write_whole(images_file, lambda file: np.save(file, drawn))
         write_whole(scenes_file, json.dumps([asdict(scene) for _, found in chunks for scene in found]))
-    found = json.loads(scenes_file.read_text())
-    return np.load(images_file), [Scene(**scene) for scene in found]
+    try:
+        return np.load(images_file), [Scene(**scene) for scene in read_json(scenes_file)]
+    except Exception as error:  # numpy has many kinds for a damaged file
+        raise ConfigError(
+            f"{images_file} or its .json is damaged ({first_line(error)}); remove both to draw them again"
+        ) from None
 
 
 def render_cache() -> Path:

@@ -16,21 +16,23 @@ def _known(kind: str) -> str:
 
 
 KindName = Annotated[str, AfterValidator(_known)]
+Width = Annotated[int, Field(ge=1, le=65536)]
+Blocks = Annotated[tuple[Annotated[int, Field(ge=0, le=100)], ...], Field(min_length=1, max_length=8)]
 
 
 class WorldRecipe(Record):
     kinds: tuple[KindName, ...] = Field(tuple(KINDS), min_length=1)
-    image_size: int = Field(64, ge=8)
-    train_images: int = Field(40_000, ge=1)
+    image_size: int = Field(64, ge=8, le=4096)
+    train_images: int = Field(40_000, ge=1, le=10**7)
 
 
 class VaeRecipe(StageRecipe):
-    channels: int
-    encoder_blocks: tuple[int, ...]
-    decoder_blocks: tuple[int, ...]
+    channels: Width
+    encoder_blocks: Blocks
+    decoder_blocks: Blocks
     """Residual blocks per resolution; the decoder runs in every request, the encoder only where one brings an image."""
-    latent_channels: int
-    latent_noise: float = 0.05
+    latent_channels: Width
+    latent_noise: float = Field(0.05, ge=0, le=100)
     """Noise on the latents while training, the fixed variance of this autoencoder: it keeps the latent space smooth."""
     crop: int = 32
     """Side of the random crops seen in the first seven eighths: the network is convolutional and has no norms, so
@@ -40,20 +42,20 @@ class VaeRecipe(StageRecipe):
 class TextRecipe(StageRecipe):
     """The text encoder; its `images` are captions."""
 
-    width: int = 128
-    layers: int = 2
-    tokens: int = 32
-    vocabulary: int = 1000
+    width: Width = 128
+    layers: int = Field(2, ge=1, le=100)
+    tokens: int = Field(32, ge=3, le=1024)
+    vocabulary: int = Field(1000, ge=600, le=10**6)
 
 
 class DenoiserRecipe(StageRecipe):
-    block_out_channels: tuple[int, ...]
-    caption_dropout: float = 0.1
-    ema_decay: float = 0.999
+    block_out_channels: tuple[Width, ...] = Field(min_length=1, max_length=8)
+    caption_dropout: float = Field(0.1, ge=0, le=1)
+    ema_decay: float = Field(0.999, ge=0, lt=1)
 
 
 class ZooRecipe(Record):
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**31)
     world: WorldRecipe
     vae: VaeRecipe
     text: TextRecipe

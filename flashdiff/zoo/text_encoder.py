@@ -26,13 +26,18 @@ def make_tokenizer(scenes: Sequence[Scene], recipe: ZooRecipe) -> Any:
     learner.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
+    captions = [caption(scene, rng).replace(",", " ,") for scene in scenes[:20_000]]
+    # The trainer numbers the ends of words in the order of a hash map, and pairs that are equally frequent by these numbers.
+    spelled = [learner.pre_tokenizer.pre_tokenize_str(learner.normalizer.normalize_str(text)) for text in captions]
+    ends = sorted({word[-1] + "</w>" for words in spelled for word, _ in words})
     trainer = trainers.BpeTrainer(
+        special_tokens=ends,
         vocab_size=recipe.text.vocabulary - 2,
         end_of_word_suffix="</w>",
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    learner.train_from_iterator((caption(scene, rng).replace(",", " ,") for scene in scenes[:20_000]), trainer)
+    learner.train_from_iterator(captions, trainer)
     merges = [tuple(merge) for merge in json.loads(learner.to_str())["model"]["merges"]]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = [*alphabet, *(symbol + "</w>" for symbol in alphabet), *("".join(merge) for merge in merges)]

@@ -16,6 +16,8 @@ from flashdiff.checkpoint import load_state, save_state
 from flashdiff.config import load_recipe
 from flashdiff.errors import FlashdiffError, TrainingError
 from flashdiff.files import new_folder, write_whole
+from flashdiff.locks import sole_user
+from flashdiff.reading import read_json
 from flashdiff.zoo.denoiser import SCHEDULE, make_unet, train_unet
 from flashdiff.zoo.images import rendered
 from flashdiff.zoo.recipe import ZooRecipe
@@ -30,14 +32,26 @@ def train(recipe: ZooRecipe, out: Path) -> None:
     """Run every stage that `out` does not hold yet; the model directory is `out/model`."""
     if (out / "model").exists():
         raise TrainingError(f"{out} holds a finished model; choose another --out or remove it")
-    resolved = out / "recipe.json"
-    if resolved.exists() and json.loads(resolved.read_text()) != recipe.model_dump(mode="json"):
-        raise TrainingError(f"{out} holds a run of another recipe; choose another --out or remove it")
+    with sole_user(out / "lock", TrainingError(f"another process trains in {out} now; choose another --out or wait for its end")):
+        _check_recipe(out / "recipe.json", recipe)
+        _run_stages(recipe, out)
+
+
+def _check_recipe(resolved: Path, recipe: ZooRecipe) -> None:
+    try:
+        before = read_json(resolved) if resolved.exists() else recipe.model_dump(mode="json")
+    except ValueError as error:
+        raise TrainingError(f"{resolved} is damaged ({error}); choose another --out or remove it") from None
+    if before != recipe.model_dump(mode="json"):
+        raise TrainingError(f"{resolved.parent} holds a run of another recipe; choose another --out or remove it")
+
+
+def _run_stages(recipe: ZooRecipe, out: Path) -> None:
     world = recipe.world
     cache = out / "renders"
     images, scenes = rendered(cache, world.kinds, 0, world.train_images, world.image_size)
     held_back, _ = rendered(cache, world.kinds, _VALIDATION_SEED, _VALIDATION_IMAGES, world.image_size)
-    write_whole(resolved, recipe.model_dump_json(indent=2) + "\n")
+    write_whole(out / "recipe.json", recipe.model_dump_json(indent=2) + "\n")
 
     vae = make_vae(recipe)
     tokenizer = make_tokenizer(scenes, recipe)

@@ -87,5 +87,5 @@ def test_a_backend_of_one_file_builds_and_serves(bundle: Path, tiny_base: Path, 
 
 
 def test_the_command_line_offers_it_and_it_refuses_what_it_cannot_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["build-engine", "avatars", "--backend", "numpy", "--precision", "bf16", "--out", str(tmp_path / "b")]) == 1
+    assert cli.main(["build-engine", "avatars", "--backend", "numpy", "--precision", "bf16", "--out", str(tmp_path / "b")]) == 2
     assert "--precision bf16: numpy on cpu takes fp32" in capsys.readouterr().err

@@ -323,7 +323,7 @@ def test_wrong_input_is_one_line(tmp_path: Path, folder: Path, tiny_base: Path, 
     ]
     for arguments, said in cases:
         few = [] if "--count" in arguments else ["--count", "2"]
-        assert cli.main(["evaluate", *(str(argument) for argument in arguments), *few]) == 1, arguments
+        assert cli.main(["evaluate", *(str(argument) for argument in arguments), *few]) == 2, arguments
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith("flashdiff: error: "), arguments
         assert said in error, arguments
@@ -332,7 +332,7 @@ def test_wrong_input_is_one_line(tmp_path: Path, folder: Path, tiny_base: Path, 
 def test_inception_that_cannot_be_had_says_where_to_put_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("cleanfid", reason="pip install --no-deps clean-fid==0.1.35")
     (tmp_path / "inception-2015-12-05.pt").write_bytes(b"nonsense")
-    assert cli.main(["evaluate", "avatars", "--features", f"inception:{tmp_path}"]) == 1
+    assert cli.main(["evaluate", "avatars", "--features", f"inception:{tmp_path}"]) == 2
     error = capsys.readouterr().err
     assert "put the file there" in error
     assert error.count("\n") == 1
