@@ -15,7 +15,7 @@ from flashdiff.errors import BundleError
 from flashdiff.files import hash_file, write_whole
 from flashdiff.text import TokenizerSpec
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 MANIFEST = "manifest.json"
 
 Precision = Literal["fp32", "fp16", "bf16"]
