@@ -33,7 +33,7 @@ from flashdiff.families import load_base
 from flashdiff.families.base import TorchModel
 from flashdiff.files import write_whole
 from flashdiff.lora import FLASH, add_adapter
-from flashdiff.sampling import Sampler
+from flashdiff.sampling import Sampler, flash_student
 
 _log = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ def distill(recipe: Recipe, out: Path, *, pools: Path | None = None) -> None:
 
 def flash_sampler(model: TorchModel, recipe: Recipe) -> Sampler:
     """The sampler of the student that this recipe trains."""
-    return Sampler(kind="flash", schedule=model.spec.sampler.schedule, grid=recipe.grid, default_steps=min(4, recipe.grid.modes))
+    return flash_student(model.spec.sampler, recipe.grid)
 
 
 def _train(

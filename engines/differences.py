@@ -27,7 +27,7 @@ def differences(old: BuildInputs, new: BuildInputs) -> Iterator[str]:
         # The weights are the same, so what changed stands beside them.
         for field in ("prediction", "sampler", "tokenizers", "parts", "conditions", "tasks"):
             if getattr(old.model, field) != getattr(new.model, field):
-                yield f"another {field}: flash.json or the base's configuration changed"
+                yield f"another {field}: the options, flash.json or the base's configuration changed"
     for name in sorted({*old.library_versions, *new.library_versions}):
         then, now = old.library_versions.get(name, "none"), new.library_versions.get(name, "none")
         if then != now:

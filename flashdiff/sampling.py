@@ -46,6 +46,8 @@ class Sampler(SamplerSettings):
     """The trained grid of a flash student; None for all others."""
     guidance: float = Field(1.0, ge=0, le=100)
     """Classifier-free guidance scale w; up to 1 means one network evaluation a step without guidance, above it two."""
+    embedded_guidance: float | None = Field(None, ge=0, le=100)
+    """The guidance scale that the network is given as an input; None: it takes none."""
     default_steps: int = Field(ge=1)
 
     @model_validator(mode="after")
@@ -109,6 +111,17 @@ class Sampler(SamplerSettings):
     def walk(self, prediction: Prediction, steps: int, tokens: int) -> Walk | None:
         """The steps of an image of so many tokens, worked out; None for our own two samplers."""
         return self.published.walk(self, self.schedule, prediction, steps, tokens) if self.published else None
+
+
+def flash_student(base: Sampler, grid: Grid) -> Sampler:
+    """The sampler of a flash student of a base."""
+    return Sampler(
+        kind="flash",
+        schedule=base.schedule,
+        grid=grid,
+        embedded_guidance=base.embedded_guidance,
+        default_steps=min(4, grid.modes),
+    )
 
 
 def ode_weights(schedule: Schedule, times: list[int]) -> list[float]:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from flashdiff import defaults
-from flashdiff.cli.shared import listed, need, parse_lora, quiet_libraries
+from flashdiff.cli.shared import add_sampling_arguments, given_sampling, listed, need, parse_lora, quiet_libraries
 from flashdiff.engines.backends import BACKENDS
 from flashdiff.errors import ConfigError
 
@@ -31,14 +31,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--version-compatible", action="store_true", help="TensorRT plans that run on later versions too, more slowly"
     )
-    parser.add_argument("--guidance", type=float, help="guidance scale of a base without a flash LoRA; default: the family's")
+    parser.add_argument(
+        "--guidance", type=float, help="guidance scale of a model that is no flash student, up to 1: none; default: the family's"
+    )
+    add_sampling_arguments(parser)
     parser.add_argument("--dry-run", action="store_true", help="print what would be built, why, and what it takes; write nothing")
 
 
 def run(options: argparse.Namespace) -> None:
     """Fuse LoRAs into a base model, export every part, compile it, check it against torch, and publish the bundle."""
     need("distill", "torch", "diffusers", "peft", "onnx", "onnxscript")
-    from flashdiff.config import load_recipe
+    from flashdiff.config import load_recipe, parse_record
     from flashdiff.engines.build import build_engine
     from flashdiff.engines.config import BuildOptions, BuildRecipe, parse_batches, parse_sizes
     from flashdiff.engines.plan import describe, plan_build
@@ -49,15 +52,15 @@ def run(options: argparse.Namespace) -> None:
         "precision": options.precision,
         "sizes": options.size and parse_sizes(options.size),
         "batch_sizes": options.batch and parse_batches(options.batch),
-        "guidance": options.guidance,
-        "version_compatible": options.version_compatible,
+        "version_compatible": options.version_compatible or None,
+        **given_sampling(options),
     }
-    given = {name: value for name, value in given.items() if value not in (None, (), False)}
+    given = {name: value for name, value in given.items() if value is not None and value != ()}
     if options.base.endswith(".toml"):
         if given:
             raise ConfigError(f"{options.base} says {', '.join(given)}: change it there, and give --out alone beside a recipe")
         given = load_recipe(Path(options.base), BuildRecipe).model_dump()
-    build = BuildOptions(**{"base": options.base, **given, "out": options.out})
+    build = parse_record({"base": options.base, **given, "out": options.out}, BuildOptions, source="build-engine")
     quiet_libraries()
     if options.dry_run:
         for line in describe(plan_build(build)):
