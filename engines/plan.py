@@ -22,6 +22,7 @@ from flashdiff.families.loading import read_config
 from flashdiff.files import hash_files
 from flashdiff.lora import check_base, find_lora, fused_spec, lora_hash, read_metadata
 from flashdiff.parts import Phase
+from flashdiff.samplers.options import SamplingOptions
 from flashdiff.samplers.recognise import few_step_hint
 
 _LONGEST_TITLE = 200
@@ -83,6 +84,7 @@ def plan_build(options: BuildOptions) -> BuildPlan:
         loras=tuple(LoraRecord(name=lora.name, weights_hash=lora_hash(lora), weight=weight) for lora, weight in loras),
         model=spec,
         guidance=options.guidance,
+        sampling=SamplingOptions(**{name: getattr(options, name) for name in SamplingOptions.model_fields if name != "guidance"}),
         backend=options.backend,
         precision=options.precision,
         sizes=spec.sizes,
