@@ -186,6 +186,20 @@ def test_a_built_engine_gives_the_image_of_the_stock_pipeline(
 
 
 @pytest.mark.slow
+def test_a_built_student_with_known_times_and_embedded_guidance_gives_the_image_of_the_stock_pipeline(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = (999, 749, 499, 249)
+    engine = _built(bases["lcm"], tmp_path / "bundle", "onnxruntime", sampler="lcm", timesteps=times, guidance=8.0)
+    assert engine.spec.sampler.known_times == [*times]
+    shape = engine.spec.latent_shape(engine.spec.sizes[0])
+    stock = _stock(monkeypatch, bases["lcm"], "LCMScheduler", {}, shape, timesteps=list(times), guidance_scale=8.0)
+    np.testing.assert_allclose(_ours(engine, 4), stock, atol=TOLERANCE, rtol=0)
+    other = _stock(monkeypatch, bases["lcm"], "LCMScheduler", {}, shape, timesteps=list(times), guidance_scale=1.0)
+    assert np.abs(stock - other).max() > 10 * TOLERANCE
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["sd3", "flux"])
 def test_a_built_flow_gives_the_image_of_the_stock_pipeline(
     bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: str
