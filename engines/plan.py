@@ -26,6 +26,7 @@ from flashdiff.samplers.options import SamplingOptions
 from flashdiff.samplers.recognise import few_step_hint
 
 _LONGEST_TITLE = 200
+_FEW_STEP_KINDS = ("flash", "lcm", "tcd", "flow-euler")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,12 +141,12 @@ def describe(plan: BuildPlan) -> Iterator[str]:
 
 def _warning(options: BuildOptions, spec: ModelSpec, loras: Sequence[Path]) -> str | None:
     """For a few-step student, by its name or its file's metadata, that would be sampled by dozens of steps."""
-    if options.names_sampler or spec.sampler.kind == "flash":
+    if options.names_sampler or spec.sampler.kind in _FEW_STEP_KINDS:
         return None
     of_base = [options.base, Path(options.base).resolve().name]
     for source, names in [*((lora, [lora.name, *read_metadata(lora).values()]) for lora in loras), (options.base, of_base)]:
         short = [name for name in names if len(name) <= _LONGEST_TITLE]  # what is longer is a table of training data
-        if (hint := few_step_hint(spec.family, short)) and (loras or spec.sampler.kind not in ("lcm", "tcd", "flow-euler")):
+        if hint := few_step_hint(spec.family, short):
             sampling = f"{spec.sampler.default_steps} steps of {spec.sampler.kind}, guidance {spec.sampler.guidance:g}"
             return f"{source} looks like a few-step student and would be sampled by {sampling}; if it is one, add {hint}"
     return None

@@ -204,6 +204,16 @@ def test_a_plain_style_gets_no_warning(sdxl: Path, tmp_path: Path) -> None:
     assert plan_build(_options(sdxl, tmp_path / "out", _lora(tmp_path / "watercolor.safetensors"))).warning is None
 
 
+def test_a_base_that_says_itself_that_it_takes_few_steps_gets_no_warning(copy: Path, tmp_path: Path) -> None:
+    turbo = copy.rename(tmp_path / "sdxl-turbo")
+    _edit_scheduler(turbo, _class_name="EulerAncestralDiscreteScheduler", timestep_spacing="trailing")
+    warning = plan_build(_options(turbo, tmp_path / "out")).warning
+    assert warning
+    assert "sampled by 50 steps of euler-ancestral, guidance 5; if it is one, add --preset sdxl-turbo" in warning
+    _edit_scheduler(turbo, _class_name="LCMScheduler")
+    assert plan_build(_options(turbo, tmp_path / "out", _lora(tmp_path / "watercolor.safetensors"))).warning is None
+
+
 @pytest.mark.parametrize("guidance", ["0", "0.0", "1"])
 def test_guidance_zero_on_the_command_line_is_zero(
     sdxl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], guidance: str
