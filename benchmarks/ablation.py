@@ -48,6 +48,7 @@ from flashdiff.families import find_base
 from flashdiff.families.base import base_hash
 from flashdiff.files import write_whole
 from flashdiff.lora import FLASH, load_fused, read_flash_info
+from flashdiff.samplers.options import SamplingOptions
 
 TEACHER = "teacher"
 _TEACHER_STEPS = 50
@@ -160,7 +161,7 @@ def _ablate(options: argparse.Namespace) -> None:
     _check_settings(options.out / "settings.json", settings)
     teacher = options.out / f"{TEACHER}.json"
     if not teacher.exists():
-        _, base = load_fused(recipe.base, (), sum(recipe.guidance) / 2)
+        _, base = load_fused(recipe.base, (), SamplingOptions(guidance=sum(recipe.guidance) / 2))
         steps = (_TEACHER_STEPS, *(count for count in options.steps if count > 1))
         metrics = {"real": meter.measure_real(), **meter.measure_model(base, TEACHER, steps)}
         write_results(teacher, {"updates": 0, "cost": 0, "rows": metrics}, indent=2)

@@ -121,7 +121,7 @@ class Recipe(Record):
     ramp_updates: int = Field(0, ge=0, le=10**9)
     """Updates over which the loss weights move from the last phase's to the next one's; 0: at once, as in the paper."""
     guidance: tuple[float, float]
-    """The teacher's guidance scale is drawn per sample between these two."""
+    """The teacher's guidance scale is drawn per sample between these two; up to 1 means none."""
     target: Literal["solution", "consistency"] = "solution"
     """What the student is regressed on: the end of the teacher's ODE, or, as in LCM, its own answer one teacher step further."""
     batch_size: int = Field(ge=1, le=2**20)
@@ -161,8 +161,8 @@ class Recipe(Record):
                     f"mode_weights must be {self.grid.modes} numbers, none negative and not all 0, not {phase.mode_weights}"
                 )
         low, high = self.guidance
-        if not 0 < low <= high <= 100:
-            raise ValueError(f"guidance must be two rising positive numbers up to 100, not {self.guidance}")
+        if not 0 <= low <= high <= 100:
+            raise ValueError(f"guidance must be two rising positive numbers up to 100 (up to 1: none), not {self.guidance}")
         return self
 
     @property

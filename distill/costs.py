@@ -39,7 +39,8 @@ def teacher_evaluations(recipe: Recipe, phase: Phase, *, guided_twice: bool = Tr
     probabilities = start_probabilities(recipe.grid, phase.mode_weights)
     taken = recipe.grid.solver_steps - np.arange(recipe.grid.solver_steps)
     steps = 1.0 if recipe.target == "consistency" else float(probabilities @ taken)
-    return (2 if guided_twice else 1) * steps / recipe.target_uses
+    is_guided = guided_twice and recipe.guidance[1] > 1
+    return (2 if is_guided else 1) * steps / recipe.target_uses
 
 
 def target_cost(recipe: Recipe, phase: Phase, *, guided_twice: bool = True) -> float:

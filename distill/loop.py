@@ -35,7 +35,7 @@ from flashdiff.files import sweep_parts, write_whole
 from flashdiff.locks import sole_user
 from flashdiff.lora import FLASH, add_adapter
 from flashdiff.reading import first_change, read_json, witness
-from flashdiff.sampling import Sampler
+from flashdiff.sampling import Sampler, flash_student
 
 _log = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ def _run(recipe: Recipe, out: Path, work: Path, pools: Path | None) -> None:
 
 def flash_sampler(model: TorchModel, recipe: Recipe) -> Sampler:
     """The sampler of the student that this recipe trains."""
-    return Sampler(kind="flash", schedule=model.spec.sampler.schedule, grid=recipe.grid, default_steps=min(4, recipe.grid.modes))
+    return flash_student(model.spec.sampler, recipe.grid)
 
 
 def _train(

@@ -18,7 +18,7 @@ from flashdiff.distill.config import DataRecipe
 from flashdiff.errors import EvaluationError, TrainingError, first_line, install
 from flashdiff.evaluation.images import DAMAGED_SHARD, METADATA, SUFFIXES, WORLD, read_metadata, shard_samples
 from flashdiff.pictures import to_rgb
-from flashdiff.reading import open_file, read_file, read_text
+from flashdiff.reading import lines_of, open_file, read_file, read_text
 
 _log = logging.getLogger(__name__)
 
@@ -191,7 +191,7 @@ def _parquet(path: Path, damage: Damage) -> Iterator[Sample]:
 
 def _prompts(path: Path) -> Iterator[Sample]:
     try:
-        lines = read_text(path).splitlines()
+        lines = lines_of(read_text(path))
     except (OSError, ValueError) as error:
         raise TrainingError(f"data.source '{path}': cannot read the prompts: {first_line(error)}") from None
     yield from (Sample(f"{path}:{number}", line.strip(), None) for number, line in enumerate(lines, start=1) if line.strip())
@@ -201,7 +201,7 @@ def _checked(where: str, image: bytes | None, caption: bytes | None, missing: st
     """The sample, unless it has no image or no caption. The image is not decoded yet."""
     damage.count("samples")
     try:
-        text = caption.decode("utf-8").strip() if caption is not None else ""
+        text = caption.decode("utf-8-sig").strip() if caption is not None else ""
     except UnicodeDecodeError:
         damage.skip("samples", f"{where}: its caption is not UTF-8 text")
         return

@@ -66,8 +66,9 @@ class Teacher:
         return x_t
 
     def _guided_output(self, x: Tensor, times: Tensor, conditioning: Mapping[str, Tensor], guidance: Tensor) -> Tensor:
-        if self.unconditional is None:
+        """The network's output, guided; scales up to 1 mean no guidance, and one evaluation where all are."""
+        if self.unconditional is None or bool((guidance <= 1).all()):
             return self.network(x, times, conditioning)
         both = {name: torch.cat([values, self.unconditional[name].expand_as(values)]) for name, values in conditioning.items()}
         conditional, contrast = self.network(torch.cat([x, x]), torch.cat([times, times]), both).chunk(2)
-        return guide(conditional, contrast, guidance.view(-1, 1, 1, 1))
+        return guide(conditional, contrast, guidance.clamp(min=1).view(-1, 1, 1, 1))

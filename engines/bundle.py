@@ -15,9 +15,10 @@ from flashdiff.engines.backends import BACKENDS
 from flashdiff.errors import BundleError
 from flashdiff.files import hash_file, write_whole
 from flashdiff.reading import parse_json, read_text
+from flashdiff.samplers.options import SamplingOptions
 from flashdiff.text import TokenizerSpec
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 MANIFEST = "manifest.json"
 
 MAX_BATCH = 64
@@ -140,6 +141,8 @@ class BuildInputs(Record):
     """What is served, as the base's configuration, a LoRA's flash.json (its grid) and the options make it."""
     guidance: float | None
     """Asked for; None: the family's default, or a flash student's none."""
+    sampling: SamplingOptions
+    """Asked for besides; what follows is in `model`."""
     backend: BackendName
     precision: Precision
     sizes: tuple[Size, ...] = Field(min_length=1, max_length=64)
@@ -158,7 +161,8 @@ class BuildInputs(Record):
         values = {name: getattr(self, name) for name in BuildInputs.model_fields}
         loras = [lora.model_copy(update={"name": ""}) for lora in self.loras]
         model = self.model.model_copy(update={"name": ""})
-        return BuildInputs(**{**values, "base": "", "loras": loras, "model": model}).content_hash
+        same = {"base": "", "loras": loras, "model": model, "sampling": SamplingOptions()}
+        return BuildInputs(**{**values, **same}).content_hash
 
 
 class Manifest(BuildInputs):

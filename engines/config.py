@@ -7,13 +7,13 @@ from pydantic import model_validator
 
 from flashdiff import defaults
 from flashdiff.components import MAX_SIDE, Size
-from flashdiff.config import Record
 from flashdiff.engines.bundle import MAX_BATCH, BackendName, Precision
 from flashdiff.errors import BundleError
+from flashdiff.samplers.options import SamplingOptions
 
 
-class BuildRecipe(Record):
-    """What is built: the options of `build-engine`, or a TOML file of them."""
+class BuildRecipe(SamplingOptions):
+    """What is built and how it is sampled: the options of `build-engine`, or a TOML file of them."""
 
     base: str
     loras: tuple[tuple[str, float], ...] = ()
@@ -25,8 +25,6 @@ class BuildRecipe(Record):
     batch_sizes: tuple[int, ...] = defaults.BATCH_SIZES
     version_compatible: bool = False
     """TensorRT plans that run on later versions too, more slowly."""
-    guidance: float | None = None
-    """Of a base without a flash LoRA; None: the family's default."""
 
     @model_validator(mode="after")
     def _batch_sizes_rise(self) -> Self:

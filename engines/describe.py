@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from flashdiff.components import ModelSpec
 from flashdiff.engines.backends import find_backend
 from flashdiff.engines.bundle import Manifest
 from flashdiff.errors import BundleError
@@ -10,7 +11,7 @@ from flashdiff.errors import BundleError
 
 def describe(bundle: Path, manifest: Manifest) -> Iterator[str]:
     """The manifest of a checked bundle, line by line: origin, abilities, exactness, costs, files."""
-    model, sampler, codec = manifest.model, manifest.model.sampler, manifest.latent_codec
+    model, codec = manifest.model, manifest.latent_codec
     yield f"bundle       {bundle} ({manifest.bundle_hash[:12]}), every file as it was published"
     yield f"made by      flashdiff {manifest.flashdiff_version}, " + ", ".join(
         f"{name} {version}" for name, version in manifest.library_versions.items()
@@ -20,11 +21,8 @@ def describe(bundle: Path, manifest: Manifest) -> Iterator[str]:
         yield f"LoRA         {lora.name} x {lora.weight:g} ({lora.weights_hash[:12]})"
     yield f"engine       {manifest.backend}, {manifest.precision}, on {_machine(manifest)}"
     yield f"fits here    {_fit(manifest)}"
-    steps = range(1, sampler.max_steps + 1)
-    if sampler.grid:
-        yield f"sampler      flash, {model.prediction}; " + "; ".join(f"{n} steps at {sampler.times(n)}" for n in steps)
-    else:
-        yield f"sampler      ODE, {model.prediction}, up to {sampler.max_steps} steps, guidance {sampler.guidance:g}"
+    preset = f" ({manifest.sampling.preset})" if manifest.sampling.preset else ""
+    yield f"sampler      {describe_sampler(model)}{preset}"
     yield f"latents      {codec.channels} channels, {codec.factor} pixels a cell, (z - {codec.shift:g}) x {codec.scale:g}"
     yield f"buckets      batch {', '.join(map(str, manifest.batch_sizes))} at {', '.join(map(str, model.sizes))}"
     exact = "the same bits in every batch" if manifest.rows_are_exact else "not bit-equal across batch sizes"
@@ -37,6 +35,30 @@ def describe(bundle: Path, manifest: Manifest) -> Iterator[str]:
             yield f"ms by batch  {part:12} {str(size) + '  ' if size else ''}{', '.join(costs)}"
     for name in sorted(manifest.files):
         yield f"file         {(bundle / name).stat().st_size / 1e6:8.2f} MB  {name}"
+
+
+def describe_sampler(model: ModelSpec) -> str:
+    """How a model is sampled, in one line."""
+    sampler = model.sampler
+    if sampler.grid:
+        steps = range(1, sampler.max_steps + 1)
+        return f"flash, {model.prediction}; " + "; ".join(f"{n} steps at {sampler.times(n)}" for n in steps)
+    embedded = "" if sampler.embedded_guidance is None else f", embedded guidance {sampler.embedded_guidance:g}"
+    guidance = f"guidance {sampler.guidance:g}" if sampler.evaluations_per_step > 1 else "without guidance"
+    kind = sampler.published
+    if kind is None:
+        return f"ODE, {model.prediction}, up to {sampler.max_steps} steps, {guidance}{embedded}"
+    settings = {
+        "spacing": sampler.spacing if kind.spacings and not sampler.timesteps else None,
+        "eta": f"{sampler.eta:g}" if "eta" in kind.settings else None,
+        "original steps": sampler.original_steps if "original_steps" in kind.settings and not sampler.timesteps else None,
+    }
+    told = "".join(f", {name} {value}" for name, value in settings.items() if value is not None)
+    times = [round(time, 2) for time in sampler.times(sampler.default_steps)]
+    return (
+        f"{sampler.kind}, {model.prediction}{told}, up to {sampler.max_steps} steps, {guidance}{embedded}; "
+        f"{sampler.default_steps} by default, at {times}"
+    )
 
 
 def _machine(manifest: Manifest) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from flashdiff.engines.bundle import BuildInputs
+from flashdiff.samplers.options import SamplingOptions
 
 
 def differences(old: BuildInputs, new: BuildInputs) -> Iterator[str]:
@@ -23,7 +24,12 @@ def differences(old: BuildInputs, new: BuildInputs) -> Iterator[str]:
         then, now = getattr(old, field), getattr(new, field)
         if then != now:
             yield f"{field.replace('_', ' ')}: {_words(then)} -> {_words(now)}"
-    if old.base_hash == new.base_hash and (old.loras, old.guidance) == (new.loras, new.guidance):
+    for field in SamplingOptions.model_fields:
+        then, now = getattr(old.sampling, field), getattr(new.sampling, field)
+        if then != now:
+            yield f"{field}: {_words(then)} -> {_words(now)}"
+    asked = [(inputs.loras, inputs.guidance, inputs.sampling) for inputs in (old, new)]
+    if old.base_hash == new.base_hash and asked[0] == asked[1]:
         # The weights are the same, so what changed stands beside them.
         for field in ("prediction", "sampler", "tokenizers", "parts", "conditions", "tasks"):
             if getattr(old.model, field) != getattr(new.model, field):

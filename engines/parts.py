@@ -47,7 +47,7 @@ def parts_of(family: ModelFamily, model: TorchModel) -> list[Part]:
         **{tokenizer.name: ("batch", tokenizer.length) for tokenizer in spec.tokenizers},
         **{c.name: ("batch", c.channels, "height", "width") for c in spec.conditions if c.channels},
     }
-    whole = {"times", *(tokenizer.name for tokenizer in spec.tokenizers)}
+    whole = {tokenizer.name for tokenizer in spec.tokenizers} | ({"times"} if spec.sampler.whole_times else set())
 
     def tensors(names: Iterable[str]) -> tuple[TensorSpec, ...]:
         return tuple(TensorSpec(name=n, dtype="int64" if n in whole else "float32", shape=shapes[n]) for n in names)
@@ -88,7 +88,7 @@ class AtPrecision(nn.Module):
     def __init__(self, part: Part, precision: Precision) -> None:
         super().__init__()
         self.module, self._dtype = part.module, DTYPES[precision]
-        self._cast = [t.dtype == "float32" and t.name not in part.float32_inputs for t in part.inputs]
+        self._cast = [t.dtype == "float32" and t.name not in (*part.float32_inputs, "times") for t in part.inputs]
         for parameter in part.module.parameters():
             parameter.data = parameter.data.to(self._dtype)
 
@@ -110,6 +110,8 @@ def random_inputs(model: TorchModel, part: Part, batch: int, size: Size, generat
     times = spec.sampler.known_times or range(spec.sampler.schedule.num_train_timesteps)
     known["latents"] = torch.randn(batch, *spec.latent_shape(size), generator=generator)
     known["times"] = torch.tensor(times)[torch.linspace(0, len(times) - 1, batch).round().long()]
+    if not spec.sampler.whole_times:
+        known["times"] = known["times"].float()
     known["images"] = 2 * torch.rand(batch, 3, size.height, size.width, generator=generator) - 1
     for condition in spec.conditions:
         if condition.name not in {tensor.name for tensor in part.inputs} or condition.name in known:

@@ -1,7 +1,7 @@
 """What a build would make, and why, from configuration files and hashes alone: no weights are loaded."""
 
 import importlib.metadata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from flashdiff.engines.backends.base import EXPORTERS, Backend, Export, GraphFor
 from flashdiff.engines.bundle import MANIFEST, BuildInputs, LoraRecord, Manifest, read_manifest
 from flashdiff.engines.cache import is_cached, key_of
 from flashdiff.engines.config import BuildOptions
+from flashdiff.engines.describe import describe_sampler
 from flashdiff.engines.differences import differences
 from flashdiff.engines.requirements import Requirements, count_parameters, estimate, free_bytes
 from flashdiff.errors import BundleError
@@ -19,9 +20,14 @@ from flashdiff.families import family_of, find_base
 from flashdiff.families.base import ModelFamily, base_files, base_hash
 from flashdiff.families.loading import size_limits
 from flashdiff.files import hash_files
-from flashdiff.lora import check_base, check_guidance, find_lora, fused_spec, lora_files, lora_hash
+from flashdiff.lora import check_base, find_lora, fused_spec, lora_files, lora_hash, read_metadata
 from flashdiff.parts import Phase
 from flashdiff.reading import Witness, first_change, witness
+from flashdiff.samplers.options import SamplingOptions
+from flashdiff.samplers.recognise import few_step_hint
+
+_LONGEST_TITLE = 200
+_FEW_STEP_KINDS = ("flash", "lcm", "tcd", "flow-euler")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +51,8 @@ class BuildPlan:
     """Why there is none, though something is there."""
     sources: Witness
     """The files of the base and the LoRAs, as they were before any was read."""
+    warning: str | None
+    """What looks wrong and may be meant."""
 
     @property
     def changes(self) -> list[str]:
@@ -76,8 +84,7 @@ def plan_build(options: BuildOptions) -> BuildPlan:
     family = family_of(folder)
     loras = tuple((find_lora(name), weight) for name, weight in options.loras)
     sources = witness([*base_files(folder), *(file for lora, _ in loras for file in lora_files(lora))])
-    spec = fused_spec(family.read_spec(folder), [lora for lora, _ in loras], options.guidance)
-    check_guidance(options.base, family, options.guidance)
+    spec = fused_spec(family.read_spec(folder), [lora for lora, _ in loras], options)
     hash_of_base = base_hash(folder)
     check_base(folder, hash_of_base, [lora for lora, _ in loras])
     spec = spec.model_copy(update={"sizes": options.sizes or spec.sizes})
@@ -88,6 +95,7 @@ def plan_build(options: BuildOptions) -> BuildPlan:
         loras=tuple(LoraRecord(name=lora.name, weights_hash=lora_hash(lora), weight=weight) for lora, weight in loras),
         model=spec,
         guidance=options.guidance,
+        sampling=SamplingOptions(**{name: getattr(options, name) for name in SamplingOptions.model_fields if name != "guidance"}),
         backend=options.backend,
         precision=options.precision,
         sizes=spec.sizes,
@@ -111,6 +119,7 @@ def plan_build(options: BuildOptions) -> BuildPlan:
         previous=previous,
         flaw=flaw,
         sources=sources,
+        warning=_warning(options, spec, [lora for lora, _ in loras]),
     )
     plan.check_sources()
     if plan.changes:
@@ -125,6 +134,9 @@ def describe(plan: BuildPlan) -> Iterator[str]:
     loras = "".join(f" + {lora.name} x {lora.weight:g}" for lora in inputs.loras)
     yield f"base         {plan.folder} ({plan.family.name}, {inputs.base_hash[:12]}){loras}"
     yield f"backend      {inputs.backend}, {inputs.precision}, on {inputs.machine.device} ({inputs.machine.processor})"
+    yield f"sampler      {describe_sampler(spec)}"
+    if plan.warning:
+        yield f"warning      {plan.warning}"
     yield f"fingerprint  {inputs.fingerprint[:12]}"
     for part in needed.parameters:
         yield f"{part:12} {needed.parameters[part] / 1e6:.1f} M parameters, {_export_state(plan, part)}"
@@ -137,6 +149,19 @@ def describe(plan: BuildPlan) -> Iterator[str]:
     yield f"time         about {needed.seconds if plan.changes else 0:.0f} s (an estimate; one core, small models)"
     for reason in plan.changes or [f"nothing: {plan.options.out} is up to date"]:
         yield f"to do        {reason}"
+
+
+def _warning(options: BuildOptions, spec: ModelSpec, loras: Sequence[Path]) -> str | None:
+    """For a few-step student, by its name or its file's metadata, that would be sampled by dozens of steps."""
+    if options.names_sampler or spec.sampler.kind in _FEW_STEP_KINDS:
+        return None
+    of_base = [options.base, Path(options.base).resolve().name]
+    for source, names in [*((lora, [lora.name, *read_metadata(lora).values()]) for lora in loras), (options.base, of_base)]:
+        short = [name for name in names if len(name) <= _LONGEST_TITLE]  # what is longer is a table of training data
+        if hint := few_step_hint(spec.family, short):
+            sampling = f"{spec.sampler.default_steps} steps of {spec.sampler.kind}, guidance {spec.sampler.guidance:g}"
+            return f"{source} looks like a few-step student and would be sampled by {sampling}; if it is one, add {hint}"
+    return None
 
 
 def _export_state(plan: BuildPlan, part: str) -> str:

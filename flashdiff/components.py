@@ -101,6 +101,11 @@ class ModelSpec(Record):
         """Longest prompt, in tokens, end marks included."""
         return max(tokenizer.length for tokenizer in self.tokenizers)
 
+    def tokens(self, size: Size) -> int:
+        """What a transformer sees of an image: patches of 2x2 latent cells."""
+        _, height, width = self.latent_shape(size)
+        return (height // 2) * (width // 2)
+
     def latent_shape(self, size: Size) -> tuple[int, int, int]:
         """[C, h, w] of an image of `size`."""
         return self.latent_channels, size.height // self.latent_factor, size.width // self.latent_factor

@@ -8,6 +8,12 @@ PRECISIONS: Final = ("fp32", "fp16", "bf16")
 PRECISION: Final = "fp32"
 BATCH_SIZES: Final = (1, 2, 4, 8)
 
+# --- how a model is sampled ---
+SAMPLERS: Final = ("ode", "lcm", "euler", "euler-ancestral", "ddim", "tcd", "flow-euler")
+"""Those that a family of ours can use."""
+SPACINGS: Final = ("leading", "linspace", "trailing")
+PREDICTIONS: Final = ("epsilon", "v_prediction", "sample")
+
 # --- serve ---
 HOST: Final = "127.0.0.1"
 """Of the server and of its metrics."""

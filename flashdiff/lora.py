@@ -1,7 +1,7 @@
 """LoRA folders: `pytorch_lora_weights.safetensors` in diffusers' form, and `flash.json`, which says what it was trained for.
 
-The weights load with stock diffusers' `load_lora_weights`; alpha stands in the file's metadata. A folder without
-flash.json is an ordinary (style) LoRA.
+The weights load with stock diffusers' `load_lora_weights`; alpha stands in the file's metadata, and so does flash.json, for
+files that are moved without it. A LoRA that has neither is an ordinary (style) LoRA or another project's student.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
-from pydantic import Field, ValidationError
+from pydantic import Field
 from torch import Tensor
 
 from flashdiff.components import ModelSpec
@@ -24,14 +24,18 @@ from flashdiff.families import family_of, find_base
 from flashdiff.families.base import GUIDANCE, ModelFamily, TorchModel
 from flashdiff.files import hash_file, write_whole
 from flashdiff.kohya import from_kohya, is_kohya, to_kohya
-from flashdiff.reading import parse_json, read_file, read_json
-from flashdiff.sampling import Sampler
+from flashdiff.reading import open_file, parse_json, read_file, read_json
+from flashdiff.samplers.options import SamplingOptions, sampled_as
+from flashdiff.sampling import flash_student
 from flashdiff.schedule import Grid
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 FLASH = "flash.json"
 KOHYA = "kohya.safetensors"
 """The same weights in the naming that ComfyUI and its kin read."""
+_METADATA = "flashdiff"
+"""The key of the file's metadata under which flash.json stands again."""
+_MAX_HEADER_BYTES = 100_000_000  # as safetensors has it
 ADAPTER = "student"
 """The trained adapter's name within peft."""
 
@@ -93,25 +97,48 @@ def save_flash_lora(folder: Path, model: TorchModel, family: ModelFamily, info: 
                 place, **{f"{prefix}_lora_layers": weights, f"{prefix}_lora_adapter_metadata": config}
             )
             content = (Path(place) / WEIGHTS).read_bytes()
-        write_whole(folder / WEIGHTS, with_ordered_header(content))
     except Exception as error:  # safetensors has its own errors for a full disk
         raise LoraError(f"{folder}: cannot write the LoRA: {first_line(error)}") from None
+    note = {_METADATA: info.model_dump_json()}
     whole = {f"{prefix}.{key}": value.contiguous() for key, value in weights.items()}
-    write_whole(folder / KOHYA, safetensors.torch.save(to_kohya(whole, prefix, config["lora_alpha"])))
+    kohya = safetensors.torch.save(to_kohya(whole, prefix, config["lora_alpha"]))
+    write_whole(folder / WEIGHTS, with_ordered_header(content, **note))
+    write_whole(folder / KOHYA, with_ordered_header(kohya, **note))
     write_whole(folder / FLASH, info.model_dump_json(indent=2) + "\n")
 
 
 def read_flash_info(lora: Path) -> FlashInfo | None:
-    """The flash.json in a folder or beside one of its files, None where there is none; LoraError when it cannot be read."""
+    """The flash.json in a folder or beside one of its files, else the one in the file's metadata; None where there is neither.
+
+    LoraError when it cannot be read.
+    """
     file = _flash_file(lora)
-    if not file.exists():
-        return None
     try:
-        return parse_record(read_json(file), FlashInfo, source=str(file))
+        if file.exists():
+            source, values = str(file), read_json(file)
+        elif _weights_file(lora).is_file() and (found := read_metadata(lora).get(_METADATA)) is not None:
+            source, values = f"{_weights_file(lora)}: its metadata '{_METADATA}'", parse_json(found)
+        else:
+            return None
+        return parse_record(values, FlashInfo, source=source)
     except OSError as error:
         raise LoraError(f"{file}: cannot read: {error.strerror}") from None
     except (ValueError, ConfigError) as error:
-        raise LoraError(f"{file} is damaged: {error}") from None
+        raise LoraError(f"{lora} is damaged: {error}") from None
+
+
+def read_metadata(lora: Path) -> dict[str, str]:
+    """What stands in the header of a LoRA's file besides its tensors; LoraError when it cannot be read."""
+    file = _weights_file(lora)
+    try:
+        with open_file(file) as opened:
+            (length,) = struct.unpack("<Q", opened.read(8))
+            if length > _MAX_HEADER_BYTES:
+                raise ValueError(f"its header has {length} bytes")
+            header = parse_json(opened.read(length))
+        return dict(header.get("__metadata__") or {})
+    except Exception as error:  # whatever a damaged header leads to
+        raise LoraError(f"{file} is damaged: {first_line(error)}") from None
 
 
 def find_lora(name: str) -> Path:
@@ -144,48 +171,57 @@ def lora_hash(lora: Path) -> str:
     return hash_file(_weights_file(lora))
 
 
-def load_fused(base: str, loras: Sequence[tuple[Path, float]], guidance: float | None) -> tuple[ModelFamily, TorchModel]:
-    """A base model with its LoRAs fused, sampled as they ask for: the model that bundles hold and evaluations measure."""
+def load_fused(
+    base: str, loras: Sequence[tuple[Path, float]], sampling: SamplingOptions | None
+) -> tuple[ModelFamily, TorchModel]:
+    """A base model with its LoRAs fused, sampled as they or the options ask for: the model that bundles hold and evaluations
+    measure."""
     folder = find_base(base)
     family = family_of(folder)
-    check_guidance(base, family, guidance)
-    model = family.load(folder, fused_spec(family.read_spec(folder), [lora for lora, _ in loras], guidance))
+    spec = fused_spec(family.read_spec(folder), [lora for lora, _ in loras], sampling or SamplingOptions())
+    model = family.load(folder, spec)
     fuse(model, family, loras)
     return family, model
 
 
-def check_guidance(base: str, family: ModelFamily, guidance: float | None) -> None:
-    """ConfigError for a guidance scale that the base has no use for."""
-    if guidance is not None and GUIDANCE in family.conditioning:
-        raise ConfigError(f"--guidance: {base} takes its guidance as an input, and runs at its own pipeline's scale")
-
-
-def fused_spec(base: ModelSpec, loras: Sequence[Path], guidance: float | None) -> ModelSpec:
-    """The spec of a base with these LoRAs; `guidance` is for a base without a flash LoRA, None is the family's default.
+def fused_spec(base: ModelSpec, loras: Sequence[Path], sampling: SamplingOptions) -> ModelSpec:
+    """The spec of a base with these LoRAs; the options are for a base without a flash LoRA, which says itself how it is sampled.
 
     LoraError or ConfigError when they do not go together.
     """
-    flash = [info for info in map(read_flash_info, loras) if info]
+    flash: list[FlashInfo] = []
+    for info in map(read_flash_info, loras):
+        if info and info not in flash:  # one run's file given twice is one student
+            flash.append(info)
     if len(flash) > 1:
         raise LoraError(f"only one flash LoRA can be fused, {len(flash)} were given")
-    if flash and flash[0].family != base.family:
+    if not flash:
+        _check_guidance(base, sampling.guidance)
+        return sampled_as(base, sampling)
+    if flash[0].family != base.family:
         raise LoraError(f"the flash LoRA is for family {flash[0].family}, the base is {base.family}")
-    sampler = base.sampler
-    if flash and flash[0].grid.num_train_timesteps != sampler.schedule.num_train_timesteps:
+    if flash[0].grid.num_train_timesteps != base.sampler.schedule.num_train_timesteps:
         raise LoraError(
             f"the flash LoRA's grid has {flash[0].grid.num_train_timesteps} times, the base was trained on another number"
         )
-    if flash and guidance is not None:
+    if sampling.guidance is not None and sampling.guidance > 1:
         raise ConfigError("--guidance is for a base without a flash LoRA: a flash student runs without guidance")
-    if flash:
-        steps = min(4, flash[0].grid.modes)
-        sampler = Sampler(kind="flash", schedule=sampler.schedule, grid=flash[0].grid, default_steps=steps)
-    elif guidance is not None:
-        try:
-            sampler = Sampler.model_validate({**sampler.model_dump(), "guidance": guidance})
-        except ValidationError:
-            raise ConfigError(f"--guidance {guidance}: give a number from 0 to 100") from None
+    for name in ("preset", "sampler", "spacing", "timesteps", "eta", "prediction"):
+        if (value := getattr(sampling, name)) is not None:
+            raise ConfigError(f"--{name} {value}: the flash LoRA says itself how it is sampled; leave it out")
+    sampler = flash_student(base.sampler, flash[0].grid)
+    if sampling.steps is not None:
+        if sampling.steps > sampler.max_steps:
+            raise ConfigError(f"--steps {sampling.steps}: this student takes 1 to {sampler.max_steps}")
+        sampler = sampler.model_copy(update={"default_steps": sampling.steps})
     return base.model_copy(update={"sampler": sampler})
+
+
+def _check_guidance(base: ModelSpec, guidance: float | None) -> None:
+    """ConfigError for guidance where the network was distilled to run without, though its family takes it as an input."""
+    takes_none = GUIDANCE in {condition.name for condition in base.conditions} and base.sampler.embedded_guidance is None
+    if guidance is not None and guidance > 1 and takes_none:
+        raise ConfigError(f"--guidance {guidance:g}: {base.name} was distilled to run without guidance; leave it out, or give 0")
 
 
 def check_base(base: Path, base_hash: str, loras: Sequence[Path]) -> None:
@@ -255,11 +291,10 @@ def _read_weights(lora: Path, model: TorchModel, family: ModelFamily) -> tuple[d
 # --- safetensors' header ---------------------------------------------------------------------------------------------
 
 
-def with_ordered_header(content: bytes) -> bytes:
-    """A safetensors file whose metadata is sorted: the library writes it in another order every time."""
+def with_ordered_header(content: bytes, **note: str) -> bytes:
+    """A safetensors file with further metadata, all of it sorted: the library writes it in another order every time."""
     header, data = _parts(content)
-    if "__metadata__" in header:
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    header["__metadata__"] = dict(sorted({**header.get("__metadata__", {}), **note}.items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # the tensors start at a multiple of 8
     return struct.pack("<Q", len(text)) + text + data

@@ -6,7 +6,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-Prediction = Literal["epsilon", "v_prediction", "flow"]
+Prediction = Literal["epsilon", "v_prediction", "sample", "flow", "trigflow"]
 Array = TypeVar("Array", "NDArray[Any]", "Tensor")
 
 
@@ -14,13 +14,16 @@ def to_x0(prediction: Prediction, output: Array, x_t: Array, alpha: Array, sigma
     """x_0 of the network's output at x_t = alpha x_0 + sigma eps; alpha and sigma broadcast against x_t.
 
     epsilon: (x_t - sigma eps) / alpha (Ho et al. 2020); v: alpha x_t - sigma v (Salimans & Ho 2022, appendix D);
-    flow: x_t - sigma v, where v = eps - x_0 and alpha = 1 - sigma (Liu et al. 2023).
+    sample: the output itself; flow: x_t - sigma v, where v = eps - x_0 and alpha = 1 - sigma (Liu et al. 2023); trigflow is v
+    with alpha = cos t and sigma = sin t (arXiv 2410.11081).
     """
     match prediction:
         case "epsilon":
             return (x_t - sigma * output) / alpha
-        case "v_prediction":
+        case "v_prediction" | "trigflow":
             return alpha * x_t - sigma * output
+        case "sample":
+            return output
         case "flow":
             return x_t - sigma * output
         case _:

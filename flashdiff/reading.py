@@ -38,8 +38,13 @@ def read_file(path: Path, limit: int | None = None) -> bytes:
 
 
 def read_text(path: Path) -> str:
-    """The content of a regular UTF-8 file; OSError or UnicodeDecodeError (a ValueError) otherwise."""
-    return read_file(path, MAX_BYTES).decode("utf-8")
+    """The content of a regular UTF-8 file, less a byte order mark; OSError or UnicodeDecodeError (a ValueError) otherwise."""
+    return read_file(path, MAX_BYTES).decode("utf-8-sig")
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines of a text, stripped. Only a newline ends one: `splitlines` would end it at U+2028 and others as well."""
+    return [line.strip() for line in text.split("\n")]
 
 
 def parse_json(text: str | bytes) -> Any:

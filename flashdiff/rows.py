@@ -14,6 +14,7 @@ from flashdiff.noise import image_noise, image_seed
 from flashdiff.orders import Order
 from flashdiff.parts import Phase
 from flashdiff.prediction import to_x0
+from flashdiff.samplers.base import Walk
 from flashdiff.sampling import extrapolate, ode_step, ode_weights, renoise
 from flashdiff.tasks.base import Branch, Kept, Prepared
 
@@ -31,15 +32,17 @@ class Row:
 
     seed: int
     size: Size
-    times: list[int]
+    times: list[int] | list[float]
     alphas: NDArray[np.float32]  # [len(times) + 1], the clean end last
     sigmas: NDArray[np.float32]
     extrapolations: list[np.float32]  # weights of `extrapolate` at each time, where the sampler is an ODE's
-    noises: list[NDArray[np.float32]]  # [C, h, w], of the steps from 1 on, where it is not and they are small
+    noises: list[NDArray[np.float32]]  # [C, h, w], of the steps from 1 on, where some are stochastic and they are small
     branches: tuple[Branch, ...]
     latents: NDArray[np.float32]  # [C, h, w]
     kept: Kept | None = None
     first_noise: NDArray[np.float32] | None = field(default=None, repr=False)  # [C, h, w], where something is kept
+    walk: Walk | None = None
+    """Its steps, where the sampler is a published student's."""
     step: int = 0
     x0: NDArray[np.float32] | None = field(default=None, repr=False)
     """[C, h, w]: the last step's estimate of the finished latents."""
@@ -64,7 +67,7 @@ def draw_noise(spec: ModelSpec, order: Order) -> list[list[NDArray[np.float32]]]
 
 def _noise_of(spec: ModelSpec, order: Order, index: int) -> list[NDArray[np.float32]]:
     seed, shape = image_seed(order.seed, index), spec.latent_shape(order.size)
-    are_early = spec.sampler.kind != "ode" and math.prod(shape) <= _EARLY_VALUES
+    are_early = spec.sampler.is_stochastic and math.prod(shape) <= _EARLY_VALUES
     return [image_noise(seed, step, shape) for step in range(order.steps_taken if are_early else 1)]
 
 
@@ -116,7 +119,9 @@ def _new_row(
     noise: NDArray[np.float32],
     later: list[NDArray[np.float32]],
 ) -> Row:
-    times = spec.sampler.times(order.steps)[-order.steps_taken :]
+    if walk := spec.sampler.walk(spec.prediction, order.steps, spec.tokens(order.size)):
+        return _walking_row(spec, order, index, branches, start, noise, later, walk.last(order.steps_taken))
+    times = [int(time) for time in spec.sampler.times(order.steps)[-order.steps_taken :]]
     alphas, sigmas = (levels.astype(np.float32) for levels in spec.sampler.schedule.levels([*times, -1]))
     is_ode = spec.sampler.kind == "ode"
     return Row(
@@ -132,15 +137,42 @@ def _new_row(
     )
 
 
+def _walking_row(
+    spec: ModelSpec,
+    order: Order,
+    index: int,
+    branches: tuple[Branch, ...],
+    start: NDArray[np.float32] | None,
+    noise: NDArray[np.float32],
+    later: list[NDArray[np.float32]],
+    walk: Walk,
+) -> Row:
+    """A row whose steps are weighted sums."""
+    alphas, sigmas = walk.alphas.astype(np.float32), walk.sigmas.astype(np.float32)
+    return Row(
+        seed=image_seed(order.seed, index),
+        size=order.size,
+        times=[int(time) for time in walk.times] if spec.sampler.whole_times else walk.times,
+        alphas=alphas,
+        sigmas=sigmas,
+        extrapolations=[],
+        noises=later,
+        branches=branches,
+        latents=np.float32(walk.start) * noise if start is None else renoise(start, noise, alphas[0], sigmas[0]),
+        walk=walk,
+    )
+
+
 def denoise_rows(components: Components, rows: Sequence[Row]) -> None:
     """Take every row one step further; an error changes none. The rows share a size, their slots fit in one batch."""
     # The first branches of all rows stand first in the batch, then the second ones of those that have one, and so on.
     most = max(row.slots for row in rows)
     entries = [(index, row.branches[rank]) for rank in range(most) for index, row in enumerate(rows) if rank < row.slots]
     spec = components.spec
+    times = [rows[index].times[rows[index].step] for index, _ in entries]
     values: dict[str, NDArray[Any]] = {
         "latents": stacked([rows[index].latents for index, _ in entries]),
-        "times": np.array([rows[index].times[rows[index].step] for index, _ in entries], dtype=np.int64),
+        "times": np.array(times, dtype=np.float32 if isinstance(times[0], float) else np.int64),
     }
     for condition in spec.conditions:
         values[condition.name] = stacked([branch.conditions[condition.name] for _, branch in entries])
@@ -153,7 +185,9 @@ def denoise_rows(components: Components, rows: Sequence[Row]) -> None:
     for row, output in zip(rows, outputs, strict=True):
         _advance(spec, row, output)
         if row.kept and row.first_noise is not None:
-            own = renoise(row.kept.latents, row.first_noise, row.alphas[row.step], row.sigmas[row.step])
+            own = row.kept.latents
+            if not row.is_done:
+                own = renoise(own, row.first_noise, row.alphas[row.step], row.sigmas[row.step])
             row.latents = np.where(row.kept.cells, own, row.latents)
 
 
@@ -176,6 +210,12 @@ def stacked(rows: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
 def _advance(spec: ModelSpec, row: Row, output: NDArray[np.float32]) -> None:
     """One sampler step of one row, alone, so that no other row of the batch can touch its arithmetic."""
     step, previous_x0 = row.step, row.x0
+    if row.walk:
+        row.step += 1
+        noise = _step_noise(row) if row.walk.needs_noise(step) else None
+        row.x0 = row.walk.clean(step, row.latents, output)
+        row.latents = row.walk.advance(step, row.latents, output, noise)
+        return
     alpha, sigma, next_alpha, next_sigma = row.alphas[step], row.sigmas[step], row.alphas[step + 1], row.sigmas[step + 1]
     x0 = to_x0(spec.prediction, output, row.latents, alpha, sigma)
     row.x0 = x0
@@ -187,5 +227,10 @@ def _advance(spec: ModelSpec, row: Row, output: NDArray[np.float32]) -> None:
     elif row.is_done:
         row.latents = x0
     else:
-        noise = row.noises[step] if row.noises else image_noise(row.seed, row.step, x0.shape)
-        row.latents = renoise(x0, noise, next_alpha, next_sigma)
+        row.latents = renoise(x0, _step_noise(row), next_alpha, next_sigma)
+
+
+def _step_noise(row: Row) -> NDArray[np.float32]:
+    """What the step that ends at `row.step` adds."""
+    drawn = row.step - 1
+    return row.noises[drawn] if drawn < len(row.noises) else image_noise(row.seed, row.step, row.latents.shape)

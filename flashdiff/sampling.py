@@ -1,6 +1,7 @@
-"""Samplers as pure functions with per-row levels; arrays are numpy or torch, levels broadcast against the latents.
+"""How a model is sampled, and the two samplers of our own as pure functions with per-row levels.
 
-Both samplers walk noise levels (alpha, sigma) from the noisiest to the clean end (1, 0) and see the network only through
+The samplers of published students are in `flashdiff.samplers`. Arrays here are numpy or torch, levels broadcast against the
+latents. Both samplers walk noise levels (alpha, sigma) from the noisiest to the clean end (1, 0) and see the network only through
 its x_0: the student's re-noises x_0 at each level, the teacher's follows the probability-flow ODE.
 """
 
@@ -9,11 +10,15 @@ from typing import Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from flashdiff.config import Record
-from flashdiff.prediction import Array
+from flashdiff.prediction import Array, Prediction
+from flashdiff.samplers import SAMPLERS
+from flashdiff.samplers.base import SamplerKind, Walk
+from flashdiff.samplers.settings import SamplerSettings
 from flashdiff.schedule import Grid, Schedule, trailing_times
 
 MAX_ODE_STEPS = 100
+_MOST_KNOWN_TIMES = 32
+"""Of a student with more times than that, the network keeps its time embedding instead of a table of their values."""
 
 
 def renoise(x0: Array, noise: Array, alpha: Array, sigma: Array) -> Array:
@@ -31,15 +36,18 @@ def extrapolate(x0: Array, previous_x0: Array, weight: Array) -> Array:
     return x0 + weight * (x0 - previous_x0)
 
 
-class Sampler(Record):
+class Sampler(SamplerSettings):
     """How images are made with a model: which steps it may take, at which times, and with what guidance."""
 
-    kind: Literal["flash", "ode"]
+    kind: Literal["flash", "ode", "lcm", "euler", "euler-ancestral", "ddim", "tcd", "flow-euler", "scm"]
+    """Our own two, or a name in `SAMPLERS`."""
     schedule: Schedule
     grid: Grid | None = None
-    """The trained grid of a flash student; None for the ODE, which takes any trailing times."""
+    """The trained grid of a flash student; None for all others."""
     guidance: float = Field(1.0, ge=0, le=100)
-    """Classifier-free guidance scale w; 1 means one network evaluation a step, anything else two."""
+    """Classifier-free guidance scale w; up to 1 means one network evaluation a step without guidance, above it two."""
+    embedded_guidance: float | None = Field(None, ge=0, le=100)
+    """The guidance scale that the network is given as an input; None: it takes none."""
     default_steps: int = Field(ge=1, le=1000)
 
     @model_validator(mode="after")
@@ -49,21 +57,71 @@ class Sampler(Record):
         return self
 
     @property
+    def published(self) -> SamplerKind | None:
+        """The sampler of a published student; None for our own two."""
+        return SAMPLERS.get(self.kind)
+
+    @property
     def max_steps(self) -> int:
-        return self.grid.modes if self.grid else MAX_ODE_STEPS
+        if self.grid:
+            return self.grid.modes
+        known = self.most_steps or len(self.timesteps)
+        return known or (self.published.max_steps(self) if self.published else MAX_ODE_STEPS)
 
     @property
     def evaluations_per_step(self) -> int:
-        return 1 if self.guidance == 1.0 else 2
+        return 1 if self.guidance <= 1 else 2
+
+    @property
+    def is_stochastic(self) -> bool:
+        """Whether some step after the first adds fresh noise."""
+        if self.published is None:
+            return self.kind == "flash"
+        return self.eta > 0 or self.kind in ("lcm", "euler-ancestral", "scm")
+
+    @property
+    def whole_times(self) -> bool:
+        """Whether the network is given whole times, indices into the schedule; else its own kind of time, as a float."""
+        return self.published is None or self.published.whole_times(self)
+
+    @property
+    def time_type(self) -> Literal["int64", "float32"]:
+        """How the network is given its times."""
+        return "int64" if self.whole_times else "float32"
 
     @property
     def known_times(self) -> list[int]:
-        """The only times at which a few-step student is ever evaluated; empty where any may come."""
-        return self.grid.inference_times(self.grid.modes) if self.grid else []
+        """The only times at which a few-step student is ever evaluated, noisiest first; empty where any may come."""
+        if self.grid:
+            return self.grid.inference_times(self.grid.modes)
+        if self.published is None or not self.whole_times or self.max_steps > _MOST_KNOWN_TIMES:
+            return []
+        times = {int(time) for steps in range(1, self.max_steps + 1) for time in self.times(steps)}
+        return sorted(times, reverse=True) if len(times) <= _MOST_KNOWN_TIMES else []
 
-    def times(self, steps: int) -> list[int]:
-        """The times of a `steps`-step image, noisiest first."""
-        return self.grid.inference_times(steps) if self.grid else trailing_times(self.schedule.num_train_timesteps, steps)
+    def times(self, steps: int, tokens: int | None = None) -> list[int] | list[float]:
+        """What the network is given in a `steps`-step image, noisiest first; `tokens` where that depends on the size."""
+        if self.grid:
+            return self.grid.inference_times(steps)
+        if self.published is None:
+            return trailing_times(self.schedule.num_train_timesteps, steps)
+        times = self.published.times(self, self.schedule, steps, tokens)
+        return [int(time) for time in times] if self.whole_times else times
+
+    def walk(self, prediction: Prediction, steps: int, tokens: int) -> Walk | None:
+        """The steps of an image of so many tokens, worked out; None for our own two samplers."""
+        return self.published.walk(self, self.schedule, prediction, steps, tokens) if self.published else None
+
+
+def flash_student(base: Sampler, grid: Grid) -> Sampler:
+    """The sampler of a flash student of a base."""
+    return Sampler(
+        kind="flash",
+        schedule=base.schedule,
+        grid=grid,
+        embedded_guidance=base.embedded_guidance,
+        default_steps=min(4, grid.modes),
+    )
 
 
 def ode_weights(schedule: Schedule, times: list[int]) -> list[float]:

@@ -23,19 +23,40 @@ class NoiseSchedule(Record):
     beta_start: float = Field(gt=0, lt=1)
     beta_end: float = Field(gt=0, lt=1)
     beta_schedule: Literal["linear", "scaled_linear"]
+    rescale_betas_zero_snr: bool = False
+    """Whether the last time is noise alone, alpha = 0 (2305.08891, algorithm 1)."""
+    steps_offset: int = Field(0, ge=0)
+    """Added to times of `leading` spacing."""
+    set_alpha_to_one: bool = True
+    """Whether DDIM's last step ends at alpha = 1; else at the alpha of time 0."""
 
     @classmethod
     def from_scheduler_config(cls, config: Mapping[str, Any], source: str) -> Self:
         """From a diffusers scheduler's config; ConfigError names `source` when it is of another kind."""
-        for setting in ("rescale_betas_zero_snr", "trained_betas"):
-            if config.get(setting):
-                raise ConfigError(f"{source}: the scheduler's {setting} is not supported")
-        return parse_record({name: config.get(name) for name in cls.model_fields}, cls, source=source)
+        if config.get("trained_betas"):
+            raise ConfigError(f"{source}: the scheduler's trained_betas is not supported")
+        optional = {name for name, field in cls.model_fields.items() if not field.is_required()} - {"num_train_timesteps"}
+        given = {name: config.get(name) for name in cls.model_fields if name in config or name not in optional}
+        return parse_record(given, cls, source=source)
 
     def levels(self, times: NDArray[np.integer[Any]] | list[int]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """alpha_t and sigma_t [len(times)]; t = -1 stands for the clean end, where alpha = 1 and sigma = 0."""
         alphas, sigmas = _levels(self)
         return alphas[times], sigmas[times]
+
+
+class ShiftBySize(Record):
+    """A shift that is exponential in the number of an image's tokens, by two points: FLUX's dynamic shifting."""
+
+    base_image_seq_len: int = 256
+    max_image_seq_len: int = 4096
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+
+    def at(self, tokens: int) -> float:
+        """The shift for an image of so many tokens."""
+        slope = (self.max_shift - self.base_shift) / (self.max_image_seq_len - self.base_image_seq_len)
+        return math.exp(self.base_shift + slope * (tokens - self.base_image_seq_len))
 
 
 class FlowSchedule(Record):
@@ -46,6 +67,9 @@ class FlowSchedule(Record):
 
     num_train_timesteps: int = Field(1000, ge=1, le=MAX_TIMESTEPS)
     shift: float = Field(gt=0, le=1000)
+    """At the default size."""
+    by_size: ShiftBySize | None = None
+    """How the shift follows the size, for samplers that ask; None: it does not."""
 
     @classmethod
     def from_scheduler_config(cls, config: Mapping[str, Any], source: str, *, tokens: int) -> Self:
@@ -58,12 +82,24 @@ class FlowSchedule(Record):
         if config.get("use_dynamic_shifting") and config.get("time_shift_type", "exponential") != "exponential":
             raise ConfigError(f"{source}: the scheduler's time_shift_type = {config['time_shift_type']!r} is not supported")
         if config.get("use_dynamic_shifting"):
-            first, last = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-            low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-            shift = math.exp(low + (high - low) * (tokens - first) / (last - first))
+            given = {name: config[name] for name in ShiftBySize.model_fields if name in config}
+            by_size = parse_record(given, ShiftBySize, source=source)
+            shift = by_size.at(tokens)
         else:
-            shift = config.get("shift", 1.0)
-        return parse_record({"num_train_timesteps": config.get("num_train_timesteps", 1000), "shift": shift}, cls, source=source)
+            by_size, shift = None, config.get("shift", 1.0)
+        values = {"num_train_timesteps": config.get("num_train_timesteps", 1000), "shift": shift, "by_size": by_size}
+        return parse_record(values, cls, source=source)
+
+    def shift_at(self, tokens: int | None) -> float:
+        """The shift for an image of so many tokens; None: of the default size."""
+        return self.by_size.at(tokens) if self.by_size and tokens is not None else self.shift
+
+    @property
+    def least_sigma(self) -> float:
+        """That of time 0, where sizes do not matter; a shift by size has no part in it, as in diffusers."""
+        s = 1 / self.num_train_timesteps
+        shift = 1.0 if self.by_size else self.shift
+        return shift * s / (1 + (shift - 1) * s)
 
     def levels(self, times: NDArray[np.integer[Any]] | list[int]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """alpha_t = 1 - sigma_t and sigma_t [len(times)]; t = -1 stands for the clean end."""
@@ -79,7 +115,11 @@ Schedule = NoiseSchedule | FlowSchedule
 def _levels(schedule: NoiseSchedule) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     power = 0.5 if schedule.beta_schedule == "scaled_linear" else 1.0
     betas = np.linspace(schedule.beta_start**power, schedule.beta_end**power, schedule.num_train_timesteps) ** (1 / power)
-    alpha_bar = np.append(np.cumprod(1 - betas), 1.0)  # index -1 is the clean end
+    alpha_bar = np.cumprod(1 - betas)
+    if schedule.rescale_betas_zero_snr:
+        root = np.sqrt(alpha_bar)
+        alpha_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    alpha_bar = np.append(alpha_bar, 1.0)  # index -1 is the clean end
     return np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 
 from flashdiff.errors import AuthError, ConfigError, OverloadedError
-from flashdiff.reading import MAX_BYTES, read_file
+from flashdiff.reading import MAX_BYTES, lines_of, read_file
 
 _log = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ def _digest(token: str) -> bytes:
 
 def _read_tokens(file: Path) -> dict[bytes, _Holder]:
     holders: dict[bytes, _Holder] = {}
-    for number, line in enumerate(_read(file, "--tokens").decode("utf-8", "replace").splitlines(), start=1):
+    for number, line in enumerate(lines_of(_read(file, "--tokens").decode("utf-8-sig", "replace")), start=1):
         parts = line.split()
         if not parts or parts[0].startswith("#"):
             continue

@@ -68,8 +68,8 @@ def test_damage_is_named(copy: Path) -> None:
 
 def test_what_the_family_cannot_do_is_refused(copy: Path) -> None:
     scheduler = copy / "scheduler" / "scheduler_config.json"
-    _edit(scheduler, prediction_type="sample")
-    with pytest.raises(ModelError, match="prediction_type 'sample' is not supported"):
+    _edit(scheduler, prediction_type="flow_prediction")
+    with pytest.raises(ModelError, match="prediction_type 'flow_prediction' is not supported"):
         load_base(str(copy))
     _edit(scheduler, prediction_type="epsilon", rescale_betas_zero_snr=True)
     with pytest.raises(ConfigError, match="rescale_betas_zero_snr is not supported"):

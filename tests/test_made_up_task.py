@@ -169,7 +169,10 @@ def test_the_stock_openai_client_sends_a_mask_that_is_transparent_where_the_imag
         for mask, message in (
             (_file(MASK), "mask: .* it must be transparent where the image is to be edited"),
             (b"GIF89a", "mask: '6 bytes' is not allowed"),
-            (_file(MASK[:, :32]), "mask: '32x64' is not allowed; it must be as large as the image, 64x64"),
+            (
+                _file(np.dstack([IMAGE, 255 - MASK[..., 0]])[:, :32]),
+                "mask: '32x64' is not allowed; it must be as large as the image, 64x64",
+            ),
         ):
             with pytest.raises(openai.BadRequestError, match=message) as caught:
                 client.images.edit(image=_file(IMAGE), mask=mask, prompt="x")

@@ -34,12 +34,12 @@ _TOKENS = 16
 _WIDTH = 32
 
 
-def make_tiny_sd15(folder: Path, *, prediction_type: str = "epsilon", seed: int = 0) -> Path:
-    """Write the directory: 32x32 pixels, 4x8x8 latents, a prompt of 16 tokens."""
+def make_tiny_sd15(folder: Path, *, prediction_type: str = "epsilon", seed: int = 0, **unet: Any) -> Path:
+    """Write the directory: 32x32 pixels, 4x8x8 latents, a prompt of 16 tokens; `unet` are settings of the UNet."""
     torch.manual_seed(seed)
     StableDiffusionPipeline(
         vae=_vae(4),
-        unet=_unet(),
+        unet=_unet(**unet),
         text_encoder=CLIPTextModel(_clip_config()),
         tokenizer=_clip_tokenizer(),
         scheduler=_diffusion_scheduler(prediction_type),
@@ -50,7 +50,7 @@ def make_tiny_sd15(folder: Path, *, prediction_type: str = "epsilon", seed: int 
     return folder
 
 
-def make_tiny_sdxl(folder: Path) -> Path:
+def make_tiny_sdxl(folder: Path, **unet: Any) -> Path:
     torch.manual_seed(0)
     StableDiffusionXLPipeline(
         vae=_vae(4),
@@ -59,6 +59,7 @@ def make_tiny_sdxl(folder: Path) -> Path:
             addition_embed_type="text_time",
             addition_time_embed_dim=8,
             projection_class_embeddings_input_dim=6 * 8 + _WIDTH,
+            **unet,
         ),
         text_encoder=CLIPTextModel(_clip_config()),
         text_encoder_2=CLIPTextModelWithProjection(_clip_config()),
@@ -106,11 +107,11 @@ def make_tiny_sd3(folder: Path) -> Path:
     return folder
 
 
-def make_tiny_flux(folder: Path) -> Path:
+def make_tiny_flux(folder: Path, *, guidance_embeds: bool = True) -> Path:
     torch.manual_seed(0)
     transformer = FluxTransformer2DModel(
         in_channels=64, num_layers=2, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=_WIDTH, pooled_projection_dim=_WIDTH, guidance_embeds=True, axes_dims_rope=(4, 6, 6),
+        joint_attention_dim=_WIDTH, pooled_projection_dim=_WIDTH, guidance_embeds=guidance_embeds, axes_dims_rope=(4, 6, 6),
     )  # fmt: skip
     FluxPipeline(
         vae=_vae(16, shift_factor=0.1),

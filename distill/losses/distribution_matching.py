@@ -57,6 +57,8 @@ class DistributionMatching(StudentLoss):
         x0, conditioning = batch.x0, batch.targets.conditioning
         low, high = setup.guidance
         guidance = (low + (high - low) * batch.draws.uniform()).view(-1, 1, 1, 1)
+        if setup.unconditional is not None:
+            guidance = guidance.clamp(min=1)  # up to 1 means none
         first, last = (round(share * (setup.num_train_timesteps - 1)) for share in settings.times)
         tau = batch.draws.integers(first, last + 1)
         noise = batch.draws.normal(x0.shape[1:])

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from flashdiff import defaults
-from flashdiff.cli.shared import listed, need, parse_lora, quiet_libraries
+from flashdiff.cli.shared import add_sampling_arguments, given_sampling, listed, need, parse_lora, quiet_libraries
 from flashdiff.engines.backends import BACKENDS
 from flashdiff.errors import ConfigError
 
@@ -31,7 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--version-compatible", action="store_true", help="TensorRT plans that run on later versions too, more slowly"
     )
-    parser.add_argument("--guidance", type=float, help="guidance scale of a base without a flash LoRA; default: the family's")
+    parser.add_argument(
+        "--guidance", type=float, help="guidance scale of a model that is no flash student, up to 1: none; default: the family's"
+    )
+    add_sampling_arguments(parser)
     parser.add_argument("--dry-run", action="store_true", help="print what would be built, why, and what it takes; write nothing")
 
 
@@ -49,10 +52,10 @@ def run(options: argparse.Namespace) -> None:
         "precision": options.precision,
         "sizes": options.size and parse_sizes(options.size),
         "batch_sizes": options.batch and parse_batches(options.batch),
-        "guidance": options.guidance,
-        "version_compatible": options.version_compatible,
+        "version_compatible": options.version_compatible or None,
+        **given_sampling(options),
     }
-    given = {name: value for name, value in given.items() if value not in (None, (), False)}
+    given = {name: value for name, value in given.items() if value is not None and value != ()}
     if options.base.endswith(".toml"):
         if given:
             raise ConfigError(f"{options.base} says {', '.join(given)}: change it there, and give --out alone beside a recipe")

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from flashdiff import defaults
-from flashdiff.cli.shared import listed, need, parse_lora, quiet_libraries
+from flashdiff.cli.shared import add_sampling_arguments, given_sampling, listed, need, parse_lora, quiet_libraries
 from flashdiff.errors import ConfigError
 
 _MOST_IMAGES = 1_000_000
@@ -23,8 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--guidance",
         type=float,
         help="guidance scale of the teacher, or of SUBJECT without one; default: what SUBJECT's flash LoRA was taught at (a "
-        "bundle does not know it), or the family's",
+        "bundle does not know it), or the family's; up to 1: none",
     )
+    add_sampling_arguments(parser, with_steps=False)
     parser.add_argument(
         "--prompts",
         default=defaults.PROMPTS,
@@ -58,9 +59,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Measure images against a reference set: FID, KID, text score, attributes, diversity, copies. Prints Markdown tables."""
     need("distill", "torch", "diffusers", "peft")
-    from flashdiff.config import parse_numbers
+    from flashdiff.config import parse_numbers, parse_record
     from flashdiff.engines.runtime.engine import open_bundle
     from flashdiff.evaluation.command import EvaluateOptions, evaluate
+    from flashdiff.samplers.options import SamplingOptions
 
     for name in ("count", "seeds", "reference_count"):
         value = getattr(options, name)
@@ -77,6 +79,7 @@ def run(options: argparse.Namespace) -> None:
             teacher=options.teacher,
             teacher_steps=parse_numbers("--teacher-steps", options.teacher_steps),
             guidance=options.guidance,
+            sampling=parse_record(given_sampling(options) | {"guidance": None}, SamplingOptions, source="evaluate"),
             prompts=options.prompts,
             count=options.count,
             seeds=options.seeds,

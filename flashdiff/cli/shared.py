@@ -1,9 +1,14 @@
 """What several commands share: reading and showing their arguments, and checking and quieting the libraries they need."""
 
+import argparse
 import math
 from collections.abc import Iterable
+from itertools import pairwise
+from typing import Any
 
+from flashdiff import defaults
 from flashdiff.errors import ConfigError, install
+from flashdiff.presets import PRESETS
 
 
 def listed(numbers: Iterable[int]) -> str:
@@ -23,6 +28,37 @@ def parse_lora(text: str) -> tuple[str, float]:
     if not math.isfinite(number):
         raise ConfigError(f"--lora '{text}': the weight after ':' must be a number")
     return folder, number
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser, *, with_steps: bool = True) -> None:
+    """How a published few-step student is sampled."""
+    few = parser.add_argument_group("few-step students that flashdiff did not train")
+    few.add_argument("--preset", metavar="NAME", help=f"all of the below, as the authors say: {', '.join(PRESETS)}")
+    few.add_argument("--sampler", choices=defaults.SAMPLERS, help="default: what the base's scheduler says, else ode")
+    few.add_argument("--spacing", choices=defaults.SPACINGS, help="of the times, for euler, ddim and flow-euler")
+    few.add_argument("--timesteps", metavar="N[,N...]", help="the student's own times, noisiest first, such as 999,749,499,249")
+    few.add_argument("--eta", type=float, help="share of fresh noise, 0 to 1, for ddim, tcd (its gamma) and flow-euler")
+    few.add_argument("--prediction", choices=defaults.PREDICTIONS, help="what the network predicts; default: as the base")
+    if with_steps:
+        few.add_argument("--steps", type=int, metavar="N", help="of requests that do not say; default: the preset's, else 4")
+
+
+def given_sampling(options: argparse.Namespace) -> dict[str, Any]:
+    """What was given of `add_sampling_arguments` and `--guidance`, by the fields of `SamplingOptions`."""
+    timesteps = parse_timesteps(options.timesteps) if options.timesteps is not None else None
+    values = {name: getattr(options, name) for name in ("preset", "sampler", "spacing", "eta", "guidance", "prediction")}
+    return {**values, "timesteps": timesteps, "steps": None if isinstance(options.steps, str) else options.steps}
+
+
+def parse_timesteps(text: str) -> tuple[int, ...]:
+    """`999,749` as falling times; ConfigError for anything else."""
+    try:
+        times = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        times = (-1,)
+    if min(times) < 0 or any(later >= time for time, later in pairwise(times)):
+        raise ConfigError(f"--timesteps '{text}': give falling whole numbers from 0 on, such as 999,749,499,249")
+    return times
 
 
 def need(extra: str, *modules: str) -> None:

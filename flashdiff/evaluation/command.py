@@ -38,6 +38,7 @@ from flashdiff.evaluation.images import (
 from flashdiff.families.base import TorchModel
 from flashdiff.files import new_folder, write_whole
 from flashdiff.lora import find_lora, fused_spec, load_fused, read_flash_info
+from flashdiff.samplers.options import SamplingOptions
 from flashdiff.tasks import check_order
 
 
@@ -52,7 +53,9 @@ class EvaluateOptions:
     teacher_steps: tuple[int, ...] = defaults.TEACHER_STEPS
     guidance: float | None = None
     """Of the teacher, or of the subject where no teacher is named; None: what the subject's flash LoRA was taught at, or the
-    family's."""
+    family's. Up to 1: none."""
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    """How the subject is sampled, but for its guidance."""
     prompts: str = defaults.PROMPTS
     count: int = defaults.PROMPT_COUNT
     seeds: int = defaults.IMAGES_PER_PROMPT
@@ -137,13 +140,14 @@ def _select(options: EvaluateOptions, open_bundle: Callable[[Path], Components],
         name = " + ".join([Path(options.subject).resolve().name, *(folder.name for folder, _ in loras)])
         taught = next((info.guidance for folder, _ in loras if (info := read_flash_info(folder))), None)
         guidance = None if options.teacher else options.guidance
-        opened.append((name, _open(options.subject, loras, guidance, open_bundle), options.steps))
+        sampling = options.sampling.model_copy(update={"guidance": guidance})
+        opened.append((name, _open(options.subject, loras, sampling, open_bundle), options.steps))
     if options.teacher:
         if not selection.prompts:
             raise ConfigError(f"{options.subject} tells no prompts, so the teacher has none to draw: see docs/evaluation.md")
-        components = _open(options.teacher, (), options.guidance, open_bundle)
+        components = _open(options.teacher, (), SamplingOptions(guidance=options.guidance), open_bundle)
         if options.guidance is None and taught and isinstance(components, TorchModel) and components.guides_twice:
-            components.spec = fused_spec(components.spec, (), statistics.mean(taught))
+            components.spec = fused_spec(components.spec, (), SamplingOptions(guidance=statistics.mean(taught)))
             report(f"{options.teacher}: guided at {statistics.mean(taught):g}, as the flash LoRA was taught")
         opened.append((Path(options.teacher).resolve().name, components, options.teacher_steps))
 
@@ -187,11 +191,13 @@ def _holds_images(path: Path) -> bool:
 
 
 def _open(
-    name: str, loras: Sequence[tuple[Path, float]], guidance: float | None, open_bundle: Callable[[Path], Components]
+    name: str, loras: Sequence[tuple[Path, float]], sampling: SamplingOptions, open_bundle: Callable[[Path], Components]
 ) -> Components:
     """A bundle, or a base model in torch with its LoRAs fused."""
     if not (Path(name) / "manifest.json").exists():
-        return load_fused(name, loras, guidance)[1]
-    if loras or guidance is not None:
+        return load_fused(name, loras, sampling)[1]
+    if loras or sampling.guidance is not None:
         raise ConfigError(f"{name} is a bundle: --lora and --guidance are settled when it is built")
+    if sampling != SamplingOptions():
+        raise ConfigError(f"{name} is a bundle: how it is sampled was settled when it was built; leave --sampler and its kin out")
     return open_bundle(Path(name))

@@ -20,7 +20,7 @@ from flashdiff.errors import EvaluationError, first_line
 from flashdiff.files import write_whole
 from flashdiff.orders import Pixels
 from flashdiff.pictures import to_rgb
-from flashdiff.reading import MAX_BYTES, open_file, read_file, read_text
+from flashdiff.reading import MAX_BYTES, lines_of, open_file, read_file, read_text
 
 DAMAGED_IMAGE = (Exception,)
 """What pillow raises for damaged files: errors of many kinds, some from within its decoders."""
@@ -82,7 +82,7 @@ def read_prompts(source: str, count: int, seed: int = _PROMPT_SEED) -> list[Prom
     if source in (WORLD, HELD_OUT):
         return _world_prompts(count, seed, held_out=source == HELD_OUT)
     try:
-        lines = [line.strip() for line in read_text(Path(source)).splitlines()]
+        lines = lines_of(read_text(Path(source)))
     except (OSError, ValueError):
         raise EvaluationError(f"--prompts {source}: neither '{WORLD}', '{HELD_OUT}' nor a readable text file") from None
     prompts = [Prompt(line) for line in dict.fromkeys(lines) if line][:count]
@@ -229,7 +229,9 @@ def read_metadata(path: Path) -> dict[str, tuple[Prompt | None, int]]:
         content = read_file(path, MAX_BYTES)
     except OSError as error:
         raise EvaluationError(f"{path}: cannot read: {error.strerror}") from None
-    for number, line in enumerate(_text(content, str(path)).splitlines(), start=1):
+    for number, line in enumerate(lines_of(_text(content, str(path))), start=1):
+        if not line:
+            continue
         try:
             entry = _Entry.model_validate_json(line)
         except ValidationError as error:
@@ -284,7 +286,7 @@ def _sample(members: dict[str, bytes], shard: str) -> Iterator[_Found]:
 
 def _text(data: bytes, name: str) -> str:
     try:
-        return data.decode("utf-8").strip()
+        return data.decode("utf-8-sig").strip()
     except UnicodeDecodeError:
         raise EvaluationError(f"{name} is not UTF-8 text") from None
 

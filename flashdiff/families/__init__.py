@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 _FAMILIES = {
     "StableDiffusionPipeline": "sd15",
+    "LatentConsistencyModelPipeline": "sd15",
     "StableDiffusionXLPipeline": "sdxl",
     "PixArtAlphaPipeline": "pixart",
     "StableDiffusion3Pipeline": "sd3",

@@ -135,7 +135,7 @@ class TorchModel:
     @property
     def guides_twice(self) -> bool:
         """Whether guidance is a second evaluation, and not an input of the network."""
-        return GUIDANCE not in self.conditioning
+        return GUIDANCE not in self.conditioning and self.spec.sampler.embedded_guidance is None
 
     def unconditional(self) -> dict[str, Tensor] | None:
         """What guidance contrasts prompts with, batch 1; None where the network takes guidance as an input."""

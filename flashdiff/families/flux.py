@@ -25,15 +25,15 @@ _EMBEDDED_GUIDANCE = 3.5  # what the model's own pipeline feeds it
 
 
 class _TextEncoder(nn.Module):
-    """T5's states, CLIP's pooled vector, and the guidance that the network is fed unless somebody else says."""
+    """T5's states, CLIP's pooled vector, and the guidance scale that the network is given."""
 
-    def __init__(self, clip: Any, t5: Any) -> None:
+    def __init__(self, clip: Any, t5: Any, guidance: float) -> None:
         super().__init__()
-        self.clip, self.t5 = clip, t5
+        self.clip, self.t5, self.guidance = clip, t5, guidance
 
     def forward(self, input_ids: Tensor, input_ids_2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         pooled = self.clip(input_ids).pooler_output
-        return self.t5(input_ids_2)[0], pooled, torch.full_like(pooled[:, 0], _EMBEDDED_GUIDANCE)
+        return self.t5(input_ids_2)[0], pooled, torch.full_like(pooled[:, 0], self.guidance)
 
 
 class _Denoiser(nn.Module):
@@ -59,10 +59,11 @@ class _Denoiser(nn.Module):
         image_ids[..., 1] += torch.arange(rows, device=latents.device)[:, None]
         image_ids[..., 2] += torch.arange(columns, device=latents.device)[None, :]
         is_guided = self.transformer.config.guidance_embeds
-        self._exact = tuple(1000 * values for values in (self.sigmas[times], *([guidance] if is_guided else [])))
+        sigmas = times / 1000 if times.is_floating_point() else self.sigmas[times]
+        self._exact = tuple(1000 * values for values in (sigmas, *([guidance] if is_guided else [])))
         output = self.transformer(
             hidden_states=tokens.reshape(batch, rows * columns, 4 * channels),
-            timestep=self.sigmas[times],
+            timestep=sigmas,
             guidance=guidance if is_guided else None,
             pooled_projections=pooled_projections,
             encoder_hidden_states=encoder_hidden_states,
@@ -77,7 +78,11 @@ class _Denoiser(nn.Module):
 
 @named_gaps
 def _read_spec(folder: Path) -> ModelSpec:
-    vae = read_config(folder, "vae")
+    vae, transformer = read_config(folder, "vae"), read_config(folder, "transformer")
+    if transformer.get("guidance_embeds"):
+        sampling: dict[str, Any] = {"embedded_guidance": _EMBEDDED_GUIDANCE}
+    else:  # schnell
+        sampling = {"kind": "flow-euler", "default_steps": 4}
     side = vae["sample_size"] // latent_factor(vae)
     return spec_of(
         folder,
@@ -86,8 +91,9 @@ def _read_spec(folder: Path) -> ModelSpec:
         schedule=FlowSchedule.from_scheduler_config(
             scheduler_config(folder), source=f"{folder}/scheduler", tokens=(side // 2) ** 2
         ),
-        network_channels=read_config(folder, "transformer")["in_channels"] // 4,  # a token is a patch of 2x2
+        network_channels=transformer["in_channels"] // 4,  # a token is a patch of 2x2
         latent_side=side,
+        sampling=sampling,
         tokenizers=(
             tokenizer_spec(folder, "tokenizer", "input_ids"),
             tokenizer_spec(folder, "tokenizer_2", "input_ids_2", _T5_TOKENS),
@@ -103,11 +109,12 @@ def _load(folder: Path, spec: ModelSpec) -> TorchModel:
     transformer = load_part(folder, "transformer", diffusers.FluxTransformer2DModel)
     clip, t5 = load_part(folder, "text_encoder", CLIPTextModel), load_part(folder, "text_encoder_2", T5EncoderModel)
     assert isinstance(spec.sampler.schedule, FlowSchedule)
+    guidance = spec.sampler.embedded_guidance
     return TorchModel(
         spec=spec,
         folder=folder,
         tokenizer=load_tokenizers(folder, {"input_ids": "tokenizer", "input_ids_2": "tokenizer_2"}, spec.tokenizers),
-        text_encoder=_TextEncoder(clip, t5).eval(),
+        text_encoder=_TextEncoder(clip, t5, _EMBEDDED_GUIDANCE if guidance is None else guidance).eval(),
         denoiser=_Denoiser(transformer, spec.sampler.schedule).eval(),
         encoder=Encoder(vae).eval(),
         decoder=Decoder(vae).eval(),

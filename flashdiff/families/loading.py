@@ -1,7 +1,7 @@
 """What the families' loaders share: parts from a diffusers directory, configurations, and errors that name the part."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,12 +9,13 @@ import torch
 from pydantic import ValidationError
 
 from flashdiff.components import MAX_SIDE, ModelSpec, Size
-from flashdiff.errors import FlashdiffError, ModelError, first_line
+from flashdiff.errors import ConfigError, FlashdiffError, ModelError, first_line
 from flashdiff.families.base import ModelFamily
 from flashdiff.families.codec import latent_factor
 from flashdiff.parts import Condition, latent_diffusion
 from flashdiff.prediction import Prediction
 from flashdiff.reading import read_json
+from flashdiff.samplers.recognise import recognised
 from flashdiff.sampling import Sampler
 from flashdiff.schedule import NoiseSchedule, Schedule
 from flashdiff.text import PromptTokenizer, TokenizerSpec
@@ -82,8 +83,9 @@ def spec_of(
     latent_side: int,
     tokenizers: tuple[TokenizerSpec, ...],
     unconditional: Literal["empty_prompt", "zeros"] = "empty_prompt",
+    sampling: Mapping[str, Any] | None = None,
 ) -> ModelSpec:
-    """The spec of a base model, sampled by its ODE with the family's guidance and steps.
+    """The spec of a base model, sampled by its ODE with the family's guidance and steps, but for the fields in `sampling`.
 
     ModelError when the network's entrance, of `network_channels`, is not as wide as the autoencoder's latents.
     """
@@ -100,7 +102,15 @@ def spec_of(
         name=folder.resolve().name,
         family=family.name,
         prediction=prediction,
-        sampler=Sampler(kind="ode", schedule=schedule, guidance=family.default_guidance, default_steps=family.default_steps),
+        sampler=Sampler.model_validate(
+            {
+                "kind": "ode",
+                "schedule": schedule,
+                "guidance": family.default_guidance,
+                "default_steps": family.default_steps,
+                **(sampling or {}),
+            }
+        ),
         latent_channels=channels,
         latent_factor=factor,
         sizes=(Size(latent_side * factor, latent_side * factor),),
@@ -110,20 +120,40 @@ def spec_of(
     )
 
 
-def unet_spec(folder: Path, family: ModelFamily, tokenizers: tuple[TokenizerSpec, ...], **settings: Any) -> ModelSpec:
-    """`spec_of` a Stable Diffusion 1.x or XL: what the UNet predicts is said by its scheduler."""
+def unet_spec(
+    folder: Path,
+    family: ModelFamily,
+    tokenizers: tuple[TokenizerSpec, ...],
+    *,
+    guidance: float | None = None,
+    **settings: Any,
+) -> ModelSpec:
+    """`spec_of` a Stable Diffusion 1.x or XL: its scheduler says what the UNet predicts, and sometimes how it is sampled.
+
+    `guidance` is what a UNet that takes it as an input is given; None: the family's default.
+    """
+    source = f"{folder}/scheduler"
     unet, scheduler = read_config(folder, "unet"), scheduler_config(folder)
     prediction = scheduler.get("prediction_type", "epsilon")
-    if prediction not in ("epsilon", "v_prediction"):
-        raise ModelError(f"{folder}: prediction_type '{prediction}' is not supported; epsilon and v_prediction are")
+    if prediction not in ("epsilon", "v_prediction", "sample"):
+        raise ModelError(f"{folder}: prediction_type '{prediction}' is not supported; epsilon, v_prediction and sample are")
+    if prediction == "epsilon" and scheduler.get("rescale_betas_zero_snr"):
+        raise ConfigError(
+            f"{source}: rescale_betas_zero_snr is not supported with prediction_type epsilon: its first step would divide by 0; "
+            "set the one to false, or the other to what the UNet was trained on"
+        )
+    sampling = recognised(scheduler, source)
+    if unet.get("time_cond_proj_dim"):
+        sampling |= {"embedded_guidance": guidance or family.default_guidance, "guidance": 1.0}
     return spec_of(
         folder,
         family,
         prediction=prediction,
-        schedule=NoiseSchedule.from_scheduler_config(scheduler, source=f"{folder}/scheduler"),
+        schedule=NoiseSchedule.from_scheduler_config(scheduler, source=source),
         network_channels=unet["in_channels"],
         latent_side=unet["sample_size"],
         tokenizers=tokenizers,
+        sampling=sampling,
         **settings,
     )
 

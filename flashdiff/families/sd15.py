@@ -9,6 +9,7 @@ from flashdiff.components import ModelSpec
 from flashdiff.errors import ModelError
 from flashdiff.families.base import ModelFamily, TorchModel
 from flashdiff.families.codec import Decoder, Encoder
+from flashdiff.families.guidance import guidance_embedding
 from flashdiff.families.loading import (
     load_part,
     load_tokenizers,
@@ -20,6 +21,7 @@ from flashdiff.families.loading import (
 )
 
 _AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
+_LCM_GUIDANCE = 8.5  # what LatentConsistencyModelPipeline feeds its UNet
 
 
 class _TextEncoder(nn.Module):
@@ -32,18 +34,24 @@ class _TextEncoder(nn.Module):
 
 
 class _Denoiser(nn.Module):
-    def __init__(self, unet: Any) -> None:
+    def __init__(self, unet: Any, guidance: float | None) -> None:
         super().__init__()
         self.unet = unet
+        self.embedding: Tensor | None
+        width = unet.config.time_cond_proj_dim
+        self.register_buffer("embedding", None if guidance is None else guidance_embedding(guidance, width))
 
     def forward(self, latents: Tensor, times: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-        output: Tensor = self.unet(latents, times, encoder_hidden_states, return_dict=False)[0]
+        guidance = None if self.embedding is None else self.embedding.to(latents.dtype).expand(latents.shape[0], -1)
+        output: Tensor = self.unet(latents, times, encoder_hidden_states, timestep_cond=guidance, return_dict=False)[0]
         return output
 
 
 @named_gaps
 def _read_spec(folder: Path) -> ModelSpec:
-    return unet_spec(folder, FAMILY, (tokenizer_spec(folder, "tokenizer", "input_ids"),))
+    pipeline = read_config(folder, ".", "model_index.json").get("_class_name")
+    guidance = _LCM_GUIDANCE if pipeline == "LatentConsistencyModelPipeline" else None
+    return unet_spec(folder, FAMILY, (tokenizer_spec(folder, "tokenizer", "input_ids"),), guidance=guidance)
 
 
 def _load(folder: Path, spec: ModelSpec) -> TorchModel:
@@ -61,7 +69,7 @@ def _load(folder: Path, spec: ModelSpec) -> TorchModel:
         folder=folder,
         tokenizer=load_tokenizers(folder, {"input_ids": "tokenizer"}, spec.tokenizers),
         text_encoder=_TextEncoder(clip).eval(),
-        denoiser=_Denoiser(unet).eval(),
+        denoiser=_Denoiser(unet, spec.sampler.embedded_guidance).eval(),
         encoder=Encoder(vae).eval(),
         decoder=Decoder(vae).eval(),
         network=unet,

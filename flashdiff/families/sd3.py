@@ -50,7 +50,7 @@ class _Denoiser(nn.Module):
     def forward(self, latents: Tensor, times: Tensor, encoder_hidden_states: Tensor, pooled_projections: Tensor) -> Tensor:
         output: Tensor = self.transformer(
             hidden_states=latents,
-            timestep=self.network_times[times],
+            timestep=times if times.is_floating_point() else self.network_times[times],
             encoder_hidden_states=encoder_hidden_states,
             pooled_projections=pooled_projections,
             return_dict=False,
@@ -70,6 +70,7 @@ def _read_spec(folder: Path) -> ModelSpec:
         schedule=FlowSchedule.from_scheduler_config(scheduler_config(folder), source=f"{folder}/scheduler", tokens=tokens),
         network_channels=transformer["in_channels"],
         latent_side=side,
+        sampling={"spacing": "linspace"},
         tokenizers=(
             tokenizer_spec(folder, "tokenizer", "input_ids"),
             tokenizer_spec(folder, "tokenizer_2", "input_ids_2"),

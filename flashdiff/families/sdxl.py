@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from flashdiff.components import ModelSpec
 from flashdiff.families.base import ModelFamily, TorchModel
 from flashdiff.families.codec import Decoder, Encoder
+from flashdiff.families.guidance import guidance_embedding
 from flashdiff.families.loading import (
     load_part,
     load_tokenizers,
@@ -34,9 +35,12 @@ class _TextEncoder(nn.Module):
 
 
 class _Denoiser(nn.Module):
-    def __init__(self, unet: Any, factor: int) -> None:
+    def __init__(self, unet: Any, factor: int, guidance: float | None) -> None:
         super().__init__()
         self.unet, self.factor = unet, factor
+        self.embedding: Tensor | None
+        width = unet.config.time_cond_proj_dim
+        self.register_buffer("embedding", None if guidance is None else guidance_embedding(guidance, width))
 
     def forward(self, latents: Tensor, times: Tensor, encoder_hidden_states: Tensor, text_embeds: Tensor) -> Tensor:
         # The UNet is told original size, crop and target size: an uncropped image of the size it makes.
@@ -46,7 +50,10 @@ class _Denoiser(nn.Module):
             for pixels in (latents.shape[2] * self.factor, latents.shape[3] * self.factor, 0)
         )
         added = {"text_embeds": text_embeds, "time_ids": torch.cat([height, width, zero, zero, height, width], dim=1)}
-        output: Tensor = self.unet(latents, times, encoder_hidden_states, added_cond_kwargs=added, return_dict=False)[0]
+        guidance = None if self.embedding is None else self.embedding.to(latents.dtype).expand(latents.shape[0], -1)
+        output: Tensor = self.unet(
+            latents, times, encoder_hidden_states, timestep_cond=guidance, added_cond_kwargs=added, return_dict=False
+        )[0]
         return output
 
 
@@ -70,7 +77,7 @@ def _load(folder: Path, spec: ModelSpec) -> TorchModel:
         folder=folder,
         tokenizer=load_tokenizers(folder, {"input_ids": "tokenizer", "input_ids_2": "tokenizer_2"}, spec.tokenizers),
         text_encoder=_TextEncoder(first, second).eval(),
-        denoiser=_Denoiser(unet, spec.latent_factor).eval(),
+        denoiser=_Denoiser(unet, spec.latent_factor, spec.sampler.embedded_guidance).eval(),
         encoder=Encoder(vae).eval(),
         decoder=Decoder(vae).eval(),
         network=unet,

@@ -32,6 +32,15 @@ def _solve(x_t: Tensor, starts: list[int], guidance: list[float], color: Tensor,
     )
 
 
+def test_guidance_up_to_one_is_one_unguided_evaluation() -> None:
+    x_t, color = torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([[0.1], [0.5]])
+    calls: list[int] = []
+    none = _solve(x_t, [0, 0], [0.0, 0.7], color, calls)
+    assert sum(calls) == 2 * 8
+    torch.testing.assert_close(none, _solve(x_t, [0, 0], [1.0, 1.0], color, []))
+    torch.testing.assert_close(_solve(x_t, [0, 0], [0.0, 3.0], color, [])[:1], none[:1])  # beside a guided sample too
+
+
 def test_samples_with_their_own_start_and_guidance_equal_each_alone_and_cost_only_their_own_steps() -> None:
     x_t, color = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([[0.1], [0.5], [-0.3]])
     starts, guidance, calls = [2, 0, 7], [1.0, 3.0, 5.0], []

@@ -71,6 +71,7 @@ def test_a_dry_run_says_what_why_and_at_what_cost_and_writes_nothing(options: di
         ({"sizes": (Size(32, 32), Size(64, 32))}, "sizes: 32x32 -> 32x32, 64x32"),
         ({"backend": "torch"}, "backend: openvino -> torch"),
         ({"loras": ()}, "LoRA flash was removed"),
+        ({"loras": (), "sampler": "lcm"}, "sampler: default -> lcm"),
     ],
 )
 def test_every_rebuild_says_what_changed(options: dict[str, Any], changes: dict[str, Any], reason: str) -> None:
