@@ -1,6 +1,5 @@
 """Where training images and captions come from: renders, folders, webdataset shards, parquet files, lists of prompts."""
 
-import io
 import logging
 import random
 from collections import Counter
@@ -10,14 +9,14 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 
 from flashdiff.components import Size
 from flashdiff.distill import processes
 from flashdiff.distill.config import DataRecipe
 from flashdiff.errors import EvaluationError, TrainingError, first_line, install
 from flashdiff.evaluation.images import DAMAGED_SHARD, METADATA, SUFFIXES, WORLD, read_metadata, shard_samples
-from flashdiff.pictures import to_rgb
+from flashdiff.pictures import read_rgb, size_of
 from flashdiff.reading import lines_of, open_file, read_file, read_text
 
 _log = logging.getLogger(__name__)
@@ -89,21 +88,14 @@ def read_samples(recipe: DataRecipe, size: Size, seed: int, damage: Damage) -> I
 
 
 def image_size(image: bytes | NDArray[np.uint8]) -> tuple[int, int]:
-    """Width and height as displayed, from the file's header. Raises pillow's errors for a file that is no image."""
-    if isinstance(image, np.ndarray):
-        return image.shape[1], image.shape[0]
-    with Image.open(io.BytesIO(image)) as opened:
-        turned = opened.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-        return (opened.height, opened.width) if turned else (opened.width, opened.height)
+    """Width and height as displayed, from the file's header. Raises as `pictures.opened` does."""
+    return (image.shape[1], image.shape[0]) if isinstance(image, np.ndarray) else size_of(image)
 
 
 def decoded(image: bytes | NDArray[np.uint8], size: Size) -> NDArray[np.uint8]:
     """RGB pixels [H, W, 3] of `size`, the image centre-cropped to its proportions. Raises as `image_size` does."""
-    opened = Image.fromarray(image) if isinstance(image, np.ndarray) else Image.open(io.BytesIO(image))
-    return np.array(ImageOps.fit(to_rgb(ImageOps.exif_transpose(opened)), size, Image.Resampling.LANCZOS))
-
-
-# --- the kinds of sources --------------------------------------------------------------------------------------------
+    picture = Image.fromarray(image) if isinstance(image, np.ndarray) else read_rgb(image)
+    return np.array(ImageOps.fit(picture, size, Image.Resampling.LANCZOS))
 
 
 def _renders(count: int, size: Size, seed: int) -> Iterator[Sample]:

@@ -1,8 +1,29 @@
-"""What a decoded picture of any mode is in RGB: the same for a server, for training and for evaluation."""
+"""Pictures out of PNG, JPEG and WebP files: the same for a server, for training and for evaluation."""
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from PIL import Image
 
+from flashdiff.components import Size
+from flashdiff.picture_files import cut_down
+
+MAX_PIXELS = 16_384 * 16_384
+"""Of a picture in a file of one's own."""
+
+# What turns a picture upright, by EXIF's orientation.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_ON_THEIR_SIDE = (5, 6, 7, 8)  # upright, width and height change places
 _GREY_16 = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 """Modes of 16-bit grey; Pillow opens such a PNG as "I" or as "I;16", by its version."""
 
@@ -22,3 +43,36 @@ def to_rgb(picture: Image.Image) -> Image.Image:
         picture = picture.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     return picture.convert("RGB")
+
+
+@contextmanager
+def opened(file: bytes, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
+    """The first picture of a file, decoded and upright.
+
+    UnreadableError (a ValueError) for what is no such file or takes too much to decode, Pillow's errors for what is damaged.
+    """
+    with _header(file, max_pixels) as (image, orientation):
+        image.load()
+        yield image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def size_of(file: bytes, max_pixels: int = MAX_PIXELS) -> Size:
+    """Width and height of the picture, upright, by its header alone; errors as in `opened`."""
+    with _header(file, max_pixels) as (image, orientation):
+        width, height = image.size
+    return Size(height, width) if orientation in _ON_THEIR_SIDE else Size(width, height)
+
+
+def read_rgb(file: bytes) -> Image.Image:
+    """The first picture of a file of one's own, upright, in RGB; errors as in `opened` and `to_rgb`."""
+    with opened(file) as image:
+        return to_rgb(image)
+
+
+@contextmanager
+def _header(file: bytes, max_pixels: int) -> Iterator[tuple[Image.Image, int]]:
+    """The picture before it is decoded, and its orientation."""
+    picture = cut_down(file, max_pixels)
+    with Image.open(io.BytesIO(picture.file), formats=(picture.format,)) as image:
+        picture.check_work(image.width, image.height, max_pixels)
+        yield image, picture.orientation

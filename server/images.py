@@ -12,25 +12,16 @@ from PIL import Image, ImageOps
 from flashdiff.components import Size
 from flashdiff.errors import RequestError
 from flashdiff.orders import Pixels
-from flashdiff.pictures import to_rgb
+from flashdiff.picture_files import UnreadableError
+from flashdiff.pictures import opened, size_of, to_rgb
 from flashdiff.server.names import ImageFormat
-from flashdiff.server.picture_files import MAX_PIXELS, UnreadableError, cut_down
 
 FORMAT_OF_SUFFIX: dict[str, ImageFormat] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 
 
 DEFAULT_JPEG_QUALITY = 90
-# What turns a picture upright, by EXIF's orientation.
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_ON_THEIR_SIDE = (5, 6, 7, 8)  # upright, width and height change places
+MAX_PIXELS = 4096 * 4096
+"""Of a request's picture."""
 
 
 def encode_image(pixels: Pixels, image_format: ImageFormat, quality: int | None = None) -> bytes:
@@ -64,7 +55,7 @@ def decode_image(file: bytes, size: Size, name: str = "image") -> Pixels:
 
     RequestError for any other file, by the `name` that the request gives it.
     """
-    with _opened(file, name) as image:
+    with _refused(file, name), opened(file, MAX_PIXELS) as image:
         rgb = to_rgb(image)
     return np.array(ImageOps.fit(rgb, size, Image.Resampling.LANCZOS))
 
@@ -75,10 +66,15 @@ def readers(files: Mapping[str, bytes]) -> dict[str, Callable[[Size], Pixels]]:
     RequestError when a mask and the image that it belongs to have different sizes: scaled and cropped, they would not fit.
     """
     if "mask" in files and "image" in files:
-        image, mask = (picture_size(files[name], name) for name in ("image", "mask"))
+        image, mask = (_size_of(files[name], name) for name in ("image", "mask"))
         if image != mask:
             raise RequestError("mask", str(mask), f"it must be as large as the image, {image}")
     return {name: partial(decode_image, file, name=name) for name, file in files.items()}
+
+
+def _size_of(file: bytes, name: str) -> Size:
+    with _refused(file, name):
+        return size_of(file, MAX_PIXELS)
 
 
 def white_where_transparent(file: bytes, name: str = "mask") -> bytes:
@@ -86,31 +82,11 @@ def white_where_transparent(file: bytes, name: str = "mask") -> bytes:
 
     RequestError for a file that no picture can be read from, or whose picture cannot be transparent.
     """
-    with _opened(file, name) as image:
+    with _refused(file, name), opened(file, MAX_PIXELS) as image:
         if "A" not in image.getbands() and "transparency" not in image.info:
             raise RequestError(name, f"{len(file)} bytes", "it must be transparent where the image is to be edited")
         alpha = image.convert("RGBA").getchannel("A")
     return _with_pillow(np.asarray(ImageOps.invert(alpha)), "PNG", compress_level=1)
-
-
-def picture_size(file: bytes, name: str = "image") -> Size:
-    """Width and height of the picture of a file, upright, by its header alone; RequestError for a file without one."""
-    with _refused(file, name):
-        picture = cut_down(file)
-        with Image.open(io.BytesIO(picture.file), formats=(picture.format,)) as image:
-            width, height = image.size
-    return Size(height, width) if picture.orientation in _ON_THEIR_SIDE else Size(width, height)
-
-
-@contextmanager
-def _opened(file: bytes, name: str) -> Iterator[Image.Image]:
-    """The picture of a file, upright; RequestError for what is damaged, or takes too much to decode."""
-    with _refused(file, name):
-        picture = cut_down(file)
-        with Image.open(io.BytesIO(picture.file), formats=(picture.format,)) as image:
-            picture.check_work(image.width, image.height)
-            image.load()
-            yield image.transpose(_UPRIGHT[picture.orientation]) if picture.orientation in _UPRIGHT else image
 
 
 @contextmanager

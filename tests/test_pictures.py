@@ -3,12 +3,15 @@
 import io
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from flashdiff.components import Size
+from flashdiff.distill.sources import decoded, image_size
+from flashdiff.evaluation.images import read_images
 from flashdiff.pictures import to_rgb
 from flashdiff.server.images import decode_image
 
@@ -65,8 +68,34 @@ def _palette_with_transparency() -> bytes:
         (_file(Image.new("CMYK", SIZE, (0, 0, 0, 255)), "JPEG"), (0, 0, 0)),
     ],
 )  # fmt: skip
-def test_a_server_reads_what_a_viewer_shows(file: bytes, color: tuple[int, int, int]) -> None:
-    np.testing.assert_allclose(decode_image(file, SIZE).astype(int), _all(color), atol=1)
+def test_all_readers_see_what_a_viewer_shows(file: bytes, color: tuple[int, int, int], tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(file)
+    (evaluated,) = read_images(tmp_path).pixels
+    for pixels in (decode_image(file, SIZE), decoded(file, SIZE), evaluated):
+        np.testing.assert_allclose(pixels.astype(int), _all(color), atol=1)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_all_readers_turn_a_picture_upright(kind: str, orientation: int, tmp_path: Path) -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = _file(picture, kind, exif=exif)
+    (tmp_path / "a.png").write_bytes(file)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(file))))
+    size = Size(expected.shape[1], expected.shape[0])
+    assert image_size(file) == size
+    for pixels in (decode_image(file, size), decoded(file, size), read_images(tmp_path).pixels[0]):
+        np.testing.assert_array_equal(pixels, expected)
+
+
+def test_all_readers_take_the_first_of_several_pictures_without_the_work_of_the_others(tmp_path: Path) -> None:
+    pictures = [Image.new("RGB", SIZE, color) for color in ("red", "blue", "green")]
+    file = _file(pictures[0], "MPO", save_all=True, append_images=pictures[1:])
+    (tmp_path / "a.jpg").write_bytes(file)
+    for pixels in (decode_image(file, SIZE), decoded(file, SIZE), read_images(tmp_path).pixels[0]):
+        np.testing.assert_allclose(pixels.astype(int), _all((255, 0, 0)), atol=3)
 
 
 def test_every_level_of_16_bits_is_the_nearest_of_8() -> None:

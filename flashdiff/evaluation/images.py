@@ -1,6 +1,5 @@
 """Sets of images with what is known of each: made by a model, drawn by the renderer, or read from a folder or a tar file."""
 
-import io
 import json
 import lzma
 import tarfile
@@ -13,13 +12,13 @@ from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from flashdiff.errors import EvaluationError, first_line
 from flashdiff.files import write_whole
 from flashdiff.orders import Pixels
-from flashdiff.pictures import to_rgb
+from flashdiff.pictures import read_rgb
 from flashdiff.reading import MAX_BYTES, lines_of, open_file, read_file, read_text
 
 DAMAGED_IMAGE = (Exception,)
@@ -171,7 +170,7 @@ def read_images(source: Path, count: int | None = None) -> ImageSet:
         if wanted is not None and number not in wanted:
             continue
         try:
-            image = np.asarray(to_rgb(ImageOps.exif_transpose(Image.open(io.BytesIO(read())))))
+            image = np.asarray(read_rgb(read()))
         except DAMAGED_IMAGE:
             raise EvaluationError(f"{source}: {name} is not a readable image") from None
         if pixels and image.shape != pixels[0].shape:

@@ -11,9 +11,9 @@ from PIL import Image, ImageOps
 
 from flashdiff.components import Size
 from flashdiff.errors import RequestError
+from flashdiff.picture_files import UnreadableError, cut_down
 from flashdiff.pictures import to_rgb
-from flashdiff.server.images import decode_image
-from flashdiff.server.picture_files import UnreadableError, cut_down
+from flashdiff.server.images import MAX_PIXELS, decode_image
 
 SIZE = Size(64, 64)
 
@@ -89,7 +89,7 @@ def test_the_orientation_may_stand_in_xmp(name: str) -> None:
         "JPEG": lambda: _with_segment(_file("JPEG"), 0xE1, b"http://ns.adobe.com/xap/1.0/\0" + xmp),
         "WEBP": lambda: _file("WEBP", xmp=xmp),
     }[name]()
-    assert cut_down(file).orientation == 6
+    assert cut_down(file, MAX_PIXELS).orientation == 6
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_of_several_pictures_the_first_is_taken(name: str) -> None:
     Image.new("RGB", (64, 64), "red").save(file, name, save_all=True, append_images=others)
     seen = decode_image(file.getvalue(), SIZE).astype(int)
     assert np.abs(seen - (255, 0, 0)).max() < 5
-    assert name != "MPO" or len(cut_down(file.getvalue()).file) < len(file.getvalue()) / 2
+    assert name != "MPO" or len(cut_down(file.getvalue(), MAX_PIXELS).file) < len(file.getvalue()) / 2
 
 
 def test_metadata_is_never_unpacked() -> None:
@@ -133,9 +133,9 @@ def test_metadata_is_never_unpacked() -> None:
     texts = _chunk(b"zTXt", b"a\0\0" + bomb) + _chunk(b"iCCP", b"a\0\0" + bomb)
     png = _file("PNG")
     file = _with_chunks(png, _chunk(b"eXIf", exif) + 50 * texts)
-    assert cut_down(file).file == png
+    assert cut_down(file, MAX_PIXELS).file == png
     webp = _file("WEBP", exif=exif)
-    assert cut_down(webp).orientation == 1
+    assert cut_down(webp, MAX_PIXELS).orientation == 1
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_a_file_of_very_many_pieces_is_refused(file: bytes) -> None:
 def test_a_webp_canvas_is_measured_before_it_is_made() -> None:
     header = b"RIFF" + bytes(4) + b"WEBPVP8X" + struct.pack("<I", 10) + b"\2\0\0\0" + b"\xff\x3f\0" + b"\xff\x3f\0"
     with pytest.raises(UnreadableError, match="16384x16384"):
-        cut_down(header)
+        cut_down(header, MAX_PIXELS)
 
 
 @pytest.mark.parametrize("name", ["PNG", "JPEG", "WEBP"])

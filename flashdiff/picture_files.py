@@ -9,11 +9,8 @@ import struct
 from dataclasses import dataclass
 from typing import Literal
 
-MAX_PIXELS = 4096 * 4096
-"""Of a picture; a small file can unpack to any number of them."""
-
 _MAX_SCANS = 100  # of a progressive JPEG; cameras write about ten
-_MAX_SCANNED_PIXELS = 32 * MAX_PIXELS  # pixels times scans: every scan goes over all of them, in 20 ms or so for 16 million
+_MAX_FULL_SCANS = 32  # of the most pixels: every scan goes over all of them, in 20 ms or so for 16 million
 _MAX_SEGMENTS = 10_000  # chunks of a PNG or segments of a JPEG: Pillow takes microseconds for each, however empty it is
 
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -24,11 +21,11 @@ _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
 _ORIENTATION = 0x0112
 
 
-class UnreadableError(Exception):
+class UnreadableError(ValueError):
     """What is wrong with a file: a value, and what is allowed."""
 
     def __init__(self, value: str, allowed: str) -> None:
-        super().__init__(value, allowed)
+        super().__init__(f"{value}: {allowed}")
         self.value, self.allowed = value, allowed
 
 
@@ -41,24 +38,27 @@ class Picture:
     orientation: int = 1
     scans: int = 1
 
-    def check_work(self, width: int, height: int) -> None:
+    def check_work(self, width: int, height: int, max_pixels: int) -> None:
         """UnreadableError when decoding would take too much: pixels, or passes over them."""
-        if width * height > MAX_PIXELS:
-            raise UnreadableError(f"{width}x{height}", f"at most {MAX_PIXELS} pixels are read")
-        if self.scans > 1 and self.scans * width * height > _MAX_SCANNED_PIXELS:
+        if width * height > max_pixels:
+            raise UnreadableError(f"{width}x{height}", f"at most {max_pixels} pixels are read")
+        if self.scans > 1 and self.scans * width * height > _MAX_FULL_SCANS * max_pixels:
             raise UnreadableError(
-                f"{self.scans} scans of {width}x{height}", f"a JPEG may have {_MAX_SCANNED_PIXELS} pixels times scans"
+                f"{self.scans} scans of {width}x{height}", f"a JPEG may have {_MAX_FULL_SCANS * max_pixels} pixels times scans"
             )
 
 
-def cut_down(file: bytes) -> Picture:
-    """The file's first picture and nothing else; UnreadableError for what is none, or too much."""
+def cut_down(file: bytes, max_pixels: int) -> Picture:
+    """The file's first picture and nothing else; UnreadableError for what is none, or too much.
+
+    A small file can unpack to any number of pixels: `check_work` tells, once the header is read.
+    """
     if file.startswith(_PNG):
         return _png(file)
     if file.startswith(b"\xff\xd8\xff"):
         return _jpeg(file)
     if file.startswith(b"RIFF") and file[8:12] == b"WEBP":
-        return _webp(file)
+        return _webp(file, max_pixels)
     raise _not_whole(file)
 
 
@@ -118,7 +118,7 @@ def _jpeg(file: bytes) -> Picture:
     return Picture("JPEG", picture, orientation or 1, scans)
 
 
-def _webp(file: bytes) -> Picture:
+def _webp(file: bytes, max_pixels: int) -> Picture:
     """The whole file: of an animation the decoder draws the first frame. Its size is checked here, before the canvas is made."""
     kind, bits = file[12:16], int.from_bytes(file[21:25], "little")
     sizes = {
@@ -129,7 +129,7 @@ def _webp(file: bytes) -> Picture:
     if len(file) < 30 or kind not in sizes:
         raise _not_whole(file)
     picture = Picture("WEBP", file, _webp_orientation(file))
-    picture.check_work(*sizes[kind])
+    picture.check_work(*sizes[kind], max_pixels)
     return picture
 
 
