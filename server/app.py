@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import gc
 import logging
 import re
@@ -54,7 +55,8 @@ _OPTIONS = [
     ("grpc.max_connection_idle_ms", 600_000),  # frees replies that are not read as well: see `unread`
     ("grpc.so_reuseport", 0),  # otherwise two servers share one port in silence
     ("grpc.keepalive_time_ms", 60_000),  # a client that vanished without a word is noticed
-    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 4_000),  # many clients ping every 5 s; those more often are cut off
+    ("grpc.keepalive_permit_without_calls", 1),
 ]
 _ORIGIN = re.compile(r"https?://[^/\s]+")
 _SERVICES = (image_pb2.DESCRIPTOR.services_by_name["ImageService"].full_name, TRITON_SERVICE)
@@ -143,10 +145,8 @@ async def start(models: Models, listen: Listen, worker: type[Worker] = Worker) -
     _check_aliases(models, listen.aliases)
     host, port = listen.host, listen.port
     for option, wanted in (("--port", port), ("--http-port", listen.http_port)):
-        if wanted is not None and not _is_free(host, wanted):  # asked first, because gRPC would add lines of its own to our error
-            raise ConfigError(
-                f"cannot listen on {host}:{wanted}: the port is in use or not ours to take; choose another with {option}"
-            )
+        if wanted is not None:
+            _check_free(host, wanted, option)
     credentials = server_credentials(listen.tls_cert, listen.tls_key, listen.tls_client_ca)
     metrics = Metrics()
     tokens = Tokens(listen.tokens) if listen.tokens else None
@@ -232,12 +232,18 @@ def _protocols() -> DescriptorPool:
     return pool
 
 
-def _is_free(host: str, port: int) -> bool:
+def _check_free(host: str, port: int, option: str) -> None:
+    """ConfigError when there is no listening there, before gRPC would add lines of its own to the error."""
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
-    except OSError:
-        return False
-    return True
+    except OSError as error:
+        remedies = {
+            errno.EADDRINUSE: f"the port is in use; choose another with {option}",
+            errno.EACCES: f"this user may not take the port; choose one from 1024 on with {option}",
+            errno.EADDRNOTAVAIL: "this machine has no such address; choose another with --host",
+        }
+        reason = remedies.get(error.errno or 0, f"{error.strerror or error}; choose another --host")
+        raise ConfigError(f"cannot listen on {host}:{port}: {reason}") from None
 
 
 def freeze_loaded() -> None:

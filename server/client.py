@@ -17,7 +17,7 @@ import grpc
 from flashdiff.components import Size
 from flashdiff.errors import FlashdiffError
 from flashdiff.proto.v1 import image_pb2, image_pb2_grpc
-from flashdiff.server.names import ImageFormat, Priority
+from flashdiff.server.names import LOOPBACK, ImageFormat, Priority
 from flashdiff.server.replies import (
     Estimate,
     Preview,
@@ -78,9 +78,13 @@ _RETRIES = json.dumps(
 )
 
 
-def _channel_arguments(token: str | None, tls_ca: Path | None, *, retries: bool) -> tuple[Any, list[tuple[str, Any]]]:
+def _channel_arguments(
+    address: str, token: str | None, tls_ca: Path | None, *, retries: bool
+) -> tuple[Any, list[tuple[str, Any]]]:
     """Credentials (None: plain) and options of a channel."""
     options: list[tuple[str, Any]] = [("grpc.max_receive_message_length", 256 * 1024 * 1024)]
+    if address.startswith("unix:") or address.rpartition(":")[0].strip("[]") in LOOPBACK:
+        options.append(("grpc.enable_http_proxy", 0))  # no proxy reaches this machine's own servers
     if retries:  # of requests with images too, which the library would not keep for another try
         options += [("grpc.service_config", _RETRIES), ("grpc.per_rpc_retry_buffer_size", 8 * 1024 * 1024)]
     else:
@@ -112,7 +116,7 @@ class Client:
     """
 
     def __init__(self, address: str, *, token: str | None = None, tls_ca: Path | None = None, retries: bool = True) -> None:
-        credentials, options = _channel_arguments(token, tls_ca, retries=retries)
+        credentials, options = _channel_arguments(address, token, tls_ca, retries=retries)
         self._channel = (
             grpc.secure_channel(address, credentials, options) if credentials else grpc.insecure_channel(address, options)
         )
@@ -179,7 +183,7 @@ class AsyncClient:
     """`Client` for asyncio; one per event loop."""
 
     def __init__(self, address: str, *, token: str | None = None, tls_ca: Path | None = None, retries: bool = True) -> None:
-        credentials, options = _channel_arguments(token, tls_ca, retries=retries)
+        credentials, options = _channel_arguments(address, token, tls_ca, retries=retries)
         self._channel = (
             grpc.aio.secure_channel(address, credentials, options) if credentials else grpc.aio.insecure_channel(address, options)
         )

@@ -5,6 +5,7 @@ import gc
 import io
 import socket
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -405,6 +406,35 @@ def test_a_port_in_use_is_said(running: Running) -> None:
     starting = start(Models({"fake": model_of(running.fake)}), Listen(port=running.server.port))
     with pytest.raises(ConfigError, match=rf"cannot listen on 127.0.0.1:{running.server.port}: the port is in use"):
         asyncio.run_coroutine_threadsafe(starting, running.loop).result(10)
+
+
+@pytest.mark.parametrize(
+    ("host", "problem"), [("192.0.2.1", "this machine has no such address"), ("no.such.host.invalid", "choose another --host")]
+)
+def test_an_address_that_is_not_this_machines_is_said(running: Running, host: str, problem: str) -> None:
+    starting = start(Models({"fake": model_of(running.fake)}), Listen(host=host, port=0, no_auth=True))
+    with pytest.raises(ConfigError, match=rf"cannot listen on {host}:0: .*{problem}"):
+        asyncio.run_coroutine_threadsafe(starting, running.loop).result(30)
+
+
+@pytest.mark.parametrize("name", ["http_proxy", "grpc_proxy", "HTTP_PROXY"])
+def test_a_proxy_is_not_asked_for_a_server_of_this_machine(running: Running, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "http://127.0.0.1:9")  # nothing listens there
+    with Client(running.address, retries=False) as client:
+        assert client.generate("a red car", steps=1, timeout_s=20).images
+
+
+@pytest.mark.slow
+def test_a_client_that_pings_every_five_seconds_keeps_its_stream(running: Running) -> None:
+    """Clients behind proxies do; gRPC ends the connection of a client that pings more often than its server allows."""
+    gate = Gate(running.fake)
+    options = [("grpc.keepalive_time_ms", 5000), ("grpc.http2.max_pings_without_data", 0)]
+    with grpc.insecure_channel(running.address, options) as channel:
+        call = image_pb2_grpc.ImageServiceStub(channel).GenerateStream(image_pb2.GenerateRequest(prompt="a red car", steps=1))
+        assert gate.entered.wait(10)
+        time.sleep(26)  # five pings; the third too many would be the last
+        gate.open()
+        assert [update.WhichOneof("update") for update in call][-1] == "result"
 
 
 @pytest.mark.parametrize(("hangs", "why"), [(False, "division by zero"), (True, "has not come back")])
