@@ -120,3 +120,12 @@ def test_version_is_the_changelogs_newest_release(capsys: pytest.CaptureFixture[
     newest = re.search(r"^## \[(\d+\.\d+\.\d+)\]", changelog, re.MULTILINE)
     assert newest
     assert capsys.readouterr().out.split()[1] == newest[1]
+
+
+def test_no_library_reports_its_use() -> None:
+    program = (
+        "from flashdiff.cli import main; main(['inspect', 'none']); import os, openvino.tools.ovc.telemetry_utils as used;"
+        "print(used.tm.__name__, os.environ['HF_HUB_DISABLE_TELEMETRY'])"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.stdout.split() == ["openvino.tools.ovc.telemetry_stub", "1"]

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from typing import Protocol
@@ -34,6 +35,7 @@ _LONGEST = 2000  # of a message: values from files are quoted in it
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; errors a user can cause, in options or in files, are one line on stderr and exit status 2."""
     options = _parser().parse_args(arguments)
+    _switch_telemetry_off()
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     logging.getLogger("flashdiff").setLevel(logging.INFO)  # libraries keep to warnings
     try:
@@ -48,6 +50,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("flashdiff: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _switch_telemetry_off() -> None:
+    """Libraries report their use to servers of their own, unless the user has chosen."""
+    for name in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
+        os.environ.setdefault(name, "1")
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # OpenVINO's converter does without it
 
 
 def _refuse(message: str) -> int:
