@@ -89,12 +89,12 @@ def test_a_token_is_revoked_though_the_file_could_not_be_read_when_it_changed(
     tokens = Tokens(file)
     file.write_text(f"bob {BOB}\n")
 
-    def no_descriptors(path: Path) -> bytes:
+    def no_descriptors(path: Path) -> Never:
         raise OSError(errno.EMFILE, "Too many open files")
 
     with monkeypatch.context() as patch:
         if trouble == "open":
-            patch.setattr(Path, "read_bytes", no_descriptors)
+            patch.setattr("flashdiff.reading.open_file", no_descriptors)
         else:
             file.rename(tmp_path / "away")
         for _ in range(3):
