@@ -89,7 +89,7 @@ def test_a_token_is_revoked_though_the_file_could_not_be_read_when_it_changed(
     tokens = Tokens(file)
     file.write_text(f"bob {BOB}\n")
 
-    def no_descriptors(path: Path) -> Never:
+    def no_descriptors(path: Path) -> bytes:
         raise OSError(errno.EMFILE, "Too many open files")
 
     with monkeypatch.context() as patch:
