@@ -43,7 +43,7 @@ def run(
 ) -> dict[str, Any]:
     """{"environment": ..., "points": [...], "real": the metrics of real images}.
 
-    ConfigError for bundles that the evaluation cannot tell apart, or that it lacks.
+    ConfigError for bundles that have one name in the evaluation, or that it lacks.
     """
     names = {"student": student.resolve().name, "teacher": teacher.resolve().name}
     if names["student"] == names["teacher"]:

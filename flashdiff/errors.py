@@ -6,7 +6,7 @@ FlashdiffError
   LoraError            a LoRA that does not fit its base
   BundleError          a bundle that is damaged, of another version, or cannot be made
   BackendError         an engine library that is missing or refused its work
-  TrainingError        a training run that cannot go on
+  TrainingError        a training run that cannot continue
   EvaluationError      images, prompts or a reference set that cannot be measured
   RequestError         a request that asks for what this model cannot do
     NotFoundError      or names a model, or a region of memory, that is not there
@@ -23,7 +23,7 @@ The command line prints the message in one line and exits with 1; `flashdiff.ser
 
 
 class FlashdiffError(Exception):
-    """Anything a user can cause or cure; the message says what was wrong, the value, and what to do instead."""
+    """An error that a user can cause or fix; the message says what was wrong, the value, and what to do instead."""
 
 
 class ConfigError(FlashdiffError): ...

@@ -35,7 +35,7 @@ class PartSpec(Record):
 
 
 class Condition(Record):
-    """An input of the denoiser besides latents and times."""
+    """An input of the denoiser other than latents and times."""
 
     name: str
     part: str | None = None

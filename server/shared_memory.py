@@ -1,6 +1,6 @@
 """Regions of system shared memory that Triton clients on this machine register, to pass tensors without the wire.
 
-A client can name any object that this server's user may open, so the server offers it only when told to.
+A client can name any object that this server's user may open, so the server offers it only with --shared-memory.
 """
 
 import os

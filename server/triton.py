@@ -191,7 +191,7 @@ class TritonService:
             raise
 
     def _find(self, name: str, version: str) -> Model:
-        """Triton's words, so that who looks for them finds them."""
+        """Triton's own wording, so that clients that match on it work."""
         if version not in ("", VERSION):
             raise NotFoundError("model", f"{name} version {version}", f"every model has version {VERSION} only")
         if not name:

@@ -58,7 +58,7 @@ class IdealGap:
     fixed: float
     """Text, decoding and PNG: fewer steps do not shorten them."""
     evaluations: float
-    """Dearer evaluations: the teacher's guided pairs run as one batch each, which costs less than two single evaluations."""
+    """The cost of single evaluations above that of the teacher's guided pairs, which run as one batch each."""
     serving: float
     """Queue and wire."""
 
@@ -87,7 +87,7 @@ def ideal_gaps(measurements: Sequence[Measurement]) -> list[IdealGap]:
 
 def summary(measurements: Sequence[Measurement]) -> str:
     """The speed-ups, and a second table of the gaps to the ideal."""
-    titles = ("model", "backend", "batch", "steps", "ideal, ms", "+ text, decode, PNG", "+ dearer evaluations", "+ queue, wire")
+    titles = ("model", "backend", "batch", "steps", "ideal, ms", "+ text, decode, PNG", "+ single evaluations", "+ queue, wire")
     lines = []
     for gap in ideal_gaps(measurements):
         conditions = [gap.total[name] for name in ("model", "backend", "batch", "steps")]

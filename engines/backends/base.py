@@ -87,7 +87,7 @@ class Backend:
     modules: tuple[str, ...]
     """What it imports to open a bundle."""
     packages: tuple[str, ...] = ()
-    """Distributions whose versions count in a bundle's fingerprint, besides the exporters'."""
+    """Distributions whose versions count in a bundle's fingerprint, in addition to the exporters'."""
 
     graph: GraphForm | None = None
     """The form its parts are exported to."""
@@ -98,7 +98,7 @@ class Backend:
     """Opens a bundle's folder; any error may be raised."""
 
     uses_gpu: Callable[[], bool] = lambda: False
-    """Whether the library, as installed, runs on an NVIDIA GPU; asked only where there is one."""
+    """Whether the library, as installed, runs on an NVIDIA GPU; called only where there is one."""
     check_build: Callable[[Precision, Machine], None] = _always
     """BackendError when this machine cannot run, and so not check, what would be built at a precision."""
     check_runs: Callable[[], None] = _always

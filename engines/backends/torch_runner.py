@@ -41,7 +41,7 @@ def open_parts(folder: Path, manifest: Manifest) -> CompilePart:
     def compile_part(name: str, file: Path, dimensions: Mapping[str, int]) -> CompiledPart:
         part, runner = manifest.parts[name], runners[name]
         shapes = bucket_shapes(part.inputs, dimensions)
-        # Times and ids of zero are valid everywhere, which a warm-up on whatever memory held would not be.
+        # Times and ids of zero are valid everywhere, which uninitialised memory would not be.
         buffers = [torch.zeros(shapes[spec.name], dtype=getattr(torch, spec.dtype), device=device) for spec in part.inputs]
         replay = runner.prepare(buffers)
 

@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "base",
         metavar="BASE|RECIPE",
-        help="a diffusers model directory, a hub id, the embedded model 'avatars'; or a .toml file that says all but --out",
+        help="a diffusers model directory, a hub id, the embedded model 'avatars'; or a .toml recipe, with --out alone",
     )
     parser.add_argument(
         "--lora",
@@ -55,7 +55,9 @@ def run(options: argparse.Namespace) -> None:
     given = {name: value for name, value in given.items() if value not in (None, (), False)}
     if options.base.endswith(".toml"):
         if given:
-            raise ConfigError(f"{options.base} says {', '.join(given)}: change it there, and give --out alone beside a recipe")
+            raise ConfigError(
+                f"{options.base} is a recipe: set {', '.join(given)} there, and give only --out on the command line"
+            )
         given = load_recipe(Path(options.base), BuildRecipe).model_dump()
     build = BuildOptions(**{"base": options.base, **given, "out": options.out})
     quiet_libraries()

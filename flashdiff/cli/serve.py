@@ -15,10 +15,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="*",
         metavar="BUNDLE",
-        help="answers to its folder's name, the first is the default; 'avatars' without such a folder is the embedded model",
+        help="a model, named after its folder; the first is the default; 'avatars' without such a folder is the embedded model",
     )
     parser.add_argument(
-        "--repository", type=Path, metavar="FOLDER", help="of bundles that may be loaded, by folder name, while serving"
+        "--repository", type=Path, metavar="FOLDER", help="folder of bundles that clients may load by name while the server runs"
     )
     parser.add_argument("--host", default=defaults.HOST, help="default: %(default)s")
     parser.add_argument("--port", type=int, default=defaults.PORT, help="default: %(default)s; 0 takes a free one")
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--http-port",
         type=int,
         metavar="PORT",
-        help="HTTP (a page to try it on, OpenAI's images API, KServe v2) on the same host; default: none",
+        help="serve HTTP too (a page to try models on, OpenAI's images API, KServe v2), on the same host; default: no",
     )
     parser.add_argument(
         "--allow-origin",
@@ -42,15 +42,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ALIAS=NAME",
         help="one more name of a model for OpenAI's clients, as gpt-image-1=student; may be given several times",
     )
-    parser.add_argument("--tokens", type=Path, metavar="FILE", help="who may call: lines of NAME TOKEN [CALLS-PER-SECOND]")
+    parser.add_argument(
+        "--tokens", type=Path, metavar="FILE", help="require a token of this file: lines of NAME TOKEN [CALLS-PER-SECOND]"
+    )
     parser.add_argument("--tls-cert", type=Path, metavar="FILE", help="PEM certificate chain")
     parser.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM private key")
     parser.add_argument(
-        "--tls-client-ca", type=Path, metavar="FILE", help="let in only clients with a certificate of this authority"
+        "--tls-client-ca", type=Path, metavar="FILE", help="accept only clients with a certificate of this authority"
     )
-    parser.add_argument("--no-auth", action="store_true", help="let anyone in who reaches a public --host")
+    parser.add_argument("--no-auth", action="store_true", help="serve a public --host without authentication")
     parser.add_argument(
-        "--shared-memory", action="store_true", help="Triton clients of this machine may pass tensors through shared memory"
+        "--shared-memory", action="store_true", help="let Triton clients on this machine pass tensors through shared memory"
     )
     parser.add_argument("--metrics-host", default=defaults.HOST, metavar="HOST", help="default: %(default)s")
     parser.add_argument("--metrics-port", type=int, metavar="PORT", help="Prometheus metrics; default: none")

@@ -26,7 +26,7 @@ def parse_lora(text: str) -> tuple[str, float]:
 
 
 def need(extra: str, *modules: str) -> None:
-    """ConfigError with the cure when an optional package is missing."""
+    """ConfigError that says what to install when an optional package is missing."""
     import importlib.util
 
     for module in modules:

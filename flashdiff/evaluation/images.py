@@ -31,7 +31,7 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 WORLD = "avatars"
 """What the renderer is called where a prompt set or a reference set is named."""
 WORLD_SIZE = 64
-"""Pixels a side of its pictures, unless somebody asks for another."""
+"""Side of its pictures in pixels, by default."""
 HELD_OUT = "avatars-held-out"
 REAL = "real"
 """The name of the images that no model made."""
@@ -145,7 +145,7 @@ def _world_reference(count: int, size: int) -> ImageSet:
 def read_images(source: Path, count: int | None = None) -> ImageSet:
     """Images and captions of a folder or of webdataset shards, at most `count`, evenly spaced over all in order of their names.
 
-    A folder tells captions in metadata.jsonl (`file_name`, `text`; as `datasets` reads it) or in .txt files; a shard in
+    A folder has its captions in metadata.jsonl (`file_name`, `text`; as `datasets` reads it) or in .txt files; a shard in
     .txt members. EvaluationError when there is no image, one cannot be read, or sizes are mixed.
     """
     if source.is_file() and source.suffix == ".tar":
@@ -209,7 +209,7 @@ def _known_kind(scene: tuple[str, int]) -> tuple[str, int]:
 
 
 class _Entry(BaseModel):
-    """A line of metadata.jsonl; other keys are somebody else's."""
+    """A line of metadata.jsonl; other keys are ignored."""
 
     file_name: str
     text: Annotated[str, Field(min_length=1)] | None = None
