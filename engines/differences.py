@@ -24,7 +24,7 @@ def differences(old: BuildInputs, new: BuildInputs) -> Iterator[str]:
         if then != now:
             yield f"{field.replace('_', ' ')}: {_words(then)} -> {_words(now)}"
     if old.base_hash == new.base_hash and (old.loras, old.guidance) == (new.loras, new.guidance):
-        # The weights are the same, so a file next to them changed.
+        # The weights are the same, so what changed stands beside them.
         for field in ("prediction", "sampler", "tokenizers", "parts", "conditions", "tasks"):
             if getattr(old.model, field) != getattr(new.model, field):
                 yield f"another {field}: flash.json or the base's configuration changed"

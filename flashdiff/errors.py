@@ -6,7 +6,7 @@ FlashdiffError
   LoraError            a LoRA that does not fit its base
   BundleError          a bundle that is damaged, of another version, or cannot be made
   BackendError         an engine library that is missing or refused its work
-  TrainingError        a training run that cannot continue
+  TrainingError        a training run that cannot go on
   EvaluationError      images, prompts or a reference set that cannot be measured
   RequestError         a request that asks for what this model cannot do
     NotFoundError      or names a model, or a region of memory, that is not there

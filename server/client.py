@@ -81,7 +81,7 @@ _RETRIES = json.dumps(
 def _channel_arguments(token: str | None, tls_ca: Path | None, *, retries: bool) -> tuple[Any, list[tuple[str, Any]]]:
     """Credentials (None: plain) and options of a channel."""
     options: list[tuple[str, Any]] = [("grpc.max_receive_message_length", 256 * 1024 * 1024)]
-    if retries:  # also for requests with images, which the library would not keep for a retry
+    if retries:  # of requests with images too, which the library would not keep for another try
         options += [("grpc.service_config", _RETRIES), ("grpc.per_rpc_retry_buffer_size", 8 * 1024 * 1024)]
     else:
         options.append(("grpc.enable_retries", 0))

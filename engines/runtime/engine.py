@@ -37,7 +37,7 @@ class Engine:
         self._size_axes = {part: _size_axes(record, self.spec.latent_factor) for part, record in manifest.parts.items()}
 
     def measure_buckets(self) -> tuple[BucketCost, ...]:
-        """Milliseconds of every bucket, each run a few times; this also compiles all of them, so that no request waits for it."""
+        """Run every bucket a few times and say what it takes; also makes all of them ready, so no request pays for that."""
         costs = []
         for part, spec in self.manifest.parts.items():
             for size in self.spec.sizes if spec.is_spatial else (None,):

@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> None:
     if options.base.endswith(".toml"):
         if given:
             raise ConfigError(
-                f"{options.base} is a recipe: set {', '.join(given)} there, and give only --out on the command line"
+                f"{options.base} says {', '.join(given)}: change it there, and give --out alone beside a recipe"
             )
         given = load_recipe(Path(options.base), BuildRecipe).model_dump()
     build = BuildOptions(**{"base": options.base, **given, "out": options.out})

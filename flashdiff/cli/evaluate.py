@@ -20,8 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--guidance",
         type=float,
-        help="guidance scale of the teacher, or of SUBJECT without one; default: that of the training of SUBJECT's flash "
-        "LoRA (a bundle does not record it), or the family's",
+        help="guidance scale of the teacher, or of SUBJECT without one; default: what SUBJECT's flash LoRA was taught at (a "
+        "bundle does not know it), or the family's",
     )
     parser.add_argument(
         "--prompts",

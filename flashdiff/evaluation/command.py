@@ -140,11 +140,11 @@ def _select(options: EvaluateOptions, open_bundle: Callable[[Path], Components],
         opened.append((name, _open(options.subject, loras, guidance, open_bundle), options.steps))
     if options.teacher:
         if not selection.prompts:
-            raise ConfigError(f"{options.subject} has no prompts for the teacher to draw: see docs/evaluation.md")
+            raise ConfigError(f"{options.subject} tells no prompts, so the teacher has none to draw: see docs/evaluation.md")
         components = _open(options.teacher, (), options.guidance, open_bundle)
         if options.guidance is None and taught and isinstance(components, TorchModel) and components.guides_twice:
             components.spec = fused_spec(components.spec, (), statistics.mean(taught))
-            report(f"{options.teacher}: guided at {statistics.mean(taught):g}, as in the training of the flash LoRA")
+            report(f"{options.teacher}: guided at {statistics.mean(taught):g}, as the flash LoRA was taught")
         opened.append((Path(options.teacher).resolve().name, components, options.teacher_steps))
 
     taken = {REAL, selection.made.name if selection.made else REAL}

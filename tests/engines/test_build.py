@@ -254,7 +254,7 @@ def test_a_recipe_says_what_the_options_say(options: dict[str, Any], tmp_path: P
     assert capsys.readouterr().out.strip().endswith("is up to date")
 
     assert cli.main([*command, "--precision", "fp16"]) == 1
-    assert "set precision there" in capsys.readouterr().err
+    assert "says precision: change it there" in capsys.readouterr().err
     for wrong, message in (
         ("batch_size = [1]", "unknown key 'batch_size', did you mean 'batch_sizes'?"),
         ("batch_sizes = [2, 1]", "batch_sizes must rise from 1 or more, not [2, 1]"),
