@@ -1,4 +1,4 @@
-"""What Triton's protocol (KServe v2) asks for, in its messages; gRPC and HTTP carry them.
+"""Triton's protocol (KServe v2) in its messages, without a transport: gRPC and HTTP share this module.
 
 A model has a prompt and some numbers as inputs; IMAGES, ENCODED, SEEDS and, in a stream, PREVIEW as outputs.
 """

@@ -35,7 +35,7 @@ class ExportPart(Protocol):
         """Write a part's graph into `folder`, which exists; inputs and outputs stay float32. BackendError when it cannot.
 
         `size` is the size of the example, and the only one that a part of fixed size will take. Below float32 the part's own
-        weights may be cast: take what is wanted of them in float32 before.
+        weights may be cast: read what you need of them in float32 first.
         """
 
 
@@ -102,7 +102,7 @@ class Backend:
     check_build: Callable[[Precision, Machine], None] = _always
     """BackendError when this machine cannot run, and so not check, what would be built at a precision."""
     check_runs: Callable[[], None] = _always
-    """BackendError when the library is here but opens nothing on this GPU, which takes it a second to find out."""
+    """BackendError when the library is here but opens nothing on this GPU; the check takes a second."""
     check_bundle: Callable[[Manifest, Machine], None] = _always
     """BundleError, with the cause and the cure, when a bundle does not fit this machine, whose device is of the right kind."""
 

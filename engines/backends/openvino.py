@@ -86,7 +86,7 @@ def _export(model: "TorchModel", part: "Part", folder: Path, *, size: Size, prec
         for ports, tensors in ((converted.inputs, part.inputs), (converted.outputs, part.outputs)):
             for port, tensor in zip(ports, tensors, strict=True):
                 port.tensor.set_names({tensor.name})
-        # It numbers the model and the nodes that it adds by all that the process did before: two builds of the same would differ.
+        # OpenVINO numbers the model and its nodes by what the process converted before: two builds of one model would differ.
         converted.set_friendly_name("model")
         for index, node in enumerate(converted.get_ordered_ops()):
             if re.fullmatch(r"[A-Z]\w*_\d+", node.get_friendly_name()):

@@ -98,7 +98,7 @@ class _Graphs(_Eager):
 
     def prepare(self, buffers: list[Tensor]) -> Callable[[], tuple[Tensor, ...]]:
         eager = super().prepare(buffers)
-        # On a stream that nothing else uses, and blind to what other threads do: other models may be running meanwhile.
+        # On a stream of its own, and ignoring calls of other threads, because other models may run meanwhile.
         aside = _stream("capture")
         aside.wait_stream(torch.cuda.current_stream())  # which filled the buffers
         with torch.cuda.stream(aside):

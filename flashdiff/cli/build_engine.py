@@ -55,9 +55,7 @@ def run(options: argparse.Namespace) -> None:
     given = {name: value for name, value in given.items() if value not in (None, (), False)}
     if options.base.endswith(".toml"):
         if given:
-            raise ConfigError(
-                f"{options.base} says {', '.join(given)}: change it there, and give --out alone beside a recipe"
-            )
+            raise ConfigError(f"{options.base} says {', '.join(given)}: change it there, and give --out alone beside a recipe")
         given = load_recipe(Path(options.base), BuildRecipe).model_dump()
     build = BuildOptions(**{"base": options.base, **given, "out": options.out})
     quiet_libraries()

@@ -33,14 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="ORIGIN",
-        help="a web page that may use HTTP, as https://host[:port]; may be given several times",
+        help="origin of a web page that may use HTTP, as https://host[:port]; may be repeated",
     )
     parser.add_argument(
         "--alias",
         action="append",
         default=[],
         metavar="ALIAS=NAME",
-        help="one more name of a model for OpenAI's clients, as gpt-image-1=student; may be given several times",
+        help="another name of a model for OpenAI's clients, as gpt-image-1=student; may be repeated",
     )
     parser.add_argument(
         "--tokens", type=Path, metavar="FILE", help="require a token of this file: lines of NAME TOKEN [CALLS-PER-SECOND]"
@@ -59,9 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Serve bundles over gRPC, and HTTP where asked to, until SIGTERM or Ctrl-C, then finish what was accepted and stop.
+    """Serve bundles over gRPC, and HTTP with --http-port, until SIGTERM or Ctrl-C; then finish accepted requests and exit.
 
-    The process ends here, with 0 after a drain and 1 after a failure: see `server/process.py`.
+    The exit status is 0 after such a drain, and 1 after a failure.
     """
     need("server", "grpc", "grpc_health", "grpc_reflection", "prometheus_client")
     if options.http_port is not None:

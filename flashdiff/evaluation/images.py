@@ -29,7 +29,7 @@ METADATA = "metadata.jsonl"
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 
 WORLD = "avatars"
-"""What the renderer is called where a prompt set or a reference set is named."""
+"""The renderer's name among prompt sets and reference sets."""
 WORLD_SIZE = 64
 """Side of its pictures in pixels, by default."""
 HELD_OUT = "avatars-held-out"
@@ -42,7 +42,7 @@ _REAL_SEED = 40_000_000
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is asked for. A prompt of the embedded world knows the scene (kind, seed) it describes."""
+    """A prompt; one of the embedded world has the scene (kind, seed) that it describes."""
 
     text: str
     scene: tuple[str, int] | None = None
@@ -104,7 +104,7 @@ def _world_prompts(count: int, seed: int, *, held_out: bool) -> list[Prompt]:
 
 
 def real_images(prompts: Sequence[Prompt], seeds: int, size: int) -> ImageSet:
-    """The renderer's answer to prompts of the embedded world: what they say as they say it, the rest at random."""
+    """The images that the renderer draws for prompts of the embedded world: what they say as they say it, the rest at random."""
     from flashdiff.zoo.world import render
 
     wanted = [(index, prompt) for index, prompt in enumerate(prompts) for _ in range(seeds)]
