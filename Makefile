@@ -24,7 +24,7 @@ test-slow: $(VENV)/.installed
 attack: $(VENV)/.installed
 	ATTACK_SCALE=20 $(BIN)/python -m pytest tests/attack -m "not gpu" --timeout=1800
 
-# What CI does besides the tests: style, types, and that the generated stubs are current.
+# What CI runs in addition to the tests: style, types, and a check that the generated stubs are current.
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -83,7 +83,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 clean:
 	rm -rf $(VENV) $(ORACLE) $(LITSERVE) $(PYTRITON) demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-# Known vulnerabilities of what is installed; asks the advisory service of PyPI, so it needs the network.
+# Known vulnerabilities of what is installed; queries the advisory service of PyPI, so it needs the network.
 audit: $(VENV)/.installed
 	$(BIN)/pip install -q pip-audit==2.10.1
 	$(BIN)/pip-audit --skip-editable

@@ -41,7 +41,7 @@ from flashdiff.distill.config import Recipe, bundled_recipe
 from flashdiff.distill.costs import cost
 from flashdiff.distill.loop import distill
 from flashdiff.errors import ConfigError
-from flashdiff.evaluation.evaluate import Subject, Yardstick, make_images, measure
+from flashdiff.evaluation.evaluate import Evaluator, Subject, make_images, measure
 from flashdiff.evaluation.features import feature_extractor, text_scorer
 from flashdiff.evaluation.images import WORLD, WORLD_SIZE, read_prompts, read_reference, real_images
 from flashdiff.families import find_base
@@ -64,7 +64,7 @@ class Meter:
         self.prompts = read_prompts(WORLD, options.count, _PROMPT_SEED)
         reference = read_reference(WORLD, options.reference_count, WORLD_SIZE)
         features, scorer = feature_extractor("avatars"), text_scorer("avatars")
-        self.yardstick = Yardstick(features, scorer, reference)
+        self.evaluator = Evaluator(features, scorer, reference)
         self.networks = [features.name, scorer.name]
 
     def measure_real(self) -> dict[str, float]:
@@ -81,7 +81,7 @@ class Meter:
         }
 
     def _metrics(self, subject: Subject) -> dict[str, float]:
-        found, _ = measure(subject, self.yardstick)
+        found, _ = measure(subject, self.evaluator)
         assert found.kid
         assert found.text
         assert found.diversity

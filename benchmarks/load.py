@@ -87,7 +87,7 @@ def run(bundle: Path, workload: LoadWorkload, report: Callable[[str], None]) -> 
 
 
 def run_protocols(bundle: Path, workload: LoadWorkload, report: Callable[[str], None]) -> dict[str, Any]:
-    """Measure HTTP beside gRPC with one new server of the bundle."""
+    """Measure HTTP and gRPC with one new server of the bundle."""
     environment, log = read_environment({"student": read_manifest(bundle)}), MeasurementLog(report)
     measure_protocols(bundle, workload, workload.quiet_requests, *split_cores(), log)
     return {"environment": environment, "rows": log.measurements}

@@ -43,7 +43,7 @@ def run(
 ) -> dict[str, Any]:
     """{"environment": ..., "points": [...], "real": the metrics of real images}.
 
-    ConfigError for bundles that the evaluation cannot tell apart, or that it lacks.
+    ConfigError for bundles that have one name in the evaluation, or that it lacks.
     """
     names = {"student": student.resolve().name, "teacher": teacher.resolve().name}
     if names["student"] == names["teacher"]:
@@ -60,7 +60,7 @@ def run(
                 json_file=written,
             )
             evaluate(options, open_bundle=open_bundle, report=report)
-        evaluation = _read_evaluation(written)
+        evaluation = read_evaluation(written)
     evaluated = [subject["name"] for subject in evaluation["rows"]]
     for model, counts in (("student", steps), ("teacher", teacher_steps)):
         if missing := [title for count in counts if (title := _title(names[model], count)) not in evaluated]:
@@ -99,7 +99,7 @@ def _metrics_of(subject: Mapping[str, Any]) -> dict[str, Any]:
     return {name: subject[name] for name in _METRICS} | {name: subject["attributes"][name] for name in ("large", "small")}
 
 
-def _read_evaluation(file: Path) -> dict[str, Any]:
+def read_evaluation(file: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(file.read_text("utf-8"))
         has_all = all(subject["attributes"] and subject["kid"] and subject["text"] for subject in found["rows"])

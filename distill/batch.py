@@ -1,4 +1,4 @@
-"""The data of one update: samples with the teacher's targets, and what a process evaluates of them at a time."""
+"""The data of one update: samples with the teacher's targets, and the micro-batches that a process evaluates."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,5 +28,5 @@ class MicroBatch:
     draws: Draws
 
     def detached(self) -> "MicroBatch":
-        """The same rows without the student's gradient; the random numbers go on where they are."""
+        """The same rows without the student's gradient; the random stream continues."""
         return MicroBatch(self.targets, self.x0.detach(), self.draws)

@@ -63,7 +63,7 @@ class LossKeys(Record):
 
 
 class Phase(LossKeys):
-    """A stretch of training with its own mixture of start times and weights of the losses.
+    """Consecutive updates with their own mixture of start times and weights of the losses.
 
     The name of each loss in `terms.py` is a key here too: its weight, where 0 leaves the loss out.
     """

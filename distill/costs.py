@@ -4,7 +4,7 @@ import numpy as np
 
 from flashdiff.distill.config import Phase, Recipe
 from flashdiff.distill.curriculum import phase_at, start_probabilities
-from flashdiff.distill.step import stretch_at
+from flashdiff.distill.step import span_at
 from flashdiff.distill.terms import TRAINED_PASS
 
 
@@ -22,7 +22,7 @@ def remaining_s(recipe: Recipe, update: int, *, target_s: float, update_s: float
     `update_s` is what an update took, and `target_s` what its targets took, per update of their pool; both are scaled by cost
     for the phases to come.
     """
-    now, pool_end = phase_at(recipe.phases, update), stretch_at(recipe, min(update, recipe.updates - 1)).end
+    now, pool_end = phase_at(recipe.phases, update), span_at(recipe, min(update, recipe.updates - 1)).end
     target_rate, update_rate = target_s / target_cost(recipe, now), update_s / update_cost(recipe, now)
     later = [(number, phase_at(recipe.phases, number)) for number in range(update, recipe.updates)]
     return sum(

@@ -43,7 +43,7 @@ def dry_run(recipe: Recipe) -> Iterator[str]:
         weights = ", ".join(f"{t.title} {phase.weights[t.name]:g}" for t in recipe.terms() if phase.weights[t.name])
         yield (
             f"updates  {start:,} to {start + phase.updates:,}: {weights}; per sample and update {teacher:.1f} evaluations of the "
-            f"teacher's ODE, {round(others, 1):g} forward passes besides"
+            f"teacher's ODE, {round(others, 1):g} other forward passes"
         )
         start += phase.updates
     # Weights of every part, and for what is trained its gradient, average and AdamW's two moments.

@@ -25,7 +25,7 @@ from flashdiff.distill.objective import Objective
 from flashdiff.distill.previews import preview, save_image
 from flashdiff.distill.processes import Draws
 from flashdiff.distill.publish import publish
-from flashdiff.distill.step import Pool, Stretch, make_pool, shared_pool, stretch_at, student_x0
+from flashdiff.distill.step import Pool, PoolSpan, make_pool, shared_pool, span_at, student_x0
 from flashdiff.distill.student import Student
 from flashdiff.distill.trackers import Tracker, open_tracker
 from flashdiff.errors import TrainingError, first_line
@@ -131,14 +131,14 @@ def _train(
     with tqdm(total=recipe.updates, initial=student.update, desc="distill", unit="update", disable=tracker is None) as bar:
         while student.update < recipe.updates:
             update = student.update
-            stretch = stretch_at(recipe, update)
+            span = span_at(recipe, update)
             started = time.monotonic()
-            if pool is None or update == stretch.first:
-                pool = _new_pool(model, student, objective, data, recipe, stretch, pools)
-                target_s = (time.monotonic() - started) / (stretch.batches * recipe.target_uses)
+            if pool is None or update == span.first:
+                pool = _new_pool(model, student, objective, data, recipe, span, pools)
+                target_s = (time.monotonic() - started) / (span.batches * recipe.target_uses)
                 started = time.monotonic()
-            use, number = divmod(update - stretch.first, stretch.batches)
-            solved, chosen = pool.batch(number, seed=((recipe.seed << 24) + stretch.index) * 64 + use)
+            use, number = divmod(update - span.first, span.batches)
+            solved, chosen = pool.batch(number, seed=((recipe.seed << 24) + span.index) * 64 + use)
             targets = [
                 solved.targets(chosen[rows], data, model.device) for rows in processes.rows(recipe.batch_size, recipe.accumulate)
             ]
@@ -174,17 +174,17 @@ def _new_pool(
     objective: Objective,
     data: Dataset,
     recipe: Recipe,
-    stretch: Stretch,
+    span: PoolSpan,
     pools: Path | None,
 ) -> Pool:
-    """The pool of a stretch; it depends only on seed, stretch and anchor, so a resumed run makes the same one."""
+    """The pool of a span; it depends only on seed, span and anchor, so a resumed run makes the same one."""
 
     def make() -> Pool:
-        return make_pool(model, objective.unconditional, data, recipe, stretch)
+        return make_pool(model, objective.unconditional, data, recipe, span)
 
-    if not (stretch.phase.backward_simulation or recipe.target == "consistency" or not data.has_images):
-        return shared_pool(pools, model, recipe, stretch, make) if pools and processes.count() == 1 else make()
-    if student.update == stretch.first:
+    if not (span.phase.backward_simulation or recipe.target == "consistency" or not data.has_images):
+        return shared_pool(pools, model, recipe, span, make) if pools and processes.count() == 1 else make()
+    if student.update == span.first:
         student.set_anchor()
     with student.holding(student.anchor):
         return make()

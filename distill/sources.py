@@ -112,7 +112,7 @@ def _renders(count: int, size: Size, seed: int) -> Iterator[Sample]:
 
 
 def _folder(folder: Path, damage: Damage) -> Iterator[Sample]:
-    """Image files, each with its caption in a .txt file beside it or in a line of metadata.jsonl."""
+    """Image files, each with its caption in a .txt file next to it or in a line of metadata.jsonl."""
     try:
         known = read_metadata(folder / METADATA)
     except EvaluationError as error:  # a malformed line

@@ -30,7 +30,7 @@ loss fell by a quarter from the first use to the last, and was back at its old v
 
 
 @dataclass(frozen=True)
-class Stretch:
+class PoolSpan:
     """Consecutive updates of one phase, which share one pool of targets."""
 
     index: int  # of the pool, from 0
@@ -41,8 +41,8 @@ class Stretch:
     end: int  # update, not included
 
 
-def stretch_at(recipe: Recipe, update: int) -> Stretch:
-    """The stretch that contains `update`; the last stretch of a phase may be shorter than the others."""
+def span_at(recipe: Recipe, update: int) -> PoolSpan:
+    """The span that contains `update`; the last span of a phase may be shorter than the others."""
     uses = recipe.target_uses
     batches = POOL_BATCHES if uses == 1 else REUSED_POOL_BATCHES
     index = first_batch = start = 0
@@ -51,7 +51,7 @@ def stretch_at(recipe: Recipe, update: int) -> Stretch:
             earlier = (update - start) // (batches * uses)
             first = start + earlier * batches * uses
             end = min(first + batches * uses, start + phase.updates)
-            return Stretch(index + earlier, phase, first_batch + earlier * batches, -(-(end - first) // uses), first, end)
+            return PoolSpan(index + earlier, phase, first_batch + earlier * batches, -(-(end - first) // uses), first, end)
         index += -(-phase.updates // (batches * uses))
         first_batch += -(-phase.updates // uses)
         start += phase.updates
@@ -96,13 +96,13 @@ class Pool:
         return parts[number]
 
 
-def shared_pool(folder: Path, model: TorchModel, recipe: Recipe, stretch: Stretch, make: Callable[[], Pool]) -> Pool:
+def shared_pool(folder: Path, model: TorchModel, recipe: Recipe, span: PoolSpan, make: Callable[[], Pool]) -> Pool:
     """The pool from `folder` if another run has saved it there; otherwise the result of `make`, which is saved.
 
     Only for pools that do not draw on the student: these are functions of the values that name the file.
     """
     fixed = recipe.model_dump_json(include={"seed", "data", "grid", "guidance", "batch_size"})
-    own = f"{stretch.phase.mode_weights} {stretch.index} {stretch.first_batch} {stretch.batches}"
+    own = f"{span.phase.mode_weights} {span.index} {span.first_batch} {span.batches}"
     name = hashlib.sha256(f"{model.base_hash} {fixed} {own}".encode()).hexdigest()[:32]
     path = folder / f"{name}.pt"
     if path.exists():
@@ -114,16 +114,16 @@ def shared_pool(folder: Path, model: TorchModel, recipe: Recipe, stretch: Stretc
 
 @torch.no_grad()
 def make_pool(
-    model: TorchModel, unconditional: Mapping[str, Tensor] | None, data: Dataset, recipe: Recipe, stretch: Stretch
+    model: TorchModel, unconditional: Mapping[str, Tensor] | None, data: Dataset, recipe: Recipe, span: PoolSpan
 ) -> Pool:
-    """The pool of a stretch: each sample with its own item, start time, guidance and noise, solved by the teacher.
+    """The pool of a span: each sample with its own item, start time, guidance and noise, solved by the teacher.
 
-    It is a function of the seed, the stretch and, where the pool draws on the student, the student's weights in `model`. The
+    It is a function of the seed, the span and, where the pool draws on the student, the student's weights in `model`. The
     processes share the work, and each gets the whole pool.
     """
-    grid, phase = recipe.grid, stretch.phase
-    rng, generator = step_generator(recipe.seed, stretch.index)
-    batches = [data.batch(number) for number in range(stretch.first_batch, stretch.first_batch + stretch.batches)]
+    grid, phase = recipe.grid, span.phase
+    rng, generator = step_generator(recipe.seed, span.index)
+    batches = [data.batch(number) for number in range(span.first_batch, span.first_batch + span.batches)]
     count = len(batches) * recipe.batch_size
     starts = torch.from_numpy(rng.choice(grid.solver_steps, count, p=start_probabilities(grid, phase.mode_weights)))
     guidance = torch.from_numpy(rng.uniform(*recipe.guidance, count)).float()

@@ -1,4 +1,4 @@
-"""What is slow to make is made once: folders of files kept by the hash of all that decides them."""
+"""The export cache: folders of files, named by the hash of everything that decides their content."""
 
 import errno
 import hashlib

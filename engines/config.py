@@ -1,4 +1,4 @@
-"""What a build is asked for, and how the command line's texts are read; importing it needs neither torch nor diffusers."""
+"""The options of a build, and their parsing from the command line; importing it needs neither torch nor diffusers."""
 
 from pathlib import Path
 from typing import Self

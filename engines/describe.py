@@ -1,4 +1,4 @@
-"""What a bundle's manifest says, for people."""
+"""A bundle's manifest as readable lines."""
 
 from collections.abc import Iterator
 from pathlib import Path

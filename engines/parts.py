@@ -98,7 +98,7 @@ class AtPrecision(nn.Module):
 
 
 def random_inputs(model: TorchModel, part: Part, batch: int, size: Size, generator: torch.Generator) -> tuple[Tensor, ...]:
-    """Inputs of the kinds a part is really given, every row another: token ids that end in padding, uniform pixels, normal
+    """Realistic inputs of a part, with different values in every row: token ids that end in padding, uniform pixels, normal
     latents, conditions that the parts make of such inputs, and times from the clean end to the noisiest, a few-step student's
     own if it is one."""
     spec = model.spec
@@ -127,8 +127,8 @@ def random_inputs(model: TorchModel, part: Part, batch: int, size: Size, generat
 
 
 def no_reduced_precision() -> None:
-    """On a GPU give no precision away beyond the one asked for: left alone, float32 convolutions round their inputs to ten bits
-    (TF32), and matrix products in float16 and bfloat16 may add up in these."""
+    """Keep the requested precision on a GPU. By default, float32 convolutions round their inputs to ten bits (TF32), and matrix
+    products in float16 and bfloat16 may accumulate in these types."""
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False

@@ -1,4 +1,4 @@
-"""What torch makes of random inputs and of a whole image: kept, so that its weights can go before an engine's come."""
+"""torch's outputs for random inputs and a whole image, kept so that its weights are released before an engine's are loaded."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -43,7 +43,7 @@ class Reference:
 def run_reference(model: TorchModel, parts: Sequence[Part], batch_sizes: Sequence[int]) -> Reference:
     """Every part at every size and batch size, and an image at every size; the model is in float32.
 
-    On the GPU where there is one with room for it: at real size a CPU takes minutes for what it does in a second. The model is
+    It runs on the GPU if there is one with enough memory: at real size a CPU takes minutes, a GPU a second. The model is
     on the CPU before and after.
     """
     generator = torch.Generator().manual_seed(1)
@@ -68,7 +68,7 @@ def _row_by_row(part: Part, inputs: Sequence[Tensor]) -> Outputs:
 
 @contextmanager
 def _on_gpu(parts: Sequence[Part]) -> Iterator[None]:
-    """These modules there meanwhile, where a GPU has room for them and what they compute."""
+    """Within the context, these modules are on the GPU if it has memory for them and their activations."""
     needed = sum(values.nbytes for part in parts for values in part.module.parameters()) + _ACTIVATION_BYTES
     if not torch.cuda.is_available() or torch.cuda.mem_get_info()[0] < needed:
         yield

@@ -1,4 +1,4 @@
-"""What a build takes: disk, memory and time, estimated from numbers of parameters, which the weights' headers tell."""
+"""What a build takes: disk, memory and time, estimated from numbers of parameters in the headers of the weights."""
 
 import math
 import shutil
@@ -57,7 +57,7 @@ def estimate(
 
 
 def free_bytes(place: Path) -> int:
-    """Of the disk that a folder is on, or would be."""
+    """The disk that a folder is on, or would be."""
     return shutil.disk_usage(_existing(place)).free
 
 

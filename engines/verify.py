@@ -1,4 +1,4 @@
-"""The gate before publishing: every compiled part and the whole road against torch in float32, or no bundle."""
+"""Verification before publishing: every compiled part and a whole image are compared with torch in float32."""
 
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ IMAGE_ERROR: dict[Precision, float] = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 3e-2}
 
 @dataclass(frozen=True)
 class Findings:
-    """What a bundle that passed is known to do."""
+    """What was measured of a bundle that passed."""
 
     errors: dict[str, float]
     """By part, and for `image`."""

@@ -1,4 +1,4 @@
-"""The main job with the embedded model: build, serve, ask over gRPC, compare with the teacher. `make demo` runs it.
+"""The main job with the embedded model: build, serve, request images over gRPC, compare with the teacher. `make demo` runs it.
 
     python -m examples.demo        # from the repository's root
 
@@ -55,7 +55,7 @@ def main() -> None:
     say("2/5 Build the teacher's engine: the same model without it, guided")
     flashdiff("build-engine", "avatars", "--guidance", str(TEACHER_GUIDANCE), "--out", str(TEACHER))
 
-    say(f"3/5 Serve the student and ask for {len(PROMPTS)} prompts over gRPC, all at once, at 4 and at 2 steps")
+    say(f"3/5 Serve the student and request {len(PROMPTS)} images over gRPC, all at once, at 4 and at 2 steps")
     with server(STUDENT) as address, Client(address) as client:
         client.wait_until_ready(30)
         four, two = ask(client, steps=4), ask(client, steps=2)

@@ -36,5 +36,5 @@ def load_state(path: Path) -> dict[str, Any]:
 
 
 def step_generator(seed: int, step: int) -> tuple[np.random.Generator, torch.Generator]:
-    """The random streams of one update: functions of seed and step alone, so a resumed run draws what the unbroken one draws."""
+    """The random streams of one update: functions of seed and step alone, so a resumed run draws the same."""
     return np.random.default_rng([seed, step]), torch.Generator().manual_seed((seed << 32) + step)

@@ -43,7 +43,7 @@ Costs = dict[tuple[str, Size | None], dict[int, float]]
 
 
 class ModelSpec(Record):
-    """What there is to know of a model without its weights."""
+    """The description of a model, without its weights."""
 
     name: str
     family: str

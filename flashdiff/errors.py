@@ -25,7 +25,7 @@ The command line prints the message in one line and exits with 2; `flashdiff.ser
 
 
 class FlashdiffError(Exception):
-    """Anything a user can cause or cure; the message says what was wrong, the value, and what to do instead."""
+    """An error that a user can cause or fix; the message says what was wrong, the value, and what to do instead."""
 
 
 class ConfigError(FlashdiffError): ...

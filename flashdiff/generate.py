@@ -13,7 +13,7 @@ from flashdiff.rows import Row, denoise_rows, stacked, start_rows
 
 
 def prepare(components: Components, part: str, values: Sequence[str] | Sequence[Pixels]) -> list[Tensors]:
-    """What a part makes of each text, or of each image [H, W, 3] of one size; at most `max_batch` of them."""
+    """A part's outputs for each text, or for each image [H, W, 3] of one size; at most `max_batch` of them."""
     if isinstance(values[0], str):
         inputs: dict[str, NDArray[np.int64]] | dict[str, NDArray[np.float32]] = components.tokenize([str(v) for v in values])
     else:

@@ -19,7 +19,7 @@ def is_kohya(keys: Iterable[str]) -> bool:
 
 
 def to_kohya(weights: Mapping[str, Tensor], prefix: str, alpha: float) -> dict[str, Tensor]:
-    """Diffusers' tensors `PREFIX.module.lora_A.weight` in kohya's names, alpha beside each layer."""
+    """Diffusers' tensors `PREFIX.module.lora_A.weight` in kohya's names, with an alpha for each layer."""
     converted: dict[str, Tensor] = {}
     for key, value in weights.items():
         module, side, _ = key.removeprefix(f"{prefix}.").rsplit(".", 2)

@@ -1,4 +1,4 @@
-"""What one request asks for, once it is checked."""
+"""Orders: checked requests."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

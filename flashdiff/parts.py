@@ -24,8 +24,8 @@ class PartSpec(Record):
     """One network of a model, with the names of its tensors in order.
 
     A part that is prepared takes either the token ids of every tokenizer or one batch of images. Parts of a step share their
-    tensors by name: `latents`, `times` and the conditions go in, what a part gives is there for those after it, and the last
-    gives `output`. A part that finishes takes `latents` and gives `images`.
+    tensors by name: `latents`, `times` and the conditions go in, the outputs of a part are inputs of later ones, and the last
+    one returns `output`. A part that finishes takes `latents` and returns `images`.
     """
 
     name: str
@@ -35,7 +35,7 @@ class PartSpec(Record):
 
 
 class Condition(Record):
-    """An input of the denoiser besides latents and times."""
+    """An input of the denoiser other than latents and times."""
 
     name: str
     part: str | None = None
@@ -45,7 +45,7 @@ class Condition(Record):
     channels: int = Field(0, ge=0, le=4096)
     """Channels it adds to the latents where they enter the network; 0 where it is no image."""
     absent: Literal["refused", "zeros"] = "refused"
-    """What a request without it gets: a refusal, or zeros, so that it shares batches with those that have it."""
+    """A request without it is refused, or gets zeros, so that it can share batches with requests that have it."""
 
     @model_validator(mode="after")
     def _zeros_have_a_shape(self) -> Self:

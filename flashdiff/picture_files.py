@@ -1,4 +1,4 @@
-"""Picture files cut down to the one picture that is decoded: its kind told by magic bytes, no metadata, no further pictures.
+"""Picture files cut down to the one picture that is decoded: its format found by magic bytes, no metadata, no further pictures.
 
 Pillow spends time and memory on all of these before the first pixel: an EXIF directory may name the same megabytes 65,000
 times, and a file that calls itself a multi-picture file is opened as another format.

@@ -21,7 +21,7 @@ MAX_PENDING_BYTES = 512 * 1024**2
 """Of their pixels and of those still being sent, likewise: large images need more room than small ones."""
 
 _SHORTEST_RETRY_S = 0.1  # when all that fills the queue is being sent
-_CLIENT_SHARE = 0.75  # of the queue, for one client, so that others always find room
+_CLIENT_SHARE = 0.75  # of the queue, for one client, so that others always have room
 
 
 class _Waiting(NamedTuple):
@@ -108,7 +108,7 @@ class Admission:
                 is_tight=is_tight,
                 on_step=on_step,
             )
-            job.answer.set_running_or_notify_cancel()  # from here on only who claims the job ends it
+            job.answer.set_running_or_notify_cancel()  # from here on, only the thread that claims the job ends it
             self._jobs.append(job)
             self._post(Arrived(job))
             return job
@@ -222,7 +222,7 @@ class Admission:
                 f"the deadline is {max(0.0, 1000 * timeout_s):.0f} ms away"
             )
         if _made_late(forecast, now):
-            raise DeadlineError("this can be in time, but others who were promised a time would then be late")
+            raise DeadlineError("this request could be on time, but would make requests late that were accepted before")
         return forecast.own_ms
 
 
@@ -232,7 +232,7 @@ def _work_left(progress: Progress) -> Work:
 
 
 def _forecast(new: Work, due_at: float, queue: list[_Waiting]) -> _Forecast:
-    """How the queue goes with new work that is due then."""
+    """When each pending job is done if new work is added that is due then."""
     place = bisect_right(queue, due_at, key=lambda waiting: waiting.job.due)
     works = [waiting.work for waiting in queue]
     ends = finish_times([*works[:place], new, *works[place:]])

@@ -1,4 +1,4 @@
-"""Who may call: bearer tokens from a file, a rate for each, and the certificates of TLS."""
+"""Authentication: bearer tokens from a file, a rate for each, and the certificates of TLS."""
 
 import hashlib
 import logging
@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class _Holder:
-    """Who holds a token, and how many calls it has left: a bucket that fills at `rate` a second and holds one second's worth."""
+    """The holder of a token, and the calls it has left: a token bucket that fills at `rate` a second."""
 
     name: str
     rate: float | None
@@ -76,7 +76,7 @@ class Tokens:
             return
         try:
             fresh = _read_tokens(self._file)
-        except UnreadableFileError as error:  # the tokens may be others by now: read them as soon as possible
+        except UnreadableFileError as error:  # the file may have changed by now: read it as soon as possible
             self._stamp = None
             self._keep(error)
             return
@@ -85,7 +85,7 @@ class Tokens:
             self._keep(error)
             return
         self._stamp, self._trouble = stamp, ""
-        # Who keeps token and rate keeps what was used of it.
+        # A holder whose token and rate are unchanged keeps its used-up calls.
         self._holders = {
             key: kept if (kept := self._holders.get(key)) and _same(kept, new) else new for key, new in fresh.items()
         }
@@ -110,7 +110,7 @@ def _same(kept: _Holder, new: _Holder) -> bool:
 
 
 def _digest(token: str) -> bytes:
-    """What tokens are compared by, so that how long a comparison takes says nothing about them."""
+    """The form in which tokens are compared, so that the duration of a comparison reveals nothing about them."""
     return hashlib.sha256(token.encode()).digest()
 
 
@@ -135,7 +135,7 @@ def _read_tokens(file: Path) -> dict[bytes, _Holder]:
 
 
 def server_credentials(certificate: Path | None, key: Path | None, client_ca: Path | None) -> Any:
-    """TLS credentials; with `client_ca`, only clients with a certificate of it get in. None where no certificate is given."""
+    """TLS credentials; with `client_ca`, only clients with its certificates can connect. None where no certificate is given."""
     if certificate is None and key is None and client_ca is None:
         return None
     if certificate is None or key is None:

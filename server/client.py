@@ -39,7 +39,7 @@ class ServerError(FlashdiffError):
 
 
 class Options(TypedDict, total=False):
-    """What a request may say besides its prompt; the server chooses what is absent."""
+    """The optional fields of a request; the server chooses those that are absent."""
 
     model: str
     negative_prompt: str
@@ -58,8 +58,8 @@ class Options(TypedDict, total=False):
     """The task's other numbers, by name."""
 
 
-# A refused request has done nothing, and neither has one that found no server. UNAVAILABLE is a connection lost under way too:
-# that one may run twice, for the same pixels.
+# A refused request did nothing, nor did one that reached no server. UNAVAILABLE may also be a connection lost during the call:
+# such a request may run twice, with the same pixels.
 _RETRIES = json.dumps(
     {
         "methodConfig": [
@@ -109,9 +109,9 @@ def _no_server(timeout_s: float) -> ServerError:
 
 
 class Client:
-    """A connection to one server, safe to share between threads. `tls_ca` holds the certificate of whoever signed the server's.
+    """A connection to one server, safe to share between threads. `tls_ca` holds the certificate of the server's authority.
 
-    Calls that were refused for want of room, or that found no server, are sent again up to three times within their deadline,
+    Calls that were refused for lack of room, or that reached no server, are retried up to three times within their deadline,
     unless `retries` is off.
     """
 
@@ -156,7 +156,7 @@ class Client:
             raise _server_error(error) from None
 
     def models(self, *, timeout_s: float | None = None) -> list[str]:
-        """The names that requests may say, the default first."""
+        """The models that requests may name, the default first."""
         try:
             return read_models(self._stub.ListModels(image_pb2.ListModelsRequest(), timeout=timeout_s, metadata=self._metadata))
         except grpc.RpcError as error:

@@ -15,7 +15,7 @@ _Value = TypeVar("_Value")
 
 
 def read_request(message: pb.GenerateRequest, timeout_s: float | None = None, *, wants_steps: bool = False) -> ImageRequest:
-    """The request; RequestError for a field that has no meaning, or that says something a second time."""
+    """The request; RequestError for a field without a meaning, or for a value given twice."""
     if message.format not in FORMATS:
         raise RequestError("format", int(message.format), f"it must be one of {', '.join(pb.ImageFormat.keys())}")
     if message.priority not in PRIORITIES:

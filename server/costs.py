@@ -35,7 +35,7 @@ class CostTable:
         self.current = self.first
 
     def size_of(self, call: str, size: Size) -> Size | None:
-        """The size that tells such calls apart; None for a part whose tensors do not depend on it."""
+        """The image size that the call's cost depends on; None for a part whose tensors do not depend on it."""
         return None if call in self._everywhere else size
 
     def replace(self, part: str, size: Size, by_batch: ByBatch) -> None:
@@ -54,8 +54,8 @@ class CostTable:
     def follow(self, part: str, size: Size, slots: int, spent_ms: float) -> None:
         """Learn from a call with `slots` slots.
 
-        One stall must not make the next deadlines look hopeless, so it counts as three times the usual. The other batch sizes
-        follow more slowly: one that looks expensive would not be tried again.
+        A single stall must not cause the next deadlines to be refused, so it counts as three times the usual. The other batch
+        sizes follow more slowly: one that looked expensive would never be tried again.
         """
         costs, first = self.current[size][part], self.first[size][part]
         bucket = bucket_of(costs, slots)
@@ -65,7 +65,7 @@ class CostTable:
         self.replace(part, size, {**fresh, bucket: own})
 
     def forgive(self) -> None:
-        """Let a slow past fade towards what was measured first: refusing while idle measures nothing, so it would stay."""
+        """Move the costs towards those first measured. An idle server that refuses measures nothing, so high costs would stay."""
         self.current = {
             size: {
                 name: {batch: min(ms, max(self.first[size][name][batch], _FORGIVEN * ms)) for batch, ms in by_batch.items()}

@@ -19,16 +19,16 @@ from flashdiff.server.images import encode_image
 from flashdiff.server.names import ImageFormat
 
 _MAX_READING = 16  # images of requests at once: nothing has been promised to these yet
-_MAX_READING_OF_ONE = 12  # of these for one client, so that none fills it alone
+_MAX_READING_OF_ONE = 12  # of these for one client, so that one client cannot take all of them
 _READING_RETRY_S = 0.1
 _SPEED_KNOWN_S = 10.0  # after a file was written, how fast that was
-_SMALL_BYTES = 64 * 1024  # of pixels: to encode these takes less than to change threads and back
+_SMALL_BYTES = 64 * 1024  # of pixels: encoding these takes less time than switching threads
 _Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True, eq=False)
 class _Reading:
-    """A file to be read, and where its content goes, on the loop that asked for it."""
+    """A file to be read, and the future of the caller's event loop that gets its content."""
 
     read: Callable[[], Any]
     content: "asyncio.Future[Any]"
@@ -37,7 +37,7 @@ class _Reading:
 class _Reader:
     """A thread that reads files for clients in turn, one of each; an event loop calls the methods.
 
-    A reading that its caller gave up is dropped, or its content is; the interpreter does not wait for the thread to exit.
+    If the caller gives up, the reading or its content is dropped. The interpreter does not wait for the thread at exit.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Jobs: what was accepted, what the device has made of it, what is left to do, and the messages that the device thread takes."""
+"""Jobs: accepted requests, their progress on the device, the work that is left, and the messages to the device thread."""
 
 import threading
 from collections import Counter
@@ -20,7 +20,7 @@ from flashdiff.server.scheduler import Work
 
 @dataclass(frozen=True, kw_only=True)
 class Timings:
-    """Milliseconds. A part's time is that of the calls the job took part in, shared with whatever else was in them."""
+    """Milliseconds. A part's time is that of the calls that the job took part in, which other jobs shared."""
 
     total: float = 0.0
     queue: float = 0.0
@@ -71,7 +71,7 @@ class Job:
     preparations: Mapping[str, Preparation]
     whole: Work  # as accepted: texts in the model's cache are no work
     alone_s: float  # how long it would take on an idle device, as forecast at acceptance; 0 without a deadline
-    is_tight: bool  # it waits behind others, with a deadline so near that the margin decided whether it was promised
+    is_tight: bool  # it waits behind others, and its deadline is so near that the margin decided whether it was accepted
     on_step: Callable[[Step], None] | None = None
     answer: "Future[Finished]" = field(default_factory=Future)
     _unclaimed: threading.Lock = field(default_factory=threading.Lock, repr=False)
@@ -82,7 +82,7 @@ class Job:
 
 
 class Progress(NamedTuple):
-    """What is left of a job, as of the device thread's last turn."""
+    """The work that is left of a job, as of the device thread's last turn."""
 
     job: Job
     prepare: Mapping[str, int]
@@ -102,7 +102,7 @@ def as_accepted(job: Job) -> Progress:
 
 
 class Outlook(NamedTuple):
-    """What the device thread has in hand. It publishes a new one after every turn; none ever changes."""
+    """The device thread's unanswered jobs. It publishes a new outlook after every turn; an outlook never changes."""
 
     arrival: int
     """The last job it knows of."""
@@ -201,7 +201,7 @@ class Call:
 
 
 def targets_of(running: Running) -> list[Target]:
-    """What could be called for a job now: each preparation that is missing, or the next call of each unfinished row."""
+    """The device calls that a job is ready for: each missing preparation, or the next call of each unfinished row."""
     job = running.job
     if not running.rows:
         if missing := _missing(running):

@@ -1,7 +1,7 @@
-"""What the device thread does: it takes messages, and makes one device call after another until every job is answered.
+"""The device thread: it takes messages, and makes one device call after another until every job is answered.
 
-All state here belongs to the device thread, and messages alone tell it what happens elsewhere: `handle` takes one, `turn` makes
-one call, `outlook` says what is left. Tests drive these without a thread, in any order.
+The device thread owns all state here, and learns of other threads by messages alone: `handle` takes one message, `turn` makes one
+call, `outlook` returns what is left. Tests call these without a thread, in any order.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -93,7 +93,7 @@ class DeviceLoop:
     # --- messages in, outlook out ------------------------------------------------------------------------------------
 
     def handle(self, message: Message) -> None:
-        """Take one message; an error that is none of a request's ends the device thread."""
+        """Take one message; an error that no request caused ends the device thread."""
         match message:
             case Arrived(job):
                 self._running[job], self._progress[job] = Running(job), as_accepted(job)

@@ -60,8 +60,8 @@ class Metrics:
     def count(self) -> None:
         """Count what was seen since the last time.
 
-        What tells of it only notes it down: it is told between two calls of the device, where on a CPU, with caches full of an
-        engine's weights, counting takes ten times as long, or just before an answer.
+        Observer methods only append to lists. They run between two device calls, where on a CPU, with caches full of an engine's
+        weights, counting takes ten times as long, or just before an answer.
         """
         for _ in range(len(self._seen)):
             self._seen.popleft()()

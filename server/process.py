@@ -1,4 +1,4 @@
-"""The process of `flashdiff serve`: what its signals do, and how it ends."""
+"""The process of `flashdiff serve`: signals and exit."""
 
 import asyncio
 import logging
@@ -17,7 +17,7 @@ from flashdiff.server.app import Listen, serve
 from flashdiff.server.log import QueuedLog, queued_log
 from flashdiff.server.models import Models
 
-_LAST_S = 3.0  # for spans and lines on their way when all is over
+_LAST_S = 3.0  # for spans and log lines in flight at the end
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def run_server(open_models: Callable[[], Models], listen: Listen) -> NoReturn:
 
 @contextmanager
 def _handled(handlers: Mapping[signal.Signals, Any]) -> Iterator[None]:
-    """Within the block, and until the server has its own, these handle the signals."""
+    """Within the block, handle signals until the server installs its own handlers."""
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
@@ -61,7 +61,7 @@ async def _serve(models: Models, listen: Listen, log: QueuedLog) -> None:
 
 
 def _open_in_thread(open_models: Callable[[], Models]) -> Models:
-    """The main thread waits, where signals reach it: compiling a model takes none for minutes."""
+    """The main thread only waits, because signals reach it: while it compiled a model, it would handle none for minutes."""
     opened: list[Models | BaseException] = []
 
     def run() -> None:

@@ -53,7 +53,7 @@ class ImageRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """What a request is answered with."""
+    """The reply to a request."""
 
     model: Model
     order: Order

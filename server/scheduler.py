@@ -10,19 +10,19 @@ from flashdiff.parts import Phase
 from flashdiff.server.names import Priority
 
 LEAST_MARGIN, MOST_MARGIN = 1.4, 4.0
-"""How much more waiting counts in a promise than it should take."""
+"""Bounds of the factor by which a promise multiplies the expected waiting time."""
 _BROKEN_SHARE = 0.01  # of promises, once the margin is learned
 _MARGIN_STEP = 0.05  # for a broken one: from least to most within fifty
 
 PATIENCE_S: dict[Priority, float] = {"high": 1.0, "normal": 10.0, "low": 100.0}
-"""How long a request that names no deadline counts as willing to wait. Waiting makes any request urgent: none starves."""
+"""How long a request without a deadline may wait before it is due. So every request becomes urgent: none starves."""
 
 
 def due(arrived: float, priority: Priority, deadline: float, own_backlog_s: float) -> float:
     """When a request should be done, in seconds on the caller's clock: the order in which the device takes them.
 
-    A client's own pending work counts as patience, so that one who sends a hundred at once does not go before
-    another who sends one (start-time fair queueing, Goyal et al. 1996, with time on the device as the share).
+    A client's own pending work postpones the time, so that a client with a hundred requests does not go before a client with
+    one (start-time fair queueing, Goyal et al. 1996, with time on the device as the share).
     """
     return min(deadline, arrived + PATIENCE_S[priority] + own_backlog_s)
 
@@ -30,7 +30,7 @@ def due(arrived: float, priority: Priority, deadline: float, own_backlog_s: floa
 class Ready(NamedTuple):
     """Something the device could work on now: an input to prepare, or a row to step or to finish.
 
-    The less, the more urgent: due, then arrival of the request, then the caller's handle, of which each has its own.
+    Smaller is more urgent: by due time, then arrival of the request, then the caller's handle, which is unique.
     """
 
     due: float
@@ -171,9 +171,9 @@ def promise_ms(alone_ms: float, expected_ms: float, margin: float) -> float:
 def next_margin(margin: float, *, kept: bool) -> float:
     """The margin of waiting after a promise was kept or broken, so that about one in a hundred is broken.
 
-    `finish_times` does not know who comes later, whose texts are read in between, how full the last batches get, nor how busy a
-    shared machine will be: how far it is off is learned, by steps whose sum is 0 at that share (as in Robbins and Monro 1951,
-    but of constant size, since it changes).
+    `finish_times` does not know which requests come later, whose texts are encoded in between, how full the last batches get, or
+    how busy a shared machine will be. So its error is learned, by steps whose sum is 0 at that share (as in Robbins and Monro
+    1951, but of constant size, since the error changes).
     """
     step = -_MARGIN_STEP * _BROKEN_SHARE if kept else _MARGIN_STEP * (1 - _BROKEN_SHARE)
     return min(MOST_MARGIN, max(LEAST_MARGIN, margin + step))

@@ -1,6 +1,6 @@
 """Regions of system shared memory that Triton clients on this machine register, to pass tensors without the wire.
 
-A client can name any object that this server's user may open, so the server offers it only when told to.
+A client can name any object that this server's user may open, so the server offers it only with --shared-memory.
 """
 
 import os
@@ -28,8 +28,8 @@ class Region:
 class Regions:
     """The registered regions by name; safe to use from any thread.
 
-    Read and written through the file and not through a mapping: an object that its owner cuts short ends a mapping's
-    user with SIGBUS, and a read with an error.
+    Read and written through the file and not through a mapping: if its owner truncates the object, a mapping ends the process
+    with SIGBUS, where a read fails with an error.
     """
 
     def __init__(self) -> None:

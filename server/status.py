@@ -25,7 +25,7 @@ _MAX_DETAILS = 500  # characters, which may quote the request: a client takes 16
 CLIENT_LEFT = 499
 """The HTTP status in logs and metrics of a request whose client closed the connection; nginx uses it too."""
 
-# The first row that fits counts: kinds stand before what they are kinds of.
+# The first matching row counts, so subclasses stand before their base classes.
 _STATUSES: tuple[tuple[type[FlashdiffError], grpc.StatusCode, int], ...] = (
     (NotFoundError, grpc.StatusCode.NOT_FOUND, 404),
     (ExistsError, grpc.StatusCode.ALREADY_EXISTS, 409),

@@ -1,4 +1,4 @@
-"""What Triton's protocol (KServe v2) asks for, in its messages; gRPC and HTTP carry them.
+"""Triton's protocol (KServe v2) in its messages, without a transport: gRPC and HTTP share this module.
 
 A model has a prompt and some numbers as inputs; IMAGES, ENCODED, SEEDS and, in a stream, PREVIEW as outputs.
 """
@@ -203,7 +203,7 @@ class TritonService:
             raise
 
     def _find(self, name: str, version: str) -> Model:
-        """Triton's words, so that who looks for them finds them."""
+        """Triton's own wording, so that clients that match on it work."""
         if version not in ("", VERSION):
             raise NotFoundError("model", f"{name} version {version}", f"every model has version {VERSION} only")
         if not name:

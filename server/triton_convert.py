@@ -18,7 +18,7 @@ from flashdiff.server.requests import ImageRequest, Reply
 from flashdiff.server.shared_memory import Regions, offered
 from flashdiff.tasks import tasks_of
 
-VERSION = "1"  # of every model: bundles are told apart by name and hash
+VERSION = "1"  # of every model: bundles differ by name and hash
 MAX_ID = 256
 _MAX_INPUT_BYTES = 4 * 1024 * 1024  # as for requests on the wire
 

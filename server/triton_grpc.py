@@ -66,8 +66,8 @@ class _Inference:
     async def ModelStreamInfer(
         self, requests: AsyncIterator[pb.ModelInferRequest], context: Any
     ) -> AsyncIterator[pb.ModelStreamInferResponse]:
-        """Requests of one stream run side by side; an error is told in the stream, which goes on."""
-        # Both are bounded, so that a client who sends and does not read waits for itself, and holds room by what it has not read.
+        """Requests of one stream run concurrently; an error is a response in the stream, which continues."""
+        # Both are bounded, so that a client that sends without reading blocks only itself, and its unread replies hold its room.
         responses: asyncio.Queue[pb.ModelStreamInferResponse | None] = asyncio.Queue(1)
         room = asyncio.Semaphore(_IN_STREAM)
         client, end_call = client_of(context), end_of_call()
@@ -101,7 +101,7 @@ class _Inference:
             except Exception:
                 await responses.put(None)
                 raise
-            await responses.put(None)  # not when cancelled: then nobody reads any more
+            await responses.put(None)  # not when cancelled: then the responses are not read any more
 
         reading = asyncio.ensure_future(read())
         try:

@@ -1,7 +1,7 @@
-"""The worker: a thread that owns the device, and what any other thread may ask of it.
+"""The worker: a thread that owns the device, and the methods that other threads may call.
 
-Who writes which state is in docs/concurrency.md: callers write the admission ledger, under its lock; the device thread writes
-everything else, and learns of the rest by messages.
+docs/concurrency.md lists the writer of each state: callers write the admission ledger, under its lock; the device thread writes
+everything else, and learns of other threads by messages.
 """
 
 import logging
@@ -82,7 +82,7 @@ class Worker:
         return self.admission.estimate_ms(model, order, client=client, priority=priority)
 
     def release(self, job: Job) -> None:
-        """The client has what it asked for, or has left: rows in progress are dropped before the next step.
+        """The client has its answer, or has left: rows in progress are dropped before the next step.
 
         Until then the job's pixels count as pending.
         """

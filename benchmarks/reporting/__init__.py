@@ -1,1 +1,1 @@
-"""The parts of report.py: reading result files, plots, sentences, the page and the README's table."""
+"""The parts of report.py: reading result files, plots, sentences, the page, and the tables of README and docs."""

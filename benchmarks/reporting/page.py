@@ -51,8 +51,8 @@ SECTIONS = (
 )
 
 
-def write_page(results: Results, images: Sequence[Path], folder: Path) -> None:
-    """Write report.html and the plots into a new folder."""
+def write_page(results: Results, images: Sequence[Path], folder: Path, summary_table: str = "") -> None:
+    """Write report.html and the plots into a new folder; `summary_table`, in Markdown, comes first."""
     pngs = {}
     for section in SECTIONS:
         if content := section.content(results):
@@ -62,12 +62,12 @@ def write_page(results: Results, images: Sequence[Path], folder: Path) -> None:
     with new_folder(folder) as new:
         for name, png in pngs.items():
             (new / f"{name}.png").write_bytes(png)
-        (new / "report.html").write_text(_page(results, pngs, images), "utf-8")
+        (new / "report.html").write_text(_page(results, pngs, images, summary_table), "utf-8")
 
 
-def _page(results: Results, pngs: dict[str, bytes], images: Sequence[Path]) -> str:
+def _page(results: Results, pngs: dict[str, bytes], images: Sequence[Path], summary_table: str) -> str:
     """The HTML with its pictures inside; the numbers of every plot are folded below it."""
-    parts = [f'<p class="claim">{html.escape(sentence)}</p>' for sentence in claims(results)]
+    parts = [_html(summary_table), *(f'<p class="claim">{html.escape(sentence)}</p>' for sentence in claims(results))]
     for image in images:
         parts.append(f"<h2>Samples: {html.escape(image.stem)}</h2>{_picture(image.read_bytes(), image.name)}")
     for section in SECTIONS:

@@ -90,8 +90,8 @@ def plot_load(measurements: Sequence[Measurement]) -> Any:
 def plot_quality(found: dict[str, Any]) -> Any:
     """Kernel distance and text score over latency, with the real images' own values.
 
-    The Fréchet distance is left out: with a few hundred images it is mostly the bias of the small sample, and hardly tells a
-    teacher at 2 steps from one at 50.
+    The Fréchet distance is left out: with a few hundred images it is mostly the bias of the small sample, and hardly differs
+    between a teacher at 2 steps and one at 50.
     """
     figure, both = _new_figure(height=4, columns=2)
     for axes, name, title in zip(

@@ -57,7 +57,7 @@ def open_pairs(pairs: Sequence[Pair], max_batch: int) -> list[tuple[Engine, Engi
                 raise BundleError(f"--batch {max_batch}: the {name} bundle takes at most {engine.max_batch} evaluations at once")
     kinds = [(student.manifest.backend, student.manifest.precision) for student, _ in opened]
     if len(set(kinds)) < len(kinds):
-        raise BundleError("two students are of one backend and precision: their measurements could not be told apart")
+        raise BundleError("two students have the same backend and precision, so their measurements would have the same name")
     if len({student.manifest.base_hash for student, _ in opened}) > 1:
         raise BundleError("the students are not of one base")
     return opened

@@ -30,7 +30,7 @@ def speedup_table(measurements: Sequence[Measurement]) -> str:
     titles += [_STAGE_TITLES.get(stage, stage) for stage in stages]
     titles += ["total, median (p95) ms" if has_p95 else "total, median ms", "speed-up", "ideal"]
     lines = []
-    for total, stage_ms, teacher in _against_teachers(measurements):
+    for total, stage_ms, teacher in against_teachers(measurements):
         conditions = [total["model"], *([total["backend"]] if has_backends else []), total["batch"], total["steps"], total["nfe"]]
         p95 = f" ({total['p95_ms']:.1f})" if has_p95 else ""
         lines.append(
@@ -58,7 +58,7 @@ class IdealGap:
     fixed: float
     """Text, decoding and PNG: fewer steps do not shorten them."""
     evaluations: float
-    """Dearer evaluations: the teacher's guided pairs run as one batch each, which costs less than two single evaluations."""
+    """The cost of single evaluations above that of the teacher's guided pairs, which run as one batch each."""
     serving: float
     """Queue and wire."""
 
@@ -75,7 +75,7 @@ class IdealGap:
 def ideal_gaps(measurements: Sequence[Measurement]) -> list[IdealGap]:
     """The gap of every student whose stages were timed."""
     gaps = []
-    for total, stage_ms, teacher in _against_teachers(measurements):
+    for total, stage_ms, teacher in against_teachers(measurements):
         if "denoise_step" in stage_ms and total["model"] != "teacher":
             share = total["nfe"] / teacher.nfe
             fixed = sum(stage_ms[name] - share * teacher.stage_ms[name] for name in ("text", "decode", "image_encoding"))
@@ -87,7 +87,7 @@ def ideal_gaps(measurements: Sequence[Measurement]) -> list[IdealGap]:
 
 def summary(measurements: Sequence[Measurement]) -> str:
     """The speed-ups, and a second table of the gaps to the ideal."""
-    titles = ("model", "backend", "batch", "steps", "ideal, ms", "+ text, decode, PNG", "+ dearer evaluations", "+ queue, wire")
+    titles = ("model", "backend", "batch", "steps", "ideal, ms", "+ text, decode, PNG", "+ single evaluations", "+ queue, wire")
     lines = []
     for gap in ideal_gaps(measurements):
         conditions = [gap.total[name] for name in ("model", "backend", "batch", "steps")]
@@ -99,7 +99,7 @@ def summary(measurements: Sequence[Measurement]) -> str:
 
 
 @dataclass(frozen=True)
-class _Teacher:
+class Teacher:
     """What a configuration is compared with."""
 
     steps: int
@@ -107,7 +107,7 @@ class _Teacher:
     stage_ms: Mapping[str, float]
 
 
-def _against_teachers(measurements: Sequence[Measurement]) -> Iterator[tuple[Measurement, dict[str, float], _Teacher]]:
+def against_teachers(measurements: Sequence[Measurement]) -> Iterator[tuple[Measurement, dict[str, float], Teacher]]:
     """Every configuration's total, its medians by stage, and its teacher.
 
     The teacher is the one with the most steps on the same backend at the same batch. Stock diffusers is compared with that of the
@@ -125,7 +125,7 @@ def _against_teachers(measurements: Sequence[Measurement]) -> Iterator[tuple[Mea
         if _is_stock(total) or not own:
             own = [one for one in teachers if one["backend"] == teachers[0]["backend"]]
         teacher = max(own, key=lambda one: int(one["steps"]))
-        yield total, stage_ms(total), _Teacher(teacher["steps"], teacher["nfe"], stage_ms(teacher))
+        yield total, stage_ms(total), Teacher(teacher["steps"], teacher["nfe"], stage_ms(teacher))
 
 
 def _is_stock(measurement: Measurement) -> bool:

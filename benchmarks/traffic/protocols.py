@@ -1,4 +1,4 @@
-"""HTTP beside gRPC: one server, the same traffic, request by request or phase by phase in turns."""
+"""HTTP and gRPC compared: one server, the same traffic, alternating by request or by phase."""
 
 import asyncio
 import gc

@@ -41,4 +41,4 @@ def measure_worker_rate(engine: Engine, costs: Costs, seconds: float, *, paralle
     worker.drain()
     worker.join(60)
     rate = {"images": made, "seconds": round(spent, 2), "images_per_s": round(made / spent, 2)}
-    return {"decoding": "beside" if parallel_decode else "in turn", "batch": engine.max_batch, **rate}
+    return {"decoding": "parallel" if parallel_decode else "in turn", "batch": engine.max_batch, **rate}

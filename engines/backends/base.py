@@ -35,7 +35,7 @@ class ExportPart(Protocol):
         """Write a part's graph into `folder`, which exists; inputs and outputs stay float32. BackendError when it cannot.
 
         `size` is the size of the example, and the only one that a part of fixed size will take. Below float32 the part's own
-        weights may be cast: take what is wanted of them in float32 before.
+        weights may be cast: read what you need of them in float32 first.
         """
 
 
@@ -87,7 +87,7 @@ class Backend:
     modules: tuple[str, ...]
     """What it imports to open a bundle."""
     packages: tuple[str, ...] = ()
-    """Distributions whose versions count in a bundle's fingerprint, besides the exporters'."""
+    """Distributions whose versions count in a bundle's fingerprint, in addition to the exporters'."""
 
     graph: GraphForm | None = None
     """The form its parts are exported to."""
@@ -98,11 +98,11 @@ class Backend:
     """Opens a bundle's folder; any error may be raised."""
 
     uses_gpu: Callable[[], bool] = lambda: False
-    """Whether the library, as installed, runs on an NVIDIA GPU; asked only where there is one."""
+    """Whether the library, as installed, runs on an NVIDIA GPU; called only where there is one."""
     check_build: Callable[[Precision, Machine], None] = _always
     """BackendError when this machine cannot run, and so not check, what would be built at a precision."""
     check_runs: Callable[[], None] = _always
-    """BackendError when the library is here but opens nothing on this GPU, which takes it a second to find out."""
+    """BackendError when the library is here but opens nothing on this GPU; the check takes a second."""
     check_bundle: Callable[[Manifest, Machine], None] = _always
     """BundleError, with the cause and the cure, when a bundle does not fit this machine, whose device is of the right kind."""
 

@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from flashdiff.engines.parts import Part
     from flashdiff.families.base import TorchModel
 
-# Without the hint OpenVINO computes in bf16 on CPUs that can, a few per cent off and in silence.
+# Without the hint OpenVINO silently computes in bf16 on CPUs that support it, a few per cent off.
 _HINTS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
 _CPU_FEATURES: dict[Precision, tuple[str, ...]] = {
     "fp32": (),
     "bf16": ("avx512_bf16", "amx_bf16", "bf16"),
     "fp16": ("avx512_fp16", "amx_fp16", "asimdhp"),
 }
-"""Any of these makes a precision worth naming; without one OpenVINO would compute in float32 and not say so."""
+"""A precision needs any of these; without one OpenVINO would silently compute in float32."""
 
 
 @cache
@@ -67,7 +67,7 @@ def _open_parts(folder: Path, manifest: Manifest) -> CompilePart:
 
 
 def _export(model: "TorchModel", part: "Part", folder: Path, *, size: Size, precision: Precision = "fp32") -> None:
-    """Not by way of ONNX, which knows attention and group norm only in pieces that OpenVINO does not put together again.
+    """Not through ONNX, which splits attention and group norm into pieces that OpenVINO does not fuse again.
 
     The graphs are float32. In float16 OpenVINO stores their weights so, and lowers what it computes in by itself.
     """
@@ -86,7 +86,7 @@ def _export(model: "TorchModel", part: "Part", folder: Path, *, size: Size, prec
         for ports, tensors in ((converted.inputs, part.inputs), (converted.outputs, part.outputs)):
             for port, tensor in zip(ports, tensors, strict=True):
                 port.tensor.set_names({tensor.name})
-        # It numbers the model and the nodes that it adds by all that the process did before: two builds of the same would differ.
+        # OpenVINO numbers the model and its nodes by what the process converted before: two builds of one model would differ.
         converted.set_friendly_name("model")
         for index, node in enumerate(converted.get_ordered_ops()):
             if re.fullmatch(r"[A-Z]\w*_\d+", node.get_friendly_name()):

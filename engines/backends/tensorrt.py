@@ -42,7 +42,7 @@ def _plan(
     batch: int,
     report: Callable[[str], None],
 ) -> PartFile:
-    """The plan of one bucket: built when the cache has none, so a build that was killed goes on where it was."""
+    """The plan of one bucket: built when the cache has none, so a killed build resumes with the next plan."""
     shapes = bucket_shapes(part.inputs, dimensions_of(inputs.model, size, batch))
     deciding = {
         "graph": export.key,

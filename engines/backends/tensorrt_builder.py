@@ -80,7 +80,7 @@ def build_plan(
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(str(graph)):  # by path, so that it finds the weights beside the graph
+    if not parser.parse_from_file(str(graph)):  # by path, so that it finds the weights next to the graph
         problems = [": ".join(parser.get_error(index).desc().strip().split("\n")) for index in range(parser.num_errors)]
         raise BackendError(f"{backend} cannot read {graph.parent.name}: {(problems or logger.errors or ['no reason given'])[0]}")
 

@@ -64,7 +64,7 @@ _TO_HOST = cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
 
 
 def _captured(launch: Callable[[], bool], stream: Any, file: Path) -> Any:
-    """The launch as a CUDA graph, after one run that makes whatever is made lazily."""
+    """The launch as a CUDA graph, after one run, which does all lazy initialisation."""
     if not launch():
         raise BackendError(f"{file.name} does not run")
     _checked(cuda.cudaStreamSynchronize(stream))

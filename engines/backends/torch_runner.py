@@ -41,7 +41,7 @@ def open_parts(folder: Path, manifest: Manifest) -> CompilePart:
     def compile_part(name: str, file: Path, dimensions: Mapping[str, int]) -> CompiledPart:
         part, runner = manifest.parts[name], runners[name]
         shapes = bucket_shapes(part.inputs, dimensions)
-        # Times and ids of zero are valid everywhere, which a warm-up on whatever memory held would not be.
+        # Times and ids of zero are valid everywhere, which uninitialised memory would not be.
         buffers = [torch.zeros(shapes[spec.name], dtype=getattr(torch, spec.dtype), device=device) for spec in part.inputs]
         replay = runner.prepare(buffers)
 
@@ -98,7 +98,7 @@ class _Graphs(_Eager):
 
     def prepare(self, buffers: list[Tensor]) -> Callable[[], tuple[Tensor, ...]]:
         eager = super().prepare(buffers)
-        # On a stream that nothing else uses, and blind to what other threads do: other models may be running meanwhile.
+        # On a stream of its own, and ignoring calls of other threads, because other models may run meanwhile.
         aside = _stream("capture")
         aside.wait_stream(torch.cuda.current_stream())  # which filled the buffers
         with torch.cuda.stream(aside):

@@ -25,7 +25,7 @@ def this_machine(uses_gpu: Callable[[], bool]) -> Machine:
 
 @cache
 def nvidia_gpu() -> tuple[str, str] | None:
-    """Name and compute capability (sm_89) of the first GPU, asked of the driver itself; None where there is none."""
+    """Name and compute capability (sm_89) of the first GPU, from the driver itself; None where there is none."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:

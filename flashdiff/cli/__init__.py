@@ -22,8 +22,8 @@ class _Command(Protocol):
 _COMMANDS: dict[str, tuple[_Command, str]] = {
     "distill": (distill, "train a flash LoRA from a recipe"),
     "build-engine": (build_engine, "fuse, export, compile and check a bundle"),
-    "inspect": (inspect, "say what a bundle holds"),
-    "evaluate": (evaluate, "measure image quality, student beside teacher"),
+    "inspect": (inspect, "print what a bundle holds"),
+    "evaluate": (evaluate, "measure image quality, of a student and its teacher"),
     "serve": (serve, "serve bundles over gRPC and HTTP"),
     "generate": (generate, "make images without a server"),
 }

@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "base",
         metavar="BASE|RECIPE",
-        help="a diffusers model directory, a hub id, the embedded model 'avatars'; or a .toml file that says all but --out",
+        help="a diffusers model directory, a hub id, the embedded model 'avatars'; or a .toml recipe, with --out alone",
     )
     parser.add_argument(
         "--lora",

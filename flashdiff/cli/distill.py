@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Train a flash LoRA: the base model's guided result in one to four steps. A killed run goes on with the same command."""
+    """Train a flash LoRA: the base model's guided result in one to four steps. The same command resumes a killed run."""
     if options.out is None and not options.dry_run:
         raise ConfigError("give --out FOLDER for the LoRA, or --dry-run")
     need("distill", "torch", "diffusers", "peft")

@@ -17,7 +17,7 @@ _MAX_LISTED = 10
 
 
 def find_bundles(named: Sequence[Path]) -> list[Path]:
-    """The folders as they are, and the embedded model's bundle for its name; ConfigError lists what a wrong name could be."""
+    """The folders unchanged, and the embedded model's bundle for its name; ConfigError for a wrong name lists others."""
     for path in named:
         if not path.exists() and str(path) != NAME:
             raise ConfigError(f"{path}: no such bundle; there are {', '.join(_nearby(path))}")
@@ -38,5 +38,5 @@ def _embedded() -> Path:
     # In a process of its own, so that this one does not keep torch's memory.
     command = ["build-engine", NAME, "--lora", _LORA, "--out", str(bundle)]
     if subprocess.run([sys.executable, "-m", "flashdiff", *command]).returncode:
-        sys.exit(1)  # it has said why
+        sys.exit(1)  # the build has printed its error
     return bundle

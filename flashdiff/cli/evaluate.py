@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("subject", metavar="SUBJECT", help="a bundle, a diffusers directory, 'avatars', or a folder of images")
     parser.add_argument("--lora", action="append", default=[], metavar="FOLDER[:WEIGHT]", help="fuse this LoRA into SUBJECT")
     parser.add_argument("--steps", metavar="N[,N...]", help="steps to measure SUBJECT at, a row each; default: the model's")
-    parser.add_argument("--teacher", metavar="BASE", help="a bundle or model to measure beside it")
+    parser.add_argument("--teacher", metavar="BASE", help="a bundle or model to measure as well")
     parser.add_argument(
         "--teacher-steps", default=listed(defaults.TEACHER_STEPS), metavar="N[,N...]", help="default: %(default)s"
     )

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_value_of("mask", Path),
         action="append",
         metavar="FILE",
-        help="with --image, of the same size: white where the image is made anew; the rest stays as it is",
+        help="with --image, of the same size: white where the image is replaced; the rest is kept",
     )
     parser.add_argument(
         "--strength",
@@ -45,7 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="SHARE",
-        help=f"with --image: share of the steps to take, up to 1; less keeps more; default: {defaults.STRENGTH}, with --mask 1",
+        help="with --image: share of the steps to take, up to 1; a lower share keeps more of the image; "
+        f"default: {defaults.STRENGTH}, with --mask 1",
     )
     parser.add_argument(
         "--input",

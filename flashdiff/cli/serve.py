@@ -15,10 +15,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="*",
         metavar="BUNDLE",
-        help="answers to its folder's name, the first is the default; 'avatars' without such a folder is the embedded model",
+        help="a model, named after its folder; the first is the default; 'avatars' without such a folder is the embedded model",
     )
     parser.add_argument(
-        "--repository", type=Path, metavar="FOLDER", help="of bundles that may be loaded, by folder name, while serving"
+        "--repository", type=Path, metavar="FOLDER", help="folder of bundles that clients may load by name while the server runs"
     )
     parser.add_argument("--host", default=defaults.HOST, help="default: %(default)s")
     parser.add_argument("--port", type=int, default=defaults.PORT, help="default: %(default)s; 0 takes a free one")
@@ -26,40 +26,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--http-port",
         type=int,
         metavar="PORT",
-        help="HTTP (a page to try it on, OpenAI's images API, KServe v2) on the same host; default: none",
+        help="serve HTTP too (a page to try models on, OpenAI's images API, KServe v2), on the same host; default: no",
     )
     parser.add_argument(
         "--allow-origin",
         action="append",
         default=[],
         metavar="ORIGIN",
-        help="a web page that may use HTTP, as https://host[:port]; may be given several times",
+        help="origin of a web page that may use HTTP, as https://host[:port]; may be repeated",
     )
     parser.add_argument(
         "--alias",
         action="append",
         default=[],
         metavar="ALIAS=NAME",
-        help="one more name of a model for OpenAI's clients, as gpt-image-1=student; may be given several times",
+        help="another name of a model for OpenAI's clients, as gpt-image-1=student; may be repeated",
     )
-    parser.add_argument("--tokens", type=Path, metavar="FILE", help="who may call: lines of NAME TOKEN [CALLS-PER-SECOND]")
+    parser.add_argument(
+        "--tokens", type=Path, metavar="FILE", help="require a token of this file: lines of NAME TOKEN [CALLS-PER-SECOND]"
+    )
     parser.add_argument("--tls-cert", type=Path, metavar="FILE", help="PEM certificate chain")
     parser.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM private key")
     parser.add_argument(
-        "--tls-client-ca", type=Path, metavar="FILE", help="let in only clients with a certificate of this authority"
+        "--tls-client-ca", type=Path, metavar="FILE", help="accept only clients with a certificate of this authority"
     )
-    parser.add_argument("--no-auth", action="store_true", help="let anyone in who reaches a public --host")
+    parser.add_argument("--no-auth", action="store_true", help="serve a public --host without authentication")
     parser.add_argument(
-        "--shared-memory", action="store_true", help="Triton clients of this machine may pass tensors through shared memory"
+        "--shared-memory", action="store_true", help="let Triton clients on this machine pass tensors through shared memory"
     )
     parser.add_argument("--metrics-host", default=defaults.HOST, metavar="HOST", help="default: %(default)s")
     parser.add_argument("--metrics-port", type=int, metavar="PORT", help="Prometheus metrics; default: none")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Serve bundles over gRPC, and HTTP where asked to, until SIGTERM or Ctrl-C, then finish what was accepted and stop.
+    """Serve bundles over gRPC, and HTTP with --http-port, until SIGTERM or Ctrl-C; then finish accepted requests and exit.
 
-    The process ends here, with 0 after a drain and 1 after a failure: see `server/process.py`.
+    The exit status is 0 after such a drain, and 1 after a failure.
     """
     need("server", "grpc", "grpc_health", "grpc_reflection", "prometheus_client")
     if options.http_port is not None:

@@ -62,7 +62,7 @@ def parse_timesteps(text: str) -> tuple[int, ...]:
 
 
 def need(extra: str, *modules: str) -> None:
-    """ConfigError with the cure when an optional package is missing."""
+    """ConfigError that says what to install when an optional package is missing."""
     import importlib.util
 
     for module in modules:

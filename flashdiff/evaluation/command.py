@@ -12,9 +12,9 @@ from flashdiff import defaults
 from flashdiff.components import Components
 from flashdiff.errors import ConfigError, EvaluationError
 from flashdiff.evaluation.evaluate import (
+    Evaluator,
     Report,
     Subject,
-    Yardstick,
     make_images,
     markdown,
     measure,
@@ -44,7 +44,7 @@ from flashdiff.tasks import check_order
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions:
-    """The command's options, as `flashdiff evaluate --help` tells them."""
+    """The command's options; `flashdiff evaluate --help` describes them."""
 
     subject: str
     loras: tuple[tuple[str, float], ...] = ()
@@ -80,12 +80,12 @@ def evaluate(options: EvaluateOptions, *, open_bundle: Callable[[Path], Componen
     if not selection.is_drawable:
         selection.real, reference = _real_part(reference)
     report(f"reference: {options.reference}, {len(reference)} images")
-    yardstick = Yardstick(features, scorer, reference)
+    evaluator = Evaluator(features, scorer, reference)
 
     with new_folder(options.out) if options.out else nullcontext() as folder:
         measurements = []
         for subject in _subjects(selection, report):
-            measurement, which = measure(subject, yardstick)
+            measurement, which = measure(subject, evaluator)
             measurements.append(measurement)
             report(f"{measurement.name}: FID {measurement.fid}, KID {measurement.kid}")
             if folder:
@@ -99,7 +99,7 @@ def evaluate(options: EvaluateOptions, *, open_bundle: Callable[[Path], Componen
             reference=options.reference,
             reference_images=len(reference),
             rows=tuple(measurements),
-            warnings=warnings_for(yardstick, [measurement.images for measurement in measurements]),
+            warnings=warnings_for(evaluator, [measurement.images for measurement in measurements]),
         )
         if folder:
             write_whole(folder / "report.md", markdown(result) + "\n")
@@ -120,7 +120,7 @@ class _Selection:
 
     @property
     def is_drawable(self) -> bool:
-        """Whether the renderer can answer the prompts itself."""
+        """Whether the renderer can draw the prompts."""
         return bool(self.prompts) and all(prompt.scene for prompt in self.prompts)
 
 
@@ -177,7 +177,7 @@ def _subjects(selection: _Selection, report: Callable[[str], None]) -> Iterator[
 
 
 def _real_part(reference: ImageSet) -> tuple[ImageSet, ImageSet]:
-    """A reference nobody can draw, in two halves: real images to set the floor, and what every subject is held against."""
+    """A reference that no renderer can draw more of, in two halves: the real row, and the reference of every subject."""
     if len(reference) < 4:
         raise EvaluationError(f"the reference holds {len(reference)} images; give at least 4")
     order = np.random.default_rng(0).permutation(len(reference))

@@ -1,4 +1,4 @@
-"""Subjects side by side: the same prompts and seeds, the same reference, one measurement each.
+"""Measurements of subjects with the same prompts, seeds and reference.
 
 A subject is a model at a number of steps, a folder of images, or the real images themselves. The real images are the floor:
 no model can be expected to be closer to the reference than other real images are.
@@ -51,16 +51,16 @@ class Measurement(Record):
     text: Interval | None
     """100 times the cosine between image and prompt."""
     text_shuffled: float | None
-    """The same with every image beside another's prompt: what the score says of no relation at all."""
+    """The same with shuffled prompts: the score of unrelated text."""
     diversity: Interval | None
     """Mean feature distance between images of one prompt with different seeds."""
     nearest: Interval
-    """Mean feature distance to the nearest reference image; far below that of real images, it tells of copies."""
+    """Mean feature distance to the nearest reference image; far below that of real images, it indicates copies."""
     attributes: dict[str, Interval]
     """Share of images on which the probe reads what the prompt says; `large` and `small` average over attributes."""
     latent_mean: float | None
     latent_std: float | None
-    """Of all values of the final latents: a student's drift shows beside its teacher's."""
+    """Mean and standard deviation of all values of the final latents; compare with the teacher's to see a student drift."""
 
 
 class Report(Record):
@@ -86,8 +86,8 @@ class Subject:
 
 
 @dataclass
-class Yardstick:
-    """The networks and the reference that every subject is held against."""
+class Evaluator:
+    """The networks and the reference that every subject is measured with."""
 
     features: FeatureExtractor
     text_scorer: TextScorer | None
@@ -122,20 +122,20 @@ def make_images(
     return Subject(images, (float(values.mean()), float(values.std())))
 
 
-def measure(subject: Subject, yardstick: Yardstick) -> tuple[Measurement, NDArray[np.int64]]:
+def measure(subject: Subject, evaluator: Evaluator) -> tuple[Measurement, NDArray[np.int64]]:
     """The subject's numbers, and for every image which reference image is nearest to it."""
     images = subject.images
     _need_two(images)
     groups = images.groups
-    features = yardstick.features(images.pixels)
-    kid = KernelDistance(features, yardstick.reference_features, groups)
-    far, which = nearest(features, yardstick.reference_features)
+    features = evaluator.features(images.pixels)
+    kid = KernelDistance(features, evaluator.reference_features, groups)
+    far, which = nearest(features, evaluator.reference_features)
     spread = spread_within_groups(features, groups)
-    text, shuffled = _text_scores(images, yardstick.text_scorer)
+    text, shuffled = _text_scores(images, evaluator.text_scorer)
     return Measurement(
         name=images.name,
         images=len(images),
-        fid=bootstrap(lambda w: frechet_distance(yardstick.moments, Moments.of(features, w)), groups),
+        fid=bootstrap(lambda w: frechet_distance(evaluator.moments, Moments.of(features, w)), groups),
         kid=bootstrap(lambda w: 1000 * kid(w), groups) if groups.max() else None,
         text=_mean(text, groups),
         text_shuffled=None if shuffled is None else weighted_mean(shuffled),
@@ -194,11 +194,11 @@ def _attributes(images: ImageSet, groups: NDArray[np.int64]) -> dict[str, Interv
     return result
 
 
-def warnings_for(yardstick: Yardstick, counts: Iterable[int]) -> tuple[str, ...]:
+def warnings_for(evaluator: Evaluator, counts: Iterable[int]) -> tuple[str, ...]:
     """What makes the Frechet distance unsound: with fewer than some 20 images a feature (the usual 50,000 are 24 for each of
     Inception's 2048) much of it is the bias of a small sample (1911.07023), the same for every subject."""
-    dimension, needed = yardstick.features.dimension, 20 * yardstick.features.dimension
-    few = [f"{count} {side}" for side, count in (("images", min(counts)), ("of the reference", len(yardstick.reference)))
+    dimension, needed = evaluator.features.dimension, 20 * evaluator.features.dimension
+    few = [f"{count} {side}" for side, count in (("images", min(counts)), ("of the reference", len(evaluator.reference)))
            if count <= needed]  # fmt: skip
     if not few:
         return ()

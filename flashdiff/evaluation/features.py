@@ -72,9 +72,9 @@ def text_scorer(name: str) -> TextScorer:
 
 def attribute_reader() -> Callable[[NDArray[np.uint8]], dict[str, list[str]]]:
     """Reads off images [N, H, W, 3] of the embedded world the word of every attribute, by its probe."""
+    from flashdiff.zoo.evaluators import load_probe
     from flashdiff.zoo.images import to_input
     from flashdiff.zoo.world import attribute_words
-    from flashdiff.zoo.yardstick import load_probe
 
     probe, words = load_probe(), attribute_words()
 
@@ -87,8 +87,8 @@ def attribute_reader() -> Callable[[NDArray[np.uint8]], dict[str, list[str]]]:
 
 
 def _avatars_features() -> FeatureExtractor:
+    from flashdiff.zoo.evaluators import FOLDER, SIZE, load_probe
     from flashdiff.zoo.images import to_input
-    from flashdiff.zoo.yardstick import FOLDER, SIZE, load_probe
 
     probe = load_probe()
 
@@ -106,8 +106,8 @@ def _avatars_features() -> FeatureExtractor:
 
 
 def _avatars_scorer() -> TextScorer:
+    from flashdiff.zoo.evaluators import FOLDER, load_dual_encoder
     from flashdiff.zoo.images import to_input
-    from flashdiff.zoo.yardstick import FOLDER, load_dual_encoder
 
     encoder = load_dual_encoder()
 
@@ -121,7 +121,7 @@ def _avatars_scorer() -> TextScorer:
 
 
 def _world_sized(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    from flashdiff.zoo.yardstick import SIZE
+    from flashdiff.zoo.evaluators import SIZE
 
     if images.shape[1:3] == (SIZE, SIZE):
         return images

@@ -30,9 +30,9 @@ METADATA = "metadata.jsonl"
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 
 WORLD = "avatars"
-"""What the renderer is called where a prompt set or a reference set is named."""
+"""The renderer's name among prompt sets and reference sets."""
 WORLD_SIZE = 64
-"""Pixels a side of its pictures, unless somebody asks for another."""
+"""Side of its pictures in pixels, by default."""
 HELD_OUT = "avatars-held-out"
 REAL = "real"
 """The name of the images that no model made."""
@@ -44,7 +44,7 @@ _REAL_SEED = 40_000_000
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is asked for. A prompt of the embedded world knows the scene (kind, seed) it describes."""
+    """A prompt; one of the embedded world has the scene (kind, seed) that it describes."""
 
     text: str
     scene: tuple[str, int] | None = None
@@ -106,7 +106,7 @@ def _world_prompts(count: int, seed: int, *, held_out: bool) -> list[Prompt]:
 
 
 def real_images(prompts: Sequence[Prompt], seeds: int, size: int) -> ImageSet:
-    """The renderer's answer to prompts of the embedded world: what they say as they say it, the rest at random."""
+    """The images that the renderer draws for prompts of the embedded world: what they say as they say it, the rest at random."""
     from flashdiff.zoo.world import render
 
     wanted = [(index, prompt) for index, prompt in enumerate(prompts) for _ in range(seeds)]
@@ -147,7 +147,7 @@ def _world_reference(count: int, size: int) -> ImageSet:
 def read_images(source: Path, count: int | None = None) -> ImageSet:
     """Images and captions of a folder or of webdataset shards, at most `count`, evenly spaced over all in order of their names.
 
-    A folder tells captions in metadata.jsonl (`file_name`, `text`; as `datasets` reads it) or in .txt files; a shard in
+    A folder has its captions in metadata.jsonl (`file_name`, `text`; as `datasets` reads it) or in .txt files; a shard in
     .txt members. EvaluationError when there is no image, one cannot be read, or sizes are mixed.
     """
     if source.is_file() and source.suffix == ".tar":
@@ -211,7 +211,7 @@ def _known_kind(scene: tuple[str, int]) -> tuple[str, int]:
 
 
 class _Entry(BaseModel):
-    """A line of metadata.jsonl; other keys are somebody else's."""
+    """A line of metadata.jsonl; other keys are ignored."""
 
     file_name: str
     text: Annotated[str, Field(min_length=1)] | None = None

@@ -47,8 +47,8 @@ def check_order(
 ) -> Order:
     """An order that this model can fill, defaults filled in; RequestError names the field, the value and what is allowed.
 
-    The inputs are images, or functions that read one of the size that its task wants: these are called last, when all else is
-    right. Their names say which of the model's tasks is meant.
+    The inputs are images, or functions that read an image of the size that the task needs; these are called last, after all other
+    checks. The names of the inputs choose the task.
     """
     inputs, parameters = inputs or {}, parameters or {}
     _check_text(spec, prompt, negative_prompt)
@@ -124,7 +124,7 @@ def _checked(spec: ModelSpec, task: Task, given: Mapping[str, float]) -> dict[st
 
 
 def _remedy(spec: ModelSpec, parameter: str) -> str:
-    """What a request would have to bring for its parameter to make sense."""
+    """The inputs that a request needs for its parameter to have a meaning."""
     for task in tasks_of(spec):
         if parameter in {known.name for known in task.parameters}:
             needed = " and ".join(f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in task.inputs)

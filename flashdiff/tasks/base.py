@@ -1,6 +1,6 @@
-"""What a request can ask a model for. A task is one file: what it takes, and what it makes of that.
+"""Tasks: what a request can ask of a model. A task is one file: its inputs, and how they become conditions, starts and images.
 
-The base class is what all tasks share, and makes images of a prompt; a subclass overrides what is different.
+The base class has what all tasks share, and makes images from a prompt; a subclass overrides what differs.
 """
 
 from collections.abc import Mapping

@@ -12,7 +12,7 @@ from flashdiff.tasks.base import Parameter, Prepared, Task
 class _ImageToImage(Task):
     name = "image_to_image"
     inputs = ("image",)
-    # The share of the steps that are taken: the less, the more of the image stays.
+    # The share of the steps that are taken; a lower share keeps more of the image.
     parameters = (Parameter(name="strength", default=defaults.STRENGTH, above=0, at_most=1),)
 
     def steps_taken(self, order: Order) -> int:

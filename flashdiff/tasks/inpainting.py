@@ -1,4 +1,4 @@
-"""A masked part of an image made anew from a prompt, with any text-to-image model: RePaint's blending (arXiv 2201.09865).
+"""Replaces a masked part of an image from a prompt, with any text-to-image model: RePaint's blending (arXiv 2201.09865).
 
 After every step the latents outside the mask become the image's own, at the noise level that the step has reached.
 """
@@ -44,7 +44,7 @@ class _Inpainting(Task):
 
 
 def _masked(mask: Pixels) -> NDArray[np.bool_]:
-    """[H, W]: what is made anew."""
+    """[H, W]: what is replaced."""
     return mask @ _LUMA >= 127.5
 
 

@@ -37,7 +37,7 @@ def fit(
 ) -> None:
     """Minimise `loss_of(update)` in place; what is left in the model are the averaged weights where `ema_decay` is given.
 
-    The state is kept in `out/<name>.pt`: a killed run goes on from there, and a finished one returns at once.
+    The state is kept in `out/<name>.pt`: a killed run resumes from there, and a finished one returns at once.
     """
     model.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     optimizer = Optimizer(model, stage.learning_rate)

@@ -2,8 +2,8 @@
 
     python -m flashdiff.zoo.train flashdiff/zoo/avatars.toml --out runs/avatars
 
-A killed run goes on where it was when the same command is given again. The random numbers of an update depend on the
-seed and the update alone, so a resumed run repeats the unbroken one.
+The same command resumes a killed run. The random numbers of an update depend on the
+seed and the update alone, so a resumed run equals an uninterrupted one.
 """
 
 import argparse
@@ -98,7 +98,7 @@ def export(target: Path, vae: Any, unet: Any, text_encoder: Any, tokenizer: Any)
         pipeline.save_pretrained(folder)
         # AutoencoderTiny derives block_out_channels, and warns on loading when it is given.
         _edit_config(folder / "vae", lambda config: config.pop("block_out_channels"))
-        # Left at float16, transformers would load a half-precision text encoder beside diffusers' float32 UNet.
+        # Left at float16, transformers would load a half-precision text encoder next to diffusers' float32 UNet.
         _edit_config(folder / "text_encoder", lambda config: config.update(dtype="float32"))
 
 

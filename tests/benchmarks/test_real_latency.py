@@ -30,7 +30,7 @@ def test_students_teachers_and_stock_diffusers_are_timed_and_so_is_the_worker(fa
     guided = [("teacher", 1, 2, 4), ("teacher", 2, 2, 4), ("diffusers, guided", 1, 2, 4)]
     assert sorted(totals) == sorted([*ours, *stock, *guided])
     assert {one["precision"] for one in found["rows"]} == {"bf16"}
-    assert [one["decoding"] for one in found["worker"]] == ["beside", "in turn"] * 2
+    assert [one["decoding"] for one in found["worker"]] == ["parallel", "in turn"] * 2
     assert all(one["images_per_s"] > 0 for one in found["worker"])
     assert (
         sum(line.startswith("| student | torch | 1 | 4 |") for line in "\n".join(reported).splitlines()) == 1

@@ -16,7 +16,7 @@ from flashdiff.distill.config import Recipe
 from flashdiff.distill.data import Dataset, load_dataset
 from flashdiff.distill.loop import distill
 from flashdiff.distill.network import levels, predict_x0
-from flashdiff.distill.step import POOL_BATCHES, REUSED_POOL_BATCHES, Solved, make_pool, roll_out, stretch_at
+from flashdiff.distill.step import POOL_BATCHES, REUSED_POOL_BATCHES, Solved, make_pool, roll_out, span_at
 from flashdiff.families import load_base
 from flashdiff.families.base import TorchModel
 from flashdiff.lora import WEIGHTS, add_adapter
@@ -43,24 +43,24 @@ def _prompts(tmp_path: Path) -> Path:
 
 def _solved(model: TorchModel, recipe: Recipe, tmp_path: Path) -> tuple[Dataset, Solved]:
     data = load_dataset(recipe.data, model, batch_size=recipe.batch_size, seed=0)
-    pool = make_pool(model, model.unconditional(), data, recipe, stretch_at(recipe, 0))
+    pool = make_pool(model, model.unconditional(), data, recipe, span_at(recipe, 0))
     solved, _ = pool.batch(0, seed=0)
     return data, solved
 
 
-def test_a_run_is_cut_into_stretches_of_one_phase_and_one_pool(tiny_base: Path) -> None:
+def test_a_run_is_cut_into_spans_of_one_phase_and_one_pool(tiny_base: Path) -> None:
     modes = {"mode_weights": (1, 1, 1, 1)}
     recipe = tiny_recipe(tiny_base, phases=[{"updates": 20, **modes}, {"updates": 35, **modes}])
-    cuts = [(s.index, s.first, s.end, s.first_batch, s.batches) for s in (stretch_at(recipe, update) for update in range(55))]
+    cuts = [(s.index, s.first, s.end, s.first_batch, s.batches) for s in (span_at(recipe, update) for update in range(55))]
     assert list(dict.fromkeys(cuts)) == [
         (0, 0, 16, 0, 16), (1, 16, 20, 16, 4), (2, 20, 36, 20, 16), (3, 36, 52, 36, 16), (4, 52, 55, 52, 3)
     ]  # fmt: skip
     assert all(first <= update < end for update, (_, first, end, _, _) in enumerate(cuts))
     used_again = recipe.model_copy(update={"target_uses": 3})
-    first, second = stretch_at(used_again, 0), stretch_at(used_again, 20)
+    first, second = span_at(used_again, 0), span_at(used_again, 20)
     assert (first.end, first.batches, second.first_batch, second.batches) == (20, 7, 7, 12)
     long = tiny_recipe(tiny_base, phases=[{"updates": 10**4, **modes}], target_uses=3)
-    assert stretch_at(long, 3 * REUSED_POOL_BATCHES).first_batch == REUSED_POOL_BATCHES
+    assert span_at(long, 3 * REUSED_POOL_BATCHES).first_batch == REUSED_POOL_BATCHES
 
 
 def test_a_roll_out_takes_the_students_own_sampling_steps(model: TorchModel, tiny_base: Path) -> None:

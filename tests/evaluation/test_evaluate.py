@@ -17,7 +17,7 @@ from flashdiff import cli
 from flashdiff.engines.runtime.engine import open_bundle
 from flashdiff.errors import ConfigError, EvaluationError
 from flashdiff.evaluation.command import EvaluateOptions, _select
-from flashdiff.evaluation.evaluate import Measurement, Subject, Yardstick, measure
+from flashdiff.evaluation.evaluate import Evaluator, Measurement, Subject, measure
 from flashdiff.evaluation.features import attribute_reader, feature_extractor, text_scorer
 from flashdiff.evaluation.images import ImageSet, Prompt, attributes_of, read_images, read_prompts, real_images
 from flashdiff.evaluation.metrics import share
@@ -28,10 +28,10 @@ PROMPTS = read_prompts("avatars", 150)
 
 
 @pytest.fixture(scope="module")
-def yardstick(tmp_path_factory: pytest.TempPathFactory) -> Yardstick:
+def evaluator(tmp_path_factory: pytest.TempPathFactory) -> Evaluator:
     pixels, _ = rendered(tmp_path_factory.mktemp("renders"), tuple(KINDS), 0, 600, 64)
     reference = ImageSet("reference", pixels, (None,) * len(pixels))
-    return Yardstick(feature_extractor("avatars"), text_scorer("avatars"), reference)
+    return Evaluator(feature_extractor("avatars"), text_scorer("avatars"), reference)
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +40,8 @@ def real() -> ImageSet:
 
 
 @pytest.fixture(scope="module")
-def floor(real: ImageSet, yardstick: Yardstick) -> Measurement:
-    return measure(Subject(real), yardstick)[0]
+def floor(real: ImageSet, evaluator: Evaluator) -> Measurement:
+    return measure(Subject(real), evaluator)[0]
 
 
 def _changed(images: ImageSet, change: Callable[[NDArray[np.uint8]], NDArray[np.uint8]]) -> Subject:
@@ -59,19 +59,19 @@ def _noisy(deviation: float) -> Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
 
 @pytest.mark.parametrize("damage", [(_blurred(0.9), _blurred(1.5), _blurred(3)), (_noisy(25), _noisy(45), _noisy(90))])
 def test_distances_are_lowest_for_real_images_and_grow_with_damage(
-    damage: tuple[Callable[[NDArray[np.uint8]], NDArray[np.uint8]], ...], real: ImageSet, floor: Measurement, yardstick: Yardstick
+    damage: tuple[Callable[[NDArray[np.uint8]], NDArray[np.uint8]], ...], real: ImageSet, floor: Measurement, evaluator: Evaluator
 ) -> None:
-    measured = [floor, *(measure(_changed(real, change), yardstick)[0] for change in damage)]
+    measured = [floor, *(measure(_changed(real, change), evaluator)[0] for change in damage)]
     assert all(a.fid.value < b.fid.value for a, b in itertools.pairwise(measured))
     assert all(a.kid.value < b.kid.value for a, b in itertools.pairwise(measured))
     assert measured[-1].attributes["small"].value < measured[0].attributes["small"].value
 
 
-def test_a_narrowed_background_shows_in_the_distances(real: ImageSet, floor: Measurement, yardstick: Yardstick) -> None:
+def test_a_narrowed_background_shows_in_the_distances(real: ImageSet, floor: Measurement, evaluator: Evaluator) -> None:
     asked = [attributes_of(prompt)["background"] for prompt in real.prompts if prompt]
     kept = np.flatnonzero([word in ("blue", "navy") for word in asked])
-    narrow = measure(Subject(real.part(kept, "narrow")), yardstick)[0]
-    same_size = measure(Subject(real.part(np.arange(len(kept)), "same size")), yardstick)[0]
+    narrow = measure(Subject(real.part(kept, "narrow")), evaluator)[0]
+    same_size = measure(Subject(real.part(np.arange(len(kept)), "same size")), evaluator)[0]
     assert narrow.kid.value > 2 * same_size.kid.value
     assert narrow.fid.value > same_size.fid.value > floor.fid.value  # fewer images, a larger distance: the bias
 
@@ -96,12 +96,12 @@ def test_the_probe_sees_what_is_missing() -> None:
     assert (read["ring"] + read["moons"]).count("none") >= 15
 
 
-def test_copies_of_the_reference_are_near_and_one_image_has_no_diversity(yardstick: Yardstick, floor: Measurement) -> None:
-    copies = ImageSet("copies", yardstick.reference.pixels[:40], (Prompt("x"),) * 40)
-    assert measure(Subject(copies), yardstick)[0].nearest.value < 0.01 * floor.nearest.value
-    same = ImageSet("same", np.repeat(yardstick.reference.pixels[:1], 40, axis=0), (Prompt("x"),) * 40)
+def test_copies_of_the_reference_are_near_and_one_image_has_no_diversity(evaluator: Evaluator, floor: Measurement) -> None:
+    copies = ImageSet("copies", evaluator.reference.pixels[:40], (Prompt("x"),) * 40)
+    assert measure(Subject(copies), evaluator)[0].nearest.value < 0.01 * floor.nearest.value
+    same = ImageSet("same", np.repeat(evaluator.reference.pixels[:1], 40, axis=0), (Prompt("x"),) * 40)
     assert floor.diversity is not None
-    diversity = measure(Subject(same), yardstick)[0].diversity
+    diversity = measure(Subject(same), evaluator)[0].diversity
     assert diversity is not None
     assert diversity.value < 0.01 * floor.diversity.value
 
@@ -173,7 +173,7 @@ def test_guidance_is_the_teachers_and_by_default_what_the_flash_lora_was_taught_
     assert guidance(*student, None, tiny_base) == [1.0, (low + high) / 2]
     assert guidance(*student, 2.0, tiny_base) == [1.0, 2.0]
     assert guidance(student_bundle, (), 2.0, tiny_base) == [1.0, 2.0]
-    assert guidance(student_bundle, (), None, tiny_base) == [1.0, family]  # a bundle does not know what it was taught at
+    assert guidance(student_bundle, (), None, tiny_base) == [1.0, family]  # a bundle does not record the guidance of its training
     assert (low + high) / 2 != family
     with pytest.raises(ConfigError, match="is a bundle"):
         guidance(student_bundle, (), 2.0, None)

@@ -27,6 +27,12 @@ def test_page_holds_a_picture_per_section_and_needs_no_other_file(files: list[Pa
             assert plot.width > 500
 
 
+def test_page_starts_with_the_summary_table(files: list[Path], tmp_path: Path) -> None:
+    write_page(read_results(files[:1]), [], tmp_path / "report", "| model | ms |\n|---|---|\n| student | 20.0 |")
+    html = (tmp_path / "report" / "report.html").read_text()
+    assert html.index("<td>20.0</td>") < html.index('class="claim"')
+
+
 @pytest.mark.parametrize(
     "file", sorted((Path(__file__).parents[3] / "benchmarks" / "results").glob("*.json")), ids=lambda file: file.name
 )

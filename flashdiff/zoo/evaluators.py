@@ -1,9 +1,9 @@
-"""The embedded world's own yardstick: a probe that reads attributes off pixels, and a dual encoder that scores text.
+"""Evaluation networks of the embedded world: a probe that reads attributes off pixels, and a dual encoder that scores text.
 
-    python -m flashdiff.zoo.yardstick --out runs/yardstick
+    python -m flashdiff.zoo.evaluators --out runs/evaluators
 
-Both are trained on renders of a seed range of their own, and neither is used in any loss. Their numbers compare with
-themselves alone: a score here is not a CLIP score, a distance here is not an Inception distance.
+Both are trained on renders of a seed range of their own, and neither is used in any loss. Their numbers are comparable
+only with each other: a score here is not a CLIP score, a distance here is not an Inception distance.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from flashdiff.zoo.fit import StageRecipe, fit
 from flashdiff.zoo.images import rendered, to_input
 from flashdiff.zoo.world import ABSENT, KINDS, Scene, attribute_labels, attribute_words, caption
 
-FOLDER = Path(__file__).parent / "avatars-yardstick"
+FOLDER = Path(__file__).parent / "avatars-evaluators"
 SIZE = 64
 """Side of the images both networks take."""
 
@@ -153,7 +153,7 @@ def _load(network: _Network, file: Path) -> _Network:
 
 
 def train(out: Path) -> None:
-    """Fit both networks and write `out/avatars-yardstick`, half precision."""
+    """Fit both networks and write `out/avatars-evaluators`, half precision."""
     from safetensors.torch import save_file
 
     if (out / FOLDER.name).exists():
@@ -225,7 +225,7 @@ def main() -> None:
     try:
         train(parser.parse_args().out)
     except FlashdiffError as error:
-        raise SystemExit(f"yardstick: error: {error}") from None
+        raise SystemExit(f"evaluators: error: {error}") from None
 
 
 if __name__ == "__main__":

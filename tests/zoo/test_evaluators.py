@@ -1,4 +1,4 @@
-"""The yardstick's recipe on a toy scale, and that what ships is what it says."""
+"""The evaluation networks' recipe on a toy scale, and that what ships is what it says."""
 
 from pathlib import Path
 
@@ -6,21 +6,21 @@ import numpy as np
 import pytest
 import torch
 
-from flashdiff.zoo import yardstick
+from flashdiff.zoo import evaluators
+from flashdiff.zoo.evaluators import FOLDER, load_dual_encoder, load_probe
 from flashdiff.zoo.fit import StageRecipe
 from flashdiff.zoo.images import to_input
 from flashdiff.zoo.world import attribute_words
-from flashdiff.zoo.yardstick import FOLDER, load_dual_encoder, load_probe
 
 pytestmark = pytest.mark.slow
 
 
 def test_the_recipe_writes_networks_that_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_TRAIN_IMAGES", "_HELD_BACK_IMAGES"):
-        monkeypatch.setattr(yardstick, name, 24)
+        monkeypatch.setattr(evaluators, name, 24)
     toy = StageRecipe(batch_size=8, images=24, learning_rate=1e-3)
-    monkeypatch.setattr(yardstick, "_RECIPES", {"probe": toy, "dual_encoder": toy})
-    yardstick.train(tmp_path)
+    monkeypatch.setattr(evaluators, "_RECIPES", {"probe": toy, "dual_encoder": toy})
+    evaluators.train(tmp_path)
     images = to_input(np.random.default_rng(0).integers(0, 255, (3, 64, 64, 3), dtype=np.uint8))
     probe, dual = load_probe(tmp_path / FOLDER.name), load_dual_encoder(tmp_path / FOLDER.name)
     with torch.no_grad():
