@@ -21,7 +21,9 @@ ENV PATH=/opt/flashdiff/bin:$PATH
 
 WORKDIR /src
 COPY . .
-RUN pip install --no-cache-dir -c constraints.txt ".[${EXTRAS}]" && rm -rf /src/*
+# The usual extras are installed by hash; of others the versions are pinned.
+RUN if [ "$EXTRAS" = http,cpu ]; then pip install --no-cache-dir --require-hashes -r requirements.lock && pip install --no-cache-dir --no-deps .; \
+    else pip install --no-cache-dir -c constraints.txt ".[${EXTRAS}]"; fi && rm -rf /src/*
 
 RUN useradd --create-home flashdiff
 USER flashdiff

@@ -1,5 +1,5 @@
 # Everything a newcomer needs: `make demo` and `make test`. Both install into .venv first.
-.PHONY: audit sbom demo test test-fast test-slow attack check stubs conformance bench-peers install clean
+.PHONY: audit lock sbom demo test test-fast test-slow attack check stubs conformance bench-peers install clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -83,9 +83,17 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 clean:
 	rm -rf $(VENV) $(ORACLE) $(LITSERVE) $(PYTRITON) demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
+# What a serving machine installs, with hashes, for the Dockerfile and the audit. Run it when dependencies or constraints change.
+lock: $(VENV)/.installed
+	$(BIN)/pip install -q uv==0.13.9
+	echo '# What a serving machine needs, extras http and cpu, with hashes; written by `make lock`.' > requirements.lock
+	$(BIN)/uv pip compile pyproject.toml --extra http --extra cpu -c constraints.txt --universal --python-version 3.11 \
+	  --generate-hashes --no-header --no-annotate -q >> requirements.lock
+
 # Known vulnerabilities of what is installed; queries the advisory service of PyPI, so it needs the network.
 audit: $(VENV)/.installed
 	$(BIN)/pip install -q pip-audit==2.10.1
+	$(BIN)/pip-audit --require-hashes --disable-pip -r requirements.lock
 	$(BIN)/pip-audit --skip-editable
 
 # A software bill of materials of the environment that the tests run in, for a release.
