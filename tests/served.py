@@ -152,7 +152,8 @@ class Process:
 
     def __init__(self, setup: str = "", **popen: Any) -> None:
         code = f"""
-import logging, sys, threading
+import logging, signal, sys, threading
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs without it
 sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}
 from pathlib import Path
 from served import Listen, Models, model_of, FakeComponents
