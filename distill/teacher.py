@@ -44,7 +44,7 @@ class Teacher:
         """
         times = self.grid.solver_times()
         levels = [torch.from_numpy(values).to(x_t) for values in self.schedule.levels([*times, -1])]
-        weights = ode_weights(self.schedule, times)
+        weights = ode_weights(*self.schedule.levels(times))
         x_t, previous_x0 = x_t.clone(), x_t.clone()
         for index in range(0 if self.lockstep else int(starts.min()), len(times)):
             active = ((starts <= index) & (index < starts + (max_steps or len(times)))).nonzero().squeeze(1)

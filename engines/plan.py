@@ -20,7 +20,7 @@ from flashdiff.families import family_of, find_base
 from flashdiff.families.base import ModelFamily, base_files, base_hash
 from flashdiff.families.loading import size_limits
 from flashdiff.files import hash_files
-from flashdiff.lora import check_base, find_lora, fused_spec, lora_files, lora_hash, read_metadata
+from flashdiff.lora import check_base, find_lora, fused_spec, lora_files, lora_hash, read_metadata, touches_text
 from flashdiff.parts import Phase
 from flashdiff.reading import Witness, first_change, witness
 from flashdiff.samplers.options import SamplingOptions
@@ -105,7 +105,8 @@ def plan_build(options: BuildOptions) -> BuildPlan:
         code=_code_hash(),
         machine=machine,
     )
-    exports = tuple(_exports(backend.graph, family, inputs)) if backend.graph else ()
+    on_text = [touches_text(lora) for lora, _ in loras]
+    exports = tuple(_exports(backend.graph, family, inputs, on_text)) if backend.graph else ()
     plan = BuildPlan(
         options=options,
         backend=backend,
@@ -193,17 +194,22 @@ def _check_shapes(options: BuildOptions, family: ModelFamily, spec: ModelSpec, s
         raise BundleError(f"--batch must reach {spec.sampler.evaluations_per_step}: guidance evaluates the network twice a step")
 
 
-def _exports(form: GraphForm, family: ModelFamily, inputs: BuildInputs) -> Iterator[Export]:
-    """The graphs to export."""
+def _exports(form: GraphForm, family: ModelFamily, inputs: BuildInputs, on_text: Sequence[bool]) -> Iterator[Export]:
+    """The graphs to export; `on_text` says of every LoRA whether it changes a text encoder."""
     versions = {name: inputs.library_versions.get(name) for name in form.packages}
-    denoiser = inputs.model.parts_in(Phase.STEP)[-1].name  # what the LoRAs are fused into
+    denoiser = inputs.model.parts_in(Phase.STEP)[-1].name
+    loras = [[lora.weights_hash, lora.weight] for lora in inputs.loras]
+    changing = {
+        denoiser: loras,
+        inputs.model.text_part.name: [lora for lora, is_on_text in zip(loras, on_text, strict=True) if is_on_text],
+    }
     for part in (spec.name for spec in inputs.model.parts):
         is_fixed = part == denoiser and family.fixed_size
         for size in inputs.sizes if is_fixed else (None,):
             deciding = {
                 "part": part,
                 "base": inputs.base_hash,
-                "loras": [[lora.weights_hash, lora.weight] for lora in inputs.loras] if part == denoiser else [],
+                "loras": changing.get(part, []),
                 "form": form.file,
                 "precision": inputs.precision,
                 "example": size or inputs.sizes[0],
@@ -233,8 +239,7 @@ def _code_hash() -> str:
     files = [
         *(root / "engines").rglob("*.py"),
         *(root / "families").glob("*.py"),
-        root / "lora.py",
-        root / "kohya.py",
+        *root.glob("lora*.py"),
         root / "parts.py",
     ]
     return hash_files(root, files)

@@ -9,11 +9,13 @@ import struct
 import tempfile
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -23,7 +25,9 @@ from flashdiff.errors import ConfigError, LoraError, first_line
 from flashdiff.families import family_of, find_base
 from flashdiff.families.base import GUIDANCE, ModelFamily, TorchModel
 from flashdiff.files import hash_file, write_whole
-from flashdiff.kohya import from_kohya, is_kohya, to_kohya
+from flashdiff.kohya import to_kohya
+from flashdiff.lora_formulas import DECOMPOSED, Layer, Scaling, bias_change, check_layer, decomposed, weight_change
+from flashdiff.lora_names import LayerNames, changes_text
 from flashdiff.reading import open_file, parse_json, read_file, read_json
 from flashdiff.samplers.options import SamplingOptions, sampled_as
 from flashdiff.sampling import flash_student
@@ -129,14 +133,24 @@ def read_flash_info(lora: Path) -> FlashInfo | None:
 
 def read_metadata(lora: Path) -> dict[str, str]:
     """What stands in the header of a LoRA's file besides its tensors; LoraError when it cannot be read."""
+    return dict(_read_header(lora).get("__metadata__") or {})
+
+
+def touches_text(lora: Path) -> bool:
+    """Whether a LoRA changes a text encoder, by its header alone; LoraError when it cannot be read."""
+    return changes_text(_read_header(lora))
+
+
+def _read_header(lora: Path) -> dict[str, Any]:
     file = _weights_file(lora)
     try:
         with open_file(file) as opened:
             (length,) = struct.unpack("<Q", opened.read(8))
             if length > _MAX_HEADER_BYTES:
                 raise ValueError(f"its header has {length} bytes")
-            header = parse_json(opened.read(length))
-        return dict(header.get("__metadata__") or {})
+            header: dict[str, Any] = parse_json(opened.read(length))
+        dict(header.get("__metadata__") or {})
+        return header
     except Exception as error:  # whatever a damaged header leads to
         raise LoraError(f"{file} is damaged: {first_line(error)}") from None
 
@@ -236,56 +250,109 @@ def check_base(base: Path, base_hash: str, loras: Sequence[Path]) -> None:
 
 
 def fuse(model: TorchModel, family: ModelFamily, loras: Sequence[tuple[Path, float]]) -> None:
-    """Merge the LoRAs, each by its weight, into the denoiser's own weights, for good.
+    """Merge the LoRAs, each by its weight, into the weights of the denoiser and the text encoders, for good.
 
-    LoraError when a flash LoRA was trained on another base or when a file's layers do not fit this network.
+    LoraError when a flash LoRA was trained on another base, and for the first tensor of a file that no layer of this base
+    takes; the model is as it was where a file cannot be read, and part changed where shapes do not fit.
     """
-    check_base(model.folder, model.base_hash, [folder for folder, _ in loras])
-    network: Any = model.network
-    for index, (folder, _) in enumerate(loras):
-        weights, settings = _read_weights(folder, model, family)
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-                network.load_lora_adapter(weights, adapter_name=f"lora{index}", prefix=family.lora_prefix, **settings)
-        except Exception as error:  # peft and safetensors raise many kinds for layers that do not fit
-            raise LoraError(f"{folder} does not fit {model.folder}: {first_line(error)}") from None
-        if f"lora{index}" not in getattr(network, "peft_config", {}):
-            raise LoraError(f"{folder} does not fit {model.folder}: it has no layers for '{family.lora_prefix}'")
-    if loras:
-        names = [f"lora{index}" for index in range(len(loras))]
-        network.set_adapters(names, weights=[weight for _, weight in loras])
-        try:
-            network.fuse_lora(adapter_names=names)
-        except Exception as error:  # layers whose two matrices do not fit each other
-            raise LoraError(f"{', '.join(str(lora) for lora, _ in loras)}: cannot be fused: {first_line(error)}") from None
-        network.unload_lora()
+    check_base(model.folder, model.base_hash, [lora for lora, _ in loras])
+    files = [(read_lora(lora, model, family), weight) for lora, weight in loras]
+    # DoRA's norms are those of the base's own weights, whichever LoRAs were fused before.
+    later = {place for file, _ in files[1:] for place, layer in file.layers.items() if any(role in layer for role in DECOMPOSED)}
+    originals = {place: _weight_of(model, place).clone() for place in later}
+    with torch.no_grad():
+        for file, weight in files:
+            for place, layer in file.layers.items():
+                try:
+                    _fuse_layer(model, place, layer, weight, file.scaling(*place), originals.get(place))
+                except Exception as error:  # torch has many kinds for shapes that do not fit; senseless metadata has others
+                    key = file.keys[place]
+                    raise LoraError(f"{file.path} does not fit {model.folder}: '{key}': {first_line(error)}") from None
 
 
-def _read_weights(lora: Path, model: TorchModel, family: ModelFamily) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A LoRA's tensors in diffusers' names, and the settings that tell their alpha.
+def _fuse_layer(
+    model: TorchModel, place: tuple[str, str], layer: Layer, weight: float, scaling: Scaling, original: Tensor | None
+) -> None:
+    """Change one layer's weight and bias; ValueError or one of torch's errors for shapes that do not fit."""
+    module = model.weights[place[0]].get_submodule(place[1])
+    change, bias = weight_change(layer, module.weight.shape, weight, scaling), bias_change(layer, weight, scaling)
+    if not all(values is None or bool(values.isfinite().all()) for values in (change, bias)):
+        raise ValueError("what it adds is not finite")
+    if bias is not None:
+        if getattr(module, "bias", None) is None:
+            raise ValueError("the base's layer has no bias to add to")
+        if bias.shape != module.bias.shape:
+            raise ValueError(f"it is for a bias of {list(bias.shape)}, the base's has {list(module.bias.shape)}")
+        module.bias.data += bias
+    if change is not None and any(role in layer for role in DECOMPOSED):
+        before = module.weight.data if original is None else original
+        module.weight.data = decomposed(module.weight.data, change, layer, before)
+    elif change is not None:
+        module.weight.data += change
 
-    LoraError for layers that would be left out without a word: those of other parts, or in another naming.
-    """
+
+def _weight_of(model: TorchModel, place: tuple[str, str]) -> Tensor:
+    weight: Tensor = model.weights[place[0]].get_submodule(place[1]).weight.data
+    return weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraFile:
+    """A LoRA's tensors by the layers they change: (folder of the model, module)."""
+
+    path: Path
+    layers: dict[tuple[str, str], dict[str, Tensor]]
+    keys: dict[tuple[str, str], str]
+    """One of the names that each layer's tensors have in the file, for errors."""
+    settings: dict[str, Any]
+    """peft's, from the file's metadata, each with the folder before it: `unet.lora_alpha`."""
+
+    def scaling(self, part: str, module: str) -> Scaling:
+        """What the metadata says of a layer's scale; TypeError or ValueError where it makes no sense."""
+        own = {key.removeprefix(f"{part}."): value for key, value in self.settings.items() if key.startswith(f"{part}.")}
+        if not own:
+            return Scaling()
+        from peft.utils.other import get_pattern_key
+
+        alphas, ranks = own.get("alpha_pattern") or {}, own.get("rank_pattern") or {}
+        alpha = alphas.get(get_pattern_key(list(alphas), module), own.get("lora_alpha", own.get("alpha")))
+        rank = ranks.get(get_pattern_key(list(ranks), module), own.get("r"))
+        return Scaling(
+            alpha=None if alpha is None else float(alpha),
+            rank=None if rank is None else int(rank),
+            by_root=bool(own.get("use_rslora")),
+        )
+
+
+def read_lora(lora: Path, model: TorchModel, family: ModelFamily) -> LoraFile:
+    """A LoRA's tensors, each with its place in this model; LoraError for the first that has none."""
     file = _weights_file(lora)
     try:
         content = read_file(file)
         weights = safetensors.torch.load(content)
-        metadata = parse_json(_metadata(content).get("lora_adapter_metadata", "null"))
-        alphas = {key: float(value) for key, value in weights.items() if key.endswith(".alpha")}
+        settings = parse_json(_metadata(content).get("lora_adapter_metadata", "{}")) or {}
+        settings = {str(key): value for key, value in settings.items()}
     except Exception as error:  # safetensors' errors for a damaged file
         raise LoraError(f"{file} is damaged: {first_line(error)}") from None
     if not weights:
         raise LoraError(f"{file} holds no layer")
-    if is_kohya(weights):
-        modules = [name for name, _ in model.network.named_modules()]
-        weights, kohya_alphas = from_kohya(weights, family.lora_prefix, modules, str(file))
-        return weights, {"network_alphas": kohya_alphas}
-    foreign = [key for key in weights if not key.startswith(f"{family.lora_prefix}.")]
-    if foreign:
-        raise LoraError(f"{lora}: only layers named '{family.lora_prefix}.' can be fused, this one has {foreign[0]}")
-    weights = {key: value for key, value in weights.items() if key not in alphas}
-    return weights, {"metadata": metadata} if metadata else {"network_alphas": alphas} if alphas else {}
+    parts = {name: part for name, part in model.weights.items() if name.startswith(("text_encoder", family.lora_prefix))}
+    names = LayerNames(parts, family.lora_prefix)
+    layers: dict[tuple[str, str], dict[str, Tensor]] = {}
+    keys: dict[tuple[str, str], str] = {}
+    for key, value in weights.items():
+        place = names.find(key, str(file))
+        layer = layers.setdefault((place.part, place.module), {})
+        if place.role in layer:
+            raise LoraError(f"{file}: '{key}' and another tensor are for the same place")
+        if not value.is_floating_point() or (place.role == "alpha" and value.numel() != 1):
+            raise LoraError(f"{file}: '{key}' has the type {value.dtype} and the shape {list(value.shape)}, which no LoRA has")
+        layer[place.role] = value.float()
+        keys.setdefault((place.part, place.module), key)
+    for at, layer in layers.items():
+        if problem := check_layer(layer):
+            raise LoraError(f"{file}: '{keys[at]}': {problem}")
+    return LoraFile(path=file, layers=layers, keys=keys, settings=settings)
 
 
 # --- safetensors' header ---------------------------------------------------------------------------------------------

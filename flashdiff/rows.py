@@ -121,8 +121,9 @@ def _new_row(
 ) -> Row:
     if walk := spec.sampler.walk(spec.prediction, order.steps, spec.tokens(order.size)):
         return _walking_row(spec, order, index, branches, start, noise, later, walk.last(order.steps_taken))
-    times = [int(time) for time in spec.sampler.times(order.steps)[-order.steps_taken :]]
-    alphas, sigmas = (levels.astype(np.float32) for levels in spec.sampler.schedule.levels([*times, -1]))
+    times = spec.sampler.times(order.steps, spec.tokens(order.size))[-order.steps_taken :]
+    exact = spec.sampler.levels(times)
+    alphas, sigmas = (levels.astype(np.float32) for levels in exact)
     is_ode = spec.sampler.kind == "ode"
     return Row(
         seed=image_seed(order.seed, index),
@@ -130,7 +131,7 @@ def _new_row(
         times=times,
         alphas=alphas,
         sigmas=sigmas,
-        extrapolations=[np.float32(weight) for weight in ode_weights(spec.sampler.schedule, times)] if is_ode else [],
+        extrapolations=[np.float32(weight) for weight in ode_weights(*(levels[:-1] for levels in exact))] if is_ode else [],
         noises=later,
         branches=branches,
         latents=noise if start is None else renoise(start, noise, alphas[0], sigmas[0]),

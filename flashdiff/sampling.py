@@ -8,13 +8,14 @@ its x_0: the student's re-noises x_0 at each level, the teacher's follows the pr
 from typing import Literal, Self
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from flashdiff.prediction import Array, Prediction
 from flashdiff.samplers import SAMPLERS
 from flashdiff.samplers.base import SamplerKind, Walk
 from flashdiff.samplers.settings import SamplerSettings
-from flashdiff.schedule import Grid, Schedule, trailing_times
+from flashdiff.schedule import FlowSchedule, Grid, Schedule, trailing_times
 
 MAX_ODE_STEPS = 100
 _MOST_KNOWN_TIMES = 32
@@ -82,7 +83,10 @@ class Sampler(SamplerSettings):
     @property
     def whole_times(self) -> bool:
         """Whether the network is given whole times, indices into the schedule; else its own kind of time, as a float."""
-        return self.published is None or self.published.whole_times(self)
+        if self.published:
+            return self.published.whole_times(self)
+        # An ODE whose shift follows the size has other levels, and so other times, at every size.
+        return not (self.kind == "ode" and isinstance(self.schedule, FlowSchedule) and self.schedule.by_size)
 
     @property
     def time_type(self) -> Literal["int64", "float32"]:
@@ -104,9 +108,21 @@ class Sampler(SamplerSettings):
         if self.grid:
             return self.grid.inference_times(steps)
         if self.published is None:
-            return trailing_times(self.schedule.num_train_timesteps, steps)
+            whole = trailing_times(self.schedule.num_train_timesteps, steps)
+            if self.whole_times:
+                return whole
+            assert isinstance(self.schedule, FlowSchedule)
+            _, sigmas = self.schedule.levels(whole, tokens)
+            return [float(sigma) for sigma in sigmas * self.schedule.num_train_timesteps]
         times = self.published.times(self, self.schedule, steps, tokens)
         return [int(time) for time in times] if self.whole_times else times
+
+    def levels(self, times: list[int] | list[float]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """alpha and sigma at `times`, and at the clean end after them [len(times) + 1], for our own two samplers."""
+        if self.whole_times:
+            return self.schedule.levels([*(int(time) for time in times), -1])
+        sigmas = np.append(np.array(times) / self.schedule.num_train_timesteps, 0.0)
+        return 1 - sigmas, sigmas
 
     def walk(self, prediction: Prediction, steps: int, tokens: int) -> Walk | None:
         """The steps of an image of so many tokens, worked out; None for our own two samplers."""
@@ -124,15 +140,14 @@ def flash_student(base: Sampler, grid: Grid) -> Sampler:
     )
 
 
-def ode_weights(schedule: Schedule, times: list[int]) -> list[float]:
-    """Weights for `extrapolate` at each time: h_next / (2 h_previous) in log-SNR, 0 (first order) at both ends.
+def ode_weights(alphas: NDArray[np.float64], sigmas: NDArray[np.float64]) -> list[float]:
+    """Weights for `extrapolate` at each of these levels: h_next / (2 h_previous) in log-SNR, 0 (first order) at both ends.
 
     The last step is first order because it ends at infinite log-SNR; the first has no x_0 before it.
     """
-    alphas, sigmas = schedule.levels(times)
     with np.errstate(divide="ignore"):
         lam = np.log(alphas / sigmas)  # minus infinity where a flow starts: the step after it is first order too
     return [
-        0.0 if step in (0, len(times) - 1) else float((lam[step + 1] - lam[step]) / (2 * (lam[step] - lam[step - 1])))
-        for step in range(len(times))
+        0.0 if step in (0, len(lam) - 1) else float((lam[step + 1] - lam[step]) / (2 * (lam[step] - lam[step - 1])))
+        for step in range(len(lam))
     ]

@@ -101,10 +101,15 @@ class FlowSchedule(Record):
         shift = 1.0 if self.by_size else self.shift
         return shift * s / (1 + (shift - 1) * s)
 
-    def levels(self, times: NDArray[np.integer[Any]] | list[int]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """alpha_t = 1 - sigma_t and sigma_t [len(times)]; t = -1 stands for the clean end."""
-        s = (np.asarray(times) + 1) / self.num_train_timesteps
-        sigma = self.shift * s / (1 + (self.shift - 1) * s)
+    def levels(
+        self, times: NDArray[np.integer[Any]] | list[int], tokens: int | None = None
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """alpha_t = 1 - sigma_t and sigma_t [len(times)] of an image of so many tokens, or of the default size.
+
+        t = -1 stands for the clean end.
+        """
+        s, shift = (np.asarray(times) + 1) / self.num_train_timesteps, self.shift_at(tokens)
+        sigma = shift * s / (1 + (shift - 1) * s)
         return 1 - sigma, sigma
 
 

@@ -15,7 +15,7 @@ def _walk(steps: int, second_order: bool) -> float:
     """The ODE from x = 1 at t = 999 down to t = 499, half of the steps, with the exact denoiser of Gaussian data."""
     times = trailing_times(1000, steps)
     alphas, sigmas = SCHEDULE.levels([*times, -1])
-    weights = ode_weights(SCHEDULE, times)
+    weights = ode_weights(*SCHEDULE.levels(times))
     x, previous = np.ones(1), None
     for i in range(steps // 2):
         x0 = x * alphas[i] * DATA_STD**2 / (alphas[i] ** 2 * DATA_STD**2 + sigmas[i] ** 2)
@@ -37,7 +37,7 @@ def test_the_ode_converges_to_the_exact_solution_with_the_order_it_claims() -> N
 def test_the_whole_ode_ends_at_the_clean_image() -> None:
     alphas, sigmas = SCHEDULE.levels([19, -1])
     assert ode_step(np.array(0.7), np.array(0.3), alphas[0], sigmas[0], alphas[1], sigmas[1]) == 0.3
-    assert ode_weights(SCHEDULE, trailing_times(1000, 10))[-1] == 0
+    assert ode_weights(*SCHEDULE.levels(trailing_times(1000, 10)))[-1] == 0
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from flashdiff.components import ModelSpec
 from flashdiff.families.codec import Encoder
+from flashdiff.families.settings import Fixed
 from flashdiff.files import hash_files
 from flashdiff.text import PromptTokenizer
 
@@ -60,6 +61,13 @@ class ModelFamily:
         }
     )
     """Where the weights of a part lie: a pattern of folders, and the first letters of the tensors' names."""
+    networks: Mapping[str, str | Mapping[str, str]]
+    """The folders with a network's config.json: the transformers class of an encoder's configuration, or for each diffusers class
+    that it may name the one that is loaded."""
+    fixed: Mapping[str, Fixed] = field(default_factory=dict)
+    """By folder: settings that count only at some values."""
+    is_flow: bool = False
+    """Whether its scheduler is a rectified flow's."""
     read_spec: Callable[[Path], ModelSpec]
     """The spec of a base model from its configuration files alone, sampled by its ODE."""
     load: Callable[[Path, ModelSpec], "TorchModel"]

@@ -18,6 +18,7 @@ from flashdiff.families.loading import (
     spec_of,
     tokenizer_spec,
 )
+from flashdiff.families.settings import VAE
 from flashdiff.schedule import FlowSchedule
 
 _T5_TOKENS = 512
@@ -134,6 +135,14 @@ FAMILY = ModelFamily(
     size_step=lambda _: 2,  # a token is a patch of 2x2
     default_guidance=1.0,  # none but the embedded one
     default_steps=28,
+    networks={
+        "transformer": {"FluxTransformer2DModel": "FluxTransformer2DModel"},
+        "vae": {"AutoencoderKL": "AutoencoderKL"},
+        "text_encoder": "CLIPTextConfig",
+        "text_encoder_2": "T5Config",
+    },
+    fixed={"vae": VAE},
+    is_flow=True,
     read_spec=_read_spec,
     load=_load,
 )

@@ -12,6 +12,7 @@ from flashdiff.components import MAX_SIDE, ModelSpec, Size
 from flashdiff.errors import ConfigError, FlashdiffError, ModelError, first_line
 from flashdiff.families.base import ModelFamily
 from flashdiff.families.codec import latent_factor
+from flashdiff.families.settings import check_settings
 from flashdiff.parts import Condition, latent_diffusion
 from flashdiff.prediction import Prediction
 from flashdiff.reading import read_json
@@ -98,6 +99,9 @@ def spec_of(
             f"and the family {family.name} has no condition that adds channels; models for inpainting, super-resolution and "
             "edits are not supported"
         )
+    configs = {part: read_config(folder, part) for part in family.networks}
+    configs |= {"scheduler": scheduler_config(folder), ".": read_config(folder, ".", "model_index.json")}
+    check_settings(folder, family, configs)
     return ModelSpec(
         name=folder.resolve().name,
         family=family.name,

@@ -20,6 +20,7 @@ from flashdiff.families.loading import (
     spec_of,
     tokenizer_spec,
 )
+from flashdiff.families.settings import UNSHIFTED_VAE
 from flashdiff.schedule import NoiseSchedule
 
 _T5_TOKENS = 120
@@ -123,6 +124,12 @@ FAMILY = ModelFamily(
     lora_writer="StableDiffusion3Pipeline",  # the same file layout; PixArt's own pipeline has no writer
     default_guidance=4.5,
     default_steps=20,
+    networks={
+        "transformer": dict.fromkeys(("PixArtTransformer2DModel", "Transformer2DModel"), "PixArtTransformer2DModel"),
+        "vae": {"AutoencoderKL": "AutoencoderKL"},
+        "text_encoder": "T5Config",
+    },
+    fixed={"vae": UNSHIFTED_VAE},
     read_spec=_read_spec,
     load=_load,
 )

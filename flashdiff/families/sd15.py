@@ -19,6 +19,7 @@ from flashdiff.families.loading import (
     unet_size_step,
     unet_spec,
 )
+from flashdiff.families.settings import UNET, UNSHIFTED_VAE
 
 _AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
 _LCM_GUIDANCE = 8.5  # what LatentConsistencyModelPipeline feeds its UNet
@@ -87,6 +88,12 @@ FAMILY = ModelFamily(
     size_step=unet_size_step,
     default_guidance=7.5,
     default_steps=50,
+    networks={
+        "unet": {"UNet2DConditionModel": "UNet2DConditionModel"},
+        "vae": {name: name for name in _AUTOENCODERS},
+        "text_encoder": "CLIPTextConfig",
+    },
+    fixed={"unet": {**UNET, "addition_embed_type": (None,)}, "vae": UNSHIFTED_VAE},
     read_spec=_read_spec,
     load=_load,
 )

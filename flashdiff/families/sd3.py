@@ -18,6 +18,7 @@ from flashdiff.families.loading import (
     spec_of,
     tokenizer_spec,
 )
+from flashdiff.families.settings import VAE
 from flashdiff.schedule import FlowSchedule
 
 _T5_TOKENS = 256
@@ -119,6 +120,15 @@ FAMILY = ModelFamily(
     largest_side=lambda transformer: int(transformer["pos_embed_max_size"] * transformer["patch_size"]),
     default_guidance=7.0,
     default_steps=28,
+    networks={
+        "transformer": {"SD3Transformer2DModel": "SD3Transformer2DModel"},
+        "vae": {"AutoencoderKL": "AutoencoderKL"},
+        "text_encoder": "CLIPTextConfig",
+        "text_encoder_2": "CLIPTextConfig",
+        "text_encoder_3": "T5Config",
+    },
+    fixed={"vae": VAE},
+    is_flow=True,
     read_spec=_read_spec,
     load=_load,
 )

@@ -19,6 +19,7 @@ from flashdiff.families.loading import (
     unet_size_step,
     unet_spec,
 )
+from flashdiff.families.settings import UNET, UNSHIFTED_VAE
 
 
 class _TextEncoder(nn.Module):
@@ -60,7 +61,7 @@ class _Denoiser(nn.Module):
 @named_gaps
 def _read_spec(folder: Path) -> ModelSpec:
     tokenizers = (tokenizer_spec(folder, "tokenizer", "input_ids"), tokenizer_spec(folder, "tokenizer_2", "input_ids_2"))
-    zeros = read_config(folder, ".", "model_index.json").get("force_zeros_for_empty_prompt")
+    zeros = read_config(folder, ".", "model_index.json").get("force_zeros_for_empty_prompt", True)
     return unet_spec(folder, FAMILY, tokenizers, unconditional="zeros" if zeros else "empty_prompt")
 
 
@@ -96,6 +97,13 @@ FAMILY = ModelFamily(
     size_step=unet_size_step,
     default_guidance=5.0,
     default_steps=50,
+    networks={
+        "unet": {"UNet2DConditionModel": "UNet2DConditionModel"},
+        "vae": {"AutoencoderKL": "AutoencoderKL"},
+        "text_encoder": "CLIPTextConfig",
+        "text_encoder_2": "CLIPTextConfig",
+    },
+    fixed={"unet": {**UNET, "addition_embed_type": ("text_time",)}, "vae": UNSHIFTED_VAE},
     read_spec=_read_spec,
     load=_load,
 )

@@ -9,6 +9,7 @@ import os
 import tarfile
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -182,16 +183,20 @@ def test_configurations_of_a_base(tiny_base: Path, tmp_path: Path, name: str, wh
 @_FUZZ
 @given(places=_SPLICES)
 def test_weights_of_a_lora(flash_lora: Path, tiny_base: Path, tmp_path: Path, places: list[tuple[float, int, bytes]]) -> None:
-    from types import SimpleNamespace
-
-    from flashdiff.families import family_of
-    from flashdiff.lora import _read_weights
+    from flashdiff.lora import read_lora
 
     content = (flash_lora / WEIGHTS).read_bytes()
     header = int.from_bytes(content[:8], "little") + 8
     (tmp_path / WEIGHTS).write_bytes(_spliced(content[:header], places) + content[header:])
-    model: Any = SimpleNamespace(network=SimpleNamespace(named_modules=list))
-    _takes_or_refuses(lambda: _read_weights(tmp_path, model, family_of(tiny_base)))
+    family, model = _loaded(tiny_base)
+    _takes_or_refuses(lambda: read_lora(tmp_path, model, family))
+
+
+@cache
+def _loaded(base: Path) -> Any:
+    from flashdiff.families import load_base
+
+    return load_base(str(base))
 
 
 @_FUZZ

@@ -196,7 +196,9 @@ def test_a_style_lora_beside_the_flash_lora_adds_its_own_change(tiny_base: Path,
         torch.testing.assert_close(model.denoiser(*inputs), pipeline.unet(*inputs).sample, atol=1e-4, rtol=1e-4)
 
 
-def test_an_unfinished_run_and_layers_of_other_parts_are_not_fused(tiny_base: Path, flash_lora: Path, tmp_path: Path) -> None:
+def test_an_unfinished_run_and_layers_that_the_base_lacks_are_not_fused(
+    tiny_base: Path, flash_lora: Path, tmp_path: Path
+) -> None:
     import shutil
 
     from safetensors.torch import save_file
@@ -210,14 +212,16 @@ def test_an_unfinished_run_and_layers_of_other_parts_are_not_fused(tiny_base: Pa
     style.mkdir()
     weights = load_file(flash_lora / WEIGHTS)
     save_file({**weights, "text_encoder.layer.lora_A.weight": torch.zeros(2, 2)}, style / WEIGHTS)
-    with pytest.raises(LoraError, match=r"only layers named 'unet\.' can be fused, this one has text_encoder\.layer"):
+    with pytest.raises(
+        LoraError, match=r"'text_encoder\.layer\.lora_A\.weight': the text_encoder of this base has no layer 'layer'"
+    ):
         fuse(model, family, [(style, 1.0)])
     (style / WEIGHTS).write_bytes(b"garbage")
     with pytest.raises(LoraError, match="is damaged"):
         fuse(model, family, [(style, 1.0)])
     for key, said in (
-        ("lora_te_text_model.lora_up.weight", "no layer for 'lora_te_text_model'"),
-        (f"{_layer()}.hada_w1_a", "not a plain"),
+        ("lora_te_text_model.lora_up.weight", "the text_encoder of this base has no layer 'text_model'"),
+        (f"{_layer()}.hada_w1_a", "its hada_w1_b, hada_w2_a, hada_w2_b is missing"),
     ):
         save_file({key: torch.zeros(2, 2)}, style / WEIGHTS)
         with pytest.raises(LoraError, match=said):

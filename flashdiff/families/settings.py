@@ -1,0 +1,149 @@
+"""Settings of a base's configuration files: each is used, known not to matter, or refused by name.
+
+A network's own class uses its settings, so its signature names them; what flashdiff does in the place of a pipeline or a
+scheduler is listed here by hand. A setting at its class's default changes nothing, and counts as known.
+"""
+
+import functools
+import inspect
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flashdiff.errors import ModelError
+
+if TYPE_CHECKING:
+    from flashdiff.families.base import ModelFamily
+
+Fixed = Mapping[str, tuple[Any, ...]]
+"""Settings that flashdiff's code follows at these values alone."""
+
+_OWN = frozenset({"_class_name", "_diffusers_version", "_name_or_path"})
+
+UNET: Fixed = {
+    "class_embed_type": (None,),
+    "num_class_embeds": (None,),
+    "encoder_hid_dim_type": (None, "text_proj"),
+    "attention_type": ("default",),
+}
+"""Of Stable Diffusion's UNets: other values ask for inputs that text-to-image does not have."""
+
+VAE: Fixed = {"latents_mean": (None,), "latents_std": (None,)}
+"""Latents are shifted and scaled by one number each."""
+
+UNSHIFTED_VAE: Fixed = {**VAE, "shift_factor": (None, 0)}
+"""Of families whose pipelines do not shift latents."""
+
+_SCHEDULE = {
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type", "steps_offset",
+    "rescale_betas_zero_snr", "set_alpha_to_one", "timestep_spacing", "original_inference_steps", "timestep_scaling",
+    "interpolation_type",
+}  # fmt: skip
+_FLOW = {
+    "num_train_timesteps", "shift", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "use_dynamic_shifting",
+    "shift_terminal", "time_shift_type",
+}  # fmt: skip
+_WALK = {
+    "skip_prk_steps", "solver_order", "solver_type", "solver_p", "algorithm_type", "lower_order_final", "euler_at_final",
+    "lambda_min_clipped", "variance_type", "final_sigmas_type", "use_lu_lambdas", "use_karras_sigmas", "use_exponential_sigmas",
+    "use_beta_sigmas", "disable_corrector", "predict_x0", "sigma_min", "sigma_max", "timestep_type", "noise_sampler_seed",
+    "dynamic_thresholding_ratio", "clip_sample_range", "sample_max_value",
+}  # fmt: skip
+"""How the base's own solver walks: flashdiff's takes its place. The last three count only where clipping is on."""
+_OFF: Fixed = {"clip_sample": (False, None), "thresholding": (False, None)}
+_FLOW_OFF: Fixed = dict.fromkeys(
+    ("invert_sigmas", "stochastic_sampling", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"), (False, None)
+)
+_UNUSED_COMPONENTS = {"safety_checker", "feature_extractor", "image_encoder"}
+"""Of a pipeline: they judge finished images, or read pictures that flashdiff does not give them."""
+_PIPELINE_SETTINGS = {"requires_safety_checker", "add_watermarker", "force_zeros_for_empty_prompt"}
+_PIPELINE_FIXED: Fixed = {"requires_aesthetics_score": (False, None)}
+
+_TRANSFORMERS = {
+    "torch_dtype", "dropout", "attn_implementation", "gradient_checkpointing", "n_positions", "output_past", "tokenizer_class",
+    "task_specific_params", "decoder_start_token_id", "use_return_dict", "torchscript", "use_bfloat16", "pruned_heads",
+    "tie_encoder_decoder", "finetuning_task", "prefix", "sep_token_id", "is_decoder", "add_cross_attention",
+    "cross_attention_hidden_size", "tf_legacy_loss", "transformers_version", "use_cache", "tie_word_embeddings", "max_length",
+    "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty", "temperature", "top_k",
+    "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size",
+    "bad_words_ids", "num_return_sequences", "output_scores", "return_dict_in_generate", "forced_bos_token_id",
+    "forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens",
+    "begin_suppress_tokens", "_attn_implementation_autoset",
+}  # fmt: skip
+"""Settings of training and text generation, which transformers once wrote into every configuration."""
+
+
+def check_settings(folder: Path, family: "ModelFamily", configs: Mapping[str, Mapping[str, Any]]) -> None:
+    """ModelError for the first setting of these configurations, by file, that nothing reads or that has another meaning here."""
+    for part, classes in family.networks.items():
+        path, config = f"{folder}/{part}/config.json", configs[part]
+        if isinstance(classes, str):
+            known = _TRANSFORMERS | _OWN | _config_names(classes)
+            _check(path, config, known, {}, {})
+            continue
+        written = config.get("_class_name", next(iter(classes)))
+        if written not in classes:
+            raise ModelError(f"{path}: '_class_name' is {written!r}; the family {family.name} reads {', '.join(classes)}")
+        _check(path, config, _OWN | _defaults(classes[written]).keys(), family.fixed.get(part, {}), _defaults(written))
+    _check_scheduler(f"{folder}/scheduler/scheduler_config.json", configs["scheduler"], is_flow=family.is_flow)
+    _check_pipeline(f"{folder}/model_index.json", family, configs["."])
+
+
+def _check(path: str, config: Mapping[str, Any], known: Collection[str], fixed: Fixed, defaults: Mapping[str, Any]) -> None:
+    for name, value in config.items():
+        if name in fixed:
+            if not any(type(value) is type(one) and value == one for one in fixed[name]) and not (
+                value == 0 and 0 in fixed[name]
+            ):
+                values = " or ".join(map(_shown, fixed[name]))
+                raise ModelError(f"{path}: '{name}' is {_shown(value)}, which is not supported; {values} is")
+        elif name not in known and not (name in defaults and _same(value, defaults[name])):
+            raise ModelError(
+                f"{path}: nothing reads the setting '{name}' = {_shown(value)}, so images might be wrong; "
+                "remove it if it does not matter to this model"
+            )
+
+
+def _check_scheduler(path: str, config: Mapping[str, Any], *, is_flow: bool) -> None:
+    defaults = _defaults(str(config.get("_class_name")))
+    implied = {name: defaults[name] for name in ("clip_sample", "thresholding") if name in defaults and name not in config}
+    known = _OWN | _WALK | (_FLOW if is_flow else _SCHEDULE)
+    _check(path, {**config, **implied}, known, {**_OFF, **(_FLOW_OFF if is_flow else {})}, defaults)
+
+
+def _check_pipeline(path: str, family: "ModelFamily", config: Mapping[str, Any]) -> None:
+    tokenizers = {part.replace("text_encoder", "tokenizer") for part in family.networks}
+    components = {"scheduler", *tokenizers, *family.networks, *_UNUSED_COMPONENTS}
+    absent = {name for name, value in config.items() if value in ([None, None], None)}
+    _check(path, config, components | _OWN | _PIPELINE_SETTINGS | absent, _PIPELINE_FIXED, {})
+
+
+@functools.cache
+def _defaults(name: str) -> Mapping[str, Any]:
+    """The settings of a class of diffusers, with their defaults; empty for an unknown class."""
+    import diffusers
+
+    kind = getattr(diffusers, name, None)
+    if not inspect.isclass(kind):
+        return {}
+    return {name: parameter.default for name, parameter in inspect.signature(kind.__init__).parameters.items() if name != "self"}
+
+
+@functools.cache
+def _config_names(name: str) -> frozenset[str]:
+    """The settings of a configuration class of transformers."""
+    import transformers
+
+    return frozenset(getattr(transformers, name)().to_dict())
+
+
+def _same(value: Any, default: Any) -> bool:
+    return bool((tuple(value) if isinstance(value, list) else value) == default)
+
+
+def _shown(value: Any) -> str:
+    """A value as its file has it, short."""
+    import json
+
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,164 @@
+"""Names of a LoRA file's tensors: the layer of which model each is for, and its role there, in every naming in use.
+
+Diffusers writes `unet.down_blocks.0...to_q.lora_A.weight`, kohya's scripts `lora_unet_down_blocks_0_..._to_q.lora_down.weight`
+or, with the blocks of the original code (LDM), `lora_unet_input_blocks_1_1_...`; LyCORIS writes `lycoris_...`, ComfyUI
+`diffusion_model....`.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from flashdiff.errors import LoraError
+
+_ROLES = {
+    "down": ("lora_A.weight", "lora_down.weight", "lora.down.weight", "lora_linear_layer.down.weight"),
+    "up": ("lora_B.weight", "lora_up.weight", "lora.up.weight", "lora_linear_layer.up.weight"),
+    "up_bias": ("lora_B.bias",),
+    "mid": ("lora_mid.weight",),
+    "alpha": ("alpha",),
+    "magnitude": ("lora_magnitude_vector", "lora_magnitude_vector.weight"),
+    "dora_scale": ("dora_scale",),
+    **{f"hada_{factor}": (f"hada_{factor}",) for factor in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
+    **{f"lokr_{factor}": (f"lokr_{factor}",) for factor in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
+    "diff": ("diff", "w_norm"),
+    "diff_b": ("diff_b", "b_norm"),
+}
+_ENDINGS = {f".{ending}": role for role, endings in _ROLES.items() for ending in endings}
+_OLD_ENDINGS = {"_lora.down.weight": "down", "_lora.up.weight": "up"}  # diffusers until 0.20: `to_q_lora.down.weight`
+_LDM_LAYERS = {
+    "resnets": {
+        "norm1": "in_layers.0",
+        "conv1": "in_layers.2",
+        "time_emb_proj": "emb_layers.1",
+        "norm2": "out_layers.0",
+        "conv2": "out_layers.3",
+        "conv_shortcut": "skip_connection",
+    },
+    "downsamplers": {"conv": "op"},
+}
+_LDM_ENDS = {
+    "conv_in": "input_blocks.0.0",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a tensor of a LoRA file belongs."""
+
+    part: str
+    """The model's folder within the base: `unet`, `text_encoder_2`."""
+    module: str
+    role: str
+    """What the tensor is in its layer's formula: a key of `_ROLES`."""
+
+
+class LayerNames:
+    """Every name under which a LoRA file may speak of a layer of these models."""
+
+    def __init__(self, models: Mapping[str, Any], denoiser: str) -> None:
+        """`models` are those that LoRAs may change, by their folders; `denoiser` is one of them."""
+        encoders = [name for name in models if name != denoiser]
+        numbered = {"lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2"}
+        # kohya numbers FLUX's T5 as SD3's, though it is the second encoder.
+        numbered["lora_te3_"] = "text_encoder_3" if "text_encoder_3" in encoders else "text_encoder_2"
+        self._prefixes = {
+            **{f"{name}.": name for name in models},
+            **dict.fromkeys((f"lora_{denoiser}_", "lora_unet_", "lycoris_", "diffusion_model."), denoiser),
+            **{prefix: name for prefix, name in numbered.items() if name in encoders},
+        }
+        self._modules: dict[str, dict[str, str]] = {}
+        for name, model in models.items():
+            aliases = _aliases(model, is_denoiser=name == denoiser)
+            self._modules[name] = {alias.replace(".", "_"): module for alias, module in aliases}
+
+    def find(self, key: str, file: str) -> Place:
+        """The place of a tensor; LoraError where its ending, its prefix or its layer is unknown."""
+        layer, role = _split(key)
+        if role is None:
+            raise LoraError(f"{file}: '{key}' is of no kind that can be fused (LoRA, DoRA, LoHa, LoKr, diff)")
+        prefix = max((prefix for prefix in self._prefixes if layer.startswith(prefix)), key=len, default=None)
+        if prefix is None:
+            known = ", ".join(f"'{prefix}'" for prefix in self._prefixes)
+            raise LoraError(f"{file}: '{key}' names no part of this base; its LoRAs' names start with {known}")
+        part = self._prefixes[prefix]
+        module = self._modules[part].get(layer.removeprefix(prefix).replace(".processor.", ".").replace(".", "_"))
+        if module is None:
+            raise LoraError(f"{file}: '{key}': the {part} of this base has no layer '{layer.removeprefix(prefix)}'")
+        return Place(part=part, module=module, role=role)
+
+
+def changes_text(keys: Iterable[str]) -> bool:
+    """Whether a file with these keys changes a text encoder."""
+    return any(key.startswith(("text_encoder", "lora_te")) for key in keys)
+
+
+def _split(key: str) -> tuple[str, str | None]:
+    """A key's layer, and its tensor's role there; None where the role is unknown."""
+    for endings in (_ENDINGS, _OLD_ENDINGS):
+        ending = max((ending for ending in endings if key.endswith(ending)), key=len, default=None)
+        if ending:
+            return key.removesuffix(ending), endings[ending]
+    return key, None
+
+
+def _aliases(model: nn.Module, *, is_denoiser: bool) -> Iterator[tuple[str, str]]:
+    """All names of a model's layers in diffusers' dots, each with the layer's own name; own names come last, and so win."""
+    own = [name for name, module in model.named_modules() if getattr(module, "weight", None) is not None]
+    for name in own:
+        if is_denoiser:
+            yield name.replace("to_out.0", "to_out"), name
+        else:
+            old = name
+            for now, before in (("q_proj", "to_q"), ("k_proj", "to_k"), ("v_proj", "to_v"), ("out_proj", "to_out")):
+                old = old.replace(f"self_attn.{now}", f"self_attn.{before}")
+            # transformers 5 has CLIP's layers without the level `text_model` that files speak of.
+            yield from ((f"{level}{alias}", name) for alias in (old, name) for level in ("", "text_model."))
+    if is_denoiser and hasattr(model, "down_blocks"):
+        yield from ((ldm, name) for name in own if (ldm := _ldm_name(name, _ldm_blocks(model))))
+    yield from ((name, name) for name in own)
+
+
+def _ldm_name(name: str, blocks: Mapping[str, str]) -> str | None:
+    """A UNet's layer in the names of the original code; None where it has none."""
+    if name in _LDM_ENDS:
+        return _LDM_ENDS[name]
+    block = next((block for block in blocks if name.startswith(f"{block}.")), None)
+    if block is None:
+        return None
+    rest = name.removeprefix(f"{block}.")
+    layers = next((layers for kind, layers in _LDM_LAYERS.items() if f".{kind}." in block), {})
+    return f"{blocks[block]}.{layers.get(rest, rest)}"
+
+
+def _ldm_blocks(unet: Any) -> dict[str, str]:
+    """The original code's numbers of a UNet's blocks: it counts them through, where diffusers counts by level."""
+    blocks = {"mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1"}
+    blocks["mid_block.resnets.1"] = "middle_block.2"
+    number = 1
+    for level, block in enumerate(unet.down_blocks):
+        for layer in range(len(block.resnets)):
+            blocks[f"down_blocks.{level}.resnets.{layer}"] = f"input_blocks.{number}.0"
+            blocks[f"down_blocks.{level}.attentions.{layer}"] = f"input_blocks.{number}.1"
+            number += 1
+        if getattr(block, "downsamplers", None):
+            blocks[f"down_blocks.{level}.downsamplers.0"] = f"input_blocks.{number}.0"
+            number += 1
+    number = 0
+    for level, block in enumerate(unet.up_blocks):
+        for layer in range(len(block.resnets)):
+            blocks[f"up_blocks.{level}.resnets.{layer}"] = f"output_blocks.{number}.0"
+            blocks[f"up_blocks.{level}.attentions.{layer}"] = f"output_blocks.{number}.1"
+            number += 1
+        if getattr(block, "upsamplers", None):
+            place = 2 if getattr(block, "attentions", None) else 1
+            blocks[f"up_blocks.{level}.upsamplers.0"] = f"output_blocks.{number - 1}.{place}"
+    return blocks
