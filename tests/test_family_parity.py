@@ -10,7 +10,7 @@ import pytest
 import torch
 from orders import from_image
 from PIL import Image
-from tiny import FAMILIES
+from tiny import FAMILIES, MEMBERS, MODELS
 
 from flashdiff.families import family_of, load_base
 from flashdiff.generate import generate, generate_rows, to_pixels
@@ -21,14 +21,17 @@ from flashdiff.tasks import check_order
 PROMPT = " A Red dog"
 
 
-@pytest.fixture(scope="module", params=list(FAMILIES))
+@pytest.fixture(scope="module", params=list(MODELS))
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return FAMILIES[request.param](tmp_path_factory.mktemp("families") / request.param)
+    return MODELS[request.param](tmp_path_factory.mktemp("families") / request.param)
 
 
-def test_two_guided_steps_are_those_of_the_stock_pipeline(base: Path) -> None:
+@pytest.mark.parametrize("is_guided", [True, False])
+def test_two_steps_are_those_of_the_stock_pipeline(base: Path, is_guided: bool) -> None:
     family, model = load_base(str(base))
-    assert family.name == base.name
+    assert family.name == MEMBERS.get(base.name, base.name)
+    if not is_guided:
+        model.spec = model.spec.model_copy(update={"sampler": model.spec.sampler.model_copy(update={"guidance": 1.0})})
     spec = model.spec
     order = check_order(spec, prompt=PROMPT, seed=3, steps=2)
     ((_, ours),) = generate_rows(model, [order])[0]

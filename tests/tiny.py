@@ -50,6 +50,22 @@ def make_tiny_sd15(folder: Path, *, prediction_type: str = "epsilon", seed: int 
     return folder
 
 
+def make_tiny_sd2(folder: Path) -> Path:
+    """As Stable Diffusion 2.x in 768: OpenCLIP's activation and padding, linear projections, heads of one width, velocities."""
+    torch.manual_seed(0)
+    StableDiffusionPipeline(
+        vae=_vae(4),
+        unet=_unet(use_linear_projection=True, attention_head_dim=(2, 4)),
+        text_encoder=CLIPTextModel(_clip_config(hidden_act="gelu")),
+        tokenizer=_clip_tokenizer(pad_token="!"),
+        scheduler=_diffusion_scheduler("v_prediction"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
 def make_tiny_sdxl(folder: Path, **unet: Any) -> Path:
     torch.manual_seed(0)
     StableDiffusionXLPipeline(
@@ -132,6 +148,12 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
     "sd3": make_tiny_sd3,
     "flux": make_tiny_flux,
 }
+"""By the family's name."""
+
+MEMBERS: dict[str, str] = {"sd2": "sd15"}
+"""Models of another form that are members of these families: the family of each."""
+
+MODELS: dict[str, Callable[[Path], Path]] = {**FAMILIES, "sd2": make_tiny_sd2}
 
 
 def _unet(**changes: Any) -> UNet2DConditionModel:
@@ -171,7 +193,7 @@ def _clip_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=_TOKENS, pad_token=pad_token)
 
 
-def _clip_config() -> CLIPTextConfig:
+def _clip_config(**changes: Any) -> CLIPTextConfig:
     words = 2 * len(pre_tokenizers.ByteLevel.alphabet()) + 2
     return CLIPTextConfig(
         vocab_size=words,
@@ -184,6 +206,7 @@ def _clip_config() -> CLIPTextConfig:
         bos_token_id=words - 2,
         eos_token_id=words - 1,
         pad_token_id=words - 1,
+        **changes,
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from recipes import tiny_recipe
 from safetensors.torch import load_file
-from tiny import FAMILIES
+from tiny import MODELS
 from torch import Tensor
 
 from flashdiff.distill import loop
@@ -23,9 +23,9 @@ pytestmark = pytest.mark.slow
 ALL = {"updates": 2, "mode_weights": (1, 1, 1, 1), "adversarial": 0.1, "distribution_matching": 0.3}
 
 
-@pytest.mark.parametrize("name", list(FAMILIES))
+@pytest.mark.parametrize("name", list(MODELS))
 def test_a_family_trains_resumes_publishes_and_loads(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = FAMILIES[name](tmp_path / name)
+    base = MODELS[name](tmp_path / name)
     recipe = tiny_recipe(base, phases=[ALL], learning_rate=0.05, checkpoint_every=1, lora={"rank": 2, "alpha": 4})
     distill(recipe, tmp_path / "whole")
 
