@@ -1,26 +1,31 @@
-"""The denoisers of published models, of real size and without weights: as many parameters as their authors say."""
+"""The denoisers of published models, of real size and without weights: how large they are, and what a LoRA of them reaches."""
 
+import importlib
 from typing import Any
 
 import diffusers
 import pytest
 import torch
 
-SD2: dict[str, Any] = {
-    "attention_head_dim": [5, 10, 20, 20],
-    "cross_attention_dim": 1024,
-    "sample_size": 96,
-    "use_linear_projection": True,
-}
+SD2 = {"attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024, "sample_size": 96, "use_linear_projection": True}
+PIXART_SIGMA = {"sample_size": 128, "caption_channels": 4096, "use_additional_conditions": False}
 
 
 @pytest.mark.parametrize(
-    ("network", "settings", "millions"),
+    ("family", "network", "settings", "billions", "reached"),
     [
-        pytest.param("UNet2DConditionModel", SD2, 865.9, id="sd2"),
+        pytest.param("sd15", "UNet2DConditionModel", SD2, 0.8659, 0.11, id="sd2"),
+        pytest.param("pixart_sigma", "PixArtTransformer2DModel", PIXART_SIGMA, 0.611, 0.999, id="pixart-sigma"),
     ],
 )
-def test_a_network_of_real_size_is_as_large_as_published(network: str, settings: dict[str, Any], millions: float) -> None:
+def test_a_network_is_as_large_as_published(
+    family: str, network: str, settings: dict[str, Any], billions: float, reached: float
+) -> None:
     with torch.device("meta"):
         model = getattr(diffusers, network)(**settings)
-    assert sum(parameter.numel() for parameter in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    in_file = sum(tensor.numel() for tensor in model.state_dict().values())  # authors count a table of positions
+    assert in_file / 1e9 == pytest.approx(billions, rel=0.004)
+    targets = importlib.import_module(f"flashdiff.families.{family}").FAMILY.lora_targets
+    modules = [module for name, module in model.named_modules() if any(f".{name}".endswith(f".{target}") for target in targets)]
+    assert sum(module.weight.numel() for module in modules) / parameters == pytest.approx(reached, abs=0.015)

@@ -12,6 +12,7 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
     PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
@@ -88,12 +89,12 @@ def make_tiny_sdxl(folder: Path, **unet: Any) -> Path:
     return folder
 
 
-def make_tiny_pixart(folder: Path) -> Path:
+def make_tiny_pixart(folder: Path, pipeline: Any = PixArtAlphaPipeline) -> Path:
     torch.manual_seed(0)
     transformer = PixArtTransformer2DModel(
         num_attention_heads=2, attention_head_dim=16, num_layers=2, cross_attention_dim=32, sample_size=8, caption_channels=_WIDTH
     )
-    PixArtAlphaPipeline(
+    pipeline(
         vae=_vae(4),
         transformer=_varied(transformer),
         text_encoder=_t5(),
@@ -101,6 +102,10 @@ def make_tiny_pixart(folder: Path) -> Path:
         scheduler=_diffusion_scheduler("epsilon"),
     ).save_pretrained(folder)
     return folder
+
+
+def make_tiny_pixart_sigma(folder: Path) -> Path:
+    return make_tiny_pixart(folder, PixArtSigmaPipeline)
 
 
 def make_tiny_sd3(folder: Path) -> Path:
@@ -145,6 +150,7 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
     "sd15": make_tiny_sd15,
     "sdxl": make_tiny_sdxl,
     "pixart": make_tiny_pixart,
+    "pixart-sigma": make_tiny_pixart_sigma,
     "sd3": make_tiny_sd3,
     "flux": make_tiny_flux,
 }

@@ -15,6 +15,7 @@ _FAMILIES = {
     "LatentConsistencyModelPipeline": "sd15",
     "StableDiffusionXLPipeline": "sdxl",
     "PixArtAlphaPipeline": "pixart",
+    "PixArtSigmaPipeline": "pixart_sigma",
     "StableDiffusion3Pipeline": "sd3",
     "FluxPipeline": "flux",
 }
