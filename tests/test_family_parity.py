@@ -10,7 +10,7 @@ import pytest
 import torch
 from orders import from_image
 from PIL import Image
-from tiny import FAMILIES, MEMBERS, MODELS
+from tiny import FAMILIES, MEMBERS, MODELS, open_stock
 
 from flashdiff.families import family_of, load_base
 from flashdiff.generate import generate, generate_rows, to_pixels
@@ -36,7 +36,7 @@ def test_two_steps_are_those_of_the_stock_pipeline(base: Path, is_guided: bool) 
     order = check_order(spec, prompt=PROMPT, seed=3, steps=2)
     ((_, ours),) = generate_rows(model, [order])[0]
 
-    pipeline: Any = getattr(diffusers, family.pipeline_class).from_pretrained(base)
+    pipeline = open_stock(getattr(diffusers, family.pipeline_class), base)
     pipeline.set_progress_bar_config(disable=True)
     if hasattr(pipeline.scheduler.config, "set_alpha_to_one"):
         pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, set_alpha_to_one=True)

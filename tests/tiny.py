@@ -1,5 +1,6 @@
 """Tiny random models, one a family: real members, made in a second, good for nothing but code paths."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,24 +109,30 @@ def make_tiny_pixart_sigma(folder: Path) -> Path:
     return make_tiny_pixart(folder, PixArtSigmaPipeline)
 
 
-def make_tiny_sd3(folder: Path) -> Path:
+def make_tiny_sd3(folder: Path, *, has_t5: bool = True, **settings: Any) -> Path:
+    """`settings` are those of the transformer."""
     torch.manual_seed(0)
     transformer = SD3Transformer2DModel(
         sample_size=8, in_channels=16, num_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=80,
-        caption_projection_dim=32, pooled_projection_dim=2 * _WIDTH, pos_embed_max_size=16,
+        caption_projection_dim=32, pooled_projection_dim=2 * _WIDTH, pos_embed_max_size=16, **settings,
     )  # fmt: skip
     StableDiffusion3Pipeline(
         vae=_vae(16, shift_factor=0.1),
         transformer=_varied(transformer),
         text_encoder=CLIPTextModelWithProjection(_clip_config()),
         text_encoder_2=CLIPTextModelWithProjection(_clip_config()),
-        text_encoder_3=_t5(width=80),
+        text_encoder_3=_t5(width=80) if has_t5 else None,
         tokenizer=_clip_tokenizer(),
         tokenizer_2=_clip_tokenizer(pad_token="!"),
-        tokenizer_3=_t5_tokenizer(),
+        tokenizer_3=_t5_tokenizer() if has_t5 else None,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     ).save_pretrained(folder)
     return folder
+
+
+def make_tiny_sd35(folder: Path) -> Path:
+    """As Stable Diffusion 3.5 medium: normalised queries and keys, blocks with a second attention; and no T5."""
+    return make_tiny_sd3(folder, has_t5=False, qk_norm="rms_norm", dual_attention_layers=(0,))
 
 
 def make_tiny_flux(folder: Path, *, guidance_embeds: bool = True) -> Path:
@@ -156,10 +163,16 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
 }
 """By the family's name."""
 
-MEMBERS: dict[str, str] = {"sd2": "sd15"}
+MEMBERS: dict[str, str] = {"sd2": "sd15", "sd35": "sd3"}
 """Models of another form that are members of these families: the family of each."""
 
-MODELS: dict[str, Callable[[Path], Path]] = {**FAMILIES, "sd2": make_tiny_sd2}
+MODELS: dict[str, Callable[[Path], Path]] = {**FAMILIES, "sd2": make_tiny_sd2, "sd35": make_tiny_sd35}
+
+
+def open_stock(pipeline_class: Any, base: Path) -> Any:
+    """The diffusers pipeline of a base, which must be told which parts model_index.json says are not there."""
+    index = json.loads((base / "model_index.json").read_text())
+    return pipeline_class.from_pretrained(base, **{part: None for part, kind in index.items() if kind == [None, None]})
 
 
 def _unet(**changes: Any) -> UNet2DConditionModel:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from recipes import tiny_recipe
 from safetensors.torch import load_file
-from tiny import MODELS
+from tiny import MODELS, open_stock
 from torch import Tensor
 
 from flashdiff.distill import loop
@@ -74,7 +74,7 @@ def _stock(
     pipeline_class: str, base: Path, lora: Path, model: Any, inputs: tuple[Tensor, ...], weight_name: str = WEIGHTS
 ) -> Tensor:
     """The network's output with the LoRA loaded by diffusers' own loader, unfused."""
-    pipeline = getattr(diffusers, pipeline_class).from_pretrained(base)
+    pipeline = open_stock(getattr(diffusers, pipeline_class), base)
     if hasattr(pipeline, "load_lora_weights"):
         pipeline.load_lora_weights(lora, weight_name=weight_name)
         network = pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
