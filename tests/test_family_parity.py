@@ -47,6 +47,8 @@ def test_two_steps_are_those_of_the_stock_pipeline(base: Path, is_guided: bool) 
     if family.name == "flux":
         settings["guidance_scale"] = 3.5
         latents = pipeline._pack_latents(latents, *latents.shape)
+    if family.name == "z-image":
+        settings["guidance_scale"] -= 1  # its pipeline counts it from 0
     takes = inspect.signature(pipeline.__call__).parameters
     settings |= {
         name: value for name, value in {"use_resolution_binning": False, "height": 32, "width": 32}.items() if name in takes

@@ -11,6 +11,8 @@ from tiny import MODELS, open_stock
 from flashdiff.errors import RequestError
 from flashdiff.families import load_base
 
+PROMPTS = ["A red dog", "\n two cats <|endoftext|> and much more than thirty-two tokens of text", ""]
+
 
 @pytest.fixture
 def opened(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Any]:
@@ -52,3 +54,31 @@ def test_the_text_of_sd3_with_and_without_t5(opened: Any) -> None:
     _same(ours["encoder_hidden_states"], states)
     _same(ours["pooled_projections"], pooled)
     assert ("input_ids_3" in model.spec.text_part.inputs) == (pipeline.text_encoder_3 is not None)
+
+
+@pytest.mark.parametrize("opened", ["z-image"], indirect=True)
+def test_the_text_of_z_image_is_a_turn_of_a_chat(opened: Any) -> None:
+    model, pipeline = opened
+    ours = model.encode_ids(model.tokenizer(PROMPTS))
+    stock, _ = pipeline.encode_prompt(list(PROMPTS), do_classifier_free_guidance=False)
+    for index, states in enumerate(stock):
+        is_prompt = ours["encoder_attention_mask"][index].bool()
+        _same(ours["encoder_hidden_states"][index][is_prompt], states)
+    lengths = [len(states) for states in stock]
+    assert min(lengths) <= 32 < max(lengths)
+
+
+@pytest.mark.parametrize("opened", ["z-image"], indirect=True)
+@pytest.mark.parametrize("shape", [(8, 8), (16, 8), (6, 10)])  # tokens that need padding and some that need none
+def test_the_network_of_z_image_on_prompts_of_several_lengths(opened: Any, shape: tuple[int, int]) -> None:
+    model, pipeline = opened
+    conditioning = model.encode_ids(model.tokenizer(PROMPTS))
+    latents = torch.randn(len(PROMPTS), 16, *shape, generator=torch.Generator().manual_seed(0))
+    times = torch.tensor([999, 500, 3])
+    _, sigmas = model.spec.sampler.schedule.levels(times.tolist())
+    text, _ = pipeline.encode_prompt(list(PROMPTS), do_classifier_free_guidance=False)
+    with torch.no_grad():
+        ours = model.denoiser(latents, times, *(conditioning[name] for name in model.conditioning))
+        stock = pipeline.transformer(list(latents[:, :, None]), 1 - torch.from_numpy(sigmas).float(), text, return_dict=False)[0]
+    _same(ours, -torch.stack(stock)[:, :, 0])
+    assert ours.std() > 0.01

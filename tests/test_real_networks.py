@@ -32,6 +32,7 @@ SD35_LARGE = {**SD3, "qk_norm": "rms_norm", "num_layers": 38, "num_attention_hea
         pytest.param("sd3", "SD3Transformer2DModel", SD35_MEDIUM, 2.47, 0.65, id="sd35-medium"),
         pytest.param("sd3", "SD3Transformer2DModel", SD35_LARGE, 8.15, 0.66, id="sd35-large"),
         pytest.param("flux", "FluxTransformer2DModel", {"guidance_embeds": True}, 11.9, 0.72, id="flux"),
+        pytest.param("z_image", "ZImageTransformer2DModel", {}, 6.155, 0.98, id="z-image"),
     ],
 )
 def test_a_network_is_as_large_as_published(

@@ -20,6 +20,8 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -28,6 +30,9 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     PreTrainedTokenizerFast,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
 )
@@ -153,6 +158,21 @@ def make_tiny_flux(folder: Path, *, guidance_embeds: bool = True) -> Path:
     return folder
 
 
+def make_tiny_z_image(folder: Path) -> Path:
+    torch.manual_seed(0)
+    transformer = ZImageTransformer2DModel(
+        dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=_WIDTH, axes_dims=[4, 6, 6]
+    )
+    ZImagePipeline(
+        vae=_vae(16, shift_factor=0.1),
+        transformer=_varied(transformer),
+        text_encoder=_qwen(),
+        tokenizer=_qwen_tokenizer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    ).save_pretrained(folder)
+    return folder
+
+
 FAMILIES: dict[str, Callable[[Path], Path]] = {
     "sd15": make_tiny_sd15,
     "sdxl": make_tiny_sdxl,
@@ -160,6 +180,7 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
     "pixart-sigma": make_tiny_pixart_sigma,
     "sd3": make_tiny_sd3,
     "flux": make_tiny_flux,
+    "z-image": make_tiny_z_image,
 }
 """By the family's name."""
 
@@ -240,6 +261,34 @@ def _t5_tokenizer() -> PreTrainedTokenizerFast:
 def _t5(width: int = _WIDTH) -> T5EncoderModel:
     words = len(pre_tokenizers.ByteLevel.alphabet()) + 2
     return T5EncoderModel(T5Config(vocab_size=words, d_model=width, d_kv=8, d_ff=64, num_layers=2, num_heads=4))
+
+
+def _qwen_tokenizer() -> Qwen2Tokenizer:
+    words = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Qwen2Tokenizer(vocab={word: index for index, word in enumerate(words)}, merges=[])
+    tokenizer.add_special_tokens({"additional_special_tokens": words[1:3]})
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n"
+        "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+    )
+    return tokenizer
+
+
+def _qwen() -> Qwen3Model:
+    words = len(pre_tokenizers.ByteLevel.alphabet()) + 3
+    return Qwen3Model(
+        Qwen3Config(
+            vocab_size=words,
+            hidden_size=_WIDTH,
+            intermediate_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            max_position_embeddings=1024,
+        )
+    )
 
 
 def _varied(transformer: torch.nn.Module) -> Any:

@@ -18,6 +18,7 @@ _FAMILIES = {
     "PixArtSigmaPipeline": "pixart_sigma",
     "StableDiffusion3Pipeline": "sd3",
     "FluxPipeline": "flux",
+    "ZImagePipeline": "z_image",
 }
 _ZOO = Path(__file__).parent.parent / "zoo"
 

@@ -78,6 +78,11 @@ def _stock(
     if hasattr(pipeline, "load_lora_weights"):
         pipeline.load_lora_weights(lora, weight_name=weight_name)
         network = pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
+        if type(model.network).__name__ == "_Transformer":  # ours has another forward over the same weights
+            pipeline.fuse_lora()
+            pipeline.unload_lora_weights()
+            model.network.load_state_dict(network.state_dict())
+            network = model.network
         setattr(model.denoiser, "unet" if hasattr(pipeline, "unet") else "transformer", network)
     else:  # PixArt's pipeline has no loader; the mixin's own reads the same file
         model.network.load_lora_adapter(lora, weight_name=WEIGHTS, prefix="transformer")
