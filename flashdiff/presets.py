@@ -211,5 +211,14 @@ PRESETS: dict[str, Preset] = {
             spacing="linspace",
             steps=4,
         ),
+        Preset(
+            name="z-image-turbo",
+            family="z-image",
+            source=f"{_HUB}/Tongyi-MAI/Z-Image-Turbo",
+            pattern=r"z-image-turbo",
+            sampler="flow-euler",
+            spacing="trailing",
+            steps=8,
+        ),
     )
 }

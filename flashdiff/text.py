@@ -19,6 +19,9 @@ class TokenizerSpec(Record):
     length: int = Field(ge=3, le=2**16)
     """Tokens, end marks included."""
     pad_id: int = Field(ge=0, lt=2**31)
+    before: str = Field("", max_length=1000)
+    """Text in front of every prompt, which a chat template puts there."""
+    after: str = Field("", max_length=1000)
 
 
 class PromptTokenizer:
@@ -43,7 +46,7 @@ class PromptTokenizer:
         tokenizer = self._tokenizers[spec.name]
         for prompt, row in zip(prompts, ids, strict=True):  # one by one: `encode_batch` wakes threads, which costs a prompt more
             try:
-                tokens = tokenizer.encode(prompt).ids
+                tokens = tokenizer.encode(spec.before + prompt + spec.after).ids
             except Exception as error:  # a tokenizer.json may ask for what it cannot do
                 raise RequestError("prompt", prompt, f"the tokenizer of {spec.name} fails on it: {first_line(error)}") from None
             if len(tokens) > spec.length:

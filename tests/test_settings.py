@@ -24,6 +24,8 @@ FILES = {
     "pixart": ["transformer", "vae", "text_encoder"],
     "sd3": ["transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"],
     "flux": ["transformer", "vae", "text_encoder", "text_encoder_2"],
+    "pixart-sigma": ["transformer", "vae", "text_encoder"],
+    "z-image": ["transformer", "vae", "text_encoder"],
 }
 PATHS = [
     (family, path)

@@ -1,5 +1,6 @@
 """Tiny random models, one a family: real members, made in a second, good for nothing but code paths."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,15 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
     PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -26,6 +30,9 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     PreTrainedTokenizerFast,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
 )
@@ -43,6 +50,22 @@ def make_tiny_sd15(folder: Path, *, prediction_type: str = "epsilon", seed: int 
         text_encoder=CLIPTextModel(_clip_config()),
         tokenizer=_clip_tokenizer(),
         scheduler=_diffusion_scheduler(prediction_type),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+def make_tiny_sd2(folder: Path) -> Path:
+    """As Stable Diffusion 2.x in 768: OpenCLIP's activation and padding, linear projections, heads of one width, velocities."""
+    torch.manual_seed(0)
+    StableDiffusionPipeline(
+        vae=_vae(4),
+        unet=_unet(use_linear_projection=True, attention_head_dim=(2, 4)),
+        text_encoder=CLIPTextModel(_clip_config(hidden_act="gelu")),
+        tokenizer=_clip_tokenizer(pad_token="!"),
+        scheduler=_diffusion_scheduler("v_prediction"),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -72,12 +95,12 @@ def make_tiny_sdxl(folder: Path, **unet: Any) -> Path:
     return folder
 
 
-def make_tiny_pixart(folder: Path) -> Path:
+def make_tiny_pixart(folder: Path, pipeline: Any = PixArtAlphaPipeline) -> Path:
     torch.manual_seed(0)
     transformer = PixArtTransformer2DModel(
         num_attention_heads=2, attention_head_dim=16, num_layers=2, cross_attention_dim=32, sample_size=8, caption_channels=_WIDTH
     )
-    PixArtAlphaPipeline(
+    pipeline(
         vae=_vae(4),
         transformer=_varied(transformer),
         text_encoder=_t5(),
@@ -87,24 +110,34 @@ def make_tiny_pixart(folder: Path) -> Path:
     return folder
 
 
-def make_tiny_sd3(folder: Path) -> Path:
+def make_tiny_pixart_sigma(folder: Path) -> Path:
+    return make_tiny_pixart(folder, PixArtSigmaPipeline)
+
+
+def make_tiny_sd3(folder: Path, *, has_t5: bool = True, **settings: Any) -> Path:
+    """`settings` are those of the transformer."""
     torch.manual_seed(0)
     transformer = SD3Transformer2DModel(
         sample_size=8, in_channels=16, num_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=80,
-        caption_projection_dim=32, pooled_projection_dim=2 * _WIDTH, pos_embed_max_size=16,
+        caption_projection_dim=32, pooled_projection_dim=2 * _WIDTH, pos_embed_max_size=16, **settings,
     )  # fmt: skip
     StableDiffusion3Pipeline(
         vae=_vae(16, shift_factor=0.1),
         transformer=_varied(transformer),
         text_encoder=CLIPTextModelWithProjection(_clip_config()),
         text_encoder_2=CLIPTextModelWithProjection(_clip_config()),
-        text_encoder_3=_t5(width=80),
+        text_encoder_3=_t5(width=80) if has_t5 else None,
         tokenizer=_clip_tokenizer(),
         tokenizer_2=_clip_tokenizer(pad_token="!"),
-        tokenizer_3=_t5_tokenizer(),
+        tokenizer_3=_t5_tokenizer() if has_t5 else None,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     ).save_pretrained(folder)
     return folder
+
+
+def make_tiny_sd35(folder: Path) -> Path:
+    """As Stable Diffusion 3.5 medium: normalised queries and keys, blocks with a second attention; and no T5."""
+    return make_tiny_sd3(folder, has_t5=False, qk_norm="rms_norm", dual_attention_layers=(0,))
 
 
 def make_tiny_flux(folder: Path, *, guidance_embeds: bool = True) -> Path:
@@ -125,13 +158,42 @@ def make_tiny_flux(folder: Path, *, guidance_embeds: bool = True) -> Path:
     return folder
 
 
+def make_tiny_z_image(folder: Path) -> Path:
+    torch.manual_seed(0)
+    transformer = ZImageTransformer2DModel(
+        dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=_WIDTH, axes_dims=[4, 6, 6]
+    )
+    ZImagePipeline(
+        vae=_vae(16, shift_factor=0.1),
+        transformer=_varied(transformer),
+        text_encoder=_qwen(),
+        tokenizer=_qwen_tokenizer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    ).save_pretrained(folder)
+    return folder
+
+
 FAMILIES: dict[str, Callable[[Path], Path]] = {
     "sd15": make_tiny_sd15,
     "sdxl": make_tiny_sdxl,
     "pixart": make_tiny_pixart,
+    "pixart-sigma": make_tiny_pixart_sigma,
     "sd3": make_tiny_sd3,
     "flux": make_tiny_flux,
+    "z-image": make_tiny_z_image,
 }
+"""By the family's name."""
+
+MEMBERS: dict[str, str] = {"sd2": "sd15", "sd35": "sd3"}
+"""Models of another form that are members of these families: the family of each."""
+
+MODELS: dict[str, Callable[[Path], Path]] = {**FAMILIES, "sd2": make_tiny_sd2, "sd35": make_tiny_sd35}
+
+
+def open_stock(pipeline_class: Any, base: Path) -> Any:
+    """The diffusers pipeline of a base, which must be told which parts model_index.json says are not there."""
+    index = json.loads((base / "model_index.json").read_text())
+    return pipeline_class.from_pretrained(base, **{part: None for part, kind in index.items() if kind == [None, None]})
 
 
 def _unet(**changes: Any) -> UNet2DConditionModel:
@@ -171,7 +233,7 @@ def _clip_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=_TOKENS, pad_token=pad_token)
 
 
-def _clip_config() -> CLIPTextConfig:
+def _clip_config(**changes: Any) -> CLIPTextConfig:
     words = 2 * len(pre_tokenizers.ByteLevel.alphabet()) + 2
     return CLIPTextConfig(
         vocab_size=words,
@@ -184,6 +246,7 @@ def _clip_config() -> CLIPTextConfig:
         bos_token_id=words - 2,
         eos_token_id=words - 1,
         pad_token_id=words - 1,
+        **changes,
     )
 
 
@@ -198,6 +261,34 @@ def _t5_tokenizer() -> PreTrainedTokenizerFast:
 def _t5(width: int = _WIDTH) -> T5EncoderModel:
     words = len(pre_tokenizers.ByteLevel.alphabet()) + 2
     return T5EncoderModel(T5Config(vocab_size=words, d_model=width, d_kv=8, d_ff=64, num_layers=2, num_heads=4))
+
+
+def _qwen_tokenizer() -> Qwen2Tokenizer:
+    words = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Qwen2Tokenizer(vocab={word: index for index, word in enumerate(words)}, merges=[])
+    tokenizer.add_special_tokens({"additional_special_tokens": words[1:3]})
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n"
+        "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+    )
+    return tokenizer
+
+
+def _qwen() -> Qwen3Model:
+    words = len(pre_tokenizers.ByteLevel.alphabet()) + 3
+    return Qwen3Model(
+        Qwen3Config(
+            vocab_size=words,
+            hidden_size=_WIDTH,
+            intermediate_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            max_position_embeddings=1024,
+        )
+    )
 
 
 def _varied(transformer: torch.nn.Module) -> Any:

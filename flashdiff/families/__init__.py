@@ -15,8 +15,10 @@ _FAMILIES = {
     "LatentConsistencyModelPipeline": "sd15",
     "StableDiffusionXLPipeline": "sdxl",
     "PixArtAlphaPipeline": "pixart",
+    "PixArtSigmaPipeline": "pixart_sigma",
     "StableDiffusion3Pipeline": "sd3",
     "FluxPipeline": "flux",
+    "ZImagePipeline": "z_image",
 }
 _ZOO = Path(__file__).parent.parent / "zoo"
 

@@ -128,7 +128,11 @@ FAMILY = ModelFamily(
     name="flux",
     pipeline_class="FluxPipeline",
     conditioning=("encoder_hidden_states", "pooled_projections", GUIDANCE),
-    lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
+    lora_targets=(
+        *("to_q", "to_k", "to_v", "to_out.0"),
+        *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+        *("net.0.proj", "net.2", "proj_mlp", "proj_out"),
+    ),
     feature_tap=lambda transformer: transformer.transformer_blocks[len(transformer.transformer_blocks) // 2],
     lora_prefix="transformer",
     float32_inputs=(GUIDANCE,),

@@ -99,8 +99,9 @@ def spec_of(
             f"and the family {family.name} has no condition that adds channels; models for inpainting, super-resolution and "
             "edits are not supported"
         )
-    configs = {part: read_config(folder, part) for part in family.networks}
-    configs |= {"scheduler": scheduler_config(folder), ".": read_config(folder, ".", "model_index.json")}
+    index = read_config(folder, ".", "model_index.json")
+    there = [part for part in family.networks if index.get(part) != [None, None]]  # SD3 may do without T5
+    configs = {part: read_config(folder, part) for part in there} | {"scheduler": scheduler_config(folder), ".": index}
     check_settings(folder, family, configs)
     return ModelSpec(
         name=folder.resolve().name,

@@ -1,4 +1,4 @@
-"""PixArt-alpha: a T5 with a mask, a transformer with cross-attention that also predicts a variance nobody needs here."""
+"""PixArt-alpha: a T5 with a mask, and a transformer with cross-attention that also predicts a variance, which is dropped."""
 
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,11 @@ from flashdiff.families.loading import (
 from flashdiff.families.settings import UNSHIFTED_VAE
 from flashdiff.schedule import NoiseSchedule
 
-_T5_TOKENS = 120
-_LARGE = 128  # latents of the size at which the network is told resolution and proportions
+_LORA_TARGETS = (
+    *("to_q", "to_k", "to_v", "to_out.0"),
+    *("proj_in", "proj_out", "net.0.proj", "net.2", "proj"),
+    *("linear", "linear_1", "linear_2"),
+)
 
 
 class _Transformer(PixArtTransformer2DModel, PeftAdapterMixin):
@@ -49,7 +52,7 @@ class _Denoiser(nn.Module):
     def forward(self, latents: Tensor, times: Tensor, encoder_hidden_states: Tensor, encoder_attention_mask: Tensor) -> Tensor:
         batch, channels, rows, columns = latents.shape
         added: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
-        if self.transformer.config.sample_size == _LARGE:
+        if self.transformer.use_additional_conditions:  # alpha's at 1024 pixels, and never Sigma's
             height, width = rows * self.factor, columns * self.factor
             resolution = torch.tensor([[height, width]], dtype=latents.dtype, device=latents.device)
             proportions = torch.tensor([[height / width]], dtype=latents.dtype, device=latents.device)
@@ -63,20 +66,6 @@ class _Denoiser(nn.Module):
             return_dict=False,
         )[0]
         return output[:, :channels]  # the rest is the variance
-
-
-@named_gaps
-def _read_spec(folder: Path) -> ModelSpec:
-    transformer = read_config(folder, "transformer")
-    return spec_of(
-        folder,
-        FAMILY,
-        prediction="epsilon",
-        schedule=NoiseSchedule.from_scheduler_config(scheduler_config(folder), source=f"{folder}/scheduler"),
-        network_channels=transformer["in_channels"],
-        latent_side=transformer["sample_size"],
-        tokenizers=(tokenizer_spec(folder, "tokenizer", "input_ids", _T5_TOKENS),),
-    )
 
 
 def _load(folder: Path, spec: ModelSpec) -> TorchModel:
@@ -99,37 +88,44 @@ def _load(folder: Path, spec: ModelSpec) -> TorchModel:
     )
 
 
-FAMILY = ModelFamily(
-    name="pixart",
-    pipeline_class="PixArtAlphaPipeline",
-    conditioning=("encoder_hidden_states", "encoder_attention_mask"),
-    lora_targets=(
-        "to_q",
-        "to_k",
-        "to_v",
-        "to_out.0",
-        "proj_in",
-        "proj_out",
-        "net.0.proj",
-        "net.2",
-        "proj",
-        "linear",
-        "linear_1",
-        "linear_2",
-    ),
-    feature_tap=lambda transformer: transformer.transformer_blocks[len(transformer.transformer_blocks) // 2],
-    lora_prefix="transformer",
-    fixed_size=True,
-    size_step=lambda transformer: int(transformer["patch_size"]),
-    lora_writer="StableDiffusion3Pipeline",  # the same file layout; PixArt's own pipeline has no writer
-    default_guidance=4.5,
-    default_steps=20,
-    networks={
-        "transformer": dict.fromkeys(("PixArtTransformer2DModel", "Transformer2DModel"), "PixArtTransformer2DModel"),
-        "vae": {"AutoencoderKL": "AutoencoderKL"},
-        "text_encoder": "T5Config",
-    },
-    fixed={"vae": UNSHIFTED_VAE},
-    read_spec=_read_spec,
-    load=_load,
-)
+def pixart_family(name: str, pipeline_class: str, *, tokens: int) -> ModelFamily:
+    """A family of PixArt's form, whose pipeline reads so many tokens of a prompt."""
+
+    @named_gaps
+    def read_spec(folder: Path) -> ModelSpec:
+        transformer = read_config(folder, "transformer")
+        return spec_of(
+            folder,
+            family,
+            prediction="epsilon",
+            schedule=NoiseSchedule.from_scheduler_config(scheduler_config(folder), source=f"{folder}/scheduler"),
+            network_channels=transformer["in_channels"],
+            latent_side=transformer["sample_size"],
+            tokenizers=(tokenizer_spec(folder, "tokenizer", "input_ids", tokens),),
+        )
+
+    family = ModelFamily(
+        name=name,
+        pipeline_class=pipeline_class,
+        conditioning=("encoder_hidden_states", "encoder_attention_mask"),
+        lora_targets=_LORA_TARGETS,
+        feature_tap=lambda transformer: transformer.transformer_blocks[len(transformer.transformer_blocks) // 2],
+        lora_prefix="transformer",
+        fixed_size=True,
+        size_step=lambda transformer: int(transformer["patch_size"]),
+        lora_writer="StableDiffusion3Pipeline",  # the same file layout; PixArt's own pipeline has no writer
+        default_guidance=4.5,
+        default_steps=20,
+        networks={
+            "transformer": dict.fromkeys(("PixArtTransformer2DModel", "Transformer2DModel"), "PixArtTransformer2DModel"),
+            "vae": {"AutoencoderKL": "AutoencoderKL"},
+            "text_encoder": "T5Config",
+        },
+        fixed={"vae": UNSHIFTED_VAE},
+        read_spec=read_spec,
+        load=_load,
+    )
+    return family
+
+
+FAMILY = pixart_family("pixart", "PixArtAlphaPipeline", tokens=120)

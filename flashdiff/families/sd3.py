@@ -1,4 +1,4 @@
-"""Stable Diffusion 3: two CLIP text encoders and a T5, a transformer over text and image together, rectified flow."""
+"""Stable Diffusion 3 and 3.5: two CLIP text encoders and a T5 or none, a transformer over text and image, rectified flow."""
 
 from pathlib import Path
 from typing import Any
@@ -27,17 +27,31 @@ _T5_TOKENS = 256
 class _TextEncoder(nn.Module):
     """CLIP states side by side, padded to T5's width and followed by T5's; and both CLIPs' projections."""
 
-    def __init__(self, first: Any, second: Any, third: Any) -> None:
+    def __init__(self, first: Any, second: Any, width: int) -> None:
         super().__init__()
-        self.first, self.second, self.third = first, second, third
+        self.first, self.second, self.width = first, second, width
 
-    def forward(self, input_ids: Tensor, input_ids_2: Tensor, input_ids_3: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, input_ids: Tensor, input_ids_2: Tensor) -> tuple[Tensor, Tensor]:
+        """For a base without T5, whose states the stock pipeline replaces by zeros."""
+        zeros = torch.zeros(input_ids.shape[0], _T5_TOKENS, self.width, device=input_ids.device)
+        return self._joined(input_ids, input_ids_2, zeros)
+
+    def _joined(self, input_ids: Tensor, input_ids_2: Tensor, long: Tensor) -> tuple[Tensor, Tensor]:
         first = self.first(input_ids, output_hidden_states=True)
         second = self.second(input_ids_2, output_hidden_states=True)
-        long = self.third(input_ids_3)[0]
         clip = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
-        clip = nn.functional.pad(clip, (0, long.shape[-1] - clip.shape[-1]))
-        return torch.cat([clip, long], dim=1), torch.cat([first.text_embeds, second.text_embeds], dim=-1)
+        clip = nn.functional.pad(clip, (0, self.width - clip.shape[-1]))
+        pooled = torch.cat([first.text_embeds, second.text_embeds], dim=-1)
+        return torch.cat([clip, long.to(clip.dtype)], dim=1), pooled
+
+
+class _TextEncoderWithT5(_TextEncoder):
+    def __init__(self, first: Any, second: Any, width: int, third: Any) -> None:
+        super().__init__(first, second, width)
+        self.third = third
+
+    def forward(self, input_ids: Tensor, input_ids_2: Tensor, input_ids_3: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return self._joined(input_ids, input_ids_2, self.third(input_ids_3)[0])
 
 
 class _Denoiser(nn.Module):
@@ -59,6 +73,11 @@ class _Denoiser(nn.Module):
         return output
 
 
+def _has_t5(folder: Path) -> bool:
+    """Whether model_index.json names a third text encoder; `[null, null]` says that there is none."""
+    return any(read_config(folder, ".", "model_index.json").get("text_encoder_3") or ())
+
+
 @named_gaps
 def _read_spec(folder: Path) -> ModelSpec:
     transformer = read_config(folder, "transformer")
@@ -75,7 +94,7 @@ def _read_spec(folder: Path) -> ModelSpec:
         tokenizers=(
             tokenizer_spec(folder, "tokenizer", "input_ids"),
             tokenizer_spec(folder, "tokenizer_2", "input_ids_2"),
-            tokenizer_spec(folder, "tokenizer_3", "input_ids_3", _T5_TOKENS),
+            *([tokenizer_spec(folder, "tokenizer_3", "input_ids_3", _T5_TOKENS)] if _has_t5(folder) else []),
         ),
     )
 
@@ -87,25 +106,25 @@ def _load(folder: Path, spec: ModelSpec) -> TorchModel:
     vae = load_part(folder, "vae", diffusers.AutoencoderKL)
     transformer = load_part(folder, "transformer", diffusers.SD3Transformer2DModel)
     first, second = (load_part(folder, part, CLIPTextModelWithProjection) for part in ("text_encoder", "text_encoder_2"))
-    third = load_part(folder, "text_encoder_3", T5EncoderModel)
+    weights = {"vae": vae, "transformer": transformer, "text_encoder": first, "text_encoder_2": second}
+    width = transformer.config.joint_attention_dim
+    if _has_t5(folder):
+        weights["text_encoder_3"] = load_part(folder, "text_encoder_3", T5EncoderModel)
+        text_encoder: _TextEncoder = _TextEncoderWithT5(first, second, width, weights["text_encoder_3"])
+    else:
+        text_encoder = _TextEncoder(first, second, width)
     parts = {"input_ids": "tokenizer", "input_ids_2": "tokenizer_2", "input_ids_3": "tokenizer_3"}
     assert isinstance(spec.sampler.schedule, FlowSchedule)
     return TorchModel(
         spec=spec,
         folder=folder,
         tokenizer=load_tokenizers(folder, parts, spec.tokenizers),
-        text_encoder=_TextEncoder(first, second, third).eval(),
+        text_encoder=text_encoder.eval(),
         denoiser=_Denoiser(transformer, spec.sampler.schedule).eval(),
         encoder=Encoder(vae).eval(),
         decoder=Decoder(vae).eval(),
         network=transformer,
-        weights={
-            "vae": vae,
-            "transformer": transformer,
-            "text_encoder": first,
-            "text_encoder_2": second,
-            "text_encoder_3": third,
-        },
+        weights=weights,
     )
 
 
@@ -113,7 +132,11 @@ FAMILY = ModelFamily(
     name="sd3",
     pipeline_class="StableDiffusion3Pipeline",
     conditioning=("encoder_hidden_states", "pooled_projections"),
-    lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
+    lora_targets=(
+        *("to_q", "to_k", "to_v", "to_out.0"),
+        *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+        *("net.0.proj", "net.2"),
+    ),
     feature_tap=lambda transformer: transformer.transformer_blocks[len(transformer.transformer_blocks) // 2],
     lora_prefix="transformer",
     size_step=lambda transformer: int(transformer["patch_size"]),

@@ -74,8 +74,10 @@ _TRANSFORMERS = {
 
 
 def check_settings(folder: Path, family: "ModelFamily", configs: Mapping[str, Mapping[str, Any]]) -> None:
-    """ModelError for the first setting of these configurations, by file, that nothing reads or that has another meaning here."""
+    """ModelError for the first setting of these files, by folder, that nothing reads or that has another meaning here."""
     for part, classes in family.networks.items():
+        if part not in configs:
+            continue
         path, config = f"{folder}/{part}/config.json", configs[part]
         if isinstance(classes, str):
             known = _TRANSFORMERS | _OWN | _config_names(classes)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from recipes import tiny_recipe
 from safetensors.torch import load_file
-from tiny import FAMILIES
+from tiny import MODELS, open_stock
 from torch import Tensor
 
 from flashdiff.distill import loop
@@ -23,9 +23,9 @@ pytestmark = pytest.mark.slow
 ALL = {"updates": 2, "mode_weights": (1, 1, 1, 1), "adversarial": 0.1, "distribution_matching": 0.3}
 
 
-@pytest.mark.parametrize("name", list(FAMILIES))
+@pytest.mark.parametrize("name", list(MODELS))
 def test_a_family_trains_resumes_publishes_and_loads(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = FAMILIES[name](tmp_path / name)
+    base = MODELS[name](tmp_path / name)
     recipe = tiny_recipe(base, phases=[ALL], learning_rate=0.05, checkpoint_every=1, lora={"rank": 2, "alpha": 4})
     distill(recipe, tmp_path / "whole")
 
@@ -74,10 +74,15 @@ def _stock(
     pipeline_class: str, base: Path, lora: Path, model: Any, inputs: tuple[Tensor, ...], weight_name: str = WEIGHTS
 ) -> Tensor:
     """The network's output with the LoRA loaded by diffusers' own loader, unfused."""
-    pipeline = getattr(diffusers, pipeline_class).from_pretrained(base)
+    pipeline = open_stock(getattr(diffusers, pipeline_class), base)
     if hasattr(pipeline, "load_lora_weights"):
         pipeline.load_lora_weights(lora, weight_name=weight_name)
         network = pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
+        if type(model.network).__name__ == "_Transformer":  # ours has another forward over the same weights
+            pipeline.fuse_lora()
+            pipeline.unload_lora_weights()
+            model.network.load_state_dict(network.state_dict())
+            network = model.network
         setattr(model.denoiser, "unet" if hasattr(pipeline, "unet") else "transformer", network)
     else:  # PixArt's pipeline has no loader; the mixin's own reads the same file
         model.network.load_lora_adapter(lora, weight_name=WEIGHTS, prefix="transformer")

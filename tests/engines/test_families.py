@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from tiny import FAMILIES
+from tiny import FAMILIES, MODELS
 from torch import Tensor, nn
 
 from flashdiff.components import Size
@@ -33,7 +33,7 @@ Build = Callable[[str, BackendName], Path]
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODELS)
 def test_every_family_is_built_and_passes_the_gate(family: str, backend: BackendName, family_bundle: Build) -> None:
     engine = open_bundle(family_bundle(family, backend))
     assert engine.manifest.rows_are_exact
@@ -145,10 +145,10 @@ def test_a_size_that_the_family_cannot_do_is_refused(family: str, size: Size, me
 
 @pytest.mark.parametrize(
     ("family", "backend", "precision"),
-    [*((family, "torch", "bf16") for family in FAMILIES), ("sd15", "torch", "fp16"), ("sd15", "onnxruntime", "fp16")],
+    [*((family, "torch", "bf16") for family in MODELS), ("sd15", "torch", "fp16"), ("sd15", "onnxruntime", "fp16")],
 )
 def test_lower_precisions_pass_a_gate_of_their_own(family: str, tmp_path: Path, backend: BackendName, precision: str) -> None:
-    base = FAMILIES[family](tmp_path / family)
+    base = MODELS[family](tmp_path / family)
     options = BuildOptions(base=str(base), out=tmp_path / "bundle", backend=backend, precision=precision, batch_sizes=(2, 4))
     manifest = build_engine(options, print)
     assert 1e-4 < manifest.max_error["denoiser"] <= manifest.max_error_allowed["denoiser"]  # not float32 in disguise
