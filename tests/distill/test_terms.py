@@ -103,9 +103,9 @@ def test_a_registered_loss_trains_and_is_in_the_log_the_checkpoint_the_dry_run_a
     lines = "\n".join(dry_run(recipe))
     assert "centre 1 parameters" in lines
     # The student's 3 and the 5 of the opponent; then the 7 of the loss too.
-    assert "0 to 1: distillation 1; per sample and update 5.0 evaluations of the teacher's ODE, 8 forward passes" in lines
+    assert "0 to 1: distillation 1; per sample and update 5.0 evaluations of the teacher's ODE, 8 other forward passes" in lines
     assert "1 to 2: distillation 1, latent centring 0.5; per sample" in lines
-    assert "ODE, 15 forward passes" in lines
+    assert "ODE, 15 other forward passes" in lines
 
     distill(recipe, out)
     first, second = (json.loads(line) for line in (out / "training" / "log.jsonl").read_text().splitlines())
