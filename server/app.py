@@ -28,6 +28,7 @@ from flashdiff.server.auth import Tokens, server_credentials
 from flashdiff.server.calls import Calls
 from flashdiff.server.connections import close_excess, raise_file_limit
 from flashdiff.server.gate import Gate
+from flashdiff.server.log import hide_lost_replies
 from flashdiff.server.metrics import Metrics
 from flashdiff.server.models import Models
 from flashdiff.server.names import LOOPBACK
@@ -143,6 +144,7 @@ class Server:
 async def start(models: Models, listen: Listen, worker: type[Worker] = Worker) -> Server:
     """A server that answers; ConfigError when it cannot listen there."""
     _check_aliases(models, listen.aliases)
+    hide_lost_replies()
     host, port = listen.host, listen.port
     for option, wanted in (("--port", port), ("--http-port", listen.http_port)):
         if wanted is not None:

@@ -59,3 +59,15 @@ def queued_log() -> Iterator[QueuedLog]:
     finally:
         log.flush_within()
         root.handlers[:] = handlers
+
+
+def hide_lost_replies() -> None:
+    """Drop gRPC's tracebacks of replies that found no call any more.
+
+    It writes one when a client leaves, or its deadline passes, at the very moment at which its reply or status is sent.
+    """
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_is_no_lost_reply)
+
+
+def _is_no_lost_reply(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("ExecuteBatchError raised in core")

@@ -56,7 +56,9 @@ def test_a_dry_run_counts_what_other_targets_and_inputs_cost(tiny_base: Path) ->
     )
     assert "2.0 evaluations of the teacher's ODE, 7 other forward passes" in lines  # student, its answer as target, the features
     lines = "\n".join(dry_run(tiny_recipe(tiny_base, phases=[{**one_phase[0], "backward_simulation": 0.5}])))
-    assert "2.2 evaluations of the teacher's ODE, 4 other forward passes" in lines  # mostly the last mode: two of three earlier steps
+    assert (
+        "2.2 evaluations of the teacher's ODE, 4 other forward passes" in lines
+    )  # mostly the last mode: two of three earlier steps
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))
