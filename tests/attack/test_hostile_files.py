@@ -15,7 +15,8 @@ from flashdiff.engines.bundle import MANIFEST, SCHEMA_VERSION, parse_manifest
 from flashdiff.errors import BundleError, ConfigError
 from flashdiff.lora import FLASH, WEIGHTS
 
-pytestmark = pytest.mark.timeout(300)  # a guard: a pipe that is opened waits for ever
+# The limit is a guard: a pipe that is opened waits for ever.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ def _instants(act: str, folder: Path, *more: str) -> int:
     return int(ended.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["exchange", "two-renames"])
 def test_a_bundle_that_is_replaced(student_bundle: Path, tmp_path: Path, way: str) -> None:
     shutil.copytree(student_bundle, tmp_path / "one")

@@ -90,6 +90,7 @@ def test_a_killed_run_goes_on_and_equals_the_unbroken_one(
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
 
 
+@pytest.mark.slow
 def test_the_same_command_goes_on_after_a_kill_at_any_moment(tiny_base: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(f"""

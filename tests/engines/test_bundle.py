@@ -249,6 +249,7 @@ def test_every_planted_fault_is_refused(
         verify(run_reference(model, parts_of(family, model), faulty.manifest.batch_sizes), faulty)
 
 
+@pytest.mark.slow
 def test_a_student_in_half_precision_looks_its_times_up_in_onnx_too(tiny_base: Path, flash_lora: Path, tmp_path: Path) -> None:
     build_engine(
         BuildOptions(
