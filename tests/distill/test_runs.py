@@ -2,6 +2,7 @@
 
 import errno
 import itertools
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -64,9 +65,9 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tiny_base: Path, tmp_path: 
     recipe = tiny_recipe(tiny_base, checkpoint_every=2, batch_size=1)
     save = torch.save
 
-    def full_at_the_second(state: Any, path: Path) -> None:
-        save(state, path)
-        if "000004" in path.name:
+    def full_at_the_second(state: Any, file: Any) -> None:
+        save(state, file)
+        if "000004" in os.readlink(f"/proc/self/fd/{file.fileno()}"):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoint.torch, "save", full_at_the_second)
