@@ -203,12 +203,16 @@ def _exports(form: GraphForm, family: ModelFamily, inputs: BuildInputs, on_text:
         denoiser: loras,
         inputs.model.text_part.name: [lora for lora, is_on_text in zip(loras, on_text, strict=True) if is_on_text],
     }
+    # Two families may read the same weights, with prompts of another length.
+    form_of_model = {"family", "latent_channels", "latent_factor", "tokenizers", "parts", "conditions"}
+    structure = inputs.model.model_dump(mode="json", include=form_of_model)
     for part in (spec.name for spec in inputs.model.parts):
         is_fixed = part == denoiser and family.fixed_size
         for size in inputs.sizes if is_fixed else (None,):
             deciding = {
                 "part": part,
                 "base": inputs.base_hash,
+                "model": structure,
                 "loras": changing.get(part, []),
                 "form": form.file,
                 "precision": inputs.precision,

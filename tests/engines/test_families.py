@@ -153,3 +153,15 @@ def test_lower_precisions_pass_a_gate_of_their_own(family: str, tmp_path: Path, 
     manifest = build_engine(options, print)
     assert 1e-4 < manifest.max_error["denoiser"] <= manifest.max_error_allowed["denoiser"]  # not float32 in disguise
     assert {tensor.dtype for part in manifest.parts.values() for tensor in part.outputs} == {"float32"}
+
+
+def test_families_that_share_weights_share_no_graph(tmp_path: Path) -> None:
+    """PixArt-Sigma's text encoder reads 300 tokens, PixArt-Alpha's with the same weights 120."""
+    keys = [
+        {
+            export.key
+            for export in plan_build(BuildOptions(base=str(FAMILIES[name](tmp_path / name)), out=tmp_path / "out")).exports
+        }
+        for name in ("pixart", "pixart-sigma")
+    ]
+    assert keys[0].isdisjoint(keys[1])
