@@ -117,9 +117,10 @@ def read_flash_info(lora: Path) -> FlashInfo | None:
     LoraError when it cannot be read.
     """
     file = _flash_file(lora)
+    source = str(file)
     try:
         if file.exists():
-            source, values = str(file), read_json(file)
+            values = read_json(file)
         elif _weights_file(lora).is_file() and (found := read_metadata(lora).get(_METADATA)) is not None:
             source, values = f"{_weights_file(lora)}: its metadata '{_METADATA}'", parse_json(found)
         else:
@@ -128,7 +129,7 @@ def read_flash_info(lora: Path) -> FlashInfo | None:
     except OSError as error:
         raise LoraError(f"{file}: cannot read: {error.strerror}") from None
     except (ValueError, ConfigError) as error:
-        raise LoraError(f"{lora} is damaged: {error}") from None
+        raise LoraError(f"{source} is damaged: {error}") from None
 
 
 def read_metadata(lora: Path) -> dict[str, str]:
