@@ -77,11 +77,9 @@ def export(target: Path, vae: Any, unet: Any, text_encoder: Any, tokenizer: Any)
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     scheduler = DDIMScheduler(
-        **SCHEDULE.model_dump(),
+        **SCHEDULE.model_copy(update={"set_alpha_to_one": False, "steps_offset": 1}).model_dump(),
         prediction_type="v_prediction",
         clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
         timestep_spacing="trailing",
     )
     pipeline: Any = StableDiffusionPipeline(
