@@ -53,10 +53,10 @@ def describe_sampler(model: ModelSpec) -> str:
         "eta": f"{sampler.eta:g}" if "eta" in kind.settings else None,
         "original steps": sampler.original_steps if "original_steps" in kind.settings and not sampler.timesteps else None,
     }
-    told = "".join(f", {name} {value}" for name, value in settings.items() if value is not None)
+    shown = "".join(f", {name} {value}" for name, value in settings.items() if value is not None)
     times = [round(time, 2) for time in sampler.times(sampler.default_steps)]
     return (
-        f"{sampler.kind}, {model.prediction}{told}, up to {sampler.max_steps} steps, {guidance}{embedded}; "
+        f"{sampler.kind}, {model.prediction}{shown}, up to {sampler.max_steps} steps, {guidance}{embedded}; "
         f"{sampler.default_steps} by default, at {times}"
     )
 

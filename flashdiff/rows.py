@@ -22,30 +22,41 @@ _EARLY_VALUES = 1 << 16
 """Latents of so many values get the noise of all their steps at the start; for larger ones that would delay the first step."""
 
 
+@dataclass(frozen=True, eq=False)
+class Trajectory:
+    """The steps of an order's images, the same for each.
+
+    What steps need is computed before the first: right after an engine call, which fills the processor's caches with weights,
+    the same work takes several times as long.
+    """
+
+    times: list[int] | list[float]
+    alphas: NDArray[np.float32]  # [steps], or one more, the clean end, without a walk
+    sigmas: NDArray[np.float32]
+    extrapolations: Sequence[np.float32] = ()  # weights of `extrapolate` at each time, where the sampler is an ODE's
+    walk: Walk | None = None
+    """Where the sampler is a published student's."""
+
+
 @dataclass
 class Row:
-    """It starts as noise and is done when `step` reaches the number of its times.
-
-    What its steps need is computed when it starts: right after an engine call, which fills the processor's caches with
-    weights, the same work takes several times as long.
-    """
+    """It starts as noise and is done when `step` reaches the number of its times."""
 
     seed: int
     size: Size
-    times: list[int] | list[float]
-    alphas: NDArray[np.float32]  # [len(times) + 1], the clean end last
-    sigmas: NDArray[np.float32]
-    extrapolations: list[np.float32]  # weights of `extrapolate` at each time, where the sampler is an ODE's
-    noises: list[NDArray[np.float32]]  # [C, h, w], of the steps from 1 on, where some are stochastic and they are small
+    trajectory: Trajectory
     branches: tuple[Branch, ...]
     latents: NDArray[np.float32]  # [C, h, w]
+    first_noise: NDArray[np.float32] = field(repr=False)  # [C, h, w]
+    later_noises: list[NDArray[np.float32]] = field(repr=False)  # of the steps from 1 on, where they are drawn early
     kept: Kept | None = None
-    first_noise: NDArray[np.float32] | None = field(default=None, repr=False)  # [C, h, w], where something is kept
-    walk: Walk | None = None
-    """Its steps, where the sampler is a published student's."""
     step: int = 0
     x0: NDArray[np.float32] | None = field(default=None, repr=False)
     """[C, h, w]: the last step's estimate of the finished latents."""
+
+    @property
+    def times(self) -> list[int] | list[float]:
+        return self.trajectory.times
 
     @property
     def is_done(self) -> bool:
@@ -86,14 +97,17 @@ def start_rows(
         Branch(_complete(spec, order.size, branch.conditions), branch.weight)
         for branch in order.task.branches(spec, order, prepared, unconditional)
     )
+    trajectory = _trajectory(spec, order)
     start, kept = order.task.start(order, prepared), order.task.kept(spec, order, prepared)
     rows = []
     for index in range(order.count):
         first, *later = noise[index] if noise else _noise_of(spec, order, index)
-        row = _new_row(spec, order, index, branches, start, first, later)
-        if kept:
-            row.kept, row.first_noise = kept, first
-        rows.append(row)
+        if start is None:
+            latents = first if trajectory.walk is None else np.float32(trajectory.walk.start) * first
+        else:
+            latents = renoise(start, first, trajectory.alphas[0], trajectory.sigmas[0])
+        seed = image_seed(order.seed, index)
+        rows.append(Row(seed, order.size, trajectory, branches, latents, first_noise=first, later_noises=later, kept=kept))
     return rows
 
 
@@ -110,58 +124,16 @@ def _complete(spec: ModelSpec, size: Size, given: Tensors) -> Tensors:
     return {**given, **zeros}
 
 
-def _new_row(
-    spec: ModelSpec,
-    order: Order,
-    index: int,
-    branches: tuple[Branch, ...],
-    start: NDArray[np.float32] | None,
-    noise: NDArray[np.float32],
-    later: list[NDArray[np.float32]],
-) -> Row:
-    if walk := spec.sampler.walk(spec.prediction, order.steps, spec.tokens(order.size)):
-        return _walking_row(spec, order, index, branches, start, noise, later, walk.last(order.steps_taken))
-    times = spec.sampler.times(order.steps, spec.tokens(order.size))[-order.steps_taken :]
-    exact = spec.sampler.levels(times)
-    alphas, sigmas = (levels.astype(np.float32) for levels in exact)
-    is_ode = spec.sampler.kind == "ode"
-    return Row(
-        seed=image_seed(order.seed, index),
-        size=order.size,
-        times=times,
-        alphas=alphas,
-        sigmas=sigmas,
-        extrapolations=[np.float32(weight) for weight in ode_weights(*(levels[:-1] for levels in exact))] if is_ode else [],
-        noises=later,
-        branches=branches,
-        latents=noise if start is None else renoise(start, noise, alphas[0], sigmas[0]),
-    )
-
-
-def _walking_row(
-    spec: ModelSpec,
-    order: Order,
-    index: int,
-    branches: tuple[Branch, ...],
-    start: NDArray[np.float32] | None,
-    noise: NDArray[np.float32],
-    later: list[NDArray[np.float32]],
-    walk: Walk,
-) -> Row:
-    """A row whose steps are weighted sums."""
-    alphas, sigmas = walk.alphas.astype(np.float32), walk.sigmas.astype(np.float32)
-    return Row(
-        seed=image_seed(order.seed, index),
-        size=order.size,
-        times=[int(time) for time in walk.times] if spec.sampler.whole_times else walk.times,
-        alphas=alphas,
-        sigmas=sigmas,
-        extrapolations=[],
-        noises=later,
-        branches=branches,
-        latents=np.float32(walk.start) * noise if start is None else renoise(start, noise, alphas[0], sigmas[0]),
-        walk=walk,
-    )
+def _trajectory(spec: ModelSpec, order: Order) -> Trajectory:
+    tokens, taken = spec.tokens(order.size), -order.steps_taken
+    if walk := spec.sampler.walk(spec.prediction, order.steps, tokens):
+        walk = walk.last(order.steps_taken)
+        times = [int(time) for time in walk.times] if spec.sampler.whole_times else walk.times
+        return Trajectory(times, walk.alphas.astype(np.float32), walk.sigmas.astype(np.float32), walk=walk)
+    times = spec.sampler.times(order.steps, tokens)[taken:]
+    alphas, sigmas = spec.sampler.levels(times)
+    weights = ode_weights(alphas[:-1], sigmas[:-1]) if spec.sampler.kind == "ode" else []
+    return Trajectory(times, alphas.astype(np.float32), sigmas.astype(np.float32), [np.float32(weight) for weight in weights])
 
 
 def denoise_rows(components: Components, rows: Sequence[Row]) -> None:
@@ -185,10 +157,10 @@ def denoise_rows(components: Components, rows: Sequence[Row]) -> None:
             raise BackendError(f"the network returned values that are not finite at time {row.times[row.step]} (seed {row.seed})")
     for row, output in zip(rows, outputs, strict=True):
         _advance(spec, row, output)
-        if row.kept and row.first_noise is not None:
+        if row.kept:
             own = row.kept.latents
             if not row.is_done:
-                own = renoise(own, row.first_noise, row.alphas[row.step], row.sigmas[row.step])
+                own = renoise(own, row.first_noise, row.trajectory.alphas[row.step], row.trajectory.sigmas[row.step])
             row.latents = np.where(row.kept.cells, own, row.latents)
 
 
@@ -210,20 +182,21 @@ def stacked(rows: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
 
 def _advance(spec: ModelSpec, row: Row, output: NDArray[np.float32]) -> None:
     """One sampler step of one row, alone, so that no other row of the batch can touch its arithmetic."""
-    step, previous_x0 = row.step, row.x0
-    if row.walk:
-        row.step += 1
-        noise = _step_noise(row) if row.walk.needs_noise(step) else None
-        row.x0 = row.walk.clean(step, row.latents, output)
-        row.latents = row.walk.advance(step, row.latents, output, noise)
-        return
-    alpha, sigma, next_alpha, next_sigma = row.alphas[step], row.sigmas[step], row.alphas[step + 1], row.sigmas[step + 1]
-    x0 = to_x0(spec.prediction, output, row.latents, alpha, sigma)
-    row.x0 = x0
-
+    step, trajectory, previous_x0 = row.step, row.trajectory, row.x0
     row.step += 1
+    if walk := trajectory.walk:
+        row.x0 = walk.clean(step, row.latents, output)
+        row.latents = walk.advance(step, row.latents, output, _step_noise(row) if walk.needs_noise(step) else None)
+        return
+    alpha, sigma, next_alpha, next_sigma = (
+        trajectory.alphas[step],
+        trajectory.sigmas[step],
+        trajectory.alphas[row.step],
+        trajectory.sigmas[row.step],
+    )
+    x0 = row.x0 = to_x0(spec.prediction, output, row.latents, alpha, sigma)
     if spec.sampler.kind == "ode":
-        estimate = x0 if previous_x0 is None else extrapolate(x0, previous_x0, row.extrapolations[step])
+        estimate = x0 if previous_x0 is None else extrapolate(x0, previous_x0, trajectory.extrapolations[step])
         row.latents = ode_step(row.latents, estimate, alpha, sigma, next_alpha, next_sigma)
     elif row.is_done:
         row.latents = x0
@@ -234,4 +207,4 @@ def _advance(spec: ModelSpec, row: Row, output: NDArray[np.float32]) -> None:
 def _step_noise(row: Row) -> NDArray[np.float32]:
     """What the step that ends at `row.step` adds."""
     drawn = row.step - 1
-    return row.noises[drawn] if drawn < len(row.noises) else image_noise(row.seed, row.step, row.latents.shape)
+    return row.later_noises[drawn] if drawn < len(row.later_noises) else image_noise(row.seed, row.step, row.latents.shape)

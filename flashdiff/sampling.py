@@ -78,7 +78,7 @@ class Sampler(SamplerSettings):
         """Whether some step after the first adds fresh noise."""
         if self.published is None:
             return self.kind == "flash"
-        return self.eta > 0 or self.kind in ("lcm", "euler-ancestral", "scm")
+        return self.published.is_stochastic or self.eta > 0
 
     @property
     def whole_times(self) -> bool:

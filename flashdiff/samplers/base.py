@@ -4,8 +4,8 @@ The weights depend on the schedule and the times alone. A sampler is the functio
 first step; taking a step is then the same three products for every sampler, each row by its own weights.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -68,6 +68,10 @@ class SamplerKind:
     """Those it reads; empty: its times are its own."""
     settings: tuple[str, ...] = ()
     """The other settings it reads."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Its settings where none are given."""
+    is_stochastic: bool = False
+    """Whether its steps add fresh noise whatever the settings."""
     max_steps: Callable[[SamplerSettings], int] = lambda _: 100
     whole_times: Callable[[SamplerSettings], bool] = lambda _: True
     """Whether the network is given whole numbers, whatever the number of steps."""

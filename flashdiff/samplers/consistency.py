@@ -33,6 +33,7 @@ LCM = SamplerKind(
     name="lcm",
     predictions=("epsilon", "v_prediction", "sample"),
     settings=("timesteps", "original_steps", "timestep_scaling"),
+    is_stochastic=True,
     max_steps=lambda settings: settings.original_steps,
     times=lambda settings, schedule, steps, _: solver_times(settings, schedule, steps),
     walk=_walk,

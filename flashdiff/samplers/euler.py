@@ -13,18 +13,20 @@ from flashdiff.prediction import Prediction
 from flashdiff.samplers.base import SamplerKind, Walk, combined, walk_of, x0_weights
 from flashdiff.samplers.settings import SamplerSettings
 from flashdiff.samplers.spacing import spaced_times
-from flashdiff.schedule import NoiseSchedule, Schedule
+from flashdiff.schedule import Schedule
 
 _LEAST_ALPHA_BAR = 2.0**-24  # a first sigma that is finite where the schedule ends at zero SNR: diffusers' value
 
 
 def _noise_to_signal(schedule: Schedule, times: list[float]) -> NDArray[np.float64]:
     """s at times that may be fractions, and 0 after the last."""
-    assert isinstance(schedule, NoiseSchedule)
-    alphas, _ = schedule.levels(list(range(schedule.num_train_timesteps)))
+    last = schedule.num_train_timesteps - 1
+    below = [int(time) for time in times]
+    alphas, _ = schedule.levels([*below, *(min(time + 1, last) for time in below)])
     alpha_bar = np.maximum(alphas**2, _LEAST_ALPHA_BAR)
-    table = np.sqrt((1 - alpha_bar) / alpha_bar)
-    return np.append(np.interp(times, np.arange(len(table)), table), 0.0)
+    s = np.sqrt((1 - alpha_bar) / alpha_bar)
+    at, above = s[: len(times)], s[len(times) :]
+    return np.append(at + (np.array(times) - below) * (above - at), 0.0)
 
 
 def _walk(
@@ -51,6 +53,7 @@ def _kind(name: str, predictions: tuple[Prediction, ...], is_ancestral: bool) ->
         predictions=predictions,
         spacings=("trailing", "leading", "linspace"),
         settings=("timesteps",),
+        is_stochastic=is_ancestral,
         whole_times=lambda settings: settings.spacing != "linspace" or bool(settings.timesteps),
         times=lambda settings, schedule, steps, _: spaced_times(settings, schedule, steps),
         walk=partial(_walk, is_ancestral=is_ancestral),

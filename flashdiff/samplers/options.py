@@ -109,7 +109,7 @@ def _new(base: ModelSpec, name: str) -> dict[str, Any]:
     """A sampler of another kind than the base's own, with the kind's defaults."""
     old = base.sampler
     spacing = {"spacing": base.sampler.spacing} if name == "flow-euler" else {}
-    eta = {"eta": 0.3} if name == "tcd" else {}  # diffusers' own default
+    defaults = SAMPLERS[name].defaults if name in SAMPLERS else {}
     return {
         "kind": name,
         "schedule": old.schedule,
@@ -117,7 +117,7 @@ def _new(base: ModelSpec, name: str) -> dict[str, Any]:
         "embedded_guidance": old.embedded_guidance,
         "default_steps": old.default_steps,
         **spacing,
-        **eta,
+        **defaults,
     }
 
 

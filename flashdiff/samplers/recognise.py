@@ -6,6 +6,7 @@ from typing import Any
 
 from flashdiff.errors import ConfigError
 from flashdiff.presets import PRESETS
+from flashdiff.samplers.tcd import TCD
 
 _FEW_STEP = re.compile(
     r"lightning|turbo|hyper-?(sd|flux)|\blcm|\bdmd|\btcd\b|\bpcm\b|schnell|\bflash-(sd|pixart)|\b(1|2|4|6|8|16)-?steps?\b"
@@ -33,7 +34,7 @@ def recognised(scheduler: Mapping[str, Any], source: str) -> dict[str, Any]:
             "original_steps": scheduler.get("original_inference_steps", 50),
         }
         if name == "TCDScheduler":
-            return {"kind": "tcd", "eta": 0.3, **few}
+            return {"kind": "tcd", **TCD.defaults, **few}
         return {"kind": "lcm", "timestep_scaling": scheduler.get("timestep_scaling", 10.0), **few}
     return {}
 

@@ -33,6 +33,7 @@ TCD = SamplerKind(
     name="tcd",
     predictions=("epsilon", "v_prediction", "sample"),
     settings=("timesteps", "eta", "original_steps"),
+    defaults={"eta": 0.3},  # diffusers'
     max_steps=lambda settings: settings.original_steps,
     times=lambda settings, schedule, steps, _: solver_times(settings, schedule, steps),
     walk=_walk,

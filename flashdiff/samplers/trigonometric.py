@@ -27,6 +27,7 @@ def _walk(settings: SamplerSettings, schedule: Schedule, prediction: Prediction,
 SCM = SamplerKind(
     name="scm",
     predictions=("trigflow",),
+    is_stochastic=True,
     whole_times=lambda _: False,
     times=lambda _settings, _schedule, steps, _tokens: _times(steps),
     walk=_walk,

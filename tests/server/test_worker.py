@@ -232,7 +232,7 @@ def test_noise_is_drawn_while_the_device_reads_the_text(fake: FakeComponents, as
     assert not fake.calls
     gate.open()
     np.testing.assert_array_equal(job.answer.result(10).images, generate(FakeComponents(), [job.order])[0])
-    assert [row.noises for row in running.rows] == [later for _, *later in drawn]
+    assert [row.later_noises for row in running.rows] == [later for _, *later in drawn]
 
 
 def test_two_models_are_served_side_by_side() -> None:
