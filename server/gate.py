@@ -3,7 +3,7 @@
 import asyncio
 import inspect
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -58,7 +58,8 @@ class Gate(grpc.aio.ServerInterceptor):
                 self._calls.refused(method, code_of(error).name)
                 return _refusing(handler, error)
         if method not in self._watched:
-            self._watched[method] = _watched(handler, method, self._calls, self._admit)
+            watched = _Watched(handler, method, self._calls, self._admit)
+            self._watched[method] = _handler_like(handler, watched.answer, watched.read)
         return self._watched[method]
 
     def _admit(self, metadata: Any) -> None:
@@ -69,28 +70,48 @@ def _texts(metadata: Any) -> dict[str, str]:
     return {key: str(value) for key, value in metadata or ()}
 
 
-def _watched(handler: Any, method: str, calls: Calls, admit: Callable[[Any], None]) -> Any:
-    """The handler, its calls capped, traced, counted and logged, and each ended with a status.
+class _Watched:
+    """The calls of one method: capped, traced, counted and logged, and each ended with a status.
 
     Bytes that are no message are answered INVALID_ARGUMENT. Each further message of a stream is admitted like a call: one that
     is refused ends it, when those before are answered.
     """
-    is_health, is_quiet = method.startswith(_HEALTH), method.startswith((_HEALTH, _REFLECTION))
-    is_open_ended = method == _WATCH
-    behaviour = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
 
-    def read(data: bytes) -> Any:
+    def __init__(self, handler: Any, method: str, calls: Calls, admit: Callable[[Any], None]) -> None:
+        self._handler, self._method, self._calls, self._admit = handler, method, calls, admit
+        self._behaviour = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+        self._is_health, self._is_quiet = method.startswith(_HEALTH), method.startswith((_HEALTH, _REFLECTION))
+
+    def read(self, data: bytes) -> Any:
+        """The message in these bytes, or a `Malformed`."""
         try:
-            return handler.request_deserializer(data)
+            return self._handler.request_deserializer(data)
         except DecodeError:
-            return Malformed(f"{len(data)} bytes that are no request of {method}")
+            return Malformed(f"{len(data)} bytes that are no request of {self._method}")
+
+    async def answer(self, _: Any, context: Any) -> Any:
+        """Answer a call, whatever happens, with a response or a status."""
+        client = client_of(context)  # now: gRPC hangs when a cancelled call is asked for its peer
+        with self._watch(client, context):
+            try:
+                with self._calls.placed(client, is_health=self._is_health) as place:
+                    return await self._answer_in(place, context)
+            except grpc.aio.BaseError:
+                raise
+            except FlashdiffError as error:
+                await abort(context, error)
+            except MemoryError:
+                await abort(context, OutOfMemoryError("there is not enough memory for this now"))
+            except Exception:  # a mistake of ours: the log gets its traceback, and the client nothing of it
+                _log.exception("method=%s failed", self._method)
+                await abort(context, BackendError("internal error"))
 
     @contextmanager
-    def watch(client: str, context: Any) -> Iterator[None]:
-        if is_quiet:
+    def _watch(self, client: str, context: Any) -> Iterator[None]:
+        if self._is_quiet:
             yield
             return
-        with calls.watch(method, client, _texts(context.invocation_metadata()), "OK") as call:
+        with self._calls.watch(self._method, client, _texts(context.invocation_metadata()), "OK") as call:
             try:
                 yield
             except BaseException as error:  # an abort, mostly, which has left its code
@@ -98,10 +119,28 @@ def _watched(handler: Any, method: str, calls: Calls, admit: Callable[[Any], Non
                 call.fail(context.code().name if context.code() else "CANCELLED" if has_left else "UNKNOWN")
                 raise
 
-    async def messages(first: Any, context: Any, place: Place, refusals: list[FlashdiffError]) -> AsyncIterator[Any]:
+    async def _answer_in(self, place: Place, context: Any) -> Any:
+        request = await _first_message(context)
+        place.is_waiting = self._method == _WATCH
+        if not self._handler.request_streaming:
+            if request is grpc.aio.EOF:
+                raise TensorError("the call has no message")
+            if isinstance(request, Malformed):
+                raise TensorError(request.message)
+        refusals: list[FlashdiffError] = []
+        given = self._messages(request, context, place, refusals) if self._handler.request_streaming else request
+        if not inspect.isasyncgenfunction(self._behaviour):  # it has one response, or writes its responses itself
+            return await self._behaviour(given, context)
+        await _write_all(self._behaviour(given, context), context)
+        if refusals:
+            raise refusals[0]
+        return None
+
+    async def _messages(self, first: Any, context: Any, place: Place, refusals: list[FlashdiffError]) -> AsyncIterator[Any]:
+        """The messages of a stream; why it ends early is added to the refusals."""
         metadata, request = context.invocation_metadata(), first
         while request is not grpc.aio.EOF:
-            if isinstance(request, Malformed) and is_quiet:
+            if isinstance(request, Malformed) and self._is_quiet:
                 refusals.append(TensorError(request.message))
                 return
             yield request
@@ -110,52 +149,22 @@ def _watched(handler: Any, method: str, calls: Calls, admit: Callable[[Any], Non
             place.is_waiting = False
             try:
                 if request is not grpc.aio.EOF:
-                    admit(metadata)
+                    self._admit(metadata)
             except FlashdiffError as error:
                 refusals.append(error)
                 return
 
-    async def answer_call(context: Any, place: Place) -> Any:
-        request = await _first_message(context)
-        place.is_waiting = is_open_ended
-        if not handler.request_streaming:
-            if request is grpc.aio.EOF:
-                raise TensorError("the call has no message")
-            if isinstance(request, Malformed):
-                raise TensorError(request.message)
-        refusals: list[FlashdiffError] = []
-        given = messages(request, context, place, refusals) if handler.request_streaming else request
-        if not inspect.isasyncgenfunction(behaviour):  # it has one response, or writes its responses itself
-            return await behaviour(given, context)
-        end_call, loop = end_of_call(), asyncio.get_running_loop()
-        async with aclosing(behaviour(given, context)) as responses:
-            async for response in responses:
-                unread = loop.call_later(sending_s(response.ByteSize()), end_call)
-                try:
-                    await context.write(response)
-                finally:
-                    unread.cancel()
-        if refusals:
-            raise refusals[0]
-        return None
 
-    async def answer(_: Any, context: Any) -> Any:
-        client = client_of(context)  # now: gRPC hangs when a cancelled call is asked for its peer
-        with watch(client, context):
+async def _write_all(responses: AsyncGenerator[Any, None], context: Any) -> None:
+    """Write a call's responses; one that is not read in its time ends the call."""
+    end_call, loop = end_of_call(), asyncio.get_running_loop()
+    async with aclosing(responses):
+        async for response in responses:
+            unread = loop.call_later(sending_s(response.ByteSize()), end_call)
             try:
-                with calls.placed(client, is_health=is_health) as place:
-                    return await answer_call(context, place)
-            except grpc.aio.BaseError:
-                raise
-            except FlashdiffError as error:
-                await abort(context, error)
-            except MemoryError:
-                await abort(context, OutOfMemoryError("there is not enough memory for this now"))
-            except Exception:  # a mistake of ours: the log gets its traceback, and the client nothing of it
-                _log.exception("method=%s failed", method)
-                await abort(context, BackendError("internal error"))
-
-    return _handler_like(handler, answer, read)
+                await context.write(response)
+            finally:
+                unread.cancel()
 
 
 async def _first_message(context: Any) -> Any:
