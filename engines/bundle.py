@@ -142,7 +142,7 @@ class BuildInputs(Record):
     guidance: float | None
     """Asked for; None: the family's default, or a flash student's none."""
     sampling: SamplingOptions
-    """Asked for besides; what follows is in `model`."""
+    """How sampling was asked for; the sampler that follows is in `model`."""
     backend: BackendName
     precision: Precision
     sizes: tuple[Size, ...] = Field(min_length=1, max_length=64)

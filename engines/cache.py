@@ -36,10 +36,10 @@ def cached(key: str, make: Callable[[Path], None], target: Path) -> bool:
     """
     if _take(key, target):
         return True
-    with new_folder(cache_folder() / key, BackendError, replace=True) as beside:
-        make(beside)
-        hashes = {p.relative_to(beside).as_posix(): hash_file(p) for p in sorted(beside.rglob("*")) if p.is_file()}
-        write_whole(beside / _HASHES, json.dumps(hashes, indent=2) + "\n")
+    with new_folder(cache_folder() / key, BackendError, replace=True) as folder:
+        make(folder)
+        hashes = {p.relative_to(folder).as_posix(): hash_file(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+        write_whole(folder / _HASHES, json.dumps(hashes, indent=2) + "\n")
     if not _take(key, target):
         raise BackendError(f"{cache_folder() / key} is changed by another program; start again when it stays as it is")
     return False

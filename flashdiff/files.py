@@ -34,20 +34,20 @@ def new_folder(target: Path, error: type[FlashdiffError] = ConfigError, *, repla
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         sweep(target)
-        beside, lock = locked_folder(target.parent, f".{target.name}.", _MAKING)
+        unfinished, lock = locked_folder(target.parent, f".{target.name}.", _MAKING)
     except OSError as problem:
         raise error(f"{target}: cannot write there: {problem.strerror}") from None
     try:
-        yield beside
-        for path in (beside, *beside.rglob("*")):  # mkdtemp and safetensors keep others out
+        yield unfinished
+        for path in (unfinished, *unfinished.rglob("*")):  # mkdtemp and safetensors keep others out
             path.chmod(0o755 if path.is_dir() else 0o644)
             _flush(path)
-        if not _publish(beside, target, replace=replace):
+        if not _publish(unfinished, target, replace=replace):
             raise error(f"{target} exists already; choose another place or remove it")
     except OSError as problem:
         raise error(f"{target}: cannot write: {problem.strerror or problem}") from None
     finally:
-        _remove(beside)  # the unfinished folder, or after the exchange the one that was replaced
+        _remove(unfinished)  # the unfinished folder, or after the exchange the one that was replaced
         os.close(lock)
 
 
@@ -66,7 +66,7 @@ def locked_folder(parent: Path, prefix: str, suffix: str) -> tuple[Path, int]:
 
 
 def sweep(target: Path) -> None:
-    """Remove what killed processes left beside `target`; where one was killed between two renames, put the old folder back."""
+    """Remove what killed processes left next to `target`; where one was killed between two renames, put the old folder back."""
     for old in target.parent.glob(f".{_escaped(target.name)}.*{_OLD}"):
         with _abandoned(old.with_name(old.name.removesuffix(_OLD) + _MAKING)) as is_abandoned:
             if is_abandoned and not os.path.lexists(target):
@@ -102,24 +102,24 @@ def _abandoned(folder: Path) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def _publish(beside: Path, target: Path, *, replace: bool) -> bool:
-    """Make `beside` the folder `target` in one step; what was there before is then `beside`. False when it must not be replaced.
+def _publish(unfinished: Path, target: Path, *, replace: bool) -> bool:
+    """Rename `unfinished` to `target` in one step; a folder that was there takes its place. False when it must not be replaced.
 
     Where the system cannot exchange two names it takes two renames, and `sweep` mends what a kill between them leaves.
     """
     if not os.path.lexists(target):
         with suppress(FileExistsError):
-            if not _rename(beside, target, _RENAME_NOREPLACE):
-                beside.rename(target)
+            if not _rename(unfinished, target, _RENAME_NOREPLACE):
+                unfinished.rename(target)
             _flush(target.parent)
             return True
     if not replace:
         return False
-    if not _rename(beside, target, _RENAME_EXCHANGE):
-        old = beside.with_name(beside.name.removesuffix(_MAKING) + _OLD)
+    if not _rename(unfinished, target, _RENAME_EXCHANGE):
+        old = unfinished.with_name(unfinished.name.removesuffix(_MAKING) + _OLD)
         target.rename(old)
         try:
-            beside.rename(target)
+            unfinished.rename(target)
         except OSError:
             old.rename(target)
             raise
@@ -182,8 +182,8 @@ def write_whole(path: Path, content: bytes | str | Callable[[BinaryIO], object])
     What a kill leaves is one file `.NAME.part`, which the next write of the same file takes over.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.part")
-    with _alone(beside) as file:
+    unfinished = path.with_name(f".{path.name}.part")
+    with _alone(unfinished) as file:
         try:
             if callable(content):
                 content(file)
@@ -191,9 +191,9 @@ def write_whole(path: Path, content: bytes | str | Callable[[BinaryIO], object])
                 file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
-            beside.replace(path)
+            unfinished.replace(path)
         except BaseException:
-            beside.unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
             raise
 
 

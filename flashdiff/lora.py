@@ -112,7 +112,7 @@ def save_flash_lora(folder: Path, model: TorchModel, family: ModelFamily, info: 
 
 
 def read_flash_info(lora: Path) -> FlashInfo | None:
-    """The flash.json in a folder or beside one of its files, else the one in the file's metadata; None where there is neither.
+    """The flash.json in a folder or next to one of its files, else the one in the file's metadata; None where there is neither.
 
     LoraError when it cannot be read.
     """
@@ -133,7 +133,7 @@ def read_flash_info(lora: Path) -> FlashInfo | None:
 
 
 def read_metadata(lora: Path) -> dict[str, str]:
-    """What stands in the header of a LoRA's file besides its tensors; LoraError when it cannot be read."""
+    """The metadata in the header of a LoRA's file; LoraError when it cannot be read."""
     return dict(_read_header(lora).get("__metadata__") or {})
 
 

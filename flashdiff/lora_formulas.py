@@ -35,7 +35,7 @@ _KINDS: dict[str, tuple[frozenset[str], ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Scaling:
-    """How a file scales its LoRA layers, where its metadata says so; else alpha stands beside each layer, or is the rank."""
+    """How a file scales its LoRA layers, where its metadata says so; else each layer has its own alpha, or the rank is taken."""
 
     alpha: float | None = None
     rank: int | None = None
@@ -48,7 +48,7 @@ def check_layer(layer: Layer) -> str | None:
     roles = set(layer)
     kind = next((kind for kind in _KINDS if any(role.startswith(kind) for role in roles)), None)
     if "diff" in roles and kind != "diff":
-        return "a full difference stands beside another kind of change"
+        return "a full difference and another kind of change are for the same layer"
     if kind is None:
         return f"no weights come with its {', '.join(sorted(roles))}"
     needed, possible = _KINDS[kind]

@@ -10,7 +10,7 @@ Spacing = Literal["leading", "linspace", "trailing"]
 
 
 class SamplerSettings(Record):
-    """What a few-step sampler reads besides the noise schedule; each kind of sampler reads what its paper has."""
+    """What a few-step sampler reads in addition to the noise schedule; each kind of sampler reads what its paper has."""
 
     spacing: Spacing = "trailing"
     """How times are spread (2305.08891, table 2); for a flow: `trailing` as FLUX's pipeline has it, `linspace` as SD3's."""
