@@ -417,7 +417,7 @@ def test_an_address_that_is_not_this_machines_is_said(running: Running, host: st
         asyncio.run_coroutine_threadsafe(starting, running.loop).result(30)
 
 
-@pytest.mark.parametrize("name", ["http_proxy", "grpc_proxy", "HTTP_PROXY"])
+@pytest.mark.parametrize("name", ["grpc_proxy", "https_proxy", "http_proxy"])
 def test_a_proxy_is_not_asked_for_a_server_of_this_machine(running: Running, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "http://127.0.0.1:9")  # nothing listens there
     with Client(running.address, retries=False) as client:
