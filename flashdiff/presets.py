@@ -3,19 +3,17 @@
 from dataclasses import dataclass
 from typing import Literal
 
-_HUB = "huggingface.co"
 
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Preset:
-    """What `--preset NAME` stands for; the fields after `pattern` are those of `SamplingOptions`."""
+    """What `--preset NAME` stands for; the fields from `sampler` on are those of `SamplingOptions`."""
 
     name: str
     family: str
     source: str
-    """Where the authors say so."""
-    pattern: str = ""
-    """A regular expression that the student's file or folder name matches, in lower case with single hyphens; empty: none."""
+    """The repository on the Hugging Face hub whose card says so."""
+    pattern: str
+    """A regular expression that the student's file or folder name matches, in lower case with single hyphens."""
     sampler: str
     steps: int
     spacing: Literal["leading", "linspace", "trailing"] | None = None
@@ -26,199 +24,71 @@ class Preset:
     most_steps: int | None = None
 
 
-def _lightning(steps: int, prediction: Literal["sample"] | None = None) -> Preset:
-    return Preset(
-        name=f"sdxl-lightning-{steps}",
-        family="sdxl",
-        source=f"{_HUB}/ByteDance/SDXL-Lightning",
-        pattern=rf"lightning.*\b{steps}-?steps?\b",
-        sampler="euler",
-        spacing="trailing",
-        steps=steps,
-        most_steps=steps,
-        prediction=prediction,
-    )
+_BASES = ("sd15", "sdxl")
+_HYPER = "ByteDance/Hyper-SD"
 
 
-def _hyper(family: str, title: str, steps: int) -> Preset:
-    return Preset(
-        name=f"hyper-{family}-{steps}",
-        family=family,
-        source=f"{_HUB}/ByteDance/Hyper-SD",
-        pattern=rf"hyper-?{title}-{steps}-?steps?\b(?!.*cfg)",
-        sampler="ddim",
-        spacing="trailing",
-        steps=steps,
-        most_steps=steps,
-    )
+def _trailing(name: str, family: str, source: str, pattern: str, sampler: str, steps: int) -> Preset:
+    """Of a student that was trained for this number of steps alone."""
+    return Preset(name, family, source, pattern, sampler, steps, spacing="trailing", most_steps=steps)
 
 
-def _hyper_one(family: str, title: str) -> Preset:
-    """The unified LoRA, for 1 to 8 steps."""
-    source, pattern = f"{_HUB}/ByteDance/Hyper-SD", rf"hyper-?{title}-1-?step-lora"
-    return Preset(
-        name=f"hyper-{family}-1", family=family, source=source, pattern=pattern, sampler="tcd", eta=1.0, steps=1, most_steps=8
-    )
+_LIGHTNING = "ByteDance/SDXL-Lightning"
+_ALL = (
+    Preset(
+        "sdxl-lightning-1", "sdxl", _LIGHTNING, r"lightning.*\b1-?steps?\b", "euler", 1,
+        spacing="trailing", prediction="sample", most_steps=1,
+    ),
+    *(
+        _trailing(f"sdxl-lightning-{steps}", "sdxl", _LIGHTNING, rf"lightning.*\b{steps}-?steps?\b", "euler", steps)
+        for steps in (2, 4, 8)
+    ),
+    Preset(
+        "sdxl-turbo", "sdxl", "stabilityai/sdxl-turbo", r"sdxl-turbo|turbo-xl", "euler-ancestral", 1,
+        spacing="trailing", most_steps=8,
+    ),
+    Preset("sd-turbo", "sd15", "stabilityai/sd-turbo", r"\bsd-turbo", "euler", 1, spacing="trailing", most_steps=8),
+    Preset("lcm-lora-sd15", "sd15", "latent-consistency/lcm-lora-sdv1-5", r"lcm", "lcm", 4),
+    Preset("lcm-lora-sdxl", "sdxl", "latent-consistency/lcm-lora-sdxl", r"lcm", "lcm", 4),
+    *(
+        _trailing(f"hyper-{base}-{steps}", base, _HYPER, rf"hyper-?{base}-{steps}-?steps?\b(?!.*cfg)", "ddim", steps)
+        for base in _BASES
+        for steps in (2, 4, 8)
+    ),
+    # The unified LoRA, for 1 to 8 steps.
+    *(
+        Preset(f"hyper-{base}-1", base, _HYPER, rf"hyper-?{base}-1-?step-lora", "tcd", 1, eta=1.0, most_steps=8)
+        for base in _BASES
+    ),
+    *(
+        Preset(
+            f"hyper-{base}-{steps}-cfg", base, _HYPER, rf"hyper-?{base}-{steps}-?steps?-cfg", "ddim", steps,
+            spacing="trailing", guidance=5.0,
+        )
+        for base in _BASES
+        for steps in (8, 12)
+    ),
+    Preset("hyper-sdxl-1-unet", "sdxl", _HYPER, r"hyper-?sdxl-1-?step-unet", "lcm", 1, timesteps=(800,)),
+    # The card asks for a LoRA weight of 0.125.
+    Preset("hyper-flux-8", "flux", _HYPER, r"hyper-?flux.*\b8-?steps?\b", "flow-euler", 8, guidance=3.5),
+    Preset("dmd2-sdxl-1", "sdxl", "tianweiy/DMD2", r"\bdmd2.*\b1-?step", "lcm", 1, timesteps=(399,)),
+    Preset("dmd2-sdxl-4", "sdxl", "tianweiy/DMD2", r"\bdmd2", "lcm", 4, timesteps=(999, 749, 499, 249)),
+    Preset("tcd-sd15", "sd15", "h1t/TCD-SD15-LoRA", r"\btcd", "tcd", 4, eta=0.3),
+    Preset("tcd-sdxl", "sdxl", "h1t/TCD-SDXL-LoRA", r"\btcd", "tcd", 4, eta=0.3),
+    *(
+        _trailing(f"pcm-{base}-{steps}", base, "wangfuyun/PCM_Weights", rf"\bpcm.*smallcfg-{steps}-?steps?", "ddim", steps)
+        for base in _BASES
+        for steps in (2, 4, 8, 16)
+    ),
+    Preset("flash-sd15", "sd15", "jasperai/flash-sd", r"\bflash-(sd|sdxl|pixart)", "lcm", 4),
+    Preset("flash-sdxl", "sdxl", "jasperai/flash-sdxl", r"\bflash-(sd|sdxl|pixart)", "lcm", 4),
+    Preset("flash-pixart", "pixart", "jasperai/flash-pixart", r"\bflash-(sd|sdxl|pixart)", "lcm", 4),
+    Preset("flux-schnell", "flux", "black-forest-labs/FLUX.1-schnell", r"schnell", "flow-euler", 4, spacing="trailing"),
+    Preset(
+        "sd35-large-turbo", "sd3", "stabilityai/stable-diffusion-3.5-large-turbo", r"3-5-large-turbo", "flow-euler", 4,
+        spacing="linspace",
+    ),
+    Preset("z-image-turbo", "z-image", "Tongyi-MAI/Z-Image-Turbo", r"z-image-turbo", "flow-euler", 8, spacing="trailing"),
+)  # fmt: skip
 
-
-def _hyper_cfg(family: str, title: str, steps: int) -> Preset:
-    return Preset(
-        name=f"hyper-{family}-{steps}-cfg",
-        family=family,
-        source=f"{_HUB}/ByteDance/Hyper-SD",
-        pattern=rf"hyper-?{title}-{steps}-?steps?-cfg",
-        sampler="ddim",
-        spacing="trailing",
-        steps=steps,
-        guidance=5.0,
-    )
-
-
-PRESETS: dict[str, Preset] = {
-    preset.name: preset
-    for preset in (
-        _lightning(1, prediction="sample"),
-        *map(_lightning, (2, 4, 8)),
-        Preset(
-            name="sdxl-turbo",
-            family="sdxl",
-            source=f"{_HUB}/stabilityai/sdxl-turbo",
-            pattern=r"sdxl-turbo|turbo-xl",
-            sampler="euler-ancestral",
-            spacing="trailing",
-            steps=1,
-            most_steps=8,
-        ),
-        Preset(
-            name="sd-turbo",
-            family="sd15",
-            source=f"{_HUB}/stabilityai/sd-turbo",
-            pattern=r"\bsd-turbo",
-            sampler="euler",
-            spacing="trailing",
-            steps=1,
-            most_steps=8,
-        ),
-        Preset(
-            name="lcm-lora-sd15",
-            family="sd15",
-            source=f"{_HUB}/latent-consistency/lcm-lora-sdv1-5",
-            pattern=r"lcm",
-            sampler="lcm",
-            steps=4,
-        ),
-        Preset(
-            name="lcm-lora-sdxl",
-            family="sdxl",
-            source=f"{_HUB}/latent-consistency/lcm-lora-sdxl",
-            pattern=r"lcm",
-            sampler="lcm",
-            steps=4,
-        ),
-        *(_hyper("sd15", "sd15", steps) for steps in (2, 4, 8)),
-        *(_hyper("sdxl", "sdxl", steps) for steps in (2, 4, 8)),
-        _hyper_one("sd15", "sd15"),
-        _hyper_one("sdxl", "sdxl"),
-        *(_hyper_cfg(family, family, steps) for family in ("sd15", "sdxl") for steps in (8, 12)),
-        Preset(
-            name="hyper-sdxl-1-unet",
-            family="sdxl",
-            source=f"{_HUB}/ByteDance/Hyper-SD",
-            pattern=r"hyper-?sdxl-1-?step-unet",
-            sampler="lcm",
-            timesteps=(800,),
-            steps=1,
-        ),
-        Preset(
-            name="hyper-flux-8",
-            family="flux",
-            source=f"{_HUB}/ByteDance/Hyper-SD (LoRA weight 0.125)",
-            pattern=r"hyper-?flux.*\b8-?steps?\b",
-            sampler="flow-euler",
-            steps=8,
-            guidance=3.5,
-        ),
-        Preset(
-            name="dmd2-sdxl-4",
-            family="sdxl",
-            source=f"{_HUB}/tianweiy/DMD2",
-            pattern=r"dmd2.*\b4-?step|\bdmd2",
-            sampler="lcm",
-            timesteps=(999, 749, 499, 249),
-            steps=4,
-        ),
-        Preset(
-            name="dmd2-sdxl-1",
-            family="sdxl",
-            source=f"{_HUB}/tianweiy/DMD2",
-            pattern=r"dmd2.*\b1-?step",
-            sampler="lcm",
-            timesteps=(399,),
-            steps=1,
-        ),
-        *(
-            Preset(
-                name=f"tcd-{family}",
-                family=family,
-                source=f"{_HUB}/h1t/TCD-{title}-LoRA",
-                pattern=r"\btcd",
-                sampler="tcd",
-                eta=0.3,
-                steps=4,
-            )
-            for family, title in (("sd15", "SD15"), ("sdxl", "SDXL"))
-        ),
-        *(
-            Preset(
-                name=f"pcm-{family}-{steps}",
-                family=family,
-                source=f"{_HUB}/wangfuyun/PCM_Weights",
-                pattern=rf"\bpcm.*smallcfg-{steps}-?steps?",
-                sampler="ddim",
-                spacing="trailing",
-                steps=steps,
-                most_steps=steps,
-            )
-            for family in ("sd15", "sdxl")
-            for steps in (2, 4, 8, 16)
-        ),
-        *(
-            Preset(
-                name=f"flash-{family}",
-                family=family,
-                source=f"{_HUB}/jasperai/flash-{title}",
-                pattern=r"\bflash-(sd|sdxl|pixart)",
-                sampler="lcm",
-                steps=4,
-            )
-            for family, title in (("sd15", "sd"), ("sdxl", "sdxl"), ("pixart", "pixart"))
-        ),
-        Preset(
-            name="flux-schnell",
-            family="flux",
-            source=f"{_HUB}/black-forest-labs/FLUX.1-schnell",
-            pattern=r"schnell",
-            sampler="flow-euler",
-            spacing="trailing",
-            steps=4,
-        ),
-        Preset(
-            name="sd35-large-turbo",
-            family="sd3",
-            source=f"{_HUB}/stabilityai/stable-diffusion-3.5-large-turbo",
-            pattern=r"3-5-large-turbo",
-            sampler="flow-euler",
-            spacing="linspace",
-            steps=4,
-        ),
-        Preset(
-            name="z-image-turbo",
-            family="z-image",
-            source=f"{_HUB}/Tongyi-MAI/Z-Image-Turbo",
-            pattern=r"z-image-turbo",
-            sampler="flow-euler",
-            spacing="trailing",
-            steps=8,
-        ),
-    )
-}
+PRESETS: dict[str, Preset] = {preset.name: preset for preset in _ALL}
