@@ -37,6 +37,7 @@ def _embedded() -> Path:
     need("distill", "torch", "diffusers", "peft", "onnx", "onnxscript")
     # In a process of its own, so that this one does not keep torch's memory.
     command = ["build-engine", NAME, "--lora", _LORA, "--out", str(bundle)]
-    if subprocess.run([sys.executable, "-m", "flashdiff", *command]).returncode:
-        sys.exit(1)  # the build has printed its error
+    status = subprocess.run([sys.executable, "-m", "flashdiff", *command]).returncode
+    if status:
+        sys.exit(status)  # the build has printed its error
     return bundle
