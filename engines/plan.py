@@ -19,7 +19,7 @@ from flashdiff.errors import BundleError
 from flashdiff.families import family_of, find_base
 from flashdiff.families.base import ModelFamily, base_files, base_hash
 from flashdiff.families.loading import size_limits
-from flashdiff.files import hash_files
+from flashdiff.files import hash_files, shown_bytes
 from flashdiff.lora import check_base, find_lora, fused_spec, lora_files, lora_hash, read_metadata, touches_text
 from flashdiff.parts import Phase
 from flashdiff.reading import Witness, first_change, witness
@@ -145,8 +145,8 @@ def describe(plan: BuildPlan) -> Iterator[str]:
     shape = " x ".join(map(str, spec.latent_shape(spec.sizes[0])))
     yield f"buckets      batch {', '.join(map(str, inputs.batch_sizes))} at {sizes}; latents {shape} at {spec.sizes[0]}"
     for place, size in needed.disk_bytes.items():
-        yield f"disk         {size / 1e9:.2f} GB at most in {place} ({free_bytes(place) / 1e9:.0f} GB free)"
-    yield f"memory       about {needed.memory_bytes / 1e9:.1f} GB at the peak (an estimate from the number of parameters)"
+        yield f"disk         {shown_bytes(size)} at most in {place} ({shown_bytes(free_bytes(place))} free)"
+    yield f"memory       about {shown_bytes(needed.memory_bytes)} at the peak (an estimate from the number of parameters)"
     yield f"time         about {needed.seconds if plan.changes else 0:.0f} s (an estimate; one core, small models)"
     for reason in plan.changes or [f"nothing: {plan.options.out} is up to date"]:
         yield f"to do        {reason}"

@@ -12,7 +12,7 @@ from flashdiff.engines.backends.base import Backend, Export
 from flashdiff.engines.bundle import BuildInputs
 from flashdiff.errors import BundleError
 from flashdiff.families.base import ModelFamily
-from flashdiff.files import cache_folder
+from flashdiff.files import cache_folder, shown_bytes
 from flashdiff.parts import PartSpec
 
 
@@ -39,7 +39,7 @@ class Requirements:
             free = free_bytes(place)
             if needed > free:
                 raise BundleError(
-                    f"{place}: the build needs {needed / 1e9:.1f} GB there, {free / 1e9:.1f} GB are free; make room"
+                    f"{place}: the build needs {shown_bytes(needed)} there, {shown_bytes(free)} are free; make room"
                 )
 
 

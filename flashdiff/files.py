@@ -225,6 +225,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashdiff"
 
 
+def shown_bytes(size: float) -> str:
+    """A number of bytes for people: `310 MB`, `1.3 GB`."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+
+
 # --- hashes ----------------------------------------------------------------------------------------------------------
 
 

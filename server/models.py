@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from flashdiff.components import Components, Costs, Tensors
 from flashdiff.errors import BundleError, NotFoundError, OverloadedError, RepositoryError
+from flashdiff.files import shown_bytes
 from flashdiff.generate import unconditional_of
 from flashdiff.parts import Phase
 from flashdiff.preview import fit_preview
@@ -161,7 +162,7 @@ def _ensure_memory(folder: Path) -> None:
     free = _free_memory()
     if free is not None and needed > free:
         raise OverloadedError(
-            f"opening '{folder.name}' takes about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; unload a model first"
+            f"opening '{folder.name}' takes about {shown_bytes(needed)} and {shown_bytes(free)} are free; unload a model first"
         )
 
 
