@@ -203,21 +203,23 @@ def _exports(form: GraphForm, family: ModelFamily, inputs: BuildInputs, on_text:
         denoiser: loras,
         inputs.model.text_part.name: [lora for lora, is_on_text in zip(loras, on_text, strict=True) if is_on_text],
     }
-    # Two families may read the same weights, with prompts of another length.
-    form_of_model = {"family", "latent_channels", "latent_factor", "tokenizers", "parts", "conditions"}
-    structure = inputs.model.model_dump(mode="json", include=form_of_model)
+    # All of the model but what no graph contains: members of two families may share their weights.
+    model, sampler = inputs.model.model_dump(mode="json", exclude={"name", "sizes", "tasks", "sampler"}), inputs.model.sampler
+    # Some families' parts hold the guidance that their network takes as an input.
+    held = sampler.model_dump(mode="json", include={"schedule", "embedded_guidance"})
+    times = {"type": sampler.time_type, "known": sampler.known_times}
     for part in (spec.name for spec in inputs.model.parts):
         is_fixed = part == denoiser and family.fixed_size
         for size in inputs.sizes if is_fixed else (None,):
             deciding = {
                 "part": part,
                 "base": inputs.base_hash,
-                "model": structure,
+                "model": model | held,
                 "loras": changing.get(part, []),
                 "form": form.file,
                 "precision": inputs.precision,
                 "example": size or inputs.sizes[0],
-                "times": inputs.model.sampler.known_times if part == denoiser else [],
+                "times": times if part == denoiser else None,
                 "versions": versions,
                 "code": inputs.code,
             }

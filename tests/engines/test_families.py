@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -165,3 +166,22 @@ def test_families_that_share_weights_share_no_graph(tmp_path: Path) -> None:
         for name in ("pixart", "pixart-sigma")
     ]
     assert keys[0].isdisjoint(keys[1])
+
+
+def _export_keys(base: Path, **options: Any) -> dict[str, str]:
+    options = {"out": base.parent / "out", "batch_sizes": (2,)} | options
+    return {export.part: export.key for export in plan_build(BuildOptions(base=str(base), **options)).exports}
+
+
+def test_graphs_whose_times_have_another_type_are_not_shared(tmp_path: Path) -> None:
+    """Euler's linspace spacing gives the network fractions of times, the ODE sampler whole ones."""
+    base = MODELS["sd15"](tmp_path / "sd15")
+    whole, fractions = _export_keys(base), _export_keys(base, sampler="euler", spacing="linspace", guidance=3)
+    other_scale = _export_keys(base, guidance=2)
+    assert {part for part, key in whole.items() if key != fractions[part]} == {"denoiser"}
+    assert whole == other_scale
+
+
+def test_graphs_that_hold_another_embedded_guidance_are_not_shared(tmp_path: Path) -> None:
+    base = MODELS["flux"](tmp_path / "flux")
+    assert _export_keys(base)["text_encoder"] != _export_keys(base, sampler="flow-euler", guidance=2)["text_encoder"]
