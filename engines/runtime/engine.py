@@ -28,7 +28,7 @@ _OUT_OF_MEMORY = (
     "bad allocation",
     "memoryallocation",  # TensorRT's calls of CUDA
 )
-_TIMED_RUNS, _TIMED_MS = 7, 1000  # at most; but never once alone, since the first call sets up
+_TIMED_RUNS, _TIMED_MS = 7, 1000  # of a bucket, at most
 
 
 class Engine:
@@ -54,21 +54,22 @@ class Engine:
         costs = []
         for part, spec in self.manifest.parts.items():
             for size in self.spec.sizes if spec.is_spatial else (None,):
-                for batch in self.manifest.batch_sizes:
-                    shapes = bucket_shapes(spec.inputs, dimensions_of(self.spec, size, batch))
-                    inputs = {t.name: np.zeros(shapes[t.name], dtype=t.dtype) for t in spec.inputs}
-                    if "times" in inputs:
-                        inputs["times"][:] = self.spec.sampler.times(1)[0]
-                    compiled = self._bucket(part, size, batch)
-                    times: list[float] = []
-                    while len(times) < 2 or (len(times) < _TIMED_RUNS and sum(times) < _TIMED_MS):
-                        started = time.perf_counter()
-                        compiled(inputs)
-                        times.append(1000 * (time.perf_counter() - started))
-                    costs.append(BucketCost(part=part, size=size, batch=batch, ms=round(statistics.median(times), 4)))
+                runs = {batch: self._trial(part, size, batch) for batch in self.manifest.batch_sizes}
+                for batch, ms in usual_ms(runs).items():
+                    costs.append(BucketCost(part=part, size=size, batch=batch, ms=round(ms, 4)))
         if self._snapshot:
             self._snapshot.remove()  # every bucket is compiled
         return tuple(costs)
+
+    def _trial(self, part: str, size: Size | None, batch: int) -> Callable[[], object]:
+        """A call of a bucket that is ready."""
+        tensors = self.manifest.parts[part].inputs
+        shapes = bucket_shapes(tensors, dimensions_of(self.spec, size, batch))
+        inputs = {t.name: np.zeros(shapes[t.name], dtype=t.dtype) for t in tensors}
+        if "times" in inputs:
+            inputs["times"][:] = self.spec.sampler.times(1)[0]
+        compiled = self._bucket(part, size, batch)
+        return lambda: compiled(inputs)
 
     def measure_costs(self) -> Costs:
         """`measure_buckets` as the scheduler wants it."""
@@ -101,6 +102,22 @@ class Engine:
         if key not in self._compiled:
             self._compiled[key] = self._compile(part, size, batch)
         return self._compiled[key]
+
+
+def usual_ms(runs: Mapping[int, Callable[[], object]]) -> dict[int, float]:
+    """The median milliseconds of each of these calls, made in turns: the scheduler compares batch sizes with each other, and
+    whatever else the machine does meanwhile must not fall on one of them alone."""
+    spent: dict[int, list[float]] = {batch: [] for batch in runs}
+    for run in runs.values():
+        run()  # the first call sets up
+    for turn in range(_TIMED_RUNS):
+        if turn >= 2 and sum(map(sum, spent.values())) > _TIMED_MS * len(runs):
+            break
+        for batch, run in runs.items():
+            started = time.perf_counter()
+            run()
+            spent[batch].append(1000 * (time.perf_counter() - started))
+    return {batch: statistics.median(times) for batch, times in spent.items()}
 
 
 class _SizeAxes(NamedTuple):

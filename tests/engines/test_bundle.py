@@ -1,5 +1,6 @@
 """Bundles of the tiny model: right, whole, and refused when they are not."""
 
+import functools
 import json
 import re
 import shutil
@@ -21,7 +22,7 @@ from flashdiff.engines.bundle import MANIFEST, SCHEMA_VERSION, PartFile, read_ma
 from flashdiff.engines.config import BuildOptions
 from flashdiff.engines.parts import parts_of
 from flashdiff.engines.reference import run_reference
-from flashdiff.engines.runtime.engine import Engine, open_bundle
+from flashdiff.engines.runtime.engine import Engine, open_bundle, usual_ms
 from flashdiff.engines.verify import verify
 from flashdiff.errors import BundleError, RequestError
 from flashdiff.families import load_base
@@ -275,3 +276,12 @@ def test_a_students_engine_looks_up_what_depends_on_its_few_times_and_knows_no_o
     known, other = engine.call("denoiser", {"latents": latents, "times": np.array([749, 748]), **conditioning})["output"]
     assert np.isfinite(known).all()
     assert np.isnan(other).all()
+
+
+def test_batch_sizes_are_measured_in_turns() -> None:
+    """So a machine that is busy for a while makes no batch size look slower than the others."""
+    called: list[int] = []
+    runs = {batch: functools.partial(called.append, batch) for batch in (1, 2, 4)}
+    assert usual_ms(runs).keys() == runs.keys()
+    assert called == [1, 2, 4] * (len(called) // 3)
+    assert len(called) >= 9
