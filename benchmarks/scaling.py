@@ -35,6 +35,7 @@ from benchmarks.measurements import Measurement, stage_measurement
 from flashdiff.components import Size
 from flashdiff.engines.backends import find_backend
 from flashdiff.engines.bundle import Manifest, PartFile, PartRecord
+from flashdiff.engines.runtime.device import DEFAULT_DEVICE
 from flashdiff.engines.shapes import bucket_shapes, dimensions_of
 
 BACKEND = "openvino"
@@ -69,7 +70,7 @@ def networks(widths: Sequence[int], sizes: Sequence[Size], batches: Sequence[int
             spec = PartRecord(files=(PartFile(file=form.file),), inputs=part.inputs, outputs=part.outputs)
             # The manifest is never written, so it has only the fields that the backend reads.
             fields: dict[str, Any] = {"precision": "fp32", "parts": {part.name: spec}}
-            compile_part = backend.open_parts(Path(name), Manifest.model_construct(**fields))
+            compile_part = backend.open_parts(Path(name), Manifest.model_construct(**fields), DEFAULT_DEVICE)
             for size, batch in product(sizes, batches):
                 dimensions = dimensions_of(model.spec, size, batch)
                 compiled = compile_part(part.name, Path(name, form.file), dimensions)

@@ -93,7 +93,12 @@ class OverloadedError(RefusedError):
         self.retry_after_s = retry_after_s
 
 
-class DeadlineError(RefusedError): ...
+class DeadlineError(RefusedError):
+    """It cannot be on time; `promised_s` is within which time it could be promised, where that is the reason."""
+
+    def __init__(self, message: str, promised_s: float | None = None) -> None:
+        super().__init__(message)
+        self.promised_s = promised_s
 
 
 class CancelledError(RefusedError): ...

@@ -4,7 +4,7 @@ import math
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from flashdiff.errors import DeadlineError, FlashdiffError, OverloadedError
@@ -115,10 +115,46 @@ class Admission:
 
     def estimate_ms(self, model: Model, order: Order, *, client: str, priority: Priority) -> float:
         """How long the order would take if it were accepted now."""
+        return self._expect(model, order, math.inf, client, priority)[1]
+
+    def promise_ms(self, model: Model, order: Order, within_s: float, *, client: str, priority: Priority) -> float:
+        """Within which time the order could be promised now, if it is due in `within_s` seconds."""
+        alone_ms, expected_ms, margin = self._expect(model, order, within_s, client, priority)
+        return promise_ms(alone_ms, expected_ms, margin)
+
+    def take_over(self, job: Job, model: Model, on_step: Callable[[Step], None] | None) -> Job:
+        """A job that another device accepted and failed, to be answered here with this model; raises when this device is closed.
+
+        It was promised, so it needs no room and keeps its deadline and its place. Its claim is a new one: the caller has claimed
+        the old one, so that only this device can answer.
+        """
         with self._lock:
-            preparations = order.task.preparations(model.components.spec, order)
-            now, new, queue = self._clock(), work_of(model, order, preparations), self._queue(self._outlook())
-            return _forecast(new, self._due(new, queue, now, math.inf, client, priority), queue).own_ms
+            if self._closed:
+                raise self._closed
+            self._forget_settled()
+            preparations = job.order.task.preparations(model.components.spec, job.order)
+            whole = work_of(model, job.order, preparations)
+            self._arrivals += 1
+            taken = replace(
+                job,
+                model=model,
+                arrival=self._arrivals,
+                preparations=preparations,
+                whole=whole,
+                alone_s=0.0 if job.deadline == math.inf else whole.alone_ms / 1000,
+                is_tight=False,  # the margin here is not what decided
+                on_step=on_step,
+                _unclaimed=threading.Lock(),
+            )
+            self._jobs.append(taken)
+            self._post(Arrived(taken))
+            return taken
+
+    def hand_over(self, job: Job) -> None:
+        """The job is answered by another device: it takes no room here any more."""
+        with self._lock:
+            self._jobs = [kept for kept in self._jobs if kept is not job]
+            self._released.discard(job)
 
     def release(self, job: Job) -> None:
         """The job's client has its answer, or has left: it takes no room once it is answered."""
@@ -187,6 +223,17 @@ class Admission:
         left = [_Waiting(p.job, _work_left(p)) for p in (*outlook.progress, *new) if not p.job.answer.done()]
         return sorted(left, key=lambda waiting: (waiting.job.due, waiting.job.arrival))
 
+    def _expect(self, model: Model, order: Order, within_s: float, client: str, priority: Priority) -> tuple[float, float, float]:
+        """What an order would take alone and now, in ms, and the margin of a promise."""
+        with self._lock:
+            preparations = order.task.preparations(model.components.spec, order)
+            now, new, outlook = self._clock(), work_of(model, order, preparations), self._outlook()
+            queue = self._queue(outlook)
+            due_at = self._due(new, queue, now, now + within_s, client, priority)
+            alone_ms = new.alone_ms
+            expected_ms = _forecast(new, due_at, queue).own_ms if queue else alone_ms
+            return alone_ms, expected_ms, outlook.margin
+
     def _due(self, new: Work, queue: list[_Waiting], now: float, deadline: float, client: str, priority: Priority) -> float:
         """When new work is due. Without a deadline it goes behind every job whose promise it would break."""
         backlog_ms = sum(waiting.work.share_ms for waiting in queue if client and waiting.job.client == client)
@@ -219,7 +266,8 @@ class Admission:
                 self._post(Forgive(model))
             raise DeadlineError(
                 f"this can be promised in about {promised + 1000 * files_s:.0f} ms, "
-                f"the deadline is {max(0.0, 1000 * timeout_s):.0f} ms away"
+                f"the deadline is {max(0.0, 1000 * timeout_s):.0f} ms away",
+                promised_s=promised / 1000 + files_s,
             )
         if _made_late(forecast, now):
             raise DeadlineError("this request could be on time, but would make requests late that were accepted before")

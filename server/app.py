@@ -27,6 +27,7 @@ from flashdiff.proto.v1 import image_pb2, image_pb2_grpc, triton_pb2
 from flashdiff.server.auth import Tokens, server_credentials
 from flashdiff.server.calls import Calls
 from flashdiff.server.connections import close_excess, raise_file_limit
+from flashdiff.server.fleet import Fleet
 from flashdiff.server.gate import Gate
 from flashdiff.server.log import hide_lost_replies
 from flashdiff.server.metrics import Metrics
@@ -35,6 +36,7 @@ from flashdiff.server.names import LOOPBACK
 from flashdiff.server.requests import Requests
 from flashdiff.server.service import ImageService
 from flashdiff.server.shared_memory import Regions
+from flashdiff.server.submitter import Submitter
 from flashdiff.server.triton import TritonService
 from flashdiff.server.triton_grpc import TRITON_SERVICE, triton_handler
 from flashdiff.server.worker import Worker
@@ -111,7 +113,7 @@ class Server:
     """A running server; `port` is the one it listens on."""
 
     port: int
-    worker: Worker
+    worker: Submitter
     models: Models
     metrics_port: int | None
     http_port: int | None
@@ -150,12 +152,11 @@ async def start(models: Models, listen: Listen, worker: type[Worker] = Worker) -
         if wanted is not None:
             _check_free(host, wanted, option)
     credentials = server_credentials(listen.tls_cert, listen.tls_key, listen.tls_client_ca)
-    metrics = Metrics()
+    metrics = Metrics([device.name for device in models.devices if device.name])
     tokens = Tokens(listen.tokens) if listen.tokens else None
     calls = Calls(tokens, metrics.ended)
     metrics_port = None if listen.metrics_port is None else await metrics.listen(listen.metrics_host, listen.metrics_port)
-    device = worker(observer=metrics)
-    metrics.watch_queue(lambda: device.pending_images)
+    device = _start_workers(models, metrics, worker)
 
     requests = Requests(device, models)
     triton = TritonService(device, requests, Regions() if listen.shared_memory else None)
@@ -177,8 +178,29 @@ async def start(models: Models, listen: Listen, worker: type[Worker] = Worker) -
     return Server(bound, device, models, metrics_port, http_port, tokens, server, http, servicer, metrics, watching)
 
 
+def _start_workers(models: Models, metrics: Metrics, worker: type[Worker]) -> Submitter:
+    """The only device's worker itself, or a fleet of them."""
+    if len(models.devices) == 1:
+        (device,) = models.devices
+        single = worker(observer=metrics.of_device(device.name), device=device)
+        _show(single, metrics)
+        return single
+    fleet = Fleet(models.devices, metrics, worker=worker, on_lost=models.lose)
+    for each in fleet.workers:
+        _show(each, metrics)
+    return fleet
+
+
+def _show(worker: Worker, metrics: Metrics) -> None:
+    """Let the metrics show the worker's queue, and its device where that has a name."""
+    name = worker.device.name
+    metrics.watch_queue(lambda: worker.pending_images, name)
+    if name:
+        metrics.watch_device(name, lambda: not worker.failure)
+
+
 async def _start_http(
-    worker: Worker, requests: Requests, triton: TritonService, metrics: Metrics, calls: Calls, listen: Listen
+    worker: Submitter, requests: Requests, triton: TritonService, metrics: Metrics, calls: Calls, listen: Listen
 ) -> "HttpListener":
     # Here, because HTTP is an extra to install.
     from flashdiff.server.http.app import http_app
@@ -209,7 +231,7 @@ def _check_aliases(models: Models, aliases: tuple[tuple[str, str], ...]) -> None
             raise ConfigError(f"--alias {alias}={name}: there is no model '{name}', but {', '.join(sorted(known)) or 'none'}")
 
 
-async def _watch(worker: Worker, metrics: Metrics, ports: Collection[int]) -> None:
+async def _watch(worker: Submitter, metrics: Metrics, ports: Collection[int]) -> None:
     while True:
         worker.check_alive()
         try:

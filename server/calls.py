@@ -15,7 +15,7 @@ from opentelemetry import propagate, trace
 
 from flashdiff.server.auth import Tokens
 from flashdiff.server.caps import Caps, Place
-from flashdiff.server.tracing import current_span
+from flashdiff.server.tracing import current_devices, current_span
 
 _MOST, _MOST_OF_ONE = 2000, 1500  # at once: far more than the queue takes, far less than would hurt
 _MOST_HEALTH, _MOST_HEALTH_OF_ONE = 200, 100  # kept for health checks
@@ -72,6 +72,8 @@ class Calls:
             method.lstrip("/"), propagate.extract(headers), trace.SpanKind.SERVER, {"request_id": request_id}
         )
         current_span.set(span)
+        devices = list[str]()
+        current_devices.set(devices)
         try:
             yield call
         finally:
@@ -82,4 +84,7 @@ class Calls:
             span.end()
             self._count(call.method, call.code)
             spent_ms = 1000 * (time.perf_counter() - started)
-            _log.info("call method=%s id=%s client=%s code=%s ms=%.1f", call.method, request_id, call.client, call.code, spent_ms)
+            on = f" device={'+'.join(devices)}" if devices else ""
+            _log.info(
+                "call method=%s id=%s client=%s code=%s%s ms=%.1f", call.method, request_id, call.client, call.code, on, spent_ms
+            )

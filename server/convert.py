@@ -1,5 +1,6 @@
 """The server's half of `flashdiff.v1`: its messages to requests, replies to its messages."""
 
+from collections.abc import Sequence
 from typing import TypeVar
 
 from flashdiff.components import Size
@@ -9,6 +10,7 @@ from flashdiff.proto.v1 import image_pb2 as pb
 from flashdiff.server.jobs import Step
 from flashdiff.server.models import Model
 from flashdiff.server.requests import Estimate, ImageRequest, Reply
+from flashdiff.server.submitter import DeviceState
 from flashdiff.server.wire import FORMAT_NUMBERS, FORMATS, PRIORITIES
 
 _Value = TypeVar("_Value")
@@ -82,11 +84,11 @@ def write_result(response: pb.GenerateResponse) -> pb.GenerateUpdate:
     return pb.GenerateUpdate(result=response)
 
 
-def write_models(served: dict[str, Model]) -> pb.ListModelsResponse:
-    return pb.ListModelsResponse(models=[_served(name, model) for name, model in served.items()])
+def write_models(served: dict[str, Model], devices: Sequence[DeviceState]) -> pb.ListModelsResponse:
+    return pb.ListModelsResponse(models=[_served(name, model, devices) for name, model in served.items()])
 
 
-def _served(name: str, model: Model) -> pb.ServedModel:
+def _served(name: str, model: Model, devices: Sequence[DeviceState]) -> pb.ServedModel:
     spec = model.components.spec
     return pb.ServedModel(
         name=name,
@@ -97,6 +99,7 @@ def _served(name: str, model: Model) -> pb.ServedModel:
         max_prompt_tokens=spec.prompt_tokens,
         takes_negative_prompt=spec.sampler.evaluations_per_step > 1,
         tasks=spec.tasks,
+        devices=[pb.Device(name=device.name, failure=device.failure) for device in devices],
     )
 
 

@@ -45,6 +45,8 @@ class Finished:
     timings: Timings
     batches: list[int]
     """Slots of each denoise call that the job took part in."""
+    device: str = ""
+    """Which one made them, where devices have names."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashdiff.components import ModelSpec
-from flashdiff.errors import CancelledError, DeadlineError, FlashdiffError, OutOfMemoryError
+from flashdiff.errors import BackendError, CancelledError, DeadlineError, FlashdiffError, OutOfMemoryError
 from flashdiff.generate import finish_rows, prepare
 from flashdiff.orders import Order
 from flashdiff.parts import Phase
@@ -60,6 +60,10 @@ class Observer(Protocol):
     def refused(self, error: FlashdiffError) -> None: ...
 
 
+Rescue = Callable[[Job, BackendError], bool]
+"""Gets a job that the device failed, claimed but not answered; True when another device is going to answer it."""
+
+
 class DeviceLoop:
     """The jobs in hand and what to do with them.
 
@@ -75,8 +79,9 @@ class DeviceLoop:
         observer: Observer | None,
         draw: "Callable[[ModelSpec, Order], Future[Noise]]",
         start: Callable[[Callable[[], Message]], None],
+        rescue: Rescue = lambda job, error: False,
     ) -> None:
-        self._clock, self._observer, self._draw, self._start = clock, observer, draw, start
+        self._clock, self._observer, self._draw, self._start, self._rescue = clock, observer, draw, start, rescue
         self._running: dict[Job, Running] = {}
         self._progress: dict[Job, Progress] = {}
         self._left: set[Job] = set()
@@ -300,12 +305,14 @@ class DeviceLoop:
             if self._observer:
                 self._observer.answered(job.model.identity.name, timings, None)
             images = [running.images[row] for row in range(job.order.count)]
-            job.answer.set_result(Finished(images, timings, running.batches))
+            job.answer.set_result(Finished(images, timings, running.batches, job.model.device.name))
 
     def _fail(self, job: Job, error: FlashdiffError) -> None:
         if self._end(job):
             if isinstance(error, DeadlineError) or self._clock() > job.deadline:  # also one whose client has left by then
                 self._learn(job, kept=False)
+            elif isinstance(error, BackendError) and not isinstance(error, OutOfMemoryError) and self._rescue(job, error):
+                return
             if self._observer:
                 self._observer.answered(job.model.identity.name, Timings(), error)
             job.answer.set_exception(error)

@@ -2,7 +2,7 @@
 
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -17,37 +17,53 @@ _RATIO = (0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2, 4)
 
 
 class Metrics:
-    """Counts for one server; the worker's observer."""
+    """Counts for one server, with a label `device` where devices have names."""
 
-    def __init__(self) -> None:
+    def __init__(self, devices: Sequence[str] = ()) -> None:
         self.registry = CollectorRegistry()
         self.page = MetricsPage(self.registry)
-        registry = self.registry
-        self._part = Histogram("flashdiff_part_seconds", "Device calls", ["model", "part"], buckets=_SECONDS, registry=registry)
+        self._devices = tuple(devices)
+        registry, on = self.registry, ["device"] if devices else []
+        part, model = [*on, "model", "part"], [*on, "model"]
+        self._part = Histogram("flashdiff_part_seconds", "Device calls", part, buckets=_SECONDS, registry=registry)
         self._slots = Histogram(
-            "flashdiff_batch_slots", "Slots filled, two by a guided row", ["model", "part"], buckets=_SLOTS, registry=registry
+            "flashdiff_batch_slots", "Slots filled, two by a guided row", part, buckets=_SLOTS, registry=registry
         )
         self._error = Histogram(
             "flashdiff_cost_ratio",
             "Time of a device call over what admission expected",
-            ["model", "part"],
+            part,
             buckets=_RATIO,
             registry=registry,
         )
         self._total = Histogram(
-            "flashdiff_request_seconds", "From acceptance to pixels", ["model"], buckets=_SECONDS, registry=registry
+            "flashdiff_request_seconds", "From acceptance to pixels", model, buckets=_SECONDS, registry=registry
         )
-        self._queue = Histogram("flashdiff_queue_seconds", "Of that, waiting", ["model"], buckets=_SECONDS, registry=registry)
+        self._queue = Histogram("flashdiff_queue_seconds", "Of that, waiting", model, buckets=_SECONDS, registry=registry)
         self._answered = Counter(
-            "flashdiff_requests", "Accepted requests by how they ended", ["model", "outcome"], registry=registry
+            "flashdiff_requests", "Accepted requests by how they ended", [*model, "outcome"], registry=registry
         )
         self._refused = Counter("flashdiff_refusals", "Requests refused at once, by cause", ["cause"], registry=registry)
         self._calls = Counter("flashdiff_calls", "All calls by status", ["method", "code"], registry=registry)
-        self._pending = Gauge("flashdiff_pending_images", "Accepted and not yet finished", registry=registry)
+        self._pending = Gauge("flashdiff_pending_images", "Accepted and not yet finished", on, registry=registry)
+        self._up = Gauge("flashdiff_device_up", "1 while a device serves, 0 when it was taken out", ["device"], registry=registry)
+        self._moved = Counter(
+            "flashdiff_moved_requests", "Accepted requests that another device took over from this", ["device"], registry=registry
+        )
         self._seen = deque[Callable[[], None]]()  # by several threads, and not yet counted
 
-    def watch_queue(self, pending_images: Callable[[], int]) -> None:
-        self._pending.set_function(pending_images)
+    def watch_queue(self, pending_images: Callable[[], int], device: str = "") -> None:
+        """Show a device's queue; the whole server's where devices have no names."""
+        (self._pending.labels(device) if self._devices else self._pending).set_function(pending_images)
+
+    def watch_device(self, device: str, is_up: Callable[[], bool]) -> None:
+        """Show whether a device serves."""
+        self._up.labels(device).set_function(is_up)
+        self._moved.labels(device)
+
+    def of_device(self, device: str = "") -> "DeviceMetrics":
+        """What a device's worker tells."""
+        return DeviceMetrics(self, (device,) if self._devices else ())
 
     async def listen(self, host: str, port: int) -> int:
         """Serve /metrics on the event loop; the port it listens on."""
@@ -66,36 +82,58 @@ class Metrics:
         for _ in range(len(self._seen)):
             self._seen.popleft()()
 
-    def called(self, model: str, part: str, slots: int, spent_ms: float, expected_ms: float) -> None:
-        self._seen.append(partial(self._count_call, model, part, slots, spent_ms, expected_ms))
-
-    def answered(self, model: str, timings: Timings, error: FlashdiffError | None) -> None:
-        # Its name and not the error itself, which would keep what it is about.
-        self._seen.append(partial(self._count_answer, model, timings.total, timings.queue, _cause(error) if error else "ok"))
+    def see(self, count: Callable[..., None], *values: object) -> None:
+        """Have `count` called with the values by the next `count()`."""
+        self._seen.append(partial(count, *values))
 
     def ended(self, method: str, code: str) -> None:
-        self._seen.append(partial(self._count_end, method, code))
+        self.see(self._count_end, method, code)
 
     def refused(self, error: FlashdiffError) -> None:
-        self._seen.append(partial(self._count_refusal, _cause(error)))
+        self.see(self._count_refusal, _cause(error))
 
-    def _count_call(self, model: str, part: str, slots: int, spent_ms: float, expected_ms: float) -> None:
-        self._part.labels(model, part).observe(spent_ms / 1000)
-        self._slots.labels(model, part).observe(slots)
+    def moved(self, device: str) -> None:
+        self.see(self._count_move, device)
+
+    def count_call(self, on: Sequence[str], model: str, part: str, slots: int, spent_ms: float, expected_ms: float) -> None:
+        self._part.labels(*on, model, part).observe(spent_ms / 1000)
+        self._slots.labels(*on, model, part).observe(slots)
         if expected_ms:
-            self._error.labels(model, part).observe(spent_ms / expected_ms)
+            self._error.labels(*on, model, part).observe(spent_ms / expected_ms)
 
-    def _count_answer(self, model: str, total_ms: float, queue_ms: float, outcome: str) -> None:
-        self._answered.labels(model, outcome).inc()
+    def count_answer(self, on: Sequence[str], model: str, total_ms: float, queue_ms: float, outcome: str) -> None:
+        self._answered.labels(*on, model, outcome).inc()
         if outcome == "ok":
-            self._total.labels(model).observe(total_ms / 1000)
-            self._queue.labels(model).observe(queue_ms / 1000)
+            self._total.labels(*on, model).observe(total_ms / 1000)
+            self._queue.labels(*on, model).observe(queue_ms / 1000)
 
     def _count_end(self, method: str, code: str) -> None:
         self._calls.labels(method, code).inc()
 
     def _count_refusal(self, cause: str) -> None:
         self._refused.labels(cause).inc()
+
+    def _count_move(self, device: str) -> None:
+        self._moved.labels(device).inc()
+
+
+class DeviceMetrics:
+    """A worker's observer: its counts have the label of its device, if that has a name."""
+
+    def __init__(self, metrics: Metrics, labels: tuple[str, ...]) -> None:
+        self._metrics, self._labels = metrics, labels
+
+    def called(self, model: str, part: str, slots: int, spent_ms: float, expected_ms: float) -> None:
+        metrics = self._metrics
+        metrics.see(metrics.count_call, self._labels, model, part, slots, spent_ms, expected_ms)
+
+    def answered(self, model: str, timings: Timings, error: FlashdiffError | None) -> None:
+        # Its name and not the error itself, which would keep what it is about.
+        outcome, metrics = _cause(error) if error else "ok", self._metrics
+        metrics.see(metrics.count_answer, self._labels, model, timings.total, timings.queue, outcome)
+
+    def refused(self, error: FlashdiffError) -> None:
+        self._metrics.refused(error)
 
 
 def _cause(error: FlashdiffError) -> str:

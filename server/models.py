@@ -2,13 +2,14 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flashdiff.components import Components, Costs, Tensors
+from flashdiff.engines.runtime.device import DEFAULT_DEVICE, Device
 from flashdiff.errors import BundleError, NotFoundError, OverloadedError, RepositoryError
 from flashdiff.files import shown_bytes
 from flashdiff.generate import unconditional_of
@@ -56,10 +57,21 @@ def _size_of(encoded: Tensors) -> int:
 
 
 class Model:
-    """An opened model, warmed up with costs that were just measured. Only the worker's threads call `components`."""
+    """An opened model, warmed up with costs that were just measured. Only the worker's threads call `components`.
 
-    def __init__(self, identity: ModelIdentity, components: Components, measured: Costs) -> None:
-        self.identity, self.components = identity, components
+    Of a bundle that is open on several devices, the protocols see the model of the first; `others` are those of the others.
+    """
+
+    def __init__(
+        self,
+        identity: ModelIdentity,
+        components: Components,
+        measured: Costs,
+        device: Device = DEFAULT_DEVICE,
+        others: "Sequence[Model]" = (),
+    ) -> None:
+        self.identity, self.components, self.device = identity, components, device
+        self._others = {other.device: other for other in others}
         spec, names = components.spec, {Phase.PREPARE: "input_image", Phase.STEP: "denoise", Phase.FINISH: "decode"}
         self.stages = {part.name: names[part.phase] for part in spec.parts} | {spec.text_part.name: "text"}
         """By part, the name of its stage in timings."""
@@ -67,6 +79,10 @@ class Model:
         self.embeddings = Embeddings()
         self.unconditional: Tensors | None = unconditional_of(components)
         self.preview_colors: NDArray[np.float32] = fit_preview(components)
+
+    def on(self, device: Device) -> "Model | None":
+        """The same bundle as it is open on that device; None where it is not."""
+        return self if device == self.device else self._others.get(device)
 
 
 class Models:
@@ -84,11 +100,19 @@ class Models:
         *,
         opener: Callable[[Path], Model] | None = None,
         identify: Callable[[Path], str] | None = None,
+        devices: Sequence[Device] = (DEFAULT_DEVICE,),
     ) -> None:
+        """Each model is open on all of the `devices`, and `opener` opens the others so."""
+        self.devices = tuple(devices)
         self._served = dict(served)
         self._default = next(iter(self._served), "")
         self._repository, self._opener, self._identify = repository, opener, identify
         self._changing = threading.Lock()
+
+    def lose(self, device: Device) -> None:
+        """Open models no more on a device that has failed; the last one stays."""
+        with self._changing:
+            self.devices = tuple(kept for kept in self.devices if kept != device) or self.devices
 
     @property
     def served(self) -> dict[str, Model]:
@@ -127,7 +151,7 @@ class Models:
             wanted = self._identify(folder)
             model = next((m for m in self.served.values() if m.identity.bundle_hash == wanted), None)
             if model is None:
-                _ensure_memory(folder)
+                _ensure_memory(folder, copies=sum(device.gpu is None for device in self.devices) or 1)
                 model = self._opener(folder)
         except OSError as error:
             raise _unreadable(self._repository / name, error) from None
@@ -156,9 +180,9 @@ def _unreadable(path: Path, error: OSError) -> RepositoryError:
     return RepositoryError(f"the repository's {path.name} cannot be read: {error.strerror or error}")
 
 
-def _ensure_memory(folder: Path) -> None:
-    """OverloadedError when opening the bundle would not fit into what this machine has free."""
-    needed = _MEMORY_PER_BUNDLE_BYTE * sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def _ensure_memory(folder: Path, copies: int) -> None:
+    """OverloadedError when opening so many copies of the bundle would not fit into what this machine has free."""
+    needed = copies * _MEMORY_PER_BUNDLE_BYTE * sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     free = _free_memory()
     if free is not None and needed > free:
         raise OverloadedError(

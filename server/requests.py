@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from flashdiff.components import Size
@@ -13,8 +13,8 @@ from flashdiff.server.images import readers
 from flashdiff.server.jobs import Finished, Step, Timings, pixel_bytes
 from flashdiff.server.models import Model, Models
 from flashdiff.server.names import ImageFormat, Priority
-from flashdiff.server.tracing import describe_call
-from flashdiff.server.worker import Worker
+from flashdiff.server.submitter import DeviceState, Submitter
+from flashdiff.server.tracing import describe_call, note_device
 from flashdiff.tasks import check_order
 
 _SENDING_S = 30.0  # how long a reply that the client does not read keeps its room,
@@ -79,9 +79,9 @@ class Estimate:
 
 
 class Requests:
-    """Serves requests of any protocol with one worker."""
+    """Serves requests of any protocol."""
 
-    def __init__(self, worker: Worker, models: Models) -> None:
+    def __init__(self, worker: Submitter, models: Models) -> None:
         self._worker, self._clock = worker, worker.clock
         self.models = models
         self.threads = ImageThreads(worker.clock)
@@ -137,6 +137,11 @@ class Requests:
                 unread.cancel()  # or it would keep the pixels as long
             worker.release(job)  # the client may have left, or its deadline have passed
 
+    @property
+    def devices(self) -> Sequence[DeviceState]:
+        """The devices that have names."""
+        return self._worker.devices
+
     async def estimate(self, model: Model, request: ImageRequest, client: str) -> Estimate:
         """What the request would take now."""
         order = await self._order(model, request, client)
@@ -173,6 +178,8 @@ class Requests:
         )
         spent = {"queue": timings.queue, "total": timings.total, **reply.stages_ms}
         describe_call(model=model.identity.name, steps=order.steps, **{f"{name}_ms": ms for name, ms in spent.items()})
+        if finished.device:
+            note_device(finished.device)
         return reply
 
 

@@ -55,7 +55,7 @@ class ImageService(image_pb2_grpc.ImageServiceServicer):
             await abort(context, error)
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
-        return write_models(self._requests.models.served)
+        return write_models(self._requests.models.served, self._requests.devices)
 
     async def Estimate(self, request: pb.GenerateRequest, context: Any) -> pb.EstimateResponse:
         client = client_of(context)

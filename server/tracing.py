@@ -1,4 +1,4 @@
-"""The trace span of the call that a task works on."""
+"""The trace span of the call that a task works on, and the devices that served it."""
 
 from contextvars import ContextVar
 
@@ -6,6 +6,17 @@ from opentelemetry import trace
 
 # Never reset: a stream that is left unread is closed in another context.
 current_span: ContextVar[trace.Span] = ContextVar("span", default=trace.INVALID_SPAN)
+
+
+current_devices: ContextVar[list[str]] = ContextVar("devices")
+"""The names of the devices that have served the call's requests."""
+
+
+def note_device(device: str) -> None:
+    """Add a device to the call that runs, for its span and its log line."""
+    describe_call(device=device)
+    if (devices := current_devices.get(None)) is not None and device not in devices:
+        devices.append(device)
 
 
 def describe_call(**attributes: float | str) -> None:

@@ -17,6 +17,7 @@ from flashdiff.server.models import Model
 from flashdiff.server.repository import Repository
 from flashdiff.server.requests import Reply, Requests
 from flashdiff.server.shared_memory import Regions, offered
+from flashdiff.server.submitter import Submitter
 from flashdiff.server.triton_convert import (
     MAX_ID,
     OUTPUTS,
@@ -26,7 +27,6 @@ from flashdiff.server.triton_convert import (
     write_preview,
     write_result,
 )
-from flashdiff.server.worker import Worker
 
 _EXTENSIONS = (
     "model_repository",
@@ -68,7 +68,7 @@ class _Statistics:
 class TritonService:
     """The calls of `proto/v1/triton.proto`, by their names there; a FlashdiffError says why there is no response."""
 
-    def __init__(self, worker: Worker, requests: Requests, regions: Regions | None) -> None:
+    def __init__(self, worker: Submitter, requests: Requests, regions: Regions | None) -> None:
         self._worker, self._requests, self._models, self._regions = worker, requests, requests.models, regions
         self._repository = Repository(requests.models)
         self._statistics: dict[str, _Statistics] = {}

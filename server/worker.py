@@ -1,7 +1,7 @@
 """The worker: a thread that owns the device, and the methods that other threads may call.
 
-docs/concurrency.md lists the writer of each state: callers write the admission ledger, under its lock; the device thread writes
-everything else, and learns of other threads by messages.
+docs/concurrency.md lists the writer of each state: any thread writes the admission ledger, under its lock; the device thread
+writes everything else, and learns of other threads by messages.
 """
 
 import logging
@@ -10,21 +10,24 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
+from flashdiff.engines.runtime.device import DEFAULT_DEVICE, Device
 from flashdiff.errors import BackendError, DrainingError, FlashdiffError
 from flashdiff.orders import Order
 from flashdiff.rows import draw_noise
 from flashdiff.server.admission import MAX_PENDING_IMAGES, Admission
 from flashdiff.server.jobs import Job, Message, Step, Stop, Timings
-from flashdiff.server.loop import HANG_S, DeviceLoop, Observer
+from flashdiff.server.loop import HANG_S, DeviceLoop, Observer, Rescue
 from flashdiff.server.models import Model
 from flashdiff.server.names import Priority
+from flashdiff.server.submitter import DeviceState
 
 _log = logging.getLogger(__name__)
 
 
 class Worker:
-    """Accepts orders from any thread and answers each accepted one exactly once."""
+    """A `Submitter` with one device."""
 
     loop_class: type[DeviceLoop] = DeviceLoop  # the benchmarks compare another one with it
 
@@ -34,17 +37,26 @@ class Worker:
         max_pending_images: int = MAX_PENDING_IMAGES,
         observer: Observer | None = None,
         clock: Callable[[], float] = time.monotonic,
+        device: Device = DEFAULT_DEVICE,
+        rescue: "Callable[[Worker, Job, BackendError], bool]" = lambda worker, job, error: False,
     ) -> None:
+        """`rescue` gets this worker and what `loop.Rescue` does, in the device thread or the one that gives up on it."""
         self.clock = clock
+        self.device = device
         self.failure: BaseException | None = None
-        """Why the device thread has stopped before it was asked to; set once, by `_give_up`."""
+        """Why the device thread has stopped before it was asked to; set once, by `give_up`."""
         self._observer = observer
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         # Its thread starts here, on the cores of the thread that serves.
         self._drawing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="flashdiff-noise")
         self._drawing.submit(int)
+        self._rescue: Rescue = partial(rescue, self)
         self._loop = self.loop_class(
-            clock, observer, lambda spec, order: self._drawing.submit(draw_noise, spec, order), self._start_call
+            clock,
+            observer,
+            lambda spec, order: self._drawing.submit(draw_noise, spec, order),
+            self._start_call,
+            self._rescue,
         )
         self._outlook = self._loop.outlook()
         self._giving_up = threading.Lock()
@@ -63,11 +75,7 @@ class Worker:
         on_step: Callable[[Step], None] | None = None,
         files_s: float = 0.0,
     ) -> Job:
-        """Accept an order, to be answered within `timeout_s` seconds; raises a RefusedError at once when that cannot be.
-
-        `files_s` of the timeout are kept for writing the files. `on_step` is called in the device thread after every step of
-        every row; it must not block. The caller releases the job when it is done with its images.
-        """
+        """See `Submitter.submit`."""
         try:
             return self.admission.accept(
                 model, order, timeout_s, client=client, priority=priority, on_step=on_step, files_s=files_s
@@ -78,14 +86,11 @@ class Worker:
             raise
 
     def estimate_ms(self, model: Model, order: Order, *, client: str = "", priority: Priority = "normal") -> float:
-        """How long the order would take if it were submitted now; a deadline must leave a margin of the waiting in it."""
+        """See `Submitter.estimate_ms`."""
         return self.admission.estimate_ms(model, order, client=client, priority=priority)
 
     def release(self, job: Job) -> None:
-        """The client has its answer, or has left: rows in progress are dropped before the next step.
-
-        Until then the job's pixels count as pending.
-        """
+        """See `Submitter.release`."""
         self.admission.release(job)
 
     def drain(self) -> None:
@@ -113,19 +118,24 @@ class Worker:
         """Whether answers are still being sent: see `release`."""
         return self.admission.has_unsent
 
+    @property
+    def devices(self) -> tuple[DeviceState, ...]:
+        """Its device, if that has a name."""
+        return (DeviceState(self.device.name, str(self.failure or "")),) if self.device.name else ()
+
     def check_alive(self) -> None:
         """Give up on a device call that does not come back: its jobs are answered, and new ones refused."""
         now = self.clock()
         if not self.failure and any(not call.is_back and now > call.hung_at for call in self._loop.in_flight):
-            self._give_up(BackendError(f"a device call has not come back for more than {HANG_S:.0f} s"))
+            self.give_up(BackendError(f"a device call has not come back for more than {HANG_S:.0f} s"))
 
-    def _give_up(self, error: BaseException) -> None:
-        """Answer every job with the error, in the device thread or, where that hangs, in the one that watches it."""
+    def give_up(self, error: BaseException) -> None:
+        """Answer every job with the error and take no more; any thread may call this."""
         with self._giving_up:
             self.failure = self.failure or error
         reason = BackendError(f"the device thread has stopped: {error}")
         for job in self.admission.close(reason):
-            if job.claim():
+            if job.claim() and not self._rescue(job, reason):
                 if self._observer:
                     self._observer.answered(job.model.identity.name, Timings(), reason)
                 job.answer.set_exception(reason)
@@ -137,12 +147,13 @@ class Worker:
         try:
             self._serve()
         except BaseException as error:  # no other thread could answer the jobs
-            _log.exception("the device thread stopped")
-            self._give_up(error)
+            _log.exception("the device thread%s stopped", f" of {self.device.name}" if self.device.name else "")
+            self.give_up(error)
         finally:
             self._drawing.shutdown(wait=False)
 
     def _serve(self) -> None:
+        self.device.pin()
         loop, inbox = self._loop, self._inbox
         is_busy = False
         while not loop.is_over and not self.failure:

@@ -1,4 +1,4 @@
-"""The rate of the server's worker with a queue that is never empty, without a network."""
+"""The rate of the server's worker or fleet with a queue that is never empty, without a network."""
 
 import copy
 import time
@@ -11,6 +11,7 @@ from flashdiff.engines.runtime.engine import Engine
 from flashdiff.server.jobs import Job
 from flashdiff.server.models import Model
 from flashdiff.server.names import ModelIdentity
+from flashdiff.server.submitter import Submitter
 from flashdiff.server.worker import Worker
 from flashdiff.tasks import check_order
 
@@ -22,23 +23,32 @@ def measure_worker_rate(engine: Engine, costs: Costs, seconds: float, *, paralle
     identity = ModelIdentity(engine.spec.name, "", engine.spec.family, "torch", engine.manifest.precision)
     in_flight = BATCHES_IN_FLIGHT * engine.max_batch
     model, worker = Model(identity, engine, costs), Worker(max_pending_images=in_flight)
-    made, sent, running = -in_flight, 0, set[Job]()  # the first requests find an idle engine and are not counted
+    made, spent = measure_rate(worker, model, in_flight, seconds)
+    worker.drain()
+    worker.join(60)
+    rate = {"images": made, "seconds": round(spent, 2), "images_per_s": round(made / spent, 2)}
+    return {"decoding": "parallel" if parallel_decode else "in turn", "batch": engine.max_batch, **rate}
+
+
+def measure_rate(submitter: Submitter, model: Model, in_flight: int, seconds: float) -> tuple[int, float]:
+    """The images made with so many requests always in flight, and the seconds that it took."""
+    made, sent, running = -in_flight, 0, set[Job]()  # the first requests find idle devices and are not counted
     started = time.perf_counter()
     while made <= 0 or time.perf_counter() - started < seconds:
         while len(running) < in_flight:
-            order = check_order(engine.spec, prompt=f"robot {sent}", seed=sent, steps=STEPS[sent % len(STEPS)])
-            running.add(worker.submit(model, order))
+            order = check_order(model.components.spec, prompt=f"robot {sent}", seed=sent, steps=STEPS[sent % len(STEPS)])
+            running.add(submitter.submit(model, order))
             sent += 1
         wait([job.answer for job in running], return_when=FIRST_COMPLETED)
         for job in [job for job in running if job.answer.done()]:
             job.answer.result()
-            worker.release(job)
+            submitter.release(job)
             running.remove(job)
             made += 1
             if made == 0:
                 started = time.perf_counter()
     spent = time.perf_counter() - started
-    worker.drain()
-    worker.join(60)
-    rate = {"images": made, "seconds": round(spent, 2), "images_per_s": round(made / spent, 2)}
-    return {"decoding": "parallel" if parallel_decode else "in turn", "batch": engine.max_batch, **rate}
+    for job in running:
+        job.answer.result()
+        submitter.release(job)
+    return made, spent

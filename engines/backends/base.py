@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from flashdiff.components import Size
 from flashdiff.engines.bundle import BuildInputs, Machine, Manifest, PartFile, PartRecord, Precision
+from flashdiff.engines.runtime.device import DEFAULT_DEVICE, Device
 from flashdiff.engines.runtime.machine import this_machine
 from flashdiff.errors import BackendError, BundleError, install
 
@@ -94,8 +95,8 @@ class Backend:
     compile_graph: CompileGraph | None = None
     """None: it reads the graph itself."""
     save: SaveModel | None = None
-    open_parts: Callable[[Path, Manifest], CompilePart]
-    """Opens a bundle's folder; any error may be raised."""
+    open_parts: Callable[[Path, Manifest, Device], CompilePart]
+    """Opens a bundle's folder on a device; any error may be raised. The threads that open and run it are pinned already."""
 
     uses_gpu: Callable[[], bool] = lambda: False
     """Whether the library, as installed, runs on an NVIDIA GPU; called only where there is one."""
@@ -129,13 +130,19 @@ class Backend:
             needed = f"backend '{self.name}' needs '{error.name}', which is not here"
             raise BackendError(f"{needed}: {install(self.extra)}") from None
 
-    def machine(self) -> Machine:
+    def machine(self, device: Device = DEFAULT_DEVICE) -> Machine:
         """Where it would run here."""
-        return this_machine(self.uses_gpu)
+        return this_machine(self.uses_gpu, device.gpu_index)
 
-    def check_machine(self, manifest: Manifest) -> None:
-        """BundleError, with the cause and the cure, when a bundle was made for another machine."""
-        here, made = self.machine(), manifest.machine
+    def check_machine(self, manifest: Manifest, device: Device = DEFAULT_DEVICE) -> None:
+        """BundleError, with the cause and the cure, when a bundle was made for another machine or kind of device."""
+        here, made = self.machine(device), manifest.machine
+        if device.cores and made.device == "cuda":
+            raise BundleError(f"the bundle was made for a GPU ({made.processor}), and {device.name} is not one; {REBUILD}")
+        if device.gpu is not None and made.device == "cpu":
+            raise BundleError(
+                f"the bundle was made for a CPU, and {device.name} is none; give --device as cpu:CORES, or {REBUILD}"
+            )
         if made.device == "cuda" and here.device == "cpu":
             raise BundleError(f"the bundle was made for a GPU ({made.processor}), and there is none here; {REBUILD}")
         self.check_bundle(manifest, here)

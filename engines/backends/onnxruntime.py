@@ -9,19 +9,20 @@ from numpy.typing import NDArray
 
 from flashdiff.engines.backends.base import ONNX, Backend, CompiledPart, CompilePart
 from flashdiff.engines.bundle import Machine, Manifest, Precision
+from flashdiff.engines.runtime.device import Device
 from flashdiff.engines.runtime.threads import cpu_threads
 from flashdiff.errors import BackendError
 
 
-def _open_parts(folder: Path, manifest: Manifest) -> CompilePart:
+def _open_parts(folder: Path, manifest: Manifest, device: Device) -> CompilePart:
     import onnxruntime as ort
 
-    on_gpu = ["CUDAExecutionProvider"] if manifest.machine.device == "cuda" else []
+    on_gpu = [("CUDAExecutionProvider", {"device_id": device.gpu_index})] if manifest.machine.device == "cuda" else []
 
     def compile_part(name: str, file: Path, dimensions: Mapping[str, int]) -> CompiledPart:
         part = manifest.parts[name]
         options = ort.SessionOptions()
-        options.intra_op_num_threads = cpu_threads()
+        options.intra_op_num_threads = cpu_threads()  # which start pinned as this one is
         # Every part and shape is a session with threads of its own: when idle ones spin, they take cores from the one that runs.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3  # errors; it warns of every float16 constant that it cannot fold on a CPU

@@ -1,5 +1,6 @@
 """OpenVINO on the CPU, one static shape per compiled part; float32 unless a lower precision was asked for."""
 
+import logging
 import re
 import warnings
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from flashdiff.components import Size
 from flashdiff.engines.backends.base import EXPORTERS, Backend, CompiledPart, CompilePart, GraphForm
 from flashdiff.engines.bundle import Machine, Manifest, Precision
+from flashdiff.engines.runtime.device import Device
 from flashdiff.engines.runtime.threads import cpu_threads
 from flashdiff.engines.shapes import bucket_shapes
 from flashdiff.errors import BackendError, BundleError, first_line
@@ -31,6 +33,9 @@ _CPU_FEATURES: dict[Precision, tuple[str, ...]] = {
 """A precision needs any of these; without one OpenVINO would silently compute in float32."""
 
 
+_log = logging.getLogger(__name__)
+
+
 @cache
 def _core() -> Any:
     import openvino as ov
@@ -38,10 +43,15 @@ def _core() -> Any:
     return ov.Core()
 
 
-def _open_parts(folder: Path, manifest: Manifest) -> CompilePart:
+def _open_parts(folder: Path, manifest: Manifest, device: Device) -> CompilePart:
     import openvino as ov
 
-    config = {"INFERENCE_PRECISION_HINT": _HINTS[manifest.precision], "PERFORMANCE_HINT": "LATENCY"}
+    config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": _HINTS[manifest.precision], "PERFORMANCE_HINT": "LATENCY"}
+    if device.cores:
+        # Otherwise it moves the calling thread to cores of its own choice, the same ones for every set, and then to any.
+        config["ENABLE_CPU_PINNING"] = False
+        if len(device.cores) > 1:
+            _log.warning("%s: OpenVINO's helper threads may leave the core set; those of ONNX Runtime do not", device.name)
 
     def compile_part(name: str, file: Path, dimensions: Mapping[str, int]) -> CompiledPart:
         part = manifest.parts[name]

@@ -10,6 +10,7 @@ from flashdiff.engines.backends import tensorrt_builder
 from flashdiff.engines.backends.base import ONNX, REBUILD, Backend, CompilePart, Export
 from flashdiff.engines.bundle import BackendName, BuildInputs, Machine, Manifest, PartFile, PartRecord, Precision
 from flashdiff.engines.cache import cached, key_of
+from flashdiff.engines.runtime.device import Device
 from flashdiff.engines.shapes import bucket_shapes, dimensions_of
 from flashdiff.errors import BackendError, BundleError
 from flashdiff.files import cache_folder
@@ -75,10 +76,10 @@ def _timings(inputs: BuildInputs) -> Path:
     return cache_folder() / key_of("timings", {**versions, "processor": inputs.machine.processor})
 
 
-def _open_parts(folder: Path, manifest: Manifest) -> CompilePart:
+def _open_parts(folder: Path, manifest: Manifest, device: Device) -> CompilePart:
     from flashdiff.engines.backends.tensorrt_runner import open_parts
 
-    return open_parts(folder, manifest)
+    return open_parts(folder, manifest, device)
 
 
 def _check_build(backend: BackendName, _: Precision, here: Machine) -> None:

@@ -11,12 +11,15 @@ from numpy.typing import NDArray
 from flashdiff.engines.backends.base import CompiledPart, CompilePart
 from flashdiff.engines.backends.tensorrt_builder import library, make_logger
 from flashdiff.engines.bundle import Manifest
+from flashdiff.engines.runtime.device import Device
 from flashdiff.engines.shapes import bucket_shapes
 from flashdiff.errors import BackendError
 
 
-def open_parts(folder: Path, manifest: Manifest) -> CompilePart:
+def open_parts(folder: Path, manifest: Manifest, device: Device) -> CompilePart:
     """Make the library's runtime and a stream for each part; see `Backend.open_parts`."""
+    gpu = device.gpu_index
+    _checked(cuda.cudaSetDevice(gpu))
     trt = library(manifest.backend)
     logger = make_logger(trt)
     runtime = trt.Runtime(logger)
@@ -25,6 +28,7 @@ def open_parts(folder: Path, manifest: Manifest) -> CompilePart:
     streams = {name: _checked(cuda.cudaStreamCreateWithFlags(cuda.cudaStreamNonBlocking)) for name in manifest.parts}
 
     def compile_part(name: str, file: Path, dimensions: Mapping[str, int]) -> CompiledPart:
+        _checked(cuda.cudaSetDevice(gpu))  # of this thread: one that opens models has opened those of other GPUs
         engine = runtime.deserialize_cuda_engine(file.read_bytes())
         if engine is None:
             raise BackendError(f"{file.name}: {(logger.errors or ['no reason given'])[-1]}")
@@ -34,21 +38,22 @@ def open_parts(folder: Path, manifest: Manifest) -> CompilePart:
             tensor: np.zeros(shape, dtype=tensors[tensor].dtype)
             for tensor, shape in bucket_shapes(tensors.values(), dimensions).items()
         }
-        device = {tensor: _checked(cuda.cudaMalloc(values.nbytes)) for tensor, values in host.items()}
+        memory = {tensor: _checked(cuda.cudaMalloc(values.nbytes)) for tensor, values in host.items()}
         for spec in part.inputs:
             context.set_input_shape(spec.name, host[spec.name].shape)
-            _copy(device[spec.name], host[spec.name].ctypes.data, host[spec.name].nbytes, _TO_DEVICE, stream)
-        for tensor, address in device.items():
+            _copy(memory[spec.name], host[spec.name].ctypes.data, host[spec.name].nbytes, _TO_DEVICE, stream)
+        for tensor, address in memory.items():
             context.set_tensor_address(tensor, address)
         graph = _captured(lambda: context.execute_async_v3(int(stream)), stream, file)
 
         def run(inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
+            _checked(cuda.cudaSetDevice(gpu))  # a parallel decoding call has a thread of its own
             for spec in part.inputs:
                 np.copyto(host[spec.name], inputs[spec.name])
-                _copy(device[spec.name], host[spec.name].ctypes.data, host[spec.name].nbytes, _TO_DEVICE, stream)
+                _copy(memory[spec.name], host[spec.name].ctypes.data, host[spec.name].nbytes, _TO_DEVICE, stream)
             _checked(cuda.cudaGraphLaunch(graph, stream))
             for spec in part.outputs:
-                _copy(host[spec.name].ctypes.data, device[spec.name], host[spec.name].nbytes, _TO_HOST, stream)
+                _copy(host[spec.name].ctypes.data, memory[spec.name], host[spec.name].nbytes, _TO_HOST, stream)
             _checked(cuda.cudaStreamSynchronize(stream))
             return {spec.name: host[spec.name].copy() for spec in part.outputs}
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from flashdiff.engines.backends.base import Backend, CompilePart
 from flashdiff.engines.bundle import Manifest, PartFile, Precision
+from flashdiff.engines.runtime.device import Device
 
 if TYPE_CHECKING:
     from flashdiff.engines.parts import Part
@@ -35,10 +36,10 @@ def _save(model: "TorchModel", parts: Sequence["Part"], folder: Path, precision:
     return {part.name: (PartFile(file=f"{MODEL}/model_index.json"),) for part in parts}
 
 
-def _open_parts(folder: Path, manifest: Manifest) -> CompilePart:
+def _open_parts(folder: Path, manifest: Manifest, device: Device) -> CompilePart:
     from flashdiff.engines.backends.torch_runner import open_parts
 
-    return open_parts(folder, manifest)
+    return open_parts(folder, manifest, device)
 
 
 def _uses_gpu() -> bool:

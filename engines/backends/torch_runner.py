@@ -16,6 +16,8 @@ from flashdiff.engines.backends.base import CompiledPart, CompilePart
 from flashdiff.engines.backends.torch import MODEL
 from flashdiff.engines.bundle import Manifest
 from flashdiff.engines.parts import AtPrecision, no_reduced_precision, parts_of
+from flashdiff.engines.runtime.device import Device
+from flashdiff.engines.runtime.threads import cpu_threads
 from flashdiff.engines.shapes import bucket_shapes
 from flashdiff.families import load_base
 
@@ -25,18 +27,19 @@ _CHANNELS_LAST = ("denoiser",)
 decoder 25 in place of 20: torch's group norm wants the other layout, and turning large images over costs more than that gains."""
 
 
-def open_parts(folder: Path, manifest: Manifest) -> CompilePart:
+def open_parts(folder: Path, manifest: Manifest, on: Device) -> CompilePart:
     """Load the model of a bundle onto its device; see `Backend.open_parts`."""
     transformers.utils.logging.disable_progress_bar()  # it would draw bars between a server's lines
     no_reduced_precision()
     family, model = load_base(str(folder / MODEL))
-    device = torch.device(manifest.machine.device)
+    is_cpu = manifest.machine.device == "cpu"
+    device = torch.device("cpu") if is_cpu else torch.device("cuda", on.gpu_index)
     runners = {}
     for part in parts_of(family, model):
         module = (part.module if manifest.precision == "fp32" else AtPrecision(part, manifest.precision)).to(device)
-        if device.type == "cuda" and part.name in _CHANNELS_LAST:
+        if not is_cpu and part.name in _CHANNELS_LAST:
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        runners[part.name] = _Eager(module) if device.type == "cpu" else _Graphs(module, part.name)
+        runners[part.name] = _Eager(module, cpu_threads() if on.cores else None) if is_cpu else _Graphs(module, part.name, device)
 
     def compile_part(name: str, file: Path, dimensions: Mapping[str, int]) -> CompiledPart:
         part, runner = manifest.parts[name], runners[name]
@@ -59,18 +62,20 @@ def open_parts(folder: Path, manifest: Manifest) -> CompilePart:
 
 
 @cache
-def _stream(name: str) -> torch.cuda.Stream:
-    """The same for every model: torch has 32 streams, and would give the first ones out again."""
-    return torch.cuda.Stream()
+def _stream(name: str, device: torch.device) -> torch.cuda.Stream:
+    """The same for every model: torch has 32 streams a GPU, and would give the first ones out again."""
+    return torch.cuda.Stream(device)
 
 
 class _Eager:
-    """A module as it is."""
+    """A module as it is, with so many threads, or with torch's default of them."""
 
-    def __init__(self, module: torch.nn.Module) -> None:
-        self._module = module
+    def __init__(self, module: torch.nn.Module, threads: int | None = None) -> None:
+        self._module, self._threads = module, threads
 
     def context(self) -> AbstractContextManager[Any]:
+        if self._threads and torch.get_num_threads() != self._threads:
+            torch.set_num_threads(self._threads)  # for calls of this thread, whose helpers start pinned as it is
         return nullcontext()
 
     def prepare(self, buffers: list[Tensor]) -> Callable[[], tuple[Tensor, ...]]:
@@ -89,17 +94,21 @@ class _Graphs(_Eager):
     read before its next call, so no two calls of it may overlap.
     """
 
-    def __init__(self, module: torch.nn.Module, name: str) -> None:
+    def __init__(self, module: torch.nn.Module, name: str, device: torch.device) -> None:
         super().__init__(module)
-        self._stream, self._pool = _stream(name), torch.cuda.graph_pool_handle()
+        self._device = device
+        self._stream, self._pool = _stream(name, device), torch.cuda.graph_pool_handle()
 
     def context(self) -> AbstractContextManager[Any]:
         return torch.cuda.stream(self._stream)
 
     def prepare(self, buffers: list[Tensor]) -> Callable[[], tuple[Tensor, ...]]:
-        eager = super().prepare(buffers)
+        with torch.cuda.device(self._device):
+            return self._captured(super().prepare(buffers))
+
+    def _captured(self, eager: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
         # On a stream of its own, and ignoring calls of other threads, because other models may run meanwhile.
-        aside = _stream("capture")
+        aside = _stream("capture", self._device)
         aside.wait_stream(torch.cuda.current_stream())  # which filled the buffers
         with torch.cuda.stream(aside):
             for _ in range(_WARM_UP_RUNS):  # capture wants everything that is made lazily to exist already

@@ -13,6 +13,7 @@ from flashdiff.components import Costs, ModelSpec, Size
 from flashdiff.engines.backends import find_backend
 from flashdiff.engines.backends.base import Backend, CompiledPart
 from flashdiff.engines.bundle import BucketCost, Manifest, PartRecord, tokenizer_file
+from flashdiff.engines.runtime.device import DEFAULT_DEVICE, Device
 from flashdiff.engines.runtime.snapshot import Snapshot
 from flashdiff.engines.shapes import bucket_shapes, dimensions_of
 from flashdiff.errors import BackendError, OutOfMemoryError, first_line
@@ -34,9 +35,14 @@ _TIMED_RUNS, _TIMED_MS = 7, 1000  # of a bucket, at most
 class Engine:
     """A bundle that runs. `manifest.rows_are_exact` says whether rows depend on what else is in their batch."""
 
-    def __init__(self, folder: Path, manifest: Manifest, snapshot: Snapshot | None = None) -> None:
-        """`folder` holds the files; where that is a snapshot, the engine removes it when it needs it no more."""
-        self.manifest = manifest
+    def __init__(
+        self, folder: Path, manifest: Manifest, snapshot: Snapshot | None = None, device: Device = DEFAULT_DEVICE
+    ) -> None:
+        """`folder` holds the files; where that is a snapshot, the engine removes it when it needs it no more.
+
+        A device of some cores opens, and every call runs, in a thread that is pinned to them.
+        """
+        self.manifest, self.device = manifest, device
         self._snapshot = snapshot
         self.spec: ModelSpec = manifest.model
         self.max_batch = manifest.batch_sizes[-1]
@@ -45,7 +51,7 @@ class Engine:
         self.parallel_decode = manifest.machine.device == "cuda" and backend.parallel_decode_on_gpu
         texts = {tokenizer.name: (folder / tokenizer_file(tokenizer)).read_text("utf-8") for tokenizer in self.spec.tokenizers}
         self._tokenizer = PromptTokenizer(texts, self.spec.tokenizers)
-        self._compile = _open_parts(folder, manifest, backend)
+        self._compile = _open_parts(folder, manifest, backend, device)
         self._compiled: dict[tuple[str, Size | None, int], CompiledPart] = {}
         self._size_axes = {part: _size_axes(record, self.spec.latent_factor) for part, record in manifest.parts.items()}
 
@@ -138,15 +144,17 @@ def _size_axes(part: PartRecord, latent_factor: int) -> _SizeAxes | None:
     return None
 
 
-def _open_parts(folder: Path, manifest: Manifest, backend: Backend) -> Callable[[str, Size | None, int], CompiledPart]:
+def _open_parts(
+    folder: Path, manifest: Manifest, backend: Backend, device: Device
+) -> Callable[[str, Size | None, int], CompiledPart]:
     """Makes a bundle's parts ready: one part, by name, at one size (None for a part that has none) and batch size a call.
 
     BundleError when they were made for another machine; BackendError for whatever goes wrong in the library, then or later.
     """
-    backend.check_machine(manifest)
+    backend.check_machine(manifest, device)
     backend.import_modules()
     try:
-        compile_part = backend.open_parts(folder, manifest)
+        compile_part = backend.open_parts(folder, manifest, device)
     except Exception as error:  # the libraries' errors share no public base class
         raise _library_error(f"{backend.name} could not open the bundle", error) from None
 

@@ -11,10 +11,10 @@ from flashdiff.engines.bundle import Machine
 _CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16", "asimd", "sve", "bf16")
 
 
-def this_machine(uses_gpu: Callable[[], bool]) -> Machine:
-    """Where a library runs here: on the GPU if there is one and `uses_gpu` agrees (only then is it called), else on the CPU."""
+def this_machine(uses_gpu: Callable[[], bool], gpu_index: int = 0) -> Machine:
+    """Where a library runs here: on that GPU if there is one and `uses_gpu` agrees (only then is it called), else on the CPU."""
     system = f"{platform.system()} {platform.machine()}"
-    gpu = nvidia_gpu()
+    gpu = nvidia_gpu(gpu_index)
     if gpu and uses_gpu():
         return Machine(system=system, processor=gpu[0], device="cuda", features=(gpu[1],))
     flags = _cpu_info("flags", "Features").split()
@@ -24,23 +24,36 @@ def this_machine(uses_gpu: Callable[[], bool]) -> Machine:
 
 
 @cache
-def nvidia_gpu() -> tuple[str, str] | None:
-    """Name and compute capability (sm_89) of the first GPU, from the driver itself; None where there is none."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
+def nvidia_gpu(index: int = 0) -> tuple[str, str] | None:
+    """Name and compute capability (sm_89) of a GPU, from the driver itself; None where there is none."""
+    driver = _driver()
+    if driver is None:
         return None
     device, major, minor, name = ctypes.c_int(), ctypes.c_int(), ctypes.c_int(), ctypes.create_string_buffer(128)
     major_attribute, minor_attribute = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
     if (
-        driver.cuInit(0)
-        or driver.cuDeviceGet(ctypes.byref(device), 0)
+        driver.cuDeviceGet(ctypes.byref(device), index)
         or driver.cuDeviceGetName(name, len(name), device)
         or driver.cuDeviceGetAttribute(ctypes.byref(major), major_attribute, device)
         or driver.cuDeviceGetAttribute(ctypes.byref(minor), minor_attribute, device)
     ):
         return None
     return name.value.decode(), f"sm_{major.value}{minor.value}"
+
+
+def count_gpus() -> int:
+    """The NVIDIA GPUs that this process may use, by the driver's count."""
+    driver, count = _driver(), ctypes.c_int()
+    return count.value if driver is not None and not driver.cuDeviceGetCount(ctypes.byref(count)) else 0
+
+
+def _driver() -> ctypes.CDLL | None:
+    """The driver's library, initialised; None where there is none."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    return None if driver.cuInit(0) else driver
 
 
 @cache

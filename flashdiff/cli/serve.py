@@ -20,6 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--repository", type=Path, metavar="FOLDER", help="folder of bundles that clients may load by name while the server runs"
     )
+    parser.add_argument(
+        "--device",
+        metavar="LIST",
+        help="GPUs by number (0,1) or core sets (cpu:0-3,cpu:4-7), each with a copy of the models; default: one GPU or all cores",
+    )
     parser.add_argument("--host", default=defaults.HOST, help="default: %(default)s")
     parser.add_argument("--port", type=int, default=defaults.PORT, help="default: %(default)s; 0 takes a free one")
     parser.add_argument(
@@ -74,6 +79,7 @@ def run(options: argparse.Namespace) -> None:
         raise ConfigError("give a BUNDLE, or a --repository to load some from")
     if options.repository and not options.repository.is_dir():
         raise ConfigError(f"--repository {options.repository}: there is no such folder")
+    from flashdiff.engines.runtime.device import DEFAULT_DEVICE, parse_devices
     from flashdiff.server.app import Listen
     from flashdiff.server.opening import open_models
     from flashdiff.server.process import run_server
@@ -93,8 +99,9 @@ def run(options: argparse.Namespace) -> None:
         allowed_origins=tuple(options.allow_origin),
         aliases=tuple(map(_parse_alias, options.alias)),
     )
+    devices = (DEFAULT_DEVICE,) if options.device is None else parse_devices(options.device)
     bundles = find_bundles(options.bundles)
-    run_server(lambda: open_models(bundles, options.repository), listen)
+    run_server(lambda: open_models(bundles, options.repository, devices), listen)
 
 
 def _parse_alias(text: str) -> tuple[str, str]:

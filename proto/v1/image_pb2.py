@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x66lashdiff/proto/v1/image.proto\x12\x0c\x66lashdiff.v1\"\x89\x04\n\x0fGenerateRequest\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x11\n\x04seed\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12\r\n\x05steps\x18\x03 \x01(\r\x12\r\n\x05width\x18\x04 \x01(\r\x12\x0e\n\x06height\x18\x05 \x01(\r\x12\r\n\x05\x63ount\x18\x06 \x01(\r\x12)\n\x06\x66ormat\x18\x07 \x01(\x0e\x32\x19.flashdiff.v1.ImageFormat\x12\r\n\x05model\x18\x08 \x01(\t\x12\x17\n\x0fnegative_prompt\x18\t \x01(\t\x12\x0f\n\x07quality\x18\n \x01(\r\x12(\n\x08priority\x18\x0b \x01(\x0e\x32\x16.flashdiff.v1.Priority\x12\r\n\x05image\x18\x0c \x01(\x0c\x12\x10\n\x08strength\x18\r \x01(\x02\x12\x39\n\x06inputs\x18\x0e \x03(\x0b\x32).flashdiff.v1.GenerateRequest.InputsEntry\x12\x41\n\nparameters\x18\x0f \x03(\x0b\x32-.flashdiff.v1.GenerateRequest.ParametersEntry\x1a-\n\x0bInputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\x1a\x31\n\x0fParametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x07\n\x05_seed\"v\n\x0eGenerateUpdate\x12(\n\x07preview\x18\x01 \x01(\x0b\x32\x15.flashdiff.v1.PreviewH\x00\x12\x30\n\x06result\x18\x02 \x01(\x0b\x32\x1e.flashdiff.v1.GenerateResponseH\x00\x42\x08\n\x06update\"a\n\x07Preview\x12\r\n\x05image\x18\x01 \x01(\r\x12\x0c\n\x04step\x18\x02 \x01(\r\x12\r\n\x05steps\x18\x03 \x01(\r\x12\r\n\x05width\x18\x04 \x01(\r\x12\x0e\n\x06height\x18\x05 \x01(\r\x12\x0b\n\x03png\x18\x06 \x01(\x0c\"\x13\n\x11ListModelsRequest\"?\n\x12ListModelsResponse\x12)\n\x06models\x18\x01 \x03(\x0b\x32\x19.flashdiff.v1.ServedModel\"\xd5\x01\n\x0bServedModel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\"\n\x05model\x18\x02 \x01(\x0b\x32\x13.flashdiff.v1.Model\x12!\n\x05sizes\x18\x03 \x03(\x0b\x32\x12.flashdiff.v1.Size\x12\x15\n\rdefault_steps\x18\x04 \x01(\r\x12\x11\n\tmax_steps\x18\x05 \x01(\r\x12\x19\n\x11max_prompt_tokens\x18\x06 \x01(\r\x12\x1d\n\x15takes_negative_prompt\x18\x07 \x01(\x08\x12\r\n\x05tasks\x18\x08 \x03(\t\"%\n\x04Size\x12\r\n\x05width\x18\x01 \x01(\r\x12\x0e\n\x06height\x18\x02 \x01(\r\"?\n\x10\x45stimateResponse\x12\x13\n\x0b\x65xpected_ms\x18\x01 \x01(\x01\x12\x16\n\x0epending_images\x18\x02 \x01(\r\"\xf5\x01\n\x10GenerateResponse\x12#\n\x06images\x18\x01 \x03(\x0b\x32\x13.flashdiff.v1.Image\x12\r\n\x05steps\x18\x02 \x01(\r\x12\r\n\x05width\x18\x03 \x01(\r\x12\x0e\n\x06height\x18\x04 \x01(\r\x12)\n\x06\x66ormat\x18\x05 \x01(\x0e\x32\x19.flashdiff.v1.ImageFormat\x12&\n\x07timings\x18\x06 \x01(\x0b\x32\x15.flashdiff.v1.Timings\x12\"\n\x05model\x18\x07 \x01(\x0b\x32\x13.flashdiff.v1.Model\x12\x17\n\x0f\x64\x65noise_batches\x18\x08 \x03(\r\"#\n\x05Image\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0c\n\x04seed\x18\x02 \x01(\x04\"\xfb\x01\n\x07Timings\x12\x10\n\x08queue_ms\x18\x01 \x01(\x01\x12\x0f\n\x07text_ms\x18\x02 \x01(\x01\x12\x12\n\ndenoise_ms\x18\x03 \x01(\x01\x12\x11\n\tdecode_ms\x18\x04 \x01(\x01\x12\x19\n\x11image_encoding_ms\x18\x05 \x01(\x01\x12\x10\n\x08total_ms\x18\x06 \x01(\x01\x12\x16\n\x0einput_image_ms\x18\x07 \x01(\x01\x12\x32\n\x07part_ms\x18\x08 \x03(\x0b\x32!.flashdiff.v1.Timings.PartMsEntry\x1a-\n\x0bPartMsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"^\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x62undle_hash\x18\x02 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x03 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x04 \x01(\t\x12\x11\n\tprecision\x18\x05 \x01(\t*\x89\x01\n\x0bImageFormat\x12\x1c\n\x18IMAGE_FORMAT_UNSPECIFIED\x10\x00\x12\x14\n\x10IMAGE_FORMAT_PNG\x10\x01\x12\x15\n\x11IMAGE_FORMAT_JPEG\x10\x02\x12\x15\n\x11IMAGE_FORMAT_WEBP\x10\x03\x12\x18\n\x14IMAGE_FORMAT_RAW_RGB\x10\x04*D\n\x08Priority\x12\x13\n\x0fPRIORITY_NORMAL\x10\x00\x12\x11\n\rPRIORITY_HIGH\x10\x01\x12\x10\n\x0cPRIORITY_LOW\x10\x02\x32\xc6\x02\n\x0cImageService\x12I\n\x08Generate\x12\x1d.flashdiff.v1.GenerateRequest\x1a\x1e.flashdiff.v1.GenerateResponse\x12O\n\x0eGenerateStream\x12\x1d.flashdiff.v1.GenerateRequest\x1a\x1c.flashdiff.v1.GenerateUpdate0\x01\x12O\n\nListModels\x12\x1f.flashdiff.v1.ListModelsRequest\x1a .flashdiff.v1.ListModelsResponse\x12I\n\x08\x45stimate\x12\x1d.flashdiff.v1.GenerateRequest\x1a\x1e.flashdiff.v1.EstimateResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x66lashdiff/proto/v1/image.proto\x12\x0c\x66lashdiff.v1\"\x89\x04\n\x0fGenerateRequest\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x11\n\x04seed\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12\r\n\x05steps\x18\x03 \x01(\r\x12\r\n\x05width\x18\x04 \x01(\r\x12\x0e\n\x06height\x18\x05 \x01(\r\x12\r\n\x05\x63ount\x18\x06 \x01(\r\x12)\n\x06\x66ormat\x18\x07 \x01(\x0e\x32\x19.flashdiff.v1.ImageFormat\x12\r\n\x05model\x18\x08 \x01(\t\x12\x17\n\x0fnegative_prompt\x18\t \x01(\t\x12\x0f\n\x07quality\x18\n \x01(\r\x12(\n\x08priority\x18\x0b \x01(\x0e\x32\x16.flashdiff.v1.Priority\x12\r\n\x05image\x18\x0c \x01(\x0c\x12\x10\n\x08strength\x18\r \x01(\x02\x12\x39\n\x06inputs\x18\x0e \x03(\x0b\x32).flashdiff.v1.GenerateRequest.InputsEntry\x12\x41\n\nparameters\x18\x0f \x03(\x0b\x32-.flashdiff.v1.GenerateRequest.ParametersEntry\x1a-\n\x0bInputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\x1a\x31\n\x0fParametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x07\n\x05_seed\"v\n\x0eGenerateUpdate\x12(\n\x07preview\x18\x01 \x01(\x0b\x32\x15.flashdiff.v1.PreviewH\x00\x12\x30\n\x06result\x18\x02 \x01(\x0b\x32\x1e.flashdiff.v1.GenerateResponseH\x00\x42\x08\n\x06update\"a\n\x07Preview\x12\r\n\x05image\x18\x01 \x01(\r\x12\x0c\n\x04step\x18\x02 \x01(\r\x12\r\n\x05steps\x18\x03 \x01(\r\x12\r\n\x05width\x18\x04 \x01(\r\x12\x0e\n\x06height\x18\x05 \x01(\r\x12\x0b\n\x03png\x18\x06 \x01(\x0c\"\x13\n\x11ListModelsRequest\"?\n\x12ListModelsResponse\x12)\n\x06models\x18\x01 \x03(\x0b\x32\x19.flashdiff.v1.ServedModel\"\xfc\x01\n\x0bServedModel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\"\n\x05model\x18\x02 \x01(\x0b\x32\x13.flashdiff.v1.Model\x12!\n\x05sizes\x18\x03 \x03(\x0b\x32\x12.flashdiff.v1.Size\x12\x15\n\rdefault_steps\x18\x04 \x01(\r\x12\x11\n\tmax_steps\x18\x05 \x01(\r\x12\x19\n\x11max_prompt_tokens\x18\x06 \x01(\r\x12\x1d\n\x15takes_negative_prompt\x18\x07 \x01(\x08\x12\r\n\x05tasks\x18\x08 \x03(\t\x12%\n\x07\x64\x65vices\x18\t \x03(\x0b\x32\x14.flashdiff.v1.Device\"\'\n\x06\x44\x65vice\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x66\x61ilure\x18\x02 \x01(\t\"%\n\x04Size\x12\r\n\x05width\x18\x01 \x01(\r\x12\x0e\n\x06height\x18\x02 \x01(\r\"?\n\x10\x45stimateResponse\x12\x13\n\x0b\x65xpected_ms\x18\x01 \x01(\x01\x12\x16\n\x0epending_images\x18\x02 \x01(\r\"\xf5\x01\n\x10GenerateResponse\x12#\n\x06images\x18\x01 \x03(\x0b\x32\x13.flashdiff.v1.Image\x12\r\n\x05steps\x18\x02 \x01(\r\x12\r\n\x05width\x18\x03 \x01(\r\x12\x0e\n\x06height\x18\x04 \x01(\r\x12)\n\x06\x66ormat\x18\x05 \x01(\x0e\x32\x19.flashdiff.v1.ImageFormat\x12&\n\x07timings\x18\x06 \x01(\x0b\x32\x15.flashdiff.v1.Timings\x12\"\n\x05model\x18\x07 \x01(\x0b\x32\x13.flashdiff.v1.Model\x12\x17\n\x0f\x64\x65noise_batches\x18\x08 \x03(\r\"#\n\x05Image\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0c\n\x04seed\x18\x02 \x01(\x04\"\xfb\x01\n\x07Timings\x12\x10\n\x08queue_ms\x18\x01 \x01(\x01\x12\x0f\n\x07text_ms\x18\x02 \x01(\x01\x12\x12\n\ndenoise_ms\x18\x03 \x01(\x01\x12\x11\n\tdecode_ms\x18\x04 \x01(\x01\x12\x19\n\x11image_encoding_ms\x18\x05 \x01(\x01\x12\x10\n\x08total_ms\x18\x06 \x01(\x01\x12\x16\n\x0einput_image_ms\x18\x07 \x01(\x01\x12\x32\n\x07part_ms\x18\x08 \x03(\x0b\x32!.flashdiff.v1.Timings.PartMsEntry\x1a-\n\x0bPartMsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"^\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x62undle_hash\x18\x02 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x03 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x04 \x01(\t\x12\x11\n\tprecision\x18\x05 \x01(\t*\x89\x01\n\x0bImageFormat\x12\x1c\n\x18IMAGE_FORMAT_UNSPECIFIED\x10\x00\x12\x14\n\x10IMAGE_FORMAT_PNG\x10\x01\x12\x15\n\x11IMAGE_FORMAT_JPEG\x10\x02\x12\x15\n\x11IMAGE_FORMAT_WEBP\x10\x03\x12\x18\n\x14IMAGE_FORMAT_RAW_RGB\x10\x04*D\n\x08Priority\x12\x13\n\x0fPRIORITY_NORMAL\x10\x00\x12\x11\n\rPRIORITY_HIGH\x10\x01\x12\x10\n\x0cPRIORITY_LOW\x10\x02\x32\xc6\x02\n\x0cImageService\x12I\n\x08Generate\x12\x1d.flashdiff.v1.GenerateRequest\x1a\x1e.flashdiff.v1.GenerateResponse\x12O\n\x0eGenerateStream\x12\x1d.flashdiff.v1.GenerateRequest\x1a\x1c.flashdiff.v1.GenerateUpdate0\x01\x12O\n\nListModels\x12\x1f.flashdiff.v1.ListModelsRequest\x1a .flashdiff.v1.ListModelsResponse\x12I\n\x08\x45stimate\x12\x1d.flashdiff.v1.GenerateRequest\x1a\x1e.flashdiff.v1.EstimateResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,10 +37,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATEREQUEST_PARAMETERSENTRY']._serialized_options = b'8\001'
   _globals['_TIMINGS_PARTMSENTRY']._loaded_options = None
   _globals['_TIMINGS_PARTMSENTRY']._serialized_options = b'8\001'
-  _globals['_IMAGEFORMAT']._serialized_start=1833
-  _globals['_IMAGEFORMAT']._serialized_end=1970
-  _globals['_PRIORITY']._serialized_start=1972
-  _globals['_PRIORITY']._serialized_end=2040
+  _globals['_IMAGEFORMAT']._serialized_start=1913
+  _globals['_IMAGEFORMAT']._serialized_end=2050
+  _globals['_PRIORITY']._serialized_start=2052
+  _globals['_PRIORITY']._serialized_end=2120
   _globals['_GENERATEREQUEST']._serialized_start=49
   _globals['_GENERATEREQUEST']._serialized_end=570
   _globals['_GENERATEREQUEST_INPUTSENTRY']._serialized_start=465
@@ -56,21 +56,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTMODELSRESPONSE']._serialized_start=812
   _globals['_LISTMODELSRESPONSE']._serialized_end=875
   _globals['_SERVEDMODEL']._serialized_start=878
-  _globals['_SERVEDMODEL']._serialized_end=1091
-  _globals['_SIZE']._serialized_start=1093
-  _globals['_SIZE']._serialized_end=1130
-  _globals['_ESTIMATERESPONSE']._serialized_start=1132
-  _globals['_ESTIMATERESPONSE']._serialized_end=1195
-  _globals['_GENERATERESPONSE']._serialized_start=1198
-  _globals['_GENERATERESPONSE']._serialized_end=1443
-  _globals['_IMAGE']._serialized_start=1445
-  _globals['_IMAGE']._serialized_end=1480
-  _globals['_TIMINGS']._serialized_start=1483
-  _globals['_TIMINGS']._serialized_end=1734
-  _globals['_TIMINGS_PARTMSENTRY']._serialized_start=1689
-  _globals['_TIMINGS_PARTMSENTRY']._serialized_end=1734
-  _globals['_MODEL']._serialized_start=1736
-  _globals['_MODEL']._serialized_end=1830
-  _globals['_IMAGESERVICE']._serialized_start=2043
-  _globals['_IMAGESERVICE']._serialized_end=2369
+  _globals['_SERVEDMODEL']._serialized_end=1130
+  _globals['_DEVICE']._serialized_start=1132
+  _globals['_DEVICE']._serialized_end=1171
+  _globals['_SIZE']._serialized_start=1173
+  _globals['_SIZE']._serialized_end=1210
+  _globals['_ESTIMATERESPONSE']._serialized_start=1212
+  _globals['_ESTIMATERESPONSE']._serialized_end=1275
+  _globals['_GENERATERESPONSE']._serialized_start=1278
+  _globals['_GENERATERESPONSE']._serialized_end=1523
+  _globals['_IMAGE']._serialized_start=1525
+  _globals['_IMAGE']._serialized_end=1560
+  _globals['_TIMINGS']._serialized_start=1563
+  _globals['_TIMINGS']._serialized_end=1814
+  _globals['_TIMINGS_PARTMSENTRY']._serialized_start=1769
+  _globals['_TIMINGS_PARTMSENTRY']._serialized_end=1814
+  _globals['_MODEL']._serialized_start=1816
+  _globals['_MODEL']._serialized_end=1910
+  _globals['_IMAGESERVICE']._serialized_start=2123
+  _globals['_IMAGESERVICE']._serialized_end=2449
 # @@protoc_insertion_point(module_scope)

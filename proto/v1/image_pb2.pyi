@@ -112,7 +112,7 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[ServedModel, _Mapping]]] = ...) -> None: ...
 
 class ServedModel(_message.Message):
-    __slots__ = ("name", "model", "sizes", "default_steps", "max_steps", "max_prompt_tokens", "takes_negative_prompt", "tasks")
+    __slots__ = ("name", "model", "sizes", "default_steps", "max_steps", "max_prompt_tokens", "takes_negative_prompt", "tasks", "devices")
     NAME_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     SIZES_FIELD_NUMBER: _ClassVar[int]
@@ -121,6 +121,7 @@ class ServedModel(_message.Message):
     MAX_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TAKES_NEGATIVE_PROMPT_FIELD_NUMBER: _ClassVar[int]
     TASKS_FIELD_NUMBER: _ClassVar[int]
+    DEVICES_FIELD_NUMBER: _ClassVar[int]
     name: str
     model: Model
     sizes: _containers.RepeatedCompositeFieldContainer[Size]
@@ -129,7 +130,16 @@ class ServedModel(_message.Message):
     max_prompt_tokens: int
     takes_negative_prompt: bool
     tasks: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, name: _Optional[str] = ..., model: _Optional[_Union[Model, _Mapping]] = ..., sizes: _Optional[_Iterable[_Union[Size, _Mapping]]] = ..., default_steps: _Optional[int] = ..., max_steps: _Optional[int] = ..., max_prompt_tokens: _Optional[int] = ..., takes_negative_prompt: _Optional[bool] = ..., tasks: _Optional[_Iterable[str]] = ...) -> None: ...
+    devices: _containers.RepeatedCompositeFieldContainer[Device]
+    def __init__(self, name: _Optional[str] = ..., model: _Optional[_Union[Model, _Mapping]] = ..., sizes: _Optional[_Iterable[_Union[Size, _Mapping]]] = ..., default_steps: _Optional[int] = ..., max_steps: _Optional[int] = ..., max_prompt_tokens: _Optional[int] = ..., takes_negative_prompt: _Optional[bool] = ..., tasks: _Optional[_Iterable[str]] = ..., devices: _Optional[_Iterable[_Union[Device, _Mapping]]] = ...) -> None: ...
+
+class Device(_message.Message):
+    __slots__ = ("name", "failure")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    failure: str
+    def __init__(self, name: _Optional[str] = ..., failure: _Optional[str] = ...) -> None: ...
 
 class Size(_message.Message):
     __slots__ = ("width", "height")

@@ -16,12 +16,12 @@ from flashdiff.server.http.origins import Origins
 from flashdiff.server.http.page import page_routes
 from flashdiff.server.metrics import Metrics
 from flashdiff.server.requests import Requests
+from flashdiff.server.submitter import Submitter
 from flashdiff.server.triton import TritonService
-from flashdiff.server.worker import Worker
 
 
 def http_app(
-    worker: Worker,
+    worker: Submitter,
     requests: Requests,
     triton: TritonService,
     metrics: Metrics,
@@ -34,7 +34,7 @@ def http_app(
     """The ASGI application of a server that listens on `host`."""
 
     async def show_live(request: Request) -> Response:
-        """200 while the device thread lives, else 503."""
+        """200 while a device thread lives, else 503."""
         return Response(status_code=503 if worker.failure else 200)
 
     async def show_ready(request: Request) -> Response:

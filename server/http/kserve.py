@@ -57,7 +57,7 @@ class KServeApi:
         return JSONResponse(as_json(await self._service.ServerMetadata(None)))
 
     async def _show_live(self, request: Request) -> Response:
-        """200 while the device thread lives, else 503."""
+        """200 while a device thread lives, else 503."""
         return _yes_or_no((await self._service.ServerLive(None)).live)
 
     async def _show_ready(self, request: Request) -> Response:

@@ -19,6 +19,7 @@ from flashdiff.engines.backends.base import ONNX, Backend, CompiledPart, Compile
 from flashdiff.engines.build import build_engine
 from flashdiff.engines.bundle import Machine, Manifest, Precision, read_manifest
 from flashdiff.engines.config import BuildOptions
+from flashdiff.engines.runtime.device import Device
 from flashdiff.engines.runtime.engine import open_bundle
 from flashdiff.engines.runtime.fake import FakeComponents
 from flashdiff.errors import BackendError
@@ -29,7 +30,7 @@ from flashdiff.server.models import Model, ModelIdentity, Models
 from flashdiff.tasks import check_order
 
 
-def _open_parts(folder: Path, manifest: Manifest) -> CompilePart:
+def _open_parts(folder: Path, manifest: Manifest, device: Device) -> CompilePart:
     """ONNX's own interpreter, in numpy."""
 
     def compile_part(part: str, file: Path, dimensions: Mapping[str, int]) -> CompiledPart:

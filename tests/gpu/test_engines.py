@@ -12,10 +12,14 @@ from flashdiff.engines.backends import BACKENDS, find_backend
 from flashdiff.engines.build import build_engine
 from flashdiff.engines.bundle import BackendName
 from flashdiff.engines.config import BuildOptions
+from flashdiff.engines.runtime.device import parse_devices
 from flashdiff.engines.runtime.engine import Engine, open_bundle
+from flashdiff.engines.runtime.machine import count_gpus
 from flashdiff.errors import BackendError
 from flashdiff.generate import generate
 from flashdiff.orders import Order
+from flashdiff.server.fleet import Fleet
+from flashdiff.server.opening import open_model
 from flashdiff.tasks import check_order
 
 pytestmark = pytest.mark.gpu
@@ -119,3 +123,22 @@ def test_a_model_is_opened_while_another_runs(torch_engine: Engine, tmp_path: Pa
         ended.set()
         running.join()
     assert not failed
+
+
+@pytest.mark.skipif(count_gpus() < 2, reason="two devices need two GPUs")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_gpus_of_one_process_make_the_same_pixels_side_by_side(tiny_base: Path, tmp_path: Path, backend: BackendName) -> None:
+    _needs(backend)
+    build_engine(BuildOptions(base=str(tiny_base), out=tmp_path / "b", backend=backend, batch_sizes=(1, 2)), print)
+    devices = parse_devices("0,1")
+    model, fleet = open_model(tmp_path / "b", devices), Fleet(devices)
+    orders = [check_order(model.components.spec, prompt=f"prompt {seed}", seed=seed, steps=2) for seed in range(16)]
+    jobs = [fleet.submit(model, order) for order in (*orders, *orders)]
+    answers = [job.answer.result(300) for job in jobs]
+    for job in jobs:
+        fleet.release(job)
+    fleet.drain()
+    assert fleet.join(60)
+    assert {answer.device for answer in answers} == {"cuda:0", "cuda:1"}
+    for first, second in zip(answers[:16], answers[16:], strict=True):
+        np.testing.assert_allclose(np.asarray(first.images, int), np.asarray(second.images, int), atol=2)  # by other batches

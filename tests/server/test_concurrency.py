@@ -12,27 +12,29 @@ from typing import Any
 import numpy as np
 import pytest
 from orders import from_image
-from served import Clock, model_of
+from served import MODEL, Clock, model_of
 
+from flashdiff.engines.runtime.device import Device
 from flashdiff.engines.runtime.fake import FakeComponents
 from flashdiff.errors import DeadlineError, FlashdiffError, OverloadedError
 from flashdiff.rows import Row
 from flashdiff.server.admission import Admission
 from flashdiff.server.costs import CostTable
+from flashdiff.server.fleet import Fleet, Steps
 from flashdiff.server.jobs import Call, Job, Running
 from flashdiff.server.loop import HANG_S, DeviceLoop
-from flashdiff.server.models import Embeddings
+from flashdiff.server.models import Embeddings, Model
 from flashdiff.server.worker import Worker
 from flashdiff.tasks import check_order
 
 PAGE = Path(__file__).parents[2] / "docs" / "concurrency.md"
-CLASSES: tuple[type, ...] = (Admission, DeviceLoop, Running, Row, CostTable, Call, Embeddings, Worker)
+CLASSES: tuple[type, ...] = (Admission, DeviceLoop, Running, Row, CostTable, Call, Embeddings, Worker, Fleet, Steps)
 ROLES = {"flashdiff-device": "device thread", "flashdiff-decode": "thread of the call", "flashdiff-noise": "noise"}
 WRITERS = {
-    "callers, under its lock": {"caller+lock"},
     "device thread": {"device thread"},
     "thread of the call": {"device thread", "thread of the call"},
     "any thread, under its lock": {"device thread+lock", "caller+lock"},
+    "the watch": {"caller"},
     "device thread or the watch, once, under a lock": {"device thread+lock", "caller+lock"},
 }
 
@@ -129,7 +131,9 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
 def test_every_write_is_by_the_thread_that_the_page_names(recorder: Recorder, is_parallel: bool) -> None:
     fake, clock = FakeComponents(parallel_decode=is_parallel), Clock()
     model, worker = model_of(fake), Worker(clock=clock, max_pending_images=16)
-    recorder.writes.clear()  # opening the model is done before it is shared
+    fakes = [FakeComponents(parallel_decode=is_parallel) for _ in range(2)]
+    pair = _opened_on_two(fakes)
+    recorder.writes.clear()  # opening the models is done before they are shared
 
     def ask(seed: int) -> None:
         order = check_order(fake.spec, prompt=f"prompt {seed % 5}", seed=seed, steps=1 + seed % 4, count=1 + seed % 3)
@@ -166,12 +170,44 @@ def test_every_write_is_by_the_thread_that_the_page_names(recorder: Recorder, is
     assert stuck.answer.exception(0)
     gate.set()
     assert worker.join(10)
+    _lose_a_device(pair, fakes)
 
     table, found = _table(), recorder.writes
     assert {name.partition(".")[0] for name in table} == {kind.__name__ for kind in CLASSES}
     wrong = {state: roles - table[state] for state, roles in found.items() if not roles <= table[state]}
     assert not wrong, f"docs/concurrency.md names other writers: {wrong}"
     assert set(found) == set(table)
+
+
+DEVICES = [Device(name="one"), Device(name="two")]
+
+
+def _opened_on_two(fakes: list[FakeComponents]) -> Model:
+    first, second = fakes
+    return Model(MODEL, first, first.costs, DEVICES[0], [Model(MODEL, second, second.costs, DEVICES[1])])
+
+
+def _lose_a_device(model: Model, fakes: list[FakeComponents]) -> None:
+    """Load a fleet of two, one of which fails its requests and is taken out."""
+    fleet = Fleet(DEVICES, max_pending_images=16)
+    fakes[0].fail_on = "denoiser"
+
+    def ask(seed: int) -> None:
+        order = check_order(fakes[0].spec, prompt=f"prompt {seed % 5}", seed=seed, steps=1 + seed % 4)
+        with suppress(OverloadedError):
+            job = fleet.submit(model, order, client=f"client {seed % 4}", on_step=(None, lambda step: None)[seed % 2])
+            with suppress(FlashdiffError):
+                job.answer.result(10)
+            fleet.estimate_ms(model, order)
+            fleet.release(job)
+
+    with ThreadPoolExecutor(8) as callers:
+        list(callers.map(ask, range(60)))
+    assert fleet.workers[0].failure
+    fleet.check_alive()
+    fleet.drain()
+    assert fleet.join(10)
+    assert fleet.pending_images == 0
 
 
 def test_a_write_by_another_thread_would_be_found(recorder: Recorder) -> None:

@@ -1,0 +1,135 @@
+"""--device: what can be named, what is refused, and that an engine stays on its cores."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flashdiff.engines.backends import find_backend
+from flashdiff.engines.runtime import device as device_module
+from flashdiff.engines.runtime.device import DEFAULT_DEVICE, Device, parse_devices
+from flashdiff.engines.runtime.engine import open_bundle
+from flashdiff.errors import BundleError, ConfigError
+from flashdiff.generate import generate
+from flashdiff.tasks import check_order
+
+ROOT = Path(__file__).parents[2]
+CORES = sorted(os.sched_getaffinity(0))
+
+
+@pytest.fixture
+def eight_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_module, "count_gpus", lambda: 2)
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_gpus_are_named_by_number() -> None:
+    assert parse_devices("0, 1") == (Device(name="cuda:0", gpu=0), Device(name="cuda:1", gpu=1))
+    with pytest.raises(ConfigError, match=r"--device 0,2: there is no GPU 2: this machine has GPUs 0 to 1"):
+        parse_devices("0,2")
+    with pytest.raises(ConfigError, match=r"--device 1,01: cuda:1 is there twice"):
+        parse_devices("1,01")
+
+
+@pytest.mark.usefixtures("eight_cores")
+def test_core_sets_are_named_by_their_cores() -> None:
+    assert [device.cores for device in parse_devices("cpu:0-3,cpu:4+6-7")] == [(0, 1, 2, 3), (4, 6, 7)]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("cpu:0-3,cpu:3-4", "core 3 is in both cpu:0-3 and cpu:3-4"),
+        ("cpu:1,cpu:1", "cpu:1 is there twice"),
+        ("cpu:6-9", "there is no core 8 for this process, which may use 0, 1, 2, 3, 4, 5, 6, 7"),
+        ("0,cpu:0", "a bundle is made for GPUs or for CPUs; give devices of one kind"),
+        ("cpu:3-1", "'3-1' has no cores; write GPUs by number"),
+        ("cpu", "'cpu' is no device; write GPUs by number"),
+        ("cpu:0-3,", "'' is no device"),
+        ("cpu:0-9999999999", "'cpu:0-9999999999' is no device"),
+        ("-1", "'-1' is no device"),
+    ],
+)
+@pytest.mark.usefixtures("eight_cores")
+def test_what_cannot_be_used_is_refused_in_one_line(text: str, problem: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_devices(text)
+    assert str(caught.value).startswith(f"--device {text}: {problem}")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_gpu_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_module, "count_gpus", lambda: 0)
+    with pytest.raises(ConfigError, match="there is no GPU 0: this machine has no NVIDIA GPU"):
+        parse_devices("0")
+
+
+def test_a_bundle_runs_on_the_kind_of_device_that_it_was_made_for(student_bundle: Path) -> None:
+    manifest = open_bundle(student_bundle).manifest
+    backend = find_backend(manifest.backend)
+    with pytest.raises(BundleError, match="the bundle was made for a CPU, and cuda:1 is none"):
+        backend.check_machine(manifest, Device(name="cuda:1", gpu=1))
+    on_gpu = manifest.model_copy(update={"machine": manifest.machine.model_copy(update={"device": "cuda"})})
+    with pytest.raises(BundleError, match=r"the bundle was made for a GPU \(.*\), and cpu:0 is not one"):
+        backend.check_machine(on_gpu, Device(name="cpu:0", cores=(0,)))
+
+
+_PINNED = """
+import json, os, sys
+from pathlib import Path
+import numpy as np
+from flashdiff.engines.runtime.device import Device
+from flashdiff.engines.runtime.engine import Engine
+from flashdiff.generate import generate
+from flashdiff.tasks import check_order
+
+def ticks():
+    tasks = [Path("/proc/self/task", task, "stat").read_text() for task in os.listdir("/proc/self/task")]
+    fields = {int(text.split()[0]): text.rpartition(")")[2].split() for text in tasks}
+    return {task: int(of[11]) + int(of[12]) for task, of in fields.items()}
+
+folder, core, out = sys.argv[1:]
+device = Device(name=f"cpu:{core}", cores=(int(core),))
+with device.pinned():
+    snapshot = Snapshot(Path(folder))
+    engine = Engine(snapshot.folder, snapshot.manifest, snapshot, device)
+    engine.measure_buckets()
+    orders = [check_order(engine.spec, prompt="x", seed=seed, steps=2) for seed in range(2)]
+    before = ticks()
+    np.save(out, np.array(generate(engine, orders)))
+    while sum(ticks().values()) - sum(before.values()) < 30:
+        generate(engine, orders)
+    busy = [task for task, spent in ticks().items() if spent - before.get(task, 0) >= 5]
+    print(json.dumps([sorted(os.sched_getaffinity(task)) for task in busy]))
+"""
+
+
+@pytest.mark.parametrize("bundle", ["student_bundle", "teacher_bundle"], ids=["openvino", "onnxruntime"])
+def test_an_engine_stays_on_its_core_with_the_same_pixels(bundle: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    folder: Path = request.getfixturevalue(bundle)
+    command = [sys.executable, "-c", _PINNED, str(folder), str(CORES[-1]), str(tmp_path / "images.npy")]
+    done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, timeout=600)
+    # Of every thread that computed; OpenVINO's own pinning would have moved them elsewhere.
+    busy = json.loads(done.stdout)
+    assert busy
+    assert all(cores == [CORES[-1]] for cores in busy)
+    plain = open_bundle(folder)
+    orders = [check_order(plain.spec, prompt="x", seed=seed, steps=2) for seed in range(2)]
+    np.testing.assert_array_equal(np.load(tmp_path / "images.npy"), np.array(generate(plain, orders)))
+
+
+def test_a_thread_gets_its_cores_back() -> None:
+    with Device(name="x", cores=(CORES[0],)).pinned():
+        assert os.sched_getaffinity(0) == {CORES[0]}
+    with DEFAULT_DEVICE.pinned():
+        assert os.sched_getaffinity(0) == set(CORES)
+    assert os.sched_getaffinity(0) == set(CORES)
