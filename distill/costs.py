@@ -75,7 +75,8 @@ def remaining_s(recipe: Recipe, update: int, *, target_s: float, update_s: float
     `update_s` is what an update of the phase `measured` took (default: the phase of `update`), and `target_s` what its targets
     took, per update of their pool; both are scaled by cost for the phases to come.
     """
-    now, pool_end = measured or phase_at(recipe.phases, update), span_at(recipe, min(update, recipe.updates - 1)).end
+    now, span = measured or phase_at(recipe.phases, update), span_at(recipe, min(update, recipe.updates - 1))
+    pool_end = span.end if span.first < update else update
     target_rate, update_rate = target_s / target_cost(recipe, now), update_s / update_cost(recipe, now)
     seconds, start = 0.0, 0
     for phase in recipe.phases:

@@ -128,7 +128,8 @@ def load_dataset(recipe: DataRecipe, model: TorchModel, *, batch_size: int, seed
     damage.check()
     if not items:
         raise TrainingError(
-            f"data.source '{recipe.source}' holds no images or prompts; docs/distillation.md says what it may hold"
+            f"data.source '{recipe.source}' holds no images or prompts: give a folder of images, "
+            "shards (.tar, .parquet) or a .txt file of prompts"
         )
     data = Dataset(list(items.values()), batch_size=batch_size, seed=seed)
     skipped = "".join(f", {count} {kind} skipped" for kind, count in damage.skipped.items())

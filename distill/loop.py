@@ -32,13 +32,13 @@ from flashdiff.families import find_base, load_base
 from flashdiff.families.base import TorchModel, base_files
 from flashdiff.files import sweep_parts, write_whole
 from flashdiff.locks import sole_user
-from flashdiff.lora import FLASH, add_adapter
+from flashdiff.lora import FLASH, add_adapter, read_flash_info
 from flashdiff.reading import first_change, read_json, witness
 from flashdiff.sampling import Sampler, flash_student
 
 _log = logging.getLogger(__name__)
 
-_LOG = "log.jsonl"
+_LOG, _RECIPE = "log.jsonl", "recipe.json"
 _LOSS_STREAM = 1 << 20
 _SAME_RESULT = (
     "hash", "accumulate", "gradient_checkpointing", "shard_base", "checkpoint_every", "checkpoints_keep", "tracker",
@@ -49,8 +49,10 @@ _TIMED_UPDATES = 10
 """After so many updates of this process, in a new or a resumed run, the log says how long the rest will take."""
 
 
-def distill(recipe: Recipe, out: Path, *, pools: Path | None = None) -> None:
+def distill(recipe: Recipe, out: Path, *, pools: Path | None = None) -> bool:
     """Train the recipe's flash LoRA into the folder `out`; a killed run is resumed by the same call.
+
+    Returns False when `out` holds the finished LoRA of the same recipe already, which is left alone.
 
     `pools` is a folder where runs of one process save the teacher's targets for other runs that need the same ones.
 
@@ -60,12 +62,16 @@ def distill(recipe: Recipe, out: Path, *, pools: Path | None = None) -> None:
     """
     work = out / "training"
     if (out / FLASH).exists():
-        raise TrainingError(f"{out} holds a finished run; choose another --out or remove it")
+        info = read_flash_info(out)
+        if info is None or info.recipe_hash != recipe.content_hash:
+            raise TrainingError(f"{out} holds a finished run of another recipe; choose another --out or remove it")
+        return False
     processes.check_split(recipe.batch_size, recipe.accumulate, shard_base=recipe.shard_base)
     with _claimed(work) if processes.is_main() else nullcontext():
         processes.main_first(lambda: _check_recipe(work, recipe))
         with lines_above_bars():
             _run(recipe, out, work, pools)
+    return True
 
 
 def _run(recipe: Recipe, out: Path, work: Path, pools: Path | None) -> None:
@@ -87,6 +93,8 @@ def _run(recipe: Recipe, out: Path, work: Path, pools: Path | None) -> None:
             raise TrainingError(f"{changed} changed while the run read it; start again when the base stays as it is")
         if processes.device().type != "cpu":
             model.text_encoder.to("cpu", torch.float32)  # from here on only previews use it
+        if processes.is_main():  # now that base and data are known to be good: a recipe with a mistyped name can be mended
+            _save_recipe(work, recipe)
         targets = recipe.lora.targets or family.lora_targets
         add_adapter(model, targets, rank=recipe.lora.rank, alpha=recipe.lora.alpha, seed=recipe.seed)
         objective = Objective(model, family, recipe)
@@ -322,10 +330,9 @@ def _claimed(work: Path) -> Iterator[None]:
 
 
 def _check_recipe(work: Path, recipe: Recipe) -> None:
-    """Save the recipe in the working folder; TrainingError when a run of a recipe with other results is there already."""
-    resolved = work / "recipe.json"
+    """TrainingError when the working folder holds a run of a recipe with other results."""
+    resolved, values = work / _RECIPE, _resolved(recipe)
     try:
-        values = {"hash": recipe.content_hash, **recipe.model_dump(mode="json")}
         before = read_json(resolved) if resolved.exists() else values
         if not isinstance(before, dict):
             raise ValueError("it is no JSON object")
@@ -334,8 +341,19 @@ def _check_recipe(work: Path, recipe: Recipe) -> None:
             raise TrainingError(
                 f"{work} holds a run of another recipe, which differs in {', '.join(changed)}; choose another --out or remove it"
             )
-        write_whole(resolved, json.dumps(values, indent=2) + "\n")
     except ValueError as error:
         raise TrainingError(f"{resolved} is damaged ({error}); choose another --out or remove {work}") from None
     except OSError as error:
+        raise TrainingError(f"{resolved}: cannot be read: {error.strerror}") from None
+
+
+def _save_recipe(work: Path, recipe: Recipe) -> None:
+    try:
+        write_whole(work / _RECIPE, json.dumps(_resolved(recipe), indent=2) + "\n")
+    except OSError as error:
         raise TrainingError(f"{work}: cannot write there: {error.strerror}") from None
+
+
+def _resolved(recipe: Recipe) -> dict[str, object]:
+    """The recipe as it is saved, defaults included."""
+    return {"hash": recipe.content_hash, **recipe.model_dump(mode="json")}

@@ -35,8 +35,8 @@ class Stage:
         )  # fmt: skip
 
     def __enter__(self) -> "Stage":
-        if self._plain:
-            _log.info("%s: %s%s", self._name, "" if self._total is None else f"{self._total} ", self._unit)
+        if self._plain and self._total is not None:
+            _log.info("%s: %d %s", self._name, self._total, self._unit)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -55,6 +55,13 @@ class BuildPlan:
     """What looks wrong and may be meant."""
 
     @property
+    def machine(self) -> str:
+        """Backend, precision and device, in words."""
+        inputs = self.inputs
+        chosen = "" if "backend" in self.options.model_fields_set else "; the fastest backend that runs here"
+        return f"{inputs.backend}, {inputs.precision}, on {inputs.machine.device} ({inputs.machine.processor}){chosen}"
+
+    @property
     def changes(self) -> list[str]:
         """Why `out` has to be built, in plain words; empty when it is up to date."""
         if self.previous is None:
@@ -134,7 +141,7 @@ def describe(plan: BuildPlan) -> Iterator[str]:
     inputs, spec, needed = plan.inputs, plan.spec, plan.requirements
     loras = "".join(f" + {lora.name} x {lora.weight:g}" for lora in inputs.loras)
     yield f"base         {plan.folder} ({plan.family.name}, {inputs.base_hash[:12]}){loras}"
-    yield f"backend      {inputs.backend}, {inputs.precision}, on {inputs.machine.device} ({inputs.machine.processor})"
+    yield f"backend      {plan.machine}"
     yield f"sampler      {describe_sampler(spec)}"
     if plan.warning:
         yield f"warning      {plan.warning}"

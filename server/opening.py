@@ -1,6 +1,8 @@
 """Opens bundles as the models a server serves: each warmed up, and measured on this machine."""
 
-from collections.abc import Sequence
+import logging
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from flashdiff.engines.bundle import parse_manifest
@@ -8,6 +10,10 @@ from flashdiff.engines.runtime.engine import open_bundle
 from flashdiff.errors import ConfigError
 from flashdiff.server.models import Model, Models
 from flashdiff.server.names import ModelIdentity
+
+_LINE_EVERY_S = 3.0
+
+_log = logging.getLogger(__name__)
 
 
 def open_models(bundles: Sequence[Path], repository: Path | None) -> Models:
@@ -23,9 +29,12 @@ def open_models(bundles: Sequence[Path], repository: Path | None) -> Models:
 
 
 def open_model(bundle: Path) -> Model:
-    """The bundle's engine, warmed up, with its measured costs."""
+    """The bundle's engine, warmed up, with its measured costs; the log says how far it is."""
+    started = time.monotonic()
+    _log.info("opening %s", bundle)
     engine = open_bundle(bundle)
     manifest = engine.manifest
+    on_ready = _log_buckets(bundle.resolve().name, engine.bucket_count)
     identity = ModelIdentity(
         name=bundle.resolve().name,
         bundle_hash=manifest.bundle_hash,
@@ -33,4 +42,20 @@ def open_model(bundle: Path) -> Model:
         backend=manifest.backend,
         precision=manifest.precision,
     )
-    return Model(identity, engine, engine.measure_costs())
+    costs = engine.measure_costs(on_ready)
+    _log.info("%s is ready: %d buckets after %.1f s", identity.name, engine.bucket_count, time.monotonic() - started)
+    return Model(identity, engine, costs)
+
+
+def _log_buckets(name: str, total: int) -> Callable[[], None]:
+    """Called after each bucket, it logs how many are ready, every few seconds."""
+    ready, line_at = 0, time.monotonic() + _LINE_EVERY_S
+
+    def on_ready() -> None:
+        nonlocal ready, line_at
+        ready += 1
+        if time.monotonic() >= line_at:
+            _log.info("%s: %d of %d buckets are ready", name, ready, total)
+            line_at = time.monotonic() + _LINE_EVERY_S
+
+    return on_ready

@@ -49,8 +49,17 @@ class Engine:
         self._compiled: dict[tuple[str, Size | None, int], CompiledPart] = {}
         self._size_axes = {part: _size_axes(record, self.spec.latent_factor) for part, record in manifest.parts.items()}
 
-    def measure_buckets(self) -> tuple[BucketCost, ...]:
-        """Run every bucket a few times and report what it takes; also makes all of them ready, so no request pays for that."""
+    @property
+    def bucket_count(self) -> int:
+        """How many buckets `measure_buckets` makes ready."""
+        places = sum(len(self.spec.sizes) if part.is_spatial else 1 for part in self.manifest.parts.values())
+        return places * len(self.manifest.batch_sizes)
+
+    def measure_buckets(self, on_ready: Callable[[], None] = lambda: None) -> tuple[BucketCost, ...]:
+        """The milliseconds that every bucket takes, medians of a few runs; makes all of them ready, so that no request waits.
+
+        `on_ready` is called after each bucket.
+        """
         costs = []
         for part, spec in self.manifest.parts.items():
             for size in self.spec.sizes if spec.is_spatial else (None,):
@@ -66,14 +75,15 @@ class Engine:
                         compiled(inputs)
                         times.append(1000 * (time.perf_counter() - started))
                     costs.append(BucketCost(part=part, size=size, batch=batch, ms=round(statistics.median(times), 4)))
+                    on_ready()
         if self._snapshot:
             self._snapshot.remove()  # every bucket is compiled
         return tuple(costs)
 
-    def measure_costs(self) -> Costs:
-        """`measure_buckets` as the scheduler wants it."""
+    def measure_costs(self, on_ready: Callable[[], None] = lambda: None) -> Costs:
+        """`measure_buckets` by part and size, in milliseconds by batch size, as the scheduler reads it."""
         costs: Costs = {}
-        for cost in self.measure_buckets():
+        for cost in self.measure_buckets(on_ready):
             costs.setdefault((cost.part, cost.size), {})[cost.batch] = cost.ms
         return costs
 

@@ -142,12 +142,23 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_batch_and_checkpoint(
 
 
 def test_a_finished_folder_and_a_folder_of_another_recipe_are_refused(tiny_base: Path, flash_lora: Path, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="holds a finished run"):
+    with pytest.raises(TrainingError, match="holds a finished run of another recipe"):
         distill(tiny_recipe(tiny_base), flash_lora)
     (tmp_path / "training").mkdir()
     (tmp_path / "training" / "recipe.json").write_text('{"hash": "other"}')
     with pytest.raises(TrainingError, match="holds a run of another recipe, which differs in base, seed, "):
         distill(tiny_recipe(tiny_base), tmp_path)
+
+
+def test_a_mistyped_source_can_be_mended_and_a_finished_run_is_left_alone(tiny_base: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(tiny_base)
+    mistyped = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": f"{recipe.data.source}s"})})
+    with pytest.raises(TrainingError, match="is neither 'avatars' nor a folder"):
+        distill(mistyped, tmp_path / "out")
+    assert distill(recipe, tmp_path / "out")
+    written = (tmp_path / "out" / FLASH).stat().st_mtime_ns
+    assert not distill(recipe, tmp_path / "out")
+    assert (tmp_path / "out" / FLASH).stat().st_mtime_ns == written
 
 
 def test_a_lora_of_another_base_is_refused_by_hash(flash_lora: Path, tmp_path: Path) -> None:
