@@ -15,5 +15,5 @@ def dimensions_of(spec: ModelSpec, size: Size | None, batch: int) -> dict[str, i
 
 
 def bucket_shapes(tensors: Iterable[TensorSpec], dimensions: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor, by name."""
+    """The shape of every tensor, by name, with `dimensions` (rows, and pixels or latent cells) in place of its named axes."""
     return {tensor.name: tensor.shape_for(dimensions) for tensor in tensors}

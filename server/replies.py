@@ -97,6 +97,7 @@ def write_request(
 
 
 def read_response(response: pb.GenerateResponse) -> Result:
+    """The reply as the client returns it."""
     times = response.timings
     return Result(
         images=tuple(image.data for image in response.images),
@@ -112,14 +113,17 @@ def read_response(response: pb.GenerateResponse) -> Result:
 
 
 def read_models(response: pb.ListModelsResponse) -> list[str]:
+    """The names of the models, the default first."""
     return [model.name for model in response.models]
 
 
 def read_estimate(response: pb.EstimateResponse) -> Estimate:
+    """The expected time in milliseconds, and the images that are pending."""
     return Estimate(response.expected_ms, response.pending_images)
 
 
 def read_update(update: pb.GenerateUpdate) -> Preview | Result:
+    """A preview, or the result that ends the stream."""
     if update.HasField("result"):
         return read_response(update.result)
     seen = update.preview

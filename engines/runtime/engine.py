@@ -88,10 +88,14 @@ class Engine:
         return costs
 
     def tokenize(self, prompts: Sequence[str]) -> dict[str, NDArray[np.int64]]:
+        """See `Components.tokenize`."""
         return self._tokenizer(prompts)
 
     def call(self, part: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
-        """Outputs of one part for up to `max_batch` rows, at the smallest bucket that holds them."""
+        """A part's outputs [B, ...], for inputs [B, ...] of up to `max_batch` rows, in the smallest bucket that holds them.
+
+        BackendError when the library fails, OutOfMemoryError when it lacks memory.
+        """
         rows = len(next(iter(inputs.values())))
         batch = next(batch for batch in self.manifest.batch_sizes if batch >= rows)
         size = None

@@ -52,11 +52,10 @@ def test_the_card_tells_exact_times_cost_and_where_the_losses_ended(flash_lora: 
     assert "timesteps=[999, 749, 499, 249]" in card
     lines = [json.loads(line) for line in (flash_lora / "training" / "log.jsonl").read_text().splitlines()]
     ended = statistics.mean(line["distillation"] for line in lines)
-    assert (
-        f"last {len(lines)} updates, losses (weighted) and the student's latents: distillation {ended:.3g}, latent mean" in card
-    )
+    assert f"distillation {ended:.3g}" in card
+    assert f"last {len(lines)} updates" in card
     # Four updates of two samples: 3 for the student's two ways, twice the 2.5 solver steps that are left on average.
-    assert "as much as 64 forward passes" in card
+    assert "64 forward passes" in card
 
 
 def test_a_killed_run_goes_on_and_equals_the_unbroken_one(
