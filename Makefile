@@ -45,7 +45,7 @@ check: $(VENV)/.installed
 
 # The documentation as a site, in build/site; a link or an anchor that leads nowhere fails. Ten seconds.
 docs: $(VENV)/.installed
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 stubs: $(VENV)/.installed
 	PYTHON=$(BIN)/python proto/generate.sh

@@ -58,7 +58,7 @@ class BuildPlan:
     def machine(self) -> str:
         """Backend, precision and device, in words."""
         inputs = self.inputs
-        chosen = "" if "backend" in self.options.model_fields_set else "; the fastest backend that runs here"
+        chosen = "" if "backend" in self.options.model_fields_set else "; the fastest here"
         return f"{inputs.backend}, {inputs.precision}, on {inputs.machine.device} ({inputs.machine.processor}){chosen}"
 
     @property
