@@ -141,8 +141,10 @@ def load_dataset(recipe: DataRecipe, model: TorchModel, *, batch_size: int, seed
 
 
 def aspect_sizes(size: Size, factor: int) -> list[Size]:
-    """Sizes with about the area of `size`, from 1:2 to 2:1. Sides are in steps of an eighth of its own, and of two latent cells
-    at least."""
+    """Sizes with about the area of `size`, from 1:2 to 2:1, in ascending order.
+
+    Sides are multiples of an eighth of its shorter side, and of at least two latent cells.
+    """
     step = max(min(size) // 8, 2 * factor)
     area = size.width * size.height
     widths = range(step, 2 * max(size) + 1, step)

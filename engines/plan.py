@@ -48,11 +48,11 @@ class BuildPlan:
     previous: Manifest | None
     """The bundle at `out` now."""
     flaw: str | None
-    """Why there is none, though something is there."""
+    """Why what is at `out` is not a bundle that can be brought up to date."""
     sources: Witness
     """The files of the base and the LoRAs, as they were before any was read."""
     warning: str | None
-    """What looks wrong and may be meant."""
+    """An option that looks wrong; the build reports it and continues."""
 
     @property
     def machine(self) -> str:

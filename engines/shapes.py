@@ -7,7 +7,7 @@ from flashdiff.engines.bundle import TensorSpec
 
 
 def dimensions_of(spec: ModelSpec, size: Size | None, batch: int) -> dict[str, int]:
-    """What fills the named dimensions of tensors at one bucket; `size` is None for a part that has none."""
+    """The named dimensions of tensors at one bucket, by name; `size` is None for a part that does not depend on it."""
     if size is None:
         return {"batch": batch}
     _, height, width = spec.latent_shape(size)

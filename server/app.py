@@ -235,7 +235,7 @@ def _protocols() -> DescriptorPool:
 
 
 def _check_free(host: str, port: int, option: str) -> None:
-    """ConfigError when there is no listening there, before gRPC would add lines of its own to the error."""
+    """ConfigError when the address cannot be bound, found before gRPC adds lines of its own to the error."""
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:
