@@ -1,5 +1,5 @@
 # Everything a newcomer needs: `make demo` and `make test`. Both install into .venv first.
-.PHONY: audit lock sbom demo test test-fast test-slow attack check stubs conformance bench-peers install clean
+.PHONY: audit coverage docs release lock sbom demo test test-fast test-slow attack check stubs conformance bench-peers install clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -20,6 +20,16 @@ test-fast: $(VENV)/.installed
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -rs -m "slow and not gpu"
 
+# The lines and branches that `make test` runs, those of the processes it starts included; the folders behind the links count too.
+COVERED ?= tests
+coverage: $(VENV)/.installed
+	@mkdir -p build/coverage
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest $(COVERED)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+	$(BIN)/coverage html --quiet -d build/coverage/html
+
 # The attacks of tests/attack at twenty times their scale.
 attack: $(VENV)/.installed
 	ATTACK_SCALE=20 $(BIN)/python -m pytest tests/attack -m "not gpu" --timeout=1800
@@ -31,6 +41,11 @@ check: $(VENV)/.installed
 	$(BIN)/mypy
 	PYTHON=$(BIN)/python proto/generate.sh
 	git diff --exit-code --stat -- proto
+	$(MAKE) docs
+
+# The documentation as a site, in build/site; a link or an anchor that leads nowhere fails. Ten seconds.
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 stubs: $(VENV)/.installed
 	PYTHON=$(BIN)/python proto/generate.sh
@@ -95,6 +110,10 @@ audit: $(VENV)/.installed
 	$(BIN)/pip install -q pip-audit==2.10.1
 	$(BIN)/pip-audit --require-hashes --disable-pip -r requirements.lock
 	$(BIN)/pip-audit --skip-editable
+
+# The wheel and the source distribution of a release, in dist/; refused unless version, changelog and checkout agree.
+release: $(VENV)/.installed
+	$(BIN)/python deploy/release.py
 
 # A software bill of materials of the environment that the tests run in, for a release.
 sbom: $(VENV)/.installed

@@ -1,10 +1,14 @@
 """What a recipe costs, in forward passes of the network, and how long a run still takes."""
 
+import statistics
+from collections import deque
+
 import numpy as np
 
 from flashdiff.distill.config import Phase, Recipe
 from flashdiff.distill.curriculum import phase_at, start_probabilities
-from flashdiff.distill.step import span_at
+from flashdiff.distill.previews import TEACHER_STEPS
+from flashdiff.distill.step import PoolSpan, span_at
 from flashdiff.distill.terms import TRAINED_PASS
 
 
@@ -16,19 +20,72 @@ def cost(recipe: Recipe, *, guided_twice: bool = True) -> float:
     )
 
 
-def remaining_s(recipe: Recipe, update: int, *, target_s: float, update_s: float) -> float:
+class RemainingTime:
+    """How long a run still takes, from the seconds that its targets, updates and previews took so far.
+
+    Every duration is scaled by its cost in forward passes, so that phases which cost more are counted before they begin; what
+    each phase then takes corrects the estimate.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+        self._updates_s = deque[float](maxlen=_RECENT)
+        self._phase: Phase | None = None
+        self.target_s = 0.0
+        """Seconds of the last pool's targets, per update that uses them."""
+        self._preview_s: float | None = None
+
+    @property
+    def update_s(self) -> float:
+        """Seconds of an update, the median of the last ones."""
+        return statistics.median(self._updates_s)
+
+    def solved(self, span: PoolSpan, seconds: float) -> None:
+        """The targets of a pool took this long."""
+        self.target_s = seconds / (span.batches * self._recipe.target_uses)
+
+    def updated(self, phase: Phase, seconds: float) -> None:
+        """One update of a phase took this long."""
+        if phase is not self._phase:
+            self._phase, self._updates_s = phase, deque(maxlen=_RECENT)
+        self._updates_s.append(seconds)
+
+    def previewed(self, seconds: float) -> None:
+        """A checkpoint with its preview took this long."""
+        self._preview_s = seconds
+
+    def left_s(self, update: int) -> float:
+        """Expected seconds from `update`, of the phase that is running, to the end of the run."""
+        recipe, now = self._recipe, self._phase
+        assert now
+        training_s = remaining_s(recipe, update, target_s=self.target_s, update_s=self.update_s, measured=now)
+        preview_s = self._preview_s
+        if preview_s is None:  # mostly the teacher's evaluations, at the rate of those in the targets
+            preview_s = self.target_s / target_cost(recipe, now) * preview_cost(recipe) / recipe.batch_size
+        return training_s + preview_s * (-(-recipe.updates // recipe.checkpoint_every) - update // recipe.checkpoint_every)
+
+
+_RECENT = 50
+"""Updates whose median is the pace of a phase."""
+
+
+def remaining_s(recipe: Recipe, update: int, *, target_s: float, update_s: float, measured: Phase | None = None) -> float:
     """Expected seconds from `update` to the end, without previews.
 
-    `update_s` is what an update took, and `target_s` what its targets took, per update of their pool; both are scaled by cost
-    for the phases to come.
+    `update_s` is what an update of the phase `measured` took (default: the phase of `update`), and `target_s` what its targets
+    took, per update of their pool; both are scaled by cost for the phases to come.
     """
-    now, pool_end = phase_at(recipe.phases, update), span_at(recipe, min(update, recipe.updates - 1)).end
+    now, span = measured or phase_at(recipe.phases, update), span_at(recipe, min(update, recipe.updates - 1))
+    pool_end = span.end if span.first < update else update
     target_rate, update_rate = target_s / target_cost(recipe, now), update_s / update_cost(recipe, now)
-    later = [(number, phase_at(recipe.phases, number)) for number in range(update, recipe.updates)]
-    return sum(
-        update_rate * update_cost(recipe, phase) + target_rate * target_cost(recipe, phase) * (number >= pool_end)
-        for number, phase in later
-    )
+    seconds, start = 0.0, 0
+    for phase in recipe.phases:
+        end = start + phase.updates
+        to_learn, to_solve = (max(0, end - max(start, begin)) for begin in (update, max(update, pool_end)))
+        if to_learn:
+            seconds += update_rate * update_cost(recipe, phase) * to_learn + target_rate * target_cost(recipe, phase) * to_solve
+        start = end
+    return seconds
 
 
 def teacher_evaluations(recipe: Recipe, phase: Phase, *, guided_twice: bool = True) -> float:
@@ -58,6 +115,11 @@ def update_cost(recipe: Recipe, phase: Phase) -> float:
         passes = term.cost(recipe.loss.settings(term.name))
         count += passes.throughout + (passes.in_use if weights[term.name] else 0)
     return count
+
+
+def preview_cost(recipe: Recipe) -> float:
+    """Forward passes of one preview: for each prompt the guided teacher, and the student at its most, 2 and 1 steps."""
+    return len(recipe.preview_prompts) * (2 * TEACHER_STEPS + recipe.grid.modes + 2 + 1)
 
 
 def _roll_out(recipe: Recipe, phase: Phase) -> float:

@@ -13,11 +13,11 @@ import safetensors.torch
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from flashdiff.components import Size
 from flashdiff.distill import processes
 from flashdiff.distill.config import DataRecipe
+from flashdiff.distill.progress import Stage
 from flashdiff.distill.sources import Damage, Sample, decoded, image_size, read_samples
 from flashdiff.errors import TrainingError, first_line
 from flashdiff.evaluation.images import DAMAGED_IMAGE
@@ -105,30 +105,31 @@ def load_dataset(recipe: DataRecipe, model: TorchModel, *, batch_size: int, seed
     items: dict[int, tuple[Size, Item]] = {}
     bad: dict[int, str] = {}
     samples = read_samples(recipe, default, seed, damage)
-    for number, sample in enumerate(
-        tqdm(samples, desc="encode", unit=" samples", mininterval=1, disable=not processes.is_main())
-    ):
-        is_mine = number % processes.count() == processes.index()
-        try:
-            size = default if sample.image is None else nearest_size(sizes, *image_size(sample.image))
-            item = cache.item(sample, size)
-            wanted = is_mine and item.latents is not None and not _is_whole(item.latents)
-            pixels = decoded(sample.image, size) if wanted and sample.image is not None else None
-        except DAMAGED_IMAGE as error:
-            bad[number] = f"{sample.where} is not a readable image ({first_line(error)})"
-            continue
-        items[number] = size, item
-        if pixels is not None:
-            cache.put_image(item, pixels)
-        if is_mine and not _is_whole(item.prompt):
-            cache.put_prompt(item, sample.caption)
+    with Stage("encode", "samples") as stage:
+        for number, sample in enumerate(samples):
+            stage.advance()
+            is_mine = number % processes.count() == processes.index()
+            try:
+                size = default if sample.image is None else nearest_size(sizes, *image_size(sample.image))
+                item = cache.item(sample, size)
+                wanted = is_mine and item.latents is not None and not _is_whole(item.latents)
+                pixels = decoded(sample.image, size) if wanted and sample.image is not None else None
+            except DAMAGED_IMAGE as error:
+                bad[number] = f"{sample.where} is not a readable image ({first_line(error)})"
+                continue
+            items[number] = size, item
+            if pixels is not None:
+                cache.put_image(item, pixels)
+            if is_mine and not _is_whole(item.prompt):
+                cache.put_prompt(item, sample.caption)
     for number, why in sorted(processes.union(bad).items()):
         damage.skip("samples", why)
         items.pop(number, None)
     damage.check()
     if not items:
         raise TrainingError(
-            f"data.source '{recipe.source}' holds no images or prompts; docs/distillation.md says what it may hold"
+            f"data.source '{recipe.source}' holds no images or prompts: give a folder of images, "
+            "shards (.tar, .parquet) or a .txt file of prompts"
         )
     data = Dataset(list(items.values()), batch_size=batch_size, seed=seed)
     skipped = "".join(f", {count} {kind} skipped" for kind, count in damage.skipped.items())
@@ -140,8 +141,10 @@ def load_dataset(recipe: DataRecipe, model: TorchModel, *, batch_size: int, seed
 
 
 def aspect_sizes(size: Size, factor: int) -> list[Size]:
-    """Sizes with about the area of `size`, from 1:2 to 2:1. Sides are in steps of an eighth of its own, and of two latent cells
-    at least."""
+    """Sizes with about the area of `size`, from 1:2 to 2:1, in ascending order.
+
+    Sides are multiples of an eighth of its shorter side, and of at least two latent cells.
+    """
     step = max(min(size) // 8, 2 * factor)
     area = size.width * size.height
     widths = range(step, 2 * max(size) + 1, step)

@@ -2,28 +2,27 @@
 
 import json
 import logging
-import statistics
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from datetime import timedelta
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from flashdiff.checkpoint import load_state, save_state, step_generator
 from flashdiff.distill import processes
 from flashdiff.distill.batch import MicroBatch, Targets
 from flashdiff.distill.config import Recipe
-from flashdiff.distill.costs import remaining_s
+from flashdiff.distill.costs import RemainingTime
 from flashdiff.distill.curriculum import phase_at
 from flashdiff.distill.data import Dataset, load_dataset
 from flashdiff.distill.network import checkpoint_gradients, place
 from flashdiff.distill.objective import Objective
-from flashdiff.distill.previews import preview, save_image
+from flashdiff.distill.previews import preview, preview_steps, save_image
 from flashdiff.distill.processes import Draws
+from flashdiff.distill.progress import Stage, lines_above_bars, shown_time
 from flashdiff.distill.publish import publish
 from flashdiff.distill.step import Pool, PoolSpan, make_pool, shared_pool, span_at, student_x0
 from flashdiff.distill.student import Student
@@ -33,13 +32,13 @@ from flashdiff.families import find_base, load_base
 from flashdiff.families.base import TorchModel, base_files
 from flashdiff.files import sweep_parts, write_whole
 from flashdiff.locks import sole_user
-from flashdiff.lora import FLASH, add_adapter
+from flashdiff.lora import FLASH, add_adapter, read_flash_info
 from flashdiff.reading import first_change, read_json, witness
 from flashdiff.sampling import Sampler, flash_student
 
 _log = logging.getLogger(__name__)
 
-_LOG = "log.jsonl"
+_LOG, _RECIPE = "log.jsonl", "recipe.json"
 _LOSS_STREAM = 1 << 20
 _SAME_RESULT = (
     "hash", "accumulate", "gradient_checkpointing", "shard_base", "checkpoint_every", "checkpoints_keep", "tracker",
@@ -50,8 +49,10 @@ _TIMED_UPDATES = 10
 """After so many updates of this process, in a new or a resumed run, the log says how long the rest will take."""
 
 
-def distill(recipe: Recipe, out: Path, *, pools: Path | None = None) -> None:
+def distill(recipe: Recipe, out: Path, *, pools: Path | None = None) -> bool:
     """Train the recipe's flash LoRA into the folder `out`; a killed run is resumed by the same call.
+
+    Returns False when `out` holds the finished LoRA of the same recipe already, which is left alone.
 
     `pools` is a folder where runs of one process save the teacher's targets for other runs that need the same ones.
 
@@ -61,11 +62,16 @@ def distill(recipe: Recipe, out: Path, *, pools: Path | None = None) -> None:
     """
     work = out / "training"
     if (out / FLASH).exists():
-        raise TrainingError(f"{out} holds a finished run; choose another --out or remove it")
+        info = read_flash_info(out)
+        if info is None or info.recipe_hash != recipe.content_hash:
+            raise TrainingError(f"{out} holds a finished run of another recipe; choose another --out or remove it")
+        return False
     processes.check_split(recipe.batch_size, recipe.accumulate, shard_base=recipe.shard_base)
     with _claimed(work) if processes.is_main() else nullcontext():
         processes.main_first(lambda: _check_recipe(work, recipe))
-        _run(recipe, out, work, pools)
+        with lines_above_bars():
+            _run(recipe, out, work, pools)
+    return True
 
 
 def _run(recipe: Recipe, out: Path, work: Path, pools: Path | None) -> None:
@@ -87,6 +93,8 @@ def _run(recipe: Recipe, out: Path, work: Path, pools: Path | None) -> None:
             raise TrainingError(f"{changed} changed while the run read it; start again when the base stays as it is")
         if processes.device().type != "cpu":
             model.text_encoder.to("cpu", torch.float32)  # from here on only previews use it
+        if processes.is_main():  # now that base and data are known to be good: a recipe with a mistyped name can be mended
+            _save_recipe(work, recipe)
         targets = recipe.lora.targets or family.lora_targets
         add_adapter(model, targets, rank=recipe.lora.rank, alpha=recipe.lora.alpha, seed=recipe.seed)
         objective = Objective(model, family, recipe)
@@ -126,46 +134,63 @@ def _train(
     log = work / _LOG
     if tracker and log.exists():  # drop what a killed run logged after its last checkpoint: those updates are computed again
         write_whole(log, "".join(log.read_text().splitlines(keepends=True)[: student.update]))
+    time_left, count = RemainingTime(recipe), 0
     pool: Pool | None = None
-    target_s, update_s = 0.0, list[float]()
-    with tqdm(total=recipe.updates, initial=student.update, desc="distill", unit="update", disable=tracker is None) as bar:
-        while student.update < recipe.updates:
-            update = student.update
-            span = span_at(recipe, update)
-            started = time.monotonic()
-            if pool is None or update == span.first:
-                pool = _new_pool(model, student, objective, data, recipe, span, pools)
-                target_s = (time.monotonic() - started) / (span.batches * recipe.target_uses)
+    ends = accumulate(phase.updates for phase in recipe.phases)
+    for number, (phase, end) in enumerate(zip(recipe.phases, ends, strict=True), 1):
+        if student.update >= end:
+            continue
+        name = f"phase {number} of {len(recipe.phases)}" if len(recipe.phases) > 1 else "distill"
+        with Stage(name, "updates", phase.updates, done=student.update - end + phase.updates) as stage:
+            while student.update < end:
+                update = student.update
+                span = span_at(recipe, update)
+                if pool is None or update == span.first:
+                    started = time.monotonic()
+                    pool = _new_pool(model, student, objective, data, recipe, span, pools)
+                    time_left.solved(span, time.monotonic() - started)
                 started = time.monotonic()
-            use, number = divmod(update - span.first, span.batches)
-            solved, chosen = pool.batch(number, seed=((recipe.seed << 24) + span.index) * 64 + use)
-            targets = [
-                solved.targets(chosen[rows], data, model.device) for rows in processes.rows(recipe.batch_size, recipe.accumulate)
-            ]
-            try:
-                line = _learn(model, student, objective, targets, recipe)
-            except TrainingError as error:
+                line = _update(model, student, objective, data, recipe, work, pool, span, tracker)
+                time_left.updated(phase, time.monotonic() - started)
+                count += 1
+                left = shown_time(time_left.left_s(student.update))
+                if count == _TIMED_UPDATES and tracker:
+                    _log.info(
+                        "%.3g s an update and %.3g s for its targets, by the first %d: about %s to go",
+                        *(time_left.update_s, time_left.target_s, _TIMED_UPDATES, left),
+                    )
+                stage.advance(note=f"loss {line['loss']:.4f}, about {left} to go")
                 if tracker:
-                    save_state(work / "bad_batch.pt", vars(solved.targets(chosen, data, torch.device("cpu"))))
-                raise TrainingError(
-                    f"{error}; the batch is in {work / 'bad_batch.pt'}, the last checkpoint is untouched"
-                ) from None
-            update_s.append(time.monotonic() - started)
-            if len(update_s) == _TIMED_UPDATES and tracker:
-                median_s = statistics.median(update_s)
-                left_s = remaining_s(recipe, student.update, target_s=target_s, update_s=median_s)
-                _log.info(
-                    "%.3g s an update and %.3g s for its targets, by the first %d: about %s to go, previews aside",
-                    *(median_s, target_s, _TIMED_UPDATES, timedelta(seconds=round(left_s))),
-                )
-            bar.set_postfix(loss=f"{line['loss']:.4f}", refresh=False)
-            bar.update()
-            if tracker:
-                with log.open("a") as file:
-                    file.write(json.dumps({"update": update, **line}) + "\n")
-                tracker.numbers(update, line)
-            if student.update % recipe.checkpoint_every == 0 or student.update == recipe.updates:
-                _save_progress(model, student, objective, recipe, work, tracker)
+                    with log.open("a") as file:
+                        file.write(json.dumps({"update": update, **line}) + "\n")
+                    tracker.numbers(update, line)
+                if student.update % recipe.checkpoint_every == 0 or student.update == recipe.updates:
+                    started = time.monotonic()
+                    _save_progress(model, student, objective, recipe, work, tracker)
+                    time_left.previewed(time.monotonic() - started)
+
+
+def _update(
+    model: TorchModel,
+    student: Student,
+    objective: Objective,
+    data: Dataset,
+    recipe: Recipe,
+    work: Path,
+    pool: Pool,
+    span: PoolSpan,
+    tracker: Tracker | None,
+) -> dict[str, float]:
+    """The student's next update, from its batch of the pool; a batch whose loss is not finite is saved for inspection."""
+    use, number = divmod(student.update - span.first, span.batches)
+    solved, chosen = pool.batch(number, seed=((recipe.seed << 24) + span.index) * 64 + use)
+    targets = [solved.targets(chosen[rows], data, model.device) for rows in processes.rows(recipe.batch_size, recipe.accumulate)]
+    try:
+        return _learn(model, student, objective, targets, recipe)
+    except TrainingError as error:
+        if tracker:
+            save_state(work / "bad_batch.pt", vars(solved.targets(chosen, data, torch.device("cpu"))))
+        raise TrainingError(f"{error}; the batch is in {work / 'bad_batch.pt'}, the last checkpoint is untouched") from None
 
 
 def _new_pool(
@@ -180,7 +205,9 @@ def _new_pool(
     """The pool of a span; it depends only on seed, span and anchor, so a resumed run makes the same one."""
 
     def make() -> Pool:
-        return make_pool(model, objective.unconditional, data, recipe, span)
+        name = f"targets of updates {span.first} to {span.end - 1}"
+        with Stage(name, "samples", span.batches * recipe.batch_size, nested=True) as stage:
+            return make_pool(model, objective.unconditional, data, recipe, span, on_solved=stage.advance)
 
     if not (span.phase.backward_simulation or recipe.target == "consistency" or not data.has_images):
         return shared_pool(pools, model, recipe, span, make) if pools and processes.count() == 1 else make()
@@ -236,8 +263,10 @@ def _save_progress(
         for old in _checkpoints(work)[: -recipe.checkpoints_keep]:
             old.unlink()
     if recipe.preview_prompts and (tracker or recipe.shard_base):
-        with student.holding(student.average):
-            sheet = preview(model, flash_sampler(model, recipe), sum(recipe.guidance) / 2, recipe.preview_prompts)
+        sampler, prompts = flash_sampler(model, recipe), recipe.preview_prompts
+        steps = preview_steps(model, sampler, prompts)
+        with student.holding(student.average), Stage("preview", "steps", steps, nested=True) as stage:
+            sheet = preview(model, sampler, sum(recipe.guidance) / 2, prompts, stage.advance)
         if tracker:
             save_image(sheet, work / "previews" / f"{student.update:06d}.png")
             tracker.image(student.update, sheet)
@@ -301,10 +330,9 @@ def _claimed(work: Path) -> Iterator[None]:
 
 
 def _check_recipe(work: Path, recipe: Recipe) -> None:
-    """Save the recipe in the working folder; TrainingError when a run of a recipe with other results is there already."""
-    resolved = work / "recipe.json"
+    """TrainingError when the working folder holds a run of a recipe with other results."""
+    resolved, values = work / _RECIPE, _resolved(recipe)
     try:
-        values = {"hash": recipe.content_hash, **recipe.model_dump(mode="json")}
         before = read_json(resolved) if resolved.exists() else values
         if not isinstance(before, dict):
             raise ValueError("it is no JSON object")
@@ -313,8 +341,19 @@ def _check_recipe(work: Path, recipe: Recipe) -> None:
             raise TrainingError(
                 f"{work} holds a run of another recipe, which differs in {', '.join(changed)}; choose another --out or remove it"
             )
-        write_whole(resolved, json.dumps(values, indent=2) + "\n")
     except ValueError as error:
         raise TrainingError(f"{resolved} is damaged ({error}); choose another --out or remove {work}") from None
     except OSError as error:
+        raise TrainingError(f"{resolved}: cannot be read: {error.strerror}") from None
+
+
+def _save_recipe(work: Path, recipe: Recipe) -> None:
+    try:
+        write_whole(work / _RECIPE, json.dumps(_resolved(recipe), indent=2) + "\n")
+    except OSError as error:
         raise TrainingError(f"{work}: cannot write there: {error.strerror}") from None
+
+
+def _resolved(recipe: Recipe) -> dict[str, object]:
+    """The recipe as it is saved, defaults included."""
+    return {"hash": recipe.content_hash, **recipe.model_dump(mode="json")}

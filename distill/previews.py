@@ -1,6 +1,6 @@
 """Preview sheets: the teacher and the student at few steps, with the same prompts and seeds."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,19 +17,28 @@ from flashdiff.tasks import check_order
 TEACHER_STEPS = 50
 
 
-def preview(model: TorchModel, student: Sampler, guidance: float, prompts: Sequence[str]) -> Pixels:
+def preview_steps(model: TorchModel, student: Sampler, prompts: Sequence[str]) -> int:
+    """How often `preview` calls `on_step`, for as many prompts."""
+    teacher_rows = model.max_batch // (2 if model.guides_twice else 1)
+    teacher, few = (-(-len(prompts) // rows) for rows in (teacher_rows, model.max_batch))
+    return TEACHER_STEPS * teacher + sum(_student_steps(student)) * few
+
+
+def preview(
+    model: TorchModel, student: Sampler, guidance: float, prompts: Sequence[str], on_step: Callable[[], None] | None = None
+) -> Pixels:
     """A sheet [H, W, 3] with a column per prompt. Rows from the top: the teacher at 50 steps, the student at its most, 2 and 1.
 
-    `guidance` is the teacher's scale.
+    `guidance` is the teacher's scale; `on_step` is called after each step of a batch of images.
     """
     model.network.disable_adapters()
     teacher = model  # a network that takes its guidance as an input has its own scale
     if model.guides_twice:
         teacher = replace(model, spec=_sampled_by(model, model.spec.sampler.model_copy(update={"guidance": guidance})))
-    rows = [_images(teacher, prompts, TEACHER_STEPS)]
+    rows = [_images(teacher, prompts, TEACHER_STEPS, on_step)]
     model.network.enable_adapters()
     flash = replace(model, spec=_sampled_by(model, student))
-    rows += [_images(flash, prompts, steps) for steps in sorted({student.max_steps, min(2, student.max_steps), 1}, reverse=True)]
+    rows += [_images(flash, prompts, steps, on_step) for steps in _student_steps(student)]
     return np.concatenate([np.concatenate(row, axis=1) for row in rows])
 
 
@@ -43,6 +52,10 @@ def _sampled_by(model: TorchModel, sampler: Sampler) -> ModelSpec:
     return model.spec.model_copy(update={"sampler": sampler})
 
 
-def _images(model: TorchModel, prompts: Sequence[str], steps: int) -> list[Pixels]:
+def _student_steps(student: Sampler) -> list[int]:
+    return sorted({student.max_steps, min(2, student.max_steps), 1}, reverse=True)
+
+
+def _images(model: TorchModel, prompts: Sequence[str], steps: int, on_step: Callable[[], None] | None) -> list[Pixels]:
     orders = [check_order(model.spec, prompt=prompt, seed=seed, steps=steps) for seed, prompt in enumerate(prompts)]
-    return [images[0] for images in generate(model, orders)]
+    return [images[0] for images in generate(model, orders, on_step)]

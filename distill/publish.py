@@ -47,13 +47,18 @@ def _usage(info: FlashInfo, model: TorchModel, family: ModelFamily, recipe: Reci
         # These sigmas are before the shift, which the scheduler applies itself.
         scheduler, setting = "FlowMatchLCMScheduler", f"sigmas={[(t + 1) / recipe.grid.num_train_timesteps for t in times]}"
     guidance = 3.5 if GUIDANCE in family.conditioning else 0
+    where, found = f'"{info.base}"', ""
+    if "/" not in info.base and not Path(info.base).is_dir():  # the embedded model, whose name only flashdiff knows
+        where, found = f'find_base("{info.base}")', "\nfrom flashdiff.families import find_base\n"
     return f"""```python
+# run it in this folder
 from diffusers import {scheduler}, {family.pipeline_class}
-
-pipeline = {family.pipeline_class}.from_pretrained("{info.base}")  # for the embedded model: the path of its directory
-pipeline.load_lora_weights("THIS_FOLDER", weight_name="{WEIGHTS}")
+{found}
+pipeline = {family.pipeline_class}.from_pretrained({where})
+pipeline.load_lora_weights(".", weight_name="{WEIGHTS}")
 pipeline.scheduler = {scheduler}.from_config(pipeline.scheduler.config)
-pipeline("a prompt", {setting}, guidance_scale={guidance})  # the scheduler's own choice differs
+image = pipeline("a prompt", {setting}, guidance_scale={guidance}).images[0]  # the scheduler's own choice of times differs
+image.save("image.png")
 ```
 """
 

@@ -67,7 +67,7 @@ class Damage:
 def read_samples(recipe: DataRecipe, size: Size, seed: int, damage: Damage) -> Iterator[Sample]:
     """Up to `recipe.images` samples in a fixed order; `damage` counts those that cannot be used. `size` is that of renders.
 
-    TrainingError when the source is none of the known kinds.
+    TrainingError when the source is of no known kind.
     """
     source = Path(recipe.source)
     if recipe.source == WORLD:

@@ -114,12 +114,18 @@ def shared_pool(folder: Path, model: TorchModel, recipe: Recipe, span: PoolSpan,
 
 @torch.no_grad()
 def make_pool(
-    model: TorchModel, unconditional: Mapping[str, Tensor] | None, data: Dataset, recipe: Recipe, span: PoolSpan
+    model: TorchModel,
+    unconditional: Mapping[str, Tensor] | None,
+    data: Dataset,
+    recipe: Recipe,
+    span: PoolSpan,
+    *,
+    on_solved: Callable[[int], None] = lambda _: None,
 ) -> Pool:
     """The pool of a span: each sample with its own item, start time, guidance and noise, solved by the teacher.
 
     It is a function of the seed, the span and, where the pool draws on the student, the student's weights in `model`. The
-    processes share the work, and each gets the whole pool.
+    processes share the work, and each gets the whole pool. `on_solved` gets a number of samples whenever so many more are solved.
     """
     grid, phase = recipe.grid, span.phase
     rng, generator = step_generator(recipe.seed, span.index)
@@ -150,7 +156,7 @@ def make_pool(
                 items=np.concatenate([batches[number][1] for number in members]),
                 starts=starts[samples], guidance=guidance[samples], simulated=simulated[samples], visits=visits[samples],
                 noise=torch.cat([noise[number] for number in members]),
-                seed=int(rng.integers(2**62)),
+                seed=int(rng.integers(2**62)), on_solved=on_solved,
             )
         )  # fmt: skip
     return Pool(solved, recipe.batch_size)
@@ -169,6 +175,7 @@ def _solved(
     visits: Tensor,  # [N, M] which inference steps a sample's roll-out takes
     noise: Tensor,  # [N, C, h, w]
     seed: int,
+    on_solved: Callable[[int], None],
 ) -> Solved:
     device = model.device
     (mine,) = processes.rows(len(items))
@@ -195,6 +202,7 @@ def _solved(
         x0 = _target(model, teacher, recipe, x_t, starts[piece], guidance[piece].to(device), conditioning)
         for name, values in (("z0", z0 if data.has_images else x0), ("x_t", x_t), ("x0", x0)):
             found[name].append(values)
+        on_solved(len(piece) * processes.count())
     z0, x_t, x0 = (processes.gather(torch.cat(values)) for values in found.values())
     return Solved(items, z0, x_t, solver_times[starts], x0)
 

@@ -47,6 +47,7 @@ def build_engine(options: BuildOptions, report: Callable[[str], None]) -> Manife
         return plan.previous
     for reason in plan.changes:
         report(f"building because {reason}")
+    report(f"backend: {plan.machine}")
 
     watch = _Stopwatch(report)
     with new_folder(options.out, BundleError, replace=True) as folder:

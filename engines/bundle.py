@@ -238,7 +238,7 @@ def read_bundle(bundle: Path, hash_of: Callable[[Path, str], str]) -> Manifest:
 def parse_manifest(bundle: Path) -> tuple[str, Manifest]:
     """The text of a bundle's manifest and what it says, without a look at the other files; BundleError when it is damaged."""
     if not bundle.is_dir():
-        raise BundleError(f"{bundle}: no such bundle")
+        raise BundleError(f"{bundle} is a file; a bundle is a folder" if bundle.is_file() else f"{bundle}: no such bundle")
     text = _text_of(bundle)
     if text is None:
         raise BundleError(f"{bundle} is not a bundle: it has no readable {MANIFEST}")

@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from flashdiff import defaults
 from flashdiff.components import MAX_SIDE, Size
+from flashdiff.engines.backends import best_backend
 from flashdiff.engines.bundle import MAX_BATCH, BackendName, Precision
 from flashdiff.errors import BundleError
 from flashdiff.samplers.options import SamplingOptions
@@ -18,7 +19,7 @@ class BuildRecipe(SamplingOptions):
     base: str
     loras: tuple[tuple[str, float], ...] = ()
     """Folder, file or shipped name, and weight."""
-    backend: BackendName = defaults.BACKEND
+    backend: BackendName = Field(default_factory=best_backend)
     precision: Precision = defaults.PRECISION
     sizes: tuple[Size, ...] = ()
     """Empty: the size the base was trained at."""

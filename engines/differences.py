@@ -30,7 +30,7 @@ def differences(old: BuildInputs, new: BuildInputs) -> Iterator[str]:
             yield f"{field}: {_words(then)} -> {_words(now)}"
     asked = [(inputs.loras, inputs.guidance, inputs.sampling) for inputs in (old, new)]
     if old.base_hash == new.base_hash and asked[0] == asked[1]:
-        # The weights are the same, so what changed stands beside them.
+        # The weights are the same, so a configuration file next to them changed.
         for field in ("prediction", "sampler", "tokenizers", "parts", "conditions", "tasks"):
             if getattr(old.model, field) != getattr(new.model, field):
                 yield f"another {field}: flash.json or the base's configuration changed"

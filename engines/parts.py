@@ -98,9 +98,11 @@ class AtPrecision(nn.Module):
 
 
 def random_inputs(model: TorchModel, part: Part, batch: int, size: Size, generator: torch.Generator) -> tuple[Tensor, ...]:
-    """Realistic inputs of a part, with different values in every row: token ids that end in padding, uniform pixels, normal
-    latents, conditions that the parts make of such inputs, and times from the clean end to the noisiest, a few-step student's
-    own if it is one."""
+    """Realistic inputs of a part, in its order, [batch, ...] each, with different values in every row.
+
+    Token ids end in padding, pixels are uniform in [-1, 1], latents are normal, conditions are made by the parts from such
+    inputs, and times go from the clean end to the noisiest; a few-step student's are its own.
+    """
     spec = model.spec
     known: dict[str, Tensor] = {}
     for tokenizer in spec.tokenizers:
@@ -136,7 +138,7 @@ def no_reduced_precision() -> None:
 
 
 def run_torch(part: Part, inputs: tuple[Tensor, ...]) -> Mapping[str, Tensor]:
-    """The reference: a part's outputs by name."""
+    """The reference: a part's outputs [B, ...] by name, for its inputs [B, ...] in their order, without gradients."""
     with torch.no_grad():
         outputs = part.module(*inputs)
     return dict(zip((t.name for t in part.outputs), outputs if isinstance(outputs, tuple) else (outputs,), strict=True))

@@ -48,11 +48,18 @@ class BuildPlan:
     previous: Manifest | None
     """The bundle at `out` now."""
     flaw: str | None
-    """Why there is none, though something is there."""
+    """Why what is at `out` is not a bundle that can be brought up to date."""
     sources: Witness
     """The files of the base and the LoRAs, as they were before any was read."""
     warning: str | None
-    """What looks wrong and may be meant."""
+    """An option that looks wrong; the build reports it and continues."""
+
+    @property
+    def machine(self) -> str:
+        """Backend, precision and device, in words."""
+        inputs = self.inputs
+        chosen = "" if "backend" in self.options.model_fields_set else "; the fastest here"
+        return f"{inputs.backend}, {inputs.precision}, on {inputs.machine.device} ({inputs.machine.processor}){chosen}"
 
     @property
     def changes(self) -> list[str]:
@@ -134,7 +141,7 @@ def describe(plan: BuildPlan) -> Iterator[str]:
     inputs, spec, needed = plan.inputs, plan.spec, plan.requirements
     loras = "".join(f" + {lora.name} x {lora.weight:g}" for lora in inputs.loras)
     yield f"base         {plan.folder} ({plan.family.name}, {inputs.base_hash[:12]}){loras}"
-    yield f"backend      {inputs.backend}, {inputs.precision}, on {inputs.machine.device} ({inputs.machine.processor})"
+    yield f"backend      {plan.machine}"
     yield f"sampler      {describe_sampler(spec)}"
     if plan.warning:
         yield f"warning      {plan.warning}"

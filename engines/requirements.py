@@ -89,7 +89,7 @@ def _disk_bytes(
 
 
 def _memory_bytes(backend: Backend, parameters: Mapping[str, int], buckets: int) -> int:
-    """The model in torch, and when that is gone once a bucket; activations and libraries on top."""
+    """Bytes at the peak: the model in torch, or later one copy for each bucket, with activations and libraries."""
     copies = buckets if backend.memory_per_bucket else 1
     return 4 * copies * sum(parameters.values()) + (1400 << 20)
 

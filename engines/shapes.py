@@ -7,7 +7,7 @@ from flashdiff.engines.bundle import TensorSpec
 
 
 def dimensions_of(spec: ModelSpec, size: Size | None, batch: int) -> dict[str, int]:
-    """What fills the named dimensions of tensors at one bucket; `size` is None for a part that has none."""
+    """The named dimensions of tensors at one bucket, by name; `size` is None for a part that does not depend on it."""
     if size is None:
         return {"batch": batch}
     _, height, width = spec.latent_shape(size)
@@ -15,5 +15,5 @@ def dimensions_of(spec: ModelSpec, size: Size | None, batch: int) -> dict[str, i
 
 
 def bucket_shapes(tensors: Iterable[TensorSpec], dimensions: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor, by name."""
+    """The shape of every tensor, by name, with `dimensions` (rows, and pixels or latent cells) in place of its named axes."""
     return {tensor.name: tensor.shape_for(dimensions) for tensor in tensors}

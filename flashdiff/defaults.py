@@ -3,7 +3,6 @@
 from typing import Final
 
 # --- build-engine ---
-BACKEND: Final = "openvino"
 PRECISIONS: Final = ("fp32", "fp16", "bf16")
 PRECISION: Final = "fp32"
 BATCH_SIZES: Final = (1, 2, 4, 8)

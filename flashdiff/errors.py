@@ -7,7 +7,7 @@ FlashdiffError
   BundleError          a bundle that is damaged, of another version, or cannot be made
   BackendError         an engine library that is missing or refused its work
     OutOfMemoryError   or has too little memory for it now
-  TrainingError        a training run that cannot go on
+  TrainingError        a training run that cannot continue
   EvaluationError      images, prompts or a reference set that cannot be measured
   RepositoryError      a model repository that cannot be read
   RequestError         a request that asks for what this model cannot do
@@ -22,6 +22,8 @@ FlashdiffError
 
 The command line prints the message in one line and exits with 2; `flashdiff.server.status` maps the classes to gRPC codes.
 """
+
+from pathlib import Path
 
 
 class FlashdiffError(Exception):
@@ -109,7 +111,9 @@ class DrainingError(RefusedError): ...
 
 def install(extra: str) -> str:
     """How to get what a command lacks, for messages: flashdiff is in no package index."""
-    return f"pip install '.[{extra}]' from flashdiff's checkout"
+    if (Path(__file__).parents[1] / "pyproject.toml").is_file():
+        return f"pip install '.[{extra}]' from flashdiff's checkout"
+    return f"pip install 'WHEEL[{extra}]', where WHEEL is the file that flashdiff was installed from"
 
 
 def first_line(error: BaseException) -> str:

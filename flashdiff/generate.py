@@ -13,7 +13,10 @@ from flashdiff.rows import Row, denoise_rows, stacked, start_rows
 
 
 def prepare(components: Components, part: str, values: Sequence[str] | Sequence[Pixels]) -> list[Tensors]:
-    """A part's outputs for each text, or for each image [H, W, 3] of one size; at most `max_batch` of them."""
+    """A part's outputs for each text, or for each image [H, W, 3] of one size; at most `max_batch` of them.
+
+    RequestError for a text that is too long, BackendError for outputs that are not finite.
+    """
     if isinstance(values[0], str):
         inputs: dict[str, NDArray[np.int64]] | dict[str, NDArray[np.float32]] = components.tokenize([str(v) for v in values])
     else:
@@ -28,7 +31,7 @@ def prepare(components: Components, part: str, values: Sequence[str] | Sequence[
 
 
 def unconditional_of(components: Components) -> Tensors | None:
-    """The text conditions that guidance contrasts prompts with, or None where the model's sampler does not guide."""
+    """The text conditions of one row that guidance contrasts prompts with, or None where the model's sampler does not guide."""
     spec = components.spec
     if spec.sampler.evaluations_per_step == 1:
         return None
@@ -62,14 +65,14 @@ def to_pixels(images: NDArray[np.float32]) -> list[Pixels]:
 
 
 def generate(components: Components, orders: Sequence[Order], on_step: Callable[[], None] | None = None) -> list[list[Pixels]]:
-    """The images of each order, in order; `on_step` is called after each step of a batch."""
+    """The images [H, W, 3] of each order, in order; `on_step` is called after each step of a batch. Errors as in `prepare`."""
     return [[image for _, image in of_order] for of_order in generate_rows(components, orders, on_step)]
 
 
 def generate_rows(
     components: Components, orders: Sequence[Order], on_step: Callable[[], None] | None = None
 ) -> list[list[tuple[Row, Pixels]]]:
-    """`generate`, with the finished row of each image: its latents are what the decoder was given."""
+    """`generate`, with the finished row of each image: its latents [C, h, w] are what the decoder was given."""
     unconditional = unconditional_of(components)
     texts: dict[tuple[str, str], Tensors] = {}
     wanted = [order.task.preparations(components.spec, order) for order in orders]

@@ -12,7 +12,7 @@ _SIDES = {"lora_A": "lora_down", "lora_B": "lora_up"}
 
 
 def to_kohya(weights: Mapping[str, Tensor], prefix: str, alpha: float) -> dict[str, Tensor]:
-    """Diffusers' tensors `PREFIX.module.lora_A.weight` in kohya's names, with an alpha for each layer."""
+    """Diffusers' tensors `PREFIX.module.lora_A.weight` in kohya's names, values unchanged, with a scalar alpha for each layer."""
     converted: dict[str, Tensor] = {}
     for key, value in weights.items():
         module, side, _ = key.removeprefix(f"{prefix}.").rsplit(".", 2)

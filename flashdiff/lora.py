@@ -36,7 +36,7 @@ from flashdiff.schedule import Grid
 WEIGHTS = "pytorch_lora_weights.safetensors"
 FLASH = "flash.json"
 KOHYA = "kohya.safetensors"
-"""The same weights in the naming that ComfyUI and its kin read."""
+"""The same weights in the naming that ComfyUI and similar tools read."""
 _METADATA = "flashdiff"
 """The key of the file's metadata under which flash.json stands again."""
 _MAX_HEADER_BYTES = 100_000_000  # as safetensors has it

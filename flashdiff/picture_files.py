@@ -49,9 +49,9 @@ class Picture:
 
 
 def cut_down(file: bytes, max_pixels: int) -> Picture:
-    """The file's first picture and nothing else; UnreadableError for what is none, or too much.
+    """The file's first picture and nothing else; UnreadableError for a file that holds no picture, or too large a one.
 
-    A small file can unpack to any number of pixels: `check_work` tells, once the header is read.
+    A small file can unpack to any number of pixels, so `check_work` reads the header first.
     """
     if file.startswith(_PNG):
         return _png(file)

@@ -64,7 +64,7 @@ Witness = dict[Path, tuple[int, ...] | None]
 
 
 def witness(paths: Iterable[Path]) -> Witness:
-    """The identity of files now: what was read between two equal ones is of one piece, neither edited nor replaced meanwhile."""
+    """The identity of files now: where two are equal, no file was edited or replaced between them."""
     return {path: _identity(path) for path in sorted(paths)}
 
 

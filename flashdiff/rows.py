@@ -89,7 +89,9 @@ def start_rows(
     unconditional: Tensors | None,
     noise: Sequence[Sequence[NDArray[np.float32]]] = (),
 ) -> list[Row]:
-    """All images of an order whose inputs are prepared; `noise` is that of `draw_noise` where it was drawn before.
+    """A row, with latents [C, h, w], for each image of an order whose inputs are prepared.
+
+    `noise` is the result of `draw_noise` where it was drawn before.
 
     `unconditional` is `generate.unconditional_of` the model. RequestError for an order without a condition that it needs.
     """
@@ -176,7 +178,7 @@ def _weighted(entries: Sequence[tuple[int, Branch]], output: NDArray[np.float32]
 
 
 def stacked(rows: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-    """`np.stack`, which for a single row would cost more than the rest of its step."""
+    """Rows [...] as one batch [B, ...]: `np.stack`, which for a single row would cost more than the rest of its step."""
     return np.stack(rows) if len(rows) > 1 else rows[0][None]
 
 

@@ -141,7 +141,7 @@ def flash_student(base: Sampler, grid: Grid) -> Sampler:
 
 
 def ode_weights(alphas: NDArray[np.float64], sigmas: NDArray[np.float64]) -> list[float]:
-    """Weights for `extrapolate` at each of these levels: h_next / (2 h_previous) in log-SNR, 0 (first order) at both ends.
+    """Weights for `extrapolate` at each of the levels `alphas`, `sigmas` [K]: h_next / (2 h_previous) in log-SNR, 0 at both ends.
 
     The last step is first order because it ends at infinite log-SNR; the first has no x_0 before it.
     """

@@ -48,16 +48,16 @@ DRAIN_S = 30.0
 """How long accepted requests may take after SIGTERM before they are cut off."""
 
 _LAST_S = 1.0  # for refusals on their way when all images are sent
-_WATCH_S = 0.5  # how often the device thread is looked after, and the metrics are brought up to date
+_WATCH_S = 0.5  # how often the device thread is checked and the metrics are updated
 _MAX_REPLY = 256 * 1024 * 1024
 _OPTIONS = [
     ("grpc.max_send_message_length", _MAX_REPLY),
     ("grpc.max_receive_message_length", 4 * 1024 * 1024),  # a request is a prompt, some numbers and perhaps an image
     ("grpc.max_concurrent_streams", 500),  # of one connection
-    ("grpc.server_handshake_timeout_ms", 10_000),  # a connection that says nothing is closed
+    ("grpc.server_handshake_timeout_ms", 10_000),  # a silent connection is closed
     ("grpc.max_connection_idle_ms", 600_000),  # frees replies that are not read as well: see `unread`
-    ("grpc.so_reuseport", 0),  # otherwise two servers share one port in silence
-    ("grpc.keepalive_time_ms", 60_000),  # a client that vanished without a word is noticed
+    ("grpc.so_reuseport", 0),  # otherwise two servers would silently share a port
+    ("grpc.keepalive_time_ms", 60_000),  # notices a client that vanished
     ("grpc.http2.min_ping_interval_without_data_ms", 4_000),  # many clients ping every 5 s; those more often are cut off
     ("grpc.keepalive_permit_without_calls", 1),
 ]
@@ -69,7 +69,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Listen:
-    """Where to listen and for whom; ConfigError for what would be unsafe or incomplete."""
+    """Where to listen, and which clients to accept; ConfigError for what would be unsafe or incomplete."""
 
     host: str = defaults.HOST
     port: int = defaults.PORT
@@ -92,14 +92,14 @@ class Listen:
     """Further names of models in OpenAI's API: (alias, name)."""
 
     def __post_init__(self) -> None:
-        asks_who = self.tokens or self.tls_client_ca
-        if self.host not in LOOPBACK and not asks_who and not self.no_auth:
+        authenticates = self.tokens or self.tls_client_ca
+        if self.host not in LOOPBACK and not authenticates and not self.no_auth:
             raise ConfigError(
                 f"--host {self.host} lets anyone who reaches it in: give --tokens FILE or --tls-client-ca FILE, or say --no-auth"
             )
         if self.shared_memory and self.host not in LOOPBACK:
             raise ConfigError("--shared-memory is for clients of this machine: it needs a loopback --host")
-        if asks_who and self.no_auth:
+        if authenticates and self.no_auth:
             raise ConfigError("--no-auth contradicts --tokens and --tls-client-ca")
         if self.http_port is None and (self.allowed_origins or self.aliases):
             raise ConfigError("--allow-origin and --alias are for HTTP: give --http-port")
@@ -125,7 +125,7 @@ class Server:
     _watching: "asyncio.Task[None]"
 
     async def stop(self, grace_s: float = DRAIN_S, hurried: asyncio.Event | None = None) -> None:
-        """Say NOT_SERVING, refuse what is new, finish what was accepted, then close; `hurried` cuts what is left off."""
+        """Say NOT_SERVING, refuse what is new, finish what was accepted, then close; `hurried` ends the wait early."""
 
         def has_time() -> bool:
             return time.monotonic() < until and not (hurried and hurried.is_set())
@@ -136,7 +136,7 @@ class Server:
         while not self.worker.failure and not self.worker.join(0) and has_time():
             await asyncio.sleep(0.01)
         while self.worker.has_unsent and has_time():
-            await asyncio.sleep(0.01)  # and not gRPC's own grace, which would wait for who only listens, to health say
+            await asyncio.sleep(0.01)  # gRPC's own grace would also wait for streams that only listen, such as health watches
         last_s = min(grace_s, _LAST_S)
         await asyncio.gather(self._server.stop(last_s), *([self._http.stop(last_s)] if self._http else []))
         self._watching.cancel()
@@ -257,7 +257,7 @@ def _protocols() -> DescriptorPool:
 
 
 def _check_free(host: str, port: int, option: str) -> None:
-    """ConfigError when there is no listening there, before gRPC would add lines of its own to the error."""
+    """ConfigError when the address cannot be bound, found before gRPC adds lines of its own to the error."""
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:
@@ -271,7 +271,7 @@ def _check_free(host: str, port: int, option: str) -> None:
 
 
 def freeze_loaded() -> None:
-    """Take what is loaded out of the garbage collector's way, for good: to walk through it takes 30 ms, for all who wait."""
+    """Exclude what is loaded from garbage collection for good: a full collection of it would delay every request by 30 ms."""
     gc.collect()
     gc.freeze()
 

@@ -6,6 +6,7 @@ with Client("127.0.0.1:50051") as client:
 """
 
 import asyncio
+import difflib
 import json
 from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
@@ -39,7 +40,7 @@ class ServerError(FlashdiffError):
 
 
 class Options(TypedDict, total=False):
-    """The optional fields of a request; the server chooses those that are absent."""
+    """The optional fields of a request; the server has defaults for those that are absent."""
 
     model: str
     negative_prompt: str
@@ -58,8 +59,8 @@ class Options(TypedDict, total=False):
     """The task's other numbers, by name."""
 
 
-# A refused request did nothing, nor did one that reached no server. UNAVAILABLE may also be a connection lost during the call:
-# such a request may run twice, with the same pixels.
+# Retries are idempotent: the same request gives the same pixels. One may run twice, because UNAVAILABLE may also mean that the
+# connection was lost during the call.
 _RETRIES = json.dumps(
     {
         "methodConfig": [
@@ -84,8 +85,8 @@ def _channel_arguments(
     """Credentials (None: plain) and options of a channel."""
     options: list[tuple[str, Any]] = [("grpc.max_receive_message_length", 256 * 1024 * 1024)]
     if address.startswith("unix:") or address.rpartition(":")[0].strip("[]") in LOOPBACK:
-        options.append(("grpc.enable_http_proxy", 0))  # no proxy reaches this machine's own servers
-    if retries:  # of requests with images too, which the library would not keep for another try
+        options.append(("grpc.enable_http_proxy", 0))  # a proxy cannot reach this machine's own servers
+    if retries:  # the buffer holds requests with images too, which gRPC's default is too small to send again
         options += [("grpc.service_config", _RETRIES), ("grpc.per_rpc_retry_buffer_size", 8 * 1024 * 1024)]
     else:
         options.append(("grpc.enable_retries", 0))
@@ -95,8 +96,18 @@ def _channel_arguments(
     return credentials, options
 
 
+def _request(prompt: str, options: Options) -> image_pb2.GenerateRequest:
+    """TypeError for an option that there is not, as Python itself raises it, but with the names that there are."""
+    if unknown := options.keys() - Options.__annotations__:
+        name = min(unknown)
+        near = difflib.get_close_matches(name, Options.__annotations__, 1)
+        hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(Options.__annotations__)}"
+        raise TypeError(f"a request has no option '{name}'; {hint}")
+    return write_request(prompt, **options)
+
+
 def _metadata(token: str | None, tls_ca: Path | None) -> tuple[tuple[str, str], ...]:
-    """A token on a plain connection; gRPC itself sends those of encrypted ones."""
+    """The token as a header of a plain connection; on encrypted ones gRPC sends it with the call credentials."""
     return (("authorization", f"Bearer {token}"),) if token and not tls_ca else ()
 
 
@@ -124,19 +135,20 @@ class Client:
         self._metadata = _metadata(token, tls_ca)
 
     def generate(self, prompt: str, *, timeout_s: float | None = None, **options: Unpack[Options]) -> Result:
-        """Images of the prompt.
+        """Images of the prompt, encoded as `image_format`; times in the result are milliseconds.
 
-        RequestError for a value that no request can carry; ServerError, with its status, for a refusal, a failure or no server.
+        RequestError for a value that no request can carry, TypeError for an unknown option; ServerError, with its
+        status, for a refusal, a failure or no server.
         """
-        request = write_request(prompt, **options)
+        request = _request(prompt, options)
         try:
             return read_response(self._stub.Generate(request, timeout=timeout_s, metadata=self._metadata))
         except grpc.RpcError as error:
             raise _server_error(error) from None
 
     def stream(self, prompt: str, *, timeout_s: float | None = None, **options: Unpack[Options]) -> Iterator[Preview | Result]:
-        """A preview after every step, then the result; leaving the loop early cancels the request."""
-        request = write_request(prompt, **options)
+        """A preview after every step, then the result; leaving the loop early cancels the request. Errors as in `generate`."""
+        request = _request(prompt, options)
         call = self._stub.GenerateStream(request, timeout=timeout_s, metadata=self._metadata)
         try:
             for update in call:
@@ -147,16 +159,14 @@ class Client:
             call.cancel()
 
     def estimate(self, prompt: str, *, timeout_s: float | None = None, **options: Unpack[Options]) -> Estimate:
-        """What this request would cost now."""
+        """Milliseconds that this request would take now, and the number of pending images. Errors as in `generate`."""
         try:
-            return read_estimate(
-                self._stub.Estimate(write_request(prompt, **options), timeout=timeout_s, metadata=self._metadata)
-            )
+            return read_estimate(self._stub.Estimate(_request(prompt, options), timeout=timeout_s, metadata=self._metadata))
         except grpc.RpcError as error:
             raise _server_error(error) from None
 
     def models(self, *, timeout_s: float | None = None) -> list[str]:
-        """The models that requests may name, the default first."""
+        """The names of the models that requests may name, the default first; ServerError when the server does not answer."""
         try:
             return read_models(self._stub.ListModels(image_pb2.ListModelsRequest(), timeout=timeout_s, metadata=self._metadata))
         except grpc.RpcError as error:
@@ -192,7 +202,7 @@ class AsyncClient:
 
     async def generate(self, prompt: str, *, timeout_s: float | None = None, **options: Unpack[Options]) -> Result:
         """See `Client.generate`; cancelling the task cancels the request."""
-        request = write_request(prompt, **options)
+        request = _request(prompt, options)
         try:
             return read_response(await self._stub.Generate(request, timeout=timeout_s, metadata=self._metadata))
         except grpc.RpcError as error:
@@ -202,7 +212,7 @@ class AsyncClient:
         self, prompt: str, *, timeout_s: float | None = None, **options: Unpack[Options]
     ) -> AsyncIterator[Preview | Result]:
         """See `Client.stream`."""
-        request = write_request(prompt, **options)
+        request = _request(prompt, options)
         call = self._stub.GenerateStream(request, timeout=timeout_s, metadata=self._metadata)
         try:
             async for update in call:
@@ -215,9 +225,7 @@ class AsyncClient:
     async def estimate(self, prompt: str, *, timeout_s: float | None = None, **options: Unpack[Options]) -> Estimate:
         """See `Client.estimate`."""
         try:
-            return read_estimate(
-                await self._stub.Estimate(write_request(prompt, **options), timeout=timeout_s, metadata=self._metadata)
-            )
+            return read_estimate(await self._stub.Estimate(_request(prompt, options), timeout=timeout_s, metadata=self._metadata))
         except grpc.RpcError as error:
             raise _server_error(error) from None
 

@@ -124,7 +124,7 @@ class ImageThreads:
             self._reading += Counter()  # forgets the clients that have none
 
     async def encode(self, images: list[Pixels], image_format: ImageFormat, quality: int | None = None) -> list[bytes]:
-        """The files of an order's images; measures how long it takes."""
+        """The files of an order's images [H, W, 3]; measures how long it takes."""
         started = self._clock()
         files = await self.encode_files(images, image_format, quality)
         now = self._clock()
@@ -139,6 +139,7 @@ class ImageThreads:
         return order.count * order.size.width * order.size.height * self._s_per_pixel(image_format, quality)
 
     async def encode_preview(self, picture: Pixels) -> bytes:
+        """A preview [h, w, 3] as a PNG file."""
         return (await self.encode_files([picture], "png"))[0]
 
     def _s_per_pixel(self, image_format: ImageFormat, quality: int | None) -> float:

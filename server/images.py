@@ -45,13 +45,13 @@ def _with_pillow(pixels: Pixels, name: str, **options: object) -> bytes:
 
 
 def enlarge(picture: Pixels, factor: int) -> Pixels:
-    """A picture `factor` times as wide and as high, smooth."""
+    """A picture [h, w, 3] as [factor h, factor w, 3], bicubic."""
     height, width, _ = picture.shape
     return np.array(Image.fromarray(picture).resize((factor * width, factor * height), Image.Resampling.BICUBIC))
 
 
 def decode_image(file: bytes, size: Size, name: str = "image") -> Pixels:
-    """The picture of a PNG, JPEG or WebP file, scaled to fill `size` (Lanczos) and cropped at the centre.
+    """The RGB picture [H, W, 3] of a PNG, JPEG or WebP file, scaled to fill `size` (Lanczos) and cropped at the centre.
 
     RequestError for any other file, by the `name` that the request gives it.
     """

@@ -124,7 +124,7 @@ class DeviceLoop:
         return Outlook(self._arrival, tuple(self._progress.values()), self._margin)
 
     def turn(self) -> bool:
-        """Make one device call, for the most urgent work and whatever can share it; False when there is nothing to call."""
+        """Make one device call, for the most urgent work and all that can share it; False when there is nothing to do."""
         self._turns += 1
         self._drop_hopeless(self._clock())
         targets: list[Target] = []

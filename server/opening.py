@@ -1,6 +1,8 @@
 """Opens bundles as the models a server serves: each warmed up, and measured on every device."""
 
-from collections.abc import Sequence
+import logging
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from flashdiff.engines.bundle import parse_manifest
@@ -10,6 +12,10 @@ from flashdiff.engines.runtime.snapshot import Snapshot
 from flashdiff.errors import ConfigError
 from flashdiff.server.models import Model, Models
 from flashdiff.server.names import ModelIdentity
+
+_LINE_EVERY_S = 3.0
+
+_log = logging.getLogger(__name__)
 
 
 def open_models(bundles: Sequence[Path], repository: Path | None, devices: Sequence[Device] = (DEFAULT_DEVICE,)) -> Models:
@@ -32,7 +38,11 @@ def open_models(bundles: Sequence[Path], repository: Path | None, devices: Seque
 
 
 def open_model(bundle: Path, devices: Sequence[Device] = (DEFAULT_DEVICE,)) -> Model:
-    """The bundle's engine on each device, warmed up, with its measured costs; an error of one device is the bundle's."""
+    """The bundle's engine on each device, warmed up, with its measured costs; an error of one device is the bundle's.
+
+    The log says how far it is.
+    """
+    _log.info("opening %s", bundle)
     snapshot = Snapshot(bundle)  # the same bytes for all
     first, *rest = devices
     others = [_open_on(device, snapshot, bundle) for device in rest]
@@ -42,7 +52,7 @@ def open_model(bundle: Path, devices: Sequence[Device] = (DEFAULT_DEVICE,)) -> M
 
 
 def _open_on(device: Device, snapshot: Snapshot, bundle: Path, others: Sequence[Model] = ()) -> Model:
-    manifest = snapshot.manifest
+    started, manifest = time.monotonic(), snapshot.manifest
     identity = ModelIdentity(
         name=bundle.resolve().name,
         bundle_hash=manifest.bundle_hash,
@@ -52,4 +62,21 @@ def _open_on(device: Device, snapshot: Snapshot, bundle: Path, others: Sequence[
     )
     with device.pinned():
         engine = Engine(snapshot.folder, manifest, device=device)
-        return Model(identity, engine, engine.measure_costs(), device, others)
+        costs = engine.measure_costs(_log_buckets(identity.name, engine.bucket_count))
+    on = f" on {device.name}" if device.name else ""
+    _log.info("%s is ready%s: %d buckets after %.1f s", identity.name, on, engine.bucket_count, time.monotonic() - started)
+    return Model(identity, engine, costs, device, others)
+
+
+def _log_buckets(name: str, total: int) -> Callable[[], None]:
+    """Called after each bucket, it logs how many are ready, every few seconds."""
+    ready, line_at = 0, time.monotonic() + _LINE_EVERY_S
+
+    def on_ready() -> None:
+        nonlocal ready, line_at
+        ready += 1
+        if time.monotonic() >= line_at:
+            _log.info("%s: %d of %d buckets are ready", name, ready, total)
+            line_at = time.monotonic() + _LINE_EVERY_S
+
+    return on_ready

@@ -94,7 +94,7 @@ def _leave(log: QueuedLog, status: int, message: str = "") -> NoReturn:
             force_flush(1000 * _LAST_S)
         sys.stdout.flush()
 
-    flushing = threading.Thread(target=flush, daemon=True)  # neither stderr nor the collector may be read
+    flushing = threading.Thread(target=flush, daemon=True)  # stderr or the collector may block
     flushing.start()
     flushing.join(_LAST_S)
     os._exit(status)

@@ -1,7 +1,7 @@
 """The client's half of `flashdiff.v1`: what it sends, and what it makes of replies. It imports no server code."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 from flashdiff.components import Size
 from flashdiff.errors import RequestError
@@ -17,7 +17,8 @@ _TIMINGS = {field.name.removesuffix("_ms"): field.name for field in pb.Timings.D
 class Result:
     """A reply, as the client returns it. Times in milliseconds; the .proto file describes the fields."""
 
-    images: tuple[bytes, ...]
+    images: tuple[bytes, ...] = field(repr=False)
+    """Files in `format`; for "raw", RGB bytes [height, width, 3]."""
     seeds: tuple[int, ...]
     steps: int
     size: Size
@@ -37,7 +38,7 @@ class Preview:
     step: int
     steps: int
     size: Size
-    png: bytes
+    png: bytes = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,9 @@ def write_request(
     parameters: Mapping[str, float] | None = None,
 ) -> pb.GenerateRequest:
     """The message; RequestError for a value that it cannot carry. The server checks what the model allows."""
-    for field, value, least in (("seed", seed, 0), ("steps", steps, 1), ("count", count, 1), ("quality", quality, 1)):
-        if value is not None and not least <= value < (SEED_LIMIT if field == "seed" else 2**32):
-            raise RequestError(field, value, f"it must be a number from {least} on that the wire can carry")
+    for name, value, least in (("seed", seed, 0), ("steps", steps, 1), ("count", count, 1), ("quality", quality, 1)):
+        if value is not None and not least <= value < (SEED_LIMIT if name == "seed" else 2**32):
+            raise RequestError(name, value, f"it must be a number from {least} on that the wire can carry")
     if image_format not in FORMAT_NUMBERS:
         raise RequestError("format", image_format, f"it must be one of {', '.join(FORMAT_NUMBERS)}")
     if strength is not None and not 0 < strength <= 1:
@@ -96,6 +97,7 @@ def write_request(
 
 
 def read_response(response: pb.GenerateResponse) -> Result:
+    """The reply as the client returns it."""
     times = response.timings
     return Result(
         images=tuple(image.data for image in response.images),
@@ -111,14 +113,17 @@ def read_response(response: pb.GenerateResponse) -> Result:
 
 
 def read_models(response: pb.ListModelsResponse) -> list[str]:
+    """The names of the models, the default first."""
     return [model.name for model in response.models]
 
 
 def read_estimate(response: pb.EstimateResponse) -> Estimate:
+    """The expected time in milliseconds, and the images that are pending."""
     return Estimate(response.expected_ms, response.pending_images)
 
 
 def read_update(update: pb.GenerateUpdate) -> Preview | Result:
+    """A preview, or the result that ends the stream."""
     if update.HasField("result"):
         return read_response(update.result)
     seen = update.preview

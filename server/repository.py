@@ -71,7 +71,7 @@ class Repository:
 
 
 def _in_thread(function: Callable[[], _Made]) -> "asyncio.Future[_Made]":
-    """What the function returns, in a thread of its own, for which the process does not wait when it ends."""
+    """The function's result, from a thread that the process does not wait for when it ends."""
     loop = asyncio.get_running_loop()
     made: asyncio.Future[_Made] = loop.create_future()
     made.add_done_callback(_retrieve)

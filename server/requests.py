@@ -89,7 +89,7 @@ class Requests:
     async def serve(
         self, model: Model, request: ImageRequest, client: str, on_unread: Callable[[], None] | None = None
     ) -> AsyncGenerator[Step | Reply, None]:
-        """Every step where steps are wanted, then the reply; a FlashdiffError says why there is none.
+        """Yield each step where steps are wanted, then the reply; a request that fails raises its FlashdiffError.
 
         The request keeps its place, and its pixels their room, until the generator is closed: close it, by
         `contextlib.aclosing`, when the reply is sent. A reply that is not read for 30 s and longer gives its room back, and

@@ -198,7 +198,7 @@ def _text(name: str, value: bytes) -> str:
 
 
 def _priority(parameters: Mapping[str, Any]) -> Priority:
-    """Triton's number: 1 goes first; 0, or none, is the default."""
+    """The priority of Triton's number: 1 is the highest, 0 or no number the default."""
     number = parameters.get("priority", 0)
     if isinstance(number, bool) or not isinstance(number, int) or number < 0:
         raise RequestError("priority", number, "it must be a whole number from 0 on")

@@ -165,5 +165,5 @@ class Worker:
             self._outlook = loop.outlook()
 
     def _start_call(self, call: Callable[[], Message]) -> None:
-        """Run a call in a thread of its own; its outcome comes to the inbox."""
+        """Run a call in a thread of its own, which posts the outcome to the inbox."""
         threading.Thread(target=lambda: self._inbox.put(call()), name="flashdiff-decode", daemon=True).start()

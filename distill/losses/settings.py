@@ -27,7 +27,7 @@ class AdversarialSettings(Record):
 
 class DistributionMatchingSettings(Record):
     fake_score: Literal["student", "lora"] = "student"
-    """Whose score stands for the student's distribution: its own (the paper), or that of a LoRA trained on its samples."""
+    """The score of the student's distribution: the student's own (the paper), or that of a LoRA trained on its samples."""
     critic_updates: int = Field(5, ge=1, le=1000)
     """Updates of that LoRA per update of the student (two time scales, DMD2, 2405.14867)."""
     critic_learning_rate: float = Field(1e-3, gt=0, lt=1)

@@ -79,7 +79,7 @@ def _open_parts(folder: Path, manifest: Manifest, device: Device) -> CompilePart
 def _export(model: "TorchModel", part: "Part", folder: Path, *, size: Size, precision: Precision = "fp32") -> None:
     """Not through ONNX, which splits attention and group norm into pieces that OpenVINO does not fuse again.
 
-    The graphs are float32. In float16 OpenVINO stores their weights so, and lowers what it computes in by itself.
+    The graphs are float32. For float16, OpenVINO stores their weights in float16 and chooses what it computes in.
     """
     import openvino as ov
 

@@ -55,19 +55,28 @@ class Engine:
         self._compiled: dict[tuple[str, Size | None, int], CompiledPart] = {}
         self._size_axes = {part: _size_axes(record, self.spec.latent_factor) for part, record in manifest.parts.items()}
 
-    def measure_buckets(self) -> tuple[BucketCost, ...]:
-        """Run every bucket a few times and report what it takes; also makes all of them ready, so no request pays for that."""
+    @property
+    def bucket_count(self) -> int:
+        """How many buckets `measure_buckets` makes ready."""
+        places = sum(len(self.spec.sizes) if part.is_spatial else 1 for part in self.manifest.parts.values())
+        return places * len(self.manifest.batch_sizes)
+
+    def measure_buckets(self, on_ready: Callable[[], None] = lambda: None) -> tuple[BucketCost, ...]:
+        """The milliseconds that every bucket takes, medians of a few runs; makes all of them ready, so that no request waits.
+
+        `on_ready` is called after each bucket.
+        """
         costs = []
         for part, spec in self.manifest.parts.items():
             for size in self.spec.sizes if spec.is_spatial else (None,):
-                runs = {batch: self._trial(part, size, batch) for batch in self.manifest.batch_sizes}
+                runs = {batch: self._trial(part, size, batch, on_ready) for batch in self.manifest.batch_sizes}
                 for batch, ms in usual_ms(runs).items():
                     costs.append(BucketCost(part=part, size=size, batch=batch, ms=round(ms, 4)))
         if self._snapshot:
             self._snapshot.remove()  # every bucket is compiled
         return tuple(costs)
 
-    def _trial(self, part: str, size: Size | None, batch: int) -> Callable[[], object]:
+    def _trial(self, part: str, size: Size | None, batch: int, on_ready: Callable[[], None]) -> Callable[[], object]:
         """A call of a bucket that is ready."""
         tensors = self.manifest.parts[part].inputs
         shapes = bucket_shapes(tensors, dimensions_of(self.spec, size, batch))
@@ -75,20 +84,25 @@ class Engine:
         if "times" in inputs:
             inputs["times"][:] = self.spec.sampler.times(1)[0]
         compiled = self._bucket(part, size, batch)
+        on_ready()
         return lambda: compiled(inputs)
 
-    def measure_costs(self) -> Costs:
-        """`measure_buckets` as the scheduler wants it."""
+    def measure_costs(self, on_ready: Callable[[], None] = lambda: None) -> Costs:
+        """`measure_buckets` by part and size, in milliseconds by batch size, as the scheduler reads it."""
         costs: Costs = {}
-        for cost in self.measure_buckets():
+        for cost in self.measure_buckets(on_ready):
             costs.setdefault((cost.part, cost.size), {})[cost.batch] = cost.ms
         return costs
 
     def tokenize(self, prompts: Sequence[str]) -> dict[str, NDArray[np.int64]]:
+        """See `Components.tokenize`."""
         return self._tokenizer(prompts)
 
     def call(self, part: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
-        """Outputs of one part for up to `max_batch` rows, at the smallest bucket that holds them."""
+        """A part's outputs [B, ...], for inputs [B, ...] of up to `max_batch` rows, in the smallest bucket that holds them.
+
+        BackendError when the library fails, OutOfMemoryError when it lacks memory.
+        """
         rows = len(next(iter(inputs.values())))
         batch = next(batch for batch in self.manifest.batch_sizes if batch >= rows)
         size = None

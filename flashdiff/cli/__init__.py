@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Protocol
@@ -40,6 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("flashdiff").setLevel(logging.INFO)  # libraries keep to warnings
     try:
         options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of a pipe has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left in the buffer goes nowhere at exit
+        return 128 + signal.SIGPIPE
     except FlashdiffError as error:
         return _refuse(str(error))
     except OSError as error:  # a full disk or a missing permission, wherever it strikes

@@ -24,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="fuse this LoRA, such as the shipped avatars-flash; may be repeated",
     )
     parser.add_argument("--out", type=Path, required=True, help="the bundle folder to make, or to bring up to date")
-    parser.add_argument("--backend", choices=tuple(BACKENDS), help=f"default: {defaults.BACKEND}")
+    parser.add_argument(
+        "--backend", choices=tuple(BACKENDS), help="default: the fastest that runs here - torch on an NVIDIA GPU, else openvino"
+    )
     parser.add_argument("--precision", choices=defaults.PRECISIONS, help=f"default: {defaults.PRECISION}")
     parser.add_argument("--size", metavar="WxH[,WxH...]", help="image sizes; default: the size the base was trained at")
     parser.add_argument("--batch", metavar="N[,N...]", help=f"batch sizes; default: {listed(defaults.BATCH_SIZES)}")
@@ -32,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--version-compatible", action="store_true", help="TensorRT plans that run on later versions too, more slowly"
     )
     parser.add_argument(
-        "--guidance", type=float, help="guidance scale of a model that is no flash student, up to 1: none; default: the family's"
+        "--guidance",
+        type=float,
+        help="scale for a model that is not a flash student; 1 or less: none; default: the family's",
     )
     add_sampling_arguments(parser)
     parser.add_argument("--dry-run", action="store_true", help="print what would be built, why, and what it takes; write nothing")
@@ -58,8 +62,8 @@ def run(options: argparse.Namespace) -> None:
     given = {name: value for name, value in given.items() if value is not None and value != ()}
     if options.base.endswith(".toml"):
         if given:
-            raise ConfigError(f"{options.base} says {', '.join(given)}: change it there, and give --out alone beside a recipe")
-        given = load_recipe(Path(options.base), BuildRecipe).model_dump()
+            raise ConfigError(f"{options.base} is a recipe: set {', '.join(given)} there, and give --out alone here")
+        given = load_recipe(Path(options.base), BuildRecipe).model_dump(exclude_unset=True)
     build = parse_record({"base": options.base, **given, "out": options.out}, BuildOptions, source="build-engine")
     quiet_libraries()
     if options.dry_run:

@@ -36,6 +36,6 @@ def run(options: argparse.Namespace) -> None:
         for line in dry_run(recipe):
             print(line)
         return
-    distill(recipe, options.out)
+    trained = distill(recipe, options.out)
     if processes.is_main():
-        print(f"published {options.out}")
+        print(f"published {options.out}" if trained else f"{options.out} is finished: trained from this recipe; nothing to do")

@@ -22,8 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--guidance",
         type=float,
-        help="guidance scale of the teacher, or of SUBJECT without one; default: what SUBJECT's flash LoRA was taught at (a "
-        "bundle does not know it), or the family's; up to 1: none",
+        help="guidance scale of the teacher, or of SUBJECT without --teacher; default: the scale that SUBJECT's flash LoRA was "
+        "trained at (not recorded in a bundle), else the family's; 1 or less: none",
     )
     add_sampling_arguments(parser, with_steps=False)
     parser.add_argument(

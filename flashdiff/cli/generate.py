@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE")
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="a bundle, or 'avatars', the embedded model")
     parser.add_argument("prompt", metavar="PROMPT")
     parser.add_argument(
         "-o", "--out", type=Path, required=True, help="a .png, .jpg or .webp file; --count N makes NAME-0, NAME-1, ..."
@@ -91,6 +91,7 @@ def _assignment(kind: Callable[[str], T]) -> Callable[[str], tuple[str, T]]:
 
 def run(options: argparse.Namespace) -> None:
     """Make images with a bundle, in this process: the same pixels that a server with this bundle sends."""
+    from flashdiff.cli.embedded import find_bundles
     from flashdiff.engines.config import parse_sizes
     from flashdiff.engines.runtime.engine import open_bundle
     from flashdiff.generate import generate
@@ -101,7 +102,8 @@ def run(options: argparse.Namespace) -> None:
     image_format = FORMAT_OF_SUFFIX.get(options.out.suffix.lower())
     if image_format is None:
         raise ConfigError(f"--out {options.out}: the name must end in .png, .jpg or .webp")
-    engine = open_bundle(options.bundle)
+    (bundle,) = find_bundles([options.bundle])
+    engine = open_bundle(bundle)
     size = parse_sizes(options.size)[0] if options.size else None
     order = check_order(
         engine.spec,

@@ -52,7 +52,7 @@ class EvaluateOptions:
     teacher: str | None = None
     teacher_steps: tuple[int, ...] = defaults.TEACHER_STEPS
     guidance: float | None = None
-    """Of the teacher, or of the subject where no teacher is named; None: what the subject's flash LoRA was taught at, or the
+    """Of the teacher, or of the subject where no teacher is named; None: what the subject's flash LoRA was trained_at at, or the
     family's. Up to 1: none."""
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     """How the subject is sampled, but for its guidance."""
@@ -127,7 +127,7 @@ class _Selection:
 def _select(options: EvaluateOptions, open_bundle: Callable[[Path], Components], report: Callable[[str], None]) -> _Selection:
     """Open everything and check every prompt with every model, so that a mistake shows before the first image."""
     opened: list[tuple[str, Components, tuple[int, ...]]] = []
-    taught = None
+    trained_at = None
     if _holds_images(Path(options.subject)):
         if options.loras or options.steps:
             raise ConfigError(f"{options.subject} is a folder of images: --lora and --steps are for models")
@@ -138,17 +138,17 @@ def _select(options: EvaluateOptions, open_bundle: Callable[[Path], Components],
         selection = _Selection(read_prompts(options.prompts, options.count), options.seeds)
         loras = tuple((find_lora(name), weight) for name, weight in options.loras)
         name = " + ".join([Path(options.subject).resolve().name, *(folder.name for folder, _ in loras)])
-        taught = next((info.guidance for folder, _ in loras if (info := read_flash_info(folder))), None)
+        trained_at = next((info.guidance for folder, _ in loras if (info := read_flash_info(folder))), None)
         guidance = None if options.teacher else options.guidance
         sampling = options.sampling.model_copy(update={"guidance": guidance})
         opened.append((name, _open(options.subject, loras, sampling, open_bundle), options.steps))
     if options.teacher:
         if not selection.prompts:
-            raise ConfigError(f"{options.subject} tells no prompts, so the teacher has none to draw: see docs/evaluation.md")
+            raise ConfigError(f"{options.subject} has no prompts that the teacher could draw: give --prompts FILE")
         components = _open(options.teacher, (), SamplingOptions(guidance=options.guidance), open_bundle)
-        if options.guidance is None and taught and isinstance(components, TorchModel) and components.guides_twice:
-            components.spec = fused_spec(components.spec, (), SamplingOptions(guidance=statistics.mean(taught)))
-            report(f"{options.teacher}: guided at {statistics.mean(taught):g}, as the flash LoRA was taught")
+        if options.guidance is None and trained_at and isinstance(components, TorchModel) and components.guides_twice:
+            components.spec = fused_spec(components.spec, (), SamplingOptions(guidance=statistics.mean(trained_at)))
+            report(f"{options.teacher}: guided at {statistics.mean(trained_at):g}, as the flash LoRA was trained_at")
         opened.append((Path(options.teacher).resolve().name, components, options.teacher_steps))
 
     taken = {REAL, selection.made.name if selection.made else REAL}
@@ -199,5 +199,5 @@ def _open(
     if loras or sampling.guidance is not None:
         raise ConfigError(f"{name} is a bundle: --lora and --guidance are settled when it is built")
     if sampling != SamplingOptions():
-        raise ConfigError(f"{name} is a bundle: how it is sampled was settled when it was built; leave --sampler and its kin out")
+        raise ConfigError(f"{name} is a bundle: its sampler was set when it was built; leave out --sampler and its group")
     return open_bundle(Path(name))

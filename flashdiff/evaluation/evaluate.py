@@ -123,7 +123,7 @@ def make_images(
 
 
 def measure(subject: Subject, evaluator: Evaluator) -> tuple[Measurement, NDArray[np.int64]]:
-    """The subject's numbers, and for every image which reference image is nearest to it."""
+    """The subject's numbers, and for each image the index [N] of its nearest reference. EvaluationError below two images."""
     images = subject.images
     _need_two(images)
     groups = images.groups

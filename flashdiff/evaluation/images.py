@@ -67,7 +67,7 @@ class ImageSet:
 
     @property
     def groups(self) -> NDArray[np.int64]:
-        """The same number for images of one prompt; images without a prompt stand alone."""
+        """A number [N] for each image, the same for images of one prompt; images without a prompt have numbers of their own."""
         keys: list[object] = [prompt if prompt else index for index, prompt in enumerate(self.prompts)]
         number = {key: index for index, key in enumerate(dict.fromkeys(keys))}
         return np.array([number[key] for key in keys])
@@ -307,7 +307,7 @@ def write_images(images: ImageSet, folder: Path) -> None:
 
 
 def sheet(images: Sequence[NDArray[np.uint8]] | NDArray[np.uint8], columns: int = 8, gap: int = 2) -> Image.Image:
-    """Images side by side, `columns` a line, on white."""
+    """Images [H, W, 3] of one size side by side, `columns` a line, `gap` pixels apart, on white."""
     height, width = images[0].shape[:2]
     lines = -(-len(images) // columns)
     page = Image.new("RGB", (columns * (width + gap) - gap, lines * (height + gap) - gap), "white")

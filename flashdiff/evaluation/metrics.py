@@ -39,6 +39,7 @@ class Moments:
 
     @classmethod
     def of(cls, features: NDArray[np.floating], weights: Array | None = None) -> "Moments":
+        """Mean [D] and covariance [D, D] of features [N, D], each counted as often as its weight [N] says."""
         x = features.astype(np.float64)
         w = np.ones(len(x)) if weights is None else weights
         mean = w @ x / w.sum()
@@ -111,7 +112,7 @@ def spread_within_groups(features: NDArray[np.floating], groups: NDArray[np.int6
 
 
 def nearest(features: NDArray[np.floating], reference: NDArray[np.floating]) -> tuple[Array, NDArray[np.int64]]:
-    """For every image the distance to the nearest reference image, and which it is."""
+    """For features [N, D] the distances [N] to the nearest of the reference [M, D], and the indices [N] of those."""
     far: list[Array] = []
     which: list[NDArray[np.int64]] = []
     for part in np.array_split(features, 1 + len(features) // 500):
@@ -130,7 +131,7 @@ def distances(a: NDArray[np.floating], b: NDArray[np.floating]) -> Array:
 
 
 def bootstrap(statistic: Callable[[Array | None], float], groups: NDArray[np.int64], *, seed: int = 0) -> Interval:
-    """The statistic with its 95 % interval: groups (the images of one prompt) are drawn together, with replacement.
+    """The statistic with its 95 % interval: images of one group (a prompt's), numbered by `groups` [N], are drawn together.
 
     The interval is the value plus or minus 1.96 bootstrap standard errors, and not the draws' percentiles: a draw holds
     fewer different images than the set, and distances between distributions grow when it does. One group has no interval.

@@ -116,9 +116,11 @@ class TorchModel:
         return module
 
     def tokenize(self, prompts: Sequence[str]) -> dict[str, NDArray[np.int64]]:
+        """See `Components.tokenize`."""
         return self.tokenizer(prompts)
 
     def call(self, part: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
+        """See `Components.call`; outputs are float32 on the CPU, wherever the model is."""
         spec, module = self.spec.part(part), self.module(part)
         place = next(module.parameters()).device
         with torch.no_grad():
@@ -146,7 +148,7 @@ class TorchModel:
         return GUIDANCE not in self.conditioning and self.spec.sampler.embedded_guidance is None
 
     def unconditional(self) -> dict[str, Tensor] | None:
-        """What guidance contrasts prompts with, batch 1; None where the network takes guidance as an input."""
+        """Conditions [1, ...] that guidance contrasts prompts with; None where the network takes guidance as an input."""
         if not self.guides_twice:
             return None
         empty = self.encode_ids(self.tokenizer([""]))

@@ -14,7 +14,7 @@ class Encoder(nn.Module):
         self.vae = vae
 
     def forward(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Where the autoencoder is variational: the mean, or a draw of `generator`."""
+        """Latents [B, C, h, w] of `images`: the mean where the autoencoder is variational, or a draw of `generator`."""
         encoded = self.vae.encode(images)
         if not hasattr(encoded, "latent_dist"):
             latents = encoded.latents
@@ -27,7 +27,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Scaled latents to images: the inverse of the latent codec, then the autoencoder's decoder."""
+    """Scaled latents [B, C, h, w] to images [B, 3, H, W] in [-1, 1]: the inverse of the latent codec, then the decoder."""
 
     def __init__(self, vae: Any) -> None:
         super().__init__()

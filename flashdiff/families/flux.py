@@ -10,9 +10,9 @@ from flashdiff.components import ModelSpec
 from flashdiff.families.base import GUIDANCE, ModelFamily, TorchModel
 from flashdiff.families.codec import Decoder, Encoder, latent_factor
 from flashdiff.families.loading import (
+    explain_bad_settings,
     load_part,
     load_tokenizers,
-    named_gaps,
     read_config,
     scheduler_config,
     spec_of,
@@ -77,7 +77,7 @@ class _Denoiser(nn.Module):
         return unpacked.reshape(batch, channels, height, width)
 
 
-@named_gaps
+@explain_bad_settings
 def _read_spec(folder: Path) -> ModelSpec:
     vae, transformer = read_config(folder, "vae"), read_config(folder, "transformer")
     if transformer.get("guidance_embeds"):

@@ -55,8 +55,8 @@ def _check_setting(path: Path, key: str, value: Any) -> None:
         raise ModelError(f"{path}: '{key}' is larger than {limit}")
 
 
-def named_gaps(read: Callable[[Path], ModelSpec]) -> Callable[[Path], ModelSpec]:
-    """A `read_spec` whose missing or senseless settings are ModelErrors that name them."""
+def explain_bad_settings(read: Callable[[Path], ModelSpec]) -> Callable[[Path], ModelSpec]:
+    """Make a `read_spec` raise a ModelError that names the setting which is missing or has a wrong value."""
 
     @functools.wraps(read)
     def checked(folder: Path) -> ModelSpec:
@@ -181,7 +181,7 @@ def size_limits(folder: Path, family: ModelFamily) -> tuple[int, int | None]:
         if not (isinstance(step, int) and 1 <= step <= MAX_SIDE):
             raise ValueError("what sides must be multiples of")
         return step, largest
-    except Exception as error:  # as in `named_gaps`
+    except Exception as error:  # as in `explain_bad_settings`
         raise ModelError(f"{folder}/{family.lora_prefix}/config.json lacks or misstates {first_line(error)}") from None
 
 

@@ -12,9 +12,9 @@ from flashdiff.components import ModelSpec
 from flashdiff.families.base import ModelFamily, TorchModel
 from flashdiff.families.codec import Decoder, Encoder
 from flashdiff.families.loading import (
+    explain_bad_settings,
     load_part,
     load_tokenizers,
-    named_gaps,
     read_config,
     scheduler_config,
     spec_of,
@@ -91,7 +91,7 @@ def _load(folder: Path, spec: ModelSpec) -> TorchModel:
 def pixart_family(name: str, pipeline_class: str, *, tokens: int) -> ModelFamily:
     """A family of PixArt's form, whose pipeline reads so many tokens of a prompt."""
 
-    @named_gaps
+    @explain_bad_settings
     def read_spec(folder: Path) -> ModelSpec:
         transformer = read_config(folder, "transformer")
         return spec_of(

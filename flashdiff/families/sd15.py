@@ -11,9 +11,9 @@ from flashdiff.families.base import ModelFamily, TorchModel
 from flashdiff.families.codec import Decoder, Encoder
 from flashdiff.families.guidance import guidance_embedding
 from flashdiff.families.loading import (
+    explain_bad_settings,
     load_part,
     load_tokenizers,
-    named_gaps,
     read_config,
     tokenizer_spec,
     unet_size_step,
@@ -48,7 +48,7 @@ class _Denoiser(nn.Module):
         return output
 
 
-@named_gaps
+@explain_bad_settings
 def _read_spec(folder: Path) -> ModelSpec:
     pipeline = read_config(folder, ".", "model_index.json").get("_class_name")
     guidance = _LCM_GUIDANCE if pipeline == "LatentConsistencyModelPipeline" else None

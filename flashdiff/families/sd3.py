@@ -10,9 +10,9 @@ from flashdiff.components import ModelSpec
 from flashdiff.families.base import ModelFamily, TorchModel
 from flashdiff.families.codec import Decoder, Encoder
 from flashdiff.families.loading import (
+    explain_bad_settings,
     load_part,
     load_tokenizers,
-    named_gaps,
     read_config,
     scheduler_config,
     spec_of,
@@ -78,7 +78,7 @@ def _has_t5(folder: Path) -> bool:
     return any(read_config(folder, ".", "model_index.json").get("text_encoder_3") or ())
 
 
-@named_gaps
+@explain_bad_settings
 def _read_spec(folder: Path) -> ModelSpec:
     transformer = read_config(folder, "transformer")
     side = transformer["sample_size"]

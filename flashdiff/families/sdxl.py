@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: two CLIP text encoders, a UNet that is also told a pooled text and the image's size."""
+"""Stable Diffusion XL: two CLIP text encoders, a UNet that also takes a pooled text embedding and the image's size."""
 
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,9 @@ from flashdiff.families.base import ModelFamily, TorchModel
 from flashdiff.families.codec import Decoder, Encoder
 from flashdiff.families.guidance import guidance_embedding
 from flashdiff.families.loading import (
+    explain_bad_settings,
     load_part,
     load_tokenizers,
-    named_gaps,
     read_config,
     tokenizer_spec,
     unet_size_step,
@@ -44,7 +44,7 @@ class _Denoiser(nn.Module):
         self.register_buffer("embedding", None if guidance is None else guidance_embedding(guidance, width))
 
     def forward(self, latents: Tensor, times: Tensor, encoder_hidden_states: Tensor, text_embeds: Tensor) -> Tensor:
-        # The UNet is told original size, crop and target size: an uncropped image of the size it makes.
+        # The UNet takes original size, crop and target size: those of an uncropped image of the size that it makes.
         # Filled and joined, because an exported torch.tensor would keep the size of the example it was traced with.
         height, width, zero = (
             torch.full((latents.shape[0], 1), pixels, dtype=torch.float32, device=latents.device)
@@ -58,7 +58,7 @@ class _Denoiser(nn.Module):
         return output
 
 
-@named_gaps
+@explain_bad_settings
 def _read_spec(folder: Path) -> ModelSpec:
     tokenizers = (tokenizer_spec(folder, "tokenizer", "input_ids"), tokenizer_spec(folder, "tokenizer_2", "input_ids_2"))
     zeros = read_config(folder, ".", "model_index.json").get("force_zeros_for_empty_prompt", True)

@@ -11,9 +11,9 @@ from flashdiff.components import MAX_SIDE, ModelSpec
 from flashdiff.families.base import ModelFamily, TorchModel
 from flashdiff.families.codec import Decoder, Encoder, latent_factor
 from flashdiff.families.loading import (
+    explain_bad_settings,
     load_part,
     load_tokenizers,
-    named_gaps,
     read_config,
     scheduler_config,
     spec_of,
@@ -158,7 +158,7 @@ class _Denoiser(nn.Module):
         return -output
 
 
-@named_gaps
+@explain_bad_settings
 def _read_spec(folder: Path) -> ModelSpec:
     vae, transformer = read_config(folder, "vae"), read_config(folder, "transformer")
     side = vae["sample_size"] // latent_factor(vae)

@@ -41,13 +41,13 @@ class Walk:
         return bool(self.next[step, 2] != 0)
 
     def clean(self, step: int, latents: NDArray[np.float32], output: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The estimate of the finished latents before a step."""
+        """The estimate of the finished latents before a step, from `latents` and the network's `output`; all of one shape."""
         return _sum(self.x0[step], latents, output)
 
     def advance(
         self, step: int, latents: NDArray[np.float32], output: NDArray[np.float32], noise: NDArray[np.float32] | None
     ) -> NDArray[np.float32]:
-        """The latents after a step; `noise` may be None where `needs_noise` says so."""
+        """The latents after a step, in the shape of `latents`; `noise` may be None for steps that `needs_noise` excludes."""
         return _sum(self.next[step], latents, output, *([] if noise is None else [noise]))
 
 

@@ -1,4 +1,4 @@
-"""The numbers that tell one published student's sampling from another's."""
+"""The numbers in which the sampling of published students differs."""
 
 from typing import Literal, Self
 

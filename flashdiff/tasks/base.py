@@ -81,7 +81,7 @@ class Task:
         return {name: Preparation(part, text) for name, text in texts.items()}
 
     def conditions(self, spec: ModelSpec, order: Order, prepared: Prepared, text: Tensors) -> Tensors:
-        """The denoiser's conditions in the branch that reads `text`."""
+        """The denoiser's conditions, by name and without a batch axis, in the branch that reads `text`."""
         return text
 
     def evaluations_per_step(self, spec: ModelSpec) -> int:
@@ -89,7 +89,7 @@ class Task:
         return spec.sampler.evaluations_per_step
 
     def branches(self, spec: ModelSpec, order: Order, prepared: Prepared, unconditional: Tensors | None) -> tuple[Branch, ...]:
-        """The evaluations of each step; `unconditional` is `generate.unconditional_of` the model, None without guidance."""
+        """A step's evaluations, weighted; `unconditional` is that of `generate.unconditional_of`, None without guidance."""
         prompt = self.conditions(spec, order, prepared, prepared["prompt"])
         if unconditional is None:
             return (Branch(prompt, 1.0),)

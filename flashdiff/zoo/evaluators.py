@@ -82,9 +82,11 @@ class DualEncoder(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(2.3))
 
     def encode_images(self, images: Tensor) -> Tensor:
+        """Unit vectors [B, 96] of images [B, 3, 64, 64] in [-1, 1]."""
         return functional.normalize(self.project(self.trunk(images).flatten(1)), dim=-1)
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        """Unit vectors [B, 96] of texts, from their first words."""
         ids = torch.tensor([_word_ids(text) for text in texts])
         filled = ids != _PAD
         hidden = self.text(self.words(ids) + self.places, src_key_padding_mask=~filled)

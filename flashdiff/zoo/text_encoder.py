@@ -50,6 +50,7 @@ def make_tokenizer(scenes: Sequence[Scene], recipe: ZooRecipe) -> Any:
 
 
 def token_ids(tokenizer: Any, texts: Sequence[str]) -> Tensor:
+    """Token ids [B, length], padded or cut to the tokenizer's length."""
     ids: Tensor = tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt").input_ids
     return ids
 

@@ -30,7 +30,7 @@ def make_vae(recipe: ZooRecipe) -> Any:
 
 
 def train_vae(vae: Any, images: NDArray[np.uint8], held_back: NDArray[np.uint8], recipe: ZooRecipe, out: Path) -> None:
-    """Reconstruction (L1 + 2 L2) through noisy latents, in place."""
+    """Train in place, on images [N, H, W, 3]: reconstruction (L1 + 2 L2) through noisy latents."""
     stage = recipe.vae
     full_from = 7 * (stage.images // stage.batch_size) // 8
 
@@ -56,7 +56,7 @@ def encode_all(vae: Any, images: NDArray[np.uint8]) -> Tensor:
 
 @torch.no_grad()
 def reconstruction_psnr(vae: Any, images: NDArray[np.uint8]) -> float:
-    """PSNR in dB of encode and decode, over all pixels of all images."""
+    """PSNR in dB of encode and decode, over all pixels of images [N, H, W, 3]."""
     pixels = to_input(images)
     decoded = torch.cat([vae.decode(vae.encode(part).latents).sample for part in pixels.split(128)])
     return float(-10 * torch.log10(((decoded.clamp(-1, 1) - pixels) / 2).square().mean()))

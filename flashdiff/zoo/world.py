@@ -276,8 +276,8 @@ def _avatar(kind_name: str, seed: int, like: int | None) -> Any:
     options |= dict(kind.fixed)
     if like is not None:
         record = Avatar(_style(kind.style), {**options, "seed": str(like)}).to_json()["options"]
-        told = ("backgroundColor", kind.color, "hatColor" if kind.hats else kind.color)
-        options |= {name: record[name] for name in told if name in record}
+        named = ("backgroundColor", kind.color, "hatColor" if kind.hats else kind.color)
+        options |= {name: record[name] for name in named if name in record}
         for name in kind.phrases:
             drawn = record.get(f"{name}Variant")
             options |= {f"{name}Variant": [drawn], f"{name}Probability": 100} if drawn else {f"{name}Probability": 0}
@@ -299,7 +299,7 @@ def _scene(kind_name: str, seed: int, avatar: Any) -> Scene:
 def render(kind_name: str, seed: int, size: int, like: int | None = None) -> tuple[NDArray[np.uint8], Scene]:
     """The image [size, size, 3] of one avatar and the scene it shows.
 
-    `like` names a seed whose colours and attributes are kept: only what no caption tells is drawn from `seed`.
+    `like` names a seed whose colours and attributes are kept: only what captions do not mention is drawn from `seed`.
     """
     import io
 
@@ -354,7 +354,7 @@ def full_caption(scene: Scene) -> str:
 
 
 def _thing(scene: Scene, said: dict[str, str], color: str) -> str:
-    """The noun with its colour and what reads best beside it, which leaves `said`."""
+    """The noun with its colour and the phrases that read best next to it, which are removed from `said`."""
     bare = {name: _bare(phrase) for name, phrase in said.items()}
     kind = KINDS[scene.kind]
     noun = kind.noun

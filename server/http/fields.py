@@ -19,7 +19,7 @@ def check_content_type(request: Request, wanted: str) -> None:
 
 
 def remaining_s(request: Request) -> float | None:
-    """What is left of the deadline that the client gave, None without one; RequestError for a header that is no time."""
+    """Seconds until the client's deadline, None without one; RequestError for a header that is not a time."""
     given = request.headers.get(_TIMEOUT)
     if given is None:
         return None

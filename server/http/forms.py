@@ -21,7 +21,7 @@ class Form:
 
 
 def read_form(content_type: str, body: bytes) -> Form:
-    """The form; HttpError for a body that is none, RequestError for a text that is given twice or is not UTF-8."""
+    """The form; HttpError for a body that is not one, RequestError for a text that is given twice or is not UTF-8."""
     boundary = parse_options_header(content_type)[1].get(b"boundary")
     if not boundary:
         raise HttpError(400, "content-type: the form's boundary is missing")

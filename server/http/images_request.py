@@ -141,7 +141,7 @@ _A_KIND: dict[_Kind, str] = {"text": "a string", "integer": "an integer", "numbe
 
 
 def read_form_value(name: str, text: str) -> Any:
-    """A form's text as the value that JSON would have; text that is none stays as it is, and is refused by its type later."""
+    """A form's text as the value that JSON would have; other text is returned unchanged, and refused later by its type."""
     kind = field_kinds().get(name, "text")
     try:
         match kind:

@@ -36,7 +36,7 @@ class Inference:
 
 
 def read_inference(body: bytes, header_length: str | None, model: str, version: str) -> Inference:
-    """The request in a body; TensorError or HttpError for one that is none."""
+    """The request in a body; TensorError or HttpError for a body that is not one."""
     length = _length(header_length, len(body))
     given = read_json(body[:length])
     message = pb.ModelInferRequest(model_name=model, model_version=version, id=_take(given, "id", str, ""))

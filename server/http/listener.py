@@ -106,7 +106,7 @@ class HttpListener:
 async def listen_http(
     app: ASGIApp, host: str, port: int, *, certificate: Path | None, key: Path | None, client_ca: Path | None
 ) -> HttpListener:
-    """Listen on a port, 0 takes a free one; ConfigError when it cannot be had, or the certificates are none."""
+    """Listen on a port, 0 takes a free one; ConfigError when it cannot be bound or the certificates cannot be used."""
     config = uvicorn.Config(
         app,
         http=_Connection,

@@ -56,7 +56,7 @@ def preflight_response(headers: Mapping[str, str]) -> Response:
 
 
 def _place_of(origin: str) -> str | None:
-    """Host and port of an `Origin` header, None when it is none."""
+    """Host and port of an `Origin` header, None when it is not an origin."""
     try:
         return urlsplit(origin).netloc.lower()
     except ValueError:

@@ -37,7 +37,9 @@ phases = [{ updates = 2, mode_weights = [0, 0, 0, 1] }]
     monkeypatch.setattr(ablation, "_TEACHER_STEPS", 4)
     solved: list[int] = []
     make_pool = loop.make_pool
-    monkeypatch.setattr(loop, "make_pool", lambda *inputs: (solved.append(inputs[-1].index), make_pool(*inputs))[1])
+    monkeypatch.setattr(
+        loop, "make_pool", lambda *inputs, **others: (solved.append(inputs[-1].index), make_pool(*inputs, **others))[1]
+    )
     few = ["--recipe", str(recipe), "--out", str(tmp_path / "out"), "--count", "4", "--reference-count", "8", "--steps", "2"]
     assert ablation.main([*few, "--only", "distillation", "--seeds", "0"]) == 0
     assert ablation.main([*few, "--only", "distillation,lcm", "--seeds", "0,1"]) == 0

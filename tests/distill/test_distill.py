@@ -52,11 +52,10 @@ def test_the_card_tells_exact_times_cost_and_where_the_losses_ended(flash_lora: 
     assert "timesteps=[999, 749, 499, 249]" in card
     lines = [json.loads(line) for line in (flash_lora / "training" / "log.jsonl").read_text().splitlines()]
     ended = statistics.mean(line["distillation"] for line in lines)
-    assert (
-        f"last {len(lines)} updates, losses (weighted) and the student's latents: distillation {ended:.3g}, latent mean" in card
-    )
+    assert f"distillation {ended:.3g}" in card
+    assert f"last {len(lines)} updates" in card
     # Four updates of two samples: 3 for the student's two ways, twice the 2.5 solver steps that are left on average.
-    assert "as much as 64 forward passes" in card
+    assert "64 forward passes" in card
 
 
 def test_a_killed_run_goes_on_and_equals_the_unbroken_one(
@@ -142,12 +141,23 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_batch_and_checkpoint(
 
 
 def test_a_finished_folder_and_a_folder_of_another_recipe_are_refused(tiny_base: Path, flash_lora: Path, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="holds a finished run"):
+    with pytest.raises(TrainingError, match="holds a finished run of another recipe"):
         distill(tiny_recipe(tiny_base), flash_lora)
     (tmp_path / "training").mkdir()
     (tmp_path / "training" / "recipe.json").write_text('{"hash": "other"}')
     with pytest.raises(TrainingError, match="holds a run of another recipe, which differs in base, seed, "):
         distill(tiny_recipe(tiny_base), tmp_path)
+
+
+def test_a_mistyped_source_can_be_mended_and_a_finished_run_is_left_alone(tiny_base: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(tiny_base)
+    mistyped = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": f"{recipe.data.source}s"})})
+    with pytest.raises(TrainingError, match="is neither 'avatars' nor a folder"):
+        distill(mistyped, tmp_path / "out")
+    assert distill(recipe, tmp_path / "out")
+    written = (tmp_path / "out" / FLASH).stat().st_mtime_ns
+    assert not distill(recipe, tmp_path / "out")
+    assert (tmp_path / "out" / FLASH).stat().st_mtime_ns == written
 
 
 def test_a_lora_of_another_base_is_refused_by_hash(flash_lora: Path, tmp_path: Path) -> None:

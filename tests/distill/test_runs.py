@@ -122,7 +122,7 @@ def test_after_ten_updates_a_run_tells_how_long_the_rest_takes_and_so_does_one_t
 def test_out_of_memory_says_what_to_turn(
     problem: Exception, changes: dict[str, Any], said: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def greedy(*_: Any) -> None:
+    def greedy(*_: Any, **__: Any) -> None:
         raise problem
 
     monkeypatch.setattr(loop, "make_pool", greedy)

@@ -186,14 +186,16 @@ def test_runs_that_need_the_same_targets_share_them(tiny_base: Path, tmp_path: P
     for name, folder in (("alone", None), ("first", pools)):
         distill(recipe, tmp_path / name, pools=folder)
     make_pool = loop.make_pool
-    monkeypatch.setattr(loop, "make_pool", lambda *_: pytest.fail("solved again"))
+    monkeypatch.setattr(loop, "make_pool", lambda *_, **__: pytest.fail("solved again"))
     distill(recipe, tmp_path / "second", pools=pools)
     distill(recipe.model_copy(update={"learning_rate": 0.01}), tmp_path / "other", pools=pools)
     alone, *same, other = (load_file(tmp_path / name / WEIGHTS) for name in ("alone", "first", "second", "other"))
     assert all(torch.equal(alone[name], found[name]) for found in same for name in alone)
     assert any(not torch.equal(alone[name], other[name]) for name in alone)
     solved: list[int] = []
-    monkeypatch.setattr(loop, "make_pool", lambda *inputs: (solved.append(inputs[-1].index), make_pool(*inputs))[1])
+    monkeypatch.setattr(
+        loop, "make_pool", lambda *inputs, **others: (solved.append(inputs[-1].index), make_pool(*inputs, **others))[1]
+    )
     distill(recipe.model_copy(update={"seed": 1}), tmp_path / "another seed", pools=pools)
     distill(recipe.model_copy(update={"guidance": (2.0, 3.0)}), tmp_path / "another guidance", pools=pools)
     assert solved == [0, 0]

@@ -16,7 +16,7 @@ from flashdiff import cli
 from flashdiff.components import Size
 from flashdiff.engines import plan as planning
 from flashdiff.engines import requirements
-from flashdiff.engines.backends import find_backend, openvino
+from flashdiff.engines.backends import best_backend, find_backend, openvino
 from flashdiff.engines.build import build_engine
 from flashdiff.engines.bundle import read_manifest
 from flashdiff.engines.cache import cached, is_cached
@@ -244,7 +244,25 @@ def test_a_backend_that_is_not_installed_is_named_with_its_cure(
 ) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(BackendError, match=r"needs 'openvino', which is not here: pip install '\.\[cpu\]'"):
-        plan_build(BuildOptions(**options | {"out": tmp_path / "bundle"}))
+        plan_build(BuildOptions(**options | {"out": tmp_path / "bundle", "backend": "openvino"}))
+
+
+def test_the_default_backend_is_the_fastest_that_runs_here_and_the_plan_says_so(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu: list[tuple[str, str] | None] = [None]
+    monkeypatch.setattr("flashdiff.engines.runtime.machine.nvidia_gpu", lambda: gpu[0])
+    assert best_backend() == "openvino"
+    new = options | {"out": tmp_path / "bundle"}
+    assert "openvino, fp32, on cpu" in (said := plan_build(BuildOptions(**new)).machine)
+    assert "the fastest here" in said
+    assert "fastest" not in plan_build(BuildOptions(**new | {"backend": "openvino"})).machine
+    gpu[0] = ("A GPU", "sm_90")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert best_backend() == "torch"
+    gpu[0] = None
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    assert best_backend() == "onnxruntime"
 
 
 def test_a_recipe_says_what_the_options_say(options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -255,7 +273,7 @@ def test_a_recipe_says_what_the_options_say(options: dict[str, Any], tmp_path: P
     assert capsys.readouterr().out.strip().endswith("is up to date")
 
     assert cli.main([*command, "--precision", "fp16"]) == 2
-    assert "says precision: change it there" in capsys.readouterr().err
+    assert "student.toml is a recipe: set precision there" in capsys.readouterr().err
     for wrong, message in (
         ("batch_size = [1]", "unknown key 'batch_size', did you mean 'batch_sizes'?"),
         ("batch_sizes = [2, 1]", "batch_sizes must rise from 1 or more, not [2, 1]"),
