@@ -18,7 +18,7 @@ from flashdiff.distill.config import Recipe
 from flashdiff.distill.costs import RemainingTime
 from flashdiff.distill.curriculum import phase_at
 from flashdiff.distill.data import Dataset, load_dataset
-from flashdiff.distill.network import checkpoint_gradients, place
+from flashdiff.distill.network import check_conditions, checkpoint_gradients, place
 from flashdiff.distill.objective import Objective
 from flashdiff.distill.previews import preview, preview_steps, save_image
 from flashdiff.distill.processes import Draws
@@ -80,6 +80,7 @@ def _run(recipe: Recipe, out: Path, work: Path, pools: Path | None) -> None:
         base = find_base(recipe.base)
         files = witness(base_files(base))
         family, model = load_base(recipe.base)
+        check_conditions(model.spec)
         trained = model.spec.sampler.schedule.num_train_timesteps
         if recipe.grid.num_train_timesteps != trained:
             raise TrainingError(

@@ -10,11 +10,23 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from flashdiff.components import ModelSpec
 from flashdiff.distill import processes
+from flashdiff.errors import TrainingError
 from flashdiff.families.base import GUIDANCE, ModelFamily, TorchModel
 from flashdiff.lora import ADAPTER
 from flashdiff.prediction import to_x0
 from flashdiff.schedule import Schedule
+
+
+def check_conditions(spec: ModelSpec) -> None:
+    """TrainingError for a base whose network reads images of the request: training samples have texts alone."""
+    given = [condition.name for condition in spec.conditions if condition.part is None]
+    if given:
+        raise TrainingError(
+            f"'{spec.name}' takes {', '.join(given)}, which training samples do not have; it can be served as it is"
+        )
+
 
 # --- evaluations -----------------------------------------------------------------------------------------------------
 

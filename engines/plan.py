@@ -25,6 +25,7 @@ from flashdiff.parts import Phase
 from flashdiff.reading import Witness, first_change, witness
 from flashdiff.samplers.options import SamplingOptions
 from flashdiff.samplers.recognise import few_step_hint
+from flashdiff.tasks import tasks_of
 
 _LONGEST_TITLE = 200
 _FEW_STEP_KINDS = ("flash", "lcm", "tcd", "flow-euler")
@@ -197,8 +198,9 @@ def _check_shapes(options: BuildOptions, family: ModelFamily, spec: ModelSpec, s
             raise BundleError(f"--size {size}: {family.name} needs width and height in multiples of {step}")
         if largest and max(size) > largest * spec.latent_factor:
             raise BundleError(f"--size {size}: this base has positions for at most {largest * spec.latent_factor} pixels a side")
-    if options.batch_sizes[-1] < spec.sampler.evaluations_per_step:
-        raise BundleError(f"--batch must reach {spec.sampler.evaluations_per_step}: guidance evaluates the network twice a step")
+    if options.batch_sizes[-1] < (slots := max(task.evaluations_per_step(spec) for task in tasks_of(spec))):
+        times = {2: "twice", 3: "three times"}[slots]
+        raise BundleError(f"--batch must reach {slots}: guidance evaluates the network {times} a step")
 
 
 def _exports(form: GraphForm, family: ModelFamily, inputs: BuildInputs, on_text: Sequence[bool]) -> Iterator[Export]:

@@ -87,7 +87,8 @@ def _on_gpu(parts: Sequence[Part]) -> Iterator[None]:
 def sample_image(components: Components, spec: ModelSpec, size: Size) -> NDArray[np.float32]:
     """One image [1, 3, H, W] from a fixed prompt and seed, step for step as a request goes, not clipped."""
     order = check_order(spec, prompt="a picture", seed=1, steps=min(4, spec.sampler.max_steps), size=size)
-    prepared = {"prompt": prepare(components, spec.text_part.name, [order.prompt])[0]}
+    preparations = order.task.preparations(spec, order)
+    prepared = {name: prepare(components, given.part, [given.value])[0] for name, given in preparations.items()}  # type: ignore[arg-type]
     (row,) = start_rows(spec, order, prepared, unconditional_of(components))
     while not row.is_done:
         denoise_rows(components, [row])

@@ -31,3 +31,5 @@ SEED: Final = 0
 COUNT: Final = 1
 STRENGTH: Final = 0.8
 """Of a request with an image, as in diffusers' Stable Diffusion pipeline."""
+IMAGE_GUIDANCE: Final = 1.5
+"""Of an edit, as in diffusers' InstructPix2Pix pipelines."""

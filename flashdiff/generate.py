@@ -1,6 +1,7 @@
 """Orders to images, with the pieces that a server calls one by one: prepare, step, finish."""
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +13,7 @@ from flashdiff.parts import Phase
 from flashdiff.rows import Row, denoise_rows, stacked, start_rows
 
 
-def prepare(components: Components, part: str, values: Sequence[str] | Sequence[Pixels]) -> list[Tensors]:
+def prepare(components: Components, part: str, values: Sequence[str] | Sequence[NDArray[Any]]) -> list[Tensors]:
     """A part's outputs for each text, or for each image [H, W, 3] of one size; at most `max_batch` of them.
 
     RequestError for a text that is too long, BackendError for outputs that are not finite.

@@ -49,4 +49,5 @@ class Preparation:
     """Something that a part has to read before the first step: a text, or an image of the order's size."""
 
     part: str
-    value: str | Pixels
+    value: str | Pixels | NDArray[np.float32]
+    """Of an image the levels from 0 to 255, [H, W, 3]; as floats where grey, 127.5, has to be exact."""

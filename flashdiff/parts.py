@@ -8,6 +8,9 @@ from pydantic import Field, model_validator
 
 from flashdiff.config import Record
 
+MASK, MASKED_IMAGE, EDITED_IMAGE = "mask", "masked_image_latents", "image_latents"
+"""The conditions of networks for inpainting and for edits, as their pipelines name them."""
+
 
 class Phase(StrEnum):
     """When a part runs for an image."""
@@ -44,13 +47,14 @@ class Condition(Record):
     """What a text condition is in the unconditional branch of guidance: that of the empty prompt, or zeros."""
     channels: int = Field(0, ge=0, le=4096)
     """Channels it adds to the latents where they enter the network; 0 where it is no image."""
-    absent: Literal["refused", "zeros"] = "refused"
-    """A request without it is refused, or gets zeros, so that it can share batches with requests that have it."""
+    absent: Literal["refused", "zeros", "ones", "grey_image"] = "refused"
+    """A request without it is refused, or gets zeros, ones, or the latents of a grey image, so that it can share batches with
+    requests that have it."""
 
     @model_validator(mode="after")
-    def _zeros_have_a_shape(self) -> Self:
-        if self.absent == "zeros" and not self.channels:
-            raise ValueError(f"condition '{self.name}' has no channels, so there are no zeros to stand in for it")
+    def _stand_ins_have_a_shape(self) -> Self:
+        if self.absent != "refused" and not self.channels:
+            raise ValueError(f"condition '{self.name}' has no channels, so nothing can stand in for it")
         return self
 
 

@@ -21,6 +21,9 @@ from flashdiff.tasks.base import Branch, Kept, Prepared
 _EARLY_VALUES = 1 << 16
 """Latents of so many values get the noise of all their steps at the start; for larger ones that would delay the first step."""
 
+_STAND_INS = {"zeros": 0, "ones": 1}
+"""What fills a condition that a request lacks, by `Condition.absent`."""
+
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
@@ -114,16 +117,16 @@ def start_rows(
 
 
 def _complete(spec: ModelSpec, size: Size, given: Tensors) -> Tensors:
-    """All of the model's conditions: zeros for those that may be absent."""
+    """All of the model's conditions: zeros or ones for those that may be absent."""
     if len(given) == len(spec.conditions):
         return given
     missing = [condition for condition in spec.conditions if condition.name not in given]
     for condition in missing:
-        if condition.absent == "refused":
+        if condition.absent not in _STAND_INS:
             raise RequestError(condition.name, None, "this model needs it")
     _, height, width = spec.latent_shape(size)
-    zeros = {c.name: np.zeros((c.channels, height, width), dtype=np.float32) for c in missing}
-    return {**given, **zeros}
+    stand_ins = {c.name: np.full((c.channels, height, width), _STAND_INS[c.absent], dtype=np.float32) for c in missing}
+    return {**given, **stand_ins}
 
 
 def _trajectory(spec: ModelSpec, order: Order) -> Trajectory:

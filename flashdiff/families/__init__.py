@@ -13,7 +13,11 @@ if TYPE_CHECKING:
 _FAMILIES = {
     "StableDiffusionPipeline": "sd15",
     "LatentConsistencyModelPipeline": "sd15",
+    "StableDiffusionInpaintPipeline": "sd15",
+    "StableDiffusionInstructPix2PixPipeline": "sd15",
     "StableDiffusionXLPipeline": "sdxl",
+    "StableDiffusionXLInpaintPipeline": "sdxl",
+    "StableDiffusionXLInstructPix2PixPipeline": "sdxl",
     "PixArtAlphaPipeline": "pixart",
     "PixArtSigmaPipeline": "pixart_sigma",
     "StableDiffusion3Pipeline": "sd3",

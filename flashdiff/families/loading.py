@@ -1,7 +1,7 @@
 """What the families' loaders share: parts from a diffusers directory, configurations, and errors that name the part."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from flashdiff.components import MAX_SIDE, ModelSpec, Size
 from flashdiff.errors import ConfigError, FlashdiffError, ModelError, first_line
 from flashdiff.families.base import ModelFamily
 from flashdiff.families.codec import latent_factor
+from flashdiff.families.entrance import PLAIN, Entrance, unet_entrances
 from flashdiff.families.settings import check_settings
 from flashdiff.parts import Condition, latent_diffusion
 from flashdiff.prediction import Prediction
@@ -85,19 +86,21 @@ def spec_of(
     tokenizers: tuple[TokenizerSpec, ...],
     unconditional: Literal["empty_prompt", "zeros"] = "empty_prompt",
     sampling: Mapping[str, Any] | None = None,
+    entrances: Sequence[Entrance] = (PLAIN,),
 ) -> ModelSpec:
     """The spec of a base model, sampled by its ODE with the family's guidance and steps, but for the fields in `sampling`.
 
-    ModelError when the network's entrance, of `network_channels`, is not as wide as the autoencoder's latents.
+    ModelError when none of these entrances makes the autoencoder's latents as wide as the network's, of `network_channels`.
     """
     vae = read_config(folder, "vae")
     factor, channels = latent_factor(vae), vae["latent_channels"]
-    conditions = tuple(Condition(name=name, part="text_encoder", unconditional=unconditional) for name in family.conditioning)
-    if network_channels != channels + sum(condition.channels for condition in conditions):
+    conditions = [Condition(name=name, part="text_encoder", unconditional=unconditional) for name in family.conditioning]
+    entrance = next((entrance for entrance in entrances if channels + entrance.channels == network_channels), None)
+    if entrance is None:
+        known = " or ".join(str(channels + entrance.channels) for entrance in entrances)
         raise ModelError(
-            f"{folder}: the {family.lora_prefix} takes {network_channels} channels, the autoencoder's latents have {channels}, "
-            f"and the family {family.name} has no condition that adds channels; models for inpainting, super-resolution and "
-            "edits are not supported"
+            f"{folder}: the {family.lora_prefix} takes {network_channels} channels, the autoencoder's latents have {channels}; "
+            f"of this pipeline class the family {family.name} runs networks that take {known}"
         )
     index = read_config(folder, ".", "model_index.json")
     there = [part for part in family.networks if index.get(part) != [None, None]]  # SD3 may do without T5
@@ -120,8 +123,11 @@ def spec_of(
         latent_factor=factor,
         sizes=(Size(latent_side * factor, latent_side * factor),),
         tokenizers=tokenizers,
-        parts=latent_diffusion([tokenizer.name for tokenizer in tokenizers], family.conditioning),
-        conditions=conditions,
+        parts=latent_diffusion(
+            [tokenizer.name for tokenizer in tokenizers], family.conditioning, *(c.name for c in entrance.conditions)
+        ),
+        conditions=(*conditions, *entrance.conditions),
+        tasks=entrance.tasks,
     )
 
 
@@ -159,6 +165,9 @@ def unet_spec(
         latent_side=unet["sample_size"],
         tokenizers=tokenizers,
         sampling=sampling,
+        entrances=unet_entrances(
+            str(read_config(folder, ".", "model_index.json").get("_class_name")), read_config(folder, "vae")["latent_channels"]
+        ),
         **settings,
     )
 

@@ -9,6 +9,7 @@ from flashdiff.components import ModelSpec
 from flashdiff.errors import ModelError
 from flashdiff.families.base import ModelFamily, TorchModel
 from flashdiff.families.codec import Decoder, Encoder
+from flashdiff.families.entrance import Joined
 from flashdiff.families.guidance import guidance_embedding
 from flashdiff.families.loading import (
     explain_bad_settings,
@@ -35,14 +36,23 @@ class _TextEncoder(nn.Module):
 
 
 class _Denoiser(nn.Module):
-    def __init__(self, unet: Any, guidance: float | None) -> None:
+    def __init__(self, unet: Any, vae: Any, guidance: float | None) -> None:
         super().__init__()
-        self.unet = unet
+        self.unet, self.join = unet, Joined(vae.config.scaling_factor)
         self.embedding: Tensor | None
         width = unet.config.time_cond_proj_dim
         self.register_buffer("embedding", None if guidance is None else guidance_embedding(guidance, width))
 
-    def forward(self, latents: Tensor, times: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+    def forward(
+        self,
+        latents: Tensor,
+        times: Tensor,
+        encoder_hidden_states: Tensor,
+        image: Tensor | None = None,
+        masked_image: Tensor | None = None,
+    ) -> Tensor:
+        """`image`: one to edit, or a mask together with `masked_image`."""
+        latents = self.join(latents, image, masked_image)
         guidance = None if self.embedding is None else self.embedding.to(latents.dtype).expand(latents.shape[0], -1)
         output: Tensor = self.unet(latents, times, encoder_hidden_states, timestep_cond=guidance, return_dict=False)[0]
         return output
@@ -70,7 +80,7 @@ def _load(folder: Path, spec: ModelSpec) -> TorchModel:
         folder=folder,
         tokenizer=load_tokenizers(folder, {"input_ids": "tokenizer"}, spec.tokenizers),
         text_encoder=_TextEncoder(clip).eval(),
-        denoiser=_Denoiser(unet, spec.sampler.embedded_guidance).eval(),
+        denoiser=_Denoiser(unet, vae, spec.sampler.embedded_guidance).eval(),
         encoder=Encoder(vae).eval(),
         decoder=Decoder(vae).eval(),
         network=unet,

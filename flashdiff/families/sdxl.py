@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from flashdiff.components import ModelSpec
 from flashdiff.families.base import ModelFamily, TorchModel
 from flashdiff.families.codec import Decoder, Encoder
+from flashdiff.families.entrance import Joined
 from flashdiff.families.guidance import guidance_embedding
 from flashdiff.families.loading import (
     explain_bad_settings,
@@ -36,14 +37,24 @@ class _TextEncoder(nn.Module):
 
 
 class _Denoiser(nn.Module):
-    def __init__(self, unet: Any, factor: int, guidance: float | None) -> None:
+    def __init__(self, unet: Any, vae: Any, factor: int, guidance: float | None) -> None:
         super().__init__()
-        self.unet, self.factor = unet, factor
+        self.unet, self.factor, self.join = unet, factor, Joined(vae.config.scaling_factor)
         self.embedding: Tensor | None
         width = unet.config.time_cond_proj_dim
         self.register_buffer("embedding", None if guidance is None else guidance_embedding(guidance, width))
 
-    def forward(self, latents: Tensor, times: Tensor, encoder_hidden_states: Tensor, text_embeds: Tensor) -> Tensor:
+    def forward(
+        self,
+        latents: Tensor,
+        times: Tensor,
+        encoder_hidden_states: Tensor,
+        text_embeds: Tensor,
+        image: Tensor | None = None,
+        masked_image: Tensor | None = None,
+    ) -> Tensor:
+        """`image`: one to edit, or a mask together with `masked_image`."""
+        latents = self.join(latents, image, masked_image)
         # The UNet takes original size, crop and target size: those of an uncropped image of the size that it makes.
         # Filled and joined, because an exported torch.tensor would keep the size of the example it was traced with.
         height, width, zero = (
@@ -78,7 +89,7 @@ def _load(folder: Path, spec: ModelSpec) -> TorchModel:
         folder=folder,
         tokenizer=load_tokenizers(folder, {"input_ids": "tokenizer", "input_ids_2": "tokenizer_2"}, spec.tokenizers),
         text_encoder=_TextEncoder(first, second).eval(),
-        denoiser=_Denoiser(unet, spec.latent_factor, spec.sampler.embedded_guidance).eval(),
+        denoiser=_Denoiser(unet, vae, spec.latent_factor, spec.sampler.embedded_guidance).eval(),
         encoder=Encoder(vae).eval(),
         decoder=Decoder(vae).eval(),
         network=unet,

@@ -7,10 +7,10 @@ from flashdiff.components import ModelSpec, Size
 from flashdiff.errors import RequestError
 from flashdiff.noise import SEED_LIMIT
 from flashdiff.orders import Order, Pixels
-from flashdiff.tasks import image_to_image, inpainting, text_to_image
+from flashdiff.tasks import edit, image_to_image, inpainting, text_to_image
 from flashdiff.tasks.base import Parameter, Task
 
-TASKS: dict[str, Task] = {module.TASK.name: module.TASK for module in (text_to_image, image_to_image, inpainting)}
+TASKS: dict[str, Task] = {module.TASK.name: module.TASK for module in (text_to_image, image_to_image, inpainting, edit)}
 
 MAX_COUNT = 16
 """Images per request."""

@@ -14,6 +14,9 @@ from flashdiff.components import ModelSpec, Size, Tensors
 from flashdiff.errors import RequestError
 from flashdiff.orders import Order, Pixels, Preparation
 
+GREY = 127.5
+"""The level in the middle: 0 in the encoder's range of -1 to 1."""
+
 Prepared = Mapping[str, Tensors]
 """What the parts made of an order's preparations, without the batch dimension, by the preparation's name."""
 
@@ -54,6 +57,11 @@ class Kept:
     cells: NDArray[np.bool_]  # [1, h, w]
 
 
+def _grey(spec: ModelSpec) -> list[str]:
+    """The conditions that are latents of a grey image where a request does not give them."""
+    return [condition.name for condition in spec.conditions if condition.absent == "grey_image"]
+
+
 class Task:
     """Images of a prompt, from noise. Tasks have no state: one instance serves all requests."""
 
@@ -78,11 +86,13 @@ class Task:
         part, texts = spec.text_part.name, {"prompt": order.prompt}
         if order.negative_prompt:
             texts["negative_prompt"] = order.negative_prompt
-        return {name: Preparation(part, text) for name, text in texts.items()}
+        shape = order.size.height, order.size.width, 3
+        stand_ins = {name: Preparation("encoder", np.full(shape, GREY, dtype=np.float32)) for name in _grey(spec)}
+        return {name: Preparation(part, text) for name, text in texts.items()} | stand_ins
 
     def conditions(self, spec: ModelSpec, order: Order, prepared: Prepared, text: Tensors) -> Tensors:
         """The denoiser's conditions, by name and without a batch axis, in the branch that reads `text`."""
-        return text
+        return {**text, **{name: prepared[name]["latents"] for name in _grey(spec)}}
 
     def evaluations_per_step(self, spec: ModelSpec) -> int:
         """How many branches each step has."""

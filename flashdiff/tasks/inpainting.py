@@ -1,15 +1,18 @@
-"""Replaces a masked part of an image from a prompt, with any text-to-image model: RePaint's blending (arXiv 2201.09865).
+"""Replaces a masked part of an image from a prompt.
 
-After every step the latents outside the mask become the image's own, at the noise level that the step has reached.
+Models that were trained for it read the mask, and the image without what it covers, as two conditions. Any other text-to-image
+model does it by RePaint's blending (arXiv 2201.09865): after every step the latents outside the mask become the image's own, at
+the noise level that the step has reached.
 """
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flashdiff.components import ModelSpec
+from flashdiff.components import ModelSpec, Tensors
 from flashdiff.errors import RequestError
 from flashdiff.orders import Order, Pixels, Preparation
-from flashdiff.tasks.base import Kept, Parameter, Prepared, Task
+from flashdiff.parts import MASK, MASKED_IMAGE
+from flashdiff.tasks.base import GREY, Kept, Parameter, Prepared, Task
 
 _LUMA = np.array([0.299, 0.587, 0.114])
 """Of red, green and blue, as Pillow turns color into grey (ITU-R 601)."""
@@ -31,12 +34,25 @@ class _Inpainting(Task):
         return max(1, int(order.parameters["strength"] * order.steps + 1e-4))  # 1e-4: a strength came as float32
 
     def preparations(self, spec: ModelSpec, order: Order) -> dict[str, Preparation]:
-        return {**super().preparations(spec, order), "image": Preparation("encoder", order.inputs["image"])}
+        image, given = order.inputs["image"], super().preparations(spec, order)
+        is_trained = MASKED_IMAGE in given
+        if is_trained:
+            rest = np.where(_masked(order.inputs["mask"])[..., None], np.float32(GREY), image)
+            given[MASKED_IMAGE] = Preparation("encoder", rest)
+        if not is_trained or order.parameters["strength"] < 1:
+            given["image"] = Preparation("encoder", image)
+        return given
+
+    def conditions(self, spec: ModelSpec, order: Order, prepared: Prepared, text: Tensors) -> Tensors:
+        given = super().conditions(spec, order, prepared, text)
+        return {**given, MASK: _masked_cells(spec, order)[None].astype(np.float32)} if MASKED_IMAGE in given else given
 
     def start(self, order: Order, prepared: Prepared) -> NDArray[np.float32] | None:
         return None if order.parameters["strength"] == 1 else prepared["image"]["latents"]
 
-    def kept(self, spec: ModelSpec, order: Order, prepared: Prepared) -> Kept:
+    def kept(self, spec: ModelSpec, order: Order, prepared: Prepared) -> Kept | None:
+        if MASKED_IMAGE in prepared:
+            return None
         return Kept(prepared["image"]["latents"], ~_masked_cells(spec, order)[None])
 
     def finish(self, order: Order, pixels: Pixels) -> Pixels:

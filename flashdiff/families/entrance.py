@@ -1,0 +1,51 @@
+"""What enters a network together with the latents: nothing, a mask and the rest of an image, or an image to edit."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from flashdiff.parts import EDITED_IMAGE, MASK, MASKED_IMAGE, Condition
+
+_GENERAL = ("text_to_image", "image_to_image", "inpainting")
+
+
+class Entrance(NamedTuple):
+    """Conditions that are joined to the latents' channels, and the tasks of a model that takes them."""
+
+    conditions: tuple[Condition, ...]
+    tasks: tuple[str, ...]
+
+    @property
+    def channels(self) -> int:
+        """What it adds to the latents' channels."""
+        return sum(condition.channels for condition in self.conditions)
+
+
+PLAIN = Entrance((), _GENERAL)
+
+
+def unet_entrances(pipeline_class: str, latent_channels: int) -> tuple[Entrance, ...]:
+    """Those of Stable Diffusion's UNets: of a pipeline class, the number of channels says which."""
+    if "InstructPix2Pix" in pipeline_class:
+        image = Condition(name=EDITED_IMAGE, channels=latent_channels, absent="zeros")  # as it was dropped in training
+        return (Entrance((image,), ("text_to_image", "edit")),)
+    mask = Condition(name=MASK, channels=1, absent="ones")  # all is replaced
+    masked_image = Condition(name=MASKED_IMAGE, channels=latent_channels, absent="grey_image")
+    return PLAIN, Entrance((mask, masked_image), _GENERAL)
+
+
+class Joined(nn.Module):
+    """Latents [B, C, h, w], joined to what enters the network with them."""
+
+    def __init__(self, scaling_factor: float) -> None:
+        super().__init__()
+        self.scaling_factor = scaling_factor
+
+    def forward(self, latents: Tensor, image: Tensor | None, masked_image: Tensor | None) -> Tensor:
+        """`image`: the latents of one to edit; with `masked_image`, the latents of an image without its masked part: the mask."""
+        if image is None:
+            return latents
+        if masked_image is None:
+            return torch.cat([latents, image / self.scaling_factor], dim=1)  # these networks were trained on unscaled latents
+        return torch.cat([latents, image, masked_image], dim=1)

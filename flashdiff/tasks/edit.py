@@ -1,0 +1,40 @@
+"""Edits an image by an instruction, with a model that was trained for it: InstructPix2Pix (arXiv 2211.09800)."""
+
+from flashdiff import defaults
+from flashdiff.components import ModelSpec, Tensors
+from flashdiff.orders import Order, Preparation
+from flashdiff.parts import EDITED_IMAGE
+from flashdiff.tasks.base import Branch, Parameter, Prepared, Task
+
+
+class _Edit(Task):
+    name = "edit"
+    inputs = ("image",)
+    # How closely the result keeps to the image, as the guidance scale does to the instruction.
+    parameters = (Parameter(name="image_guidance", default=defaults.IMAGE_GUIDANCE, above=0, at_most=100),)
+
+    def preparations(self, spec: ModelSpec, order: Order) -> dict[str, Preparation]:
+        return {**super().preparations(spec, order), "image": Preparation("encoder", order.inputs["image"])}
+
+    def conditions(self, spec: ModelSpec, order: Order, prepared: Prepared, text: Tensors) -> Tensors:
+        return {**super().conditions(spec, order, prepared, text), EDITED_IMAGE: prepared["image"]["latents"]}
+
+    def evaluations_per_step(self, spec: ModelSpec) -> int:
+        return 3 if spec.sampler.evaluations_per_step == 2 else 1
+
+    def branches(self, spec: ModelSpec, order: Order, prepared: Prepared, unconditional: Tensors | None) -> tuple[Branch, ...]:
+        """Text and image, the image alone, and neither: (w_T), (w_I - w_T), (1 - w_I) of equation 3."""
+        branches = super().branches(spec, order, prepared, unconditional)
+        if len(branches) == 1:
+            return branches
+        with_text, with_image = branches
+        weight, image_weight = spec.sampler.guidance, order.parameters["image_guidance"]
+        neither = {name: values for name, values in with_image.conditions.items() if name != EDITED_IMAGE}  # zeros stand in
+        return (
+            Branch(with_text.conditions, weight),
+            Branch(with_image.conditions, image_weight - weight),
+            Branch(neither, 1 - image_weight),
+        )
+
+
+TASK = _Edit()
