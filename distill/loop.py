@@ -81,6 +81,8 @@ def _run(recipe: Recipe, out: Path, work: Path, pools: Path | None) -> None:
         files = witness(base_files(base))
         family, model = load_base(recipe.base)
         check_conditions(model.spec)
+        if model.spec.prediction == "trigflow":
+            raise TrainingError(f"{recipe.base} is a consistency student already, and no teacher; distil the base it comes from")
         trained = model.spec.sampler.schedule.num_train_timesteps
         if recipe.grid.num_train_timesteps != trained:
             raise TrainingError(

@@ -144,6 +144,7 @@ def make_pool(
         grid=grid,
         schedule=model.spec.sampler.schedule,
         prediction=model.spec.prediction,
+        keeps_norm=model.spec.sampler.keeps_norm,
         lockstep=recipe.shard_base,
     )
     solved = []

@@ -109,11 +109,12 @@ def random_inputs(model: TorchModel, part: Part, batch: int, size: Size, generat
         rows = torch.randint(3, 200, (batch, tokenizer.length), generator=generator)
         ends = torch.randint(2, tokenizer.length + 1, (batch, 1), generator=generator)
         known[tokenizer.name] = torch.where(torch.arange(tokenizer.length) < ends, rows, tokenizer.pad_id)
-    times = spec.sampler.known_times or range(spec.sampler.schedule.num_train_timesteps)
     known["latents"] = torch.randn(batch, *spec.latent_shape(size), generator=generator)
-    known["times"] = torch.tensor(times)[torch.linspace(0, len(times) - 1, batch).round().long()]
-    if not spec.sampler.whole_times:
-        known["times"] = known["times"].float()
+    if spec.sampler.whole_times:
+        times = spec.sampler.known_times or range(spec.sampler.schedule.num_train_timesteps)
+        known["times"] = torch.tensor(times)[torch.linspace(0, len(times) - 1, batch).round().long()]
+    else:
+        known["times"] = torch.linspace(0, float(spec.sampler.times(1)[0]), batch)
     known["images"] = 2 * torch.rand(batch, 3, size.height, size.width, generator=generator) - 1
     for condition in spec.conditions:
         if condition.name not in {tensor.name for tensor in part.inputs} or condition.name in known:

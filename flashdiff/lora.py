@@ -221,7 +221,7 @@ def fused_spec(base: ModelSpec, loras: Sequence[Path], sampling: SamplingOptions
         )
     if sampling.guidance is not None and sampling.guidance > 1:
         raise ConfigError("--guidance is for a base without a flash LoRA: a flash student runs without guidance")
-    for name in ("preset", "sampler", "spacing", "timesteps", "eta", "prediction"):
+    for name in ("preset", "sampler", "spacing", "timesteps", "eta", "shift", "prediction"):
         if (value := getattr(sampling, name)) is not None:
             raise ConfigError(f"--{name} {value}: the flash LoRA says itself how it is sampled; leave it out")
     sampler = flash_student(base.sampler, flash[0].grid)

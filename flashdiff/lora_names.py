@@ -2,7 +2,7 @@
 
 Diffusers writes `unet.down_blocks.0...to_q.lora_A.weight`, kohya's scripts `lora_unet_down_blocks_0_..._to_q.lora_down.weight`
 or, with the blocks of the original code (LDM), `lora_unet_input_blocks_1_1_...`; LyCORIS writes `lycoris_...`, ComfyUI
-`diffusion_model....`.
+`diffusion_model....`; Qwen-Image-Lightning writes the denoiser's layers with nothing in front.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -75,6 +75,7 @@ class LayerNames:
             **dict.fromkeys((f"lora_{denoiser}_", "lora_unet_", "lycoris_", "diffusion_model."), denoiser),
             **{prefix: name for prefix, name in numbered.items() if name in encoders},
         }
+        self._denoiser = denoiser
         self._modules: dict[str, dict[str, str]] = {}
         for name, model in models.items():
             aliases = _aliases(model, is_denoiser=name == denoiser)
@@ -86,6 +87,8 @@ class LayerNames:
         if role is None:
             raise LoraError(f"{file}: '{key}' is of no kind that can be fused (LoRA, DoRA, LoHa, LoKr, diff)")
         prefix = max((prefix for prefix in self._prefixes if layer.startswith(prefix)), key=len, default=None)
+        if prefix is None and layer.replace(".", "_") in self._modules[self._denoiser]:
+            return Place(part=self._denoiser, module=self._modules[self._denoiser][layer.replace(".", "_")], role=role)
         if prefix is None:
             known = ", ".join(f"'{prefix}'" for prefix in self._prefixes)
             raise LoraError(f"{file}: '{key}' names no part of this base; its LoRAs' names start with {known}")

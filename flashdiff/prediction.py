@@ -30,6 +30,17 @@ def to_x0(prediction: Prediction, output: Array, x_t: Array, alpha: Array, sigma
             assert_never(prediction)
 
 
+def with_norm_of(values: Array, reference: Array) -> Array:
+    """`values` [..., C, h, w], each patch of 2x2 cells scaled to the length that it has in `reference`; h and w are even.
+
+    What Qwen-Image does with guided outputs, the reference being the conditional ones.
+    """
+    *rest, channels, height, width = values.shape
+    patches, expected = (x.reshape(*rest, channels, height // 2, 2, width // 2, 2) for x in (values, reference))
+    lengths, wanted = ((x**2).sum(-1).sum(-2).sum(-3) ** 0.5 for x in (patches, expected))
+    return (patches * (wanted / lengths).reshape(*rest, 1, height // 2, 1, width // 2, 1)).reshape(values.shape)
+
+
 def guide(conditional: Array, unconditional: Array, scale: "Array | float") -> Array:
     """Classifier-free guidance, the one convention of this project: w cond + (1 - w) uncond (w = 1 is no guidance).
 

@@ -19,6 +19,7 @@ class Preset:
     spacing: Literal["leading", "linspace", "trailing"] | None = None
     timesteps: tuple[int, ...] | None = None
     eta: float | None = None
+    shift: float | None = None
     guidance: float = 0.0
     prediction: Literal["sample"] | None = None
     most_steps: int | None = None
@@ -89,6 +90,17 @@ _ALL = (
         spacing="linspace",
     ),
     Preset("z-image-turbo", "z-image", "Tongyi-MAI/Z-Image-Turbo", r"z-image-turbo", "flow-euler", 8, spacing="trailing"),
+    *(
+        Preset(
+            f"qwen-image-lightning-{steps}", "qwen-image", "lightx2v/Qwen-Image-Lightning",
+            rf"qwen-image-lightning.*\b{steps}-?steps?\b", "flow-euler", steps, spacing="trailing", shift=3.0, most_steps=steps,
+        )
+        for steps in (4, 8)
+    ),
+    Preset(
+        "sana-sprint", "sana-sprint", "Efficient-Large-Model/Sana_Sprint_1.6B_1024px_diffusers", r"sana-sprint", "scm", 2,
+        guidance=4.5,
+    ),
 )  # fmt: skip
 
 PRESETS: dict[str, Preset] = {preset.name: preset for preset in _ALL}

@@ -13,7 +13,7 @@ from flashdiff.errors import BackendError, RequestError
 from flashdiff.noise import image_noise, image_seed
 from flashdiff.orders import Order
 from flashdiff.parts import Phase
-from flashdiff.prediction import to_x0
+from flashdiff.prediction import to_x0, with_norm_of
 from flashdiff.samplers.base import Walk
 from flashdiff.sampling import extrapolate, ode_step, ode_weights, renoise
 from flashdiff.tasks.base import Branch, Kept, Prepared
@@ -157,6 +157,11 @@ def denoise_rows(components: Components, rows: Sequence[Row]) -> None:
     for part in spec.parts_in(Phase.STEP):
         values |= components.call(part.name, {name: values[name] for name in part.inputs})
     outputs = _weighted(entries, values["output"], len(rows))
+    if spec.sampler.keeps_norm:
+        outputs = [
+            with_norm_of(output, first) if row.slots > 1 else output
+            for row, output, first in zip(rows, outputs, values["output"], strict=False)
+        ]
     for row, output in zip(rows, outputs, strict=True):
         if not np.isfinite(output).all():
             raise BackendError(f"the network returned values that are not finite at time {row.times[row.step]} (seed {row.seed})")

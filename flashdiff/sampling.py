@@ -47,6 +47,8 @@ class Sampler(SamplerSettings):
     """The trained grid of a flash student; None for all others."""
     guidance: float = Field(1.0, ge=0, le=100)
     """Classifier-free guidance scale w; up to 1 means one network evaluation a step without guidance, above it two."""
+    keeps_norm: bool = False
+    """Whether guided outputs keep the lengths of the conditional ones: see `with_norm_of`."""
     embedded_guidance: float | None = Field(None, ge=0, le=100)
     """The guidance scale that the network is given as an input; None: it takes none."""
     default_steps: int = Field(ge=1, le=1000)
@@ -85,8 +87,8 @@ class Sampler(SamplerSettings):
         """Whether the network is given whole times, indices into the schedule; else its own kind of time, as a float."""
         if self.published:
             return self.published.whole_times(self)
-        # An ODE whose shift follows the size has other levels, and so other times, at every size.
-        return not (self.kind == "ode" and isinstance(self.schedule, FlowSchedule) and self.schedule.by_size)
+        # An ODE whose shift follows the size or the steps has other levels, and so other times, at each.
+        return not (self.kind == "ode" and isinstance(self.schedule, FlowSchedule) and self.schedule.varies)
 
     @property
     def time_type(self) -> Literal["int64", "float32"]:
@@ -112,8 +114,8 @@ class Sampler(SamplerSettings):
             if self.whole_times:
                 return whole
             assert isinstance(self.schedule, FlowSchedule)
-            _, sigmas = self.schedule.levels(whole, tokens)
-            return [float(sigma) for sigma in sigmas * self.schedule.num_train_timesteps]
+            _, sigmas = self.schedule.levels(whole, tokens, steps)
+            return [float(sigma) for sigma in self.schedule.stretched(sigmas) * self.schedule.num_train_timesteps]
         times = self.published.times(self, self.schedule, steps, tokens)
         return [int(time) for time in times] if self.whole_times else times
 

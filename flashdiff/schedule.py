@@ -53,10 +53,26 @@ class ShiftBySize(Record):
     base_shift: float = 0.5
     max_shift: float = 1.15
 
-    def at(self, tokens: int) -> float:
-        """The shift for an image of so many tokens."""
+    def at(self, tokens: int, steps: int | None = None) -> float:
+        """The shift for an image of so many tokens, whatever the number of its steps."""
         slope = (self.max_shift - self.base_shift) / (self.max_image_seq_len - self.base_image_seq_len)
         return math.exp(self.base_shift + slope * (tokens - self.base_image_seq_len))
+
+
+class ShiftBySizeAndSteps(Record):
+    """A shift that follows the number of steps as well, by measured lines for 10 and for 200 of them: FLUX.2's."""
+
+    measured: Literal["flux2"]
+    usual_steps: int = Field(50, ge=1)
+    """Where the caller does not say."""
+
+    def at(self, tokens: int, steps: int | None = None) -> float:
+        """The shift for an image of so many tokens in so many steps."""
+        at_200 = 0.00016927 * tokens + 0.45666666
+        if tokens > 4300:
+            return math.exp(at_200)
+        at_10 = 8.73809524e-05 * tokens + 1.89833333
+        return math.exp(at_200 + (at_200 - at_10) / 190 * ((steps or self.usual_steps) - 200))
 
 
 class FlowSchedule(Record):
@@ -68,16 +84,20 @@ class FlowSchedule(Record):
     num_train_timesteps: int = Field(1000, ge=1, le=MAX_TIMESTEPS)
     shift: float = Field(gt=0, le=1000)
     """At the default size."""
-    by_size: ShiftBySize | None = None
+    by_size: ShiftBySize | ShiftBySizeAndSteps | None = None
     """How the shift follows the size, for samplers that ask; None: it does not."""
+    terminal: float | None = Field(None, gt=0, lt=1)
+    """The last noise level of sampling in several steps, to which the others are stretched; None: they are not."""
 
     @classmethod
-    def from_scheduler_config(cls, config: Mapping[str, Any], source: str, *, tokens: int) -> Self:
-        """From a FlowMatchEulerDiscreteScheduler's config; `tokens` is the length of the default image, for dynamic shifting.
+    def from_scheduler_config(cls, config: Mapping[str, Any], source: str, *, tokens: int, may_stretch: bool = False) -> Self:
+        """From a FlowMatchEulerDiscreteScheduler's config, or a solver's with flow sigmas.
+
+        `tokens` is the length of the default image, for dynamic shifting; `may_stretch` where the family knows a terminal level.
 
         ConfigError names `source` when it asks for another shift.
         """
-        if config.get("shift_terminal"):
+        if config.get("shift_terminal") and not may_stretch:
             raise ConfigError(f"{source}: the scheduler's shift_terminal is not supported")
         if config.get("use_dynamic_shifting") and config.get("time_shift_type", "exponential") != "exponential":
             raise ConfigError(f"{source}: the scheduler's time_shift_type = {config['time_shift_type']!r} is not supported")
@@ -86,13 +106,25 @@ class FlowSchedule(Record):
             by_size = parse_record(given, ShiftBySize, source=source)
             shift = by_size.at(tokens)
         else:
-            by_size, shift = None, config.get("shift", 1.0)
+            by_size, shift = None, config.get("shift", config.get("flow_shift", 1.0))
         values = {"num_train_timesteps": config.get("num_train_timesteps", 1000), "shift": shift, "by_size": by_size}
+        values["terminal"] = config.get("shift_terminal") or None
         return parse_record(values, cls, source=source)
 
-    def shift_at(self, tokens: int | None) -> float:
-        """The shift for an image of so many tokens; None: of the default size."""
-        return self.by_size.at(tokens) if self.by_size and tokens is not None else self.shift
+    def shift_at(self, tokens: int | None, steps: int | None = None) -> float:
+        """The shift for an image of so many tokens, in so many steps; None: of the default size."""
+        return self.by_size.at(tokens, steps) if self.by_size and tokens is not None else self.shift
+
+    def stretched(self, sigmas: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The levels of an image's steps, noisiest first, as `terminal` has them; a single step stays at its level."""
+        if self.terminal is None or sigmas[-1] == 1:
+            return sigmas
+        return 1 - (1 - sigmas) * (1 - self.terminal) / (1 - sigmas[-1])
+
+    @property
+    def varies(self) -> bool:
+        """Whether the levels depend on more than the times: on the size, or on the number of steps."""
+        return self.by_size is not None or self.terminal is not None
 
     @property
     def least_sigma(self) -> float:
@@ -102,13 +134,13 @@ class FlowSchedule(Record):
         return shift * s / (1 + (shift - 1) * s)
 
     def levels(
-        self, times: NDArray[np.integer[Any]] | list[int], tokens: int | None = None
+        self, times: NDArray[np.integer[Any]] | list[int], tokens: int | None = None, steps: int | None = None
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """alpha_t = 1 - sigma_t and sigma_t [len(times)] of an image of so many tokens, or of the default size.
+        """alpha_t = 1 - sigma_t and sigma_t [len(times)] of an image of so many tokens and steps, or of the default size.
 
         t = -1 stands for the clean end.
         """
-        s, shift = (np.asarray(times) + 1) / self.num_train_timesteps, self.shift_at(tokens)
+        s, shift = (np.asarray(times) + 1) / self.num_train_timesteps, self.shift_at(tokens, steps)
         sigma = shift * s / (1 + (shift - 1) * s)
         return 1 - sigma, sigma
 

@@ -19,9 +19,11 @@ class TokenizerSpec(Record):
     length: int = Field(ge=3, le=2**16)
     """Tokens, end marks included."""
     pad_id: int = Field(ge=0, lt=2**31)
-    before: str = Field("", max_length=1000)
+    before: str = Field("", max_length=4000)
     """Text in front of every prompt, which a chat template puts there."""
     after: str = Field("", max_length=1000)
+    lowercase: bool = False
+    """Whether prompts are lowered and stripped first, as by a pipeline whose tokenizer does not."""
 
 
 class PromptTokenizer:
@@ -45,8 +47,9 @@ class PromptTokenizer:
         ids = np.full((len(prompts), spec.length), spec.pad_id, dtype=np.int64)
         tokenizer = self._tokenizers[spec.name]
         for prompt, row in zip(prompts, ids, strict=True):  # one by one: `encode_batch` wakes threads, which costs a prompt more
+            text = prompt.lower().strip() if spec.lowercase else prompt
             try:
-                tokens = tokenizer.encode(spec.before + prompt + spec.after).ids
+                tokens = tokenizer.encode(spec.before + text + spec.after).ids
             except Exception as error:  # a tokenizer.json may ask for what it cannot do
                 raise RequestError("prompt", prompt, f"the tokenizer of {spec.name} fails on it: {first_line(error)}") from None
             if len(tokens) > spec.length:

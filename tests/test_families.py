@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+from tiny import FAMILIES
 
 from flashdiff.components import ModelSpec
 from flashdiff.errors import ConfigError, ModelError
@@ -77,6 +78,35 @@ def test_what_the_family_cannot_do_is_refused(copy: Path) -> None:
     _edit(copy / "model_index.json", _class_name="OtherPipeline")
     with pytest.raises(ModelError, match="no family for a OtherPipeline; supported: StableDiffusionPipeline"):
         load_base(str(copy))
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "nearest"),
+    [
+        ("QwenImageEditPipeline", "QwenImagePipeline"),
+        ("Flux2Pipeline", "FluxPipeline"),
+        ("SanaControlNetPipeline", "SanaPipeline"),
+        ("ZImageImg2ImgPipeline", "ZImagePipeline"),
+        ("StableDiffusion3ControlNetPipeline", "StableDiffusion3Pipeline"),
+    ],
+)
+def test_a_pipeline_that_is_near_a_supported_one_names_it(copy: Path, pipeline: str, nearest: str) -> None:
+    _edit(copy / "model_index.json", _class_name=pipeline)
+    with pytest.raises(ModelError, match=f"no family for a {pipeline}; the nearest of those supported is {nearest}; all: Stable"):
+        family_of(copy)
+
+
+@pytest.mark.parametrize("name", ["z-image", "sana", "qwen-image", "flux2-klein"])
+def test_a_missing_text_encoder_is_named(name: str, tmp_path: Path) -> None:
+    base = FAMILIES[name](tmp_path / name)
+    index = json.loads((base / "model_index.json").read_text())
+    (base / "model_index.json").write_text(json.dumps({**index, "text_encoder": [None, None]}))
+    with pytest.raises(ModelError, match=r"model_index\.json names no text_encoder, which .* needs"):
+        load_base(str(base))
+    (base / "model_index.json").write_text(json.dumps(index))
+    shutil.rmtree(base / "text_encoder")
+    with pytest.raises(ModelError, match=r"not a complete model directory, text_encoder/config\.json is missing"):
+        load_base(str(base))
 
 
 def test_a_base_is_a_directory_a_shipped_name_or_a_hub_id(tiny_base: Path) -> None:

@@ -475,3 +475,19 @@ def test_alphas_of_metadata_that_contradict_the_file_are_refused(bases: dict[str
         else:
             with pytest.raises(LoraError, match=said):
                 load_fused(str(bases["sd15"]), [(file, 1.0)], None)
+
+
+@pytest.mark.parametrize("naming", ["", "diffusion_model.", "lora_unet_"])
+def test_loras_of_qwen_image_in_lightnings_comfyuis_and_kohyas_names(bases: dict[str, Path], tmp_path: Path, naming: str) -> None:
+    stock, untouched = _stock(bases["qwen-image"]), _stock(bases["qwen-image"])
+    weights = {}
+    for module, layer in stock.transformer.named_modules():
+        if isinstance(layer, torch.nn.Linear) and module.startswith("transformer_blocks."):
+            name = module.replace(".", "_") if naming == "lora_unet_" else module
+            weights |= {f"{naming}{name}.{ending}": value for ending, value in _factors(layer.weight).items()}
+    save_file(weights, tmp_path / "lightning.safetensors")
+    _, model = load_fused(str(bases["qwen-image"]), [(tmp_path / "lightning.safetensors", 1.0)], SamplingOptions())
+    stock.load_lora_weights(tmp_path / "lightning.safetensors")
+    stock.fuse_lora()
+    stock.unload_lora_weights()
+    _same_weights(model, stock, untouched, ["transformer"])

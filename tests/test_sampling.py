@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from flashdiff.prediction import Prediction, guide, to_x0
+from flashdiff.prediction import Prediction, guide, to_x0, with_norm_of
 from flashdiff.sampling import Sampler, extrapolate, ode_step, ode_weights, renoise
 from flashdiff.schedule import NoiseSchedule, trailing_times
 
@@ -54,6 +54,20 @@ def test_guidance_one_is_the_conditional_and_more_goes_beyond_it() -> None:
     conditional, unconditional = np.array([2.0]), np.array([1.0])
     assert guide(conditional, unconditional, 1.0) == 2.0
     assert guide(conditional, unconditional, 3.0) == 4.0
+
+
+def test_guided_outputs_take_the_lengths_of_others_patch_by_patch() -> None:
+    import torch
+
+    values, reference = np.random.default_rng(0).normal(size=(2, 3, 16, 4, 6))
+    found = with_norm_of(values, reference)
+
+    def packed(x: np.ndarray) -> np.ndarray:  # [B, tokens, 4 C], as Qwen-Image's pipeline sees them
+        return x.reshape(3, 16, 2, 2, 3, 2).transpose(0, 2, 4, 1, 3, 5).reshape(3, 6, 64)
+
+    norms = np.linalg.norm(packed(reference), axis=-1, keepdims=True) / np.linalg.norm(packed(values), axis=-1, keepdims=True)
+    np.testing.assert_allclose(packed(found), packed(values) * norms)
+    np.testing.assert_allclose(with_norm_of(torch.from_numpy(values), torch.from_numpy(reference)).numpy(), found)
 
 
 def test_a_flash_sampler_without_its_grid_is_refused() -> None:

@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from flashdiff.errors import ConfigError
-from flashdiff.schedule import FlowSchedule, Grid, NoiseSchedule, trailing_times
+from flashdiff.sampling import Sampler
+from flashdiff.schedule import FlowSchedule, Grid, NoiseSchedule, ShiftBySizeAndSteps, trailing_times
 
 SCHEDULE = NoiseSchedule(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 
@@ -35,6 +36,28 @@ def test_a_flow_schedulers_other_shifts_are_refused() -> None:
     for change in ({"shift_terminal": 0.02}, {"time_shift_type": "linear"}):
         with pytest.raises(ConfigError, match=f"x/scheduler: the scheduler's {next(iter(change))}"):
             FlowSchedule.from_scheduler_config({**dynamic, **change}, source="x/scheduler", tokens=256)
+
+
+@pytest.mark.parametrize("steps", [2, 4, 8, 50])
+def test_levels_are_stretched_to_a_terminal_one_as_by_diffusers(steps: int) -> None:
+    config = {"use_dynamic_shifting": True, "max_shift": 0.9, "max_image_seq_len": 8192, "shift_terminal": 0.02}
+    schedule = FlowSchedule.from_scheduler_config(config, source="x", tokens=4096, may_stretch=True)
+    reference = FlowMatchEulerDiscreteScheduler(**config)
+    reference.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=np.log(schedule.shift))
+    sampler = Sampler(kind="flow-euler", schedule=schedule, default_steps=steps)
+    np.testing.assert_allclose(sampler.times(steps, 4096), reference.timesteps.numpy(), atol=1e-3)
+    assert sampler.times(steps, 4096)[-1] == pytest.approx(20)
+    assert sampler.times(1, 4096) == [1000]
+
+
+@pytest.mark.parametrize("tokens", [4, 256, 4096, 4300, 4301, 16384])
+def test_the_shift_of_flux2_is_that_of_its_pipeline(tokens: int) -> None:
+    from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+
+    shift = ShiftBySizeAndSteps(measured="flux2")
+    for steps in (1, 4, 10, 50, 200):
+        assert np.log(shift.at(tokens, steps)) == pytest.approx(compute_empirical_mu(tokens, steps))
+    assert shift.at(tokens) == shift.at(tokens, 50)
 
 
 @pytest.mark.parametrize("solver_steps", [4, 8, 12, 16, 32, 64])

@@ -26,6 +26,9 @@ FILES = {
     "flux": ["transformer", "vae", "text_encoder", "text_encoder_2"],
     "pixart-sigma": ["transformer", "vae", "text_encoder"],
     "z-image": ["transformer", "vae", "text_encoder"],
+    "sana": ["transformer", "vae", "text_encoder"],
+    "qwen-image": ["transformer", "vae", "text_encoder"],
+    "flux2-klein": ["transformer", "vae", "text_encoder"],
 }
 PATHS = [
     (family, path)
@@ -84,6 +87,12 @@ def test_an_unknown_setting_is_refused_by_file_and_name(bases: dict[str, Path], 
         ("flux", "scheduler/scheduler_config.json", {"invert_sigmas": True}, "'invert_sigmas' is true"),
         ("sd3", "scheduler/scheduler_config.json", {"use_karras_sigmas": True}, "'use_karras_sigmas' is true"),
         ("sd3", "scheduler/scheduler_config.json", {"shift_terminal": 0.1}, "shift_terminal is not supported"),
+        ("qwen-image", "scheduler/scheduler_config.json", {"shift_terminal": 1.5}, "'terminal' = 1.5"),
+        ("qwen-image", "transformer/config.json", {"zero_cond_t": True}, "'zero_cond_t' is true"),
+        ("flux2-klein", "transformer/config.json", {"guidance_embeds": True}, "'guidance_embeds' is true"),
+        ("sana", "scheduler/scheduler_config.json", {"use_flow_sigmas": False}, "'use_flow_sigmas' is false"),
+        ("sana", "scheduler/scheduler_config.json", {"prediction_type": ...}, "'prediction_type' is \"epsilon\""),
+        ("sana", "transformer/config.json", {"interpolation_scale": 2.0}, "'interpolation_scale' is 2.0"),
         ("sdxl", "model_index.json", {"requires_aesthetics_score": True}, "'requires_aesthetics_score' is true"),
         ("sd15", "model_index.json", {"controlnet": ["diffusers", "ControlNetModel"]}, "'controlnet' = "),
     ],

@@ -1,5 +1,6 @@
 """Tiny random models, one a family: real members, made in a second, good for nothing but code paths."""
 
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -7,14 +8,26 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     DDIMScheduler,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+    SanaPipeline,
+    SanaSprintPipeline,
+    SanaTransformer2DModel,
+    SCMScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -29,9 +42,14 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3Model,
     T5Config,
     T5EncoderModel,
@@ -173,6 +191,79 @@ def make_tiny_z_image(folder: Path) -> Path:
     return folder
 
 
+def make_tiny_sana(folder: Path) -> Path:
+    torch.manual_seed(0)
+    SanaPipeline(
+        vae=_dc(),
+        transformer=_sana_transformer(),
+        text_encoder=_gemma(),
+        tokenizer=_gemma_tokenizer(),
+        scheduler=DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+    ).save_pretrained(folder)
+    return folder
+
+
+def make_tiny_sana_sprint(folder: Path) -> Path:
+    torch.manual_seed(0)
+    SanaSprintPipeline(
+        vae=_dc(),
+        transformer=_sana_transformer(guidance_embeds=True, qk_norm="rms_norm_across_heads"),
+        text_encoder=_gemma(),
+        tokenizer=_gemma_tokenizer(),
+        scheduler=SCMScheduler(),
+    ).save_pretrained(folder)
+    return folder
+
+
+def make_tiny_qwen_image(folder: Path) -> Path:
+    torch.manual_seed(0)
+    transformer = QwenImageTransformer2DModel(
+        in_channels=64, out_channels=16, num_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=_WIDTH,
+        axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    vae = AutoencoderKLQwenImage(base_dim=8, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[False, True])
+    QwenImagePipeline(
+        vae=vae,
+        transformer=_varied(transformer),
+        text_encoder=_qwen_vl(),
+        tokenizer=_qwen_tokenizer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+        ),
+    ).save_pretrained(folder)
+    config = json.loads((folder / "vae" / "config.json").read_text())
+    (folder / "vae" / "config.json").write_text(json.dumps({**config, "sample_size": 32}))
+    return folder
+
+
+def make_tiny_flux2_klein(folder: Path, *, is_distilled: bool = False) -> Path:
+    torch.manual_seed(0)
+    transformer = Flux2Transformer2DModel(
+        in_channels=32, num_layers=2, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=3 * 16, timestep_guidance_channels=32, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
+    )  # fmt: skip
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        latent_channels=8,
+        norm_num_groups=4,
+        sample_size=32,
+    )
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2)
+    Flux2KleinPipeline(
+        vae=vae,
+        transformer=_varied(transformer),
+        text_encoder=_deep_qwen(),
+        tokenizer=_qwen_tokenizer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        is_distilled=is_distilled,
+    ).save_pretrained(folder)
+    return folder
+
+
 FAMILIES: dict[str, Callable[[Path], Path]] = {
     "sd15": make_tiny_sd15,
     "sdxl": make_tiny_sdxl,
@@ -181,6 +272,9 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
     "sd3": make_tiny_sd3,
     "flux": make_tiny_flux,
     "z-image": make_tiny_z_image,
+    "sana": make_tiny_sana,
+    "qwen-image": make_tiny_qwen_image,
+    "flux2-klein": make_tiny_flux2_klein,
 }
 """By the family's name."""
 
@@ -188,6 +282,9 @@ MEMBERS: dict[str, str] = {"sd2": "sd15", "sd35": "sd3"}
 """Models of another form that are members of these families: the family of each."""
 
 MODELS: dict[str, Callable[[Path], Path]] = {**FAMILIES, "sd2": make_tiny_sd2, "sd35": make_tiny_sd35}
+
+STUDENTS: dict[str, Callable[[Path], Path]] = {"sana-sprint": make_tiny_sana_sprint}
+"""Families that are served, but not distilled: they are few-step students already."""
 
 
 def open_stock(pipeline_class: Any, base: Path) -> Any:
@@ -289,6 +386,89 @@ def _qwen() -> Qwen3Model:
             max_position_embeddings=1024,
         )
     )
+
+
+def _sana_transformer(**settings: Any) -> Any:
+    transformer = SanaTransformer2DModel(
+        in_channels=8, out_channels=8, num_attention_heads=4, attention_head_dim=8, num_layers=2, num_cross_attention_heads=2,
+        cross_attention_head_dim=16, cross_attention_dim=32, caption_channels=_WIDTH, sample_size=8, **settings,
+    )  # fmt: skip
+    return _varied(transformer)
+
+
+def _dc() -> AutoencoderDC:
+    """Four pixels per latent cell, where published ones have 32."""
+    return AutoencoderDC(
+        latent_channels=8,
+        attention_head_dim=8,
+        encoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),
+        encoder_block_out_channels=(8, 16, 16),
+        decoder_block_out_channels=(8, 16, 16),
+        encoder_layers_per_block=(1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1),
+        encoder_qkv_multiscales=((), (), (5,)),
+        decoder_qkv_multiscales=((), (), (5,)),
+        scaling_factor=0.5,
+    )
+
+
+def _gemma_tokenizer() -> PreTrainedTokenizerFast:
+    """Sentences of the instruction are single tokens, so that sequences stay short."""
+    words = ["<pad>", "<eos>", "<bos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE(vocab={word: index for index, word in enumerate(words)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    instruction = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+    tokenizer.add_tokens([line for line in instruction if line != instruction[-1]])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+
+
+def _gemma() -> Gemma2Model:
+    words = len(pre_tokenizers.ByteLevel.alphabet()) + 16
+    return Gemma2Model(
+        Gemma2Config(
+            vocab_size=words,
+            hidden_size=_WIDTH,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            query_pre_attn_scalar=8,
+        )
+    )
+
+
+def _qwen_vl() -> Qwen2_5_VLForConditionalGeneration:
+    words = len(pre_tokenizers.ByteLevel.alphabet()) + 3
+    text = {
+        "vocab_size": words,
+        "hidden_size": _WIDTH,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]},
+    }
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": _WIDTH}
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+
+
+def _deep_qwen() -> Qwen3ForCausalLM:
+    """Layers 9, 18 and 27 of it are read."""
+    words = len(pre_tokenizers.ByteLevel.alphabet()) + 3
+    config = Qwen3Config(
+        vocab_size=words,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=28,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=1024,
+    )
+    return Qwen3ForCausalLM(config)
 
 
 def _varied(transformer: torch.nn.Module) -> Any:

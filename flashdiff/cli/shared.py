@@ -38,6 +38,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, *, with_steps: bool 
     few.add_argument("--spacing", choices=defaults.SPACINGS, help="of the times, for euler, ddim and flow-euler")
     few.add_argument("--timesteps", metavar="N[,N...]", help="the student's own times, noisiest first, such as 999,749,499,249")
     few.add_argument("--eta", type=float, help="share of fresh noise, 0 to 1, for ddim, tcd (its gamma) and flow-euler")
+    few.add_argument("--shift", type=float, help="a flow's, at every size; default: the base's")
     few.add_argument("--prediction", choices=defaults.PREDICTIONS, help="what the network predicts; default: as the base")
     if with_steps:
         few.add_argument("--steps", type=int, metavar="N", help="of requests that do not say; default: the preset's, else 4")
@@ -46,7 +47,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, *, with_steps: bool 
 def given_sampling(options: argparse.Namespace) -> dict[str, Any]:
     """What was given of `add_sampling_arguments` and `--guidance`, by the fields of `SamplingOptions`."""
     timesteps = parse_timesteps(options.timesteps) if options.timesteps is not None else None
-    values = {name: getattr(options, name) for name in ("preset", "sampler", "spacing", "eta", "guidance", "prediction")}
+    values = {name: getattr(options, name) for name in ("preset", "sampler", "spacing", "eta", "shift", "guidance", "prediction")}
     return {**values, "timesteps": timesteps, "steps": None if isinstance(options.steps, str) else options.steps}
 
 

@@ -1,5 +1,6 @@
 """The model families, and how a base model is found and loaded. Only this folder knows a model's name."""
 
+import difflib
 import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,10 @@ _FAMILIES = {
     "StableDiffusion3Pipeline": "sd3",
     "FluxPipeline": "flux",
     "ZImagePipeline": "z_image",
+    "SanaPipeline": "sana",
+    "SanaSprintPipeline": "sana_sprint",
+    "QwenImagePipeline": "qwen_image",
+    "Flux2KleinPipeline": "flux2_klein",
 }
 _ZOO = Path(__file__).parent.parent / "zoo"
 
@@ -57,7 +62,9 @@ def family_of(folder: Path) -> "ModelFamily":
     except (OSError, ValueError, KeyError, TypeError):
         raise ModelError(f"{folder} is not a diffusers model directory: it has no readable model_index.json") from None
     if not isinstance(pipeline_class, str) or pipeline_class not in _FAMILIES:
-        raise ModelError(f"{folder}: no family for a {pipeline_class}; supported: {', '.join(_FAMILIES)}")
+        near = difflib.get_close_matches(str(pipeline_class), _FAMILIES, n=1, cutoff=0.7)
+        hint = f"the nearest of those supported is {near[0]}; all: " if near else "supported: "
+        raise ModelError(f"{folder}: no family for a {pipeline_class}; {hint}{', '.join(_FAMILIES)}")
     family: ModelFamily = importlib.import_module(f"flashdiff.families.{_FAMILIES[pipeline_class]}").FAMILY
     return family
 

@@ -64,6 +64,8 @@ class ModelFamily:
     networks: Mapping[str, str | Mapping[str, str]]
     """The folders with a network's config.json: the transformers class of an encoder's configuration, or for each diffusers class
     that it may name the one that is loaded."""
+    optional: tuple[str, ...] = ()
+    """Those of the networks that a base may do without, where model_index.json says `[null, null]`."""
     fixed: Mapping[str, Fixed] = field(default_factory=dict)
     """By folder: settings that count only at some values."""
     is_flow: bool = False

@@ -93,7 +93,7 @@ def spec_of(
     ModelError when none of these entrances makes the autoencoder's latents as wide as the network's, of `network_channels`.
     """
     vae = read_config(folder, "vae")
-    factor, channels = latent_factor(vae), vae["latent_channels"]
+    factor, channels = latent_factor(vae), vae["latent_channels"] if "latent_channels" in vae else vae["z_dim"]
     conditions = [Condition(name=name, part="text_encoder", unconditional=unconditional) for name in family.conditioning]
     entrance = next((entrance for entrance in entrances if channels + entrance.channels == network_channels), None)
     if entrance is None:
@@ -103,7 +103,10 @@ def spec_of(
             f"of this pipeline class the family {family.name} runs networks that take {known}"
         )
     index = read_config(folder, ".", "model_index.json")
-    there = [part for part in family.networks if index.get(part) != [None, None]]  # SD3 may do without T5
+    there = [part for part in family.networks if index.get(part) != [None, None]]
+    absent = [part for part in family.networks if part not in (*there, *family.optional)]
+    if absent:
+        raise ModelError(f"{folder}: model_index.json names no {absent[0]}, which a {family.pipeline_class} needs")
     configs = {part: read_config(folder, part) for part in there} | {"scheduler": scheduler_config(folder), ".": index}
     check_settings(folder, family, configs)
     return ModelSpec(
@@ -211,33 +214,24 @@ def load_part(folder: Path, part: str, kind: Any) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def tokenizer_spec(folder: Path, part: str, name: str, length: int | None = None) -> TokenizerSpec:
-    """From a tokenizer's configuration: `length` overrides its own, as pipelines do for T5."""
+def tokenizer_spec(folder: Path, part: str, name: str, length: int | None = None, **settings: Any) -> TokenizerSpec:
+    """From a tokenizer's configuration: `length` overrides its own, as pipelines do for T5; `settings` are those of the spec."""
     from transformers import AutoTokenizer
 
     tokenizer = _tokenizer(folder, part, AutoTokenizer)
-    return TokenizerSpec(name=name, length=length or tokenizer.model_max_length, pad_id=tokenizer.pad_token_id)
+    length = length or tokenizer.model_max_length
+    return TokenizerSpec(name=name, length=length, pad_id=tokenizer.pad_token_id, **settings)
 
 
-def load_tokenizers(
-    folder: Path, parts: dict[str, str], specs: tuple[TokenizerSpec, ...], *, lowercase: bool = False
-) -> PromptTokenizer:
-    """The tokenizers of a model; `parts` says in which folder the one for an input lies.
-
-    `lowercase` strips and lowers the text first, as a pipeline does whose tokenizer does not.
-    """
-    from tokenizers import normalizers
+def load_tokenizers(folder: Path, parts: dict[str, str], specs: tuple[TokenizerSpec, ...]) -> PromptTokenizer:
+    """The tokenizers of a model; `parts` says in which folder the one for an input lies."""
     from transformers import AutoTokenizer
 
     texts = {}
     for spec in specs:
         found = _tokenizer(folder, parts[spec.name], AutoTokenizer)
         try:
-            tokenizer = found.backend_tokenizer
-            if lowercase:
-                first = [normalizers.Lowercase(), normalizers.Strip()]
-                tokenizer.normalizer = normalizers.Sequence([*first, *([tokenizer.normalizer] if tokenizer.normalizer else [])])
-            texts[spec.name] = tokenizer.to_str()
+            texts[spec.name] = found.backend_tokenizer.to_str()
         except Exception as error:  # a tokenizer of another kind than the library `tokenizers` runs
             raise ModelError(f"{folder}: {parts[spec.name]} cannot be used: {first_line(error)}") from None
     return PromptTokenizer(texts, specs)

@@ -78,7 +78,7 @@ def _load(folder: Path, spec: ModelSpec) -> TorchModel:
     return TorchModel(
         spec=spec,
         folder=folder,
-        tokenizer=load_tokenizers(folder, {"input_ids": "tokenizer"}, spec.tokenizers, lowercase=True),
+        tokenizer=load_tokenizers(folder, {"input_ids": "tokenizer"}, spec.tokenizers),
         text_encoder=_TextEncoder(t5, spec.tokenizers[0].pad_id).eval(),
         denoiser=_Denoiser(transformer, spec.latent_factor).eval(),
         encoder=Encoder(vae).eval(),
@@ -101,7 +101,7 @@ def pixart_family(name: str, pipeline_class: str, *, tokens: int) -> ModelFamily
             schedule=NoiseSchedule.from_scheduler_config(scheduler_config(folder), source=f"{folder}/scheduler"),
             network_channels=transformer["in_channels"],
             latent_side=transformer["sample_size"],
-            tokenizers=(tokenizer_spec(folder, "tokenizer", "input_ids", tokens),),
+            tokenizers=(tokenizer_spec(folder, "tokenizer", "input_ids", tokens, lowercase=True),),
         )
 
     family = ModelFamily(

@@ -150,6 +150,7 @@ FAMILY = ModelFamily(
         "text_encoder_2": "CLIPTextConfig",
         "text_encoder_3": "T5Config",
     },
+    optional=("text_encoder_3",),
     fixed={"vae": VAE},
     is_flow=True,
     read_spec=_read_spec,

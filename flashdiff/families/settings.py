@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 Fixed = Mapping[str, tuple[Any, ...]]
 """Settings that flashdiff's code follows at these values alone."""
 
-_OWN = frozenset({"_class_name", "_diffusers_version", "_name_or_path"})
+_OWN = frozenset({"_class_name", "_diffusers_version", "_name_or_path", "sample_size"})
+"""Known of every file. Where a class has no sample_size, families read the default image's size from it."""
 
 UNET: Fixed = {
     "class_embed_type": (None,),
@@ -41,7 +42,7 @@ _SCHEDULE = {
 }  # fmt: skip
 _FLOW = {
     "num_train_timesteps", "shift", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "use_dynamic_shifting",
-    "shift_terminal", "time_shift_type",
+    "shift_terminal", "time_shift_type", "flow_shift",
 }  # fmt: skip
 _WALK = {
     "skip_prk_steps", "solver_order", "solver_type", "solver_p", "algorithm_type", "lower_order_final", "euler_at_final",
@@ -54,9 +55,11 @@ _OFF: Fixed = {"clip_sample": (False, None), "thresholding": (False, None)}
 _FLOW_OFF: Fixed = dict.fromkeys(
     ("invert_sigmas", "stochastic_sampling", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"), (False, None)
 )
+_FLOW_ON: Fixed = {"use_flow_sigmas": (True,), "prediction_type": ("flow_prediction", "trigflow")}
+"""Of schedulers that serve other models as well."""
 _UNUSED_COMPONENTS = {"safety_checker", "feature_extractor", "image_encoder"}
 """Of a pipeline: they judge finished images, or read pictures that flashdiff does not give them."""
-_PIPELINE_SETTINGS = {"requires_safety_checker", "add_watermarker", "force_zeros_for_empty_prompt"}
+_PIPELINE_SETTINGS = {"requires_safety_checker", "add_watermarker", "force_zeros_for_empty_prompt", "is_distilled"}
 _PIPELINE_FIXED: Fixed = {"requires_aesthetics_score": (False, None)}
 
 _TRANSFORMERS = {
@@ -108,9 +111,10 @@ def _check(path: str, config: Mapping[str, Any], known: Collection[str], fixed: 
 
 def _check_scheduler(path: str, config: Mapping[str, Any], *, is_flow: bool) -> None:
     defaults = _defaults(str(config.get("_class_name")))
-    implied = {name: defaults[name] for name in ("clip_sample", "thresholding") if name in defaults and name not in config}
+    fixed = {**_OFF, **_FLOW_OFF, **_FLOW_ON} if is_flow else _OFF
+    implied = {name: defaults[name] for name in ("clip_sample", "thresholding", *_FLOW_ON) if name in fixed and name in defaults}
     known = _OWN | _WALK | (_FLOW if is_flow else _SCHEDULE)
-    _check(path, {**config, **implied}, known, {**_OFF, **(_FLOW_OFF if is_flow else {})}, defaults)
+    _check(path, {**implied, **config}, known, fixed, defaults)
 
 
 def _check_pipeline(path: str, family: "ModelFamily", config: Mapping[str, Any]) -> None:
@@ -136,7 +140,10 @@ def _config_names(name: str) -> frozenset[str]:
     """The settings of a configuration class of transformers."""
     import transformers
 
-    return frozenset(getattr(transformers, name)().to_dict())
+    kind = getattr(transformers, name)
+    # Files that transformers 4 wrote have the settings of a text model beside those of the whole.
+    kinds = (kind, *(kind.sub_configs[part] for part in ("text_config",) if part in kind.sub_configs))
+    return frozenset().union(*(one().to_dict() for one in kinds))
 
 
 def _same(value: Any, default: Any) -> bool:

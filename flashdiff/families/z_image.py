@@ -162,7 +162,6 @@ class _Denoiser(nn.Module):
 def _read_spec(folder: Path) -> ModelSpec:
     vae, transformer = read_config(folder, "vae"), read_config(folder, "transformer")
     side = vae["sample_size"] // latent_factor(vae)
-    tokenizer = tokenizer_spec(folder, "tokenizer", "input_ids", _TOKENS)
     return spec_of(
         folder,
         FAMILY,
@@ -172,7 +171,7 @@ def _read_spec(folder: Path) -> ModelSpec:
         ),
         network_channels=transformer["in_channels"],
         latent_side=side,
-        tokenizers=(tokenizer.model_copy(update={"before": _BEFORE, "after": _AFTER}),),
+        tokenizers=(tokenizer_spec(folder, "tokenizer", "input_ids", _TOKENS, before=_BEFORE, after=_AFTER),),
     )
 
 

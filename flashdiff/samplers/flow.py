@@ -16,7 +16,7 @@ from flashdiff.schedule import FlowSchedule, Schedule
 def _sigmas(settings: SamplerSettings, schedule: Schedule, steps: int, tokens: int | None) -> NDArray[np.float64]:
     """[steps], noisiest first."""
     assert isinstance(schedule, FlowSchedule)
-    last, shift = schedule.num_train_timesteps, schedule.shift_at(tokens)
+    last, shift = schedule.num_train_timesteps, schedule.shift_at(tokens, steps)
     if settings.timesteps:
         unshifted = (np.array(chosen_times(settings.timesteps, steps)) + 1) / last
     elif settings.spacing == "trailing":
@@ -26,7 +26,7 @@ def _sigmas(settings: SamplerSettings, schedule: Schedule, steps: int, tokens: i
         unshifted = np.linspace(1.0, schedule.least_sigma, steps)
     else:
         raise ConfigError("spacing 'leading' is not for a flow: take trailing or linspace")
-    return shift * unshifted / (1 + (shift - 1) * unshifted)
+    return schedule.stretched(shift * unshifted / (1 + (shift - 1) * unshifted))
 
 
 def _times(settings: SamplerSettings, schedule: Schedule, steps: int, tokens: int | None) -> list[float]:

@@ -12,6 +12,7 @@ from flashdiff.presets import PRESETS
 from flashdiff.samplers import SAMPLERS
 from flashdiff.samplers.settings import Spacing
 from flashdiff.sampling import Sampler
+from flashdiff.schedule import FlowSchedule, Schedule
 
 _SETTINGS = ("spacing", "timesteps", "eta")
 
@@ -27,6 +28,8 @@ class SamplingOptions(Record):
     timesteps: tuple[int, ...] | None = None
     """The student's own times, noisiest first."""
     eta: float | None = None
+    shift: float | None = None
+    """A flow's shift at every size, where the student was trained with another than its base."""
     steps: int | None = None
     """Of requests that do not say."""
     guidance: float | None = None
@@ -51,6 +54,8 @@ def sampled_as(base: ModelSpec, options: SamplingOptions) -> ModelSpec:
     values: dict[str, Any] = dict(base.sampler) if name == base.sampler.kind else _new(base, name)
     values |= {field: value for field in _SETTINGS if (value := getattr(options, field)) is not None}
     values |= {"most_steps": most_steps} if most_steps else {}
+    if options.shift is not None:
+        values["schedule"] = _shifted(base.sampler.schedule, options.shift)
     if options.guidance is not None:
         embedded = base.sampler.embedded_guidance is not None
         values["embedded_guidance" if embedded else "guidance"] = options.guidance
@@ -105,6 +110,14 @@ def _check(base: ModelSpec, options: SamplingOptions, name: str) -> None:
         raise ConfigError(f"--timesteps {max(options.timesteps)}: this model's times go from 0 to {last}")
 
 
+def _shifted(schedule: Schedule, shift: float) -> FlowSchedule:
+    if not isinstance(schedule, FlowSchedule):
+        raise ConfigError(f"--shift {shift:g}: this base is no rectified flow, and has no shift")
+    if not 0 < shift <= 1000:
+        raise ConfigError(f"--shift {shift:g}: give a number above 0, up to 1000")
+    return FlowSchedule(num_train_timesteps=schedule.num_train_timesteps, shift=shift)
+
+
 def _new(base: ModelSpec, name: str) -> dict[str, Any]:
     """A sampler of another kind than the base's own, with the kind's defaults."""
     old = base.sampler
@@ -114,6 +127,7 @@ def _new(base: ModelSpec, name: str) -> dict[str, Any]:
         "kind": name,
         "schedule": old.schedule,
         "guidance": old.guidance if name == "ode" else 1.0,
+        "keeps_norm": old.keeps_norm,
         "embedded_guidance": old.embedded_guidance,
         "default_steps": old.default_steps,
         **spacing,

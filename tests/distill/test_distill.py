@@ -243,11 +243,19 @@ def _layer() -> str:
     return "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 
 
-@pytest.mark.parametrize("name", ["avatars", "sd15", "sdxl", "pixart", "sd3", "flux"])
+@pytest.mark.parametrize("name", [path.stem for path in bundled_recipe("avatars.toml").parent.glob("*.toml")])
 def test_the_shipped_recipes_read(name: str) -> None:
     recipe = load_recipe(bundled_recipe(f"{name}.toml"), Recipe)
     assert recipe.grid.solver_times()[0] == 999
     assert name == "avatars" or [phase.distribution_matching for phase in recipe.phases] == [0, 0.3, 0.5, 0.7]
+
+
+def test_a_consistency_student_is_no_teacher(tmp_path: Path) -> None:
+    from tiny import STUDENTS
+
+    base = STUDENTS["sana-sprint"](tmp_path / "sprint")
+    with pytest.raises(TrainingError, match="is a consistency student already, and no teacher; distil the base it comes from"):
+        distill(tiny_recipe(base), tmp_path / "out")
 
 
 def test_a_grid_of_another_length_than_the_bases_is_refused(tiny_base: Path, tmp_path: Path) -> None:

@@ -75,7 +75,9 @@ def test_activations_are_what_a_real_pass_keeps(name: str, tmp_path: Path) -> No
     assert activation_bytes(model, checkpointing=True) < real / 4
 
 
-SHIPPED = {"avatars": "sd15"} | {name: name for name in ("sd15", "sdxl", "pixart", "sd3", "flux")}
+SHIPPED = {"avatars": "sd15", "sd35": "sd3"}
+SHIPPED |= {name: name for name in ("sd15", "sdxl", "pixart", "pixart-sigma", "sd3", "flux", "z-image", "sana")}
+SHIPPED |= {name: name for name in ("qwen-image", "flux2-klein")}
 """Every shipped recipe with its base's family."""
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny import MODELS
+from tiny import MODELS, STUDENTS
 
 from flashdiff.components import Size
 from flashdiff.engines.build import build_engine
@@ -22,7 +22,7 @@ def family_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Ba
     def build(family: str, backend: BackendName) -> Path:
         base, out = root / family, root / f"{family}-{backend}"
         if not base.exists():
-            MODELS[family](base)
+            (MODELS | STUDENTS)[family](base)
         if not out.exists():
             build_engine(BuildOptions(base=str(base), out=out, backend=backend, sizes=SIZES, batch_sizes=(2, 3)), print)
         return out

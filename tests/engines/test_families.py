@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from tiny import FAMILIES, MODELS
+from tiny import FAMILIES, MODELS, STUDENTS
 from torch import Tensor, nn
 
 from flashdiff.components import Size
@@ -34,7 +34,7 @@ Build = Callable[[str, BackendName], Path]
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", [*MODELS, *STUDENTS])
 def test_every_family_is_built_and_passes_the_gate(family: str, backend: BackendName, family_bundle: Build) -> None:
     engine = open_bundle(family_bundle(family, backend))
     assert engine.manifest.rows_are_exact
@@ -146,10 +146,10 @@ def test_a_size_that_the_family_cannot_do_is_refused(family: str, size: Size, me
 
 @pytest.mark.parametrize(
     ("family", "backend", "precision"),
-    [*((family, "torch", "bf16") for family in MODELS), ("sd15", "torch", "fp16"), ("sd15", "onnxruntime", "fp16")],
+    [*((family, "torch", "bf16") for family in (*MODELS, *STUDENTS)), ("sd15", "torch", "fp16"), ("sd15", "onnxruntime", "fp16")],
 )
 def test_lower_precisions_pass_a_gate_of_their_own(family: str, tmp_path: Path, backend: BackendName, precision: str) -> None:
-    base = MODELS[family](tmp_path / family)
+    base = (MODELS | STUDENTS)[family](tmp_path / family)
     options = BuildOptions(base=str(base), out=tmp_path / "bundle", backend=backend, precision=precision, batch_sizes=(2, 4))
     manifest = build_engine(options, print)
     assert 1e-4 < manifest.max_error["denoiser"] <= manifest.max_error_allowed["denoiser"]  # not float32 in disguise

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import pytest
 import safetensors.torch
-from tiny import make_tiny_flux, make_tiny_sd15, make_tiny_sdxl
+from tiny import make_tiny_flux, make_tiny_qwen_image, make_tiny_sd15, make_tiny_sdxl
 
 from flashdiff import cli, defaults
 from flashdiff.components import ModelSpec
@@ -25,6 +25,7 @@ from flashdiff.samplers.options import SamplingOptions, sampled_as
 from flashdiff.samplers.recognise import few_step_hint
 from flashdiff.samplers.settings import Spacing
 from flashdiff.sampling import Sampler
+from flashdiff.schedule import FlowSchedule
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +78,20 @@ def test_known_presets_take_the_times_their_authors_give(sdxl: Path) -> None:
     assert sampled_as(_spec(sdxl), SamplingOptions(preset="sdxl-lightning-1")).prediction == "sample"
 
 
+def test_lightnings_shift_is_its_own_at_every_size(tmp_path: Path) -> None:
+    spec = _spec(make_tiny_qwen_image(tmp_path / "qwen-image"))
+    assert isinstance(spec.sampler.schedule, FlowSchedule)
+    assert (spec.sampler.schedule.terminal, spec.sampler.evaluations_per_step) == (0.02, 2)
+    sampler = sampled_as(spec, SamplingOptions(preset="qwen-image-lightning-4")).sampler
+    assert sampler.schedule == FlowSchedule(shift=3.0)
+    assert (sampler.max_steps, sampler.evaluations_per_step) == (4, 1)
+    assert sampler.times(4, 4096) == pytest.approx([1000, 900, 750, 500])
+    assert sampler.times(4, 16) == sampler.times(4, 4096)
+    own = sampled_as(spec, SamplingOptions(preset="qwen-image-lightning-8", shift=2.5)).sampler
+    assert own.schedule == FlowSchedule(shift=2.5)
+    assert few_step_hint("qwen-image", ["Qwen-Image-Lightning-4steps-V1.0"]) == "--preset qwen-image-lightning-4"
+
+
 def test_an_option_overrides_its_preset(sdxl: Path) -> None:
     sampler = sampled_as(_spec(sdxl), SamplingOptions(preset="tcd-sdxl", eta=0.5, steps=2, guidance=1.5)).sampler
     assert (sampler.kind, sampler.eta, sampler.default_steps, sampler.guidance) == ("tcd", 0.5, 2, 1.5)
@@ -93,6 +108,7 @@ def test_an_option_overrides_its_preset(sdxl: Path) -> None:
         ({"sampler": "euler", "eta": 0.5}, "--eta 0.5: the sampler euler does not take it; ddim, tcd, flow-euler do"),
         ({"sampler": "lcm", "spacing": "trailing"}, "--spacing trailing: the sampler lcm does not take it; euler, euler-anc"),
         ({"spacing": "trailing"}, "--spacing trailing: the sampler ode does not take it"),
+        ({"shift": 3.0}, "--shift 3: this base is no rectified flow, and has no shift"),
         ({"sampler": "tcd", "eta": 1.5}, "--eta 1.5: give a number from 0 to 1"),
         ({"sampler": "lcm", "timesteps": (249, 999)}, r"timesteps \[249, 999\]: give falling whole numbers"),
         ({"sampler": "lcm", "timesteps": (1500, 3)}, "--timesteps 1500: this model's times go from 0 to 999"),

@@ -1,6 +1,7 @@
 """Whole images of tiny random models: a stock diffusers pipeline with its own scheduler, and the same noise, against ours."""
 
 import inspect
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,16 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from tiny import FAMILIES, make_tiny_flux, make_tiny_sd3, make_tiny_sd15, make_tiny_sdxl
+from tiny import (
+    FAMILIES,
+    make_tiny_flux,
+    make_tiny_flux2_klein,
+    make_tiny_qwen_image,
+    make_tiny_sana_sprint,
+    make_tiny_sd3,
+    make_tiny_sd15,
+    make_tiny_sdxl,
+)
 
 from flashdiff.components import Components
 from flashdiff.engines.build import build_engine
@@ -78,11 +88,13 @@ def _stock(
         lambda *_, **__: torch.from_numpy(image_noise(SEED, next(steps), shape))[None],
     )
     latents = torch.from_numpy(image_noise(SEED, 0, shape))[None]
-    if isinstance(pipeline, diffusers.FluxPipeline):
+    if isinstance(pipeline, diffusers.FluxPipeline | diffusers.QwenImagePipeline):
         latents = pipeline._pack_latents(latents, *latents.shape)
+    if isinstance(pipeline, diffusers.Flux2KleinPipeline):
+        latents = pipeline._patchify_latents(latents)
     takes = inspect.signature(pipeline.__call__).parameters
     settings |= {name: 32 for name in ("height", "width") if name in takes}
-    image: NDArray[np.float32] = pipeline(PROMPT, latents=latents, output_type="pt", **settings).images[0].numpy()
+    image: NDArray[np.float32] = pipeline(prompt=PROMPT, latents=latents, output_type="pt", **settings).images[0].numpy()
     return image
 
 
@@ -137,6 +149,54 @@ def test_flow_euler_is_that_of_the_stock_pipeline(
     ours = _ours(model, steps)
     np.testing.assert_allclose(ours, stock, atol=TOLERANCE, rtol=0)
     assert ours.std() > 0.02
+
+
+@pytest.mark.parametrize("steps", [4, 8])
+def test_lightning_of_qwen_image_is_that_of_the_stock_pipeline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    base = make_tiny_qwen_image(tmp_path / "qwen-image")
+    _, model = load_fused(str(base), (), SamplingOptions(preset=f"qwen-image-lightning-{steps}"))
+    shape, kind = model.spec.latent_shape(model.spec.sizes[0]), "FlowMatchEulerDiscreteScheduler"
+    published = {"base_shift": math.log(3), "max_shift": math.log(3), "shift_terminal": None}
+    stock = _stock(monkeypatch, base, kind, published, shape, num_inference_steps=steps, true_cfg_scale=1.0)
+    np.testing.assert_allclose(_ours(model, steps), stock, atol=TOLERANCE, rtol=0)
+
+
+def test_qwen_image_as_published_is_that_of_the_stock_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shift by size, levels stretched to the terminal one, and guided outputs of the conditional ones' lengths."""
+    base = make_tiny_qwen_image(tmp_path / "qwen-image")
+    _, model = load_fused(str(base), (), SamplingOptions(sampler="flow-euler", guidance=4))
+    shape, kind = model.spec.latent_shape(model.spec.sizes[0]), "FlowMatchEulerDiscreteScheduler"
+    stock = _stock(monkeypatch, base, kind, {}, shape, num_inference_steps=5, true_cfg_scale=4.0, negative_prompt="")
+    np.testing.assert_allclose(_ours(model, 5), stock, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_the_distilled_flux2_klein_is_that_of_the_stock_pipeline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    base = make_tiny_flux2_klein(tmp_path / "klein", is_distilled=True)
+    _, model = load_fused(str(base), (), SamplingOptions())
+    assert (model.spec.sampler.default_steps, model.spec.sampler.evaluations_per_step) == (4, 1)
+    shape, kind = model.spec.latent_shape(model.spec.sizes[0]), "FlowMatchEulerDiscreteScheduler"
+    stock = _stock(monkeypatch, base, kind, {}, shape, num_inference_steps=steps)
+    np.testing.assert_allclose(_ours(model, steps), stock, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+@pytest.mark.parametrize("guidance", [None, 2.0])
+def test_sana_sprint_is_that_of_the_stock_pipeline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int, guidance: float | None
+) -> None:
+    base = make_tiny_sana_sprint(tmp_path / "sprint")
+    _, model = load_fused(str(base), (), SamplingOptions(guidance=guidance))
+    settings = {"intermediate_timesteps": 1.3 if steps == 2 else None, "use_resolution_binning": False}
+    shape = model.spec.latent_shape(model.spec.sizes[0])
+    stock = _stock(
+        monkeypatch, base, "SCMScheduler", {}, shape, num_inference_steps=steps, guidance_scale=guidance or 4.5, **settings
+    )
+    np.testing.assert_allclose(_ours(model, steps), stock, atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("base", ["lcm", "lcm sdxl"])
