@@ -39,8 +39,8 @@ def build_engine(options: BuildOptions, report: Callable[[str], None]) -> Manife
     A bundle that is up to date is left alone; one that is not is replaced when the new one is whole.
     """
     plan = plan_build(options)
-    if plan.warning:
-        report(f"warning: {plan.warning}")
+    for warning in plan.warnings:
+        report(f"warning: {warning}")
     if not plan.changes:
         assert plan.previous
         report(f"{options.out} is up to date: the same base, LoRAs, options, code and libraries; nothing to do")

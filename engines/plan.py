@@ -17,10 +17,20 @@ from flashdiff.engines.differences import differences
 from flashdiff.engines.requirements import Requirements, count_parameters, estimate, free_bytes
 from flashdiff.errors import BundleError
 from flashdiff.families import family_of, find_base
-from flashdiff.families.base import ModelFamily, base_files, base_hash
+from flashdiff.families.base import ModelFamily
+from flashdiff.families.files import base_files, base_hash
 from flashdiff.families.loading import size_limits
 from flashdiff.files import hash_files, shown_bytes
-from flashdiff.lora import check_base, find_lora, fused_spec, lora_files, lora_hash, read_metadata, touches_text
+from flashdiff.lora import (
+    check_base,
+    find_lora,
+    fused_spec,
+    lora_files,
+    lora_hash,
+    lora_name,
+    read_metadata,
+    touches_text,
+)
 from flashdiff.parts import Phase
 from flashdiff.reading import Witness, first_change, witness
 from flashdiff.samplers.options import SamplingOptions
@@ -51,7 +61,7 @@ class BuildPlan:
     """Why there is none, though something is there."""
     sources: Witness
     """The files of the base and the LoRAs, as they were before any was read."""
-    warning: str | None
+    warnings: tuple[str, ...]
     """What looks wrong and may be meant."""
 
     @property
@@ -86,13 +96,13 @@ def plan_build(options: BuildOptions) -> BuildPlan:
     sources = witness([*base_files(folder), *(file for lora, _ in loras for file in lora_files(lora))])
     spec = fused_spec(family.read_spec(folder), [lora for lora, _ in loras], options)
     hash_of_base = base_hash(folder)
-    check_base(folder, hash_of_base, [lora for lora, _ in loras])
+    of_base = check_base(folder, hash_of_base, [lora for lora, _ in loras])
     spec = spec.model_copy(update={"sizes": options.sizes or spec.sizes})
     _check_shapes(options, family, spec, *size_limits(folder, family))
     inputs = BuildInputs(
         base=spec.name,
         base_hash=hash_of_base,
-        loras=tuple(LoraRecord(name=lora.name, weights_hash=lora_hash(lora), weight=weight) for lora, weight in loras),
+        loras=tuple(LoraRecord(name=lora_name(lora), weights_hash=lora_hash(lora), weight=weight) for lora, weight in loras),
         model=spec,
         guidance=options.guidance,
         sampling=SamplingOptions(**{name: getattr(options, name) for name in SamplingOptions.model_fields if name != "guidance"}),
@@ -120,7 +130,7 @@ def plan_build(options: BuildOptions) -> BuildPlan:
         previous=previous,
         flaw=flaw,
         sources=sources,
-        warning=_warning(options, spec, [lora for lora, _ in loras]),
+        warnings=(*of_base, *_hints(options, spec, [lora for lora, _ in loras])),
     )
     plan.check_sources()
     if plan.changes:
@@ -136,8 +146,8 @@ def describe(plan: BuildPlan) -> Iterator[str]:
     yield f"base         {plan.folder} ({plan.family.name}, {inputs.base_hash[:12]}){loras}"
     yield f"backend      {inputs.backend}, {inputs.precision}, on {inputs.machine.device} ({inputs.machine.processor})"
     yield f"sampler      {describe_sampler(spec)}"
-    if plan.warning:
-        yield f"warning      {plan.warning}"
+    for warning in plan.warnings:
+        yield f"warning      {warning}"
     yield f"fingerprint  {inputs.fingerprint[:12]}"
     for part in needed.parameters:
         yield f"{part:12} {needed.parameters[part] / 1e6:.1f} M parameters, {_export_state(plan, part)}"
@@ -152,17 +162,17 @@ def describe(plan: BuildPlan) -> Iterator[str]:
         yield f"to do        {reason}"
 
 
-def _warning(options: BuildOptions, spec: ModelSpec, loras: Sequence[Path]) -> str | None:
-    """For a few-step student, by its name or its file's metadata, that would be sampled by dozens of steps."""
+def _hints(options: BuildOptions, spec: ModelSpec, loras: Sequence[Path]) -> Iterator[str]:
+    """One for a few-step student, by its name or its file's metadata, that would be sampled by dozens of steps."""
     if options.names_sampler or spec.sampler.kind in _FEW_STEP_KINDS:
-        return None
-    of_base = [options.base, Path(options.base).resolve().name]
-    for source, names in [*((lora, [lora.name, *read_metadata(lora).values()]) for lora in loras), (options.base, of_base)]:
+        return
+    candidates = [(str(lora), [lora.name, lora_name(lora), *read_metadata(lora).values()]) for lora in loras]
+    for source, names in [*candidates, (options.base, [options.base, Path(options.base).resolve().name])]:
         short = [name for name in names if len(name) <= _LONGEST_TITLE]  # what is longer is a table of training data
         if hint := few_step_hint(spec.family, short):
             sampling = f"{spec.sampler.default_steps} steps of {spec.sampler.kind}, guidance {spec.sampler.guidance:g}"
-            return f"{source} looks like a few-step student and would be sampled by {sampling}; if it is one, add {hint}"
-    return None
+            yield f"{source} looks like a few-step student and would be sampled by {sampling}; if it is one, add {hint}"
+            return
 
 
 def _export_state(plan: BuildPlan, part: str) -> str:

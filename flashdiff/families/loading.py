@@ -12,6 +12,8 @@ from flashdiff.components import MAX_SIDE, ModelSpec, Size
 from flashdiff.errors import ConfigError, FlashdiffError, ModelError, first_line
 from flashdiff.families.base import ModelFamily
 from flashdiff.families.codec import latent_factor
+from flashdiff.families.files import networks_of
+from flashdiff.families.hub import name_of
 from flashdiff.families.settings import check_settings
 from flashdiff.parts import Condition, latent_diffusion
 from flashdiff.prediction import Prediction
@@ -100,11 +102,10 @@ def spec_of(
             "edits are not supported"
         )
     index = read_config(folder, ".", "model_index.json")
-    there = [part for part in family.networks if index.get(part) != [None, None]]  # SD3 may do without T5
-    configs = {part: read_config(folder, part) for part in there} | {"scheduler": scheduler_config(folder), ".": index}
-    check_settings(folder, family, configs)
+    configs = {part: read_config(folder, part) for part in networks_of(index, family)}
+    check_settings(folder, family, {**configs, "scheduler": scheduler_config(folder), ".": index})
     return ModelSpec(
-        name=folder.resolve().name,
+        name=name_of(folder),
         family=family.name,
         prediction=prediction,
         sampler=Sampler.model_validate(
