@@ -9,7 +9,7 @@ import flashdiff
 from flashdiff.components import ModelSpec
 from flashdiff.engines.backends import find_backend
 from flashdiff.engines.backends.base import EXPORTERS, Backend, Export, GraphForm
-from flashdiff.engines.bundle import MANIFEST, BuildInputs, LoraRecord, Manifest, read_manifest
+from flashdiff.engines.bundle import MANIFEST, BuildInputs, LoraRecord, Manifest, VaeRecord, read_manifest
 from flashdiff.engines.cache import is_cached, key_of
 from flashdiff.engines.config import BuildOptions
 from flashdiff.engines.describe import describe_sampler
@@ -17,8 +17,10 @@ from flashdiff.engines.differences import differences
 from flashdiff.engines.requirements import Requirements, count_parameters, estimate, free_bytes
 from flashdiff.errors import BundleError
 from flashdiff.families import family_of, find_base
+from flashdiff.families.autoencoders import check_vae, find_vae, vae_files, vae_hash
 from flashdiff.families.base import ModelFamily
 from flashdiff.families.files import base_files, base_hash
+from flashdiff.families.hub import name_of
 from flashdiff.families.loading import size_limits
 from flashdiff.files import hash_files, shown_bytes
 from flashdiff.lora import (
@@ -49,6 +51,8 @@ class BuildPlan:
     family: ModelFamily
     folder: Path
     """Of the base model."""
+    vae: Path | None
+    """The folder of the autoencoder in the place of the base's own."""
     loras: tuple[tuple[Path, float], ...]
     """What was found for their names, and their weights."""
     spec: ModelSpec
@@ -75,7 +79,7 @@ class BuildPlan:
 
     def check_sources(self) -> None:
         """BundleError when a file of the base or of a LoRA was edited or replaced since: the hashes would name other bytes."""
-        now = witness([*base_files(self.folder), *(file for lora, _ in self.loras for file in lora_files(lora))])
+        now = witness(_sources(self.folder, self.vae, self.loras))
         if changed := first_change(self.sources, now):
             raise BundleError(f"{changed} changed while the build read it; start again when its files stay as they are")
 
@@ -90,18 +94,22 @@ def plan_build(options: BuildOptions) -> BuildPlan:
     machine = backend.machine()
     backend.check_build(options.precision, machine)
     backend.import_modules()  # so that a missing library is reported now, not after minutes of exporting
-    folder = find_base(options.base)
+    folder = find_base(options.base, variant=options.variant)
     family = family_of(folder)
     loras = tuple((find_lora(name), weight) for name, weight in options.loras)
-    sources = witness([*base_files(folder), *(file for lora, _ in loras for file in lora_files(lora))])
+    vae = find_vae(options.vae) if options.vae else None
+    sources = witness(_sources(folder, vae, loras))
     spec = fused_spec(family.read_spec(folder), [lora for lora, _ in loras], options)
     hash_of_base = base_hash(folder)
+    if vae:
+        check_vae(vae, family, spec)
     of_base = check_base(folder, hash_of_base, [lora for lora, _ in loras])
     spec = spec.model_copy(update={"sizes": options.sizes or spec.sizes})
     _check_shapes(options, family, spec, *size_limits(folder, family))
     inputs = BuildInputs(
         base=spec.name,
         base_hash=hash_of_base,
+        vae=VaeRecord(name=_name_of_vae(vae), weights_hash=vae_hash(vae)) if vae else None,
         loras=tuple(LoraRecord(name=lora_name(lora), weights_hash=lora_hash(lora), weight=weight) for lora, weight in loras),
         model=spec,
         guidance=options.guidance,
@@ -122,6 +130,7 @@ def plan_build(options: BuildOptions) -> BuildPlan:
         backend=backend,
         family=family,
         folder=folder,
+        vae=vae,
         loras=loras,
         spec=spec,
         inputs=inputs,
@@ -144,6 +153,8 @@ def describe(plan: BuildPlan) -> Iterator[str]:
     inputs, spec, needed = plan.inputs, plan.spec, plan.requirements
     loras = "".join(f" + {lora.name} x {lora.weight:g}" for lora in inputs.loras)
     yield f"base         {plan.folder} ({plan.family.name}, {inputs.base_hash[:12]}){loras}"
+    if inputs.vae:
+        yield f"autoencoder  {plan.vae} ({inputs.vae.weights_hash[:12]})"
     yield f"backend      {inputs.backend}, {inputs.precision}, on {inputs.machine.device} ({inputs.machine.processor})"
     yield f"sampler      {describe_sampler(spec)}"
     for warning in plan.warnings:
@@ -160,6 +171,16 @@ def describe(plan: BuildPlan) -> Iterator[str]:
     yield f"time         about {needed.seconds if plan.changes else 0:.0f} s (an estimate; one core, small models)"
     for reason in plan.changes or [f"nothing: {plan.options.out} is up to date"]:
         yield f"to do        {reason}"
+
+
+def _sources(folder: Path, vae: Path | None, loras: Sequence[tuple[Path, float]]) -> list[Path]:
+    """All files that a build reads."""
+    return [*base_files(folder), *(vae_files(vae) if vae else ()), *(file for lora, _ in loras for file in lora_files(lora))]
+
+
+def _name_of_vae(vae: Path) -> str:
+    """A folder `vae` is a base's."""
+    return f"{name_of(vae.parent)}/vae" if vae.name == "vae" else name_of(vae)
 
 
 def _hints(options: BuildOptions, spec: ModelSpec, loras: Sequence[Path]) -> Iterator[str]:
@@ -224,6 +245,7 @@ def _exports(form: GraphForm, family: ModelFamily, inputs: BuildInputs, on_text:
             deciding = {
                 "part": part,
                 "base": inputs.base_hash,
+                "vae": inputs.vae.weights_hash if inputs.vae and family.weights_of(part)[0] == "vae" else None,
                 "model": model | held,
                 "loras": changing.get(part, []),
                 "form": form.file,

@@ -54,6 +54,12 @@ def used_files(
     return used
 
 
+def network_files(folder: Path) -> dict[str, str]:
+    """`used_files` of a folder with one network of diffusers."""
+    names = [path.name for path in folder.iterdir() if path.is_file()]
+    return {"config.json": "config.json"} | _Weights(names, is_diffusers=True).chosen(None, str(folder))
+
+
 class _Weights:
     """The safetensors files in the folder of one network."""
 

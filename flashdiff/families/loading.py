@@ -14,7 +14,7 @@ from flashdiff.families.base import ModelFamily
 from flashdiff.families.codec import latent_factor
 from flashdiff.families.files import networks_of
 from flashdiff.families.hub import name_of
-from flashdiff.families.settings import check_settings
+from flashdiff.families.settings import AUTOENCODERS, check_settings
 from flashdiff.parts import Condition, latent_diffusion
 from flashdiff.prediction import Prediction
 from flashdiff.reading import read_json
@@ -201,6 +201,16 @@ def load_part(folder: Path, part: str, kind: Any) -> Any:
     if info["missing_keys"]:  # the loaders would make them up
         raise ModelError(f"{folder}: {part} lacks weights, {sorted(info['missing_keys'])[0]} among them")
     return model.eval().requires_grad_(False)
+
+
+def load_vae(folder: Path, part: str = "vae") -> Any:
+    """The autoencoder of a base, or of a folder `part` of its own, of the class that its configuration names."""
+    import diffusers
+
+    written = read_config(folder, part).get("_class_name", "AutoencoderKL")
+    if written not in AUTOENCODERS:
+        raise ModelError(f"{folder}/{part}: the autoencoder is a {written}; supported: {', '.join(AUTOENCODERS)}")
+    return load_part(folder, part, getattr(diffusers, AUTOENCODERS[written]))
 
 
 def tokenizer_spec(folder: Path, part: str, name: str, length: int | None = None) -> TokenizerSpec:

@@ -13,16 +13,18 @@ from flashdiff.families.codec import Decoder, Encoder, latent_factor
 from flashdiff.families.loading import (
     load_part,
     load_tokenizers,
+    load_vae,
     named_gaps,
     read_config,
     scheduler_config,
     spec_of,
     tokenizer_spec,
 )
-from flashdiff.families.settings import VAE
+from flashdiff.families.settings import AUTOENCODERS, VAE
 from flashdiff.schedule import FlowSchedule
 
 _TOKENS = 512  # a multiple of _BLOCK
+_PIXELS = 1024  # the pipeline's own size, where the autoencoder names none
 _BEFORE, _AFTER = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"  # one turn in the chat template
 _BLOCK = 32  # image and text are each padded to a multiple, with tokens that attention sees
 _PATCH = "2-1"  # the network's layers for patches of 2x2 in one frame
@@ -161,7 +163,7 @@ class _Denoiser(nn.Module):
 @named_gaps
 def _read_spec(folder: Path) -> ModelSpec:
     vae, transformer = read_config(folder, "vae"), read_config(folder, "transformer")
-    side = vae["sample_size"] // latent_factor(vae)
+    side = vae.get("sample_size", _PIXELS) // latent_factor(vae)
     tokenizer = tokenizer_spec(folder, "tokenizer", "input_ids", _TOKENS)
     return spec_of(
         folder,
@@ -177,10 +179,9 @@ def _read_spec(folder: Path) -> ModelSpec:
 
 
 def _load(folder: Path, spec: ModelSpec) -> TorchModel:
-    import diffusers
     from transformers import Qwen3Model
 
-    vae = load_part(folder, "vae", diffusers.AutoencoderKL)
+    vae = load_vae(folder)
     transformer = load_part(folder, "transformer", _Transformer)
     transformer.features = nn.Identity()
     for block in (*transformer.noise_refiner, *transformer.context_refiner, *transformer.layers):
@@ -214,7 +215,7 @@ FAMILY = ModelFamily(
     default_steps=50,
     networks={
         "transformer": {"ZImageTransformer2DModel": "ZImageTransformer2DModel"},
-        "vae": {"AutoencoderKL": "AutoencoderKL"},
+        "vae": AUTOENCODERS,
         "text_encoder": "Qwen3Config",
     },
     fixed={"vae": VAE, "transformer": {"siglip_feat_dim": (None,)}},
