@@ -45,7 +45,7 @@ from flashdiff.evaluation.evaluate import Evaluator, Subject, make_images, measu
 from flashdiff.evaluation.features import feature_extractor, text_scorer
 from flashdiff.evaluation.images import WORLD, WORLD_SIZE, read_prompts, read_reference, real_images
 from flashdiff.families import find_base
-from flashdiff.families.base import base_hash
+from flashdiff.families.files import base_hash
 from flashdiff.files import write_whole
 from flashdiff.lora import FLASH, load_fused, read_flash_info
 from flashdiff.samplers.options import SamplingOptions

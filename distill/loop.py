@@ -29,7 +29,8 @@ from flashdiff.distill.student import Student
 from flashdiff.distill.trackers import Tracker, open_tracker
 from flashdiff.errors import TrainingError, first_line
 from flashdiff.families import find_base, load_base
-from flashdiff.families.base import TorchModel, base_files
+from flashdiff.families.base import TorchModel
+from flashdiff.families.files import base_files
 from flashdiff.files import sweep_parts, write_whole
 from flashdiff.locks import sole_user
 from flashdiff.lora import FLASH, add_adapter, read_flash_info
@@ -92,6 +93,7 @@ def _run(recipe: Recipe, out: Path, work: Path, pools: Path | None) -> None:
         _log.info("reading up to %d samples of '%s'", recipe.data.images, recipe.data.source)
         data = load_dataset(recipe.data, model, batch_size=recipe.batch_size, seed=recipe.seed)
         _log.info("the base '%s' has the hash %s", recipe.base, model.base_hash[:12])
+        assert model.base_prints  # read now, while the base is what was loaded
         if changed := first_change(files, witness(base_files(base))):
             raise TrainingError(f"{changed} changed while the run read it; start again when the base stays as it is")
         if processes.device().type != "cpu":

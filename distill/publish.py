@@ -25,6 +25,7 @@ def publish(out: Path, model: TorchModel, family: ModelFamily, recipe: Recipe, l
         family=family.name,
         base=recipe.base,
         base_hash=model.base_hash,
+        base_prints=model.base_prints,
         recipe_hash=recipe.content_hash,
         grid=recipe.grid,
         guidance=recipe.guidance,

@@ -25,6 +25,7 @@ from flashdiff.engines.reference import Reference, run_reference
 from flashdiff.engines.runtime.engine import Engine
 from flashdiff.engines.verify import verify
 from flashdiff.errors import BundleError
+from flashdiff.families.autoencoders import with_vae
 from flashdiff.families.base import TorchModel
 from flashdiff.families.codec import shift_of
 from flashdiff.files import hash_file, new_folder, write_whole
@@ -39,8 +40,8 @@ def build_engine(options: BuildOptions, report: Callable[[str], None]) -> Manife
     A bundle that is up to date is left alone; one that is not is replaced when the new one is whole.
     """
     plan = plan_build(options)
-    if plan.warning:
-        report(f"warning: {plan.warning}")
+    for warning in plan.warnings:
+        report(f"warning: {warning}")
     if not plan.changes:
         assert plan.previous
         report(f"{options.out} is up to date: the same base, LoRAs, options, code and libraries; nothing to do")
@@ -80,6 +81,8 @@ def _from_torch(plan: BuildPlan, folder: Path, watch: "_Stopwatch") -> tuple[Man
     """All that torch is needed for: the exported parts in `folder`, a manifest of them, and what they will be compared with."""
     options = plan.options
     model = plan.family.load(plan.folder, plan.spec)
+    if plan.vae:
+        model = with_vae(model, plan.vae)
     fuse(model, plan.family, plan.loras)
     watch.lap("fuse", f"{options.base} ({plan.family.name})" + "".join(f" + {lora.name}" for lora, _ in plan.loras))
     plan.check_sources()

@@ -18,7 +18,7 @@ from flashdiff.reading import parse_json, read_text
 from flashdiff.samplers.options import SamplingOptions
 from flashdiff.text import TokenizerSpec
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 MANIFEST = "manifest.json"
 
 MAX_BATCH = 64
@@ -100,6 +100,11 @@ class LoraRecord(Record):
     weight: float
 
 
+class VaeRecord(Record):
+    name: str
+    weights_hash: str
+
+
 class Machine(Record):
     """What a bundle was compiled and checked on."""
 
@@ -136,6 +141,8 @@ class BuildInputs(Record):
     base: str
     """Its name; the hash is what counts."""
     base_hash: str
+    vae: VaeRecord | None
+    """The autoencoder in the place of the base's own."""
     loras: tuple[LoraRecord, ...]
     model: ModelSpec
     """What is served, as the base's configuration, a LoRA's flash.json (its grid) and the options make it."""
@@ -161,7 +168,8 @@ class BuildInputs(Record):
         values = {name: getattr(self, name) for name in BuildInputs.model_fields}
         loras = [lora.model_copy(update={"name": ""}) for lora in self.loras]
         model = self.model.model_copy(update={"name": ""})
-        same = {"base": "", "loras": loras, "model": model, "sampling": SamplingOptions()}
+        vae = self.vae and self.vae.model_copy(update={"name": ""})
+        same = {"base": "", "vae": vae, "loras": loras, "model": model, "sampling": SamplingOptions()}
         return BuildInputs(**{**values, **same}).content_hash
 
 

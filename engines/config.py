@@ -18,7 +18,11 @@ class BuildRecipe(SamplingOptions):
 
     base: str
     loras: tuple[tuple[str, float], ...] = ()
-    """Folder, file or shipped name, and weight."""
+    """Folder, file, shipped name or hub id, and weight."""
+    variant: str | None = None
+    """Which of the base's weights, such as fp16; None: the plain ones, else the only ones."""
+    vae: str | None = None
+    """Folder or hub id of an autoencoder in the place of the base's own."""
     backend: BackendName = Field(default_factory=best_backend)
     precision: Precision = defaults.PRECISION
     sizes: tuple[Size, ...] = ()

@@ -17,6 +17,8 @@ def describe(bundle: Path, manifest: Manifest) -> Iterator[str]:
         f"{name} {version}" for name, version in manifest.library_versions.items()
     )
     yield f"base         {manifest.base} ({model.family}, {manifest.base_hash[:12]})"
+    if manifest.vae:
+        yield f"autoencoder  {manifest.vae.name} ({manifest.vae.weights_hash[:12]})"
     for lora in manifest.loras:
         yield f"LoRA         {lora.name} x {lora.weight:g} ({lora.weights_hash[:12]})"
     yield f"engine       {manifest.backend}, {manifest.precision}, on {_machine(manifest)}"

@@ -10,6 +10,9 @@ def differences(old: BuildInputs, new: BuildInputs) -> Iterator[str]:
     """What changed between two builds, one line each."""
     if old.base_hash != new.base_hash:
         yield f"the base changed: {old.base} {old.base_hash[:12]} -> {new.base} {new.base_hash[:12]}"
+    if (old.vae and old.vae.weights_hash) != (new.vae and new.vae.weights_hash):
+        then, now = (f"{vae.name} {vae.weights_hash[:12]}" if vae else "the base's own" for vae in (old.vae, new.vae))
+        yield f"the autoencoder changed: {then} -> {now}"
     before, after = ({lora.name: lora for lora in inputs.loras} for inputs in (old, new))
     for name in [*before, *(name for name in after if name not in before)]:
         if name not in after:

@@ -9,7 +9,7 @@ import flashdiff
 from flashdiff.components import ModelSpec
 from flashdiff.engines.backends import find_backend
 from flashdiff.engines.backends.base import EXPORTERS, Backend, Export, GraphForm
-from flashdiff.engines.bundle import MANIFEST, BuildInputs, LoraRecord, Manifest, read_manifest
+from flashdiff.engines.bundle import MANIFEST, BuildInputs, LoraRecord, Manifest, VaeRecord, read_manifest
 from flashdiff.engines.cache import is_cached, key_of
 from flashdiff.engines.config import BuildOptions
 from flashdiff.engines.describe import describe_sampler
@@ -17,10 +17,22 @@ from flashdiff.engines.differences import differences
 from flashdiff.engines.requirements import Requirements, count_parameters, estimate, free_bytes
 from flashdiff.errors import BundleError
 from flashdiff.families import family_of, find_base
-from flashdiff.families.base import ModelFamily, base_files, base_hash
+from flashdiff.families.autoencoders import check_vae, find_vae, vae_files, vae_hash
+from flashdiff.families.base import ModelFamily
+from flashdiff.families.files import base_files, base_hash
+from flashdiff.families.hub import name_of
 from flashdiff.families.loading import size_limits
 from flashdiff.files import hash_files, shown_bytes
-from flashdiff.lora import check_base, find_lora, fused_spec, lora_files, lora_hash, read_metadata, touches_text
+from flashdiff.lora import (
+    check_base,
+    find_lora,
+    fused_spec,
+    lora_files,
+    lora_hash,
+    lora_name,
+    read_metadata,
+    touches_text,
+)
 from flashdiff.parts import Phase
 from flashdiff.reading import Witness, first_change, witness
 from flashdiff.samplers.options import SamplingOptions
@@ -40,6 +52,8 @@ class BuildPlan:
     family: ModelFamily
     folder: Path
     """Of the base model."""
+    vae: Path | None
+    """The folder of the autoencoder in the place of the base's own."""
     loras: tuple[tuple[Path, float], ...]
     """What was found for their names, and their weights."""
     spec: ModelSpec
@@ -52,8 +66,8 @@ class BuildPlan:
     """Why what is at `out` is not a bundle that can be brought up to date."""
     sources: Witness
     """The files of the base and the LoRAs, as they were before any was read."""
-    warning: str | None
-    """An option that looks wrong; the build reports it and continues."""
+    warnings: tuple[str, ...]
+    """Options that look wrong; the build reports them and continues."""
 
     @property
     def machine(self) -> str:
@@ -73,7 +87,7 @@ class BuildPlan:
 
     def check_sources(self) -> None:
         """BundleError when a file of the base or of a LoRA was edited or replaced since: the hashes would name other bytes."""
-        now = witness([*base_files(self.folder), *(file for lora, _ in self.loras for file in lora_files(lora))])
+        now = witness(_sources(self.folder, self.vae, self.loras))
         if changed := first_change(self.sources, now):
             raise BundleError(f"{changed} changed while the build read it; start again when its files stay as they are")
 
@@ -88,19 +102,23 @@ def plan_build(options: BuildOptions) -> BuildPlan:
     machine = backend.machine()
     backend.check_build(options.precision, machine)
     backend.import_modules()  # so that a missing library is reported now, not after minutes of exporting
-    folder = find_base(options.base)
+    folder = find_base(options.base, variant=options.variant)
     family = family_of(folder)
     loras = tuple((find_lora(name), weight) for name, weight in options.loras)
-    sources = witness([*base_files(folder), *(file for lora, _ in loras for file in lora_files(lora))])
+    vae = find_vae(options.vae) if options.vae else None
+    sources = witness(_sources(folder, vae, loras))
     spec = fused_spec(family.read_spec(folder), [lora for lora, _ in loras], options)
     hash_of_base = base_hash(folder)
-    check_base(folder, hash_of_base, [lora for lora, _ in loras])
+    if vae:
+        check_vae(vae, family, spec)
+    of_base = check_base(folder, hash_of_base, [lora for lora, _ in loras])
     spec = spec.model_copy(update={"sizes": options.sizes or spec.sizes})
     _check_shapes(options, family, spec, *size_limits(folder, family))
     inputs = BuildInputs(
         base=spec.name,
         base_hash=hash_of_base,
-        loras=tuple(LoraRecord(name=lora.name, weights_hash=lora_hash(lora), weight=weight) for lora, weight in loras),
+        vae=VaeRecord(name=_name_of_vae(vae), weights_hash=vae_hash(vae)) if vae else None,
+        loras=tuple(LoraRecord(name=lora_name(lora), weights_hash=lora_hash(lora), weight=weight) for lora, weight in loras),
         model=spec,
         guidance=options.guidance,
         sampling=SamplingOptions(**{name: getattr(options, name) for name in SamplingOptions.model_fields if name != "guidance"}),
@@ -120,6 +138,7 @@ def plan_build(options: BuildOptions) -> BuildPlan:
         backend=backend,
         family=family,
         folder=folder,
+        vae=vae,
         loras=loras,
         spec=spec,
         inputs=inputs,
@@ -128,7 +147,7 @@ def plan_build(options: BuildOptions) -> BuildPlan:
         previous=previous,
         flaw=flaw,
         sources=sources,
-        warning=_warning(options, spec, [lora for lora, _ in loras]),
+        warnings=(*of_base, *_hints(options, spec, [lora for lora, _ in loras])),
     )
     plan.check_sources()
     if plan.changes:
@@ -142,10 +161,12 @@ def describe(plan: BuildPlan) -> Iterator[str]:
     inputs, spec, needed = plan.inputs, plan.spec, plan.requirements
     loras = "".join(f" + {lora.name} x {lora.weight:g}" for lora in inputs.loras)
     yield f"base         {plan.folder} ({plan.family.name}, {inputs.base_hash[:12]}){loras}"
+    if inputs.vae:
+        yield f"autoencoder  {plan.vae} ({inputs.vae.weights_hash[:12]})"
     yield f"backend      {plan.machine}"
     yield f"sampler      {describe_sampler(spec)}"
-    if plan.warning:
-        yield f"warning      {plan.warning}"
+    for warning in plan.warnings:
+        yield f"warning      {warning}"
     yield f"fingerprint  {inputs.fingerprint[:12]}"
     for part in needed.parameters:
         yield f"{part:12} {needed.parameters[part] / 1e6:.1f} M parameters, {_export_state(plan, part)}"
@@ -160,17 +181,27 @@ def describe(plan: BuildPlan) -> Iterator[str]:
         yield f"to do        {reason}"
 
 
-def _warning(options: BuildOptions, spec: ModelSpec, loras: Sequence[Path]) -> str | None:
-    """For a few-step student, by its name or its file's metadata, that would be sampled by dozens of steps."""
+def _sources(folder: Path, vae: Path | None, loras: Sequence[tuple[Path, float]]) -> list[Path]:
+    """All files that a build reads."""
+    return [*base_files(folder), *(vae_files(vae) if vae else ()), *(file for lora, _ in loras for file in lora_files(lora))]
+
+
+def _name_of_vae(vae: Path) -> str:
+    """A folder `vae` is a base's."""
+    return f"{name_of(vae.parent)}/vae" if vae.name == "vae" else name_of(vae)
+
+
+def _hints(options: BuildOptions, spec: ModelSpec, loras: Sequence[Path]) -> Iterator[str]:
+    """One for a few-step student, by its name or its file's metadata, that would be sampled by dozens of steps."""
     if options.names_sampler or spec.sampler.kind in _FEW_STEP_KINDS:
-        return None
-    of_base = [options.base, Path(options.base).resolve().name]
-    for source, names in [*((lora, [lora.name, *read_metadata(lora).values()]) for lora in loras), (options.base, of_base)]:
+        return
+    candidates = [(str(lora), [lora.name, lora_name(lora), *read_metadata(lora).values()]) for lora in loras]
+    for source, names in [*candidates, (options.base, [options.base, Path(options.base).resolve().name])]:
         short = [name for name in names if len(name) <= _LONGEST_TITLE]  # what is longer is a table of training data
         if hint := few_step_hint(spec.family, short):
             sampling = f"{spec.sampler.default_steps} steps of {spec.sampler.kind}, guidance {spec.sampler.guidance:g}"
-            return f"{source} looks like a few-step student and would be sampled by {sampling}; if it is one, add {hint}"
-    return None
+            yield f"{source} looks like a few-step student and would be sampled by {sampling}; if it is one, add {hint}"
+            return
 
 
 def _export_state(plan: BuildPlan, part: str) -> str:
@@ -223,6 +254,7 @@ def _exports(form: GraphForm, family: ModelFamily, inputs: BuildInputs, on_text:
             deciding = {
                 "part": part,
                 "base": inputs.base_hash,
+                "vae": inputs.vae.weights_hash if inputs.vae and family.weights_of(part)[0] == "vae" else None,
                 "model": model | held,
                 "loras": changing.get(part, []),
                 "form": form.file,

@@ -4,6 +4,7 @@ import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 import safetensors
@@ -12,6 +13,7 @@ from flashdiff.engines.backends.base import Backend, Export
 from flashdiff.engines.bundle import BuildInputs
 from flashdiff.errors import BundleError
 from flashdiff.families.base import ModelFamily
+from flashdiff.families.files import base_files
 from flashdiff.files import cache_folder, shown_bytes
 from flashdiff.parts import PartSpec
 
@@ -64,10 +66,10 @@ def free_bytes(place: Path) -> int:
 def count_parameters(folder: Path, family: ModelFamily, parts: Sequence[PartSpec]) -> dict[str, int]:
     """Parameters by part, read off the headers of the weights."""
 
+    weights = [file for file in base_files(folder) if file.suffix == ".safetensors"]
+
     def count(pattern: str, prefixes: tuple[str, ...]) -> int:
-        files = folder.glob(f"{pattern}/*.safetensors")
-        whole = [file for file in files if "." not in file.stem]  # model.fp16.safetensors is the same once more
-        return sum(_tensor_elements(file, prefixes) for file in whole)
+        return sum(_tensor_elements(file, prefixes) for file in weights if fnmatch(file.parent.name, pattern))
 
     return {part.name: count(*family.weights_of(part.name)) for part in parts}
 

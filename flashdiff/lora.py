@@ -5,6 +5,7 @@ files that are moved without it. A LoRA that has neither is an ordinary (style) 
 """
 
 import json
+import logging
 import struct
 import tempfile
 import warnings
@@ -24,6 +25,9 @@ from flashdiff.config import Record, parse_record
 from flashdiff.errors import ConfigError, LoraError, first_line
 from flashdiff.families import family_of, find_base
 from flashdiff.families.base import GUIDANCE, ModelFamily, TorchModel
+from flashdiff.families.files import hash_of_all
+from flashdiff.families.hub import download_lora, hub_name, name_of
+from flashdiff.families.prints import prints_of
 from flashdiff.files import hash_file, write_whole
 from flashdiff.kohya import to_kohya
 from flashdiff.lora_formulas import DECOMPOSED, Layer, Scaling, bias_change, check_layer, decomposed, weight_change
@@ -32,6 +36,8 @@ from flashdiff.reading import open_file, parse_json, read_file, read_json
 from flashdiff.samplers.options import SamplingOptions, sampled_as
 from flashdiff.sampling import flash_student
 from flashdiff.schedule import Grid
+
+_log = logging.getLogger(__name__)
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 FLASH = "flash.json"
@@ -50,6 +56,8 @@ class FlashInfo(Record):
     family: str
     base: str
     base_hash: str
+    base_prints: dict[str, str] = Field(default={}, max_length=10)
+    """Names of the base's weights as they are when rounded to a precision; a run of an earlier flashdiff did not record them."""
     recipe_hash: str
     grid: Grid
     guidance: tuple[float, float]
@@ -157,7 +165,8 @@ def _read_header(lora: Path) -> dict[str, Any]:
 
 
 def find_lora(name: str) -> Path:
-    """A LoRA folder or .safetensors file by its path, or a folder that ships with flashdiff; LoraError when there is none."""
+    """A LoRA folder or .safetensors file by its path, a folder that ships with flashdiff, or `owner/name[/file][@revision]` on
+    the hub; LoraError when there is none."""
     if Path(name).suffix == ".safetensors" and Path(name).is_file():
         return Path(name)
     for folder in (Path(name), Path(__file__).parent / "zoo" / name):
@@ -165,7 +174,17 @@ def find_lora(name: str) -> Path:
             if (folder / "training").exists() and not (folder / FLASH).exists():
                 raise LoraError(f"{folder} holds an unfinished training run: give `flashdiff distill` again, it goes on")
             return folder
-    raise LoraError(f"no LoRA '{name}': give a folder that holds {WEIGHTS}, a .safetensors file, or 'avatars-flash'")
+    if not Path(name).exists() and (on_hub := hub_name(name)):
+        return download_lora(on_hub, WEIGHTS, FLASH)
+    raise LoraError(
+        f"no LoRA '{name}': give a folder that holds {WEIGHTS}, a .safetensors file, a hub id (owner/name[/file]), "
+        "or 'avatars-flash'"
+    )
+
+
+def lora_name(lora: Path) -> str:
+    """What a LoRA is called: its folder's or repository's name where its file has the usual one."""
+    return name_of(lora.parent) if lora.name == WEIGHTS else lora.name
 
 
 def _weights_file(lora: Path) -> Path:
@@ -196,6 +215,8 @@ def load_fused(
     spec = fused_spec(family.read_spec(folder), [lora for lora, _ in loras], sampling or SamplingOptions())
     model = family.load(folder, spec)
     fuse(model, family, loras)
+    for warning in check_base(folder, model.base_hash, [lora for lora, _ in loras]):
+        _log.warning(warning)
     return family, model
 
 
@@ -239,15 +260,25 @@ def _check_guidance(base: ModelSpec, guidance: float | None) -> None:
         raise ConfigError(f"--guidance {guidance:g}: {base.name} was distilled to run without guidance; leave it out, or give 0")
 
 
-def check_base(base: Path, base_hash: str, loras: Sequence[Path]) -> None:
-    """LoraError for a flash LoRA that was trained on another base."""
-    for folder in loras:
-        info = read_flash_info(folder)
-        if info and info.base_hash != base_hash:
+def check_base(base: Path, hash_of_base: str, loras: Sequence[Path]) -> list[str]:
+    """LoraError for a flash LoRA that was trained on another base; a warning for each that knew the base in another precision."""
+    warnings = []
+    for lora in loras:
+        info = read_flash_info(lora)
+        if info is None or info.base_hash == hash_of_base or info.base_hash == hash_of_all(base):
+            continue
+        prints = prints_of(base) if info.base_prints else {}
+        same = [precision for precision, name in info.base_prints.items() if prints.get(precision) == name]
+        if not same:
             raise LoraError(
-                f"{folder} was trained on '{info.base}' with hash {info.base_hash[:12]}, "
-                f"but {base} has hash {base_hash[:12]}; build it with its own base"
+                f"{lora} was trained on '{info.base}' with hash {info.base_hash[:12]}, "
+                f"but {base} has hash {hash_of_base[:12]}; build it with its own base"
             )
+        warnings.append(
+            f"{lora} was trained on '{info.base}' in another precision: {base} has the same weights once both are rounded to "
+            f"{same[0]}, so images differ a little from those of its own base"
+        )
+    return warnings
 
 
 def fuse(model: TorchModel, family: ModelFamily, loras: Sequence[tuple[Path, float]]) -> None:

@@ -3,42 +3,20 @@
 import argparse
 from pathlib import Path
 
-from flashdiff import defaults
-from flashdiff.cli.shared import add_sampling_arguments, given_sampling, listed, need, parse_lora, quiet_libraries
-from flashdiff.engines.backends import BACKENDS
+from flashdiff.cli.build_options import add_build_arguments, base_of
+from flashdiff.cli.shared import given_sampling, need, parse_lora, quiet_libraries
 from flashdiff.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options that are left out stay None here: a recipe may be given instead, and `BuildRecipe` has the defaults."""
     parser.add_argument(
         "base",
         metavar="BASE|RECIPE",
-        help="a diffusers model directory, a hub id, the embedded model 'avatars'; or a .toml recipe, with --out alone",
-    )
-    parser.add_argument(
-        "--lora",
-        action="append",
-        default=[],
-        metavar="FOLDER[:WEIGHT]",
-        help="fuse this LoRA, such as the shipped avatars-flash; may be repeated",
+        help="a diffusers model directory, a hub id (owner/name[@revision]), the embedded model 'avatars'; or a .toml recipe, "
+        "with --out alone",
     )
     parser.add_argument("--out", type=Path, required=True, help="the bundle folder to make, or to bring up to date")
-    parser.add_argument(
-        "--backend", choices=tuple(BACKENDS), help="default: the fastest that runs here - torch on an NVIDIA GPU, else openvino"
-    )
-    parser.add_argument("--precision", choices=defaults.PRECISIONS, help=f"default: {defaults.PRECISION}")
-    parser.add_argument("--size", metavar="WxH[,WxH...]", help="image sizes; default: the size the base was trained at")
-    parser.add_argument("--batch", metavar="N[,N...]", help=f"batch sizes; default: {listed(defaults.BATCH_SIZES)}")
-    parser.add_argument(
-        "--version-compatible", action="store_true", help="TensorRT plans that run on later versions too, more slowly"
-    )
-    parser.add_argument(
-        "--guidance",
-        type=float,
-        help="scale for a model that is not a flash student; 1 or less: none; default: the family's",
-    )
-    add_sampling_arguments(parser)
+    add_build_arguments(parser)
     parser.add_argument("--dry-run", action="store_true", help="print what would be built, why, and what it takes; write nothing")
 
 
@@ -52,6 +30,8 @@ def run(options: argparse.Namespace) -> None:
 
     given = {
         "loras": tuple(parse_lora(text) for text in options.lora),
+        "variant": options.variant,
+        "vae": options.vae,
         "backend": options.backend,
         "precision": options.precision,
         "sizes": options.size and parse_sizes(options.size),
@@ -64,7 +44,7 @@ def run(options: argparse.Namespace) -> None:
         if given:
             raise ConfigError(f"{options.base} is a recipe: set {', '.join(given)} there, and give --out alone here")
         given = load_recipe(Path(options.base), BuildRecipe).model_dump(exclude_unset=True)
-    build = parse_record({"base": options.base, **given, "out": options.out}, BuildOptions, source="build-engine")
+    build = parse_record({"base": base_of(options), **given, "out": options.out}, BuildOptions, source="build-engine")
     quiet_libraries()
     if options.dry_run:
         for line in describe(plan_build(build)):

@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import TypeVar
 
 from flashdiff import defaults
+from flashdiff.cli.build_options import OF_REQUESTS, add_build_arguments, refuse_without_base
+from flashdiff.cli.bundles import bundle_of_base, find_bundles
 from flashdiff.errors import ConfigError
 
 T = TypeVar("T")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="a bundle, or 'avatars', the embedded model")
-    parser.add_argument("prompt", metavar="PROMPT")
+    parser.add_argument("bundle", metavar="BUNDLE", help="a bundle, or 'avatars', the embedded model; left out with --base")
+    prompt = parser.add_argument("prompt", metavar="PROMPT")
     parser.add_argument(
         "-o", "--out", type=Path, required=True, help="a .png, .jpg or .webp file; --count N makes NAME-0, NAME-1, ..."
     )
@@ -64,6 +66,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=NUMBER",
         help="any other number that a task of the model takes",
     )
+    building = parser.add_argument_group("a model that is no bundle yet", "built into the cache, when it is not up to date there")
+    building.add_argument(
+        "--base",
+        action=_base_before(prompt),
+        metavar="BASE",
+        help="a diffusers model directory, a hub id or a recipe in the place of BUNDLE; it is built for --size",
+    )
+    add_build_arguments(parser, building, without=OF_REQUESTS)
+
+
+def _base_before(prompt: argparse.Action) -> type[argparse.Action]:
+    """An action that stores --base, with which the only positional argument is the prompt."""
+
+    class StoreBase(argparse.Action):
+        def __call__(self, parser: object, namespace: argparse.Namespace, values: object, option: str | None = None) -> None:
+            prompt.required = False
+            namespace.base = values
+
+    return StoreBase
 
 
 def _value_of(name: str, kind: Callable[[str], T]) -> Callable[[str], tuple[str, T]]:
@@ -91,7 +112,6 @@ def _assignment(kind: Callable[[str], T]) -> Callable[[str], tuple[str, T]]:
 
 def run(options: argparse.Namespace) -> None:
     """Make images with a bundle, in this process: the same pixels that a server with this bundle sends."""
-    from flashdiff.cli.embedded import find_bundles
     from flashdiff.engines.config import parse_sizes
     from flashdiff.engines.runtime.engine import open_bundle
     from flashdiff.generate import generate
@@ -102,12 +122,12 @@ def run(options: argparse.Namespace) -> None:
     image_format = FORMAT_OF_SUFFIX.get(options.out.suffix.lower())
     if image_format is None:
         raise ConfigError(f"--out {options.out}: the name must end in .png, .jpg or .webp")
-    (bundle,) = find_bundles([options.bundle])
+    bundle, prompt = _bundle_and_prompt(options)
     engine = open_bundle(bundle)
     size = parse_sizes(options.size)[0] if options.size else None
     order = check_order(
         engine.spec,
-        prompt=options.prompt,
+        prompt=prompt,
         seed=options.seed,
         steps=options.steps,
         size=size,
@@ -122,3 +142,12 @@ def run(options: argparse.Namespace) -> None:
         except OSError as error:
             raise ConfigError(f"{path}: cannot write: {error.strerror or error}") from None
         print(f"{path}  {order.size}  steps {order.steps}  seed {order.seed + index}")
+
+
+def _bundle_and_prompt(options: argparse.Namespace) -> tuple[Path, str]:
+    if options.base is None:
+        refuse_without_base(options, without=OF_REQUESTS)
+        return find_bundles([Path(options.bundle)])[0], options.prompt
+    if options.prompt is not None:
+        raise ConfigError(f"--base {options.base}: it takes the place of BUNDLE; leave '{options.bundle}' out")
+    return bundle_of_base(options, without=frozenset({"steps"})), options.bundle

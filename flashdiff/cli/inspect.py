@@ -10,7 +10,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Check a bundle's files and print what it was made from, what it can do, how exact it is and what it costs."""
-    from flashdiff.cli.embedded import find_bundles
+    from flashdiff.cli.bundles import find_bundles
     from flashdiff.engines.bundle import read_manifest
     from flashdiff.engines.describe import describe
 

@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 
 from flashdiff import defaults
-from flashdiff.cli.embedded import find_bundles
+from flashdiff.cli.build_options import add_build_arguments, refuse_without_base
+from flashdiff.cli.bundles import bundle_of_base, find_bundles
 from flashdiff.cli.shared import need
 from flashdiff.errors import ConfigError
 
@@ -61,6 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--metrics-host", default=defaults.HOST, metavar="HOST", help="default: %(default)s")
     parser.add_argument("--metrics-port", type=int, metavar="PORT", help="Prometheus metrics; default: none")
+    building = parser.add_argument_group("a model that is no bundle yet", "built into the cache, when it is not up to date there")
+    building.add_argument(
+        "--base",
+        metavar="BASE",
+        help="serve this diffusers model directory, hub id or recipe as well, named after it and its LoRAs",
+    )
+    add_build_arguments(parser, building)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -75,8 +83,10 @@ def run(options: argparse.Namespace) -> None:
     for option, port in ports:
         if port is not None and not 0 <= port <= 65535:
             raise ConfigError(f"{option} {port}: give a number from 0 to 65535")
-    if not options.bundles and not options.repository:
-        raise ConfigError("give a BUNDLE, or a --repository to load some from")
+    if options.base is None:
+        refuse_without_base(options)
+        if not options.bundles and not options.repository:
+            raise ConfigError("give a BUNDLE, a --base to build one from, or a --repository to load some from")
     if options.repository and not options.repository.is_dir():
         raise ConfigError(f"--repository {options.repository}: there is no such folder")
     from flashdiff.engines.runtime.device import DEFAULT_DEVICE, parse_devices
@@ -100,7 +110,7 @@ def run(options: argparse.Namespace) -> None:
         aliases=tuple(map(_parse_alias, options.alias)),
     )
     devices = (DEFAULT_DEVICE,) if options.device is None else parse_devices(options.device)
-    bundles = find_bundles(options.bundles)
+    bundles = find_bundles(options.bundles) + ([bundle_of_base(options)] if options.base is not None else [])
     run_server(lambda: open_models(bundles, options.repository, devices), listen)
 
 

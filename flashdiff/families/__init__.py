@@ -5,7 +5,7 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flashdiff.errors import ModelError, first_line
+from flashdiff.errors import ModelError
 from flashdiff.reading import read_json
 
 if TYPE_CHECKING:
@@ -32,27 +32,24 @@ _FAMILIES = {
 _ZOO = Path(__file__).parent.parent / "zoo"
 
 
-def find_base(base: str) -> Path:
-    """The directory of a base model: a path, the name of the embedded model, or a hub id (downloaded)."""
+def find_base(base: str, *, variant: str | None = None) -> Path:
+    """The directory of a base model: a path, the name of the embedded model, or a hub id, `owner/name[@revision]` (downloaded).
+
+    `variant` chooses among weights of several precisions, such as fp16; without it they are taken where there are no others.
+    ModelError when there is no such model, and for weights that cannot be loaded.
+    """
+    from flashdiff.families.hub import download_base, hub_name
+    from flashdiff.families.views import plain_view
+
     folder = Path(base)
-    if folder.is_dir():
-        return folder
-    if (_ZOO / base / "model_index.json").is_file():
-        return _ZOO / base
-    if base.count("/") == 1 and not base.startswith((".", "/")):
-        return _download(base)
-    raise ModelError(f"no base model '{base}': give a diffusers model directory, a hub id (owner/name) or 'avatars'")
-
-
-def _download(repository: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(repository, allow_patterns=["*.json", "*.txt", "*/*.safetensors", "*/*.model"]))
-    except Exception as error:  # network, authentication and naming errors come as many kinds
-        raise ModelError(
-            f"no base model '{repository}': not a directory, and the hub did not give it ({first_line(error)})"
-        ) from None
+    if not folder.is_dir():
+        if (_ZOO / base / "model_index.json").is_file():
+            folder = _ZOO / base
+        elif name := hub_name(base):
+            folder = download_base(name, variant)
+        else:
+            raise ModelError(f"no base model '{base}': give a diffusers model directory, a hub id (owner/name) or 'avatars'")
+    return plain_view(folder, variant)
 
 
 def family_of(folder: Path) -> "ModelFamily":

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from flashdiff.components import ModelSpec
 from flashdiff.families.codec import Encoder
+from flashdiff.families.files import base_hash
+from flashdiff.families.prints import prints_of
 from flashdiff.families.settings import Fixed
-from flashdiff.files import hash_files
 from flashdiff.text import PromptTokenizer
 
 GUIDANCE = "guidance"
@@ -107,6 +108,11 @@ class TorchModel:
         """Names the weights and configuration, wherever they lie."""
         return base_hash(self.folder)
 
+    @cached_property
+    def base_prints(self) -> dict[str, str]:
+        """What names the weights apart from their precision; see `prints_of`."""
+        return prints_of(self.folder)
+
     @property
     def conditioning(self) -> tuple[str, ...]:
         """Names of the denoiser's conditions, in the order in which it takes them."""
@@ -156,18 +162,3 @@ class TorchModel:
         empty = self.encode_ids(self.tokenizer([""]))
         zeros = {condition.name for condition in self.spec.conditions if condition.unconditional == "zeros"}
         return {name: torch.zeros_like(values) if name in zeros else values for name, values in empty.items()}
-
-
-def base_hash(folder: Path) -> str:
-    """Hash of a model directory's weights and configuration; other files (cards, pictures) do not count."""
-    return hash_files(folder, _counted(folder))
-
-
-def base_files(folder: Path) -> list[Path]:
-    """All files of a model directory that are read."""
-    return [folder / "model_index.json", *_counted(folder)]
-
-
-def _counted(folder: Path) -> list[Path]:
-    counted = {".safetensors", ".bin", ".json", ".txt", ".model"}
-    return [path for path in folder.glob("*/*") if path.suffix in counted]

@@ -13,15 +13,17 @@ from flashdiff.families.loading import (
     explain_bad_settings,
     load_part,
     load_tokenizers,
+    load_vae,
     read_config,
     scheduler_config,
     spec_of,
     tokenizer_spec,
 )
-from flashdiff.families.settings import VAE
+from flashdiff.families.settings import AUTOENCODERS, VAE
 from flashdiff.schedule import FlowSchedule
 
 _T5_TOKENS = 512
+_PIXELS = 1024  # the pipeline's own size, where the autoencoder names none
 _EMBEDDED_GUIDANCE = 3.5  # what the model's own pipeline feeds it
 
 
@@ -84,7 +86,7 @@ def _read_spec(folder: Path) -> ModelSpec:
         sampling: dict[str, Any] = {"embedded_guidance": _EMBEDDED_GUIDANCE}
     else:  # schnell
         sampling = {"kind": "flow-euler", "default_steps": 4}
-    side = vae["sample_size"] // latent_factor(vae)
+    side = vae.get("sample_size", _PIXELS) // latent_factor(vae)
     return spec_of(
         folder,
         FAMILY,
@@ -106,7 +108,7 @@ def _load(folder: Path, spec: ModelSpec) -> TorchModel:
     import diffusers
     from transformers import CLIPTextModel, T5EncoderModel
 
-    vae = load_part(folder, "vae", diffusers.AutoencoderKL)
+    vae = load_vae(folder)
     transformer = load_part(folder, "transformer", diffusers.FluxTransformer2DModel)
     clip, t5 = load_part(folder, "text_encoder", CLIPTextModel), load_part(folder, "text_encoder_2", T5EncoderModel)
     assert isinstance(spec.sampler.schedule, FlowSchedule)
@@ -141,7 +143,7 @@ FAMILY = ModelFamily(
     default_steps=28,
     networks={
         "transformer": {"FluxTransformer2DModel": "FluxTransformer2DModel"},
-        "vae": {"AutoencoderKL": "AutoencoderKL"},
+        "vae": AUTOENCODERS,
         "text_encoder": "CLIPTextConfig",
         "text_encoder_2": "T5Config",
     },

@@ -13,7 +13,9 @@ from flashdiff.errors import ConfigError, FlashdiffError, ModelError, first_line
 from flashdiff.families.base import ModelFamily
 from flashdiff.families.codec import latent_factor
 from flashdiff.families.entrance import PLAIN, Entrance, unet_entrances
-from flashdiff.families.settings import check_settings
+from flashdiff.families.files import networks_of
+from flashdiff.families.hub import name_of
+from flashdiff.families.settings import AUTOENCODERS, check_settings
 from flashdiff.parts import Condition, latent_diffusion
 from flashdiff.prediction import Prediction
 from flashdiff.reading import read_json
@@ -103,14 +105,14 @@ def spec_of(
             f"of this pipeline class the family {family.name} runs networks that take {known}"
         )
     index = read_config(folder, ".", "model_index.json")
-    there = [part for part in family.networks if index.get(part) != [None, None]]
+    there = networks_of(index, family)
     absent = [part for part in family.networks if part not in (*there, *family.optional)]
     if absent:
         raise ModelError(f"{folder}: model_index.json names no {absent[0]}, which a {family.pipeline_class} needs")
-    configs = {part: read_config(folder, part) for part in there} | {"scheduler": scheduler_config(folder), ".": index}
-    check_settings(folder, family, configs)
+    configs = {part: read_config(folder, part) for part in there}
+    check_settings(folder, family, {**configs, "scheduler": scheduler_config(folder), ".": index})
     return ModelSpec(
-        name=folder.resolve().name,
+        name=name_of(folder),
         family=family.name,
         prediction=prediction,
         sampler=Sampler.model_validate(
@@ -212,6 +214,16 @@ def load_part(folder: Path, part: str, kind: Any) -> Any:
     if info["missing_keys"]:  # the loaders would make them up
         raise ModelError(f"{folder}: {part} lacks weights, {sorted(info['missing_keys'])[0]} among them")
     return model.eval().requires_grad_(False)
+
+
+def load_vae(folder: Path, part: str = "vae") -> Any:
+    """The autoencoder of a base, or of a folder `part` of its own, of the class that its configuration names."""
+    import diffusers
+
+    written = read_config(folder, part).get("_class_name", "AutoencoderKL")
+    if written not in AUTOENCODERS:
+        raise ModelError(f"{folder}/{part}: the autoencoder is a {written}; supported: {', '.join(AUTOENCODERS)}")
+    return load_part(folder, part, getattr(diffusers, AUTOENCODERS[written]))
 
 
 def tokenizer_spec(folder: Path, part: str, name: str, length: int | None = None, **settings: Any) -> TokenizerSpec:

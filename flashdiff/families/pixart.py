@@ -15,12 +15,13 @@ from flashdiff.families.loading import (
     explain_bad_settings,
     load_part,
     load_tokenizers,
+    load_vae,
     read_config,
     scheduler_config,
     spec_of,
     tokenizer_spec,
 )
-from flashdiff.families.settings import UNSHIFTED_VAE
+from flashdiff.families.settings import AUTOENCODERS, UNSHIFTED_VAE
 from flashdiff.schedule import NoiseSchedule
 
 _LORA_TARGETS = (
@@ -69,10 +70,9 @@ class _Denoiser(nn.Module):
 
 
 def _load(folder: Path, spec: ModelSpec) -> TorchModel:
-    import diffusers
     from transformers import T5EncoderModel
 
-    vae = load_part(folder, "vae", diffusers.AutoencoderKL)
+    vae = load_vae(folder)
     transformer = load_part(folder, "transformer", _Transformer)
     t5 = load_part(folder, "text_encoder", T5EncoderModel)
     return TorchModel(
@@ -118,7 +118,7 @@ def pixart_family(name: str, pipeline_class: str, *, tokens: int) -> ModelFamily
         default_steps=20,
         networks={
             "transformer": dict.fromkeys(("PixArtTransformer2DModel", "Transformer2DModel"), "PixArtTransformer2DModel"),
-            "vae": {"AutoencoderKL": "AutoencoderKL"},
+            "vae": AUTOENCODERS,
             "text_encoder": "T5Config",
         },
         fixed={"vae": UNSHIFTED_VAE},

@@ -6,7 +6,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from flashdiff.components import ModelSpec
-from flashdiff.errors import ModelError
 from flashdiff.families.base import ModelFamily, TorchModel
 from flashdiff.families.codec import Decoder, Encoder
 from flashdiff.families.entrance import Joined
@@ -15,14 +14,14 @@ from flashdiff.families.loading import (
     explain_bad_settings,
     load_part,
     load_tokenizers,
+    load_vae,
     read_config,
     tokenizer_spec,
     unet_size_step,
     unet_spec,
 )
-from flashdiff.families.settings import UNET, UNSHIFTED_VAE
+from flashdiff.families.settings import AUTOENCODERS, UNET, UNSHIFTED_VAE
 
-_AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
 _LCM_GUIDANCE = 8.5  # what LatentConsistencyModelPipeline feeds its UNet
 
 
@@ -69,10 +68,7 @@ def _load(folder: Path, spec: ModelSpec) -> TorchModel:
     import diffusers
     from transformers import CLIPTextModel
 
-    vae_class = str(read_config(folder, "vae").get("_class_name"))
-    if vae_class not in _AUTOENCODERS:
-        raise ModelError(f"{folder}: the vae is a {vae_class}; supported: {', '.join(_AUTOENCODERS)}")
-    vae = load_part(folder, "vae", getattr(diffusers, vae_class))
+    vae = load_vae(folder)
     unet = load_part(folder, "unet", diffusers.UNet2DConditionModel)
     clip = load_part(folder, "text_encoder", CLIPTextModel)
     return TorchModel(
@@ -100,7 +96,7 @@ FAMILY = ModelFamily(
     default_steps=50,
     networks={
         "unet": {"UNet2DConditionModel": "UNet2DConditionModel"},
-        "vae": {name: name for name in _AUTOENCODERS},
+        "vae": AUTOENCODERS,
         "text_encoder": "CLIPTextConfig",
     },
     fixed={"unet": {**UNET, "addition_embed_type": (None,)}, "vae": UNSHIFTED_VAE},

@@ -13,12 +13,13 @@ from flashdiff.families.loading import (
     explain_bad_settings,
     load_part,
     load_tokenizers,
+    load_vae,
     read_config,
     scheduler_config,
     spec_of,
     tokenizer_spec,
 )
-from flashdiff.families.settings import VAE
+from flashdiff.families.settings import AUTOENCODERS, VAE
 from flashdiff.schedule import FlowSchedule
 
 _T5_TOKENS = 256
@@ -103,7 +104,7 @@ def _load(folder: Path, spec: ModelSpec) -> TorchModel:
     import diffusers
     from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
-    vae = load_part(folder, "vae", diffusers.AutoencoderKL)
+    vae = load_vae(folder)
     transformer = load_part(folder, "transformer", diffusers.SD3Transformer2DModel)
     first, second = (load_part(folder, part, CLIPTextModelWithProjection) for part in ("text_encoder", "text_encoder_2"))
     weights = {"vae": vae, "transformer": transformer, "text_encoder": first, "text_encoder_2": second}
@@ -145,7 +146,7 @@ FAMILY = ModelFamily(
     default_steps=28,
     networks={
         "transformer": {"SD3Transformer2DModel": "SD3Transformer2DModel"},
-        "vae": {"AutoencoderKL": "AutoencoderKL"},
+        "vae": AUTOENCODERS,
         "text_encoder": "CLIPTextConfig",
         "text_encoder_2": "CLIPTextConfig",
         "text_encoder_3": "T5Config",

@@ -15,12 +15,13 @@ from flashdiff.families.loading import (
     explain_bad_settings,
     load_part,
     load_tokenizers,
+    load_vae,
     read_config,
     tokenizer_spec,
     unet_size_step,
     unet_spec,
 )
-from flashdiff.families.settings import UNET, UNSHIFTED_VAE
+from flashdiff.families.settings import AUTOENCODERS, UNET, UNSHIFTED_VAE
 
 
 class _TextEncoder(nn.Module):
@@ -80,7 +81,7 @@ def _load(folder: Path, spec: ModelSpec) -> TorchModel:
     import diffusers
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    vae = load_part(folder, "vae", diffusers.AutoencoderKL)
+    vae = load_vae(folder)
     unet = load_part(folder, "unet", diffusers.UNet2DConditionModel)
     first = load_part(folder, "text_encoder", CLIPTextModel)
     second = load_part(folder, "text_encoder_2", CLIPTextModelWithProjection)
@@ -110,7 +111,7 @@ FAMILY = ModelFamily(
     default_steps=50,
     networks={
         "unet": {"UNet2DConditionModel": "UNet2DConditionModel"},
-        "vae": {"AutoencoderKL": "AutoencoderKL"},
+        "vae": AUTOENCODERS,
         "text_encoder": "CLIPTextConfig",
         "text_encoder_2": "CLIPTextConfig",
     },

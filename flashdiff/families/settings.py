@@ -29,6 +29,12 @@ UNET: Fixed = {
 }
 """Of Stable Diffusion's UNets: other values ask for inputs that text-to-image does not have."""
 
+AUTOENCODERS = {name: name for name in ("AutoencoderKL", "AutoencoderTiny")}
+"""Of every family: classes of a vae, each loaded as itself."""
+
+_DERIVED = {"AutoencoderTiny": {"block_out_channels"}}
+"""Settings that a class writes though it does not read them: they repeat others."""
+
 VAE: Fixed = {"latents_mean": (None,), "latents_std": (None,)}
 """Latents are shifted and scaled by one number each."""
 
@@ -78,20 +84,24 @@ _TRANSFORMERS = {
 
 def check_settings(folder: Path, family: "ModelFamily", configs: Mapping[str, Mapping[str, Any]]) -> None:
     """ModelError for the first setting of these files, by folder, that nothing reads or that has another meaning here."""
-    for part, classes in family.networks.items():
-        if part not in configs:
-            continue
-        path, config = f"{folder}/{part}/config.json", configs[part]
-        if isinstance(classes, str):
-            known = _TRANSFORMERS | _OWN | _config_names(classes)
-            _check(path, config, known, {}, {})
-            continue
-        written = config.get("_class_name", next(iter(classes)))
-        if written not in classes:
-            raise ModelError(f"{path}: '_class_name' is {written!r}; the family {family.name} reads {', '.join(classes)}")
-        _check(path, config, _OWN | _defaults(classes[written]).keys(), family.fixed.get(part, {}), _defaults(written))
+    for part in family.networks:
+        if part in configs:
+            check_network(f"{folder}/{part}/config.json", family, part, configs[part])
     _check_scheduler(f"{folder}/scheduler/scheduler_config.json", configs["scheduler"], is_flow=family.is_flow)
     _check_pipeline(f"{folder}/model_index.json", family, configs["."])
+
+
+def check_network(path: str, family: "ModelFamily", part: str, config: Mapping[str, Any]) -> None:
+    """`check_settings` of one network's file."""
+    classes = family.networks[part]
+    if isinstance(classes, str):
+        _check(path, config, _TRANSFORMERS | _OWN | _config_names(classes), {}, {})
+        return
+    written = config.get("_class_name", next(iter(classes)))
+    if written not in classes:
+        raise ModelError(f"{path}: '_class_name' is {written!r}; the family {family.name} reads {', '.join(classes)}")
+    known = _OWN | _defaults(classes[written]).keys() | _DERIVED.get(written, set())
+    _check(path, config, known, family.fixed.get(part, {}), _defaults(written))
 
 
 def _check(path: str, config: Mapping[str, Any], known: Collection[str], fixed: Fixed, defaults: Mapping[str, Any]) -> None:

@@ -14,15 +14,17 @@ from flashdiff.families.loading import (
     explain_bad_settings,
     load_part,
     load_tokenizers,
+    load_vae,
     read_config,
     scheduler_config,
     spec_of,
     tokenizer_spec,
 )
-from flashdiff.families.settings import VAE
+from flashdiff.families.settings import AUTOENCODERS, VAE
 from flashdiff.schedule import FlowSchedule
 
 _TOKENS = 512  # a multiple of _BLOCK
+_PIXELS = 1024  # the pipeline's own size, where the autoencoder names none
 _BEFORE, _AFTER = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"  # one turn in the chat template
 _BLOCK = 32  # image and text are each padded to a multiple, with tokens that attention sees
 _PATCH = "2-1"  # the network's layers for patches of 2x2 in one frame
@@ -161,7 +163,7 @@ class _Denoiser(nn.Module):
 @explain_bad_settings
 def _read_spec(folder: Path) -> ModelSpec:
     vae, transformer = read_config(folder, "vae"), read_config(folder, "transformer")
-    side = vae["sample_size"] // latent_factor(vae)
+    side = vae.get("sample_size", _PIXELS) // latent_factor(vae)
     return spec_of(
         folder,
         FAMILY,
@@ -176,10 +178,9 @@ def _read_spec(folder: Path) -> ModelSpec:
 
 
 def _load(folder: Path, spec: ModelSpec) -> TorchModel:
-    import diffusers
     from transformers import Qwen3Model
 
-    vae = load_part(folder, "vae", diffusers.AutoencoderKL)
+    vae = load_vae(folder)
     transformer = load_part(folder, "transformer", _Transformer)
     transformer.features = nn.Identity()
     for block in (*transformer.noise_refiner, *transformer.context_refiner, *transformer.layers):
@@ -213,7 +214,7 @@ FAMILY = ModelFamily(
     default_steps=50,
     networks={
         "transformer": {"ZImageTransformer2DModel": "ZImageTransformer2DModel"},
-        "vae": {"AutoencoderKL": "AutoencoderKL"},
+        "vae": AUTOENCODERS,
         "text_encoder": "Qwen3Config",
     },
     fixed={"vae": VAE, "transformer": {"siglip_feat_dim": (None,)}},

@@ -19,7 +19,7 @@ from flashdiff.engines.bundle import read_manifest
 from flashdiff.engines.runtime import snapshot as snapshots
 from flashdiff.engines.runtime.engine import Engine, open_bundle
 from flashdiff.errors import BundleError
-from flashdiff.families.base import base_files
+from flashdiff.families.files import base_files
 from flashdiff.files import hash_file, new_folder
 from flashdiff.generate import generate
 from flashdiff.tasks import check_order

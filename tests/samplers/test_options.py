@@ -225,22 +225,22 @@ def test_a_student_without_a_sampler_gets_one_line_that_says_what_to_add(
     assert f"{lora} looks like a few-step student" in lines[0]
     assert "sampled by 50 steps of ode, guidance 5; if it is one, add --preset sdxl-lightning-4" in lines[0]
     plan = plan_build(_options(sdxl, tmp_path / "out", lora, preset="sdxl-lightning-4"))
-    assert plan.warning is None
+    assert not plan.warnings
     assert plan.inputs.model.sampler.kind == "euler"
 
 
 def test_a_plain_style_gets_no_warning(sdxl: Path, tmp_path: Path) -> None:
-    assert plan_build(_options(sdxl, tmp_path / "out", _lora(tmp_path / "watercolor.safetensors"))).warning is None
+    assert plan_build(_options(sdxl, tmp_path / "out", _lora(tmp_path / "watercolor.safetensors"))).warnings == ()
 
 
 def test_a_base_that_says_itself_that_it_takes_few_steps_gets_no_warning(copy: Path, tmp_path: Path) -> None:
     turbo = copy.rename(tmp_path / "sdxl-turbo")
     _edit_scheduler(turbo, _class_name="EulerAncestralDiscreteScheduler", timestep_spacing="trailing")
-    warning = plan_build(_options(turbo, tmp_path / "out")).warning
+    (warning,) = plan_build(_options(turbo, tmp_path / "out")).warnings
     assert warning
     assert "sampled by 50 steps of euler-ancestral, guidance 5; if it is one, add --preset sdxl-turbo" in warning
     _edit_scheduler(turbo, _class_name="LCMScheduler")
-    assert plan_build(_options(turbo, tmp_path / "out", _lora(tmp_path / "watercolor.safetensors"))).warning is None
+    assert plan_build(_options(turbo, tmp_path / "out", _lora(tmp_path / "watercolor.safetensors"))).warnings == ()
 
 
 @pytest.mark.parametrize("guidance", ["0", "0.0", "1"])

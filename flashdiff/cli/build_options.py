@@ -1,0 +1,86 @@
+"""The options that say what a bundle is built from and how: of `build-engine`, and of commands that build one for `--base`."""
+
+import argparse
+from pathlib import Path
+
+from flashdiff import defaults
+from flashdiff.cli.shared import add_sampling_arguments, listed
+from flashdiff.engines.backends import BACKENDS
+from flashdiff.errors import ConfigError
+
+_VALUES = (
+    "revision", "variant", "vae", "backend", "precision", "size", "batch", "guidance", "preset", "sampler", "spacing",
+    "timesteps", "eta", "shift", "prediction", "steps",
+)  # fmt: skip
+"""Options with a value, but for --lora, which may be repeated."""
+OF_REQUESTS = frozenset({"size", "steps"})
+"""Those that are a request's own in `generate`."""
+
+
+def add_build_arguments(
+    parser: argparse.ArgumentParser, group: argparse._ArgumentGroup | None = None, *, without: frozenset[str] = frozenset()
+) -> None:
+    """All but the base, in the group of help if given.
+
+    Options that are left out stay None: a recipe may be given instead, and `BuildRecipe` has the defaults.
+    """
+    to = group or parser
+    to.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="LORA[:WEIGHT]",
+        help="fuse this LoRA: a folder, a .safetensors file, owner/name[/file][@revision] on the hub, or the shipped "
+        "avatars-flash; may be repeated",
+    )
+    to.add_argument("--revision", metavar="REV", help="branch, tag or commit of a base on the hub; the same as BASE@REV")
+    to.add_argument(
+        "--variant", metavar="NAME", help="which weights of the base, such as fp16; default: the plain ones, else the only ones"
+    )
+    to.add_argument(
+        "--vae", metavar="FOLDER", help="an autoencoder in the place of the base's own: a folder, or a hub id (owner/name)"
+    )
+    to.add_argument(
+        "--backend", choices=tuple(BACKENDS), help="default: the fastest that runs here - torch on an NVIDIA GPU, else openvino"
+    )
+    to.add_argument("--precision", choices=defaults.PRECISIONS, help=f"default: {defaults.PRECISION}")
+    if "size" not in without:
+        to.add_argument("--size", metavar="WxH[,WxH...]", help="image sizes; default: the size the base was trained at")
+    to.add_argument("--batch", metavar="N[,N...]", help=f"batch sizes; default: {listed(defaults.BATCH_SIZES)}")
+    to.add_argument(
+        "--version-compatible", action="store_true", help="TensorRT plans that run on later versions too, more slowly"
+    )
+    to.add_argument(
+        "--guidance", type=float, help="scale for a model that is not a flash student; 1 or less: none; default: the family's"
+    )
+    add_sampling_arguments(parser, with_steps="steps" not in without)
+
+
+def base_of(options: argparse.Namespace) -> str:
+    """The base with its revision; ConfigError for a revision of a base that is not on the hub."""
+    base: str = options.base
+    if options.revision is None:
+        return base
+    if Path(base).exists() or base.count("/") != 1 or "@" in base:
+        raise ConfigError(f"--revision {options.revision}: it is for a base on the hub, owner/name, and {base} is none")
+    return f"{base}@{options.revision}"
+
+
+def build_command(options: argparse.Namespace, *, without: frozenset[str] = frozenset()) -> list[str]:
+    """The `build-engine` command line, but for --out, that builds what these options say."""
+    command = ["build-engine", options.base, *(f"--lora={lora}" for lora in options.lora)]
+    command += [f"--{name}={getattr(options, name)}" for name in _given(options, without)]
+    return [*command, *(["--version-compatible"] if options.version_compatible else [])]
+
+
+def refuse_without_base(options: argparse.Namespace, *, without: frozenset[str] = frozenset()) -> None:
+    """ConfigError for a build option together with a bundle, which is built already."""
+    named = [*(["lora"] if options.lora else []), *_given(options, without)]
+    if options.version_compatible:
+        named.append("version-compatible")
+    if named:
+        raise ConfigError(f"--{named[0]} is settled when a bundle is built: give it to build-engine, or with --base")
+
+
+def _given(options: argparse.Namespace, without: frozenset[str]) -> list[str]:
+    return [name for name in _VALUES if name not in without and getattr(options, name) is not None]
