@@ -1,38 +1,22 @@
 """What enters a network together with the latents: nothing, a mask and the rest of an image, or an image to edit."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
 from flashdiff.parts import EDITED_IMAGE, MASK, MASKED_IMAGE, Condition
 
-_GENERAL = ("text_to_image", "image_to_image", "inpainting")
-
-
-class Entrance(NamedTuple):
-    """Conditions that are joined to the latents' channels, and the tasks of a model that takes them."""
-
-    conditions: tuple[Condition, ...]
-    tasks: tuple[str, ...]
-
-    @property
-    def channels(self) -> int:
-        """What it adds to the latents' channels."""
-        return sum(condition.channels for condition in self.conditions)
-
-
-PLAIN = Entrance((), _GENERAL)
+Entrance = tuple[Condition, ...]
+"""Conditions that are joined to the latents' channels."""
 
 
 def unet_entrances(pipeline_class: str, latent_channels: int) -> tuple[Entrance, ...]:
     """Those of Stable Diffusion's UNets: of a pipeline class, the number of channels says which."""
     if "InstructPix2Pix" in pipeline_class:
         image = Condition(name=EDITED_IMAGE, channels=latent_channels, absent="zeros")  # as it was dropped in training
-        return (Entrance((image,), ("text_to_image", "edit")),)
+        return ((image,),)
     mask = Condition(name=MASK, channels=1, absent="ones")  # all is replaced
     masked_image = Condition(name=MASKED_IMAGE, channels=latent_channels, absent="grey_image")
-    return PLAIN, Entrance((mask, masked_image), _GENERAL)
+    return (), (mask, masked_image)
 
 
 class Joined(nn.Module):

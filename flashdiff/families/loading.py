@@ -12,7 +12,7 @@ from flashdiff.components import MAX_SIDE, ModelSpec, Size
 from flashdiff.errors import ConfigError, FlashdiffError, ModelError, first_line
 from flashdiff.families.base import ModelFamily
 from flashdiff.families.codec import latent_factor
-from flashdiff.families.entrance import PLAIN, Entrance, unet_entrances
+from flashdiff.families.entrance import Entrance, unet_entrances
 from flashdiff.families.files import networks_of
 from flashdiff.families.hub import name_of
 from flashdiff.families.settings import AUTOENCODERS, check_settings
@@ -22,6 +22,7 @@ from flashdiff.reading import read_json
 from flashdiff.samplers.recognise import recognised
 from flashdiff.sampling import Sampler
 from flashdiff.schedule import NoiseSchedule, Schedule
+from flashdiff.tasks import tasks_for
 from flashdiff.text import PromptTokenizer, TokenizerSpec
 
 _MOST_LAYERS = 1000
@@ -88,7 +89,7 @@ def spec_of(
     tokenizers: tuple[TokenizerSpec, ...],
     unconditional: Literal["empty_prompt", "zeros"] = "empty_prompt",
     sampling: Mapping[str, Any] | None = None,
-    entrances: Sequence[Entrance] = (PLAIN,),
+    entrances: Sequence[Entrance] = ((),),
 ) -> ModelSpec:
     """The spec of a base model, sampled by its ODE with the family's guidance and steps, but for the fields in `sampling`.
 
@@ -97,9 +98,10 @@ def spec_of(
     vae = read_config(folder, "vae")
     factor, channels = latent_factor(vae), vae["latent_channels"] if "latent_channels" in vae else vae["z_dim"]
     conditions = [Condition(name=name, part="text_encoder", unconditional=unconditional) for name in family.conditioning]
-    entrance = next((entrance for entrance in entrances if channels + entrance.channels == network_channels), None)
+    by_width = {channels + sum(condition.channels for condition in entrance): entrance for entrance in entrances}
+    entrance = by_width.get(network_channels)
     if entrance is None:
-        known = " or ".join(str(channels + entrance.channels) for entrance in entrances)
+        known = " or ".join(map(str, by_width))
         raise ModelError(
             f"{folder}: the {family.lora_prefix} takes {network_channels} channels, the autoencoder's latents have {channels}; "
             f"of this pipeline class the family {family.name} runs networks that take {known}"
@@ -128,11 +130,9 @@ def spec_of(
         latent_factor=factor,
         sizes=(Size(latent_side * factor, latent_side * factor),),
         tokenizers=tokenizers,
-        parts=latent_diffusion(
-            [tokenizer.name for tokenizer in tokenizers], family.conditioning, *(c.name for c in entrance.conditions)
-        ),
-        conditions=(*conditions, *entrance.conditions),
-        tasks=entrance.tasks,
+        parts=latent_diffusion([tokenizer.name for tokenizer in tokenizers], family.conditioning, *(c.name for c in entrance)),
+        conditions=(*conditions, *entrance),
+        tasks=tasks_for(entrance),
     )
 
 

@@ -7,6 +7,7 @@ from flashdiff.components import ModelSpec, Size
 from flashdiff.errors import RequestError
 from flashdiff.noise import SEED_LIMIT
 from flashdiff.orders import Order, Pixels
+from flashdiff.parts import EDITED_IMAGE, Condition
 from flashdiff.tasks import edit, image_to_image, inpainting, text_to_image
 from flashdiff.tasks.base import Parameter, Task
 
@@ -21,6 +22,13 @@ _CHARACTERS_PER_TOKEN = 64  # no word of a tokenizer is longer
 def tasks_of(spec: ModelSpec) -> list[Task]:
     """What a model can do."""
     return [TASKS[name] for name in spec.tasks]
+
+
+def tasks_for(conditions: Collection[Condition]) -> tuple[str, ...]:
+    """The names of what a model can do whose network takes these conditions together with the latents."""
+    if any(condition.name == EDITED_IMAGE for condition in conditions):
+        return text_to_image.TASK.name, edit.TASK.name
+    return text_to_image.TASK.name, image_to_image.TASK.name, inpainting.TASK.name
 
 
 def input_names() -> list[str]:
