@@ -173,6 +173,7 @@ def _train(
                     started = time.monotonic()
                     _save_progress(model, student, objective, recipe, work, tracker)
                     time_left.previewed(time.monotonic() - started)
+            stage.advance(0, f"loss {line['loss']:.4f}")  # the bar stays on the terminal, and no time is left of its phase
 
 
 def _update(
