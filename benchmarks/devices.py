@@ -47,7 +47,7 @@ def run(bundle: Path, devices: tuple[Device, ...], repeats: int, seconds: float,
         submitter.drain()
         submitter.join(60)
     rows = [
-        {"devices": name, "images_per_s": statistics.median(of), "range": [min(of), max(of)], "rounds": of}
+        {"devices": name, "images_per_s": round(statistics.median(of), 2), "range": [min(of), max(of)], "rounds": of}
         for name, of in rates.items()
     ]
     return {"environment": read_environment({"bundle": read_manifest(bundle)}), "seconds": seconds, "rows": rows}

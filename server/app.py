@@ -298,6 +298,8 @@ async def serve(models: Models, listen: Listen) -> None:
         _log.info(
             "serving %s (bundle %s, %s) on %s:%d", name, identity.bundle_hash[:12], identity.backend, listen.host, server.port
         )
+    if server.worker.devices:
+        _log.info("devices: %s", ", ".join(device.name for device in server.worker.devices))
     if server.http_port is not None:
         _log.info("HTTP on %s:%d", listen.host, server.http_port)
     while not stopping.is_set() and not server.worker.failure:

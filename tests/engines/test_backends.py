@@ -1,7 +1,9 @@
 """A backend is its record: one that nothing else has heard of builds, serves and is refused like the others."""
 
 import io
+import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,9 @@ from flashdiff.engines.backends.base import ONNX, Backend, CompiledPart, Compile
 from flashdiff.engines.build import build_engine
 from flashdiff.engines.bundle import Machine, Manifest, Precision, read_manifest
 from flashdiff.engines.config import BuildOptions
+from flashdiff.engines.runtime import machine
 from flashdiff.engines.runtime.device import Device
-from flashdiff.engines.runtime.engine import open_bundle
+from flashdiff.engines.runtime.engine import Engine, open_bundle
 from flashdiff.engines.runtime.fake import FakeComponents
 from flashdiff.errors import BackendError
 from flashdiff.generate import generate
@@ -85,6 +88,27 @@ def test_a_backend_of_one_file_builds_and_serves(bundle: Path, tiny_base: Path, 
     assert result.model.backend == "numpy"
     expected = generate(model, [check_order(model.spec, prompt="a dog", seed=3)])[0][0]
     assert np.abs(np.asarray(Image.open(io.BytesIO(result.images[0])), dtype=int) - expected).max() <= 1
+
+
+def test_it_gets_the_gpu_that_each_engine_is_for(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    devices, opened = [Device(name=f"cuda:{gpu}", gpu=gpu) for gpu in (0, 2)], list[Device]()
+    manifest = read_manifest(bundle)
+    expected = generate(open_bundle(bundle), [check_order(manifest.model, prompt="a dog", seed=3, steps=1)])
+
+    def open_parts(folder: Path, manifest: Manifest, device: Device) -> CompilePart:
+        opened.append(device)
+        return _open_parts(folder, manifest, device)
+
+    on_gpu = replace(RECORDS[0], uses_gpu=lambda: True, open_parts=open_parts)
+    monkeypatch.setattr(sys.modules[__name__], "RECORDS", (on_gpu,))
+    monkeypatch.setattr(machine, "nvidia_gpu", lambda index: (f"GPU {index}", "sm_90"))
+    assert [on_gpu.machine(device).processor for device in devices] == ["GPU 0", "GPU 2"]
+    made_there = manifest.model_copy(update={"machine": manifest.machine.model_copy(update={"device": "cuda"})})
+    for device in devices:
+        engine = Engine(bundle, made_there, device=device)
+        made = generate(engine, [check_order(engine.spec, prompt="a dog", seed=3, steps=1)])
+        np.testing.assert_array_equal(made[0], expected[0])
+    assert opened == devices
 
 
 def test_the_command_line_offers_it_and_it_refuses_what_it_cannot_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
