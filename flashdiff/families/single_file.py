@@ -24,6 +24,8 @@ _PREFIXES = {
     "text_encoder_3": ("text_encoders.t5xxl.",),
 }
 """What the names of a part's tensors start with, where a checkpoint has it."""
+_PRECISIONS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""The widest first: a file may hold several."""
 _READ = (".json", ".txt", ".model", ".safetensors")
 _SUPPORTED = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline")
 
@@ -114,10 +116,11 @@ def _part_of(settings: Path, part: str, kind: list[str], file: Path) -> Any:
 
 
 def _header(file: Path) -> tuple[list[str], torch.dtype]:
-    """The names of a file's tensors, and the precision of the first."""
+    """The names of a file's tensors, and the precision to store them in: their own, or float16, which holds all of float8."""
     try:
         with safetensors.safe_open(file, "pt") as opened:
             names = list(opened.keys())
-            return names, opened.get_slice(names[0])[:1].dtype
+            kinds = {opened.get_slice(name).get_dtype() for name in names}
     except Exception as error:  # whatever a damaged file leads to
         raise ModelError(f"{file} is damaged: {first_line(error)}") from None
+    return names, next((dtype for kind, dtype in _PRECISIONS.items() if kind in kinds), torch.float16)
