@@ -21,6 +21,8 @@ class BuildRecipe(SamplingOptions):
     """Folder, file, shipped name or hub id, and weight."""
     variant: str | None = None
     """Which of the base's weights, such as fp16; None: the plain ones, else the only ones."""
+    config: str | None = None
+    """Of a base that is a single file: a model directory or hub id with its configuration; None: what diffusers takes it for."""
     vae: str | None = None
     """Folder or hub id of an autoencoder in the place of the base's own."""
     backend: BackendName = Field(default_factory=best_backend)

@@ -102,7 +102,7 @@ def plan_build(options: BuildOptions) -> BuildPlan:
     machine = backend.machine()
     backend.check_build(options.precision, machine)
     backend.import_modules()  # so that a missing library is reported now, not after minutes of exporting
-    folder = find_base(options.base, variant=options.variant)
+    folder = find_base(options.base, variant=options.variant, config=options.config)
     family = family_of(folder)
     loras = tuple((find_lora(name), weight) for name, weight in options.loras)
     vae = find_vae(options.vae) if options.vae else None

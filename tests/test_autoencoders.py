@@ -122,8 +122,8 @@ def test_what_does_not_fit_is_refused_by_option_and_value(tmp_path: Path) -> Non
     (tmp_path / "empty").mkdir()
     assert "--vae nothing: there is no such folder" in refused("nothing")
     assert "it holds no autoencoder of diffusers" in refused(tmp_path / "empty")
-    said = "its latents have 16 channels and 4 pixels a cell, those of base have 4 and 4"
-    assert said in refused(_make(tmp_path / "wide", "kl", 16))
+    said = "its latents have 8 channels and 4 pixels a cell, those of base have 4 and 4"
+    assert said in refused(_make(tmp_path / "wide", "kl", 8))
     said = "its latents have 4 channels and 2 pixels a cell, those of base have 4 and 4"
     assert said in refused(_make(tmp_path / "short", "tiny", 4, levels=2))
     (tmp_path / "wide" / "config.json").write_text('{"_class_name": "VQModel"}')

@@ -66,12 +66,12 @@ def test_a_failed_build_ends_the_command_with_its_error(capfd: pytest.CaptureFix
     assert "flashdiff: error: no base model 'nothing'" in capfd.readouterr().err
 
 
-def test_options_of_a_build_need_a_base(capsys: pytest.CaptureFixture[str], student_bundle: Path, tmp_path: Path) -> None:
+def test_options_of_a_build_need_a_base(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     out = tmp_path / "x.png"
     for option, value in (("lora", "x"), ("preset", "lcm"), ("precision", "fp16"), ("variant", "fp16")):
         said = f"--{option} is settled when a bundle is built: give it to build-engine, or with --base"
-        assert said in _refused(capsys, "serve", student_bundle, f"--{option}", value)
-        assert said in _refused(capsys, "generate", student_bundle, "x", "-o", out, f"--{option}", value)
+        assert said in _refused(capsys, "serve", "bundle", f"--{option}", value)
+        assert said in _refused(capsys, "generate", "bundle", "x", "-o", out, f"--{option}", value)
     assert "leave 'bundle' out" in _refused(capsys, "generate", "bundle", "x", "-o", out, "--base", "base")
     assert "give a BUNDLE, a --base to build one from, or a --repository" in _refused(capsys, "serve")
 

@@ -31,6 +31,7 @@ def run(options: argparse.Namespace) -> None:
     given = {
         "loras": tuple(parse_lora(text) for text in options.lora),
         "variant": options.variant,
+        "config": options.config,
         "vae": options.vae,
         "backend": options.backend,
         "precision": options.precision,

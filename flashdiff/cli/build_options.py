@@ -9,8 +9,8 @@ from flashdiff.engines.backends import BACKENDS
 from flashdiff.errors import ConfigError
 
 _VALUES = (
-    "revision", "variant", "vae", "backend", "precision", "size", "batch", "guidance", "preset", "sampler", "spacing",
-    "timesteps", "eta", "shift", "prediction", "steps",
+    "revision", "variant", "config", "vae", "backend", "precision", "size", "batch", "guidance", "preset", "sampler",
+    "spacing", "timesteps", "eta", "shift", "prediction", "steps",
 )  # fmt: skip
 """Options with a value, but for --lora, which may be repeated."""
 OF_REQUESTS = frozenset({"size", "steps"})
@@ -36,6 +36,12 @@ def add_build_arguments(
     to.add_argument("--revision", metavar="REV", help="branch, tag or commit of a base on the hub; the same as BASE@REV")
     to.add_argument(
         "--variant", metavar="NAME", help="which weights of the base, such as fp16; default: the plain ones, else the only ones"
+    )
+    to.add_argument(
+        "--config",
+        metavar="FOLDER",
+        help="of a base that is a single .safetensors file: a model directory or hub id with its configuration and the parts "
+        "that it lacks; default: the one that diffusers finds on the hub",
     )
     to.add_argument(
         "--vae", metavar="FOLDER", help="an autoencoder in the place of the base's own: a folder, or a hub id (owner/name)"

@@ -32,16 +32,23 @@ _FAMILIES = {
 _ZOO = Path(__file__).parent.parent / "zoo"
 
 
-def find_base(base: str, *, variant: str | None = None) -> Path:
+def find_base(base: str, *, variant: str | None = None, config: str | None = None) -> Path:
     """The directory of a base model: a path, the name of the embedded model, or a hub id, `owner/name[@revision]` (downloaded).
 
     `variant` chooses among weights of several precisions, such as fp16; without it they are taken where there are no others.
+    A single-file checkpoint is converted to a directory; `config` is a model directory or hub id with its configuration.
     ModelError when there is no such model, and for weights that cannot be loaded.
     """
     from flashdiff.families.hub import download_base, hub_name
     from flashdiff.families.views import plain_view
 
     folder = Path(base)
+    if folder.is_file():
+        from flashdiff.families.single_file import directory_of
+
+        return directory_of(folder, config)
+    if config is not None:
+        raise ModelError(f"--config {config}: it is for a base that is a single file, and {base} is none")
     if not folder.is_dir():
         if (_ZOO / base / "model_index.json").is_file():
             folder = _ZOO / base

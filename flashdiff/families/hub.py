@@ -64,6 +64,17 @@ def download_base(name: HubName, variant: str | None) -> Path:
     return _given(name, lambda: _download(name, choose, INDEX), lambda why: ModelError(f"{refused} ({why})"))[0]
 
 
+def download_config(name: HubName) -> Path:
+    """The directory of a model in the hub's cache, with its configurations and tokenizers alone."""
+    from flashdiff.families.files import INDEX
+
+    def choose(names: list[str]) -> Iterable[str]:
+        return [file for file in names if file.count("/") <= 1 and file.endswith((".json", ".txt", ".model"))]
+
+    refused = f"the hub did not give '{name}'"
+    return _given(name, lambda: _download(name, choose, INDEX), lambda why: ModelError(f"{refused} ({why})"))[0]
+
+
 def download_lora(name: HubName, usual: str, beside: str) -> Path:
     """A LoRA in the hub's cache: the file named, or the repository's folder where it holds the file `usual`, or its only file.
 
