@@ -35,6 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--guidance", type=float, help="guidance scale of a model that is no flash student, up to 1: none; default: the family's"
     )
     add_sampling_arguments(parser)
+    parser.add_argument(
+        "--compare-stock",
+        action=argparse.BooleanOptionalAction,
+        help="compare an image with the stock diffusers pipeline of the model before publishing; default: yes",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what would be built, why, and what it takes; write nothing")
 
 
@@ -53,6 +58,7 @@ def run(options: argparse.Namespace) -> None:
         "sizes": options.size and parse_sizes(options.size),
         "batch_sizes": options.batch and parse_batches(options.batch),
         "version_compatible": options.version_compatible or None,
+        "compare_stock": options.compare_stock,
         **given_sampling(options),
     }
     given = {name: value for name, value in given.items() if value is not None and value != ()}
