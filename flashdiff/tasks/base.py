@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from flashdiff.components import ModelSpec, Size, Tensors
 from flashdiff.errors import RequestError
 from flashdiff.orders import Order, Pixels, Preparation
+from flashdiff.text import CutText
 
 Prepared = Mapping[str, Tensors]
 """What the parts made of an order's preparations, without the batch dimension, by the preparation's name."""
@@ -78,7 +79,7 @@ class Task:
         part, texts = spec.text_part.name, {"prompt": order.prompt}
         if order.negative_prompt:
             texts["negative_prompt"] = order.negative_prompt
-        return {name: Preparation(part, text) for name, text in texts.items()}
+        return {name: Preparation(part, CutText(text) if order.truncate_prompt else text) for name, text in texts.items()}
 
     def conditions(self, spec: ModelSpec, order: Order, prepared: Prepared, text: Tensors) -> Tensors:
         """The denoiser's conditions in the branch that reads `text`."""
