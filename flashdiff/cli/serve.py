@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--repository", type=Path, metavar="FOLDER", help="folder of bundles that clients may load by name while the server runs"
     )
-    parser.add_argument("--host", default=defaults.HOST, help="default: %(default)s")
+    parser.add_argument("--host", default=defaults.HOST, help="or unix:/PATH, a socket for gRPC; default: %(default)s")
     parser.add_argument("--port", type=int, default=defaults.PORT, help="default: %(default)s; 0 takes a free one")
     parser.add_argument(
         "--http-port",
