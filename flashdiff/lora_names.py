@@ -1,8 +1,8 @@
 """Names of a LoRA file's tensors: the layer of which model each is for, and its role there, in every naming in use.
 
 Diffusers writes `unet.down_blocks.0...to_q.lora_A.weight`, kohya's scripts `lora_unet_down_blocks_0_..._to_q.lora_down.weight`
-or, with the blocks of the original code (LDM), `lora_unet_input_blocks_1_1_...`; LyCORIS writes `lycoris_...`, ComfyUI
-`diffusion_model....`.
+or, with the blocks of the original code, `lora_unet_input_blocks_1_1_...` (LDM) and `lora_unet_double_blocks_0_...` (FLUX);
+LyCORIS writes `lycoris_...`, ComfyUI `diffusion_model....`.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from flashdiff.errors import LoraError
+from flashdiff.lora_original_names import BARE, original_names
 
 _ROLES = {
     "down": ("lora_A.weight", "lora_down.weight", "lora.down.weight", "lora_linear_layer.down.weight"),
@@ -57,6 +58,7 @@ class Place:
     part: str
     """The model's folder within the base: `unet`, `text_encoder_2`."""
     module: str
+    """Or several, by `FUSED`, whose weights are the rows of one matrix."""
     role: str
     """What the tensor is in its layer's formula: a key of `_ROLES`."""
 
@@ -66,6 +68,7 @@ class LayerNames:
 
     def __init__(self, models: Mapping[str, Any], denoiser: str) -> None:
         """`models` are those that LoRAs may change, by their folders; `denoiser` is one of them."""
+        self._denoiser = denoiser
         encoders = [name for name in models if name != denoiser]
         numbered = {"lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2"}
         # kohya numbers FLUX's T5 as SD3's, though it is the second encoder.
@@ -86,10 +89,12 @@ class LayerNames:
         if role is None:
             raise LoraError(f"{file}: '{key}' is of no kind that can be fused (LoRA, DoRA, LoHa, LoKr, diff)")
         prefix = max((prefix for prefix in self._prefixes if layer.startswith(prefix)), key=len, default=None)
+        if prefix is None and layer.startswith(BARE):
+            prefix = ""
         if prefix is None:
             known = ", ".join(f"'{prefix}'" for prefix in self._prefixes)
             raise LoraError(f"{file}: '{key}' names no part of this base; its LoRAs' names start with {known}")
-        part = self._prefixes[prefix]
+        part = self._prefixes.get(prefix, self._denoiser)
         module = self._modules[part].get(layer.removeprefix(prefix).replace(".processor.", ".").replace(".", "_"))
         if module is None:
             raise LoraError(f"{file}: '{key}': the {part} of this base has no layer '{layer.removeprefix(prefix)}'")
@@ -124,6 +129,8 @@ def _aliases(model: nn.Module, *, is_denoiser: bool) -> Iterator[tuple[str, str]
             yield from ((f"{level}{alias}", name) for alias in (old, name) for level in ("", "text_model."))
     if is_denoiser and hasattr(model, "down_blocks"):
         yield from ((ldm, name) for name in own if (ldm := _ldm_name(name, _ldm_blocks(model))))
+    if is_denoiser:
+        yield from original_names(model, set(own))
     yield from ((name, name) for name in own)
 
 
