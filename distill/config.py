@@ -18,7 +18,13 @@ Updates = Annotated[int, Field(ge=1, le=10**9)]
 class DataRecipe(Record):
     source: str
     """`avatars` for renders of the embedded world; a folder of images with captions in .txt files or metadata.jsonl; webdataset
-    shards (.tar) or parquet files, one or a folder of them; or a .txt file of prompts, one per line, without images."""
+    shards (.tar) or parquet files, one or a folder of them, or the address of such files (`https://`, `s3://`, `hf://`); a folder
+    that `datasets` wrote with `save_to_disk`; or a .txt file of prompts, one per line, without images."""
+    image_column: str | None = None
+    """Column of a table that holds the images; None: `image`, or webdataset's `jpg`, `png`, `webp`."""
+    caption_column: str | None = None
+    """Column or key that holds the captions, or a field within it (`json.caption`, `captions.0`); None: `text`, `caption` or
+    `prompt`."""
     images: int = Field(4000, ge=1, le=10**9)
     """How many images or prompts to use at most."""
     buckets: bool = False

@@ -1,9 +1,10 @@
-"""Where training images and captions come from: renders, folders, webdataset shards, parquet files, lists of prompts."""
+"""Where training images and captions come from: renders, folders, webdataset shards, tables, lists of prompts."""
 
 import logging
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +13,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from flashdiff.components import Size
+from flashdiff.datasets import METADATA, SUFFIXES, caption_of, image_of, shard_samples, visible
 from flashdiff.distill import processes
 from flashdiff.distill.config import DataRecipe
-from flashdiff.errors import EvaluationError, TrainingError, first_line, install
-from flashdiff.evaluation.images import DAMAGED_SHARD, METADATA, SUFFIXES, WORLD, read_metadata, shard_samples
+from flashdiff.distill.remote import SHARDS, fetched, is_remote, remote_shards
+from flashdiff.distill.tables import Columns, saved_files, table_rows
+from flashdiff.errors import EvaluationError, TrainingError, first_line
+from flashdiff.evaluation.images import DAMAGED_SHARD, WORLD, read_metadata
 from flashdiff.pictures import read_rgb, size_of
 from flashdiff.reading import lines_of, open_file, read_file, read_text
 
@@ -23,8 +27,6 @@ _log = logging.getLogger(__name__)
 
 DAMAGE_LIMIT = 0.05
 """A run stops when more than this share of the samples, or of the files that hold several, cannot be used."""
-_CAPTIONS = ("text", "caption", "prompt")
-"""Columns that hold captions in parquet data sets."""
 
 
 @dataclass(frozen=True)
@@ -69,19 +71,23 @@ def read_samples(recipe: DataRecipe, size: Size, seed: int, damage: Damage) -> I
 
     TrainingError when the source is of no known kind.
     """
-    source = Path(recipe.source)
+    source, columns = Path(recipe.source), Columns(image=recipe.image_column, caption=recipe.caption_column)
     if recipe.source == WORLD:
         samples = _renders(recipe.images, size, seed)
+    elif is_remote(recipe.source):
+        samples = _files(remote_shards(recipe.source), columns, damage)
     elif source.is_dir():
-        files = sorted([*source.rglob("*.tar"), *source.rglob("*.parquet")])
-        samples = _files(files, damage) if files else _folder(source, damage)
-    elif source.is_file() and source.suffix in (".tar", ".parquet"):
-        samples = _files([source], damage)
+        saved = saved_files(source)
+        files = [path for path in visible(source, *SHARDS) if path.name not in METADATA] if saved is None else saved
+        samples = _files(files, columns, damage) if files else _folder(source, columns, damage)
+    elif source.is_file() and source.suffix in SHARDS:
+        samples = _files([source], columns, damage)
     elif source.is_file() and source.suffix == ".txt":
         samples = _prompts(source)
     else:
         raise TrainingError(
-            f"data.source '{source}' is neither '{WORLD}' nor a folder, a .tar or .parquet file, or a .txt file of prompts"
+            f"data.source '{source}' is neither '{WORLD}' nor a folder, a {', '.join(SHARDS)} file or address of one, "
+            "or a .txt file of prompts"
         )
     for _, sample in zip(range(recipe.images), samples, strict=False):
         yield sample
@@ -111,14 +117,16 @@ def _renders(count: int, size: Size, seed: int) -> Iterator[Sample]:
         yield Sample(f"render {number}", caption(scene, rng), image)
 
 
-def _folder(folder: Path, damage: Damage) -> Iterator[Sample]:
-    """Image files, each with its caption in a .txt file next to it or in a line of metadata.jsonl."""
+def _folder(folder: Path, columns: Columns, damage: Damage) -> Iterator[Sample]:
+    """Image files, each with its caption in a .txt file next to it or in a row of a metadata file."""
     try:
-        known = read_metadata(folder / METADATA)
-    except EvaluationError as error:  # a malformed line
+        known = read_metadata(folder, columns.caption)
+    except EvaluationError as error:  # a malformed row
         raise TrainingError(str(error)) from None
-    for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES):
-        prompt, _ = known.get(path.relative_to(folder).as_posix(), (None, 0))
+    listing = next((name for name in METADATA if (folder / name).is_file()), "its folder's metadata")
+    there = {path.relative_to(folder).as_posix(): path for path in visible(folder, *SUFFIXES)}
+    for name, path in there.items():
+        prompt, _ = known.get(name, (None, 0))
         text = path.with_suffix(".txt")
         try:
             caption = prompt.text.encode() if prompt else read_file(text) if text.is_file() else None
@@ -127,58 +135,45 @@ def _folder(folder: Path, damage: Damage) -> Iterator[Sample]:
             damage.count("samples")
             damage.skip("samples", f"{error.filename} cannot be read: {error.strerror}")
             continue
-        missing = f"no line in {METADATA} names it" if known else f"{text.name} is missing"
+        missing = f"no line in {listing} names it" if known else f"{text.name} is missing"
         yield from _checked(str(path), image, caption, missing, damage)
+    for name in sorted(known.keys() - there.keys()):
+        damage.count("samples")
+        damage.skip("samples", f"{folder}: its metadata names {name}, which is no visible image there")
 
 
-def _files(files: list[Path], damage: Damage) -> Iterator[Sample]:
-    """The samples of shards and parquet files; a damaged file gives those before the damage."""
-    for path in files:
+def _files(files: Sequence[Path | str], columns: Columns, damage: Damage) -> Iterator[Sample]:
+    """The samples of shards and tables, here or at an address; a damaged file gives those before the damage."""
+    for file in files:
         damage.count("files")
         try:
-            open_file(path).close()  # a pipe or a device would keep the library waiting
-            yield from (_shard if path.suffix == ".tar" else _parquet)(path, damage)
+            with nullcontext(file) if isinstance(file, Path) else fetched(file) as path:
+                open_file(path).close()  # a pipe or a device would keep the library waiting
+                yield from (_shard if path.suffix == ".tar" else _table)(path, str(file), columns, damage)
         except DAMAGED_SHARD as error:
-            damage.skip("files", f"{path} is damaged ({first_line(error)})")
+            damage.skip("files", f"{file} is damaged ({first_line(error)})")
 
 
-def _shard(path: Path, damage: Damage) -> Iterator[Sample]:
-    """Webdataset: members that share a name are one sample, its caption in the .txt member."""
+def _shard(path: Path, where: str, columns: Columns, damage: Damage) -> Iterator[Sample]:
+    """Webdataset: members that share a name are one sample, its caption in the .txt or .json member."""
     for members in shard_samples(path):
-        name = next((name for name in members if Path(name).suffix in SUFFIXES), None)
-        if name is None:
-            continue  # not an image: an index, a set of features
-        text = next((content for member, content in members.items() if member.endswith(".txt")), None)
-        yield from _checked(f"{path}/{name}", members[name], text, "it has no .txt member", damage)
+        try:
+            name = image_of(members)
+            if name is None:
+                continue  # not an image: an index, a set of features
+            caption = caption_of(members, columns.caption)
+        except ValueError as error:
+            damage.count("samples")
+            damage.skip("samples", f"{where}/{next(iter(members)).split('.')[0]}: {error}")
+            continue
+        yield from _checked(f"{where}/{name}", members[name], caption, "it has no .txt or .json member", damage)
 
 
-def _parquet(path: Path, damage: Damage) -> Iterator[Sample]:
-    """Rows in the layout of Hugging Face data sets: a column `image` of bytes or structs with `bytes`, and one of captions."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise TrainingError(f"{path}: reading parquet needs 'pyarrow', which is not installed: {install('distill')}") from None
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        names = file.schema_arrow.names
-        caption = next((name for name in _CAPTIONS if name in names), None)
-        if caption is None or "image" not in names:
-            raise TrainingError(f"{path} has columns {', '.join(names)}; it needs 'image' and one of {', '.join(_CAPTIONS)}")
-        row = 0
-        for batch in file.iter_batches(batch_size=64, columns=["image", caption]):
-            for values in batch.to_pylist():
-                image, text = values["image"], values[caption]
-                content = image.get("bytes") if isinstance(image, dict) else image
-                if not isinstance(content, bytes | None) or not isinstance(text, str | None):
-                    raise TrainingError(f"{path}: 'image' must hold bytes and '{caption}' text")
-                row += 1
-                where = f"{path}, row {row}"
-                yield from _checked(where, content, text.encode() if text else None, f"column '{caption}' is empty", damage)
-    except TrainingError:
-        raise
-    except Exception as error:  # the library has many kinds for a damaged file
-        raise OSError(first_line(error)) from None
+def _table(path: Path, where: str, columns: Columns, damage: Damage) -> Iterator[Sample]:
+    """Rows in the layout of Hugging Face data sets."""
+    for number, (image, text, column) in enumerate(table_rows(path, where, columns), start=1):
+        missing = f"column '{column}' is empty"
+        yield from _checked(f"{where}, row {number}", image, text.encode() if text else None, missing, damage)
 
 
 def _prompts(path: Path) -> Iterator[Sample]:

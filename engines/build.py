@@ -9,6 +9,7 @@ import flashdiff
 from flashdiff.components import Size
 from flashdiff.engines.backends.base import Export, GraphForm
 from flashdiff.engines.bundle import (
+    NOT_COMPARED,
     SCHEMA_VERSION,
     LatentCodec,
     Manifest,
@@ -19,10 +20,12 @@ from flashdiff.engines.bundle import (
 )
 from flashdiff.engines.cache import cached
 from flashdiff.engines.config import BuildOptions, parse_batches, parse_sizes
+from flashdiff.engines.describe import describe_stock
 from flashdiff.engines.parts import Part, parts_of
 from flashdiff.engines.plan import BuildPlan, plan_build
 from flashdiff.engines.reference import Reference, run_reference
 from flashdiff.engines.runtime.engine import Engine
+from flashdiff.engines.stock import StockReference, compare_stock, run_stock
 from flashdiff.engines.verify import verify
 from flashdiff.errors import BundleError
 from flashdiff.families.autoencoders import with_vae
@@ -52,13 +55,15 @@ def build_engine(options: BuildOptions, report: Callable[[str], None]) -> Manife
 
     watch = _Stopwatch(report)
     with new_folder(options.out, BundleError, replace=True) as folder:
-        manifest, expected = _from_torch(plan, folder, watch)
+        manifest, expected, stock = _from_torch(plan, folder, watch)
         gc.collect()  # modules hold each other in cycles: torch's weights go before the engine's come
         if plan.backend.graph:
             manifest = manifest.model_copy(update={"parts": _compile(plan, manifest, folder, watch)})
         engine = Engine(folder, manifest)
         findings = verify(expected, engine)
         watch.lap("verify", ", ".join(f"{name} {error:.1e}" for name, error in findings.errors.items()) + " off torch")
+        compared = stock if isinstance(stock, str) else compare_stock(stock, engine)
+        watch.lap("compare", describe_stock(compared))
         costs = engine.measure_buckets()
         first = [cost for cost in costs if cost.batch == options.batch_sizes[0]]
         watch.lap("measure", ", ".join(f"{cost.part} {cost.ms:.1f} ms" for cost in first))
@@ -68,6 +73,7 @@ def build_engine(options: BuildOptions, report: Callable[[str], None]) -> Manife
                 "max_error": findings.errors,
                 "max_error_allowed": findings.allowed,
                 "rows_are_exact": findings.rows_are_exact,
+                "stock": compared,
                 "step_costs": costs,
                 "files": files,
             }
@@ -77,8 +83,11 @@ def build_engine(options: BuildOptions, report: Callable[[str], None]) -> Manife
     return manifest
 
 
-def _from_torch(plan: BuildPlan, folder: Path, watch: "_Stopwatch") -> tuple[Manifest, Reference]:
-    """All that torch is needed for: the exported parts in `folder`, a manifest of them, and what they will be compared with."""
+def _from_torch(plan: BuildPlan, folder: Path, watch: "_Stopwatch") -> tuple[Manifest, Reference, StockReference | str]:
+    """All that torch is needed for: the exported parts in `folder`, a manifest of them, and what they will be compared with.
+
+    A text in place of the stock pipeline's image says why there is none.
+    """
     options = plan.options
     model = plan.family.load(plan.folder, plan.spec)
     if plan.vae:
@@ -89,6 +98,10 @@ def _from_torch(plan: BuildPlan, folder: Path, watch: "_Stopwatch") -> tuple[Man
     parts = parts_of(plan.family, model)
     expected = run_reference(model, parts, options.batch_sizes)
     watch.lap("run", "every part, and an image of each size, in torch")
+    stock: StockReference | str = NOT_COMPARED
+    if options.compare_stock:
+        stock = run_stock(plan.family, model, plan.folder, parts)
+        watch.lap("run", stock if isinstance(stock, str) else f"an image at {stock.size} by the stock {stock.made_by}")
     if form := plan.backend.graph:
         # Backwards: below float32 an export casts its part, and the text encoder makes the denoiser's example.
         files = {part.name: _export(plan, form, model, part, folder, watch) for part in reversed(parts)}
@@ -99,7 +112,7 @@ def _from_torch(plan: BuildPlan, folder: Path, watch: "_Stopwatch") -> tuple[Man
     for tokenizer in model.spec.tokenizers:
         write_whole(folder / tokenizer_file(tokenizer), model.tokenizer.texts[tokenizer.name])
     plan.check_sources()
-    return _manifest(plan, model, parts, files), expected
+    return _manifest(plan, model, parts, files), expected, stock
 
 
 def _export(

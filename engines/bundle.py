@@ -23,6 +23,9 @@ MANIFEST = "manifest.json"
 
 MAX_BATCH = 64
 
+NOT_COMPARED = "--no-compare-stock"
+"""Why a bundle has no comparison with the stock pipeline, where none was wanted."""
+
 Precision = Literal["fp32", "fp16", "bf16"]
 Batch = Annotated[int, Field(ge=1, le=MAX_BATCH)]
 FileName = Annotated[str, Field(pattern=r"^[^\x00-\x1f]+$", max_length=1000)]
@@ -135,6 +138,19 @@ class BucketCost(Record):
     ms: float = Field(ge=0)
 
 
+class StockComparison(Record):
+    """How far an image of the bundle is from the stock pipeline's, in root mean square, pixels in [-1, 1]."""
+
+    made_by: str
+    """The pipeline and its scheduler."""
+    steps: int
+    size: Size
+    torch_error: float
+    """Of the torch model that the bundle was made from, in float32."""
+    error: float
+    allowed: float
+
+
 class BuildInputs(Record):
     """What decides a bundle's content, and so its fingerprint."""
 
@@ -183,6 +199,8 @@ class Manifest(BuildInputs):
     max_error: dict[str, float]
     """Difference to torch in float32 found before publishing: see `flashdiff.engines.verify`."""
     max_error_allowed: dict[str, float]
+    stock: StockComparison | str = ""
+    """The comparison with the stock pipeline, or why there is none."""
     step_costs: tuple[BucketCost, ...]
     """For people; a server measures its own."""
     files: dict[FileName, str]
@@ -209,7 +227,7 @@ class Manifest(BuildInputs):
     @property
     def bundle_hash(self) -> str:
         """Names what is served: everything but what was measured, so that two builds of the same have the same."""
-        measured = {"step_costs": (), "max_error": {}, "checksum": ""}
+        measured = {"step_costs": (), "max_error": {}, "stock": "", "checksum": ""}
         return self.model_copy(update=measured).content_hash
 
     def sealed(self) -> Self:

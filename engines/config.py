@@ -32,6 +32,8 @@ class BuildRecipe(SamplingOptions):
     batch_sizes: tuple[int, ...] = defaults.BATCH_SIZES
     version_compatible: bool = False
     """TensorRT plans that run on later versions too, more slowly."""
+    compare_stock: bool = True
+    """Whether an image is compared with the stock diffusers pipeline of the model before publishing."""
 
     @model_validator(mode="after")
     def _batch_sizes_rise(self) -> Self:

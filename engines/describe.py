@@ -5,7 +5,7 @@ from pathlib import Path
 
 from flashdiff.components import ModelSpec
 from flashdiff.engines.backends import find_backend
-from flashdiff.engines.bundle import Manifest
+from flashdiff.engines.bundle import Manifest, StockComparison
 from flashdiff.errors import BundleError
 
 
@@ -31,12 +31,23 @@ def describe(bundle: Path, manifest: Manifest) -> Iterator[str]:
     yield f"rows         {exact}"
     for name, error in manifest.max_error.items():
         yield f"off torch    {name:12} {error:.1e} (allowed {manifest.max_error_allowed[name]:.0e})"
+    yield f"off stock    {describe_stock(manifest.stock)}"
     for part in manifest.parts:
         for size in model.sizes if manifest.parts[part].is_spatial else (None,):
             costs = [f"{c.batch}: {c.ms:.1f}" for c in manifest.step_costs if c.part == part and c.size == size]
             yield f"ms by batch  {part:12} {str(size) + '  ' if size else ''}{', '.join(costs)}"
     for name in sorted(manifest.files):
         yield f"file         {(bundle / name).stat().st_size / 1e6:8.2f} MB  {name}"
+
+
+def describe_stock(stock: StockComparison | str) -> str:
+    """The comparison with the stock pipeline, or why there is none, in one line."""
+    if isinstance(stock, str):
+        return f"not compared: {stock}"
+    return (
+        f"image        {stock.error:.1e} (allowed {stock.allowed:.1e}; torch {stock.torch_error:.1e}), {stock.steps} steps at "
+        f"{stock.size} of {stock.made_by}"
+    )
 
 
 def describe_sampler(model: ModelSpec) -> str:

@@ -9,7 +9,7 @@ import flashdiff
 from flashdiff.components import ModelSpec
 from flashdiff.engines.backends import find_backend
 from flashdiff.engines.backends.base import EXPORTERS, Backend, Export, GraphForm
-from flashdiff.engines.bundle import MANIFEST, BuildInputs, LoraRecord, Manifest, VaeRecord, read_manifest
+from flashdiff.engines.bundle import MANIFEST, NOT_COMPARED, BuildInputs, LoraRecord, Manifest, VaeRecord, read_manifest
 from flashdiff.engines.cache import is_cached, key_of
 from flashdiff.engines.config import BuildOptions
 from flashdiff.engines.describe import describe_sampler
@@ -82,7 +82,8 @@ class BuildPlan:
         if self.previous is None:
             return [self.flaw or f"there is no bundle at {self.options.out} yet"]
         if self.previous.fingerprint == self.inputs.fingerprint:
-            return []
+            skipped = self.previous.stock == NOT_COMPARED and self.options.compare_stock
+            return ["it was not compared with the stock pipeline"] if skipped else []
         return list(differences(self.previous, self.inputs))
 
     def check_sources(self) -> None:

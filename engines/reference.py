@@ -48,7 +48,7 @@ def run_reference(model: TorchModel, parts: Sequence[Part], batch_sizes: Sequenc
     """
     generator = torch.Generator().manual_seed(1)
     cases = []
-    with _on_gpu(parts):
+    with on_gpu(parts):
         for part in parts:
             for size in model.spec.sizes if part.is_spatial else model.spec.sizes[:1]:
                 for batch in batch_sizes:
@@ -67,7 +67,7 @@ def _row_by_row(part: Part, inputs: Sequence[Tensor]) -> Outputs:
 
 
 @contextmanager
-def _on_gpu(parts: Sequence[Part]) -> Iterator[None]:
+def on_gpu(parts: Sequence[Part]) -> Iterator[None]:
     """Within the context, these modules are on the GPU if it has memory for them and their activations."""
     needed = sum(values.nbytes for part in parts for values in part.module.parameters()) + _ACTIVATION_BYTES
     if not torch.cuda.is_available() or torch.cuda.mem_get_info()[0] < needed:
@@ -84,9 +84,11 @@ def _on_gpu(parts: Sequence[Part]) -> Iterator[None]:
         torch.cuda.empty_cache()
 
 
-def sample_image(components: Components, spec: ModelSpec, size: Size) -> NDArray[np.float32]:
-    """One image [1, 3, H, W] from a fixed prompt and seed, step for step as a request goes, not clipped."""
-    order = check_order(spec, prompt="a picture", seed=1, steps=min(4, spec.sampler.max_steps), size=size)
+def sample_image(
+    components: Components, spec: ModelSpec, size: Size, *, prompt: str = "a picture", seed: int = 1, steps: int | None = None
+) -> NDArray[np.float32]:
+    """One image [1, 3, H, W], step for step as a request goes, not clipped; in up to four steps where `steps` is None."""
+    order = check_order(spec, prompt=prompt, seed=seed, steps=steps or min(4, spec.sampler.max_steps), size=size)
     preparations = order.task.preparations(spec, order)
     prepared = {name: prepare(components, given.part, [given.value])[0] for name, given in preparations.items()}  # type: ignore[arg-type]
     (row,) = start_rows(spec, order, prepared, unconditional_of(components))

@@ -19,7 +19,8 @@ def prepare(components: Components, part: str, values: Sequence[str] | Sequence[
     RequestError for a text that is too long, BackendError for outputs that are not finite.
     """
     if isinstance(values[0], str):
-        inputs: dict[str, NDArray[np.int64]] | dict[str, NDArray[np.float32]] = components.tokenize([str(v) for v in values])
+        texts = [value for value in values if isinstance(value, str)]
+        inputs: dict[str, NDArray[np.int64]] | dict[str, NDArray[np.float32]] = components.tokenize(texts)
     else:
         (name,) = components.spec.part(part).inputs
         batch = np.stack(values).transpose(0, 3, 1, 2).astype(np.float32) / np.float32(127.5) - 1

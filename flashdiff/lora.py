@@ -32,6 +32,7 @@ from flashdiff.files import hash_file, write_whole
 from flashdiff.kohya import to_kohya
 from flashdiff.lora_formulas import DECOMPOSED, Layer, Scaling, bias_change, check_layer, decomposed, weight_change
 from flashdiff.lora_names import LayerNames, changes_text
+from flashdiff.lora_original_names import FUSED
 from flashdiff.reading import open_file, parse_json, read_file, read_json
 from flashdiff.samplers.options import SamplingOptions, sampled_as
 from flashdiff.sampling import flash_student
@@ -306,26 +307,35 @@ def _fuse_layer(
     model: TorchModel, place: tuple[str, str], layer: Layer, weight: float, scaling: Scaling, original: Tensor | None
 ) -> None:
     """Change one layer's weight and bias; ValueError or one of torch's errors for shapes that do not fit."""
-    module = model.weights[place[0]].get_submodule(place[1])
-    change, bias = weight_change(layer, module.weight.shape, weight, scaling), bias_change(layer, weight, scaling)
+    modules, before = _modules(model, place), _weight_of(model, place)
+    change, bias = weight_change(layer, before.shape, weight, scaling), bias_change(layer, weight, scaling)
     if not all(values is None or bool(values.isfinite().all()) for values in (change, bias)):
         raise ValueError("what it adds is not finite")
+    rows = [module.weight.shape[0] for module in modules]
     if bias is not None:
-        if getattr(module, "bias", None) is None:
+        if any(getattr(module, "bias", None) is None for module in modules):
             raise ValueError("the base's layer has no bias to add to")
-        if bias.shape != module.bias.shape:
-            raise ValueError(f"it is for a bias of {list(bias.shape)}, the base's has {list(module.bias.shape)}")
-        module.bias.data += bias
+        if bias.shape != (sum(rows),):
+            raise ValueError(f"it is for a bias of {list(bias.shape)}, the base's has {[sum(rows)]}")
+        for module, part in zip(modules, bias.split(rows), strict=True):
+            module.bias.data += part
     if change is not None and any(role in layer for role in DECOMPOSED):
-        before = module.weight.data if original is None else original
-        module.weight.data = decomposed(module.weight.data, change, layer, before)
+        new = decomposed(before, change, layer, before if original is None else original)
+        for module, part in zip(modules, new.split(rows), strict=True):
+            module.weight.data = part.clone() if len(modules) > 1 else part
     elif change is not None:
-        module.weight.data += change
+        for module, part in zip(modules, change.split(rows), strict=True):
+            module.weight.data += part
+
+
+def _modules(model: TorchModel, place: tuple[str, str]) -> list[Any]:
+    """The layer of a place, or those whose weights are the rows of one."""
+    return [model.weights[place[0]].get_submodule(name) for name in place[1].split(FUSED)]
 
 
 def _weight_of(model: TorchModel, place: tuple[str, str]) -> Tensor:
-    weight: Tensor = model.weights[place[0]].get_submodule(place[1]).weight.data
-    return weight
+    weights = [module.weight.data for module in _modules(model, place)]
+    return weights[0] if len(weights) == 1 else torch.cat(weights)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,9 @@
 """Names of a LoRA file's tensors: the layer of which model each is for, and its role there, in every naming in use.
 
 Diffusers writes `unet.down_blocks.0...to_q.lora_A.weight`, kohya's scripts `lora_unet_down_blocks_0_..._to_q.lora_down.weight`
-or, with the blocks of the original code (LDM), `lora_unet_input_blocks_1_1_...`; LyCORIS writes `lycoris_...`, ComfyUI
-`diffusion_model....`; Qwen-Image-Lightning writes the denoiser's layers with nothing in front.
+or, with the blocks of the original code, `lora_unet_input_blocks_1_1_...` (LDM) and `lora_unet_double_blocks_0_...` (FLUX);
+LyCORIS writes `lycoris_...`, ComfyUI `diffusion_model....`; Qwen-Image-Lightning writes the denoiser's layers with nothing in
+front.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from flashdiff.errors import LoraError
+from flashdiff.lora_original_names import BARE, original_names
 
 _ROLES = {
     "down": ("lora_A.weight", "lora_down.weight", "lora.down.weight", "lora_linear_layer.down.weight"),
@@ -57,6 +59,7 @@ class Place:
     part: str
     """The model's folder within the base: `unet`, `text_encoder_2`."""
     module: str
+    """Or several, by `FUSED`, whose weights are the rows of one matrix."""
     role: str
     """What the tensor is in its layer's formula: a key of `_ROLES`."""
 
@@ -66,6 +69,7 @@ class LayerNames:
 
     def __init__(self, models: Mapping[str, Any], denoiser: str) -> None:
         """`models` are those that LoRAs may change, by their folders; `denoiser` is one of them."""
+        self._denoiser = denoiser
         encoders = [name for name in models if name != denoiser]
         numbered = {"lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2"}
         # kohya numbers FLUX's T5 as SD3's, though it is the second encoder.
@@ -75,7 +79,6 @@ class LayerNames:
             **dict.fromkeys((f"lora_{denoiser}_", "lora_unet_", "lycoris_", "diffusion_model."), denoiser),
             **{prefix: name for prefix, name in numbered.items() if name in encoders},
         }
-        self._denoiser = denoiser
         self._modules: dict[str, dict[str, str]] = {}
         for name, model in models.items():
             aliases = _aliases(model, is_denoiser=name == denoiser)
@@ -87,12 +90,12 @@ class LayerNames:
         if role is None:
             raise LoraError(f"{file}: '{key}' is of no kind that can be fused (LoRA, DoRA, LoHa, LoKr, diff)")
         prefix = max((prefix for prefix in self._prefixes if layer.startswith(prefix)), key=len, default=None)
-        if prefix is None and layer.replace(".", "_") in self._modules[self._denoiser]:
-            return Place(part=self._denoiser, module=self._modules[self._denoiser][layer.replace(".", "_")], role=role)
+        if prefix is None and (layer.startswith(BARE) or layer.replace(".", "_") in self._modules[self._denoiser]):
+            prefix = ""
         if prefix is None:
             known = ", ".join(f"'{prefix}'" for prefix in self._prefixes)
             raise LoraError(f"{file}: '{key}' names no part of this base; its LoRAs' names start with {known}")
-        part = self._prefixes[prefix]
+        part = self._prefixes.get(prefix, self._denoiser)
         module = self._modules[part].get(layer.removeprefix(prefix).replace(".processor.", ".").replace(".", "_"))
         if module is None:
             raise LoraError(f"{file}: '{key}': the {part} of this base has no layer '{layer.removeprefix(prefix)}'")
@@ -127,6 +130,8 @@ def _aliases(model: nn.Module, *, is_denoiser: bool) -> Iterator[tuple[str, str]
             yield from ((f"{level}{alias}", name) for alias in (old, name) for level in ("", "text_model."))
     if is_denoiser and hasattr(model, "down_blocks"):
         yield from ((ldm, name) for name in own if (ldm := _ldm_name(name, _ldm_blocks(model))))
+    if is_denoiser:
+        yield from original_names(model, set(own))
     yield from ((name, name) for name in own)
 
 

@@ -28,6 +28,8 @@ class Order:
     count: int = 1
     negative_prompt: str = ""
     """What guidance steers away from; empty: what the model was trained to contrast with."""
+    truncate_prompt: bool = False
+    """Whether prompts are cut to the tokens that fit; else a longer one is refused."""
     inputs: Mapping[str, Pixels] = field(default_factory=dict, repr=False)
     """The request's own images, of `size`, by the names that its task gives them."""
     parameters: Mapping[str, float] = field(default_factory=dict)

@@ -26,6 +26,21 @@ class TokenizerSpec(Record):
     """Whether prompts are lowered and stripped first, as by a pipeline whose tokenizer does not."""
 
 
+class CutText(str):
+    """A prompt that may be cut to the tokens that fit. It equals no plain text: that is refused where it is too long."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, CutText) and str.__eq__(self, other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash((CutText, str(self)))
+
+
 class PromptTokenizer:
     """All tokenizers of a model. Each pads to its length: marks, tokens, end mark, padding."""
 
@@ -39,7 +54,7 @@ class PromptTokenizer:
         """Ids [B, length] by name. RequestError for a prompt that does not fit, because cutting it would drop what it asks for.
 
         A tokenizer shorter than the model's longest may cut, as in the models' own pipelines: the longest reads it all.
-        Training captions may be cut by any (`truncate`): their image is what it is.
+        Training captions may be cut by any (`truncate`): their image is what it is. So may a `CutText`.
         """
         return {spec.name: self._ids(spec, prompts, truncate or spec.length < self._longest) for spec in self.specs}
 
@@ -49,13 +64,17 @@ class PromptTokenizer:
         for prompt, row in zip(prompts, ids, strict=True):  # one by one: `encode_batch` wakes threads, which costs a prompt more
             text = prompt.lower().strip() if spec.lowercase else prompt
             try:
-                tokens = tokenizer.encode(spec.before + text + spec.after).ids
+                encoding = tokenizer.encode(spec.before + text + spec.after, add_special_tokens=False)
+                count = len(encoding.ids) + tokenizer.num_special_tokens_to_add(False)
+                if count > spec.length and (truncate or isinstance(prompt, CutText)):
+                    encoding.truncate(spec.length - count + len(encoding.ids))  # end marks stay, as in transformers
+                tokens = tokenizer.post_process(encoding).ids
             except Exception as error:  # a tokenizer.json may ask for what it cannot do
                 raise RequestError("prompt", prompt, f"the tokenizer of {spec.name} fails on it: {first_line(error)}") from None
             if len(tokens) > spec.length:
-                if not truncate:
-                    raise RequestError("prompt", prompt, f"it has {len(tokens)} tokens, at most {spec.length} fit")
-                tokens = [*tokens[: spec.length - 1], tokens[-1]]  # the end mark stays
+                raise RequestError(
+                    "prompt", prompt, f"it has {len(tokens)} tokens, at most {spec.length} fit; truncate_prompt cuts it"
+                )
             row[: len(tokens)] = tokens
         return ids
 

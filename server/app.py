@@ -2,12 +2,10 @@
 
 import asyncio
 import contextlib
-import errno
 import gc
 import logging
 import re
 import signal
-import socket
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 from flashdiff import defaults
 from flashdiff.errors import BackendError, ConfigError
 from flashdiff.proto.v1 import image_pb2, image_pb2_grpc, triton_pb2
+from flashdiff.server.addresses import check_free, is_local, is_unix, shown
 from flashdiff.server.auth import Tokens, server_credentials
 from flashdiff.server.calls import Calls
 from flashdiff.server.connections import close_excess, raise_file_limit
@@ -32,7 +31,6 @@ from flashdiff.server.gate import Gate
 from flashdiff.server.log import hide_lost_replies
 from flashdiff.server.metrics import Metrics
 from flashdiff.server.models import Models
-from flashdiff.server.names import LOOPBACK
 from flashdiff.server.requests import Requests
 from flashdiff.server.service import ImageService
 from flashdiff.server.shared_memory import Regions
@@ -72,6 +70,7 @@ class Listen:
     """Where to listen, and which clients to accept; ConfigError for what would be unsafe or incomplete."""
 
     host: str = defaults.HOST
+    """Or `unix:` and the path of a socket, for gRPC without a port."""
     port: int = defaults.PORT
     """0 takes a free one."""
     tokens: Path | None = None
@@ -93,16 +92,18 @@ class Listen:
 
     def __post_init__(self) -> None:
         authenticates = self.tokens or self.tls_client_ca
-        if self.host not in LOOPBACK and not authenticates and not self.no_auth:
+        if not is_local(self.host) and not authenticates and not self.no_auth:
             raise ConfigError(
                 f"--host {self.host} lets anyone who reaches it in: give --tokens FILE or --tls-client-ca FILE, or say --no-auth"
             )
-        if self.shared_memory and self.host not in LOOPBACK:
+        if self.shared_memory and not is_local(self.host):
             raise ConfigError("--shared-memory is for clients of this machine: it needs a loopback --host")
         if authenticates and self.no_auth:
             raise ConfigError("--no-auth contradicts --tokens and --tls-client-ca")
         if self.http_port is None and (self.allowed_origins or self.aliases):
             raise ConfigError("--allow-origin and --alias are for HTTP: give --http-port")
+        if is_unix(self.host) and self.http_port is not None:
+            raise ConfigError(f"--host {self.host}: HTTP is served on a host and port alone; leave --http-port out")
         for origin in self.allowed_origins:
             if not _ORIGIN.fullmatch(origin):
                 raise ConfigError(f"--allow-origin {origin}: give scheme://host or scheme://host:port, as browsers send it")
@@ -150,7 +151,7 @@ async def start(models: Models, listen: Listen, worker: type[Worker] = Worker) -
     host, port = listen.host, listen.port
     for option, wanted in (("--port", port), ("--http-port", listen.http_port)):
         if wanted is not None:
-            _check_free(host, wanted, option)
+            check_free(host, wanted, option)
     credentials = server_credentials(listen.tls_cert, listen.tls_key, listen.tls_client_ca)
     metrics = Metrics([device.name for device in models.devices if device.name])
     tokens = Tokens(listen.tokens) if listen.tokens else None
@@ -167,13 +168,13 @@ async def start(models: Models, listen: Listen, worker: type[Worker] = Worker) -
     servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     reflection.enable_server_reflection((*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server, _protocols())
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    address = shown(host, port)
     bound = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
     await server.start()
     for name in ("", *_SERVICES):
         await servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
     http_port = http.port if http else None
-    ports = {port for port in (bound, http_port, metrics_port) if port is not None}
+    ports = {port for port in (None if is_unix(host) else bound, http_port, metrics_port) if port is not None}
     watching = asyncio.create_task(_watch(device, metrics, ports))
     return Server(bound, device, models, metrics_port, http_port, tokens, server, http, servicer, metrics, watching)
 
@@ -256,20 +257,6 @@ def _protocols() -> DescriptorPool:
     return pool
 
 
-def _check_free(host: str, port: int, option: str) -> None:
-    """ConfigError when the address cannot be bound, found before gRPC adds lines of its own to the error."""
-    try:
-        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
-    except OSError as error:
-        remedies = {
-            errno.EADDRINUSE: f"the port is in use; choose another with {option}",
-            errno.EACCES: f"this user may not take the port; choose one from 1024 on with {option}",
-            errno.EADDRNOTAVAIL: "this machine has no such address; choose another with --host",
-        }
-        reason = remedies.get(error.errno or 0, f"{error.strerror or error}; choose another --host")
-        raise ConfigError(f"cannot listen on {host}:{port}: {reason}") from None
-
-
 def freeze_loaded() -> None:
     """Exclude what is loaded from garbage collection for good: a full collection of it would delay every request by 30 ms."""
     gc.collect()
@@ -291,13 +278,12 @@ async def serve(models: Models, listen: Listen) -> None:
     loop.add_signal_handler(signal.SIGHUP, server.tokens.reload if server.tokens else lambda: None)
     if listen.no_auth:
         _log.warning("listening on %s: anyone who reaches it can use it, as --no-auth says", listen.host)
-    if listen.tokens and listen.host not in LOOPBACK and not listen.tls_cert:
+    if listen.tokens and not is_local(listen.host) and not listen.tls_cert:
         _log.warning("tokens cross the network in the clear: give --tls-cert and --tls-key, or end TLS in front of this server")
     for name, model in models.served.items():
         identity = model.identity
-        _log.info(
-            "serving %s (bundle %s, %s) on %s:%d", name, identity.bundle_hash[:12], identity.backend, listen.host, server.port
-        )
+        where = shown(listen.host, server.port)
+        _log.info("serving %s (bundle %s, %s) on %s", name, identity.bundle_hash[:12], identity.backend, where)
     if server.worker.devices:
         _log.info("devices: %s", ", ".join(device.name for device in server.worker.devices))
     if server.http_port is not None:

@@ -44,6 +44,8 @@ class Options(TypedDict, total=False):
 
     model: str
     negative_prompt: str
+    truncate_prompt: bool
+    """Cut prompts to what the model takes; else longer ones are refused."""
     seed: int | None
     steps: int | None
     size: Size | None

@@ -33,6 +33,7 @@ def read_request(message: pb.GenerateRequest, timeout_s: float | None = None, *,
     return ImageRequest(
         prompt=message.prompt,
         negative_prompt=message.negative_prompt,
+        truncate_prompt=message.truncate_prompt,
         seed=message.seed if message.HasField("seed") else None,
         steps=message.steps or None,
         size=Size(message.width, message.height) if message.width or message.height else None,

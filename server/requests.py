@@ -32,6 +32,8 @@ class ImageRequest:
 
     prompt: str
     negative_prompt: str = ""
+    truncate_prompt: bool = False
+    """Whether prompts are cut to what the model takes; else longer ones are refused."""
     seed: int | None = None
     """None: drawn."""
     steps: int | None = None
@@ -189,6 +191,7 @@ def _read_order(model: Model, request: ImageRequest) -> Order:
         model.components.spec,
         prompt=request.prompt,
         negative_prompt=request.negative_prompt,
+        truncate_prompt=request.truncate_prompt,
         seed=secrets.randbits(32) if request.seed is None else request.seed,
         steps=request.steps,
         size=request.size,

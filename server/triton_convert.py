@@ -99,6 +99,7 @@ def read_request(
     asked = ImageRequest(
         prompt=values["PROMPT"],
         negative_prompt=values.get("NEGATIVE_PROMPT", ""),
+        truncate_prompt=_flag(parameters, "truncate_prompt"),
         seed=values.get("SEED"),
         steps=values.get("STEPS"),
         size=Size(values.get("WIDTH", 0), values.get("HEIGHT", 0)) if {"WIDTH", "HEIGHT"} & set(values) else None,
@@ -204,6 +205,13 @@ def _priority(parameters: Mapping[str, Any]) -> Priority:
         raise RequestError("priority", number, "it must be a whole number from 0 on")
     named: dict[int, Priority] = {0: "normal", 1: "high", 2: "normal"}
     return named.get(number, "low")
+
+
+def _flag(parameters: Mapping[str, Any], name: str) -> bool:
+    value = parameters.get(name, False)
+    if not isinstance(value, bool):
+        raise RequestError(name, value, "it must be true or false")
+    return value
 
 
 def _timeout_s(parameters: Mapping[str, Any], remaining_s: float | None) -> float | None:

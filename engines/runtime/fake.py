@@ -13,7 +13,7 @@ from flashdiff.errors import BackendError, RequestError
 from flashdiff.parts import Condition, latent_diffusion
 from flashdiff.sampling import Sampler
 from flashdiff.schedule import Grid, NoiseSchedule
-from flashdiff.text import TokenizerSpec
+from flashdiff.text import CutText, TokenizerSpec
 
 _SCHEDULE = NoiseSchedule(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 FLASH = Sampler(kind="flash", schedule=_SCHEDULE, grid=Grid(solver_steps=16), default_steps=4)
@@ -51,11 +51,12 @@ class FakeComponents:
         return {key: {self.max_batch: 1000 * self.delay_s} for key in (("text_encoder", None), *spatial)}
 
     def tokenize(self, prompts: Sequence[str]) -> dict[str, NDArray[np.int64]]:
-        """One id of the whole prompt, in a row of padding."""
+        """One id of the whole prompt, or of the words that fit of one that may be cut, in a row of padding."""
         length = self.spec.prompt_tokens
         for prompt in prompts:
-            if len(prompt.split()) > length:
+            if len(prompt.split()) > length and not isinstance(prompt, CutText):
                 raise RequestError("prompt", prompt, f"at most {length} words fit")
+        prompts = [" ".join(p.split()[:length]) if len(p.split()) > length else p for p in prompts]
         return {"input_ids": np.array([[zlib.crc32(p.encode()), *[0] * (length - 1)] for p in prompts], dtype=np.int64)}
 
     def call(self, part: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:

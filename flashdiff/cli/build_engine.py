@@ -17,6 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="the bundle folder to make, or to bring up to date")
     add_build_arguments(parser)
+    parser.add_argument(
+        "--compare-stock",
+        action=argparse.BooleanOptionalAction,
+        help="compare an image with the stock diffusers pipeline of the model before publishing; default: yes",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what would be built, why, and what it takes; write nothing")
 
 
@@ -38,6 +43,7 @@ def run(options: argparse.Namespace) -> None:
         "sizes": options.size and parse_sizes(options.size),
         "batch_sizes": options.batch and parse_batches(options.batch),
         "version_compatible": options.version_compatible or None,
+        "compare_stock": options.compare_stock,
         **given_sampling(options),
     }
     given = {name: value for name, value in given.items() if value is not None and value != ()}

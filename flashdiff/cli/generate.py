@@ -22,6 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="default: the model's")
     parser.add_argument("--seed", type=int, default=defaults.SEED, help="default: %(default)s; image i has seed + i")
     parser.add_argument("--size", metavar="WxH", help="default: the model's")
+    parser.add_argument(
+        "--truncate-prompt", action="store_true", help="cut a prompt to the tokens that the model takes, in place of refusing it"
+    )
     parser.add_argument("--count", type=int, default=defaults.COUNT, help="default: %(default)s")
     parser.add_argument(
         "--image",
@@ -132,6 +135,7 @@ def run(options: argparse.Namespace) -> None:
         steps=options.steps,
         size=size,
         count=options.count,
+        truncate_prompt=options.truncate_prompt,
         inputs=readers({name: read_file(path, MAX_BYTES) for name, path in options.inputs}),
         parameters=dict(options.parameters),
     )

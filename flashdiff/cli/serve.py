@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LIST",
         help="GPUs by number (0,1) or core sets (cpu:0-3,cpu:4-7), each with a copy of the models; default: one GPU or all cores",
     )
-    parser.add_argument("--host", default=defaults.HOST, help="default: %(default)s")
+    parser.add_argument("--host", default=defaults.HOST, help="or unix:/PATH, a socket for gRPC; default: %(default)s")
     parser.add_argument("--port", type=int, default=defaults.PORT, help="default: %(default)s; 0 takes a free one")
     parser.add_argument(
         "--http-port",

@@ -1,5 +1,6 @@
 """Sets of images with what is known of each: made by a model, drawn by the renderer, or read from a folder or a tar file."""
 
+import contextlib
 import json
 import lzma
 import tarfile
@@ -15,19 +16,17 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
+from flashdiff.datasets import CAPTIONS, METADATA, SUFFIXES, caption_of, image_of, metadata_rows, shard_samples, value_at, visible
 from flashdiff.errors import EvaluationError, first_line
 from flashdiff.files import write_whole
 from flashdiff.orders import Pixels
 from flashdiff.pictures import read_rgb
-from flashdiff.reading import MAX_BYTES, lines_of, open_file, read_file, read_text
+from flashdiff.reading import MAX_BYTES, lines_of, read_file, read_text
 
 DAMAGED_IMAGE = (Exception,)
 """What pillow raises for damaged files: errors of many kinds, some from within its decoders."""
 DAMAGED_SHARD = (OSError, EOFError, ValueError, OverflowError, MemoryError, tarfile.TarError, zlib.error, lzma.LZMAError)
 """And tarfile, of a compressed one too."""
-
-METADATA = "metadata.jsonl"
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 
 WORLD = "avatars"
 """The renderer's name among prompt sets and reference sets."""
@@ -37,7 +36,6 @@ HELD_OUT = "avatars-held-out"
 REAL = "real"
 """The name of the images that no model made."""
 
-_MAX_MEMBER_BYTES = 1 << 30  # of a file in a shard
 _PROMPT_SEED = 30_000_000  # beyond the seeds of every training
 _REAL_SEED = 40_000_000
 
@@ -147,13 +145,13 @@ def _world_reference(count: int, size: int) -> ImageSet:
 def read_images(source: Path, count: int | None = None) -> ImageSet:
     """Images and captions of a folder or of webdataset shards, at most `count`, evenly spaced over all in order of their names.
 
-    A folder has its captions in metadata.jsonl (`file_name`, `text`; as `datasets` reads it) or in .txt files; a shard in
-    .txt members. EvaluationError when there is no image, one cannot be read, or sizes are mixed.
+    A folder has its captions in metadata files (`file_name`, `text`; as `datasets` reads them) or in .txt files; a shard in
+    .txt or .json members. EvaluationError when there is no image, one cannot be read, or sizes are mixed.
     """
     if source.is_file() and source.suffix == ".tar":
         shards = [source]
     elif source.is_dir():
-        shards = sorted(source.glob("*.tar"))
+        shards = sorted(path for path in source.glob("*.tar") if not path.name.startswith("."))
     else:
         raise EvaluationError(f"{source}: give a folder of images or webdataset shards (.tar)")
 
@@ -192,8 +190,8 @@ _Found = tuple[str, Callable[[], bytes], Prompt | None, int]
 
 
 def _read_folder(folder: Path) -> Iterator[_Found]:
-    known = read_metadata(folder / METADATA)
-    for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES):
+    known = read_metadata(folder)
+    for path in visible(folder, *SUFFIXES):
         name = path.relative_to(folder).as_posix()
         prompt, seed = known.get(name, (None, 0))
         text = path.with_suffix(".txt")
@@ -219,26 +217,27 @@ class _Entry(BaseModel):
     scene: Annotated[tuple[str, int], AfterValidator(_known_kind)] | None = None
 
 
-def read_metadata(path: Path) -> dict[str, tuple[Prompt | None, int]]:
-    """Prompt and seed by file name; empty where there is no such file. EvaluationError names the line that cannot be read."""
-    if not path.exists():
-        return {}
+def read_metadata(folder: Path, caption: str | None = None) -> dict[str, tuple[Prompt | None, int]]:
+    """Prompt and seed by file name, from the metadata files of a folder and those below; empty where there are none.
+
+    `caption` is the column of the prompts, else a usual one. EvaluationError names the row that cannot be read.
+    """
     known: dict[str, tuple[Prompt | None, int]] = {}
     try:
-        content = read_file(path, MAX_BYTES)
-    except OSError as error:
-        raise EvaluationError(f"{path}: cannot read: {error.strerror}") from None
-    for number, line in enumerate(lines_of(_text(content, str(path))), start=1):
-        if not line:
-            continue
-        try:
-            entry = _Entry.model_validate_json(line)
-        except ValidationError as error:
-            problem = error.errors()[0]
-            field = ".".join(map(str, problem["loc"])) or "the line"
-            raise EvaluationError(f"{path}:{number}: {field}: {problem['msg']}") from None
-        prompt = None if entry.text is None else Prompt(entry.text, entry.scene)
-        known[entry.file_name] = (prompt, entry.seed)
+        for row in metadata_rows(folder):
+            column = caption or next((name for name in CAPTIONS if name in row.values), "text")
+            values = {name: value for name, value in row.values.items() if name in ("file_name", "seed", "scene")}
+            with contextlib.suppress(KeyError):
+                values["text"] = value_at(row.values, column)
+            try:
+                entry = _Entry.model_validate(values)
+            except ValidationError as error:
+                problem = error.errors()[0]
+                field = ".".join(map(str, problem["loc"])) or "the line"
+                raise EvaluationError(f"{row.where}: {column if field == 'text' else field}: {problem['msg']}") from None
+            known[row.folder + entry.file_name] = (None if entry.text is None else Prompt(entry.text, entry.scene), entry.seed)
+    except (OSError, ValueError) as error:
+        raise EvaluationError(first_line(error)) from None
     return known
 
 
@@ -250,37 +249,15 @@ def _read_shard(path: Path) -> Iterator[_Found]:
         raise EvaluationError(f"{path}: not a readable tar file ({first_line(error)})") from None
 
 
-def shard_samples(path: Path) -> Iterator[dict[str, bytes]]:
-    """The samples of a webdataset shard, each its members by name: those that share a name up to the first dot.
-
-    Raises what tarfile raises for a damaged shard, after the samples before the damage.
-    """
-    with open_file(path) as file, tarfile.open(fileobj=file) as shard:
-        sample: dict[str, bytes] = {}
-        key = None
-        for member in shard:
-            if not member.isfile():
-                continue
-            if member.size > _MAX_MEMBER_BYTES:
-                raise tarfile.ReadError(f"{member.name} has {member.size} bytes")
-            folder, _, name = member.name.rpartition("/")
-            stem, _, extension = name.partition(".")
-            if (folder, stem) != key:
-                if sample:
-                    yield sample
-                key, sample = (folder, stem), {}
-            content = shard.extractfile(member)
-            assert content
-            sample[f"{stem}.{extension.lower()}"] = content.read()
-        if sample:
-            yield sample
-
-
 def _sample(members: dict[str, bytes], shard: str) -> Iterator[_Found]:
-    text = next((data for name, data in members.items() if name.endswith(".txt")), None)
-    for name, data in members.items():
-        if Path(name).suffix in SUFFIXES:
-            yield f"{shard}/{name}", partial(bytes, data), None if text is None else Prompt(_text(text, name)), 0
+    try:
+        if (name := image_of(members)) is None:
+            return  # not an image: an index, a set of features
+        text = caption_of(members)
+    except ValueError as error:
+        raise EvaluationError(f"{shard}/{next(iter(members))}: {error}") from None
+    prompt = None if text is None else Prompt(_text(text, name))
+    yield f"{shard}/{name}", partial(bytes, members[name]), prompt, 0
 
 
 def _text(data: bytes, name: str) -> str:
@@ -303,7 +280,7 @@ def write_images(images: ImageSet, folder: Path) -> None:
         if images.seeds:
             entry["seed"] = images.seeds[index]
         lines.append(json.dumps(entry))
-    write_whole(folder / METADATA, "\n".join(lines) + "\n")
+    write_whole(folder / METADATA[0], "\n".join(lines) + "\n")
 
 
 def sheet(images: Sequence[NDArray[np.uint8]] | NDArray[np.uint8], columns: int = 8, gap: int = 2) -> Image.Image:

@@ -17,6 +17,7 @@ MAX_COUNT = 16
 """Images per request."""
 
 _CHARACTERS_PER_TOKEN = 64  # no word of a tokenizer is longer
+_MOST_CUT = 1 << 16  # characters of a prompt that may be cut: a tokenizer reads all of it first
 
 
 def tasks_of(spec: ModelSpec) -> list[Task]:
@@ -50,6 +51,7 @@ def check_order(
     size: Size | None = None,
     count: int = defaults.COUNT,
     negative_prompt: str = "",
+    truncate_prompt: bool = False,
     inputs: Mapping[str, Pixels | Callable[[Size], Pixels]] | None = None,
     parameters: Mapping[str, float] | None = None,
 ) -> Order:
@@ -59,7 +61,7 @@ def check_order(
     checks. The names of the inputs choose the task.
     """
     inputs, parameters = inputs or {}, parameters or {}
-    _check_text(spec, prompt, negative_prompt)
+    _check_text(spec, prompt, negative_prompt, truncate_prompt)
     if not 0 <= seed < SEED_LIMIT:
         raise RequestError("seed", seed, "it must be between 0 and 2^64 - 1")
     steps = spec.sampler.default_steps if steps is None else steps
@@ -78,6 +80,7 @@ def check_order(
         size=size,
         count=count,
         negative_prompt=negative_prompt,
+        truncate_prompt=truncate_prompt,
         inputs={name: _input(name, given, task.input_size(spec, name, size)) for name, given in inputs.items()},
         parameters=numbers,
     )
@@ -101,12 +104,15 @@ def check_size(spec: ModelSpec, size: Size | None) -> Size:
     return size
 
 
-def _check_text(spec: ModelSpec, prompt: str, negative_prompt: str) -> None:
+def _check_text(spec: ModelSpec, prompt: str, negative_prompt: str, truncate: bool) -> None:
     if not prompt.strip():
         raise RequestError("prompt", prompt, "it must not be empty")
     for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
-        if len(text) > _CHARACTERS_PER_TOKEN * spec.prompt_tokens:  # refused before a tokenizer spends time on it
-            raise RequestError(name, text, f"{len(text)} characters are more than {spec.prompt_tokens} tokens can be")
+        fitting = _CHARACTERS_PER_TOKEN * spec.prompt_tokens
+        if len(text) > (max(fitting, _MOST_CUT) if truncate else fitting):  # refused before a tokenizer spends time on it
+            limit = f"the {_MOST_CUT} that are cut" if truncate else f"{spec.prompt_tokens} tokens can be"
+            cure = "" if truncate else "; truncate_prompt cuts it"
+            raise RequestError(name, text, f"{len(text)} characters are more than {limit}{cure}")
         if any("\ud800" <= character <= "\udfff" for character in text):  # what Python makes of bytes that are not UTF-8
             raise RequestError(name, text, "it must be valid Unicode text")
     if negative_prompt and spec.sampler.evaluations_per_step == 1:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from flashdiff.components import ModelSpec, Size, Tensors
 from flashdiff.errors import RequestError
 from flashdiff.orders import Order, Pixels, Preparation
+from flashdiff.text import CutText
 
 GREY = 127.5
 """The level in the middle: 0 in the encoder's range of -1 to 1."""
@@ -88,7 +89,8 @@ class Task:
             texts["negative_prompt"] = order.negative_prompt
         shape = order.size.height, order.size.width, 3
         stand_ins = {name: Preparation("encoder", np.full(shape, GREY, dtype=np.float32)) for name in _grey(spec)}
-        return {name: Preparation(part, text) for name, text in texts.items()} | stand_ins
+        given = {name: Preparation(part, CutText(text) if order.truncate_prompt else text) for name, text in texts.items()}
+        return given | stand_ins
 
     def conditions(self, spec: ModelSpec, order: Order, prepared: Prepared, text: Tensors) -> Tensors:
         """The denoiser's conditions, by name and without a batch axis, in the branch that reads `text`."""

@@ -30,7 +30,7 @@ PRIORITY_HIGH: Priority
 PRIORITY_LOW: Priority
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("prompt", "seed", "steps", "width", "height", "count", "format", "model", "negative_prompt", "quality", "priority", "image", "strength", "inputs", "parameters")
+    __slots__ = ("prompt", "seed", "steps", "width", "height", "count", "format", "model", "negative_prompt", "quality", "priority", "image", "strength", "inputs", "parameters", "truncate_prompt")
     class InputsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -60,6 +60,7 @@ class GenerateRequest(_message.Message):
     STRENGTH_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    TRUNCATE_PROMPT_FIELD_NUMBER: _ClassVar[int]
     prompt: str
     seed: int
     steps: int
@@ -75,7 +76,8 @@ class GenerateRequest(_message.Message):
     strength: float
     inputs: _containers.ScalarMap[str, bytes]
     parameters: _containers.ScalarMap[str, float]
-    def __init__(self, prompt: _Optional[str] = ..., seed: _Optional[int] = ..., steps: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., count: _Optional[int] = ..., format: _Optional[_Union[ImageFormat, str]] = ..., model: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., quality: _Optional[int] = ..., priority: _Optional[_Union[Priority, str]] = ..., image: _Optional[bytes] = ..., strength: _Optional[float] = ..., inputs: _Optional[_Mapping[str, bytes]] = ..., parameters: _Optional[_Mapping[str, float]] = ...) -> None: ...
+    truncate_prompt: bool
+    def __init__(self, prompt: _Optional[str] = ..., seed: _Optional[int] = ..., steps: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., count: _Optional[int] = ..., format: _Optional[_Union[ImageFormat, str]] = ..., model: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., quality: _Optional[int] = ..., priority: _Optional[_Union[Priority, str]] = ..., image: _Optional[bytes] = ..., strength: _Optional[float] = ..., inputs: _Optional[_Mapping[str, bytes]] = ..., parameters: _Optional[_Mapping[str, float]] = ..., truncate_prompt: _Optional[bool] = ...) -> None: ...
 
 class GenerateUpdate(_message.Message):
     __slots__ = ("preview", "result")

@@ -42,6 +42,7 @@ _FIELDS: dict[str, _Kind] = {
     "steps": "integer",
     "num_inference_steps": "integer",
     "negative_prompt": "text",
+    "truncate_prompt": "flag",
     "priority": "text",
 }
 _UNSUPPORTED = ("complexity", "frame_count", "frame_duration_ms", "svg", "markup")  # OpenAI's, for other kinds of images
@@ -89,6 +90,7 @@ def read_images_request(
     request = ImageRequest(
         prompt=given["prompt"],
         negative_prompt=given.get("negative_prompt", ""),
+        truncate_prompt=given.get("truncate_prompt", False),
         seed=given.get("seed"),
         steps=_steps(given),
         size=_size(given.get("size", "auto")),

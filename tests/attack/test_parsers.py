@@ -203,11 +203,12 @@ def _loaded(base: Path) -> Any:
 @example(places=[(0.0, 10**9, b'{"file_name": "a.png", "scene": ["moods", ' + b"9" * 5000 + b"]}")])
 @given(places=_SPLICES)
 def test_metadata(tmp_path: Path, places: list[tuple[float, int, bytes]]) -> None:
-    from flashdiff.evaluation.images import METADATA, read_metadata
+    from flashdiff.datasets import METADATA
+    from flashdiff.evaluation.images import read_metadata
 
     seed = b'{"file_name": "a.png", "text": "a dog", "seed": 3}\n{"file_name": "b.png", "scene": ["moods", 7], "text": "b"}\n'
-    (tmp_path / METADATA).write_bytes(_spliced(seed, places))
-    _takes_or_refuses(lambda: read_metadata(tmp_path / METADATA))
+    (tmp_path / METADATA[0]).write_bytes(_spliced(seed, places))
+    _takes_or_refuses(lambda: read_metadata(tmp_path))
 
 
 def _shard() -> bytes:

@@ -194,3 +194,14 @@ def test_open_webui_and_librechat_get_what_they_ask_for(running: Running) -> Non
         for name, model in (("image", "fake"), ("image[]", "gpt-image-1")):
             answer = client.post("/v1/images/edits", data={"model": model, "prompt": "x", "n": "1"}, files={name: file})
             assert answer.json()["data"][0]["b64_json"]
+
+
+def test_a_long_prompt_is_cut_where_a_field_says_so(stock: openai.OpenAI) -> None:
+    def data(prompt: str, **fields: object) -> object:
+        return stock.images.generate(prompt=prompt, extra_body={"seed": 1, **fields}).data
+
+    assert data("w " * 1000, truncate_prompt=True) == data(" ".join(["w"] * 32))
+    with pytest.raises(openai.BadRequestError, match="at most 32 words fit"):
+        data("w " * 1000, truncate_prompt=False)
+    with pytest.raises(openai.BadRequestError, match="truncate_prompt: 'yes' is not allowed; it must be true or false"):
+        data("w " * 1000, truncate_prompt="yes")

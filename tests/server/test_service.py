@@ -96,6 +96,14 @@ def test_a_bad_field_is_invalid_argument_with_field_value_and_what_is_allowed(
     assert len(caught.value.details()) < 400
 
 
+def test_a_long_prompt_is_cut_where_the_request_says_so(running: Running, client: Client) -> None:
+    words = "w " * 1000
+    images = client.generate(words, seed=1, truncate_prompt=True).images
+    assert images == client.generate(" ".join(["w"] * running.fake.spec.prompt_tokens), seed=1).images
+    with pytest.raises(ServerError, match="at most 32 words fit"):
+        client.generate(words, seed=1)  # whatever the text cache holds
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"seed": -1}, {"seed": 2**64}, {"steps": 0}, {"steps": -1}, {"count": 0}, {"image_format": "gif"}, {"strength": 0}],

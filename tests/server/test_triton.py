@@ -361,3 +361,14 @@ def test_statistics_count_what_was_done(stock: triton.InferenceServerClient) -> 
     for name, version in (("none", ""), ("fake", "7")):
         with pytest.raises(InferenceServerException, match="INVALID_ARGUMENT"):  # of all statuses, as Triton has it
             stock.get_inference_statistics(name, version)
+
+
+def test_a_long_prompt_is_cut_where_a_parameter_says_so(running: Running, stock: triton.InferenceServerClient) -> None:
+    long = [tensor("PROMPT", "BYTES", b"w " * 1000), tensor("SEED", "UINT64", 1)]
+    with pytest.raises(InferenceServerException, match="at most 32 words fit"):
+        stock.infer("fake", long)
+    cut = stock.infer("fake", long, parameters={"truncate_prompt": True}).as_numpy("IMAGES")
+    order = check_order(running.fake.spec, prompt=" ".join(["w"] * 32), seed=1)
+    np.testing.assert_array_equal(cut[0], generate(FakeComponents(), [order])[0][0])
+    with pytest.raises(InferenceServerException, match="truncate_prompt: 1 is not allowed; it must be true or false"):
+        stock.infer("fake", long, parameters={"truncate_prompt": 1})

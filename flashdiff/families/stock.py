@@ -1,0 +1,208 @@
+"""The stock diffusers pipeline of a model, with the weights of ours, the scheduler that ours stands for, and our noise."""
+
+import importlib
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.overrides import TorchFunctionMode
+
+from flashdiff.components import ModelSpec, Size
+from flashdiff.errors import FlashdiffError, ModelError, first_line
+from flashdiff.families.base import ModelFamily, TorchModel
+from flashdiff.noise import image_noise
+from flashdiff.reading import read_json
+from flashdiff.samplers.spacing import chosen_times
+from flashdiff.sampling import Sampler
+from flashdiff.schedule import FlowSchedule
+
+_NO_BOUNDARY = 1e9
+"""LCM's timestep scaling at which c_skip is 0 and c_out 1: a flash student's steps."""
+_NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder")
+
+
+class NoStockPipeline(FlashdiffError):  # noqa: N818  (a finding, which the caller writes down)
+    """Diffusers has nothing that samples as this model does; the message says what it lacks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StockScheduler:
+    """A diffusers scheduler that takes the steps of a sampler."""
+
+    kind: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """That replace the base's own."""
+    call: Mapping[str, Any] = field(default_factory=dict)
+    """What the pipeline is called with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StockImage:
+    """An image that the stock pipeline made."""
+
+    made_by: str
+    pixels: NDArray[np.float32]  # [3, H, W] in [0, 1]
+
+
+def stock_image(
+    family: ModelFamily, model: TorchModel, folder: Path, *, prompt: str, seed: int, steps: int, size: Size
+) -> StockImage:
+    """An image of the stock pipeline of a model, LoRAs included, on the device of `model`.
+
+    The pipeline reads the base's configuration files, tokenizers and scheduler itself; the weights are those of `model`.
+    NoStockPipeline where diffusers cannot sample so; ModelError where the pipeline fails.
+    """
+    spec = model.spec
+    scheduler = stock_scheduler(spec, steps)
+    noise = _noise(seed, spec.latent_shape(size))
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # advice to those who chose diffusers' settings
+        try:
+            pipeline = _pipeline(family, model, folder)
+            config = pipeline.scheduler.config
+            kind = getattr(importlib.import_module("diffusers"), scheduler.kind)
+            pipeline.scheduler = kind.from_config(config, **scheduler.settings)
+            pack = _packing(pipeline)
+            takes = inspect.signature(pipeline.__call__).parameters
+            wanted = {"height": size.height, "width": size.width, "use_resolution_binning": False, "clean_caption": False}
+            with _GivenNoise(lambda: pack(next(noise))):
+                images = pipeline(
+                    prompt,
+                    latents=pack(next(noise)).to(model.device),
+                    guidance_scale=_guidance(family, spec.sampler),
+                    output_type="pt",
+                    **{name: value for name, value in wanted.items() if name in takes},
+                    **scheduler.call,
+                ).images
+        except Exception as error:  # the pipelines raise many kinds
+            raise ModelError(f"{folder}: the stock {family.pipeline_class} makes no image: {first_line(error)}") from None
+    return StockImage(made_by=f"{family.pipeline_class} with {scheduler.kind}", pixels=images[0].float().cpu().numpy())
+
+
+def stock_scheduler(spec: ModelSpec, steps: int) -> StockScheduler:
+    """The diffusers scheduler whose `steps` steps are those of a model's sampler; NoStockPipeline where there is none."""
+    if isinstance(spec.sampler.schedule, FlowSchedule):
+        return _flow_scheduler(spec.sampler, spec.sampler.schedule, spec.family, steps)
+    sampler, predicts = spec.sampler, {"prediction_type": spec.prediction}
+    count, settings = {"num_inference_steps": steps}, dict[str, Any]()
+    own = {"timesteps": list(chosen_times(sampler.timesteps, steps))} if sampler.timesteps else count
+    solver = {"original_inference_steps": sampler.original_steps}
+    match sampler.kind:
+        case "flash":
+            settings = {"timestep_scaling": _NO_BOUNDARY, "clip_sample": False, "thresholding": False}
+            call: Mapping[str, Any] = {"timesteps": [int(time) for time in sampler.times(steps)]}
+            return StockScheduler(kind="LCMScheduler", settings={**predicts, **settings}, call=call)
+        case "ode":
+            if steps > 2:
+                raise NoStockPipeline("diffusers' solvers take other steps than ours after the second")
+            settings = {"set_alpha_to_one": True, "timestep_spacing": "trailing", "clip_sample": False}
+            return StockScheduler(kind="DDIMScheduler", settings={**predicts, **settings}, call=count)
+        case "lcm":
+            settings = {"timestep_scaling": sampler.timestep_scaling, "clip_sample": False, **solver}
+            return StockScheduler(kind="LCMScheduler", settings={**predicts, **settings}, call=own)
+        case "tcd":
+            return StockScheduler(kind="TCDScheduler", settings={**predicts, **solver}, call={**own, "eta": sampler.eta})
+        case "ddim":
+            if sampler.timesteps:
+                raise NoStockPipeline("diffusers' DDIMScheduler takes no times of a student's own")
+            settings = {"timestep_spacing": sampler.spacing, "clip_sample": False}
+            return StockScheduler(kind="DDIMScheduler", settings={**predicts, **settings}, call={**count, "eta": sampler.eta})
+        case "euler" | "euler-ancestral":
+            kind = "EulerDiscreteScheduler" if sampler.kind == "euler" else "EulerAncestralDiscreteScheduler"
+            if sampler.timesteps and sampler.kind == "euler-ancestral":
+                raise NoStockPipeline("diffusers' EulerAncestralDiscreteScheduler takes no times of a student's own")
+            return StockScheduler(kind=kind, settings={**predicts, "timestep_spacing": sampler.spacing}, call=own)
+    raise NoStockPipeline(f"no pipeline of diffusers for this family takes the sampler {sampler.kind}")
+
+
+def _flow_scheduler(sampler: Sampler, schedule: FlowSchedule, family: str, steps: int) -> StockScheduler:
+    """`sigmas` are those before the shift, which is the scheduler's."""
+    settings: dict[str, Any] = {}
+    call: dict[str, Any] = {"num_inference_steps": steps}
+    if sampler.kind == "flow-euler":
+        if sampler.timesteps:
+            call["sigmas"] = [(time + 1) / schedule.num_train_timesteps for time in chosen_times(sampler.timesteps, steps)]
+        elif sampler.spacing == "trailing":
+            call["sigmas"] = [float(sigma) for sigma in np.linspace(1, 1 / steps, steps)]
+        elif family != "sd3":  # SD3's pipeline leaves them to the scheduler, which takes these
+            call["sigmas"] = [float(sigma) for sigma in np.linspace(1, schedule.least_sigma, steps)]
+        if 0 < sampler.eta < 1:
+            raise NoStockPipeline("diffusers' FlowMatchEulerDiscreteScheduler knows eta 0 and 1 alone")
+        settings["stochastic_sampling"] = sampler.eta == 1
+    elif sampler.kind == "flash" and sampler.grid:
+        # The grid's levels are those of the default size, whatever the size.
+        settings = {"stochastic_sampling": True, "use_dynamic_shifting": False, "shift": schedule.shift}
+        call["sigmas"] = [(time + 1) / schedule.num_train_timesteps for time in sampler.grid.inference_times(steps)]
+    elif sampler.kind == "ode":
+        if steps > 2:
+            raise NoStockPipeline("diffusers' solvers take other steps than ours after the second")
+        call["sigmas"] = [float(sigma) for sigma in np.linspace(1, 1 / steps, steps)]
+    else:
+        raise NoStockPipeline(f"no pipeline of diffusers for this family takes the sampler {sampler.kind}")
+    return StockScheduler(kind="FlowMatchEulerDiscreteScheduler", settings=settings, call=call)
+
+
+def _guidance(family: ModelFamily, sampler: Sampler) -> float:
+    if sampler.embedded_guidance is not None:
+        return sampler.embedded_guidance
+    return sampler.guidance - (1 if family.name == "z-image" else 0)  # whose pipeline counts from 0
+
+
+def _pipeline(family: ModelFamily, model: TorchModel, folder: Path) -> Any:
+    """The pipeline as its own configuration files say, with our weights and without a second copy of them."""
+    diffusers = importlib.import_module("diffusers")
+    index = read_json(folder / "model_index.json")
+    parts = {name: _stock_part(folder, name, index[name], weights) for name, weights in model.weights.items()}
+    absent = {name: None for name, kind in index.items() if kind == [None, None]}
+    kind = getattr(diffusers, family.pipeline_class)
+    pipeline = kind.from_pretrained(folder, **{**absent, **dict.fromkeys(set(_NOT_NEEDED) & set(index)), **parts})
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _stock_part(folder: Path, name: str, kind: list[str], ours: torch.nn.Module) -> Any:
+    """The class and the settings that the base's files name, around our tensors."""
+    from accelerate import init_empty_weights
+
+    library, class_name = kind
+    made_by: Any = getattr(importlib.import_module(library), class_name)
+    with init_empty_weights(include_buffers=False):
+        if library == "diffusers":
+            part = made_by.from_config(made_by.load_config(folder / name))
+        else:
+            part = made_by(made_by.config_class.from_pretrained(folder / name))
+    part.load_state_dict(ours.state_dict(), assign=True)
+    return part.to(next(ours.parameters()).device).eval()
+
+
+def _packing(pipeline: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """FLUX's pipeline keeps latents [B, C, h, w] as tokens of 2x2 patches."""
+    if hasattr(pipeline, "_pack_latents"):
+        return lambda latents: pipeline._pack_latents(latents, *latents.shape)
+    return lambda latents: latents
+
+
+def _noise(seed: int, shape: tuple[int, ...]) -> Iterator[torch.Tensor]:
+    """The noise [1, C, h, w] of an image's steps, from the first on."""
+    for step in range(1000):
+        yield torch.from_numpy(image_noise(seed, step, shape))[None]
+
+
+class _GivenNoise(TorchFunctionMode):
+    """Within the context `torch.randn`, which schedulers draw their noise with, returns ours."""
+
+    def __init__(self, draw: Callable[[], torch.Tensor]) -> None:
+        super().__init__()
+        self._draw = draw
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.randn:
+            like = func(*args, **(kwargs or {}))
+            return self._draw().to(like.device, like.dtype).reshape(like.shape)
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,384 @@
+"""Data sets as people have them: hidden files, shards in any order, metadata files, tables, save_to_disk, remote shards."""
+
+import csv
+import io
+import json
+import tarfile
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.ipc
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from flashdiff.components import Size
+from flashdiff.distill.config import DataRecipe
+from flashdiff.distill.sources import Damage, Sample, read_samples
+from flashdiff.errors import TrainingError
+from flashdiff.evaluation.images import read_images
+
+
+def _png(index: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (40 * index, 0, 0)).save(file, "png")
+    return file.getvalue()
+
+
+def _read(source: Path | str, **changes: Any) -> list[Sample]:
+    damage = Damage(str(source))
+    samples = list(read_samples(DataRecipe.model_validate({"source": str(source), **changes}), Size(8, 8), 0, damage))
+    damage.check()
+    return samples
+
+
+def _found(source: Path | str, **changes: Any) -> list[tuple[str, int]]:
+    """Caption and the image's number of every sample."""
+    numbers = {_png(index): index for index in range(6)}
+    return [(sample.caption, numbers[bytes(sample.image or b"")]) for sample in _read(source, **changes)]
+
+
+def _refused(source: Path | str, **changes: Any) -> str:
+    with pytest.raises(TrainingError) as error:
+        _read(source, **changes)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def _tar(path: Path, members: Mapping[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as shard:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            shard.addfile(member, io.BytesIO(content))
+    return path
+
+
+# --- hidden files ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hidden", ["._0.png", ".cache/0.png", "__MACOSX/0.png", "a/.thumbnails/b/0.png", ".png/0.png"])
+def test_hidden_files_of_a_folder_do_not_count(tmp_path: Path, hidden: str) -> None:
+    (tmp_path / "1.png").write_bytes(_png(1))
+    (tmp_path / "1.txt").write_text("one")
+    (tmp_path / hidden).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / hidden).write_bytes(b"not an image")
+    assert _found(tmp_path) == [("one", 1)]
+    assert len(read_images(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("hidden", ["._0.tar", ".ipynb_checkpoints/0.tar", "__MACOSX/._0.parquet"])
+def test_hidden_shards_of_a_folder_do_not_count(tmp_path: Path, hidden: str) -> None:
+    _tar(tmp_path / "0.tar", {"1.png": _png(1), "1.txt": b"one"})
+    (tmp_path / hidden).parent.mkdir(exist_ok=True)
+    (tmp_path / hidden).write_bytes(b"not a shard")
+    assert _found(tmp_path) == [("one", 1)]
+
+
+def test_hidden_members_of_a_shard_do_not_count(tmp_path: Path) -> None:
+    hidden = dict.fromkeys(("._1.png", "__MACOSX/._1.png", ".DS_Store", "./.hidden/2.png"), b"nothing")
+    shard = _tar(tmp_path / "0.tar", hidden | {"./1.png": _png(1), "./1.txt": b"one"})
+    assert _found(shard) == [("one", 1)]
+    assert len(read_images(shard)) == 1
+
+
+# --- webdataset ------------------------------------------------------------------------------------------------------
+
+SHARDS: dict[str, dict[str, bytes]] = {
+    "text first": {"0.txt": b"zero", "0.png": _png(0), "1.txt": b"one", "1.png": _png(1)},
+    "images, then captions": {"0.png": _png(0), "1.png": _png(1), "1.txt": b"one", "0.txt": b"zero"},
+    "json": {"0.png": _png(0), "0.json": b'{"caption": "zero", "id": 3}', "1.json": b'{"prompt": "one"}', "1.png": _png(1)},
+    "json that is a text": {"0.png": _png(0), "0.json": b'"zero"', "1.png": _png(1), "1.json": b'"one"'},
+    "json with another caption": {
+        **{"0.png": _png(0), "0.txt": b"zero", "0.json": b'{"caption": "other"}'},
+        **{"1.json": b"[1]", "1.txt": b"one", "1.png": _png(1)},
+    },
+    "more members": {
+        **{"0.mask.png": _png(4), "0.png": _png(0), "0.txt": b"zero", "0.cls": b"3", "0.npy": b"x"},
+        **{"1.long.txt": b"long", "1.txt": b"one", "1.PNG": _png(1), "1.depth.jpg": b"x"},
+    },
+    "folders": {"a/0.png": _png(0), "b/0.png": _png(1), "a/0.txt": b"zero", "b/0.txt": b"one", "index.json": b"[]"},
+}
+
+
+@pytest.mark.parametrize("kind", list(SHARDS))
+def test_samples_of_shards_in_every_arrangement(tmp_path: Path, kind: str) -> None:
+    shard = _tar(tmp_path / "0.tar", SHARDS[kind])
+    assert _found(shard) == [("zero", 0), ("one", 1)]
+    evaluated = read_images(shard)
+    assert [prompt and prompt.text for prompt in evaluated.prompts] == ["zero", "one"]
+    assert evaluated.pixels[:, 0, 0, 0].tolist() == [0, 40]
+
+
+def test_a_caption_within_a_json_member(tmp_path: Path) -> None:
+    record = json.dumps({"captions": {"en": ["no", "zero"]}}).encode()
+    shard = _tar(tmp_path / "0.tar", {"0.png": _png(0), "0.json": record})
+    assert _found(shard, caption_column="captions.en.1") == [("zero", 0)]
+    assert "0.json has no text 'captions.fr'" in _refused(shard, caption_column="captions.fr")
+
+
+@pytest.mark.parametrize(
+    ("members", "why"),
+    [
+        ({"0.json": b'{"title": "zero"}'}, "0.json has none of text, caption, prompt"),
+        ({"0.json": b"{"}, "0.json is not valid JSON"),
+        ({"0.json": b'{"caption": 3}'}, "'caption' holds int, where text is needed"),
+        ({"0.json": b'{"text": ["zero"]}'}, "'text' holds list, where text is needed"),
+        ({"0.jpg": b"x", "0.txt": b"zero"}, "it has several images: 0.jpg, 0.png"),
+        ({"0.cls": b"1"}, "it has no .txt or .json member"),
+    ],
+)
+def test_a_sample_that_cannot_be_understood_is_counted_with_its_reason(
+    tmp_path: Path, members: dict[str, bytes], why: str
+) -> None:
+    message = _refused(_tar(tmp_path / "0.tar", {"0.png": _png(0), **members}))
+    assert "1 of 1 samples cannot be used" in message
+    assert why in message
+
+
+# --- metadata files --------------------------------------------------------------------------------------------------
+
+
+def _jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.with_suffix(".jsonl").write_text("\ufeff" + "\r\n".join(map(json.dumps, rows)))
+
+
+def _csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    with path.with_suffix(".csv").open("w", encoding="utf-8-sig", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path.with_suffix(".parquet"))
+
+
+WRITERS: list[Callable[[Path, list[dict[str, Any]]], None]] = [_jsonl, _csv, _parquet]
+CAPTION = 'a "red",\u2028quoted\ncaption'
+
+
+@pytest.mark.parametrize("write", WRITERS)
+@pytest.mark.parametrize("column", ["text", "caption", "prompt"])
+def test_metadata_of_every_kind_and_in_folders_below(
+    tmp_path: Path, write: Callable[[Path, list[dict[str, Any]]], None], column: str
+) -> None:
+    (tmp_path / "train" / "deep").mkdir(parents=True)
+    for index, name in enumerate(("0.png", "train/1.png", "train/deep/2.png")):
+        (tmp_path / name).write_bytes(_png(index))
+    write(tmp_path / "metadata", [{"file_name": "0.png", column: CAPTION, "extra": 1.5}])
+    write(tmp_path / "train" / "metadata", [{"file_name": n, column: f"caption {n}"} for n in ("deep/2.png", "1.png")])
+    assert _found(tmp_path) == [(CAPTION, 0), ("caption 1.png", 1), ("caption deep/2.png", 2)]
+    assert [prompt and prompt.text for prompt in read_images(tmp_path).prompts] == [s.caption for s in _read(tmp_path)]
+
+
+@pytest.mark.parametrize("write", [_jsonl, _parquet])
+def test_nested_columns_of_metadata(tmp_path: Path, write: Callable[[Path, list[dict[str, Any]]], None]) -> None:
+    (tmp_path / "0.png").write_bytes(_png(0))
+    write(tmp_path / "metadata", [{"file_name": "0.png", "meta": {"captions": ["zero", "nought"]}}])
+    assert _found(tmp_path, caption_column="meta.captions.1") == [("nought", 0)]
+
+
+@pytest.mark.parametrize(
+    ("write", "rows", "why"),
+    [
+        (_jsonl, [{"file_name": "0.png", "caption": 3}], "metadata.jsonl:1: caption: Input should be a valid string"),
+        (_parquet, [{"file_name": "0.png", "text": ["a"]}], "metadata.parquet, row 1: text: Input should be a valid string"),
+        (_csv, [{"image": "0.png", "text": "zero"}], "metadata.csv:2: file_name: Field required"),
+        (_csv, [{"file_name": "0.png", "text": "zero", "seed": "many"}], "metadata.csv:2: seed: Input should be a valid integer"),
+        (_csv, [{"file_name": "0.png", "text": ""}], "0.png has no caption: no line in metadata.csv names it"),
+        (_jsonl, [{"file_name": n, "text": "zero"} for n in ("0.png", "9.png")], "its metadata names 9.png"),
+    ],
+)
+def test_bad_metadata_is_named(
+    tmp_path: Path, write: Callable[[Path, list[dict[str, Any]]], None], rows: list[dict[str, Any]], why: str
+) -> None:
+    (tmp_path / "0.png").write_bytes(_png(0))
+    write(tmp_path / "metadata", rows)
+    assert why in _refused(tmp_path)
+
+
+def test_two_metadata_files_of_one_folder_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "0.png").write_bytes(_png(0))
+    for write in (_csv, _jsonl):
+        write(tmp_path / "metadata", [{"file_name": "0.png", "text": "zero"}])
+    assert "has metadata.csv and metadata.jsonl; keep one of them" in _refused(tmp_path)
+    (tmp_path / "metadata.jsonl").unlink()
+    (tmp_path / "metadata.csv").write_text("file_name,text\n0.png,zero,more\n")
+    assert "metadata.csv:2: the line: it has another number of columns than the first" in _refused(tmp_path)
+    (tmp_path / "metadata.csv").unlink()
+    (tmp_path / "metadata.parquet").write_bytes(b"PAR1")
+    assert "metadata.parquet: cannot read: " in _refused(tmp_path)
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+STRUCT = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
+IMAGES = [{"bytes": _png(index), "path": f"{index}.png"} for index in range(2)]
+FILES = [_png(0), _png(1)]
+TABLES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    # columns, recipe
+    "structs": ({"image": pyarrow.array(IMAGES, STRUCT), "caption": ["zero", "one"]}, {}),
+    "bytes": ({"image": FILES, "text": ["zero", "one"], "label": [1, 2]}, {}),
+    "large types": (
+        {"image": pyarrow.array(FILES, pyarrow.large_binary()), "text": pyarrow.array(["zero", "one"], pyarrow.large_string())},
+        {},
+    ),
+    "a dictionary of captions": ({"image": FILES, "prompt": pyarrow.array(["zero", "one"]).dictionary_encode()}, {}),
+    "webdataset's columns": ({"jpg": IMAGES, "json": [{"caption": "zero", "id": 1}, {"caption": "one", "id": 2}]}, {}),
+    "other names": (
+        {"picture": FILES, "title.en": ["zero", "one"], "text": ["no", "no"]},
+        {"image_column": "picture", "caption_column": "title.en"},
+    ),
+    "nested": (
+        {"sample": [{"view": image, "captions": ["no", text]} for image, text in zip(IMAGES, ("zero", "one"), strict=True)]},
+        {"image_column": "sample.view", "caption_column": "sample.captions.1"},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", list(TABLES))
+def test_tables_with_columns_of_every_kind(tmp_path: Path, kind: str) -> None:
+    columns, recipe = TABLES[kind]
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "0.parquet")
+    assert _found(tmp_path, **recipe) == [("zero", 0), ("one", 1)]
+
+
+@pytest.mark.parametrize(
+    ("columns", "recipe", "why"),
+    [
+        ({"image": [[1, 2]], "text": ["a"]}, {}, "column 'image' holds list<element: int64>, where image files are needed"),
+        ({"image": ["0.png"], "text": ["a"]}, {}, "column 'image' holds string, where image files are needed"),
+        ({"image": [b"x"], "text": [3]}, {}, "column 'text' holds int64, where text is needed"),
+        ({"image": [b"x"], "caption": [["a"]]}, {}, 'where text is needed; data.caption_column = "caption.0" takes the first'),
+        ({"image": [b"x"], "title": ["a"]}, {}, "has columns image, title; it needs 'image' and one of text, caption, prompt"),
+        ({"image": [b"x"], "text": ["a"]}, {"image_column": "photo"}, "data.image_column 'photo': there is no such column"),
+        ({"image": [b"x"], "text": ["a"]}, {"caption_column": "text.en"}, "data.caption_column 'text.en': there is no such"),
+    ],
+)
+def test_columns_of_other_types_are_refused_by_name(
+    tmp_path: Path, columns: dict[str, Any], recipe: dict[str, Any], why: str
+) -> None:
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "0.parquet")
+    assert why in _refused(tmp_path / "0.parquet", **recipe)
+
+
+# --- save_to_disk ----------------------------------------------------------------------------------------------------
+
+
+def _saved(folder: Path, indices: tuple[int, ...] = (0, 1)) -> Path:
+    """As `datasets.Dataset.save_to_disk` writes it, an arrow stream a shard; one image lies in a file of its own."""
+    folder.mkdir(parents=True)
+    names = [f"data-{number:05}-of-{len(indices):05}.arrow" for number in range(len(indices))]
+    for name, index in zip(names, indices, strict=True):
+        (folder / f"{index}.png").write_bytes(_png(index))
+        image = {"bytes": _png(index), "path": None} if index else {"bytes": None, "path": f"{index}.png"}
+        table = pyarrow.table({"image": pyarrow.array([image], STRUCT), "text": [f"caption {index}"]})
+        with pyarrow.ipc.new_stream(folder / name, table.schema) as stream:
+            stream.write_table(table)
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names], "_split": "train"}))
+    (folder / "dataset_info.json").write_text("{}")
+    return folder
+
+
+def test_a_folder_of_save_to_disk(tmp_path: Path) -> None:
+    _saved(tmp_path / "whole")
+    (tmp_path / "whole" / "cache-1234.arrow").write_bytes(b"what `datasets` leaves, which state.json does not name")
+    assert _found(tmp_path / "whole") == [("caption 0", 0), ("caption 1", 1)]
+    assert _found(tmp_path / "whole" / "data-00001-of-00002.arrow") == [("caption 1", 1)]
+
+
+def test_of_a_saved_dictionary_of_splits_train_is_taken(tmp_path: Path) -> None:
+    _saved(tmp_path / "train", (2, 3))
+    _saved(tmp_path / "test")
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["test", "train"]}')
+    assert _found(tmp_path) == [("caption 2", 2), ("caption 3", 3)]
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["test"]}')
+    assert _found(tmp_path) == [("caption 0", 0), ("caption 1", 1)]
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["test", "validation"]}')
+    assert "has the splits test, validation; give the folder of one of them" in _refused(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("state.json", "{", "its save_to_disk files are damaged"),
+        ("state.json", '{"_data_files": 3}', "its save_to_disk files are damaged"),
+        ("state.json", '{"_data_files": [{"filename": "gone.arrow"}]}', "gone.arrow is damaged"),
+        ("state.json", '{"_data_files": [], "_indices_files": [{"filename": "i.arrow"}]}', "flatten_indices()"),
+        ("data-00000-of-00002.arrow", "no arrow", "data-00000-of-00002.arrow is damaged"),
+    ],
+)
+def test_damaged_folders_of_save_to_disk(tmp_path: Path, name: str, content: str, why: str) -> None:
+    (_saved(tmp_path / "saved") / name).write_text(content)
+    assert why in _refused(tmp_path / "saved")
+
+
+# --- remote ----------------------------------------------------------------------------------------------------------
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def address(tmp_path: Path) -> Iterator[str]:
+    """Of a web server for `tmp_path`."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(tmp_path)))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_remote_shards_and_tables(tmp_path: Path, address: str) -> None:
+    for index in (0, 1):
+        _tar(tmp_path / f"part-{index:03}.tar", {f"{index}.png": _png(index), f"{index}.txt": f"caption {index}".encode()})
+    _parquet(tmp_path / "two", [{"image": _png(2), "text": "caption 2"}])
+    assert _found(f"{address}/part-{{000..001}}.tar") == [("caption 0", 0), ("caption 1", 1)]
+    assert _found(f"{address}/two.parquet?token=1") == [("caption 2", 2)]
+    assert _read(f"{address}/part-001.tar")[0].where == f"{address}/part-001.tar/1.png"
+
+
+def test_a_pattern_finds_remote_shards(tmp_path: Path) -> None:
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    for index in (1, 0):
+        shard = _tar(tmp_path / "0.tar", {f"{index}.png": _png(index), f"{index}.txt": f"caption {index}".encode()})
+        memory.pipe(f"/bucket/{index}.tar", shard.read_bytes())
+    memory.pipe("/bucket/._0.tar", b"hidden")
+    assert _found("memory://bucket/*.tar") == [("caption 0", 0), ("caption 1", 1)]
+    assert "there is no such shard" in _refused("memory://bucket/*.parquet")
+
+
+def test_a_few_damaged_remote_shards_are_counted(tmp_path: Path, address: str, caplog: pytest.LogCaptureFixture) -> None:
+    for index in range(25):
+        _tar(tmp_path / f"{index:02}.tar", {"0.png": _png(0), "0.txt": b"zero"})
+    (tmp_path / "03.tar").write_bytes((tmp_path / "03.tar").read_bytes()[:700])
+    assert len(_read(f"{address}/{{00..24}}.tar")) == 24
+    assert "/03.tar is damaged" in caplog.text
+    (tmp_path / "07.tar").unlink()
+    message = _refused(f"{address}/{{00..24}}.tar")
+    assert "2 of 25 files cannot be used, more than 5%; the first: http://127.0.0.1" in message
+
+
+@pytest.mark.parametrize(
+    ("source", "why"),
+    [
+        ("http://127.0.0.1:9/0.tar", "http://127.0.0.1:9/0.tar is damaged (Cannot connect to host"),
+        ("https://example.com/data", "is no shard; remote shards end in .tar, .parquet, .arrow"),
+        ("s3://bucket/{5..2}.tar", "the range {5..2} must rise"),
+        ("nowhere://bucket/0.tar", "nowhere"),
+    ],
+)
+def test_remote_sources_that_cannot_be_read(source: str, why: str) -> None:
+    assert why in _refused(source)
