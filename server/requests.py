@@ -13,7 +13,7 @@ from flashdiff.server.images import readers
 from flashdiff.server.jobs import Finished, Step, Timings, pixel_bytes
 from flashdiff.server.models import Model, Models
 from flashdiff.server.names import ImageFormat, Priority
-from flashdiff.server.tracing import describe_call
+from flashdiff.server.tracing import describe_call, note_model
 from flashdiff.server.worker import Worker
 from flashdiff.tasks import check_order
 
@@ -95,6 +95,7 @@ class Requests:
         `contextlib.aclosing`, when the reply is sent. A reply that is not read for 30 s and longer gives its room back, and
         `on_unread` is called, to give its memory back as well.
         """
+        note_model(model.identity.name)
         started = self._clock()
         order = await self._order(model, request, client)
         reading_s = self._clock() - started if request.files else 0.0

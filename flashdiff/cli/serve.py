@@ -1,10 +1,12 @@
 """`flashdiff serve`."""
 
 import argparse
+import os
 from pathlib import Path
 
 from flashdiff import defaults
 from flashdiff.cli.embedded import find_bundles
+from flashdiff.cli.environment import Variables
 from flashdiff.cli.shared import need
 from flashdiff.errors import ConfigError
 
@@ -55,7 +57,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shared-memory", action="store_true", help="let Triton clients on this machine pass tensors through shared memory"
     )
     parser.add_argument("--metrics-host", default=defaults.HOST, metavar="HOST", help="default: %(default)s")
-    parser.add_argument("--metrics-port", type=int, metavar="PORT", help="Prometheus metrics; default: none")
+    parser.add_argument(
+        "--metrics-port", type=int, metavar="PORT", help="Prometheus metrics, and /healthz and /readyz; plain HTTP; default: none"
+    )
+    parser.add_argument(
+        "--drain",
+        type=float,
+        default=defaults.DRAIN_S,
+        metavar="SECONDS",
+        help="after SIGTERM, how long accepted requests may take; default: %(default)s",
+    )
+    parser.add_argument(
+        "--drain-delay",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="before that, how long to take requests while not ready, until balancers have noticed; default: %(default)s",
+    )
+    parser.add_argument(
+        "--max-connection-age",
+        type=float,
+        metavar="SECONDS",
+        help="close gRPC connections of that age, so that clients find new replicas; their calls have --drain; default: never",
+    )
+    parser.add_argument("--log-format", choices=defaults.LOG_FORMATS, default="text", help="default: %(default)s")
+    parser.epilog = "Every option can be given by the variable in brackets; the command line wins, and an empty variable is none."
+    parser.set_defaults(variables=Variables(parser))
 
 
 def run(options: argparse.Namespace) -> None:
@@ -63,6 +90,7 @@ def run(options: argparse.Namespace) -> None:
 
     The exit status is 0 after such a drain, and 1 after a failure.
     """
+    options.variables.fill(options, os.environ)
     need("server", "grpc", "grpc_health", "grpc_reflection", "prometheus_client")
     if options.http_port is not None:
         need("http", "starlette", "uvicorn", "python_multipart")
@@ -75,6 +103,7 @@ def run(options: argparse.Namespace) -> None:
     if options.repository and not options.repository.is_dir():
         raise ConfigError(f"--repository {options.repository}: there is no such folder")
     from flashdiff.server.app import Listen
+    from flashdiff.server.json_log import write_json
     from flashdiff.server.opening import open_models
     from flashdiff.server.process import run_server
 
@@ -92,7 +121,12 @@ def run(options: argparse.Namespace) -> None:
         http_port=options.http_port,
         allowed_origins=tuple(options.allow_origin),
         aliases=tuple(map(_parse_alias, options.alias)),
+        drain_s=options.drain,
+        drain_delay_s=options.drain_delay,
+        max_connection_age_s=options.max_connection_age,
     )
+    if options.log_format == "json":
+        write_json()
     bundles = find_bundles(options.bundles)
     run_server(lambda: open_models(bundles, options.repository), listen)
 
