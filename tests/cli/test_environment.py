@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from flashdiff.cli import serve
+from flashdiff.cli import main, serve
 from flashdiff.cli.environment import PREFIX
 from flashdiff.errors import ConfigError
 
@@ -86,3 +86,14 @@ def test_help_names_the_variable_of_every_option() -> None:
     for action in parser._actions:
         assert action.dest == "help" or f"[{PREFIX}{action.dest.upper()}" in text
     assert "default: 50051" in text
+
+
+def test_a_wrong_variable_ends_serve_in_one_line_with_status_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FLASHDIFF_DRAIN_DELAY", "soon")
+    assert main(["serve", "bundle"]) == 2
+    assert capsys.readouterr().err == "flashdiff: error: FLASHDIFF_DRAIN_DELAY=soon: a number is needed\n"
+    monkeypatch.setenv("FLASHDIFF_DRAIN_DELAY", "-1")
+    assert main(["serve", "avatars"]) == 2
+    assert "--drain-delay -1: give seconds from 0" in capsys.readouterr().err
