@@ -7,9 +7,10 @@ import urllib.request
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from served import MODEL, Running, model_of, serving
+from served import MODEL, Gate, Running, model_of, serving, until
 
 from flashdiff.engines.runtime.fake import FakeComponents
+from flashdiff.proto.v1 import image_pb2, image_pb2_grpc
 from flashdiff.server.app import Listen
 from flashdiff.server.client import Client
 from flashdiff.server.models import Models
@@ -76,3 +77,17 @@ def test_other_paths_of_the_plain_port_are_404() -> None:
     with serving(FakeComponents(), Listen(port=0, metrics_port=0)) as running:
         assert _probe(running, "/metrics") == 200
         assert [_probe(running, path) for path in ("/admin", "/healthz/", "/metrics/x")] == [404, 404, 404]
+
+
+def test_a_connection_of_the_age_is_closed_and_its_calls_end_well() -> None:
+    fake, states = FakeComponents(), list[grpc.ChannelConnectivity]()
+    with serving(fake, Listen(port=0, max_connection_age_s=1.0)) as running, grpc.insecure_channel(running.address) as channel:
+        channel.subscribe(states.append)
+        stub = image_pb2_grpc.ImageServiceStub(channel)
+        held = Gate(fake)
+        call = stub.Generate.future(image_pb2.GenerateRequest(prompt="x"), timeout=60)
+        assert held.entered.wait(60)
+        until(lambda: grpc.ChannelConnectivity.IDLE in states)  # the client was asked to connect again
+        held.open()
+        assert call.result(60).images
+        assert stub.Generate(image_pb2.GenerateRequest(prompt="y"), timeout=60).images
