@@ -17,6 +17,9 @@ PREDICTIONS: Final = ("epsilon", "v_prediction", "sample")
 HOST: Final = "127.0.0.1"
 """Of the server and of its metrics."""
 PORT: Final = 50051
+DRAIN_S: Final = 30.0
+"""How long accepted requests may take after SIGTERM."""
+LOG_FORMATS: Final = ("text", "json")
 
 # --- evaluate ---
 PROMPTS: Final = "avatars"

@@ -23,11 +23,13 @@ from flashdiff import defaults
 from flashdiff.errors import BackendError, ConfigError
 from flashdiff.proto.v1 import image_pb2, image_pb2_grpc, triton_pb2
 from flashdiff.server.addresses import check_free, is_local, is_unix, shown
-from flashdiff.server.auth import Tokens, server_credentials
+from flashdiff.server.auth import Tokens
 from flashdiff.server.calls import Calls
+from flashdiff.server.certificates import Certificates, certificates
 from flashdiff.server.connections import close_excess, raise_file_limit
 from flashdiff.server.fleet import Fleet
 from flashdiff.server.gate import Gate
+from flashdiff.server.health import Health
 from flashdiff.server.log import hide_lost_replies
 from flashdiff.server.metrics import Metrics
 from flashdiff.server.models import Models
@@ -42,11 +44,9 @@ from flashdiff.server.worker import Worker
 if TYPE_CHECKING:
     from flashdiff.server.http.listener import HttpListener
 
-DRAIN_S = 30.0
-"""How long accepted requests may take after SIGTERM before they are cut off."""
-
 _LAST_S = 1.0  # for refusals on their way when all images are sent
 _WATCH_S = 0.5  # how often the device thread is checked and the metrics are updated
+_MOST_S = 7 * 24 * 3600
 _MAX_REPLY = 256 * 1024 * 1024
 _OPTIONS = [
     ("grpc.max_send_message_length", _MAX_REPLY),
@@ -89,6 +89,12 @@ class Listen:
     """Of web pages that may use the HTTP server, besides its own."""
     aliases: tuple[tuple[str, str], ...] = ()
     """Further names of models in OpenAI's API: (alias, name)."""
+    drain_s: float = defaults.DRAIN_S
+    """How long accepted requests may take after SIGTERM before they are cut off."""
+    drain_delay_s: float = 0.0
+    """How long the server still accepts requests after SIGTERM while it says NOT_SERVING, so that balancers look elsewhere."""
+    max_connection_age_s: float | None = None
+    """After which a gRPC connection is closed, so that clients connect again, perhaps to another replica; None: never."""
 
     def __post_init__(self) -> None:
         authenticates = self.tokens or self.tls_client_ca
@@ -104,6 +110,13 @@ class Listen:
             raise ConfigError("--allow-origin and --alias are for HTTP: give --http-port")
         if is_unix(self.host) and self.http_port is not None:
             raise ConfigError(f"--host {self.host}: HTTP is served on a host and port alone; leave --http-port out")
+        for option, seconds, least in (
+            ("--drain", self.drain_s, 0),
+            ("--drain-delay", self.drain_delay_s, 0),
+            ("--max-connection-age", self.max_connection_age_s, 1),
+        ):
+            if seconds is not None and not least <= seconds <= _MOST_S:
+                raise ConfigError(f"{option} {seconds:g}: give seconds from {least} to {_MOST_S}")
         for origin in self.allowed_origins:
             if not _ORIGIN.fullmatch(origin):
                 raise ConfigError(f"--allow-origin {origin}: give scheme://host or scheme://host:port, as browsers send it")
@@ -121,18 +134,24 @@ class Server:
     tokens: Tokens | None
     _server: Any
     _http: "HttpListener | None"
-    _health: Any
+    _health: Health
     _metrics: Metrics
     _watching: "asyncio.Task[None]"
 
-    async def stop(self, grace_s: float = DRAIN_S, hurried: asyncio.Event | None = None) -> None:
+    def leave(self) -> None:
+        """Say NOT_SERVING, to balancers and probes; requests are still accepted."""
+        self._health.leave()
+
+    async def stop(self, grace_s: float = defaults.DRAIN_S, hurried: asyncio.Event | None = None) -> None:
         """Say NOT_SERVING, refuse what is new, finish what was accepted, then close; `hurried` ends the wait early."""
 
         def has_time() -> bool:
             return time.monotonic() < until and not (hurried and hurried.is_set())
 
-        await self._health.enter_graceful_shutdown()
+        self._health.leave()
         self.worker.drain()
+        # At once, so that clients send what is new to another replica; this takes no new connections and ends no call.
+        closing = asyncio.create_task(self._server.stop(grace_s + 2 * _LAST_S))
         until = time.monotonic() + grace_s
         while not self.worker.failure and not self.worker.join(0) and has_time():
             await asyncio.sleep(0.01)
@@ -140,6 +159,7 @@ class Server:
             await asyncio.sleep(0.01)  # gRPC's own grace would also wait for streams that only listen, such as health watches
         last_s = min(grace_s, _LAST_S)
         await asyncio.gather(self._server.stop(last_s), *([self._http.stop(last_s)] if self._http else []))
+        await closing
         self._watching.cancel()
         self._metrics.page.close()
 
@@ -152,31 +172,44 @@ async def start(models: Models, listen: Listen, worker: type[Worker] = Worker) -
     for option, wanted in (("--port", port), ("--http-port", listen.http_port)):
         if wanted is not None:
             check_free(host, wanted, option)
-    credentials = server_credentials(listen.tls_cert, listen.tls_key, listen.tls_client_ca)
+    tls = certificates(listen.tls_cert, listen.tls_key, listen.tls_client_ca)
     metrics = Metrics([device.name for device in models.devices if device.name])
     tokens = Tokens(listen.tokens) if listen.tokens else None
     calls = Calls(tokens, metrics.ended)
     metrics_port = None if listen.metrics_port is None else await metrics.listen(listen.metrics_host, listen.metrics_port)
     device = _start_workers(models, metrics, worker)
+    metrics.watch_models(models)
+    health_service = Health(device, models, _SERVICES)
+    metrics.page.show_health(lambda: health_service.is_live, lambda: health_service.is_ready)
 
     requests = Requests(device, models)
-    triton = TritonService(device, requests, Regions() if listen.shared_memory else None)
-    http = await _start_http(device, requests, triton, metrics, calls, listen) if listen.http_port is not None else None
-    server = grpc.aio.server(options=_OPTIONS, interceptors=[Gate(calls)])
+    triton = TritonService(health_service, requests, Regions() if listen.shared_memory else None)
+    http = None
+    if listen.http_port is not None:
+        http = await _start_http(health_service, requests, triton, metrics, calls, listen, tls)
+    server = grpc.aio.server(options=_options(listen), interceptors=[Gate(calls)])
     image_pb2_grpc.add_ImageServiceServicer_to_server(ImageService(requests), server)
     server.add_generic_rpc_handlers((triton_handler(triton),))
-    servicer = health.aio.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
     reflection.enable_server_reflection((*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server, _protocols())
     address = shown(host, port)
-    bound = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
+    bound = server.add_secure_port(address, tls.grpc_credentials()) if tls else server.add_insecure_port(address)
     await server.start()
-    for name in ("", *_SERVICES):
-        await servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
     http_port = http.port if http else None
     ports = {port for port in (None if is_unix(host) else bound, http_port, metrics_port) if port is not None}
-    watching = asyncio.create_task(_watch(device, metrics, ports))
-    return Server(bound, device, models, metrics_port, http_port, tokens, server, http, servicer, metrics, watching)
+    watching = asyncio.create_task(_watch(device, metrics, health_service, tls, ports))
+    return Server(bound, device, models, metrics_port, http_port, tokens, server, http, health_service, metrics, watching)
+
+
+def _options(listen: Listen) -> list[tuple[str, int]]:
+    if listen.max_connection_age_s is None:
+        return _OPTIONS
+    # A connection that is too old takes no new calls; those that run have the time of a drain.
+    return [
+        *_OPTIONS,
+        ("grpc.max_connection_age_ms", round(1000 * listen.max_connection_age_s)),
+        ("grpc.max_connection_age_grace_ms", round(1000 * listen.drain_s)),
+    ]
 
 
 def _start_workers(models: Models, metrics: Metrics, worker: type[Worker]) -> Submitter:
@@ -201,7 +234,13 @@ def _show(worker: Worker, metrics: Metrics) -> None:
 
 
 async def _start_http(
-    worker: Submitter, requests: Requests, triton: TritonService, metrics: Metrics, calls: Calls, listen: Listen
+    health: Health,
+    requests: Requests,
+    triton: TritonService,
+    metrics: Metrics,
+    calls: Calls,
+    listen: Listen,
+    tls: Certificates | None,
 ) -> "HttpListener":
     # Here, because HTTP is an extra to install.
     from flashdiff.server.http.app import http_app
@@ -209,7 +248,7 @@ async def _start_http(
 
     assert listen.http_port is not None
     app = http_app(
-        worker,
+        health,
         requests,
         triton,
         metrics,
@@ -218,9 +257,7 @@ async def _start_http(
         allowed_origins=listen.allowed_origins,
         aliases=dict(listen.aliases),
     )
-    return await listen_http(
-        app, listen.host, listen.http_port, certificate=listen.tls_cert, key=listen.tls_key, client_ca=listen.tls_client_ca
-    )
+    return await listen_http(app, listen.host, listen.http_port, tls)
 
 
 def _check_aliases(models: Models, aliases: tuple[tuple[str, str], ...]) -> None:
@@ -232,15 +269,18 @@ def _check_aliases(models: Models, aliases: tuple[tuple[str, str], ...]) -> None
             raise ConfigError(f"--alias {alias}={name}: there is no model '{name}', but {', '.join(sorted(known)) or 'none'}")
 
 
-async def _watch(worker: Submitter, metrics: Metrics, ports: Collection[int]) -> None:
+async def _watch(worker: Submitter, metrics: Metrics, health: Health, tls: Certificates | None, ports: Collection[int]) -> None:
     while True:
         worker.check_alive()
         try:
+            health.look()
             metrics.count()
+            if tls:
+                await asyncio.to_thread(tls.reread)
             if closed := await asyncio.to_thread(close_excess, ports):
                 _log.warning("%d connections were closed: their address has more than its share", closed)
         except Exception:  # the watch over the worker must not end by it
-            _log.exception("metrics or connections could not be looked after")
+            _log.exception("metrics, certificates or connections could not be looked after")
         await asyncio.sleep(_WATCH_S)
 
 
@@ -264,7 +304,7 @@ def freeze_loaded() -> None:
 
 
 async def serve(models: Models, listen: Listen) -> None:
-    """Serve until SIGTERM or SIGINT, then drain; a second one cuts the drain short, and SIGHUP reads the tokens again.
+    """Serve until SIGTERM or SIGINT, then leave and drain; a second one cuts both short, and SIGHUP reads the tokens again.
 
     BackendError when the device thread has died: a supervisor should start anew.
     """
@@ -291,8 +331,13 @@ async def serve(models: Models, listen: Listen) -> None:
     while not stopping.is_set() and not server.worker.failure:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(stopping.wait(), _WATCH_S)
-    _log.info("draining: no new requests, up to %.0f s for those accepted", DRAIN_S)
-    await server.stop(DRAIN_S, hurried)
+    if listen.drain_delay_s and not server.worker.failure:
+        _log.info("leaving: not ready any more, but taking requests for %g s", listen.drain_delay_s)
+        server.leave()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(hurried.wait(), listen.drain_delay_s)
+    _log.info("draining: no new requests, up to %g s for those accepted", listen.drain_s)
+    await server.stop(listen.drain_s, hurried)
     _log.info("stopped")
     if server.worker.failure:
         raise BackendError(f"the device thread has stopped: {server.worker.failure}")

@@ -1,4 +1,4 @@
-"""Authentication: bearer tokens from a file, a rate for each, and the certificates of TLS."""
+"""Authentication: bearer tokens from a file, and a rate for each."""
 
 import hashlib
 import logging
@@ -6,9 +6,6 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import grpc
 
 from flashdiff.errors import AuthError, ConfigError, OverloadedError
 from flashdiff.reading import MAX_BYTES, lines_of, read_file
@@ -116,7 +113,7 @@ def _digest(token: str) -> bytes:
 
 def _read_tokens(file: Path) -> dict[bytes, _Holder]:
     holders: dict[bytes, _Holder] = {}
-    for number, line in enumerate(lines_of(_read(file, "--tokens").decode("utf-8-sig", "replace")), start=1):
+    for number, line in enumerate(lines_of(_read(file).decode("utf-8-sig", "replace")), start=1):
         parts = line.split()
         if not parts or parts[0].startswith("#"):
             continue
@@ -134,23 +131,12 @@ def _read_tokens(file: Path) -> dict[bytes, _Holder]:
     return holders
 
 
-def server_credentials(certificate: Path | None, key: Path | None, client_ca: Path | None) -> Any:
-    """TLS credentials; with `client_ca`, only clients with its certificates can connect. None where no certificate is given."""
-    if certificate is None and key is None and client_ca is None:
-        return None
-    if certificate is None or key is None:
-        raise ConfigError("TLS needs both --tls-cert and --tls-key")
-    chain, private = _read(certificate, "--tls-cert"), _read(key, "--tls-key")
-    roots = _read(client_ca, "--tls-client-ca") if client_ca else None
-    return grpc.ssl_server_credentials([(private, chain)], roots, require_client_auth=roots is not None)
-
-
 class UnreadableFileError(ConfigError):
     """A file that could not be read, which says nothing about its content."""
 
 
-def _read(path: Path, option: str) -> bytes:
+def _read(path: Path) -> bytes:
     try:
         return read_file(path, MAX_BYTES)
     except OSError as error:
-        raise UnreadableFileError(f"{option} {path}: cannot read: {error.strerror or error}") from None
+        raise UnreadableFileError(f"--tokens {path}: cannot read: {error.strerror or error}") from None

@@ -15,7 +15,8 @@ from opentelemetry import propagate, trace
 
 from flashdiff.server.auth import Tokens
 from flashdiff.server.caps import Caps, Place
-from flashdiff.server.tracing import current_devices, current_span
+from flashdiff.server.json_log import FIELDS
+from flashdiff.server.tracing import Noted, current_call, current_span
 
 _MOST, _MOST_OF_ONE = 2000, 1500  # at once: far more than the queue takes, far less than would hurt
 _MOST_HEALTH, _MOST_HEALTH_OF_ONE = 200, 100  # kept for health checks
@@ -58,7 +59,7 @@ class Calls:
 
     def refused(self, method: str, code: str) -> None:
         """Log and count a call that ended before it could be watched."""
-        _log.info("call method=%s code=%s", method, code)
+        _log.info("call method=%s code=%s", method, code, extra={FIELDS: {"method": method, "code": code}})
         self._count(method, code)
 
     @contextmanager
@@ -72,8 +73,8 @@ class Calls:
             method.lstrip("/"), propagate.extract(headers), trace.SpanKind.SERVER, {"request_id": request_id}
         )
         current_span.set(span)
-        devices = list[str]()
-        current_devices.set(devices)
+        noted = Noted()
+        current_call.set(noted)
         try:
             yield call
         finally:
@@ -84,7 +85,6 @@ class Calls:
             span.end()
             self._count(call.method, call.code)
             spent_ms = 1000 * (time.perf_counter() - started)
-            on = f" device={'+'.join(devices)}" if devices else ""
-            _log.info(
-                "call method=%s id=%s client=%s code=%s%s ms=%.1f", call.method, request_id, call.client, call.code, on, spent_ms
-            )
+            line = {"method": call.method, "id": request_id, "client": call.client, "code": call.code, "ms": round(spent_ms, 1)}
+            line |= {name: value for name, value in vars(noted).items() if value}
+            _log.info("call %s", " ".join(f"{name}={value}" for name, value in line.items()), extra={FIELDS: line})

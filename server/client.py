@@ -8,7 +8,10 @@ with Client("127.0.0.1:50051") as client:
 import asyncio
 import difflib
 import json
+import os
+import ssl
 from collections.abc import AsyncIterator, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypedDict, Unpack
@@ -16,7 +19,7 @@ from typing import Any, Self, TypedDict, Unpack
 import grpc
 
 from flashdiff.components import Size
-from flashdiff.errors import FlashdiffError
+from flashdiff.errors import ConfigError, FlashdiffError
 from flashdiff.proto.v1 import image_pb2, image_pb2_grpc
 from flashdiff.server.names import LOOPBACK, ImageFormat, Priority
 from flashdiff.server.replies import (
@@ -61,38 +64,86 @@ class Options(TypedDict, total=False):
     """The task's other numbers, by name."""
 
 
+_SERVICE = image_pb2.DESCRIPTOR.services_by_name["ImageService"].full_name
+
 # Retries are idempotent: the same request gives the same pixels. One may run twice, because UNAVAILABLE may also mean that the
 # connection was lost during the call.
-_RETRIES = json.dumps(
-    {
-        "methodConfig": [
-            {
-                "name": [{"service": image_pb2.DESCRIPTOR.services_by_name["ImageService"].full_name}],
-                "retryPolicy": {
-                    "maxAttempts": 4,
-                    "initialBackoff": "0.1s",
-                    "maxBackoff": "2s",
-                    "backoffMultiplier": 2,
-                    "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
-                },
-            }
-        ]
-    }
-)
+_RETRIES = {
+    "methodConfig": [
+        {
+            "name": [{"service": _SERVICE}],
+            "retryPolicy": {
+                "maxAttempts": 4,
+                "initialBackoff": "0.1s",
+                "maxBackoff": "2s",
+                "backoffMultiplier": 2,
+                "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
+            },
+        }
+    ]
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tls:
+    """How a client connects by TLS."""
+
+    ca: Path | None = None
+    """The certificate of the server's authority; None: the authorities that this machine trusts."""
+    certificate: Path | None = None
+    """The client's own chain, and its key, for servers with --tls-client-ca."""
+    key: Path | None = None
+
+    def credentials(self) -> Any:
+        if (self.certificate is None) != (self.key is None):
+            raise ConfigError("a client certificate needs its key, and a key its certificate")
+        roots = _read(self.ca) if self.ca else _system_roots()
+        return grpc.ssl_channel_credentials(roots, *(_read(path) if path else None for path in (self.key, self.certificate)))
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read: {error.strerror or error}") from None
+
+
+def _system_roots() -> bytes | None:
+    """The authorities that this machine trusts, as OpenSSL finds them; None for those that gRPC brings."""
+    found = ssl.get_default_verify_paths()
+    places = (os.environ.get("SSL_CERT_FILE"), found.cafile, *_ROOTS)
+    return next((Path(place).read_bytes() for place in places if place and Path(place).is_file()), None)
+
+
+_ROOTS = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem")  # Debian, Fedora, Alpine
+
+
+def _tls_of(tls: Tls | bool, ca: Path | None) -> Tls | None:
+    if isinstance(tls, Tls):
+        return tls
+    return Tls(ca=ca) if tls or ca else None
 
 
 def _channel_arguments(
-    address: str, token: str | None, tls_ca: Path | None, *, retries: bool
+    address: str, token: str | None, tls: Tls | None, *, retries: bool, round_robin: bool
 ) -> tuple[Any, list[tuple[str, Any]]]:
     """Credentials (None: plain) and options of a channel."""
     options: list[tuple[str, Any]] = [("grpc.max_receive_message_length", 256 * 1024 * 1024)]
     if address.startswith("unix:") or address.rpartition(":")[0].strip("[]") in LOOPBACK:
         options.append(("grpc.enable_http_proxy", 0))  # a proxy cannot reach this machine's own servers
+    config: dict[str, Any] = {}
+    if round_robin:
+        config["loadBalancingConfig"] = [{"round_robin": {}}]
+        if not token:  # gRPC sends none with its own health checks
+            config["healthCheckConfig"] = {"serviceName": _SERVICE}
     if retries:  # the buffer holds requests with images too, which gRPC's default is too small to send again
-        options += [("grpc.service_config", _RETRIES), ("grpc.per_rpc_retry_buffer_size", 8 * 1024 * 1024)]
+        config |= _RETRIES
+        options.append(("grpc.per_rpc_retry_buffer_size", 8 * 1024 * 1024))
     else:
         options.append(("grpc.enable_retries", 0))
-    credentials = grpc.ssl_channel_credentials(tls_ca.read_bytes()) if tls_ca else None
+    if config:
+        options.append(("grpc.service_config", json.dumps(config)))
+    credentials = tls.credentials() if tls else None
     if token and credentials:
         credentials = grpc.composite_channel_credentials(credentials, grpc.access_token_call_credentials(token))
     return credentials, options
@@ -108,9 +159,9 @@ def _request(prompt: str, options: Options) -> image_pb2.GenerateRequest:
     return write_request(prompt, **options)
 
 
-def _metadata(token: str | None, tls_ca: Path | None) -> tuple[tuple[str, str], ...]:
+def _metadata(token: str | None, tls: Tls | None) -> tuple[tuple[str, str], ...]:
     """The token as a header of a plain connection; on encrypted ones gRPC sends it with the call credentials."""
-    return (("authorization", f"Bearer {token}"),) if token and not tls_ca else ()
+    return (("authorization", f"Bearer {token}"),) if token and not tls else ()
 
 
 def _server_error(error: grpc.RpcError) -> ServerError:
@@ -122,19 +173,33 @@ def _no_server(timeout_s: float) -> ServerError:
 
 
 class Client:
-    """A connection to one server, safe to share between threads. `tls_ca` holds the certificate of the server's authority.
+    """A connection to a server, safe to share between threads.
+
+    With `tls` it is encrypted: True trusts this machine's authorities, `tls_ca` names another one, and a `Tls` has a client
+    certificate as well. With `round_robin` the calls take turns over all addresses that a name such as `dns:///flashdiff:50051`
+    has and, without a token, whose server says SERVING. ConfigError for certificates that cannot be read.
 
     Calls that were refused for lack of room, or that reached no server, are retried up to three times within their deadline,
     unless `retries` is off.
     """
 
-    def __init__(self, address: str, *, token: str | None = None, tls_ca: Path | None = None, retries: bool = True) -> None:
-        credentials, options = _channel_arguments(address, token, tls_ca, retries=retries)
+    def __init__(
+        self,
+        address: str,
+        *,
+        token: str | None = None,
+        tls: Tls | bool = False,
+        tls_ca: Path | None = None,
+        retries: bool = True,
+        round_robin: bool = False,
+    ) -> None:
+        given = _tls_of(tls, tls_ca)
+        credentials, options = _channel_arguments(address, token, given, retries=retries, round_robin=round_robin)
         self._channel = (
             grpc.secure_channel(address, credentials, options) if credentials else grpc.insecure_channel(address, options)
         )
         self._stub = image_pb2_grpc.ImageServiceStub(self._channel)
-        self._metadata = _metadata(token, tls_ca)
+        self._metadata = _metadata(token, given)
 
     def generate(self, prompt: str, *, timeout_s: float | None = None, **options: Unpack[Options]) -> Result:
         """Images of the prompt, encoded as `image_format`; times in the result are milliseconds.
@@ -194,13 +259,23 @@ class Client:
 class AsyncClient:
     """`Client` for asyncio; one per event loop."""
 
-    def __init__(self, address: str, *, token: str | None = None, tls_ca: Path | None = None, retries: bool = True) -> None:
-        credentials, options = _channel_arguments(address, token, tls_ca, retries=retries)
+    def __init__(
+        self,
+        address: str,
+        *,
+        token: str | None = None,
+        tls: Tls | bool = False,
+        tls_ca: Path | None = None,
+        retries: bool = True,
+        round_robin: bool = False,
+    ) -> None:
+        given = _tls_of(tls, tls_ca)
+        credentials, options = _channel_arguments(address, token, given, retries=retries, round_robin=round_robin)
         self._channel = (
             grpc.aio.secure_channel(address, credentials, options) if credentials else grpc.aio.insecure_channel(address, options)
         )
         self._stub: Any = image_pb2_grpc.ImageServiceStub(self._channel)  # the stubs are typed for the blocking channel
-        self._metadata = _metadata(token, tls_ca)
+        self._metadata = _metadata(token, given)
 
     async def generate(self, prompt: str, *, timeout_s: float | None = None, **options: Unpack[Options]) -> Result:
         """See `Client.generate`; cancelling the task cancels the request."""

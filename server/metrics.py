@@ -1,15 +1,20 @@
 """What Prometheus reads: the queue, the batches, the time each part takes, and what was refused."""
 
 import os
+import platform
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 
+import flashdiff
 from flashdiff.errors import ConfigError, FlashdiffError
 from flashdiff.server.jobs import Timings
 from flashdiff.server.metrics_page import MetricsPage
+from flashdiff.server.models import Models
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 _SLOTS = (1, 2, 4, 8, 16, 32)
@@ -50,6 +55,10 @@ class Metrics:
         self._moved = Counter(
             "flashdiff_moved_requests", "Accepted requests that another device took over from this", ["device"], registry=registry
         )
+        self._busy = Counter("flashdiff_busy_seconds", "Time of device calls: its rate is the utilization", on, registry=registry)
+        build = Gauge("flashdiff_build_info", "1, by version", ["version", "python"], registry=registry)
+        build.labels(flashdiff.__version__, platform.python_version()).set(1)
+        ProcessCollector(registry=registry)
         self._seen = deque[Callable[[], None]]()  # by several threads, and not yet counted
 
     def watch_queue(self, pending_images: Callable[[], int], device: str = "") -> None:
@@ -64,6 +73,10 @@ class Metrics:
     def of_device(self, device: str = "") -> "DeviceMetrics":
         """What a device's worker tells."""
         return DeviceMetrics(self, (device,) if self._devices else ())
+
+    def watch_models(self, models: Models) -> None:
+        """Show which bundle each name leads to."""
+        self.registry.register(_ModelInfo(models))
 
     async def listen(self, host: str, port: int) -> int:
         """Serve /metrics on the event loop; the port it listens on."""
@@ -97,6 +110,7 @@ class Metrics:
 
     def count_call(self, on: Sequence[str], model: str, part: str, slots: int, spent_ms: float, expected_ms: float) -> None:
         self._part.labels(*on, model, part).observe(spent_ms / 1000)
+        (self._busy.labels(*on) if on else self._busy).inc(spent_ms / 1000)
         self._slots.labels(*on, model, part).observe(slots)
         if expected_ms:
             self._error.labels(*on, model, part).observe(spent_ms / expected_ms)
@@ -134,6 +148,21 @@ class DeviceMetrics:
 
     def refused(self, error: FlashdiffError) -> None:
         self._metrics.refused(error)
+
+
+class _ModelInfo(Collector):
+    """The models as they are when they are asked for."""
+
+    def __init__(self, models: Models) -> None:
+        self._models = models
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        labels = ["name", "model", "bundle_hash", "backend", "precision"]
+        info = GaugeMetricFamily("flashdiff_model_info", "1, by what is served", labels=labels)
+        for name, model in self._models.served.items():
+            identity = model.identity
+            info.add_metric([name, identity.name, identity.bundle_hash, identity.backend, identity.precision], 1)
+        yield info
 
 
 def _cause(error: FlashdiffError) -> str:

@@ -14,7 +14,7 @@ from flashdiff.server.jobs import Finished, Step, Timings, pixel_bytes
 from flashdiff.server.models import Model, Models
 from flashdiff.server.names import ImageFormat, Priority
 from flashdiff.server.submitter import DeviceState, Submitter
-from flashdiff.server.tracing import describe_call, note_device
+from flashdiff.server.tracing import describe_call, note_device, note_model
 from flashdiff.tasks import check_order
 
 _SENDING_S = 30.0  # how long a reply that the client does not read keeps its room,
@@ -97,6 +97,7 @@ class Requests:
         `contextlib.aclosing`, when the reply is sent. A reply that is not read for 30 s and longer gives its room back, and
         `on_unread` is called, to give its memory back as well.
         """
+        note_model(model.identity.name)
         started = self._clock()
         order = await self._order(model, request, client)
         reading_s = self._clock() - started if request.files else 0.0

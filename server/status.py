@@ -19,6 +19,7 @@ from flashdiff.errors import (
     RepositoryError,
     RequestError,
 )
+from flashdiff.server.tracing import note_error
 
 _MAX_DETAILS = 500  # characters, which may quote the request: a client takes 16 kB of trailers, escaped, or none
 
@@ -67,5 +68,6 @@ def _trailers_of(error: FlashdiffError) -> tuple[tuple[str, str], ...]:
 
 async def abort(context: Any, error: FlashdiffError) -> NoReturn:
     """End the call with the status of the error."""
+    note_error(error)
     await context.abort(code_of(error), str(error)[:_MAX_DETAILS], _trailers_of(error))
     raise error  # abort has raised already

@@ -12,12 +12,12 @@ from typing import Any
 import flashdiff
 from flashdiff.errors import BackendError, FlashdiffError, NotFoundError, RepositoryError, TensorError
 from flashdiff.proto.v1 import triton_pb2 as pb
+from flashdiff.server.health import Health
 from flashdiff.server.jobs import Step
 from flashdiff.server.models import Model
 from flashdiff.server.repository import Repository
 from flashdiff.server.requests import Reply, Requests
 from flashdiff.server.shared_memory import Regions, offered
-from flashdiff.server.submitter import Submitter
 from flashdiff.server.triton_convert import (
     MAX_ID,
     OUTPUTS,
@@ -68,21 +68,21 @@ class _Statistics:
 class TritonService:
     """The calls of `proto/v1/triton.proto`, by their names there; a FlashdiffError says why there is no response."""
 
-    def __init__(self, worker: Submitter, requests: Requests, regions: Regions | None) -> None:
-        self._worker, self._requests, self._models, self._regions = worker, requests, requests.models, regions
+    def __init__(self, health: Health, requests: Requests, regions: Regions | None) -> None:
+        self._health, self._requests, self._models, self._regions = health, requests, requests.models, regions
         self._repository = Repository(requests.models)
         self._statistics: dict[str, _Statistics] = {}
 
     async def ServerLive(self, request: Any) -> pb.ServerLiveResponse:
-        return pb.ServerLiveResponse(live=not self._worker.failure)
+        return pb.ServerLiveResponse(live=self._health.is_live)
 
     async def ServerReady(self, request: Any) -> pb.ServerReadyResponse:
-        return pb.ServerReadyResponse(ready=self._worker.is_ready)
+        return pb.ServerReadyResponse(ready=self._health.is_ready)
 
     async def ModelReady(self, request: pb.ModelReadyRequest) -> pb.ModelReadyResponse:
         with contextlib.suppress(NotFoundError):
             self._find(request.name, request.version)
-            return pb.ModelReadyResponse(ready=self._worker.is_ready)
+            return pb.ModelReadyResponse(ready=self._health.is_ready)
         return pb.ModelReadyResponse(ready=False)
 
     async def ServerMetadata(self, request: Any) -> pb.ServerMetadataResponse:

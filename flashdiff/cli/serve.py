@@ -1,11 +1,13 @@
 """`flashdiff serve`."""
 
 import argparse
+import os
 from pathlib import Path
 
 from flashdiff import defaults
 from flashdiff.cli.build_options import add_build_arguments, refuse_without_base
 from flashdiff.cli.bundles import bundle_of_base, find_bundles
+from flashdiff.cli.environment import Variables
 from flashdiff.cli.shared import need
 from flashdiff.errors import ConfigError
 
@@ -61,7 +63,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shared-memory", action="store_true", help="let Triton clients on this machine pass tensors through shared memory"
     )
     parser.add_argument("--metrics-host", default=defaults.HOST, metavar="HOST", help="default: %(default)s")
-    parser.add_argument("--metrics-port", type=int, metavar="PORT", help="Prometheus metrics; default: none")
+    parser.add_argument(
+        "--metrics-port", type=int, metavar="PORT", help="Prometheus metrics, and /healthz and /readyz; plain HTTP; default: none"
+    )
+    parser.add_argument(
+        "--drain",
+        type=float,
+        default=defaults.DRAIN_S,
+        metavar="SECONDS",
+        help="after SIGTERM, how long accepted requests may take; default: %(default)s",
+    )
+    parser.add_argument(
+        "--drain-delay",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="before that, how long to take requests while not ready, until balancers have noticed; default: %(default)s",
+    )
+    parser.add_argument(
+        "--max-connection-age",
+        type=float,
+        metavar="SECONDS",
+        help="close gRPC connections of that age, so that clients find new replicas; their calls have --drain; default: never",
+    )
+    parser.add_argument("--log-format", choices=defaults.LOG_FORMATS, default="text", help="default: %(default)s")
     building = parser.add_argument_group("a model that is no bundle yet", "built into the cache, when it is not up to date there")
     building.add_argument(
         "--base",
@@ -69,6 +94,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="serve this diffusers model directory, hub id or recipe as well, named after it and its LoRAs",
     )
     add_build_arguments(parser, building)
+    parser.epilog = "Every option can be given by the variable in brackets; the command line wins, and an empty variable is none."
+    parser.set_defaults(variables=Variables(parser))
 
 
 def run(options: argparse.Namespace) -> None:
@@ -76,6 +103,7 @@ def run(options: argparse.Namespace) -> None:
 
     The exit status is 0 after such a drain, and 1 after a failure.
     """
+    options.variables.fill(options, os.environ)
     need("server", "grpc", "grpc_health", "grpc_reflection", "prometheus_client")
     if options.http_port is not None:
         need("http", "starlette", "uvicorn", "python_multipart")
@@ -91,6 +119,7 @@ def run(options: argparse.Namespace) -> None:
         raise ConfigError(f"--repository {options.repository}: there is no such folder")
     from flashdiff.engines.runtime.device import DEFAULT_DEVICE, parse_devices
     from flashdiff.server.app import Listen
+    from flashdiff.server.json_log import write_json
     from flashdiff.server.opening import open_models
     from flashdiff.server.process import run_server
 
@@ -108,7 +137,12 @@ def run(options: argparse.Namespace) -> None:
         http_port=options.http_port,
         allowed_origins=tuple(options.allow_origin),
         aliases=tuple(map(_parse_alias, options.alias)),
+        drain_s=options.drain,
+        drain_delay_s=options.drain_delay,
+        max_connection_age_s=options.max_connection_age,
     )
+    if options.log_format == "json":
+        write_json()
     devices = (DEFAULT_DEVICE,) if options.device is None else parse_devices(options.device)
     bundles = find_bundles(options.bundles) + ([bundle_of_base(options)] if options.base is not None else [])
     run_server(lambda: open_models(bundles, options.repository, devices), listen)

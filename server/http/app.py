@@ -8,6 +8,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from flashdiff.server.calls import Calls
+from flashdiff.server.health import Health
 from flashdiff.server.http.front import Front
 from flashdiff.server.http.images_api import ImagesApi
 from flashdiff.server.http.kserve import KServeApi
@@ -16,12 +17,11 @@ from flashdiff.server.http.origins import Origins
 from flashdiff.server.http.page import page_routes
 from flashdiff.server.metrics import Metrics
 from flashdiff.server.requests import Requests
-from flashdiff.server.submitter import Submitter
 from flashdiff.server.triton import TritonService
 
 
 def http_app(
-    worker: Submitter,
+    health: Health,
     requests: Requests,
     triton: TritonService,
     metrics: Metrics,
@@ -35,11 +35,11 @@ def http_app(
 
     async def show_live(request: Request) -> Response:
         """200 while a device thread lives, else 503."""
-        return Response(status_code=503 if worker.failure else 200)
+        return Response(status_code=200 if health.is_live else 503)
 
     async def show_ready(request: Request) -> Response:
         """200 while requests are taken, else 503."""
-        return Response(status_code=200 if worker.is_ready else 503)
+        return Response(status_code=200 if health.is_ready else 503)
 
     async def show_metrics(request: Request) -> Response:
         """Prometheus metrics."""

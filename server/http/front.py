@@ -25,6 +25,7 @@ from flashdiff.server.http.errors import HttpError, error_response, status_of
 from flashdiff.server.http.origins import Origins, is_preflight, preflight_response
 from flashdiff.server.http.sending import ABORT, send_in_time
 from flashdiff.server.status import CLIENT_LEFT
+from flashdiff.server.tracing import note_error
 
 OPEN_TO_ALL = frozenset(
     {"/", "/openapi.json", "/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready"}
@@ -100,6 +101,7 @@ class Front:
             call.method = route.path if isinstance(route := scope.get("route"), Route) else call.method
         if error is None:
             return
+        note_error(error)
         call.fail(str(status_of(error)))
         if not sender.has_started and not isinstance(error, CancelledError):
             await error_response(scope["path"], error)(scope, receive, sender)

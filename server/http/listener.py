@@ -2,10 +2,8 @@
 
 import asyncio
 import socket
-import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import h11
 import uvicorn
@@ -13,6 +11,7 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from flashdiff.errors import ConfigError
+from flashdiff.server.certificates import Certificates
 from flashdiff.server.http.sending import ABORT
 from flashdiff.server.requests import sending_s
 
@@ -103,10 +102,8 @@ class HttpListener:
         await self._running
 
 
-async def listen_http(
-    app: ASGIApp, host: str, port: int, *, certificate: Path | None, key: Path | None, client_ca: Path | None
-) -> HttpListener:
-    """Listen on a port, 0 takes a free one; ConfigError when it cannot be bound or the certificates cannot be used."""
+async def listen_http(app: ASGIApp, host: str, port: int, certificates: Certificates | None) -> HttpListener:
+    """Listen on a port, 0 takes a free one; ConfigError when it cannot be bound."""
     config = uvicorn.Config(
         app,
         http=_Connection,
@@ -119,15 +116,9 @@ async def listen_http(
         server_header=False,
         timeout_keep_alive=_KEEP_ALIVE_S,  # type: ignore[arg-type]
         reset_contextvars=True,  # or a request in a kept-alive connection would see what the one before has set
-        ssl_certfile=certificate,
-        ssl_keyfile=key,
-        ssl_ca_certs=str(client_ca) if client_ca else None,
-        ssl_cert_reqs=ssl.CERT_REQUIRED if client_ca else ssl.CERT_NONE,
+        ssl_context_factory=(lambda *_: certificates.http_context()) if certificates else None,
     )
-    try:
-        config.load()
-    except OSError as error:  # ssl.SSLError is one
-        raise ConfigError(f"--tls-cert {certificate}: no certificate for HTTP: {error}") from None
+    config.load()
     bound = _bind(host, port)
     server = _Uvicorn(config)
     running = asyncio.create_task(server.serve(sockets=[bound]))

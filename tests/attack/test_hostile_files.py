@@ -285,14 +285,14 @@ def test_numbers_of_images_beyond_all_bounds(refused: Any) -> None:
 
 @pytest.mark.parametrize("kind", [kind for kind in HOSTILE if kind != "huge integer"])  # which is a name and a token
 def test_tokens_and_certificates(tmp_path: Path, kind: str) -> None:
-    from flashdiff.server.auth import Tokens, server_credentials
+    from flashdiff.server.auth import Tokens
+    from flashdiff.server.certificates import certificates
 
     file = replace(tmp_path / "file", kind)
     with pytest.raises(ConfigError):
         Tokens(file)
-    if kind in NO_FILES:
-        with pytest.raises(ConfigError):
-            server_credentials(file, file, None)
+    with pytest.raises(ConfigError):
+        certificates(file, file, None)
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,6 @@
 """Who gets in, and what is left behind of a call."""
 
-import datetime
 import errno
-import ipaddress
 import json
 import logging
 import os
@@ -14,15 +12,13 @@ from pathlib import Path
 
 import grpc
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from served import METHODS, message, serving, set_cost, until
+from tls import certificate
 
 from flashdiff.engines.runtime.fake import FakeComponents
 from flashdiff.errors import AuthError, ConfigError
@@ -151,35 +147,10 @@ def test_a_public_address_without_authentication_must_be_said_twice() -> None:
         Listen(host="0.0.0.0", tokens=Path("tokens"), no_auth=True)
 
 
-def _certificate(
-    folder: Path, name: str, signer: tuple[x509.Certificate, ec.EllipticCurvePrivateKey] | None = None
-) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
-    """Written as NAME.pem and NAME.key; signed by itself without a signer."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
-    now = datetime.datetime.now(datetime.UTC)
-    builder = (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(signer[0].subject if signer else subject)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=signer is None, path_length=None), critical=True)
-    )
-    certificate = builder.sign(signer[1] if signer else key, hashes.SHA256())
-    (folder / f"{name}.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    (folder / f"{name}.key").write_bytes(private)
-    return certificate, key
-
-
 def test_tls_with_a_token_and_with_client_certificates(tmp_path: Path) -> None:
-    authority = _certificate(tmp_path, "ca")
+    authority = certificate(tmp_path, "ca")
     for name in ("server", "client"):
-        _certificate(tmp_path, name, authority)
+        certificate(tmp_path, name, authority)
     tls = {"tls_cert": tmp_path / "server.pem", "tls_key": tmp_path / "server.key"}
     tokens = _tokens(tmp_path, f"alice {ALICE}\n")
     with serving(FakeComponents(), Listen(port=0, tokens=tokens, **tls)) as running:
@@ -200,9 +171,9 @@ def test_tls_with_a_token_and_with_client_certificates(tmp_path: Path) -> None:
 
 
 def test_http_has_the_same_tls_and_client_certificates(tmp_path: Path) -> None:
-    authority = _certificate(tmp_path, "ca")
+    authority = certificate(tmp_path, "ca")
     for name in ("server", "client"):
-        _certificate(tmp_path, name, authority)
+        certificate(tmp_path, name, authority)
     tls = {"tls_cert": tmp_path / "server.pem", "tls_key": tmp_path / "server.key"}
     trust = ssl.create_default_context(cafile=str(tmp_path / "ca.pem"))
     with serving(FakeComponents(), Listen(port=0, http_port=0, tls_client_ca=tmp_path / "ca.pem", **tls)) as running:

@@ -2,12 +2,15 @@
 
 import os
 import signal
+import subprocess
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from served import Process
 
+from flashdiff.errors import ConfigError
+from flashdiff.server.app import Listen
 from flashdiff.server.client import Client, ServerError
 from flashdiff.server.replies import Result
 
@@ -44,8 +47,9 @@ def test_a_signal_drains_and_the_status_is_0(number: signal.Signals) -> None:
 
 
 def test_a_drain_that_runs_out_of_time_ends_with_0_though_the_device_and_a_thread_never_come_back() -> None:
-    stuck_thread = 'app.DRAIN_S = 0.1\nthreading.Thread(target=threading.Event().wait, name="never joined").start()\n'
-    with ThreadPoolExecutor() as pool, Process(HELD + stuck_thread) as server:
+    stuck_thread = 'threading.Thread(target=threading.Event().wait, name="never joined").start()\n'
+    drain = "listen = Listen(port=0, drain_s=0.1)\n"
+    with ThreadPoolExecutor() as pool, Process(HELD + drain + stuck_thread) as server:
         answer = _asking(server.address(), pool)
         server.read_until("the device is held")
         server.signal(signal.SIGTERM)
@@ -55,7 +59,7 @@ def test_a_drain_that_runs_out_of_time_ends_with_0_though_the_device_and_a_threa
 
 
 def test_a_second_signal_shortens_the_drain() -> None:
-    with ThreadPoolExecutor() as pool, Process(HELD + "app.DRAIN_S = 3600.0") as server:
+    with ThreadPoolExecutor() as pool, Process(HELD + "listen = Listen(port=0, drain_s=3600.0)") as server:
         answer = _asking(server.address(), pool)
         server.read_until("the device is held")
         server.signal(signal.SIGTERM)
@@ -128,3 +132,40 @@ def test_a_log_that_nothing_reads_holds_up_no_call_and_no_exit() -> None:
                 client.models(timeout_s=60)
         server.signal(signal.SIGTERM)
         assert server.process.wait(60) == 0
+
+
+def test_a_server_that_leaves_still_answers_until_its_delay_is_over_and_a_second_signal_cuts_it_short() -> None:
+    with Process("listen = Listen(port=0, drain_delay_s=3600.0)") as server, Client(server.address(), retries=False) as client:
+        client.wait_until_ready(60)
+        server.signal(signal.SIGTERM)
+        server.read_until("leaving")
+        assert client.generate("x", timeout_s=60).images
+        server.signal(signal.SIGTERM)
+        assert server.status() == 0
+        assert "draining" in "".join(server.lines)
+
+
+def test_a_draining_server_sends_its_clients_elsewhere_and_answers_what_it_accepted() -> None:
+    """Its connections take no new calls, so that a client with two addresses uses the other one."""
+    held_a_while = HELD.replace("threading.Event().wait()", 'print("held", file=sys.stderr, flush=True); sys.stdin.readline()')
+    with ThreadPoolExecutor() as pool, Process(held_a_while, stdin=subprocess.PIPE) as first, Process() as second:
+        addresses = f"ipv4:{first.address()},{second.address()}"
+        answer = _asking(addresses, pool)  # to the first: without a policy, gRPC takes the first address that answers
+        first.read_until("held")
+        with Client(addresses, retries=False) as client:
+            client.wait_until_ready(60)
+            first.signal(signal.SIGTERM)
+            first.read_until("draining")
+            assert client.generate("y", timeout_s=60).images
+        assert first.process.stdin
+        for _ in range(100):  # device calls
+            first.process.stdin.write("\n")
+        first.process.stdin.flush()
+        assert answer.result(60).images
+        assert first.status() == 0
+
+
+def test_drain_and_age_are_seconds() -> None:
+    for option in ({"drain_s": -1.0}, {"drain_delay_s": float("nan")}, {"max_connection_age_s": 0.5}, {"drain_s": float("inf")}):
+        with pytest.raises(ConfigError, match="give seconds from"):
+            Listen(**option)  # type: ignore[arg-type]
