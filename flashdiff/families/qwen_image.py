@@ -143,7 +143,7 @@ class _Denoiser(nn.Module):
             timestep=sigmas,
             encoder_hidden_states=encoder_hidden_states,
             encoder_hidden_states_mask=encoder_attention_mask > 0.5,
-            img_shapes=[[(1, rows, columns)]] * batch,
+            img_shapes=[[(1, rows, columns)]],  # times the batch, it would fix the batch of an exported graph
             return_dict=False,
         )[0]
         self._exact = ()
