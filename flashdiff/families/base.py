@@ -51,6 +51,8 @@ class ModelFamily:
     """Latent cells of the longest side there are positions for, from the same; None: any."""
     lora_writer: str | None = None
     """The diffusers pipeline whose `save_lora_weights` writes such a file; None: `pipeline_class` itself."""
+    stock_call: Callable[[float], Mapping[str, Any]] = lambda guidance: {"guidance_scale": guidance}
+    """What its diffusers pipeline is called with for a guidance scale of ours."""
     default_guidance: float
     default_steps: int
     """Of the base model, without a flash LoRA."""

@@ -143,7 +143,7 @@ class _Denoiser(nn.Module):
             timestep=sigmas,
             encoder_hidden_states=encoder_hidden_states,
             encoder_hidden_states_mask=encoder_attention_mask > 0.5,
-            img_shapes=[[(1, rows, columns)]] * batch,
+            img_shapes=[[(1, rows, columns)]],  # times the batch, it would fix the batch of an exported graph
             return_dict=False,
         )[0]
         self._exact = ()
@@ -251,6 +251,7 @@ FAMILY = ModelFamily(
     feature_tap=lambda transformer: transformer.transformer_blocks[len(transformer.transformer_blocks) // 2],
     lora_prefix="transformer",
     size_step=lambda _: 2,  # a token is a patch of 2x2
+    stock_call=lambda guidance: {"true_cfg_scale": guidance, "negative_prompt": ""},
     default_guidance=4.0,
     default_steps=50,
     networks={

@@ -81,7 +81,7 @@ class _LinearAttention:
         query, key, value = (x.transpose(1, 2).unflatten(1, (attn.heads, -1)).float() for x in (query, key, value))
         mixed = _linear_attention(nn.functional.relu(query), nn.functional.relu(key), value)
         output: Tensor = attn.to_out[0](mixed.flatten(1, 2).transpose(1, 2).to(hidden_states.dtype))
-        return output
+        return output.clip(-65504, 65504) if output.dtype == torch.float16 else output
 
 
 def _linear_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

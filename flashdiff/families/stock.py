@@ -59,6 +59,8 @@ def stock_image(
     NoStockPipeline where diffusers cannot sample so; ModelError where the pipeline fails.
     """
     spec = model.spec
+    if given := [condition.name for condition in spec.conditions if condition.part is None]:
+        raise NoStockPipeline(f"the stock pipeline of a model that takes {', '.join(given)} makes no image without")
     scheduler = stock_scheduler(spec, steps)
     noise = _noise(seed, spec.latent_shape(size))
     with warnings.catch_warnings(), torch.no_grad():
@@ -67,16 +69,17 @@ def stock_image(
             pipeline = _pipeline(family, model, folder)
             config = pipeline.scheduler.config
             kind = getattr(importlib.import_module("diffusers"), scheduler.kind)
-            pipeline.scheduler = kind.from_config(config, **scheduler.settings)
-            pack = _packing(pipeline)
+            shift = {"shift": config.flow_shift} if "flow_shift" in config else {}  # as Sana's scheduler calls it
+            pipeline.scheduler = kind.from_config(config, **{**shift, **scheduler.settings})
+            pack_first, pack = _packing(pipeline)
             takes = inspect.signature(pipeline.__call__).parameters
             wanted = {"height": size.height, "width": size.width, "use_resolution_binning": False, "clean_caption": False}
             with _GivenNoise(lambda: pack(next(noise))):
                 images = pipeline(
-                    prompt,
-                    latents=pack(next(noise)).to(model.device),
-                    guidance_scale=_guidance(family, spec.sampler),
+                    prompt=prompt,
+                    latents=pack_first(next(noise)).to(model.device),
                     output_type="pt",
+                    **family.stock_call(_guidance(spec.sampler)),
                     **{name: value for name, value in wanted.items() if name in takes},
                     **scheduler.call,
                 ).images
@@ -148,10 +151,8 @@ def _flow_scheduler(sampler: Sampler, schedule: FlowSchedule, family: str, steps
     return StockScheduler(kind="FlowMatchEulerDiscreteScheduler", settings=settings, call=call)
 
 
-def _guidance(family: ModelFamily, sampler: Sampler) -> float:
-    if sampler.embedded_guidance is not None:
-        return sampler.embedded_guidance
-    return sampler.guidance - (1 if family.name == "z-image" else 0)  # whose pipeline counts from 0
+def _guidance(sampler: Sampler) -> float:
+    return sampler.guidance if sampler.embedded_guidance is None else sampler.embedded_guidance
 
 
 def _pipeline(family: ModelFamily, model: TorchModel, folder: Path) -> Any:
@@ -181,11 +182,13 @@ def _stock_part(folder: Path, name: str, kind: list[str], ours: torch.nn.Module)
     return part.to(next(ours.parameters()).device).eval()
 
 
-def _packing(pipeline: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """FLUX's pipeline keeps latents [B, C, h, w] as tokens of 2x2 patches."""
+def _packing(pipeline: Any) -> tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]:
+    """How a pipeline is given the first latents [B, C, h, w], and how it keeps them; FLUX does as tokens of 2x2 patches."""
+    if hasattr(pipeline, "_patchify_latents"):  # FLUX.2, which packs the first ones itself
+        return pipeline._patchify_latents, lambda latents: pipeline._pack_latents(pipeline._patchify_latents(latents))
     if hasattr(pipeline, "_pack_latents"):
-        return lambda latents: pipeline._pack_latents(latents, *latents.shape)
-    return lambda latents: latents
+        return (lambda latents: pipeline._pack_latents(latents, *latents.shape),) * 2
+    return (lambda latents: latents,) * 2
 
 
 def _noise(seed: int, shape: tuple[int, ...]) -> Iterator[torch.Tensor]:

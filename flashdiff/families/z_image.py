@@ -210,6 +210,7 @@ FAMILY = ModelFamily(
     fixed_size=True,  # the number of padding tokens follows the size
     size_step=lambda _: 2,  # a token is a patch of 2x2
     largest_side=lambda transformer: 2 * min(transformer["axes_lens"][1:]),
+    stock_call=lambda guidance: {"guidance_scale": guidance - 1},  # it counts from 0
     default_guidance=6.0,  # the stock pipeline counts it from 0: its 5
     default_steps=50,
     networks={
