@@ -305,6 +305,7 @@ async def serve(models: Models, listen: Listen) -> None:
     while not stopping.is_set() and not server.worker.failure:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(stopping.wait(), _WATCH_S)
+    server.worker.check_alive()  # logs the devices that were lost since the last look
     _log.info("draining: no new requests, up to %.0f s for those accepted", DRAIN_S)
     await server.stop(DRAIN_S, hurried)
     _log.info("stopped")
