@@ -331,6 +331,7 @@ async def serve(models: Models, listen: Listen) -> None:
     while not stopping.is_set() and not server.worker.failure:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(stopping.wait(), _WATCH_S)
+    server.worker.check_alive()  # logs the devices that were lost since the last look
     if listen.drain_delay_s and not server.worker.failure:
         _log.info("leaving: not ready any more, but taking requests for %g s", listen.drain_delay_s)
         server.leave()
