@@ -92,8 +92,8 @@ def _run(recipe: Recipe, out: Path, work: Path, pools: Path | None) -> None:
         place(model, whole=not recipe.shard_base)
         _log.info("reading up to %d samples of '%s'", recipe.data.images, recipe.data.source)
         data = load_dataset(recipe.data, model, batch_size=recipe.batch_size, seed=recipe.seed)
-        _log.info("the base '%s' has the hash %s", recipe.base, model.base_hash[:12])
-        assert model.base_prints  # read now, while the base is what was loaded
+        prints = ", ".join(f"{name[:12]} in {precision}" for precision, name in model.base_prints.items())
+        _log.info("the base '%s' has the hash %s (%s)", recipe.base, model.base_hash[:12], prints)
         if changed := first_change(files, witness(base_files(base))):
             raise TrainingError(f"{changed} changed while the run read it; start again when the base stays as it is")
         if processes.device().type != "cpu":
