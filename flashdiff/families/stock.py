@@ -140,7 +140,7 @@ def _flow_scheduler(sampler: Sampler, schedule: FlowSchedule, family: str, steps
         settings["stochastic_sampling"] = sampler.eta == 1
     elif sampler.kind == "flash" and sampler.grid:
         # The grid's levels are those of the default size, whatever the size.
-        settings = {"stochastic_sampling": True, "use_dynamic_shifting": False, "shift": schedule.shift}
+        settings = {"stochastic_sampling": True, "use_dynamic_shifting": False, "shift": schedule.shift, "shift_terminal": None}
         call["sigmas"] = [(time + 1) / schedule.num_train_timesteps for time in sampler.grid.inference_times(steps)]
     elif sampler.kind == "ode":
         if steps > 2:
