@@ -81,7 +81,7 @@ def _wrong_times(patch: pytest.MonkeyPatch) -> None:
 
 
 def _wrong_shift(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(FlowSchedule, "shift_at", lambda schedule, _: schedule.shift)
+    patch.setattr(FlowSchedule, "shift_at", lambda schedule, *_: schedule.shift)
 
 
 @pytest.mark.parametrize(
