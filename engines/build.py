@@ -100,7 +100,7 @@ def _from_torch(plan: BuildPlan, folder: Path, watch: "_Stopwatch") -> tuple[Man
     watch.lap("run", "every part, and an image of each size, in torch")
     stock: StockReference | str = NOT_COMPARED
     if options.compare_stock:
-        stock = run_stock(plan.family, model, plan.folder, parts)
+        stock = run_stock(plan.family, model, plan.folder, parts, plan.vae)
         watch.lap("run", stock if isinstance(stock, str) else f"an image at {stock.size} by the stock {stock.made_by}")
     if form := plan.backend.graph:
         # Backwards: below float32 an export casts its part, and the text encoder makes the denoiser's example.

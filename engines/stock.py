@@ -39,15 +39,17 @@ class StockReference:
     torch_error: float
 
 
-def run_stock(family: ModelFamily, model: TorchModel, folder: Path, parts: Sequence[Part]) -> StockReference | str:
-    """The stock pipeline's image at the smallest size, or why there is none.
+def run_stock(
+    family: ModelFamily, model: TorchModel, folder: Path, parts: Sequence[Part], vae: Path | None = None
+) -> StockReference | str:
+    """The stock pipeline's image at the smallest size, or why there is none; `folder` and `vae` hold the files that it reads.
 
     BundleError when torch's image differs from it, or the pipeline makes none.
     """
     size, steps = _case(model.spec)
     try:
         with on_gpu(parts):
-            stock = stock_image(family, model, folder, prompt=_PROMPT, seed=_SEED, steps=steps, size=size)
+            stock = stock_image(family, model, folder, vae, prompt=_PROMPT, seed=_SEED, steps=steps, size=size)
             ours = _image(model, model.spec)
     except NoStockPipeline as reason:
         return str(reason)

@@ -10,7 +10,7 @@ from flashdiff.families.codec import Decoder, Encoder, latent_factor
 from flashdiff.families.files import network_files
 from flashdiff.families.hub import download_part, hub_name, name_of
 from flashdiff.families.loading import load_vae, read_config
-from flashdiff.families.settings import check_network
+from flashdiff.families.settings import AUTOENCODERS, check_network
 from flashdiff.families.views import view
 from flashdiff.files import hash_files
 
@@ -37,6 +37,8 @@ def find_vae(name: str) -> Path:
 
 def check_vae(folder: Path, family: ModelFamily, spec: ModelSpec) -> None:
     """ModelError for an autoencoder whose latents are not those that the base's network was trained on."""
+    if family.networks["vae"] is not AUTOENCODERS:
+        raise ModelError(f"--vae {folder}: a model of the family {family.name} runs with its own autoencoder alone")
     config = read_config(folder.parent, folder.name)
     check_network(f"{folder}/config.json", family, "vae", config)
     try:

@@ -51,11 +51,20 @@ class StockImage:
 
 
 def stock_image(
-    family: ModelFamily, model: TorchModel, folder: Path, *, prompt: str, seed: int, steps: int, size: Size
+    family: ModelFamily,
+    model: TorchModel,
+    folder: Path,
+    vae: Path | None = None,
+    *,
+    prompt: str,
+    seed: int,
+    steps: int,
+    size: Size,
 ) -> StockImage:
     """An image of the stock pipeline of a model, LoRAs included, on the device of `model`.
 
-    The pipeline reads the base's configuration files, tokenizers and scheduler itself; the weights are those of `model`.
+    The pipeline reads the base's configuration files, tokenizers and scheduler itself; the weights are those of `model`. `vae` is
+    the folder of an autoencoder in the place of the base's own.
     NoStockPipeline where diffusers cannot sample so; ModelError where the pipeline fails.
     """
     spec = model.spec
@@ -66,7 +75,7 @@ def stock_image(
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # advice to those who chose diffusers' settings
         try:
-            pipeline = _pipeline(family, model, folder)
+            pipeline = _pipeline(family, model, folder, vae)
             config = pipeline.scheduler.config
             kind = getattr(importlib.import_module("diffusers"), scheduler.kind)
             shift = {"shift": config.flow_shift} if "flow_shift" in config else {}  # as Sana's scheduler calls it
@@ -155,11 +164,14 @@ def _guidance(sampler: Sampler) -> float:
     return sampler.guidance if sampler.embedded_guidance is None else sampler.embedded_guidance
 
 
-def _pipeline(family: ModelFamily, model: TorchModel, folder: Path) -> Any:
+def _pipeline(family: ModelFamily, model: TorchModel, folder: Path, vae: Path | None) -> Any:
     """The pipeline as its own configuration files say, with our weights and without a second copy of them."""
     diffusers = importlib.import_module("diffusers")
     index = read_json(folder / "model_index.json")
-    parts = {name: _stock_part(folder, name, index[name], weights) for name, weights in model.weights.items()}
+    places = {name: (folder / name, index[name]) for name in model.weights}
+    if vae:
+        places["vae"] = vae, ["diffusers", read_json(vae / "config.json").get("_class_name", "AutoencoderKL")]
+    parts = {name: _stock_part(*places[name], weights) for name, weights in model.weights.items()}
     absent = {name: None for name, kind in index.items() if kind == [None, None]}
     kind = getattr(diffusers, family.pipeline_class)
     pipeline = kind.from_pretrained(folder, **{**absent, **dict.fromkeys(set(_NOT_NEEDED) & set(index)), **parts})
@@ -167,17 +179,17 @@ def _pipeline(family: ModelFamily, model: TorchModel, folder: Path) -> Any:
     return pipeline
 
 
-def _stock_part(folder: Path, name: str, kind: list[str], ours: torch.nn.Module) -> Any:
-    """The class and the settings that the base's files name, around our tensors."""
+def _stock_part(folder: Path, kind: list[str], ours: torch.nn.Module) -> Any:
+    """The class and the settings that a network's files name, around our tensors."""
     from accelerate import init_empty_weights
 
     library, class_name = kind
     made_by: Any = getattr(importlib.import_module(library), class_name)
     with init_empty_weights(include_buffers=False):
         if library == "diffusers":
-            part = made_by.from_config(made_by.load_config(folder / name))
+            part = made_by.from_config(made_by.load_config(folder))
         else:
-            part = made_by(made_by.config_class.from_pretrained(folder / name))
+            part = made_by(made_by.config_class.from_pretrained(folder))
     part.load_state_dict(ours.state_dict(), assign=True)
     return part.to(next(ours.parameters()).device).eval()
 
