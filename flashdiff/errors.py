@@ -23,6 +23,7 @@ FlashdiffError
 The command line prints the message in one line and exits with 2; `flashdiff.server.status` maps the classes to gRPC codes.
 """
 
+from importlib.metadata import version
 from pathlib import Path
 
 
@@ -113,7 +114,8 @@ def install(extra: str) -> str:
     """How to get what a command lacks, for messages: flashdiff is in no package index."""
     if (Path(__file__).parents[1] / "pyproject.toml").is_file():
         return f"pip install '.[{extra}]' from flashdiff's checkout"
-    return f"pip install 'WHEEL[{extra}]', where WHEEL is the file that flashdiff was installed from"
+    wheel = f"flashdiff-{version('flashdiff')}-py3-none-any.whl"
+    return f"pip install '{wheel}[{extra}]', the file that flashdiff was installed from"
 
 
 def first_line(error: BaseException) -> str:

@@ -222,7 +222,10 @@ def sweep_parts(folder: Path) -> None:
 
 def cache_folder() -> Path:
     """`flashdiff` in the user's cache directory: what is there can be made again, and may be removed at any time."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashdiff"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashdiff"
+    except RuntimeError:  # a user without a name, in a container
+        raise ConfigError("this user has no home directory: set XDG_CACHE_HOME to a folder that may be written") from None
 
 
 def shown_bytes(size: float) -> str:

@@ -110,6 +110,7 @@ def changes_text(keys: Iterable[str]) -> bool:
 def _split(key: str) -> tuple[str, str | None]:
     """A key's layer, and its tensor's role there; None where the role is unknown."""
     for endings in (_ENDINGS, _OLD_ENDINGS):
+        key = key.replace(".default.", ".")  # an adapter's name in peft's own files
         ending = max((ending for ending in endings if key.endswith(ending)), key=len, default=None)
         if ending:
             return key.removesuffix(ending), endings[ending]

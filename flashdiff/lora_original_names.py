@@ -110,4 +110,4 @@ def original_names(model: Any, own: Collection[str]) -> Iterator[tuple[str, str]
 def _kind(model: Any, own: Collection[str]) -> str | None:
     if not any(name.endswith(".attn.add_q_proj") for name in own):
         return None
-    return "FLUX" if hasattr(model, "single_transformer_blocks") else "SD3" if hasattr(model, "pos_embed") else None
+    return {"FluxTransformer2DModel": "FLUX", "SD3Transformer2DModel": "SD3"}.get(type(model).__name__)

@@ -5,7 +5,7 @@ from collections.abc import Collection
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from flashdiff.server.models import Models
 from flashdiff.server.submitter import Submitter
@@ -13,7 +13,7 @@ from flashdiff.server.submitter import Submitter
 _Status = health_pb2.HealthCheckResponse
 
 
-class Health:
+class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
     """Says SERVING for the server (""), for its `services` and for every model that is served, until `leave`.
 
     The servicer of grpcio-health-checking is not used: when one of two watchers leaves, it forgets the other one.
@@ -53,6 +53,11 @@ class Health:
         if status == _Status.SERVICE_UNKNOWN:
             await context.abort(grpc.StatusCode.NOT_FOUND, "no service and no model has that name")
         return _Status(status=status)
+
+    async def List(self, request: Any, context: Any) -> Any:
+        """All of them, as later versions of the protocol ask; with earlier ones nothing calls this."""
+        names = (*self._services, *self._models.served)
+        return health_pb2.HealthListResponse(statuses={name: _Status(status=self._status(name)) for name in names})
 
     async def Watch(self, request: Any, context: Any) -> None:
         sent = None

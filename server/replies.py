@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from typing import SupportsFloat, SupportsIndex
 
 from flashdiff.components import Size
 from flashdiff.errors import RequestError
@@ -69,10 +70,18 @@ def write_request(
 ) -> pb.GenerateRequest:
     """The message; RequestError for a value that it cannot carry. The server checks what the model allows."""
     for name, value, least in (("seed", seed, 0), ("steps", steps, 1), ("count", count, 1), ("quality", quality, 1)):
+        if value is not None and not isinstance(value, SupportsIndex):
+            raise RequestError(name, value, "it must be a whole number")
         if value is not None and not least <= value < (SEED_LIMIT if name == "seed" else 2**32):
             raise RequestError(name, value, f"it must be a number from {least} on that the wire can carry")
     if image_format not in FORMAT_NUMBERS:
         raise RequestError("format", image_format, f"it must be one of {', '.join(FORMAT_NUMBERS)}")
+    for name, number in {"strength": strength, **(parameters or {})}.items():
+        if number is not None and not isinstance(number, SupportsFloat):
+            raise RequestError(name, number, "it must be a number")
+    for name, file in {"image": image, **(inputs or {})}.items():
+        if not isinstance(file, bytes):
+            raise RequestError(name, file, "it must be the bytes of an image file")
     if strength is not None and not 0 < strength <= 1:
         raise RequestError("strength", strength, "it must be above 0 and at most 1")
     if priority not in PRIORITY_NUMBERS:

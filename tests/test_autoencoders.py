@@ -139,6 +139,17 @@ def test_what_does_not_fit_is_refused_by_option_and_value(tmp_path: Path) -> Non
     assert "'_class_name' is 'VQModel'" in refused(tmp_path / "wide")
 
 
+@pytest.mark.parametrize("kind", ["kl", "tiny"])
+def test_a_torch_bundle_keeps_it_with_its_own_settings(tmp_path: Path, kind: str) -> None:
+    base, vae = FAMILIES["sd15"](tmp_path / "base"), _make(tmp_path / "other-vae", kind, 4)
+    options = BuildOptions(base=str(base), vae=str(vae), out=tmp_path / "out", backend="torch", batch_sizes=(2,))
+    build_engine(options, lambda _: None)
+    _, model = load_base(str(base))
+    order = check_order(model.spec, prompt=PROMPT, seed=3, steps=2)
+    ours = generate(open_bundle(tmp_path / "out"), [order])[0][0]
+    np.testing.assert_allclose(ours.astype(float), generate(with_vae(model, vae), [order])[0][0].astype(float), atol=1)
+
+
 def test_the_bundle_names_it_and_exports_nothing_else_anew(tmp_path: Path) -> None:
     base, vae = FAMILIES["sd15"](tmp_path / "base"), _make(tmp_path / "other-vae", "tiny", 4)
     plain = BuildOptions(base=str(base), out=tmp_path / "out", backend="onnxruntime", batch_sizes=(2,))

@@ -27,10 +27,13 @@ _BEST_ON_GPU, _BEST_ON_CPU = "torch", ("openvino", "onnxruntime", "torch")
 """In order of speed; TensorRT is left out until its plans have run on a GPU."""
 
 
-def best_backend() -> str:
-    """The fastest backend that runs here: torch with CUDA graphs on an NVIDIA GPU, else the first one installed for CPUs."""
+def best_backend(*, on_cpu: bool = False) -> str:
+    """The fastest backend that runs here: torch with CUDA graphs on an NVIDIA GPU, else the first one installed for CPUs.
+
+    `on_cpu` leaves the GPU out.
+    """
     on_gpu = find_backend(_BEST_ON_GPU)
-    if _is_installed(on_gpu) and on_gpu.machine().device == "cuda":
+    if not on_cpu and _is_installed(on_gpu) and on_gpu.machine().device == "cuda":
         return _BEST_ON_GPU
     return next((name for name in _BEST_ON_CPU if _is_installed(find_backend(name))), _BEST_ON_CPU[0])
 

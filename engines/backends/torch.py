@@ -30,7 +30,8 @@ def _save(model: "TorchModel", parts: Sequence["Part"], folder: Path, precision:
     for name, module in model.weights.items():
         module.save_pretrained(target / name, safe_serialization=True)
     for file in (*model.folder.glob("*.json"), *model.folder.glob("*/*")):  # configurations and vocabularies are the base's own
-        if file.suffix in (".json", ".txt", ".model") and not file.name.endswith(".index.json"):
+        is_wanted = file.suffix in (".json", ".txt", ".model") and not file.name.endswith(".index.json")
+        if is_wanted and file.parent.name not in model.replaced:
             (target / file.relative_to(model.folder).parent).mkdir(exist_ok=True)
             shutil.copyfile(file, target / file.relative_to(model.folder))
     return {part.name: (PartFile(file=f"{MODEL}/model_index.json"),) for part in parts}

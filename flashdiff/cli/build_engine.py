@@ -17,11 +17,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="the bundle folder to make, or to bring up to date")
     add_build_arguments(parser)
-    parser.add_argument(
-        "--compare-stock",
-        action=argparse.BooleanOptionalAction,
-        help="compare an image with the stock diffusers pipeline of the model before publishing; default: yes",
-    )
     parser.add_argument("--dry-run", action="store_true", help="print what would be built, why, and what it takes; write nothing")
 
 

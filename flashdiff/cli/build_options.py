@@ -59,6 +59,11 @@ def add_build_arguments(
     to.add_argument(
         "--guidance", type=float, help="scale for a model that is not a flash student; 1 or less: none; default: the family's"
     )
+    to.add_argument(
+        "--compare-stock",
+        action=argparse.BooleanOptionalAction,
+        help="compare an image with the stock diffusers pipeline of the model before publishing; default: yes",
+    )
     add_sampling_arguments(parser, with_steps="steps" not in without)
 
 
@@ -76,7 +81,11 @@ def build_command(options: argparse.Namespace, *, without: frozenset[str] = froz
     """The `build-engine` command line, but for --out, that builds what these options say."""
     command = ["build-engine", options.base, *(f"--lora={lora}" for lora in options.lora)]
     command += [f"--{name}={getattr(options, name)}" for name in _given(options, without)]
-    return [*command, *(["--version-compatible"] if options.version_compatible else [])]
+    if options.version_compatible:
+        command.append("--version-compatible")
+    if options.compare_stock is not None:
+        command.append("--compare-stock" if options.compare_stock else "--no-compare-stock")
+    return command
 
 
 def refuse_without_base(options: argparse.Namespace, *, without: frozenset[str] = frozenset()) -> None:
@@ -84,6 +93,8 @@ def refuse_without_base(options: argparse.Namespace, *, without: frozenset[str] 
     named = [*(["lora"] if options.lora else []), *_given(options, without)]
     if options.version_compatible:
         named.append("version-compatible")
+    if options.compare_stock is not None:
+        named.append("compare-stock")
     if named:
         raise ConfigError(f"--{named[0]} is settled when a bundle is built: give it to build-engine, or with --base")
 

@@ -58,7 +58,8 @@ def _built(command: list[str], bundle: Path) -> Path:
         return bundle
     need("distill", "torch", "diffusers", "peft", "onnx", "onnxscript")
     # In a process of its own, so that this one does not keep torch's memory.
-    status = subprocess.run([sys.executable, "-m", "flashdiff", *command, "--out", str(bundle)]).returncode
+    # Its lines are not what this command prints, so they go to the log's stream.
+    status = subprocess.run([sys.executable, "-m", "flashdiff", *command, "--out", str(bundle)], stdout=sys.stderr).returncode
     if status:
         sys.exit(status)  # the build has printed its error
     return bundle

@@ -25,7 +25,8 @@ class Variables:
             if action.dest == "help":
                 continue
             name = PREFIX + action.dest.upper()
-            self._actions[name], self._defaults[action.dest] = action, action.default
+            default = [] if _is_list(action) and action.default is None else action.default
+            self._actions[name], self._defaults[action.dest] = action, default
             separated = "; separated by commas" if _is_list(action) else ""
             action.help = f"{(action.help or '').replace('%(default)s', str(action.default))} [{name}{separated}]"
             action.default = None  # so that what the command line does not give is recognised

@@ -117,6 +117,7 @@ def run(options: argparse.Namespace) -> None:
             raise ConfigError("give a BUNDLE, a --base to build one from, or a --repository to load some from")
     if options.repository and not options.repository.is_dir():
         raise ConfigError(f"--repository {options.repository}: there is no such folder")
+    from flashdiff.engines.backends import best_backend
     from flashdiff.engines.runtime.device import DEFAULT_DEVICE, parse_devices
     from flashdiff.server.app import Listen
     from flashdiff.server.json_log import write_json
@@ -144,6 +145,8 @@ def run(options: argparse.Namespace) -> None:
     if options.log_format == "json":
         write_json()
     devices = (DEFAULT_DEVICE,) if options.device is None else parse_devices(options.device)
+    if options.backend is None and (options.device or "").startswith("cpu:"):
+        options.backend = best_backend(on_cpu=True)
     bundles = find_bundles(options.bundles) + ([bundle_of_base(options)] if options.base is not None else [])
     run_server(lambda: open_models(bundles, options.repository, devices), listen)
 

@@ -65,4 +65,10 @@ def vae_hash(folder: Path) -> str:
 def with_vae(model: TorchModel, folder: Path) -> TorchModel:
     """The model with this autoencoder in the place of its own."""
     vae = load_vae(folder.parent, folder.name)
-    return replace(model, encoder=Encoder(vae).eval(), decoder=Decoder(vae).eval(), weights={**model.weights, "vae": vae})
+    return replace(
+        model,
+        encoder=Encoder(vae).eval(),
+        decoder=Decoder(vae).eval(),
+        weights={**model.weights, "vae": vae},
+        replaced=model.replaced | {"vae"},
+    )

@@ -102,6 +102,8 @@ class TorchModel:
     """The diffusers model inside `denoiser`: where LoRA layers go."""
     weights: Mapping[str, Any]
     """Every model that was loaded, by its folder: saving them, fused or not, makes a base directory again."""
+    replaced: frozenset[str] = frozenset()
+    """The networks that are not those of `folder`, by their folders there."""
     max_batch: int = 8
     parallel_decode: bool = False
 

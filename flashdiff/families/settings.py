@@ -151,7 +151,7 @@ def _config_names(name: str) -> frozenset[str]:
     import transformers
 
     kind = getattr(transformers, name)
-    # Files that transformers 4 wrote have the settings of a text model beside those of the whole.
+    # Files that transformers 4 wrote have the settings of a text model as well as those of the whole.
     kinds = (kind, *(kind.sub_configs[part] for part in ("text_config",) if part in kind.sub_configs))
     return frozenset().union(*(one().to_dict() for one in kinds))
 

@@ -70,7 +70,7 @@ def stock_image(
     spec = model.spec
     if given := [condition.name for condition in spec.conditions if condition.part is None]:
         raise NoStockPipeline(f"the stock pipeline of a model that takes {', '.join(given)} makes no image without")
-    scheduler = stock_scheduler(spec, steps)
+    scheduler = stock_scheduler(spec, steps, is_shifted=spec.sampler.schedule != family.read_spec(folder).sampler.schedule)
     noise = _noise(seed, spec.latent_shape(size))
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # advice to those who chose diffusers' settings
@@ -97,10 +97,16 @@ def stock_image(
     return StockImage(made_by=f"{family.pipeline_class} with {scheduler.kind}", pixels=images[0].float().cpu().numpy())
 
 
-def stock_scheduler(spec: ModelSpec, steps: int) -> StockScheduler:
-    """The diffusers scheduler whose `steps` steps are those of a model's sampler; NoStockPipeline where there is none."""
+def stock_scheduler(spec: ModelSpec, steps: int, *, is_shifted: bool = False) -> StockScheduler:
+    """The diffusers scheduler whose `steps` steps are those of a model's sampler; NoStockPipeline where there is none.
+
+    `is_shifted`: the model's shift is not the base's own.
+    """
+    if spec.sampler.kind == "scm":
+        middle = 1.3 if steps == 2 else None
+        return StockScheduler(kind="SCMScheduler", call={"num_inference_steps": steps, "intermediate_timesteps": middle})
     if isinstance(spec.sampler.schedule, FlowSchedule):
-        return _flow_scheduler(spec.sampler, spec.sampler.schedule, spec.family, steps)
+        return _flow_scheduler(spec.sampler, spec.sampler.schedule, spec.family, steps, is_shifted=is_shifted)
     sampler, predicts = spec.sampler, {"prediction_type": spec.prediction}
     count, settings = {"num_inference_steps": steps}, dict[str, Any]()
     own = {"timesteps": list(chosen_times(sampler.timesteps, steps))} if sampler.timesteps else count
@@ -129,13 +135,16 @@ def stock_scheduler(spec: ModelSpec, steps: int) -> StockScheduler:
             kind = "EulerDiscreteScheduler" if sampler.kind == "euler" else "EulerAncestralDiscreteScheduler"
             if sampler.timesteps and sampler.kind == "euler-ancestral":
                 raise NoStockPipeline("diffusers' EulerAncestralDiscreteScheduler takes no times of a student's own")
+            if spec.prediction == "sample" and sampler.kind == "euler-ancestral":
+                raise NoStockPipeline("diffusers' EulerAncestralDiscreteScheduler takes no network that predicts the sample")
             return StockScheduler(kind=kind, settings={**predicts, "timestep_spacing": sampler.spacing}, call=own)
     raise NoStockPipeline(f"no pipeline of diffusers for this family takes the sampler {sampler.kind}")
 
 
-def _flow_scheduler(sampler: Sampler, schedule: FlowSchedule, family: str, steps: int) -> StockScheduler:
+def _flow_scheduler(sampler: Sampler, schedule: FlowSchedule, family: str, steps: int, *, is_shifted: bool) -> StockScheduler:
     """`sigmas` are those before the shift, which is the scheduler's."""
-    settings: dict[str, Any] = {}
+    at_all_sizes = {"use_dynamic_shifting": False, "shift": schedule.shift, "shift_terminal": None}
+    settings: dict[str, Any] = at_all_sizes if is_shifted else {}
     call: dict[str, Any] = {"num_inference_steps": steps}
     if sampler.kind == "flow-euler":
         if sampler.timesteps:
@@ -146,10 +155,10 @@ def _flow_scheduler(sampler: Sampler, schedule: FlowSchedule, family: str, steps
             call["sigmas"] = [float(sigma) for sigma in np.linspace(1, schedule.least_sigma, steps)]
         if 0 < sampler.eta < 1:
             raise NoStockPipeline("diffusers' FlowMatchEulerDiscreteScheduler knows eta 0 and 1 alone")
-        settings["stochastic_sampling"] = sampler.eta == 1
+        settings = {**settings, "stochastic_sampling": sampler.eta == 1}
     elif sampler.kind == "flash" and sampler.grid:
         # The grid's levels are those of the default size, whatever the size.
-        settings = {"stochastic_sampling": True, "use_dynamic_shifting": False, "shift": schedule.shift, "shift_terminal": None}
+        settings = {"stochastic_sampling": True, **at_all_sizes}
         call["sigmas"] = [(time + 1) / schedule.num_train_timesteps for time in sampler.grid.inference_times(steps)]
     elif sampler.kind == "ode":
         if steps > 2:
@@ -168,22 +177,24 @@ def _pipeline(family: ModelFamily, model: TorchModel, folder: Path, vae: Path | 
     """The pipeline as its own configuration files say, with our weights and without a second copy of them."""
     diffusers = importlib.import_module("diffusers")
     index = read_json(folder / "model_index.json")
-    places = {name: (folder / name, index[name]) for name in model.weights}
-    if vae:
-        places["vae"] = vae, ["diffusers", read_json(vae / "config.json").get("_class_name", "AutoencoderKL")]
-    parts = {name: _stock_part(*places[name], weights) for name, weights in model.weights.items()}
-    absent = {name: None for name, kind in index.items() if kind == [None, None]}
+    places = {name: folder / name for name in model.weights} | ({"vae": vae} if vae else {})
+    parts = {name: _stock_part(places[name], index[name], weights) for name, weights in model.weights.items()}
+    absent: dict[str, Any] = {name: None for name, kind in index.items() if kind == [None, None]}
     kind = getattr(diffusers, family.pipeline_class)
+    if "add_watermarker" in inspect.signature(kind.__init__).parameters:
+        absent["add_watermarker"] = False
     pipeline = kind.from_pretrained(folder, **{**absent, **dict.fromkeys(set(_NOT_NEEDED) & set(index)), **parts})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 def _stock_part(folder: Path, kind: list[str], ours: torch.nn.Module) -> Any:
-    """The class and the settings that a network's files name, around our tensors."""
+    """The class and the settings that a network's files name, around our tensors; model_index.json names the library."""
     from accelerate import init_empty_weights
 
     library, class_name = kind
+    if library == "diffusers":
+        class_name = read_json(folder / "config.json").get("_class_name", class_name)
     made_by: Any = getattr(importlib.import_module(library), class_name)
     with init_empty_weights(include_buffers=False):
         if library == "diffusers":

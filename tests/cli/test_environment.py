@@ -22,6 +22,8 @@ def _options(environment: dict[str, str], *arguments: str) -> argparse.Namespace
     ("environment", "name", "value"),
     [
         ({}, "port", 50051),
+        ({}, "bundles", []),
+        ({"FLASHDIFF_COMPARE_STOCK": "0"}, "compare_stock", False),
         ({"FLASHDIFF_PORT": "7"}, "port", 7),
         ({"FLASHDIFF_PORT": ""}, "port", 50051),
         ({"FLASHDIFF_DRAIN": "2.5"}, "drain", 2.5),

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import MODELS
+from tiny import MODELS, STUDENTS
 
 from flashdiff import cli
 from flashdiff.components import ModelSpec
@@ -15,7 +15,7 @@ from flashdiff.engines.parts import parts_of
 from flashdiff.engines.plan import plan_build
 from flashdiff.engines.stock import StockReference, run_stock
 from flashdiff.errors import BundleError
-from flashdiff.families import codec, load_base
+from flashdiff.families import codec, family_of, load_base
 from flashdiff.samplers.options import SamplingOptions, sampled_as
 from flashdiff.sampling import Sampler, flash_student
 from flashdiff.schedule import FlowSchedule, Grid
@@ -28,7 +28,7 @@ def _samplers(spec: ModelSpec) -> list[ModelSpec]:
     student = flash_student(spec.sampler, Grid(solver_steps=32, modes=4))
     flows = [{"spacing": "trailing"}, {"spacing": "linspace"}, {"eta": 1.0}, {"timesteps": (999, 500)}]
     if isinstance(spec.sampler.schedule, FlowSchedule):
-        given = [SamplingOptions.model_validate({"sampler": "flow-euler", **flow}) for flow in flows]
+        given = [SamplingOptions.model_validate({"sampler": "flow-euler", **flow}) for flow in [*flows, {"shift": 2.0}]]
     else:
         given = [SamplingOptions(sampler=name) for name in NOISE_SAMPLERS]
     return [spec, spec.model_copy(update={"sampler": student}), *(sampled_as(spec, options) for options in given)]
@@ -44,6 +44,33 @@ def test_torchs_image_is_the_stock_pipelines_with_every_sampler(name: str, tmp_p
         assert isinstance(found, StockReference)
         assert found.torch_error < 1e-5, model.spec.sampler
         assert found.pixels.std() > 0.1
+
+
+@pytest.mark.parametrize("guidance", [None, 2.0])
+def test_a_published_consistency_student_is_compared_with_its_own_pipeline(tmp_path: Path, guidance: float | None) -> None:
+    base = STUDENTS["sana-sprint"](tmp_path / "sprint")
+    family = family_of(base)
+    model = family.load(base, sampled_as(family.read_spec(base), SamplingOptions(guidance=guidance)))
+    found = run_stock(family, model, base, parts_of(family, model))
+    assert isinstance(found, StockReference)
+    assert found.torch_error < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("qwen-image", SamplingOptions(preset="qwen-image-lightning-4")),
+        ("sd3", SamplingOptions(sampler="ode", shift=2.0)),
+        ("flux", SamplingOptions(sampler="ode", shift=2.0)),
+    ],
+)
+def test_a_shift_of_its_own_passes(tmp_path: Path, name: str, options: SamplingOptions) -> None:
+    base = MODELS[name](tmp_path / name)
+    family = family_of(base)
+    model = family.load(base, sampled_as(family.read_spec(base), options))  # networks hold the levels of whole times
+    found = run_stock(family, model, base, parts_of(family, model))
+    assert isinstance(found, StockReference)
+    assert found.torch_error < 1e-5
 
 
 def _build(base: Path, out: Path, **changes: Any) -> list[str]:

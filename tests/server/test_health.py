@@ -13,6 +13,7 @@ from flashdiff.engines.runtime.fake import FakeComponents
 from flashdiff.proto.v1 import image_pb2, image_pb2_grpc
 from flashdiff.server.app import Listen
 from flashdiff.server.client import Client
+from flashdiff.server.health import Health
 from flashdiff.server.models import Models
 
 _Status = health_pb2.HealthCheckResponse
@@ -44,6 +45,16 @@ def test_health_is_by_the_names_of_the_models() -> None:
         models._served = {**models._served, "later": model_of(fake)}
         assert next(watching).status == _Status.SERVING
         assert _check(channel, "later") == _Status.SERVING
+
+
+def test_it_has_every_method_of_the_protocol_that_is_installed(running: Running) -> None:
+    """Later versions of grpcio-health-checking have a List, and register it."""
+    service = health_pb2.DESCRIPTOR.services_by_name["Health"]
+    assert all(callable(getattr(Health, method.name, None)) for method in service.methods)
+    if hasattr(health_pb2, "HealthListRequest"):
+        with grpc.insecure_channel(running.address) as channel:
+            listed = health_pb2_grpc.HealthStub(channel).List(health_pb2.HealthListRequest(), timeout=10)
+        assert listed.statuses["fake"].status == _Status.SERVING
 
 
 def test_a_watcher_that_leaves_takes_no_other_along(running: Running) -> None:
