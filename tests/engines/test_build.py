@@ -251,7 +251,7 @@ def test_the_default_backend_is_the_fastest_that_runs_here_and_the_plan_says_so(
     options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu: list[tuple[str, str] | None] = [None]
-    monkeypatch.setattr("flashdiff.engines.runtime.machine.nvidia_gpu", lambda: gpu[0])
+    monkeypatch.setattr("flashdiff.engines.runtime.machine.nvidia_gpu", lambda *_: gpu[0])
     assert best_backend() == "openvino"
     new = options | {"out": tmp_path / "bundle"}
     assert "openvino, fp32, on cpu" in (said := plan_build(BuildOptions(**new)).machine)

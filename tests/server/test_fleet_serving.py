@@ -79,7 +79,7 @@ def test_a_lost_device_shows_in_metrics_logs_and_models_while_the_server_serves(
         until(lambda: 'flashdiff_moved_requests_total{device="fake:0"} 1.0' in _metrics(running))
         assert client.generate("x", seed=1, timeout_s=60).images == first.images
     until(lambda: "device fake:0 is out: division by zero; 1 of 2 are left" in caplog.text)
-    assert re.search(r"call method=/flashdiff.v1.ImageService/Generate .* code=OK device=fake:1 ms=", caplog.text)
+    assert re.search(r"call method=/flashdiff.v1.ImageService/Generate .* code=OK ms=\S+ model=fake device=fake:1", caplog.text)
     assert _devices(running) == {"fake:0": "division by zero", "fake:1": ""}
     lines = _metrics(running)
     assert {'flashdiff_device_up{device="fake:0"} 0.0', 'flashdiff_device_up{device="fake:1"} 1.0'} <= lines

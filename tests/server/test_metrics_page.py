@@ -95,7 +95,7 @@ def test_a_request_has_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_process_the_build_the_models_and_the_devices_time_are_there() -> None:
     metrics = Metrics()
     metrics.watch_models(Models({"latest": model_of(FakeComponents())}))
-    metrics.called("fake", "denoiser", 4, 250.0, 200.0)
+    metrics.of_device().called("fake", "denoiser", 4, 250.0, 200.0)
     metrics.count()
     page = generate_latest(metrics.registry).decode()
     assert "process_resident_memory_bytes " in page

@@ -152,7 +152,7 @@ def test_a_draining_server_sends_its_clients_elsewhere_and_answers_what_it_accep
         addresses = f"ipv4:{first.address()},{second.address()}"
         answer = _asking(addresses, pool)  # to the first: without a policy, gRPC takes the first address that answers
         first.read_until("held")
-        with Client(addresses, retries=False) as client:
+        with Client(addresses) as client:  # whose retries, over in some seconds, a connection that stayed would outlast
             client.wait_until_ready(60)
             first.signal(signal.SIGTERM)
             first.read_until("draining")
