@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, create_model, model_validator
+from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, create_model, model_serializer, model_validator
 
 from flashdiff.config import Record
 from flashdiff.distill.losses.settings import Share
@@ -25,6 +25,13 @@ class DataRecipe(Record):
     caption_column: str | None = None
     """Column or key that holds the captions, or a field within it (`json.caption`, `captions.0`); None: `text`, `caption` or
     `prompt`."""
+
+    @model_serializer(mode="wrap")
+    def _without_columns_that_are_not_given(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Recipes that do not name columns keep the hash that they had before there were these keys."""
+        values: dict[str, Any] = write(self)
+        return {name: value for name, value in values.items() if value is not None or not name.endswith("_column")}
+
     images: int = Field(4000, ge=1, le=10**9)
     """How many images or prompts to use at most."""
     buckets: bool = False

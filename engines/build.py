@@ -167,7 +167,7 @@ def _manifest(plan: BuildPlan, model: TorchModel, parts: list[Part], files: dict
         latent_codec=LatentCodec(
             channels=model.spec.latent_channels,
             factor=model.spec.latent_factor,
-            scale=vae.config.scaling_factor,
+            scale=getattr(vae.config, "scaling_factor", None),
             shift=shift_of(vae),
         ),
         parts={part.name: PartRecord(files=files[part.name], inputs=part.inputs, outputs=part.outputs) for part in parts},

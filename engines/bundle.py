@@ -125,7 +125,8 @@ class LatentCodec(Record):
 
     channels: int = Field(ge=1, le=4096)
     factor: int = Field(ge=1, le=256)
-    scale: float
+    scale: float | None
+    """None: every channel has a mean and a deviation of its own."""
     shift: float
 
 

@@ -254,8 +254,8 @@ def _tokenizer(folder: Path, part: str, kind: Any) -> Any:
     if not any(path for pattern in ("tokenizer.json", "vocab.json", "*.model") for path in (folder / part).glob(pattern)):
         raise ModelError(f"{folder}: {part} holds no vocabulary (tokenizer.json, vocab.json or spiece.model)")
     for path in (folder / part).iterdir():
-        if not path.is_file() and not path.is_dir():  # reading a pipe may never end
-            raise ModelError(f"{path}: a pipe, a device or a broken link, where a file is needed")
+        if not path.is_file() and not (path.is_dir() and not path.suffix):  # reading a pipe may never end
+            raise ModelError(f"{path}: a folder, a pipe, a device or a broken link, where a file is needed")
     try:
         return kind.from_pretrained(folder / part)
     except (KeyboardInterrupt, SystemExit):
