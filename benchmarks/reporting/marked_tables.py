@@ -114,7 +114,7 @@ def _short_caption(sources: Sources, links: Mapping[str, str]) -> str:
     sentences = [f"Medians of {runs}, prompt to PNG ([rows]({links['latency']}))."]
     if sources.evaluation:
         images = sources.evaluation["rows"][0]["images"]
-        sentences.append(f"Quality of {images} images a row, with 95 % intervals ([rows]({links['quality']})).")
+        sentences.append(f"Quality: {images:,} images per row, with 95 % intervals ([rows]({links['quality']})).")
     sentences += _real_size_sentences(sources.real_size, links)
     return f"*{chr(10).join(sentences)}*"
 

@@ -40,11 +40,22 @@ class Section:
     content: Callable[[Results], Any]
     plot: Callable[[Any], Any]
     table: Callable[[Any], str]
+    explanation: str = ""
+    """What the plot's quantities are."""
 
 
 SECTIONS = (
     Section("stages", "Where the time of one image goes", lambda r: r.latency, plots.plot_stages, summary),
-    Section("quality", "Quality against latency", lambda r: r.quality, plots.plot_quality, lambda q: quality_table(q["points"])),
+    Section(
+        "quality",
+        "Quality against latency",
+        lambda r: r.quality,
+        plots.plot_quality,
+        lambda q: quality_table(q["points"]),
+        "KID, the kernel inception distance, compares the features of generated images with those of real ones: 0 means that no "
+        "difference shows. The text score is 100 times the cosine of an image and its prompt in a network trained on such pairs. "
+        "Bars are 95 % intervals.",
+    ),
     Section("load", "Latency under load: Poisson arrivals, 2 and 4 steps mixed", lambda r: r.load, plots.plot_load, load_table),
     Section("peers", "Other servers of the same bundle, same arrivals", lambda r: r.peers, plots.plot_load, peers_table),
     Section("scaling", "How a step's cost grows: random networks", lambda r: r.scaling, plots.plot_scaling, scaling_table),
@@ -73,7 +84,8 @@ def _page(results: Results, pngs: dict[str, bytes], images: Sequence[Path], summ
     for section in SECTIONS:
         if section.name in pngs:
             numbers = f"<details><summary>The numbers</summary>{_html(section.table(section.content(results)))}</details>"
-            parts.append(f"<h2>{section.title}</h2>{_picture(pngs[section.name], section.title)}{numbers}")
+            explained = f"<p>{html.escape(section.explanation)}</p>" if section.explanation else ""
+            parts.append(f"<h2>{section.title}</h2>{explained}{_picture(pngs[section.name], section.title)}{numbers}")
     environment = html.escape(json.dumps(results.environment, indent=2))
     machine = html.escape(describe_machine(results.environment))
     return (

@@ -58,7 +58,7 @@ def _stages_of(total: Measurement, measurements: Sequence[Measurement]) -> dict[
 
 
 def plot_load(measurements: Sequence[Measurement]) -> Any:
-    """Over the offered load: p50 and p99 of every batching or server, and the share of requests that were in time.
+    """Over the offered load: p50 and p99 of every batching or server, and the share of requests that were refused or late.
 
     Where there were several rounds, their medians.
     """
@@ -75,12 +75,12 @@ def plot_load(measurements: Sequence[Measurement]) -> Any:
             known = [(100 * load, statistics.median(ms)) for load, ms in zip(loads, times, strict=True) if ms]
             label = f"{name}, p{percent}"
             left.plot([load for load, _ in known], [ms for _, ms in known], style, color=color, marker="o", label=label)
-        in_time = [statistics.median(100 * share_in_time(run) for run in runs) for runs in rounds]
-        right.plot([100 * load for load in loads], in_time, color=color, marker="o", label=name)
+        missed = [statistics.median(100 * (1 - share_in_time(run)) for run in runs) for runs in rounds]
+        right.plot([100 * load for load in loads], missed, color=color, marker="o", label=name)
     _scale_log(left.yaxis)
     left.set_ylabel("client latency of requests in time, ms")
-    right.set_ylim(0, 105)
-    right.set_ylabel("answered in time, %")
+    right.set_ylim(0, max(1.0, 1.1 * right.dataLim.ymax))  # so that a fraction of a percent shows
+    right.set_ylabel("refused or late, % of requests")
     for axes in (left, right):
         axes.set_xlabel("offered load, % of flashdiff's saturated goodput")
         _legend_above(axes)
@@ -108,7 +108,7 @@ def plot_quality(found: dict[str, Any]) -> Any:
                 axes.annotate(point["steps"], (point["median_ms"], value), (6, 6), textcoords="offset points", fontsize=9)
         axes.axhline(found["real"][name]["value"], color="#999999", linestyle=":", label="real images")
         _scale_log(axes.xaxis)
-        axes.set_xlabel("ms per image, median; each point has its number of steps")
+        axes.set_xlabel("ms per image, median; points have their steps")
         axes.set_ylabel(title)
         _legend_above(axes)
     return figure
