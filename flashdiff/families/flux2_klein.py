@@ -54,7 +54,9 @@ class _Denoiser(nn.Module):
         self.sigmas: Tensor
         # The network rounds times to its own precision before it embeds them: in bfloat16 333 would be 334.
         self._exact: tuple[Tensor, ...] = ()
-        transformer.time_guidance_embed.register_forward_pre_hook(lambda _, given: (*self._exact, *given[len(self._exact) :]))
+        transformer.time_guidance_embed.time_proj.register_forward_pre_hook(
+            lambda _, given: (*self._exact, *given[len(self._exact) :])
+        )
 
     def forward(self, latents: Tensor, times: Tensor, encoder_hidden_states: Tensor) -> Tensor:
         batch, channels, height, width = latents.shape
