@@ -104,16 +104,18 @@ def test_the_shipped_files_are_small_and_safe() -> None:
 @pytest.mark.parametrize("said", ["published", "is up to date"])
 def test_serve_avatars_builds_it_into_the_cache_and_serves_it(student: Engine, said: str) -> None:
     command = [sys.executable, "-m", "flashdiff", "serve", "avatars", "--port", "0", "--http-port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
-        assert server.stdout
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr
+        report = ""
         try:
-            log = next(line for line in server.stderr if "HTTP on" in line)
+            while "HTTP on" not in (log := server.stderr.readline()):
+                assert log, report
+                report += log
             url = "http://127.0.0.1:" + log.rpartition(":")[2].strip()
             (model,) = httpx.get(f"{url}/v1/models").json()["data"]
             assert (model["id"], "<title>flashdiff" in httpx.get(url).text) == ("avatars", True)
         finally:
             server.send_signal(signal.SIGTERM)
         assert server.wait(120) == 0
-        assert f"{os.environ['XDG_CACHE_HOME']}/flashdiff/bundles/avatars" in (report := server.stdout.read())
+        assert f"{os.environ['XDG_CACHE_HOME']}/flashdiff/bundles/avatars" in report
         assert said in report
