@@ -186,7 +186,7 @@ def test_a_fused_key_that_the_base_lacks_is_refused_by_name(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_unknown_key_of_any_part_of_any_family_is_refused(bases: dict[str, Path], family: str) -> None:
-    """A list of keys a family: those of its layers, in every naming, and none beside them."""
+    """A list of keys a family: those of its layers, in every naming, and no others."""
     kind, model = load_base(str(bases[family]))
     parts = {name: part for name, part in model.weights.items() if name.startswith(("text_encoder", kind.lora_prefix))}
     names = LayerNames(parts, kind.lora_prefix)
