@@ -5,12 +5,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
+# A test process a core, four at most: each holds models of its own.
+PARALLEL := --numprocesses logical --maxprocesses 4 --dist worksteal
 
 demo: $(VENV)/.installed
 	@$(BIN)/python -m examples.demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 # The inner loop: no engine is built, nothing trains, no other process starts, nothing is fuzzed.
 test-fast: $(VENV)/.installed
@@ -18,7 +20,7 @@ test-fast: $(VENV)/.installed
 
 # What `make test` leaves out, because it builds many engines or trains for a while; CI runs both.
 test-slow: $(VENV)/.installed
-	$(BIN)/python -m pytest -rs -m "slow and not gpu"
+	$(BIN)/python -m pytest $(PARALLEL) -rs -m "slow and not gpu"
 
 # The lines and branches that `make test` runs, those of the processes it starts included; the folders behind the links count too.
 COVERED ?= tests

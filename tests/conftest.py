@@ -7,14 +7,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from filelock import FileLock
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from tiny import make_tiny_sd15
+
+Once = Callable[[str, Callable[[Path], object]], Path]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -32,38 +36,53 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_sd15(tmp_path_factory.mktemp("base") / "tiny")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """Makes a folder with `make(folder)` once a run, whichever of pytest's parallel processes needs it first."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # theirs in common
+
+    def once(name: str, make: Callable[[Path], object]) -> Path:
+        folder = root / "once" / name
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                make(folder)
+        return folder
+
+    return once
 
 
 @pytest.fixture(scope="session")
-def flash_lora(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_base(once: Once) -> Path:
+    return once("tiny", make_tiny_sd15)
+
+
+@pytest.fixture(scope="session")
+def flash_lora(tiny_base: Path, once: Once) -> Path:
     """A flash LoRA of the tiny model, trained for four updates with an exaggerated learning rate, so that it shows."""
     from recipes import tiny_recipe
 
     from flashdiff.distill.loop import distill
 
-    out = tmp_path_factory.mktemp("lora") / "flash"
-    distill(tiny_recipe(tiny_base, learning_rate=0.05), out)
-    return out
+    return once("flash", lambda out: distill(tiny_recipe(tiny_base, learning_rate=0.05), out))
 
 
 @pytest.fixture(scope="session")
-def student_bundle(tiny_base: Path, flash_lora: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from flashdiff.engines.build import BuildOptions, build_engine
-
-    out = tmp_path_factory.mktemp("bundles") / "student"
-    build_engine(BuildOptions(base=str(tiny_base), loras=((str(flash_lora), 1.0),), out=out, batch_sizes=(1, 2, 4)), print)
-    return out
+def student_bundle(tiny_base: Path, flash_lora: Path, once: Once) -> Path:
+    return once("student", lambda out: _build(out, tiny_base, loras=((str(flash_lora), 1.0),), batch_sizes=(1, 2, 4)))
 
 
 @pytest.fixture(scope="session")
-def teacher_bundle(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def teacher_bundle(tiny_base: Path, once: Once) -> Path:
     """Of the other backend, at two sizes, guided."""
     from flashdiff.components import Size
+
+    sizes = (Size(32, 32), Size(48, 32))
+    return once("teacher", lambda out: _build(out, tiny_base, backend="onnxruntime", batch_sizes=(2, 4), sizes=sizes))
+
+
+def _build(out: Path, base: Path, **options: Any) -> None:
     from flashdiff.engines.build import BuildOptions, build_engine
 
-    out = tmp_path_factory.mktemp("bundles") / "teacher"
-    sizes = (Size(32, 32), Size(48, 32))
-    build_engine(BuildOptions(base=str(tiny_base), out=out, backend="onnxruntime", batch_sizes=(2, 4), sizes=sizes), print)
-    return out
+    build_engine(BuildOptions(base=str(base), out=out, **options), print)

@@ -15,16 +15,15 @@ SIZES = (Size(32, 32), Size(48, 32))
 
 
 @pytest.fixture(scope="session")
-def family_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, BackendName], Path]:
+def family_bundle(once: Callable[[str, Callable[[Path], object]], Path]) -> Callable[[str, BackendName], Path]:
     """A bundle of a tiny member of a family for a backend, at two sizes; the second backend finds the exports in the cache."""
-    root = tmp_path_factory.mktemp("families")
 
     def build(family: str, backend: BackendName) -> Path:
-        base, out = root / family, root / f"{family}-{backend}"
-        if not base.exists():
-            (MODELS | STUDENTS)[family](base)
-        if not out.exists():
+        base = once(f"families/{family}", (MODELS | STUDENTS)[family])
+
+        def make(out: Path) -> None:
             build_engine(BuildOptions(base=str(base), out=out, backend=backend, sizes=SIZES, batch_sizes=(2, 3)), print)
-        return out
+
+        return once(f"families/{family}-{backend}", make)
 
     return build
