@@ -116,7 +116,10 @@ class FlowSchedule(Record):
         return self.by_size.at(tokens, steps) if self.by_size and tokens is not None else self.shift
 
     def stretched(self, sigmas: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The levels of an image's steps, noisiest first, as `terminal` has them; a single step stays at its level."""
+        """The noise levels [steps] of an image's steps, noisiest first, scaled so that the last is `terminal`.
+
+        A single step stays at its level.
+        """
         if self.terminal is None or sigmas[-1] == 1:
             return sigmas
         return 1 - (1 - sigmas) * (1 - self.terminal) / (1 - sigmas[-1])

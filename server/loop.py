@@ -53,11 +53,17 @@ Noise = list[list[NDArray[np.float32]]]
 class Observer(Protocol):
     """What is counted of jobs and calls: see `metrics`."""
 
-    def called(self, model: str, part: str, slots: int, spent_ms: float, expected_ms: float) -> None: ...
+    def called(self, model: str, part: str, slots: int, spent_ms: float, expected_ms: float) -> None:
+        """A device call of `slots` slots took `spent_ms` where `expected_ms` was its usual cost (0: not known)."""
+        ...
 
-    def answered(self, model: str, timings: Timings, error: FlashdiffError | None) -> None: ...
+    def answered(self, model: str, timings: Timings, error: FlashdiffError | None) -> None:
+        """A job of the model ended after these times, in milliseconds, with images or with `error`."""
+        ...
 
-    def refused(self, error: FlashdiffError) -> None: ...
+    def refused(self, error: FlashdiffError) -> None:
+        """A request was refused."""
+        ...
 
 
 Rescue = Callable[[Job, BackendError], bool]

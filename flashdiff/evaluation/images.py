@@ -61,6 +61,7 @@ class ImageSet:
         return len(self.pixels)
 
     def part(self, indices: NDArray[np.int64], name: str) -> "ImageSet":
+        """The images and prompts at `indices` [n], under a new name; without seeds."""
         return ImageSet(name, self.pixels[indices], tuple(self.prompts[index] for index in indices))
 
     @property
