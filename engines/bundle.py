@@ -167,7 +167,7 @@ class BuildInputs(Record):
     guidance: float | None
     """Asked for; None: the family's default, or a flash student's none."""
     sampling: SamplingOptions
-    """How sampling was asked for; the sampler that follows is in `model`."""
+    """The sampling options of the build; the sampler that follows from them is in `model`."""
     backend: BackendName
     precision: Precision
     sizes: tuple[Size, ...] = Field(min_length=1, max_length=64)

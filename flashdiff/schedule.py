@@ -95,7 +95,7 @@ class FlowSchedule(Record):
 
         `tokens` is the length of the default image, for dynamic shifting; `may_stretch` where the family knows a terminal level.
 
-        ConfigError names `source` when it asks for another shift.
+        ConfigError names `source` when its shift is of an unsupported kind.
         """
         if config.get("shift_terminal") and not may_stretch:
             raise ConfigError(f"{source}: the scheduler's shift_terminal is not supported")

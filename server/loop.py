@@ -291,7 +291,7 @@ class DeviceLoop:
     # --- answers -----------------------------------------------------------------------------------------------------
 
     def _drop_hopeless(self, now: float) -> None:
-        """Answer the jobs whose client has left and those that cannot be in time any more."""
+        """Answer the jobs of clients that have left, and those that can no longer be on time."""
         for job, running in list(self._running.items()):
             if job in self._left:
                 self._fail(job, CancelledError("the client has left"))
@@ -315,7 +315,7 @@ class DeviceLoop:
 
     def _fail(self, job: Job, error: FlashdiffError) -> None:
         if self._end(job):
-            if isinstance(error, DeadlineError) or self._clock() > job.deadline:  # also one whose client has left by then
+            if isinstance(error, DeadlineError) or self._clock() > job.deadline:  # also where its client has left by then
                 self._learn(job, kept=False)
             elif isinstance(error, BackendError) and not isinstance(error, OutOfMemoryError) and self._rescue(job, error):
                 return

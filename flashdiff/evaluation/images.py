@@ -117,7 +117,7 @@ def real_images(prompts: Sequence[Prompt], seeds: int, size: int) -> ImageSet:
 
 
 def attributes_of(prompt: Prompt) -> dict[str, str]:
-    """What a prompt of the embedded world asks for; empty for any other."""
+    """The attributes that a prompt of the embedded world names; empty for any other prompt."""
     if prompt.scene is None:
         return {}
     from flashdiff.zoo.world import describe
