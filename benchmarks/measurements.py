@@ -44,6 +44,7 @@ class MeasurementLog:
         self._report = report
 
     def add(self, measurement: Measurement) -> Measurement:
+        """Keep a measurement, report its line, and return it."""
         self.measurements.append(measurement)
         self._report(" ".join(f"{name}={value}" for name, value in measurement.items() if name != "samples_ms"))
         return measurement

@@ -100,6 +100,7 @@ def _metrics_of(subject: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_evaluation(file: Path) -> dict[str, Any]:
+    """An evaluation's JSON; ConfigError for a file without KID, text score, attributes or the row of real images."""
     try:
         found: dict[str, Any] = json.loads(file.read_text("utf-8"))
         has_all = all(subject["attributes"] and subject["kid"] and subject["text"] for subject in found["rows"])

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 
 def percentile(samples: Sequence[float], percent: int) -> float:
-    """The nearest-rank percentile: the smallest sample that at least `percent` % of the samples do not exceed."""
+    """The nearest-rank percentile, in the samples' unit: the smallest sample that `percent` % of the samples do not exceed."""
     return sorted(samples)[max(0, -(-percent * len(samples) // 100) - 1)]
 
 
 def rounded_percentile(samples: Sequence[float], percent: int) -> float | None:
-    """The percentile to two decimals; None without samples."""
+    """The percentile to two decimals, in the samples' unit; None without samples."""
     return round(percentile(samples, percent), 2) if samples else None
 
 

@@ -59,6 +59,7 @@ class LossKeys(Record):
 
     @classmethod
     def key_types(cls) -> dict[str, Any]:
+        """Its own keys and those of the losses, with their types."""
         return super().key_types() | {name: kind for name, (kind, _) in cls.loss_keys().items()}
 
     @model_validator(mode="before")

@@ -66,10 +66,11 @@ class Dataset:
 
     @property
     def batches_per_epoch(self) -> int:
+        """Batches that show every item at least once; each size fills its own."""
         return sum(-(-len(indices) // self._batch_size) for indices in self._of_size.values())
 
     def batch(self, number: int) -> tuple[Size, NDArray[np.int64]]:
-        """Batch `number` of the run, counted from 0: the size of its images and the items in it."""
+        """Batch `number` of the run, counted from 0: the size of its images, and the indices [batch_size] of its items."""
         epoch, within = divmod(number, self.batches_per_epoch)
         if self._epoch[0] != epoch:
             self._epoch = (epoch, self._shuffled(np.random.default_rng([self._seed, epoch])))

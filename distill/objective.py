@@ -51,7 +51,7 @@ class Objective:
         return [loss.opponent for loss in self._losses.values() if loss.opponent]
 
     def losses(self, batch: MicroBatch, phase: Phase) -> dict[str, Tensor]:
-        """The weighted losses of the student's x_0, scalars by name; those the phase leaves out are not computed."""
+        """The weighted losses of the student's x_0, scalars [] by name; those that the phase leaves out are not computed."""
         weights = phase.weights
         return {name: weights[name] * loss.loss(batch) for name, loss in self._losses.items() if weights[name]}
 

@@ -97,7 +97,7 @@ def gather(values: Tensor) -> Tensor:
 
 
 def mean(values: Tensor) -> Tensor:
-    """`values`, of any shape, averaged over the processes."""
+    """`values` [...] averaged over the processes."""
     if count() > 1:
         values = values.clone()
         torch.distributed.all_reduce(values)

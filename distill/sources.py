@@ -94,7 +94,10 @@ def read_samples(recipe: DataRecipe, size: Size, seed: int, damage: Damage) -> I
 
 
 def image_size(image: bytes | NDArray[np.uint8]) -> tuple[int, int]:
-    """Width and height as displayed, from the file's header. Raises as `pictures.opened` does."""
+    """Width and height as displayed, in pixels, of an array [H, W, 3] or from a file's header.
+
+    Raises as `pictures.opened` does.
+    """
     return (image.shape[1], image.shape[0]) if isinstance(image, np.ndarray) else size_of(image)
 
 

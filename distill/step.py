@@ -125,7 +125,8 @@ def make_pool(
     """The pool of a span: each sample with its own item, start time, guidance and noise, solved by the teacher.
 
     It is a function of the seed, the span and, where the pool draws on the student, the student's weights in `model`. The
-    processes share the work, and each gets the whole pool. `on_solved` gets a number of samples whenever so many more are solved.
+    processes share the work, and each gets the whole pool. `unconditional` holds the conditioning [1, ...] that guidance
+    contrasts prompts with. `on_solved` gets a number of samples whenever so many more are solved.
     """
     grid, phase = recipe.grid, span.phase
     rng, generator = step_generator(recipe.seed, span.index)

@@ -36,7 +36,7 @@ class Student:
         return sum(p.numel() for p in self.parameters.values())
 
     def learn(self, loss: float) -> None:
-        """One optimizer step on the present gradients, averaged over the processes.
+        """One optimizer step on the present gradients, averaged over the processes; `loss` is this update's, a number.
 
         TrainingError, with weights untouched, when they or `loss` are not finite.
         """
@@ -58,7 +58,7 @@ class Student:
         """TrainingError when the student's latents stay much larger than the teacher's, by the root mean squares of each update.
 
         Losses driven by guidance enlarge the latents' mean or deviation long before images fall apart or a loss shows it
-        (Decoupled DMD, 2511.22677), and such a run does not recover.
+        (Decoupled DMD, 2511.22677), and such a run does not recover. Both values are in units of scaled latents.
         """
         self._drift = _DRIFT_DECAY * self._drift + (1 - _DRIFT_DECAY) * math.log(
             max(student_rms, 1e-12) / max(teacher_rms, 1e-12)
@@ -77,7 +77,7 @@ class Student:
 
     @contextmanager
     def holding(self, weights: dict[str, Tensor]) -> Iterator[None]:
-        """Within the context, the adapter has `weights` in place of the trained ones."""
+        """Within the context, the adapter has `weights`, each shaped as the parameter of its name ([rank, in] or [out, rank])."""
         current = {name: p.detach().clone() for name, p in self.parameters.items()}
         self._set_weights(weights)
         try:
@@ -101,6 +101,7 @@ class Student:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned; ValueError for an update beyond the recipe's, KeyError for a missing entry."""
         if not 0 <= state["update"] <= self._recipe.updates:
             raise ValueError(f"it is at update {state['update']} of {self._recipe.updates}")
         self._set_weights(state["weights"])

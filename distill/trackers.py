@@ -22,7 +22,9 @@ class Tracker(Protocol):
         """Add a preview sheet [H, W, 3]."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Write what is left."""
+        ...
 
 
 def open_tracker(recipe: Recipe, work: Path, update: int) -> Tracker:

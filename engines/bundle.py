@@ -62,11 +62,12 @@ class TensorSpec(Record):
     shape: tuple[Dimension, ...] = Field(max_length=8)
 
     def shape_for(self, dimensions: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape with `dimensions` in place of its named axes; KeyError for a name that it lacks."""
         return tuple(dimensions[d] if isinstance(d, str) else d for d in self.shape)
 
 
 def is_spatial(tensors: Iterable[TensorSpec]) -> bool:
-    """Whether a shape depends on the image's size."""
+    """Whether the shape of a tensor, such as [batch, 4, height, width], depends on the image's size."""
     return any(dimension in ("height", "image_height") for tensor in tensors for dimension in tensor.shape)
 
 
@@ -166,7 +167,7 @@ class BuildInputs(Record):
     guidance: float | None
     """Asked for; None: the family's default, or a flash student's none."""
     sampling: SamplingOptions
-    """How sampling was asked for; the sampler that follows is in `model`."""
+    """The sampling options of the build; the sampler that follows from them is in `model`."""
     backend: BackendName
     precision: Precision
     sizes: tuple[Size, ...] = Field(min_length=1, max_length=64)
@@ -237,6 +238,7 @@ class Manifest(BuildInputs):
 
 
 def write_manifest(bundle: Path, manifest: Manifest) -> None:
+    """Write the manifest with its checksum, whole or not at all."""
     write_whole(bundle / MANIFEST, manifest.sealed().model_dump_json(indent=2) + "\n")
 
 

@@ -25,7 +25,7 @@ def describe(bundle: Path, manifest: Manifest) -> Iterator[str]:
     yield f"fits here    {_fit(manifest)}"
     preset = f" ({manifest.sampling.preset})" if manifest.sampling.preset else ""
     yield f"sampler      {describe_sampler(model)}{preset}"
-    scaled = "each scaled by itself" if codec.scale is None else f"(z - {codec.shift:g}) x {codec.scale:g}"
+    scaled = "each channel scaled on its own" if codec.scale is None else f"(z - {codec.shift:g}) x {codec.scale:g}"
     yield f"latents      {codec.channels} channels, {codec.factor} pixels a cell, {scaled}"
     yield f"buckets      batch {', '.join(map(str, manifest.batch_sizes))} at {', '.join(map(str, model.sizes))}"
     exact = "the same bits in every batch" if manifest.rows_are_exact else "not bit-equal across batch sizes"

@@ -93,6 +93,7 @@ class AtPrecision(nn.Module):
             parameter.data = parameter.data.to(self._dtype)
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """The part's outputs [B, ...] as float32, of its inputs [B, ...] in their usual types."""
         outputs = self.module(*(x.to(self._dtype) if cast else x for x, cast in zip(inputs, self._cast, strict=True)))
         return tuple(values.float() for values in outputs) if isinstance(outputs, tuple) else outputs.float()
 

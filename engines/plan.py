@@ -45,7 +45,7 @@ _FEW_STEP_KINDS = ("flash", "lcm", "tcd", "flow-euler")
 
 @dataclass(frozen=True, kw_only=True)
 class BuildPlan:
-    """What was asked for, what was found for it, and what follows."""
+    """The options of a build, the models found for them, and what must be built."""
 
     options: BuildOptions
     backend: Backend

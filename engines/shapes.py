@@ -15,5 +15,8 @@ def dimensions_of(spec: ModelSpec, size: Size | None, batch: int) -> dict[str, i
 
 
 def bucket_shapes(tensors: Iterable[TensorSpec], dimensions: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor, by name, with `dimensions` (rows, and pixels or latent cells) in place of its named axes."""
+    """The shape of every tensor, such as [4, 4, 8, 8] for [batch, 4, height, width], by the tensor's name.
+
+    `dimensions` holds the values of the named axes: rows, and pixels or latent cells.
+    """
     return {tensor.name: tensor.shape_for(dimensions) for tensor in tensors}

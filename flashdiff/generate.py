@@ -33,7 +33,10 @@ def prepare(components: Components, part: str, values: Sequence[str] | Sequence[
 
 
 def unconditional_of(components: Components) -> Tensors | None:
-    """The text conditions of one row that guidance contrasts prompts with, or None where the model's sampler does not guide."""
+    """The text conditions that guidance contrasts prompts with, of one row and without B: [T, D] and the like, by name.
+
+    None where the model's sampler does not guide.
+    """
     spec = components.spec
     if spec.sampler.evaluations_per_step == 1:
         return None

@@ -12,7 +12,10 @@ _SIDES = {"lora_A": "lora_down", "lora_B": "lora_up"}
 
 
 def to_kohya(weights: Mapping[str, Tensor], prefix: str, alpha: float) -> dict[str, Tensor]:
-    """Diffusers' tensors `PREFIX.module.lora_A.weight` in kohya's names, values unchanged, with a scalar alpha for each layer."""
+    """diffusers' LoRA in kohya's names: `PREFIX.module.lora_A.weight` [rank, in, ...] and `lora_B` [out, rank, ...], unchanged.
+
+    Every layer also gets `alpha`, a scalar: kohya's loaders multiply the product of the two by alpha / rank.
+    """
     converted: dict[str, Tensor] = {}
     for key, value in weights.items():
         module, side, _ = key.removeprefix(f"{prefix}.").rsplit(".", 2)

@@ -73,7 +73,8 @@ class FlashInfo(Record):
 def add_adapter(model: TorchModel, targets: Sequence[str], *, rank: int, alpha: float, seed: int, name: str = ADAPTER) -> None:
     """Put a trainable LoRA into the denoiser: random A (Kaiming, as peft has it), zero B, so that it starts as the base itself.
 
-    peft's "gaussian" has a deviation of 1/rank whatever the layer's width: at rank 4 too much for a convolution of 1152 inputs.
+    Its product B A is multiplied by `alpha` / `rank`. peft's "gaussian" has a deviation of 1/rank whatever the layer's width: at
+    rank 4 too much for a convolution of 1152 inputs. ConfigError for targets that name no layer.
     """
     import torch
     from peft import LoraConfig
@@ -209,8 +210,10 @@ def lora_hash(lora: Path) -> str:
 def load_fused(
     base: str, loras: Sequence[tuple[Path, float]], sampling: SamplingOptions | None
 ) -> tuple[ModelFamily, TorchModel]:
-    """A base model with its LoRAs fused, sampled as they or the options ask for: the model that bundles hold and evaluations
-    measure."""
+    """A base model with its LoRAs fused, each multiplied by its weight (1: as trained), sampled as `fused_spec` says.
+
+    Bundles hold this model, and evaluations measure it. Raises what `find_base`, `fused_spec` and `fuse` raise.
+    """
     folder = find_base(base)
     family = family_of(folder)
     spec = fused_spec(family.read_spec(folder), [lora for lora, _ in loras], sampling or SamplingOptions())
@@ -283,10 +286,10 @@ def check_base(base: Path, hash_of_base: str, loras: Sequence[Path]) -> list[str
 
 
 def fuse(model: TorchModel, family: ModelFamily, loras: Sequence[tuple[Path, float]]) -> None:
-    """Merge the LoRAs, each by its weight, into the weights of the denoiser and the text encoders, for good.
+    """Merge the LoRAs, each multiplied by its weight (1: as trained), into the denoiser and the text encoders, for good.
 
-    LoraError when a flash LoRA was trained on another base, and for the first tensor of a file that no layer of this base
-    takes; the model is as it was where a file cannot be read, and part changed where shapes do not fit.
+    LoraError when a flash LoRA was trained on another base, and for the first tensor of a file that no layer of this base takes.
+    The model is unchanged where a file cannot be read, and partly changed where shapes do not fit.
     """
     check_base(model.folder, model.base_hash, [lora for lora, _ in loras])
     files = [(read_lora(lora, model, family), weight) for lora, weight in loras]

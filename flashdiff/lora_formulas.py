@@ -68,9 +68,9 @@ def check_layer(layer: Layer) -> str | None:
 
 
 def weight_change(layer: Layer, shape: torch.Size, weight: float, scaling: Scaling) -> Tensor | None:
-    """What a layer adds to a weight, in the weight's `shape`, before DoRA; None where it changes the bias alone.
+    """What a layer adds to a weight, in the weight's `shape` [out, in, ...], before DoRA; None where it changes the bias alone.
 
-    ValueError where the shapes do not fit each other or the weight.
+    It is multiplied by `weight` (1: as trained). ValueError where the shapes do not fit each other or the weight.
     """
     if "diff" in layer:
         change = layer["diff"] * weight
@@ -88,7 +88,7 @@ def weight_change(layer: Layer, shape: torch.Size, weight: float, scaling: Scali
 
 
 def bias_change(layer: Layer, weight: float, scaling: Scaling) -> Tensor | None:
-    """What a layer adds to the bias [out]; None where it adds nothing."""
+    """What a layer adds to the bias [out], multiplied by `weight` (1: as trained); None where it adds nothing."""
     change = layer["diff_b"] * weight if "diff_b" in layer else None
     if "up_bias" in layer:
         up = layer["up_bias"] * _scale(layer, layer["down"].shape[0], weight, scaling)

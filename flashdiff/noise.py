@@ -20,7 +20,7 @@ class _Key(ISeedSequence):
 
 
 def image_noise(seed: int, step: int, shape: Sequence[int]) -> NDArray[np.float32]:
-    """Standard normal noise of `shape`, without a batch axis, for one image before its denoise step `step` (0: the start)."""
+    """Standard normal noise of `shape`, [C, h, w] without B, for one image before its denoise step `step` (0: the start)."""
     # Philox is counter-based: the key (seed, step) names a stream, so no draw depends on an earlier one.
     stream = np.random.Generator(np.random.Philox(_Key(seed, step)))  # type: ignore[arg-type]  # numpy's types forget ISeedSequence
     return stream.standard_normal(tuple(shape), dtype=np.float32)

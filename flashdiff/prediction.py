@@ -11,7 +11,7 @@ Array = TypeVar("Array", "NDArray[Any]", "Tensor")
 
 
 def to_x0(prediction: Prediction, output: Array, x_t: Array, alpha: Array, sigma: Array) -> Array:
-    """x_0 of the network's output at x_t = alpha x_0 + sigma eps; alpha and sigma broadcast against x_t.
+    """x_0 [B, C, h, w] of the network's output at x_t = alpha x_0 + sigma eps; alpha and sigma broadcast against x_t.
 
     epsilon: (x_t - sigma eps) / alpha (Ho et al. 2020); v: alpha x_t - sigma v (Salimans & Ho 2022, appendix D);
     sample: the output itself; flow: x_t - sigma v, where v = eps - x_0 and alpha = 1 - sigma (Liu et al. 2023); trigflow is v
@@ -44,6 +44,7 @@ def with_norm_of(values: Array, reference: Array) -> Array:
 def guide(conditional: Array, unconditional: Array, scale: "Array | float") -> Array:
     """Classifier-free guidance, the one convention of this project: w cond + (1 - w) uncond (w = 1 is no guidance).
 
-    Ho & Salimans 2022 with w = their w + 1. Network outputs and x_0 may be guided alike, both being linear in the other.
+    Ho & Salimans 2022 with w = their w + 1. Network outputs and x_0 [B, C, h, w] may be guided alike, both being linear in the
+    other; `scale` is a number or [B, 1, 1, 1].
     """
     return scale * conditional + (1 - scale) * unconditional

@@ -59,6 +59,7 @@ class Row:
 
     @property
     def times(self) -> list[int] | list[float]:
+        """What the network reads at each step, noisiest first."""
         return self.trajectory.times
 
     @property

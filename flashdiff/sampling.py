@@ -23,17 +23,26 @@ _MOST_KNOWN_TIMES = 32
 
 
 def renoise(x0: Array, noise: Array, alpha: Array, sigma: Array) -> Array:
-    """x_t = alpha x_0 + sigma eps; with fresh noise this is one step of multistep consistency sampling (2310.04378, alg. 3)."""
+    """x_t = alpha x_0 + sigma eps; with fresh noise this is one step of multistep consistency sampling (2310.04378, alg. 3).
+
+    `x0` and `noise` are [B, C, h, w], or [C, h, w] for one row; the levels broadcast against them.
+    """
     return alpha * x0 + sigma * noise
 
 
 def ode_step(x_t: Array, x0: Array, alpha: Array, sigma: Array, next_alpha: Array, next_sigma: Array) -> Array:
-    """From level (alpha, sigma) to the next along the straight line to x_0: DDIM (2010.02502, eq. 12 with eta = 0)."""
+    """From level (alpha, sigma) to the next along the straight line to x_0: DDIM (2010.02502, eq. 12 with eta = 0).
+
+    `x_t` and `x0` are [B, C, h, w], or [C, h, w] for one row; the levels broadcast against them.
+    """
     return next_alpha * x0 + next_sigma / sigma * (x_t - alpha * x0)
 
 
 def extrapolate(x0: Array, previous_x0: Array, weight: Array) -> Array:
-    """The x_0 that makes `ode_step` second order, DPM-Solver++(2M) (2211.01095, alg. 2); `ode_weights` gives the weight."""
+    """The x_0 that makes `ode_step` second order, DPM-Solver++(2M) (2211.01095, alg. 2); `ode_weights` gives the weight.
+
+    The estimates `x0` and `previous_x0` are [C, h, w] or [B, C, h, w]; the weight broadcasts against them.
+    """
     return x0 + weight * (x0 - previous_x0)
 
 
@@ -66,6 +75,7 @@ class Sampler(SamplerSettings):
 
     @property
     def max_steps(self) -> int:
+        """The most steps that a request may ask for."""
         if self.grid:
             return self.grid.modes
         known = self.most_steps or len(self.timesteps)
@@ -73,6 +83,7 @@ class Sampler(SamplerSettings):
 
     @property
     def evaluations_per_step(self) -> int:
+        """Network evaluations per step and image: 2 with guidance, else 1."""
         return 1 if self.guidance <= 1 else 2
 
     @property
@@ -120,7 +131,7 @@ class Sampler(SamplerSettings):
         return [int(time) for time in times] if self.whole_times else times
 
     def levels(self, times: list[int] | list[float]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """alpha and sigma at `times`, and at the clean end after them [len(times) + 1], for our own two samplers."""
+        """alpha and sigma at `times` and at the clean end after them, [len(times) + 1] each, for our own two samplers."""
         if self.whole_times:
             return self.schedule.levels([*(int(time) for time in times), -1])
         sigmas = np.append(np.array(times) / self.schedule.num_train_timesteps, 0.0)

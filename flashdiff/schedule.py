@@ -95,7 +95,7 @@ class FlowSchedule(Record):
 
         `tokens` is the length of the default image, for dynamic shifting; `may_stretch` where the family knows a terminal level.
 
-        ConfigError names `source` when it asks for another shift.
+        ConfigError names `source` when its shift is of an unsupported kind.
         """
         if config.get("shift_terminal") and not may_stretch:
             raise ConfigError(f"{source}: the scheduler's shift_terminal is not supported")
@@ -116,7 +116,10 @@ class FlowSchedule(Record):
         return self.by_size.at(tokens, steps) if self.by_size and tokens is not None else self.shift
 
     def stretched(self, sigmas: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The levels of an image's steps, noisiest first, as `terminal` has them; a single step stays at its level."""
+        """The noise levels [steps] of an image's steps, noisiest first, scaled so that the last is `terminal`.
+
+        A single step stays at its level.
+        """
         if self.terminal is None or sigmas[-1] == 1:
             return sigmas
         return 1 - (1 - sigmas) * (1 - self.terminal) / (1 - sigmas[-1])

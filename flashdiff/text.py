@@ -51,7 +51,7 @@ class PromptTokenizer:
         self._longest = max(spec.length for spec in specs)
 
     def __call__(self, prompts: Sequence[str], *, truncate: bool = False) -> dict[str, NDArray[np.int64]]:
-        """Ids [B, length] by name. RequestError for a prompt that does not fit, because cutting it would drop what it asks for.
+        """Ids [B, length] by name. RequestError for a prompt that does not fit, because a cut would drop part of its meaning.
 
         A tokenizer shorter than the model's longest may cut, as in the models' own pipelines: the longest reads it all.
         Training captions may be cut by any (`truncate`): their image is what it is. So may a `CutText`.

@@ -13,6 +13,7 @@ _LONGEST_PATH = 107  # bytes of a socket's path, by the system
 
 
 def is_unix(host: str) -> bool:
+    """Whether a host is `unix:PATH`, a socket in the file system."""
     return host.startswith(_UNIX)
 
 

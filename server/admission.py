@@ -177,6 +177,7 @@ class Admission:
 
     @property
     def is_open(self) -> bool:
+        """Whether new jobs are accepted."""
         return self._closed is None
 
     @property

@@ -100,7 +100,7 @@ class Listen:
         authenticates = self.tokens or self.tls_client_ca
         if not is_local(self.host) and not authenticates and not self.no_auth:
             raise ConfigError(
-                f"--host {self.host} lets anyone who reaches it in: give --tokens FILE or --tls-client-ca FILE, or say --no-auth"
+                f"--host {self.host} admits every client: give --tokens FILE or --tls-client-ca FILE, or say --no-auth"
             )
         if self.shared_memory and not is_local(self.host):
             raise ConfigError("--shared-memory is for clients of this machine: it needs a loopback --host")
@@ -317,7 +317,7 @@ async def serve(models: Models, listen: Listen) -> None:
     server = await start(models, listen)
     loop.add_signal_handler(signal.SIGHUP, server.tokens.reload if server.tokens else lambda: None)
     if listen.no_auth:
-        _log.warning("listening on %s: anyone who reaches it can use it, as --no-auth says", listen.host)
+        _log.warning("listening on %s: any client that reaches it is admitted, because of --no-auth", listen.host)
     if listen.tokens and not is_local(listen.host) and not listen.tls_cert:
         _log.warning("tokens cross the network in the clear: give --tls-cert and --tls-key, or end TLS in front of this server")
     for name, model in models.served.items():

@@ -39,6 +39,7 @@ class Call:
     has_failed: bool = False
 
     def fail(self, code: str) -> None:
+        """Record the status of a call that failed, in its protocol's terms."""
         self.code, self.has_failed = code, True
 
 

@@ -20,6 +20,7 @@ class Place:
         self.is_lost = False
 
     def lose(self) -> None:
+        """Cancel the call, so that another client's call gets its place."""
         self.is_lost = True
         if self._task:
             self._task.cancel()

@@ -95,6 +95,7 @@ class Tls:
     key: Path | None = None
 
     def credentials(self) -> Any:
+        """gRPC's channel credentials; ConfigError for a certificate without its key, and for a file that cannot be read."""
         if (self.certificate is None) != (self.key is None):
             raise ConfigError("a client certificate needs its key, and a key its certificate")
         roots = _read(self.ca) if self.ca else _system_roots()

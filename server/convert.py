@@ -56,6 +56,7 @@ def _add(given: dict[str, _Value], name: str, value: _Value) -> None:
 
 
 def write_response(reply: Reply) -> pb.GenerateResponse:
+    """The message of a reply, with times in milliseconds."""
     order, timings = reply.order, reply.timings
     return pb.GenerateResponse(
         images=[pb.Image(data=data, seed=image_seed(order.seed, index)) for index, data in enumerate(reply.files)],
@@ -76,6 +77,7 @@ def write_response(reply: Reply) -> pb.GenerateResponse:
 
 
 def write_preview(step: Step, png: bytes) -> pb.GenerateUpdate:
+    """The message of a step and the PNG of its picture [H, W, 3]."""
     height, width, _ = step.picture.shape
     preview = pb.Preview(image=step.index, step=step.step, steps=step.total, width=width, height=height, png=png)
     return pb.GenerateUpdate(preview=preview)
@@ -86,6 +88,7 @@ def write_result(response: pb.GenerateResponse) -> pb.GenerateUpdate:
 
 
 def write_models(served: dict[str, Model], devices: Sequence[DeviceState]) -> pb.ListModelsResponse:
+    """The message of all served models and the state of the devices that serve them."""
     return pb.ListModelsResponse(models=[_served(name, model, devices) for name, model in served.items()])
 
 
@@ -105,4 +108,5 @@ def _served(name: str, model: Model, devices: Sequence[DeviceState]) -> pb.Serve
 
 
 def write_estimate(estimate: Estimate) -> pb.EstimateResponse:
+    """The message of an estimate, in milliseconds and images."""
     return pb.EstimateResponse(expected_ms=estimate.expected_ms, pending_images=estimate.pending_images)

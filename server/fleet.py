@@ -28,11 +28,17 @@ _log = logging.getLogger(__name__)
 class FleetObserver(Protocol):
     """What is counted of a fleet: see `metrics`."""
 
-    def of_device(self, device: str) -> Observer: ...
+    def of_device(self, device: str) -> Observer:
+        """The observer of one device's worker."""
+        ...
 
-    def refused(self, error: FlashdiffError) -> None: ...
+    def refused(self, error: FlashdiffError) -> None:
+        """A request was refused."""
+        ...
 
-    def moved(self, device: str) -> None: ...
+    def moved(self, device: str) -> None:
+        """A job left a lost device for another one."""
+        ...
 
 
 class Steps:
@@ -44,6 +50,7 @@ class Steps:
         self._is_closed, self._has_sent = False, False
 
     def send(self, step: Step) -> None:
+        """Pass a step on, unless `close` was called."""
         with self._lock:
             if not self._is_closed:
                 self._has_sent = True
@@ -199,6 +206,7 @@ class Fleet:
 
     @property
     def devices(self) -> list[DeviceState]:
+        """The state of every device, in the workers' order."""
         return [state for worker in self.workers for state in worker.devices]
 
     # --- which device ------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 
 def client_of(context: Any) -> str:
-    """Whose call this is: the name of its token, else the address it comes from."""
+    """The client of a call: the name of its token, else its address."""
     return _client.get() or context.peer().rpartition(":")[0]
 
 

@@ -148,7 +148,7 @@ class ImageThreads:
         return s_per_pixel if self._clock() - at < _SPEED_KNOWN_S else 0.0
 
     async def encode_files(self, images: list[Pixels], image_format: ImageFormat, quality: int | None = None) -> list[bytes]:
-        """The files of any pictures; measures nothing."""
+        """The files of pictures [H, W, 3], in their order; measures nothing."""
         if image_format in ("png", "raw") and sum(image.nbytes for image in images) <= _SMALL_BYTES:
             return [encode_image(image, image_format) for image in images]
         return await asyncio.gather(*(self.run(encode_image, image, image_format, quality) for image in images))

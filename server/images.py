@@ -61,7 +61,7 @@ def decode_image(file: bytes, size: Size, name: str = "image") -> Pixels:
 
 
 def readers(files: Mapping[str, bytes]) -> dict[str, Callable[[Size], Pixels]]:
-    """`decode_image` of each file, as `check_order` takes it.
+    """`decode_image` of each file, as `check_order` takes it: a function from a size to pixels [H, W, 3].
 
     RequestError when a mask and the image that it belongs to have different sizes: scaled and cropped, they would not fit.
     """

@@ -93,7 +93,7 @@ class Progress(NamedTuple):
     """Steps left of each row that is not finished yet."""
 
     def work(self, costs: Mapping[str, Mapping[int, float]]) -> Work:
-        """What is left at these costs, in milliseconds by part and batch size."""
+        """The work that is left, at `costs`: milliseconds of a call by part and batch size."""
         whole = self.job.whole
         return Work(steps=self.steps, slots=whole.slots, prepare=self.prepare, costs=costs, bucket=whole.bucket)
 

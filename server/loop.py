@@ -53,11 +53,17 @@ Noise = list[list[NDArray[np.float32]]]
 class Observer(Protocol):
     """What is counted of jobs and calls: see `metrics`."""
 
-    def called(self, model: str, part: str, slots: int, spent_ms: float, expected_ms: float) -> None: ...
+    def called(self, model: str, part: str, slots: int, spent_ms: float, expected_ms: float) -> None:
+        """A device call of `slots` slots took `spent_ms` where `expected_ms` was its usual cost (0: not known)."""
+        ...
 
-    def answered(self, model: str, timings: Timings, error: FlashdiffError | None) -> None: ...
+    def answered(self, model: str, timings: Timings, error: FlashdiffError | None) -> None:
+        """A job of the model ended after these times, in milliseconds, with images or with `error`."""
+        ...
 
-    def refused(self, error: FlashdiffError) -> None: ...
+    def refused(self, error: FlashdiffError) -> None:
+        """A request was refused."""
+        ...
 
 
 Rescue = Callable[[Job, BackendError], bool]
@@ -285,7 +291,7 @@ class DeviceLoop:
     # --- answers -----------------------------------------------------------------------------------------------------
 
     def _drop_hopeless(self, now: float) -> None:
-        """Answer the jobs whose client has left and those that cannot be in time any more."""
+        """Answer the jobs of clients that have left, and those that can no longer be on time."""
         for job, running in list(self._running.items()):
             if job in self._left:
                 self._fail(job, CancelledError("the client has left"))
@@ -309,7 +315,7 @@ class DeviceLoop:
 
     def _fail(self, job: Job, error: FlashdiffError) -> None:
         if self._end(job):
-            if isinstance(error, DeadlineError) or self._clock() > job.deadline:  # also one whose client has left by then
+            if isinstance(error, DeadlineError) or self._clock() > job.deadline:  # also where its client has left by then
                 self._learn(job, kept=False)
             elif isinstance(error, BackendError) and not isinstance(error, OutOfMemoryError) and self._rescue(job, error):
                 return

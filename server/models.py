@@ -32,6 +32,7 @@ class Embeddings:
         self._lock = threading.Lock()
 
     def get(self, text: str) -> Tensors | None:
+        """The encoded text without B, such as [T, D] by name; None where it is not kept."""
         with self._lock:
             if text in self._kept:
                 self._kept.move_to_end(text)
@@ -42,6 +43,7 @@ class Embeddings:
             return text in self._kept
 
     def put(self, text: str, encoded: Tensors) -> None:
+        """Keep a copy of an encoded text, [T, D] or the like by name; drop the texts used longest ago beyond the limit."""
         with self._lock:
             if text in self._kept:
                 return

@@ -19,10 +19,11 @@ PATIENCE_S: dict[Priority, float] = {"high": 1.0, "normal": 10.0, "low": 100.0}
 
 
 def due(arrived: float, priority: Priority, deadline: float, own_backlog_s: float) -> float:
-    """When a request should be done, in seconds on the caller's clock: the order in which the device takes them.
+    """When a request should be done: the order in which the device takes requests.
 
-    A client's own pending work postpones the time, so that a client with a hundred requests does not go before a client with
-    one (start-time fair queueing, Goyal et al. 1996, with time on the device as the share).
+    This and `arrived`, `deadline` are seconds on the caller's clock. A client's own pending work postpones the time, so that a
+    client with a hundred requests does not go before a client with one (start-time fair queueing, Goyal et al. 1996, with time on
+    the device as the share).
     """
     return min(deadline, arrived + PATIENCE_S[priority] + own_backlog_s)
 
@@ -86,9 +87,10 @@ def _step_size(rows: Sequence[Ready]) -> int:
 
 
 def best_batch(costs: Mapping[int, float], slots: int, rows: int) -> int:
-    """How many of the `rows` that wait for a step, of `slots` slots each, the next one should take: as many as cost least a row.
+    """How many of the `rows` that wait for a step, of `slots` slots each, the next batch should take to cost least a row.
 
-    On a GPU that is all of them, padded; on a CPU, where eight cost nearly twice as much as four, five rows go as four and one.
+    `costs` holds milliseconds of a call by its slots. On a GPU the answer is all rows, padded; on a CPU, where eight cost nearly
+    twice as much as four, five rows go as four and one.
     """
     sizes = {min(rows, batch // slots) for batch in costs if batch >= slots} or {1}
     return min(sizes, key=lambda size: (_cost(costs, size * slots) / size, -size))
@@ -161,19 +163,19 @@ def finish_times(works: Sequence[Work]) -> list[float]:
 
 
 def promise_ms(alone_ms: float, expected_ms: float, margin: float) -> float:
-    """The time within which a request can be promised: waiting, the uncertain part of it, counts `margin` times.
+    """The time within which a request can be promised: its own time, and `margin` times the expected wait, which is uncertain.
 
-    Planned to the last millisecond, a queue under overload would be all work that ends just too late.
+    If plans had no margin, most work of an overloaded queue would end just too late.
     """
     return alone_ms + margin * (expected_ms - alone_ms)
 
 
 def next_margin(margin: float, *, kept: bool) -> float:
-    """The margin of waiting after a promise was kept or broken, so that about one in a hundred is broken.
+    """The factor on the expected wait after a promise was kept or broken, so that about one promise in a hundred is broken.
 
     `finish_times` does not know which requests come later, whose texts are encoded in between, how full the last batches get, or
-    how busy a shared machine will be. So its error is learned, by steps whose sum is 0 at that share (as in Robbins and Monro
-    1951, but of constant size, since the error changes).
+    how busy a shared machine will be. The factor therefore follows the error, by steps whose sum is 0 at that share (as in
+    Robbins and Monro 1951, but of constant size, since the error changes).
     """
     step = -_MARGIN_STEP * _BROKEN_SHARE if kept else _MARGIN_STEP * (1 - _BROKEN_SHARE)
     return min(MOST_MARGIN, max(LEAST_MARGIN, margin + step))

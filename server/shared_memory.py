@@ -78,6 +78,7 @@ class Regions:
         return self.find(name)[0]
 
     def read(self, name: str, offset: int, byte_size: int) -> bytes:
+        """The bytes at an offset in a region; NotFoundError, RequestError or BackendError where they are not within it."""
         with self._changing:  # or the file could be closed, and its number be another's
             region = self._place(name, offset, byte_size)
             data = os.pread(region.file, byte_size, region.offset + offset)

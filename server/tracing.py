@@ -28,6 +28,7 @@ current_call: ContextVar[Noted | None] = ContextVar("call", default=None)
 
 
 def note_device(device: str) -> None:
+    """Add a device to the span and the log line of the present call."""
     describe_call(device=device)
     if (noted := current_call.get()) and device not in (devices := noted.device.split("+")):
         noted.device = "+".join([*filter(None, devices), device])
@@ -39,6 +40,7 @@ def describe_call(**attributes: float | str) -> None:
 
 
 def note_model(name: str) -> None:
+    """Name the model in the log line of the present call."""
     if noted := current_call.get():
         noted.model = name
 

@@ -56,7 +56,7 @@ _FORMATS: tuple[ImageFormat, ...] = ("png", "jpeg", "webp")
 
 
 def inputs_of(spec: ModelSpec) -> dict[str, Tensor]:
-    """The inputs of a model by name: what all models take, and the files and numbers of its tasks."""
+    """The inputs of a model by name: those of all models, such as PROMPT [1], and the files and numbers of its tasks."""
     tasks = tasks_of(spec)
     files = {name.upper(): _FILE for task in tasks for name in task.inputs}
     numbers = {parameter.name.upper(): _NUMBER for task in tasks for parameter in task.parameters}

@@ -1,4 +1,4 @@
-"""Ends a gRPC call whose reply its client does not read, so that what was to be sent leaves the memory.
+"""Ends a gRPC call whose client does not read its reply, so that the unsent reply leaves the memory.
 
 grpc.aio offers no way to do so: its context has no `cancel`, `abort` is refused once the status is on its way, and cancelling the
 task that answers leaves the call open. Keepalive pings are answered by a client that does not read, and the options that end idle

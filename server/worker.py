@@ -44,7 +44,7 @@ class Worker:
         self.clock = clock
         self.device = device
         self.failure: BaseException | None = None
-        """Why the device thread has stopped before it was asked to; set once, by `give_up`."""
+        """The error that stopped the device thread, if one did; set once, by `give_up`."""
         self._observer = observer
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         # Its thread starts here, on the cores of the thread that serves.

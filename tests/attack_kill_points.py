@@ -110,8 +110,8 @@ def _bundle(folder: Path, *, exchanges: bool) -> int:
 
     def publish() -> None:
         there = known[read_manifest(out).bundle_hash] if out.exists() else sources[0]
-        with new_folder(out, replace=True) as beside:
-            shutil.copytree(sources[there == sources[0]], beside, dirs_exist_ok=True)
+        with new_folder(out, replace=True) as folder:
+            shutil.copytree(sources[there == sources[0]], folder, dirs_exist_ok=True)
 
     def check() -> None:
         if not exchanges:

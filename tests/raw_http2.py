@@ -19,7 +19,7 @@ def _header(name: str, value: str) -> bytes:
 
 
 class Connection:
-    """A connection that sends what it is told and grants the server no window beyond the first 64 KiB of a call."""
+    """A connection that sends the given bytes and grants the server no window beyond the first 64 KiB of a call."""
 
     def __init__(self, address: str, source: str = "127.0.0.1") -> None:
         host, _, port = address.rpartition(":")

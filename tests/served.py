@@ -140,7 +140,7 @@ def serving(fake: FakeComponents, listen: Listen = Listen(port=0), models: Model
 
 
 async def _cancel_what_is_left() -> None:
-    """As `asyncio.run` does: calls whose clients have just left may not have been told yet."""
+    """As `asyncio.run` does: calls of clients that have just left may still be running."""
     left = asyncio.all_tasks() - {asyncio.current_task()}
     for task in left:
         task.cancel()

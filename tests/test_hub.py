@@ -193,7 +193,7 @@ def test_the_command_line_takes_hub_names(hub: Hub, home: Path) -> None:
         ("", None),
     ],
 )
-def test_names_on_the_hub_are_told_from_paths(text: str, name: HubName | None) -> None:
+def test_names_on_the_hub_are_distinguished_from_paths(text: str, name: HubName | None) -> None:
     assert hub_name(text) == name
     if name:
         assert str(name) == text

@@ -336,7 +336,7 @@ def test_norms_and_biases_are_added(bases: dict[str, Path], tmp_path: Path, weig
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 @pytest.mark.parametrize("others", [1, 2])
-def test_dora_beside_other_loras_is_that_of_stock_diffusers(bases: dict[str, Path], tmp_path: Path, others: int) -> None:
+def test_dora_with_other_loras_is_that_of_stock_diffusers(bases: dict[str, Path], tmp_path: Path, others: int) -> None:
     torch.manual_seed(0)
     stock, untouched = _stock(bases["sd15"]), _stock(bases["sd15"])
     weight = stock.unet.get_submodule(Q).weight

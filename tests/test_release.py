@@ -1,9 +1,12 @@
 """What `make release` refuses: a version, a changelog and a checkout that disagree."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
+
+import flashdiff
 
 _FILE = Path(__file__).parent.parent / "deploy" / "release.py"
 _SPEC = importlib.util.spec_from_file_location("release", _FILE)
@@ -39,3 +42,13 @@ def test_a_checkout_whose_version_and_changelog_agree_is_a_release() -> None:
 def test_what_disagrees_is_named(version: str, changelog: str, tags: list[str], changed: list[str], said: str) -> None:
     (problem,) = release.problems(version, changelog, tags, changed)
     assert said in problem
+
+
+def test_the_citation_names_this_version_and_the_changelogs_date() -> None:
+    root = _FILE.parent.parent
+    named = dict(
+        re.findall(r'^(version|date-released): "?([^"\n]+)"?$', (root / "CITATION.cff").read_text("utf-8"), re.MULTILINE)
+    )
+    heading = re.search(r"^## \[(\d[^]]*)\] - (\S+)$", (root / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
+    assert heading
+    assert named == {"version": flashdiff.__version__, "date-released": heading[2]}

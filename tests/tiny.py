@@ -288,7 +288,7 @@ STUDENTS: dict[str, Callable[[Path], Path]] = {"sana-sprint": make_tiny_sana_spr
 
 
 def open_stock(pipeline_class: Any, base: Path) -> Any:
-    """The diffusers pipeline of a base, which must be told which parts model_index.json says are not there."""
+    """The diffusers pipeline of a base, without the parts that model_index.json says are absent."""
     index = json.loads((base / "model_index.json").read_text())
     return pipeline_class.from_pretrained(base, **{part: None for part, kind in index.items() if kind == [None, None]})
 

@@ -64,6 +64,7 @@ class IdealGap:
 
     @property
     def other(self) -> float:
+        """What no other term explains, in milliseconds."""
         return float(self.total["median_ms"]) - self.ideal - self.fixed - self.evaluations - self.serving
 
     @property

@@ -99,7 +99,10 @@ async def saturate(client: ImageClient, seconds: float, in_flight: int) -> Outco
 
 
 async def open_loop(client: ImageClient, per_second: float, seconds: float, timeout_s: float = DEADLINE_S) -> Outcome:
-    """Poisson arrivals that do not wait for earlier answers; equal arguments give equal arrivals."""
+    """Poisson arrivals, `per_second` requests a second on average, that do not wait for earlier answers.
+
+    Equal arguments give equal arrivals.
+    """
     rng, outcome, calls = random.Random(1), Outcome(), []
     started = time.perf_counter()
     at = 0.0

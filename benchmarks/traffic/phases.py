@@ -61,10 +61,10 @@ async def measure_quiet(client: AsyncClient, count: int, idle_cores: str = "asle
 
 
 async def measure_overload(client: AsyncClient, server: ServerProcess, per_second: float, seconds: float) -> Measurement:
-    """An open loop at three times the capacity, with the server's memory before, after a sixth of the time and at the end.
+    """An open loop of `per_second` requests a second, three times the capacity, with the server's memory at three moments.
 
-    Queue and buffers are full long before a sixth of the time. Every request has a new prompt, so the cache of text embeddings
-    fills up; its size is recorded separately.
+    The moments are before, after a sixth of the time, and at the end: queue and buffers are full long before a sixth of the time.
+    Every request has a new prompt, so the cache of text embeddings fills up; its size is recorded separately.
     """
     memory, texts = list[float](), list[float]()
 
@@ -82,9 +82,10 @@ async def measure_overload(client: AsyncClient, server: ServerProcess, per_secon
 
 
 async def measure_chaos(client: AsyncClient, server: ServerProcess, count: int, per_second: float) -> Measurement:
-    """Requests of which, at random moments, a third are cancelled and a tenth lose their connection; a third have deadlines.
+    """`count` requests, `per_second` a second, of which many leave or have a deadline; their outcomes.
 
-    By the server's own count, every accepted request must be answered, and none may keep its place in the queue.
+    At random moments a third are cancelled and a tenth lose their connection; a third have deadlines. By the server's own count,
+    every accepted request must be answered, and none may keep its place in the queue.
     """
     rng, ends, before = random.Random(2), Counter[str](), await _settled_counts(server)
 

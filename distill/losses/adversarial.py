@@ -44,9 +44,10 @@ def discriminator_loss(kind: AdversarialKind, fake: Tensor, real: Tensor) -> Ten
 
 
 def approximate_r1(discriminate: Callable[[Tensor], Tensor], real: Tensor, logits: Tensor, noise: Tensor, sigma: float) -> Tensor:
-    """(D(x) - D(x + sigma n))^2: R1 (1801.04406) by a finite difference, without second derivatives (APT, 2501.08316, eq. 5).
+    """The mean of (D(x) - D(x + sigma n))^2: R1 (1801.04406) by a finite difference (APT, 2501.08316, eq. 5).
 
-    `logits` is D(x) of the `real` latents [B, C, h, w], and `noise` has their shape.
+    It needs no second derivatives. `logits` is D(x) [B, places] of the `real` latents x [B, C, h, w], and the noise n has the
+    latents' shape.
     """
     return (discriminate(real + sigma * noise) - logits).square().mean()
 
@@ -93,6 +94,7 @@ class Adversarial(StudentLoss):
         self.opponent = Opponent("discriminator", "discriminator head", parameters, optimizer)
 
     def loss(self, batch: MicroBatch) -> Tensor:
+        """The scalar loss of the student's x_0 [B, C, h, w] against the teacher's samples, both renoised alike."""
         conditioning, times = batch.targets.conditioning, self._judged_times(batch.draws)
         fake_x, real_x = renoise_alike(self._setup.model, batch.draws, times, batch.x0, batch.targets.z0)
         with as_teacher(self._setup.model):

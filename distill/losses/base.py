@@ -46,9 +46,9 @@ class Opponent:
         return sum(p.numel() for p in self.parameters)
 
     def learn(self, batches: Sequence[MicroBatch], loss_of: Callable[[MicroBatch], Tensor]) -> float:
-        """One optimizer step on the mean of `loss_of` over the micro-batches and all processes; returns that mean.
+        """One optimizer step on the mean of `loss_of`, a scalar [] each, over the micro-batches and all processes.
 
-        TrainingError, with weights untouched, when it or the gradient is not finite.
+        Returns that mean. TrainingError, with weights untouched, when it or the gradient is not finite.
         """
         self.optimizer.zero_grad()
         total = torch.zeros((), device=self.parameters[0].device)
@@ -75,7 +75,7 @@ class StudentLoss(ABC):
 
     @abstractmethod
     def loss(self, batch: MicroBatch) -> Tensor:
-        """The loss of the student's x_0, a scalar without its weight. Its gradient reaches the student alone."""
+        """The loss of the student's x_0 [B, C, h, w]: a scalar [] without its weight. Its gradient reaches the student alone."""
 
     def train_opponent(self, batches: Sequence[MicroBatch], *, in_use: bool) -> dict[str, float]:
         """Train the opponent on the micro-batches of one update; its losses by name, for the log.

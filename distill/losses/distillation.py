@@ -46,6 +46,7 @@ class Distillation(StudentLoss):
         self._setup, self._kind = setup, kind
 
     def loss(self, batch: MicroBatch) -> Tensor:
+        """The scalar distance of the student's x_0 [B, C, h, w] from the teacher's."""
         if self._kind != "perceptual":
             return distillation_loss(self._kind, batch.x0, batch.targets.x0)
         setup, conditioning = self._setup, batch.targets.conditioning

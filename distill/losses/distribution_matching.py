@@ -52,7 +52,10 @@ class DistributionMatching(StudentLoss):
             self.opponent = Opponent("fake_score", "fake score LoRA", self._critic, optimizer)
 
     def loss(self, batch: MicroBatch) -> Tensor:
-        """The scores of teacher and fake are compared at x_tau, a re-noised x_0; no gradient flows through either."""
+        """A scalar that compares the scores of teacher and fake at x_tau, a re-noised x_0 [B, C, h, w].
+
+        No gradient flows through either score.
+        """
         setup, settings, model = self._setup, self._settings, self._setup.model
         x0, conditioning = batch.x0, batch.targets.conditioning
         low, high = setup.guidance

@@ -1,4 +1,4 @@
-"""OpenVINO on the CPU, one static shape per compiled part; float32 unless a lower precision was asked for."""
+"""OpenVINO on the CPU, one static shape per compiled part; float32 unless a lower precision is given."""
 
 import logging
 import re

@@ -27,6 +27,7 @@ class Device:
 
     @property
     def gpu_index(self) -> int:
+        """The GPU's index; 0 on a machine whose GPU was not chosen."""
         return self.gpu or 0
 
     def pin(self) -> None:

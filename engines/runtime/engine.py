@@ -95,7 +95,7 @@ class Engine:
         return costs
 
     def tokenize(self, prompts: Sequence[str]) -> dict[str, NDArray[np.int64]]:
-        """See `Components.tokenize`."""
+        """Token ids [B, length] of every tokenizer; see `Components.tokenize`."""
         return self._tokenizer(prompts)
 
     def call(self, part: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:

@@ -51,7 +51,10 @@ class FakeComponents:
         return {key: {self.max_batch: 1000 * self.delay_s} for key in (("text_encoder", None), *spatial)}
 
     def tokenize(self, prompts: Sequence[str]) -> dict[str, NDArray[np.int64]]:
-        """One id of the whole prompt, or of the words that fit of one that may be cut, in a row of padding."""
+        """Ids [B, length]: one for the whole prompt, then padding. A prompt that may be cut keeps the words that fit.
+
+        RequestError for a longer prompt that may not be cut.
+        """
         length = self.spec.prompt_tokens
         for prompt in prompts:
             if len(prompt.split()) > length and not isinstance(prompt, CutText):
@@ -60,6 +63,7 @@ class FakeComponents:
         return {"input_ids": np.array([[zlib.crc32(p.encode()), *[0] * (length - 1)] for p in prompts], dtype=np.int64)}
 
     def call(self, part: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
+        """The outputs [B, ...] of a part after the delay; BackendError where `fail_on` names it."""
         self._called(part, len(next(iter(inputs.values()))))
         runs: dict[str, Callable[..., NDArray[np.float32]]] = {
             "text_encoder": _color,

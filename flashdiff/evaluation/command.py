@@ -1,4 +1,4 @@
-"""`flashdiff evaluate`: opens what its options name, measures every subject, writes what was asked for."""
+"""`flashdiff evaluate`: opens the models and images that its options name, measures every subject, and writes the report."""
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence

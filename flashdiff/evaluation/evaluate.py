@@ -254,7 +254,10 @@ def _table(lines: Sequence[Sequence[str]]) -> str:
 
 
 def write_sheets(folder: Path, subject: Subject, which: NDArray[np.int64], reference: ImageSet) -> None:
-    """`NAME.png`: the first 64 images; `NAME-nearest.png`: sixteen images, each above its nearest reference image."""
+    """`NAME.png`: the first 64 images; `NAME-nearest.png`: sixteen images, each above its nearest reference image.
+
+    `which` [N] holds the index of every image's nearest reference, as `measure` returns it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     images = subject.images
     sheet(images.pixels[:64]).save(folder / f"{images.name}.png")

@@ -61,6 +61,7 @@ class ImageSet:
         return len(self.pixels)
 
     def part(self, indices: NDArray[np.int64], name: str) -> "ImageSet":
+        """The images and prompts at `indices` [n], under a new name; without seeds."""
         return ImageSet(name, self.pixels[indices], tuple(self.prompts[index] for index in indices))
 
     @property
@@ -116,7 +117,7 @@ def real_images(prompts: Sequence[Prompt], seeds: int, size: int) -> ImageSet:
 
 
 def attributes_of(prompt: Prompt) -> dict[str, str]:
-    """What a prompt of the embedded world asks for; empty for any other."""
+    """The attributes that a prompt of the embedded world names; empty for any other prompt."""
     if prompt.scene is None:
         return {}
     from flashdiff.zoo.world import describe

@@ -48,7 +48,7 @@ class Moments:
 
     @cached_property
     def root(self) -> Array:
-        """The symmetric square root of the covariance."""
+        """The symmetric square root of the covariance, [D, D]."""
         values, vectors = np.linalg.eigh(self.covariance)
         root: Array = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
         return root
@@ -133,6 +133,7 @@ def distances(a: NDArray[np.floating], b: NDArray[np.floating]) -> Array:
 def bootstrap(statistic: Callable[[Array | None], float], groups: NDArray[np.int64], *, seed: int = 0) -> Interval:
     """The statistic with its 95 % interval: images of one group (a prompt's), numbered by `groups` [N], are drawn together.
 
+    `statistic` maps how often each image counts, [N], or None for once each, to a number.
     The interval is the value plus or minus 1.96 bootstrap standard errors, and not the draws' percentiles: a draw holds
     fewer different images than the set, and distances between distributions grow when it does. One group has no interval.
     """
@@ -152,7 +153,7 @@ def bootstrap(statistic: Callable[[Array | None], float], groups: NDArray[np.int
 
 
 def share(value: float, prompts: int) -> Interval:
-    """A share with its 95 % score interval (Wilson 1927; Brown, Cai & DasGupta 2001, section 3.1.1): within [0, 1], never empty.
+    """A share in [0, 1] with its 95 % score interval (Wilson 1927; Brown, Cai & DasGupta 2001, section 3.1.1), never empty.
 
     `prompts` is how many different ones count: two images of one prompt are not two trials.
     """

@@ -128,11 +128,11 @@ class TorchModel:
         return module
 
     def tokenize(self, prompts: Sequence[str]) -> dict[str, NDArray[np.int64]]:
-        """See `Components.tokenize`."""
+        """Token ids [B, length] of every tokenizer; see `Components.tokenize`."""
         return self.tokenizer(prompts)
 
     def call(self, part: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
-        """See `Components.call`; outputs are float32 on the CPU, wherever the model is."""
+        """The outputs [B, ...] of a part, by name, as float32 on the CPU wherever the model is; see `Components.call`."""
         spec, module = self.spec.part(part), self.module(part)
         place = next(module.parameters()).device
         with torch.no_grad():

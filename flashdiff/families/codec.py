@@ -35,6 +35,7 @@ class Decoder(nn.Module):
         self.vae, self.scale = vae, scale
 
     def forward(self, latents: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [-1, 1] of scaled latents [B, C, h, w]."""
         unscaled = latents / (self.vae.config.scaling_factor * self.scale) + shift_of(self.vae)
         images: Tensor = self.vae.decode(unscaled, return_dict=False)[0]
         return images

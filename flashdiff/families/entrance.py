@@ -27,7 +27,11 @@ class Joined(nn.Module):
         self.scaling_factor = scaling_factor
 
     def forward(self, latents: Tensor, image: Tensor | None, masked_image: Tensor | None) -> Tensor:
-        """`image`: the latents of one to edit; with `masked_image`, the latents of an image without its masked part: the mask."""
+        """The network's input [B, C + joined, h, w]: `latents` [B, C, h, w] with what is joined to their channels.
+
+        `image` alone holds the latents [B, C, h, w] of an image to edit. With `masked_image`, the latents [B, C, h, w] of an
+        image without its masked part, it holds the mask [B, 1, h, w].
+        """
         if image is None:
             return latents
         if masked_image is None:

@@ -146,7 +146,8 @@ def unet_spec(
 ) -> ModelSpec:
     """`spec_of` a Stable Diffusion 1.x or XL: its scheduler says what the UNet predicts, and sometimes how it is sampled.
 
-    `guidance` is what a UNet that takes it as an input is given; None: the family's default.
+    `guidance` is the scale that a UNet with a guidance input receives; None: the family's default. ModelError or ConfigError for
+    a scheduler that flashdiff cannot follow.
     """
     source = f"{folder}/scheduler"
     unet, scheduler = read_config(folder, "unet"), scheduler_config(folder)
@@ -184,6 +185,7 @@ def unet_size_step(unet: dict[str, Any]) -> int:
 
 
 def scheduler_config(folder: Path) -> dict[str, Any]:
+    """The scheduler's settings of a diffusers folder; refuses what `read_config` refuses."""
     return read_config(folder, "scheduler", "scheduler_config.json")
 
 

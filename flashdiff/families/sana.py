@@ -58,6 +58,7 @@ class TextEncoder(nn.Module):
         self.empty: Tensor  # [1, T]
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """States [B, T, D] and mask [B, T], 1 at the prompt's places, of `input_ids` [B, length]; T is what the network reads."""
         states = self.gemma(input_ids, use_cache=False)[0]
         places = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)
         ends = (places * (input_ids != self.pad_id)).amax(dim=1, keepdim=True)  # a prompt may name the padding token itself
@@ -131,7 +132,7 @@ def load_sana(
     denoiser: Callable[[Any], nn.Module],
     scale: float = 1.0,
 ) -> TorchModel:
-    """A base of Sana's form; `scale` is what its latents are multiplied by after the autoencoder's own scaling."""
+    """A base of Sana's form; its latents are multiplied by `scale` after the autoencoder's own scaling."""
     import diffusers
     from diffusers.models.attention_processor import SanaMultiscaleLinearAttention
     from transformers import Gemma2Model

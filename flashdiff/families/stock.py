@@ -73,7 +73,7 @@ def stock_image(
     scheduler = stock_scheduler(spec, steps, is_shifted=spec.sampler.schedule != family.read_spec(folder).sampler.schedule)
     noise = _noise(seed, spec.latent_shape(size))
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # advice to those who chose diffusers' settings
+        warnings.simplefilter("ignore")  # advice for users of diffusers' settings
         try:
             pipeline = _pipeline(family, model, folder, vae)
             config = pipeline.scheduler.config

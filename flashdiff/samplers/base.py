@@ -41,13 +41,16 @@ class Walk:
         return bool(self.next[step, 2] != 0)
 
     def clean(self, step: int, latents: NDArray[np.float32], output: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The estimate of the finished latents before a step, from `latents` and the network's `output`; all of one shape."""
+        """The estimate of the finished latents before a step, from `latents` and the network's `output`; all [C, h, w]."""
         return _sum(self.x0[step], latents, output)
 
     def advance(
         self, step: int, latents: NDArray[np.float32], output: NDArray[np.float32], noise: NDArray[np.float32] | None
     ) -> NDArray[np.float32]:
-        """The latents after a step, in the shape of `latents`; `noise` may be None for steps that `needs_noise` excludes."""
+        """The latents [C, h, w] after a step; `output` and `noise` have their shape.
+
+        `noise` may be None for steps that `needs_noise` excludes.
+        """
         return _sum(self.next[step], latents, output, *([] if noise is None else [noise]))
 
 
@@ -81,7 +84,7 @@ class SamplerKind:
 
 
 def x0_weights(prediction: Prediction, alpha: float, sigma: float) -> Weights:
-    """`to_x0` as weights."""
+    """`prediction.to_x0` as weights, at the signal level `alpha` and the noise level `sigma`."""
     match prediction:
         case "epsilon":
             return 1 / alpha, -sigma / alpha
@@ -94,7 +97,7 @@ def x0_weights(prediction: Prediction, alpha: float, sigma: float) -> Weights:
 
 
 def eps_weights(prediction: Prediction, alpha: float, sigma: float) -> Weights:
-    """The noise that latents and x_0 imply, as weights: (x_t - alpha x_0) / sigma."""
+    """The noise that latents and x_0 imply, (x_t - alpha x_0) / sigma, as weights at the levels `alpha` and `sigma`."""
     if prediction == "epsilon":
         return 0.0, 1.0
     if prediction == "v_prediction":
@@ -116,6 +119,7 @@ def walk_of(
     x0: Sequence[Sequence[float]],
     start: float = 1.0,
 ) -> Walk:
+    """A `Walk` of lists: `times`, `alphas` and `sigmas` [steps], `rows` [steps, 3] for its `next`, and `x0` [steps, 2]."""
     return Walk(
         [float(time) for time in times],
         np.asarray(alphas, dtype=np.float64),

@@ -10,7 +10,7 @@ _SIGMA_DATA = 0.5
 
 
 def boundary(time: float, timestep_scaling: float) -> tuple[float, float]:
-    """c_skip and c_out at a time: f(x, t) = c_skip x + c_out x_0 is x itself at t = 0."""
+    """c_skip and c_out at `time`, an index into the schedule: f(x, t) = c_skip x + c_out x_0 is x itself at t = 0."""
     scaled = time * timestep_scaling
     return (_SIGMA_DATA**2 / (scaled**2 + _SIGMA_DATA**2), scaled / (scaled**2 + _SIGMA_DATA**2) ** 0.5)
 

@@ -44,7 +44,7 @@ class SamplingOptions(Record):
 
 
 def sampled_as(base: ModelSpec, options: SamplingOptions) -> ModelSpec:
-    """A base's spec, sampled as asked for. ConfigError names the option, its value and what to give."""
+    """A base's spec, sampled as the options say. ConfigError names the option, its value and what to give."""
     options, most_steps = _with_preset(base, options)
     name = options.sampler or base.sampler.kind
     _check(base, options, name)

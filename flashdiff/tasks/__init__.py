@@ -55,10 +55,10 @@ def check_order(
     inputs: Mapping[str, Pixels | Callable[[Size], Pixels]] | None = None,
     parameters: Mapping[str, float] | None = None,
 ) -> Order:
-    """An order that this model can fill, defaults filled in; RequestError names the field, the value and what is allowed.
+    """An order that this model can fill, with defaults filled in; RequestError names the field, the value and what is allowed.
 
-    The inputs are images, or functions that read an image of the size that the task needs; these are called last, after all other
-    checks. The names of the inputs choose the task.
+    The inputs are images [H, W, 3], or functions that read an image of the size that the task needs; these are called last, after
+    all other checks. The names of the inputs choose the task, which says what its parameters mean and their bounds.
     """
     inputs, parameters = inputs or {}, parameters or {}
     _check_text(spec, prompt, negative_prompt, truncate_prompt)

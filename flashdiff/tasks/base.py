@@ -32,7 +32,7 @@ class Parameter:
     at_most: float
 
     def check(self, value: float | None) -> float:
-        """The value, or the default for None; RequestError outside the bounds."""
+        """The value, or the default for None, rounded to float32; RequestError outside the bounds."""
         value = float(np.float32(self.default if value is None else value))  # what the protocols carry
         if not self.above < value <= self.at_most:
             raise RequestError(self.name, value, f"it must be above {self.above:g} and at most {self.at_most:g}")
@@ -93,7 +93,7 @@ class Task:
         return given | stand_ins
 
     def conditions(self, spec: ModelSpec, order: Order, prepared: Prepared, text: Tensors) -> Tensors:
-        """The denoiser's conditions, by name and without a batch axis, in the branch that reads `text`."""
+        """The denoiser's conditions of the branch that reads `text`, by name; without B, such as [T, D]."""
         return {**text, **{name: prepared[name]["latents"] for name in _grey(spec)}}
 
     def evaluations_per_step(self, spec: ModelSpec) -> int:
@@ -101,7 +101,7 @@ class Task:
         return spec.sampler.evaluations_per_step
 
     def branches(self, spec: ModelSpec, order: Order, prepared: Prepared, unconditional: Tensors | None) -> tuple[Branch, ...]:
-        """A step's evaluations, weighted; `unconditional` is that of `generate.unconditional_of`, None without guidance."""
+        """A step's evaluations, weighted; `unconditional` [T, D] is `generate.unconditional_of`: None without guidance."""
         prompt = self.conditions(spec, order, prepared, prepared["prompt"])
         if unconditional is None:
             return (Branch(prompt, 1.0),)

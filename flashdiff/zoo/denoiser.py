@@ -19,6 +19,7 @@ SCHEDULE = NoiseSchedule(beta_start=0.00085, beta_end=0.012, beta_schedule="scal
 
 
 def make_unet(recipe: ZooRecipe) -> Any:
+    """The untrained UNet, in the recipe's widths."""
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(recipe.seed + 1)
@@ -48,7 +49,10 @@ def train_unet(
     recipe: ZooRecipe,
     out: Path,
 ) -> None:
-    """v-prediction (Salimans & Ho 2022, eq. 9) of text-conditioned latents, in place; the weights left are the EMA."""
+    """Train on v-prediction (Salimans & Ho 2022, eq. 9) of text-conditioned latents, in place; the EMA's weights remain.
+
+    `latents` [N, C, h, w] are those of the scenes, and `scale` is the factor that gives them unit variance.
+    """
     stage = recipe.denoiser
     alphas, sigmas = (torch.from_numpy(values).float() for values in SCHEDULE.levels(list(range(SCHEDULE.num_train_timesteps))))
 

@@ -62,6 +62,7 @@ class AttributeProbe(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(128, len(words)) for name, words in attribute_words().items()})
 
     def forward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Features [B, 128], and by attribute the logits [B, words], of images [B, 3, 64, 64] in [-1, 1]."""
         features = self.features(self.trunk(images).flatten(1))
         logits = {name: head(functional.silu(features)) for name, head in self.heads.items()}
         return (features - self.feature_mean) / self.feature_std, logits
@@ -136,10 +137,12 @@ def _word_ids(text: str) -> list[int]:
 
 
 def load_probe(folder: Path = FOLDER) -> AttributeProbe:
+    """The trained probe."""
     return _load(AttributeProbe(), folder / "probe.safetensors")
 
 
 def load_dual_encoder(folder: Path = FOLDER) -> DualEncoder:
+    """The trained dual encoder."""
     return _load(DualEncoder(), folder / "dual_encoder.safetensors")
 
 
@@ -210,7 +213,7 @@ def _roughened(pixels: Tensor, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def probe_accuracy(probe: AttributeProbe, images: NDArray[np.uint8], scenes: Sequence[Scene]) -> dict[str, float]:
-    """Share of right readings per attribute, among the scenes whose kind has it."""
+    """Share of right readings per attribute, in [0, 1], among the scenes whose kind has it; `images` are [N, H, W, 3]."""
     labels = attribute_labels(scenes)
     logits = [probe(to_input(images[start : start + 256]))[1] for start in range(0, len(images), 256)]
     result = {}

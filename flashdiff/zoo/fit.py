@@ -35,7 +35,7 @@ def fit(
     ema_decay: float | None,
     report: Callable[[], str],
 ) -> None:
-    """Minimise `loss_of(update)` in place; what is left in the model are the averaged weights where `ema_decay` is given.
+    """Minimise `loss_of(update)`, a scalar [], in place; with `ema_decay` (per update) the averaged weights remain in the model.
 
     The state is kept in `out/<name>.pt`: a killed run resumes from there, and a finished one returns at once.
     """
@@ -102,7 +102,7 @@ class Optimizer:
         self.adam = torch.optim.AdamW(others, lr=learning_rate / 2, betas=(0.9, 0.99), weight_decay=1e-3)
 
     def step(self, factor: float) -> None:
-        """One update with the gradients of the model's parameters, which are used up, at `factor` of the peak rate."""
+        """One update at `factor` of the peak learning rate (0 to 1); it uses up the gradients of the model's parameters."""
         for matrix, kernel in zip(self.matrices, self.kernels, strict=True):
             matrix.grad = None if kernel.grad is None else _as_matrix(kernel.grad)
             kernel.grad = None

@@ -89,6 +89,7 @@ class CaptionReader(torch.nn.Module):
         self.heads = torch.nn.ModuleDict({name: torch.nn.Linear(width, len(choices)) for name, choices in words.items()})
 
     def forward(self, hidden: Tensor) -> dict[str, Tensor]:
+        """The logits [B, words] of every attribute, by its name, of hidden states [B, tokens, width]."""
         scores = self.queries @ self.key(hidden).transpose(1, 2)
         read = scores.softmax(-1) @ self.value(hidden)
         return {name: head(read[:, place]) for place, (name, head) in enumerate(self.heads.items())}

@@ -312,7 +312,7 @@ def render(kind_name: str, seed: int, size: int, like: int | None = None) -> tup
 
 
 def scenes(kinds: Sequence[str], first_seed: int, count: int, size: int) -> Iterator[tuple[NDArray[np.uint8], Scene]]:
-    """`count` images of the kinds in turn, from `first_seed` on; held-out combinations are left out."""
+    """`count` images [size, size, 3] of the kinds in turn, from `first_seed` on; held-out combinations are left out."""
     found, seed = 0, first_seed
     while found < count:
         image, scene = render(kinds[seed % len(kinds)], seed, size)

@@ -23,6 +23,7 @@ class HttpError(FlashdiffError):
 
 
 def status_of(error: FlashdiffError) -> int:
+    """The HTTP status of an error."""
     return error.status if isinstance(error, HttpError) else http_status_of(error)
 
 

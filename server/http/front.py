@@ -48,6 +48,7 @@ class Exchange:
 
 
 def exchange_of(request: Request) -> Exchange:
+    """The exchange that `Front` made for this request."""
     exchange: Exchange = request.scope["flashdiff.exchange"]
     return exchange
 

@@ -85,6 +85,7 @@ def write_models(served: Mapping[str, Model], aliases: Mapping[str, str], create
 
 
 def write_model(name: str, model: Model, created: int) -> dict[str, Any]:
+    """One model's entry; `created` is in seconds since 1970."""
     spec = model.components.spec
     tasks = {
         task.name: {

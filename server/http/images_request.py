@@ -50,7 +50,7 @@ _UNSUPPORTED = ("complexity", "frame_count", "frame_duration_ms", "svg", "markup
 
 @dataclass(frozen=True, kw_only=True)
 class ImagesRequest:
-    """What a request to the images API asks for, besides its images."""
+    """The fields of a request to the images API, without its images."""
 
     request: ImageRequest
     stream: bool
@@ -77,7 +77,7 @@ def _refuse_constant(name: str) -> float:
 def read_images_request(
     fields: Mapping[str, Any], files: Mapping[str, bytes], spec: ModelSpec, timeout_s: float | None
 ) -> ImagesRequest:
-    """The request; RequestError for a field that is unknown, of the wrong type, or asks for what this server does not do."""
+    """The request; RequestError for a field that is unknown, of the wrong type, or not supported by this server."""
     given = _typed(fields)
     _check_what_is_fixed(given)
     _check_inputs(spec, files)

@@ -32,6 +32,7 @@ class Inference:
     binary_by_default: bool
 
     def is_binary(self, output: str) -> bool:
+        """Whether the client wants this output as bytes."""
         return self.binary.get(output, self.binary_by_default)
 
 

@@ -39,7 +39,7 @@ class Origins:
 
 
 def is_preflight(method: str, headers: Mapping[str, str]) -> bool:
-    """Whether a browser asks if a page may send a request."""
+    """Whether this is a CORS preflight: a browser checks whether a page may send a request."""
     return method == "OPTIONS" and "access-control-request-method" in headers
 
 

@@ -36,7 +36,7 @@ def running() -> Iterator[Running]:
 
 
 class Raw:
-    """A connection that sends what it is given and reads nothing by itself; its kernel takes 4 KiB."""
+    """A connection that sends the given bytes and reads only when a test calls for it; its kernel takes 4 KiB."""
 
     def __init__(self, running: Running, sent: bytes = b"", source: str = "127.0.0.1") -> None:
         self.socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM)

@@ -49,8 +49,8 @@ def _images(engine: Engine) -> Any:
 
 
 def _swap(place: Path) -> None:
-    with new_folder(place / "served", replace=True) as beside:
-        shutil.copytree(place / "other", beside, dirs_exist_ok=True)
+    with new_folder(place / "served", replace=True) as folder:
+        shutil.copytree(place / "other", folder, dirs_exist_ok=True)
 
 
 def _edit(place: Path) -> None:

@@ -62,7 +62,7 @@ def test_running_server_is_measured_too(student_bundle: Path, tmp_path: Path) ->
     assert gone.stderr.startswith("load.py: error: UNAVAILABLE")
 
 
-def test_http_is_measured_beside_grpc_with_the_same_arrivals(student_bundle: Path, tmp_path: Path) -> None:
+def test_http_and_grpc_are_measured_with_the_same_arrivals(student_bundle: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "load.py"), str(student_bundle), "--protocol", "http", "--quick"]
     run = subprocess.run([*command, "--json", str(tmp_path / "r.json")], capture_output=True, text=True, timeout=600, check=False)
     assert run.returncode == 0, run.stderr

@@ -107,7 +107,7 @@ def _flaws(objects: list[Object]) -> Iterator[str]:
     volumes = {volume["name"] for volume in pod["volumes"]}
     used = {mount["name"] for one in (container, *pod.get("initContainers", [])) for mount in one["volumeMounts"]}
     yield from (f"volume {name} is used or defined alone" for name in used ^ volumes)
-    # Who runs it.
+    # The user that it runs as.
     if not pod["securityContext"]["runAsNonRoot"] or not container["securityContext"]["readOnlyRootFilesystem"]:
         yield "it may write as root"
     if "/tmp" not in mounts:

@@ -171,7 +171,7 @@ def test_a_lora_of_another_base_is_refused_by_hash(flash_lora: Path, tmp_path: P
         find_lora("nothing")
 
 
-def test_a_style_lora_beside_the_flash_lora_adds_its_own_change(tiny_base: Path, flash_lora: Path, tmp_path: Path) -> None:
+def test_a_style_lora_with_the_flash_lora_adds_its_own_change(tiny_base: Path, flash_lora: Path, tmp_path: Path) -> None:
     from diffusers import StableDiffusionPipeline
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict

@@ -42,10 +42,10 @@ def test_a_dry_run_is_the_same_command_with_a_word_more(
         "grid = { solver_steps = 4 }\nlora = { rank = 2, alpha = 4 }\nphases = [{ updates = 4, mode_weights = [1, 1, 1, 1] }]\n"
     )
     assert cli.main(["distill", str(recipe), "--dry-run"]) == 0
-    told = capsys.readouterr().out
-    assert "LoRA rank 2" in told
+    shown = capsys.readouterr().out
+    assert "LoRA rank 2" in shown
     assert cli.main(["distill", str(recipe), "--out", str(out), "--dry-run"]) == 0
-    assert capsys.readouterr().out == told
+    assert capsys.readouterr().out == shown
     assert not out.exists()
 
 

@@ -1,4 +1,4 @@
-"""The three losses together on the tiny model: what each costs, whom it trains, and that a killed run goes on exactly."""
+"""The three losses together on the tiny model: the cost of each, the networks it trains, and exact resumption."""
 
 import copy
 import json
@@ -93,7 +93,7 @@ def test_what_an_update_costs_in_network_evaluations(
 
 
 @pytest.mark.parametrize("kind", ["l2", "perceptual"])
-def test_every_loss_reaches_the_student_and_nobody_else(kind: str, model: TorchModel, tiny_base: Path, batch: Targets) -> None:
+def test_every_loss_reaches_the_student_alone(kind: str, model: TorchModel, tiny_base: Path, batch: Targets) -> None:
     objective = _objective(model, tiny_base, distillation=kind, distribution_matching={"fake_score": "lora"})
     for name in ("distillation", "adversarial", "distribution_matching"):
         model.network.zero_grad()
@@ -108,7 +108,7 @@ def test_every_loss_reaches_the_student_and_nobody_else(kind: str, model: TorchM
 def test_distribution_matching_moves_samples_from_the_fake_score_to_the_guided_teachers(
     settings: dict[str, Any], model: TorchModel, tiny_base: Path, batch: Targets
 ) -> None:
-    """Equations 7 and 8 of DMD worked out beside the objective: whose score is which, the sign, the guidance, the noise."""
+    """Equations 7 and 8 of DMD, computed apart from the objective: which score is which, the sign, the guidance, the noise."""
     objective = _objective(model, tiny_base, distribution_matching=settings)
     with torch.no_grad():  # LoRAs start at nothing: then all three roles would be one network
         for name, parameter in model.network.named_parameters():
@@ -154,28 +154,28 @@ def test_judges_see_with_the_frozen_teacher_whatever_the_student_has_learnt(
     phase = objective.recipe.phases[0].model_copy(update={"distribution_matching": 0.0})
     untrained, x0 = copy.deepcopy(objective.state_dict()), 0.5 * batch.x0
 
-    def told() -> dict[str, float]:
+    def all_losses() -> dict[str, float]:
         objective.load_state_dict(copy.deepcopy(untrained))
         losses = {name: loss.item() for name, loss in objective.losses(_micro_batch(batch, x0), phase).items()}
         return losses | objective.train_opponents([_micro_batch(batch, x0)], phase)
 
-    before, answer = told(), student_x0(model, batch)
+    before, answer = all_losses(), student_x0(model, batch)
     with torch.no_grad():
         for name, parameter in model.network.named_parameters():
             if f"lora_B.{ADAPTER}" in name:
                 parameter.normal_(0, 0.5, generator=torch.Generator().manual_seed(len(name)))
     assert not torch.allclose(student_x0(model, batch), answer, atol=0.01)
     assert set(before) == {"distillation", "adversarial", "discriminator"}
-    assert told() == pytest.approx(before)
+    assert all_losses() == pytest.approx(before)
 
 
 def test_opponents_learn_without_moving_the_student(model: TorchModel, tiny_base: Path, batch: Targets) -> None:
     objective = _objective(model, tiny_base, distribution_matching={"fake_score": "lora", "critic_learning_rate": 0.01})
     before = {key: p.detach().clone() for key, p in model.network.named_parameters()}
     x0 = student_x0(model, batch)
-    told = [objective.train_opponents([_micro_batch(batch, x0)], objective.recipe.phases[0]) for _ in range(12)]
-    assert told[-1]["discriminator"] < told[0]["discriminator"]
-    assert told[-1]["fake_score"] < told[0]["fake_score"]
+    losses = [objective.train_opponents([_micro_batch(batch, x0)], objective.recipe.phases[0]) for _ in range(12)]
+    assert losses[-1]["discriminator"] < losses[0]["discriminator"]
+    assert losses[-1]["fake_score"] < losses[0]["fake_score"]
     moved = {key for key, p in model.network.named_parameters() if not torch.equal(p, before[key])}
     assert moved
     assert all(f".{FAKE_SCORE}." in key for key in moved)

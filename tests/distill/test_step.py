@@ -1,4 +1,4 @@
-"""Where the student's inputs and targets come from, beside the paper's way: its own earlier steps, and its own answers."""
+"""Where the student's inputs and targets come from, apart from the paper's: its own earlier steps, and its own answers."""
 
 import json
 from pathlib import Path
@@ -177,8 +177,8 @@ def test_a_killed_run_that_draws_on_the_student_goes_on_exactly(
     distill(recipe, tmp_path / "broken")
     whole, broken = (load_file(tmp_path / name / WEIGHTS) for name in ("whole", "broken"))
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
-    told = [json.loads(line)["loss"] for line in (tmp_path / "whole" / "training" / "log.jsonl").read_text().splitlines()]
-    assert np.isfinite(told).all()
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "whole" / "training" / "log.jsonl").read_text().splitlines()]
+    assert np.isfinite(losses).all()
 
 
 def test_runs_that_need_the_same_targets_share_them(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

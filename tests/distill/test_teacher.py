@@ -38,7 +38,7 @@ def test_guidance_up_to_one_is_one_unguided_evaluation() -> None:
     none = _solve(x_t, [0, 0], [0.0, 0.7], color, calls)
     assert sum(calls) == 2 * 8
     torch.testing.assert_close(none, _solve(x_t, [0, 0], [1.0, 1.0], color, []))
-    torch.testing.assert_close(_solve(x_t, [0, 0], [0.0, 3.0], color, [])[:1], none[:1])  # beside a guided sample too
+    torch.testing.assert_close(_solve(x_t, [0, 0], [0.0, 3.0], color, [])[:1], none[:1])  # next to a guided sample too
 
 
 def test_samples_with_their_own_start_and_guidance_equal_each_alone_and_cost_only_their_own_steps() -> None:

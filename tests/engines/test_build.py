@@ -110,7 +110,7 @@ def test_graphs_of_another_openvino_are_not_taken_from_the_cache(
     assert not set(before) & set(after)
 
 
-def test_what_stands_beside_the_weights_is_noticed(options: dict[str, Any], tmp_path: Path) -> None:
+def test_changes_next_to_the_weights_are_noticed(options: dict[str, Any], tmp_path: Path) -> None:
     lora = Path(shutil.copytree(options["loras"][0][0], tmp_path / "flash"))
     moved = BuildOptions(**options | {"loras": ((str(lora), 1.0),)})
     assert plan_build(moved).changes == []

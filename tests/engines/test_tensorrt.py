@@ -106,7 +106,7 @@ def test_a_graph_with_other_inputs_or_none_at_all_is_refused(tmp_path: Path) -> 
 
 
 @needs_rtx
-@pytest.mark.skipif(nvidia_gpu() is not None, reason="here is a GPU: tests/gpu asks what runs on it")
+@pytest.mark.skipif(nvidia_gpu() is not None, reason="this machine has a GPU: tests/gpu covers it")
 def test_a_library_that_opens_no_plan_here_is_refused_in_its_own_words() -> None:
     with pytest.raises(BackendError, match=r"--backend tensorrt-rtx does not run here: .*Error Code"):
         check_opens("tensorrt-rtx")

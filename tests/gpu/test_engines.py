@@ -96,11 +96,11 @@ def test_decoding_in_another_thread_changes_nothing_on_either_side(torch_engine:
             if not np.array_equal(torch_engine.call("decoder", {"latents": latents})["images"], images):
                 differing.append(turn)
 
-    beside = threading.Thread(target=decode_again_and_again)
-    beside.start()
-    while beside.is_alive():
+    decoding = threading.Thread(target=decode_again_and_again)
+    decoding.start()
+    while decoding.is_alive():
         np.testing.assert_array_equal(torch_engine.call("denoiser", given)["output"], output)
-    beside.join()
+    decoding.join()
     assert not differing
 
 

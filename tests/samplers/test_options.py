@@ -54,7 +54,7 @@ def test_the_command_line_names_every_sampler_that_a_family_can_use() -> None:
 
 
 @pytest.mark.parametrize("name", list(PRESETS))
-def test_every_preset_is_a_sampler_of_its_family_and_says_who_says_so(name: str, sdxl: Path) -> None:
+def test_every_preset_is_a_sampler_of_its_family_and_names_its_source(name: str, sdxl: Path) -> None:
     preset = PRESETS[name]
     assert preset.source.count("/") == 1
     if preset.family == "sdxl":
@@ -266,15 +266,15 @@ def test_what_a_base_without_guidance_needs_is_a_batch_of_one(sdxl: Path, tmp_pa
     assert plan_build(options).inputs.model.sampler.evaluations_per_step == 1
 
 
-def test_a_model_tells_how_it_is_sampled(sdxl: Path) -> None:
-    def told(**options: Any) -> str:
+def test_a_model_describes_its_sampler(sdxl: Path) -> None:
+    def described(**options: Any) -> str:
         return describe_sampler(sampled_as(_spec(sdxl), SamplingOptions(**options)))
 
-    assert told() == "ODE, epsilon, up to 100 steps, guidance 5"
-    assert told(preset="tcd-sdxl") == (
+    assert described() == "ODE, epsilon, up to 100 steps, guidance 5"
+    assert described(preset="tcd-sdxl") == (
         "tcd, epsilon, eta 0.3, original steps 50, up to 50 steps, without guidance; 4 by default, at [999, 759, 499, 259]"
     )
-    assert told(preset="sdxl-lightning-2") == (
+    assert described(preset="sdxl-lightning-2") == (
         "euler, epsilon, spacing trailing, up to 2 steps, without guidance; 2 by default, at [999, 499]"
     )
 

@@ -1,4 +1,4 @@
-// What is wrong with a page for people who cannot see it well, or reach it otherwise than by a mouse: evaluates to a list.
+// A list of a page's accessibility faults, for users with low vision or without a mouse.
 (() => {
   const faults = [], shown = (one) => one.checkVisibility({ visibilityProperty: true }) && !one.closest("[aria-hidden=true]");
   const nameOf = (one) => one.getAttribute("aria-label") || (one.labels && [...one.labels].map((label) => label.textContent).join(" "))

@@ -26,7 +26,9 @@ _GARBAGE = {
 
 
 @pytest.mark.parametrize("garbage", _GARBAGE.values(), ids=_GARBAGE)
-def test_garbage_on_the_port_harms_nobody_and_leaves_no_connection(running: Running, client: Client, garbage: bytes) -> None:
+def test_garbage_on_the_port_disturbs_no_client_and_leaves_no_connection(
+    running: Running, client: Client, garbage: bytes
+) -> None:
     client.generate("x", timeout_s=10)
     before = len(os.listdir("/proc/self/fd"))
     with socket.create_connection(("127.0.0.1", running.server.port)) as connection:

@@ -10,7 +10,7 @@ from flashdiff.server.caps import Caps
 
 
 class Clients:
-    """Calls as tasks, each in its place until told to leave."""
+    """Calls as tasks, each in its place until the test lets it leave."""
 
     def __init__(self, most: int, most_of_one: int) -> None:
         self.caps, self.leave = Caps(most, most_of_one), asyncio.Event()

@@ -1,4 +1,4 @@
-"""docs/concurrency.md says which thread writes which state; this records who really does."""
+"""docs/concurrency.md says which thread writes which state; this test records which threads do."""
 
 import re
 import threading

@@ -1,4 +1,4 @@
-"""Who gets in, and what is left behind of a call."""
+"""Authentication of gRPC calls, and what a call leaves in logs and metrics."""
 
 import errno
 import json
@@ -38,7 +38,7 @@ def _tokens(folder: Path, text: str) -> Path:
     return file
 
 
-def test_only_who_has_a_token_gets_in_and_health_checks_need_none(tmp_path: Path) -> None:
+def test_only_clients_with_a_token_are_admitted_and_health_checks_need_none(tmp_path: Path) -> None:
     tokens = _tokens(tmp_path, f"# who\nalice {ALICE}\n\nbob {BOB} 100\n")
     with serving(FakeComponents(), Listen(port=0, tokens=tokens)) as running:
         for token in (ALICE, BOB):
@@ -56,7 +56,7 @@ def test_only_who_has_a_token_gets_in_and_health_checks_need_none(tmp_path: Path
             assert check.status == health_pb2.HealthCheckResponse.SERVING
 
 
-def test_tokens_rotate_without_a_restart_and_a_broken_file_locks_nobody_out(
+def test_tokens_rotate_without_a_restart_and_a_broken_file_locks_no_client_out(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = _tokens(tmp_path, f"alice {ALICE}\n")
@@ -139,7 +139,7 @@ def test_a_bad_token_file_names_the_line_and_never_the_token(tmp_path: Path, tex
 
 
 def test_a_public_address_without_authentication_must_be_said_twice() -> None:
-    with pytest.raises(ConfigError, match=r"--host 0\.0\.0\.0 lets anyone who reaches it in: give --tokens"):
+    with pytest.raises(ConfigError, match=r"--host 0\.0\.0\.0 admits every client: give --tokens"):
         Listen(host="0.0.0.0")
     Listen(host="0.0.0.0", no_auth=True)
     Listen(host="0.0.0.0", tokens=Path("tokens"))

@@ -67,7 +67,7 @@ def test_a_watcher_that_leaves_takes_no_other_along(running: Running) -> None:
         assert next(staying).status == _Status.NOT_SERVING
 
 
-def test_who_leaves_is_not_ready_but_alive_and_still_answers() -> None:
+def test_a_draining_server_is_alive_but_not_ready_and_still_answers() -> None:
     listen = Listen(port=0, metrics_port=0, http_port=0)
     with serving(FakeComponents(), listen) as running, Client(running.address) as client:
         assert (_probe(running, "/healthz"), _probe(running, "/readyz")) == (200, 200)
@@ -98,7 +98,9 @@ def test_a_connection_of_the_age_is_closed_and_its_calls_end_well() -> None:
         held = Gate(fake)
         call = stub.Generate.future(image_pb2.GenerateRequest(prompt="x"), timeout=60)
         assert held.entered.wait(60)
-        until(lambda: grpc.ChannelConnectivity.IDLE in states)  # the client was asked to connect again
+        until(
+            lambda: grpc.ChannelConnectivity.IDLE in states
+        )  # the server has closed the connection, so that the client connects again
         held.open()
         assert call.result(60).images
         assert stub.Generate(image_pb2.GenerateRequest(prompt="y"), timeout=60).images

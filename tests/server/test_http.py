@@ -1,4 +1,4 @@
-"""What every HTTP request passes: who gets in, what is left behind of it, and how the server starts, drains and stops."""
+"""What every HTTP request passes: authentication, logs and metrics, and how the server starts, drains and stops."""
 
 import logging
 import socket

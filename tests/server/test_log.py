@@ -1,4 +1,4 @@
-"""The log of a server never waits for who reads it."""
+"""The log of a server never waits for its reader."""
 
 import logging
 import threading

@@ -34,7 +34,7 @@ async def _listening() -> AsyncIterator[int]:
     page.close()
 
 
-def test_it_answers_what_prometheus_asks() -> None:
+def test_a_scrape_gets_the_metrics() -> None:
     async def scenario() -> None:
         async with _listening() as port:
             answer = await _ask(port, b"GET /metrics HTTP/1.1\r\nHost: x\r\nAccept: text/plain\r\n\r\n")

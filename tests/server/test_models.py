@@ -41,7 +41,7 @@ def _models(repository: Path, opened: list[str]) -> Models:
     return Models({}, repository, opener=_opener(opened), identify=_hash)
 
 
-def test_the_first_is_the_default_and_an_unknown_name_is_told_those_there_are() -> None:
+def test_the_first_model_is_the_default_and_an_unknown_name_is_refused_with_the_known_ones() -> None:
     models = Models({"a": model_of(FakeComponents()), "b": model_of(FakeComponents())})
     assert models.get() is models.get("a")
     with pytest.raises(NotFoundError, match="model: 'c' is not allowed; this server has a, b"):

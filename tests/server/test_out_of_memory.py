@@ -91,7 +91,7 @@ def test_memory_that_lacks_outside_an_engine_fails_one_job(where: str, monkeypat
     assert worker.join(60)
 
 
-def test_a_decoder_that_runs_beside_the_others_fails_one_job_too() -> None:
+def test_a_failed_parallel_decode_fails_one_job_too() -> None:
     fake = FakeComponents(parallel_decode=True)
     model, worker = model_of(fake), Worker()
     decode = fake.call

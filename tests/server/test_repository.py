@@ -52,7 +52,7 @@ def test_a_repository_that_cannot_be_read_is_said_and_what_is_served_stays(
 ) -> None:
     repository = _folder(tmp_path / "repository", "v1")
     with _serving(repository) as (running, stock):
-        if trouble == "unreadable":  # the tests may run as root, who reads all
+        if trouble == "unreadable":  # the tests may run as root, which may read every file
 
             def refuse(_: Path) -> Iterator[Path]:
                 raise PermissionError(13, "Permission denied")

@@ -178,7 +178,7 @@ def test_thousands_of_arrivals_are_all_served_and_none_waits_for_ever() -> None:
 
 
 @pytest.mark.parametrize("load", [0.3, 0.5, 0.7])
-def test_where_a_batch_is_dear_the_p99_is_lower_than_with_steps_that_everyone_joins(load: float) -> None:
+def test_where_a_batch_is_dear_the_p99_is_lower_than_with_steps_that_all_rows_join(load: float) -> None:
     dear = {1: 8.8, 2: 15.6, 4: 29.5, 8: 57.0}  # as measured on one core
     p99 = [_simulated_p99(costs, dear, load) for costs in (dear, {1: 57.0, 8: 57.0})]  # what the policy takes them to be
     assert p99[0] < p99[1]
@@ -233,9 +233,9 @@ def test_a_request_alone_takes_its_stages_and_with_others_waits_for_places() -> 
     new = Work(steps=(4,), slots=1, prepare={"text_encoder": 1}, costs=COSTS)
     assert finish_times([new]) == [1 + 4 * 10 + 4]
     assert finish_times([replace(new, steps=5 * (1,))]) == [1 + (20 + 8) + (10 + 4)]
-    beside = Work(steps=(3, 3), slots=1, prepare={}, costs=COSTS)  # all three fit one batch of four
-    assert finish_times([beside, new]) == [1 + 3 * 20 + 8, 1 + 3 * 20 + 8 + 10 + 4]
-    elsewhere = replace(beside, bucket="another size")
+    sharing = Work(steps=(3, 3), slots=1, prepare={}, costs=COSTS)  # all three fit one batch of four
+    assert finish_times([sharing, new]) == [1 + 3 * 20 + 8, 1 + 3 * 20 + 8 + 10 + 4]
+    elsewhere = replace(sharing, bucket="another size")
     assert finish_times([elsewhere, new]) == [3 * 20 + 8, 3 * 20 + 8 + 45]
     assert finish_times([replace(new, steps=(0, 2))]) == [1 + 4 + 2 * 10 + 4]  # the first row is only to be decoded
 

@@ -169,7 +169,7 @@ def test_images_that_unpack_to_hours_of_work_or_gigabytes_are_refused() -> None:
 
 
 @pytest.mark.parametrize(("limit", "whose"), [("_MAX_READING", ""), ("_MAX_READING_OF_ONE", " of yours")])
-def test_more_images_than_can_be_read_at_once_are_told_to_come_again(
+def test_images_beyond_those_that_can_be_read_at_once_are_refused(
     limit: str, whose: str, running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(image_threads, limit, 0)
@@ -388,7 +388,7 @@ def test_an_answered_request_leaves_nothing_behind(running: Running, client: Cli
     until(is_clean)
 
 
-def test_stopping_does_not_wait_for_who_only_watches(running: Running) -> None:
+def test_stopping_does_not_wait_for_clients_that_only_watch(running: Running) -> None:
     with grpc.insecure_channel(running.address) as channel:
         watching = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
         assert next(watching).status == health_pb2.HealthCheckResponse.SERVING

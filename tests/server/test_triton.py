@@ -203,7 +203,7 @@ def test_a_malformed_message_is_an_error_in_the_stream_which_goes_on(running: Ru
     assert [a.infer_response.id for a in answers if not a.error_message][-1] == "fine"
 
 
-def test_who_sends_and_does_not_read_waits_for_himself(running: Running) -> None:
+def test_a_client_that_sends_and_does_not_read_delays_only_itself(running: Running) -> None:
     request = pb.ModelInferRequest(model_name="none", id="x" * 200)
     sent = 0
 
@@ -270,7 +270,7 @@ def sharing() -> Iterator[triton.InferenceServerClient]:
         client.close()
 
 
-def test_shared_memory_is_only_for_who_asked_for_it(stock: triton.InferenceServerClient) -> None:
+def test_shared_memory_is_refused_without_its_option(stock: triton.InferenceServerClient) -> None:
     with pytest.raises(InferenceServerException, match="started without --shared-memory"):
         stock.register_system_shared_memory("in", "/flashdiff_none", 64)
     assert "system_shared_memory" not in stock.get_server_metadata().extensions

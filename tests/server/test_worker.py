@@ -25,7 +25,7 @@ from flashdiff.server.worker import Worker
 from flashdiff.tasks import check_order
 
 
-@pytest.fixture(params=[False, True], ids=["in turn", "decodes beside"])
+@pytest.fixture(params=[False, True], ids=["in turn", "in parallel"])
 def fake(request: pytest.FixtureRequest) -> FakeComponents:
     return FakeComponents(parallel_decode=request.param)
 
@@ -97,7 +97,7 @@ def test_a_full_queue_and_a_hopeless_deadline_are_refused_at_once(fake: FakeComp
         asking.submit(_order(fake), timeout_s=-1.0)
 
 
-def test_who_left_and_whose_deadline_passed_free_their_place(fake: FakeComponents) -> None:
+def test_departed_clients_and_passed_deadlines_free_their_places(fake: FakeComponents) -> None:
     asking, gate = Asking(fake), Gate(fake)
     running = asking.submit(_order(fake))
     gate.entered.wait(10)
@@ -143,7 +143,7 @@ def test_a_prompt_that_is_too_long_does_not_take_its_neighbours_down(fake: FakeC
     assert running.answer.result(10).images
 
 
-def test_an_unexpected_crash_answers_everyone_and_refuses_what_comes_later(fake: FakeComponents) -> None:
+def test_an_unexpected_crash_answers_every_job_and_refuses_later_ones(fake: FakeComponents) -> None:
     asking = Asking(fake)
     intercept(fake, "denoiser", lambda call, inputs: 1 / 0)
     with pytest.raises(BackendError, match="device thread has stopped"):
@@ -194,7 +194,7 @@ def test_a_slow_past_does_not_refuse_for_ever(fake: FakeComponents, asking: Aski
     until(is_accepted)
 
 
-def test_every_step_of_every_row_is_told_with_a_picture_of_where_it_is_heading(fake: FakeComponents, asking: Asking) -> None:
+def test_every_step_of_every_row_is_reported_with_a_picture_of_its_estimate(fake: FakeComponents, asking: Asking) -> None:
     steps: list[Step] = []
     job = asking.submit(_order(fake, steps=3, count=2), on_step=steps.append)
     images = job.answer.result(10).images
@@ -314,7 +314,7 @@ def test_a_hundred_of_one_client_do_not_go_before_the_one_of_another() -> None:
     asking.finish()
 
 
-def test_a_promise_is_not_broken_by_who_is_in_a_hurry_and_a_backlog_without_deadlines_does_not_refuse_him(
+def test_an_urgent_request_breaks_no_promise_and_is_not_refused_for_a_backlog_without_deadlines(
     fake: FakeComponents, asking: Asking
 ) -> None:
     set_cost(asking.model, "denoiser", 100.0)
@@ -328,13 +328,13 @@ def test_a_promise_is_not_broken_by_who_is_in_a_hurry_and_a_backlog_without_dead
     assert patient.answer.result(10)
 
 
-def test_promises_to_who_has_to_wait_leave_a_margin_that_widens_when_one_is_broken(fake: FakeComponents, asking: Asking) -> None:
+def test_promises_to_waiting_requests_leave_a_margin_that_widens_when_one_is_broken(fake: FakeComponents, asking: Asking) -> None:
     least = asking.worker._loop._margin
     set_cost(asking.model, "denoiser", 1000.0)
     gate = Gate(fake)
     asking.submit(_order(fake, 0, steps=1, count=4), priority="high")
     assert gate.entered.wait(10)
-    # The margin matters to the first three, of whom two are too late, at once.
+    # The margin matters to the first three requests, of which two are refused at once.
     jobs = [asking.submit(_order(fake, seed, steps=1), timeout_s=4.0) for seed in range(1, 4)]
     jobs.append(asking.submit(_order(fake, 4, steps=1), timeout_s=99.0))
     assert [job.is_tight for job in jobs] == [True, True, True, False]
@@ -348,7 +348,7 @@ def test_promises_to_who_has_to_wait_leave_a_margin_that_widens_when_one_is_brok
     assert asking.worker._loop._margin == next_margin(next_margin(least, kept=False), kept=True)
 
 
-def test_the_margin_decides_who_is_promised_a_time(fake: FakeComponents, asking: Asking) -> None:
+def test_the_margin_decides_which_requests_are_promised_a_time(fake: FakeComponents, asking: Asking) -> None:
     set_cost(asking.model, "denoiser", 1000.0)
     gate = Gate(fake)
     asking.submit(_order(fake, 0, steps=1, count=4), priority="high")
@@ -360,7 +360,7 @@ def test_the_margin_decides_who_is_promised_a_time(fake: FakeComponents, asking:
     gate.open()
 
 
-def test_a_call_that_hangs_answers_everyone_and_refuses_what_comes(fake: FakeComponents) -> None:
+def test_a_call_that_hangs_answers_every_job_and_refuses_later_ones(fake: FakeComponents) -> None:
     asking = Asking(fake)
     gate = Gate(fake)
     stuck = asking.submit(_order(fake))
@@ -380,7 +380,7 @@ def test_a_call_that_hangs_answers_everyone_and_refuses_what_comes(fake: FakeCom
 def test_what_is_left_of_a_job_is_known_after_every_call(
     fake: FakeComponents, asking: Asking, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also of one whose text another's call has read."""
+    """Also of a job whose text was encoded in another job's call."""
     gate, jobs, loop = Gate(fake), list[Job](), asking.worker._loop
     take = loop._take
 
@@ -441,7 +441,7 @@ def test_an_order_larger_than_a_batch_keeps_its_promise(monkeypatch: pytest.Monk
     asking.finish()
 
 
-def test_patient_requests_do_not_shut_out_a_hurried_one_who_must_not_break_their_promises(fake: FakeComponents) -> None:
+def test_patient_requests_do_not_shut_out_an_urgent_one_which_must_not_break_their_promises(fake: FakeComponents) -> None:
     asking = Asking(fake)
     set_costs(asking.model, 1000.0)
     gate = Gate(fake)
@@ -457,8 +457,8 @@ def test_patient_requests_do_not_shut_out_a_hurried_one_who_must_not_break_their
     asking.finish()
 
 
-def test_a_promise_outlasts_who_comes_later_without_a_deadline(fake: FakeComponents) -> None:
-    """However high his priority: he goes first only where that makes nobody late."""
+def test_a_promise_outlasts_later_requests_without_a_deadline(fake: FakeComponents) -> None:
+    """Whatever its priority, the later request goes first only where that makes no promised one late."""
     asking = Asking(fake)
     set_costs(asking.model, 1000.0)
     gate = Gate(fake)
@@ -474,7 +474,7 @@ def test_a_promise_outlasts_who_comes_later_without_a_deadline(fake: FakeCompone
     asking.finish()
 
 
-def test_an_estimate_knows_who_else_waits_and_what_the_client_has_waiting(fake: FakeComponents) -> None:
+def test_an_estimate_counts_other_waiting_requests_and_the_clients_own(fake: FakeComponents) -> None:
     asking = Asking(fake)
     set_costs(asking.model, 1000.0)
     gate = Gate(fake)
@@ -540,7 +540,7 @@ def test_finished_rows_are_decoded_while_others_take_their_steps() -> None:
     asking.finish()
 
 
-def test_who_comes_while_rows_are_decoded_beside_waits_for_that_too() -> None:
+def test_a_request_that_comes_during_a_parallel_decode_waits_for_it_too() -> None:
     fake = FakeComponents(parallel_decode=True)
     asking = Asking(fake)
     set_costs(asking.model, 100.0)
@@ -561,7 +561,7 @@ def test_who_comes_while_rows_are_decoded_beside_waits_for_that_too() -> None:
     asking.finish()
 
 
-def test_a_crash_beside_answers_everyone_too() -> None:
+def test_a_crash_of_a_parallel_decode_answers_every_job_too() -> None:
     fake = FakeComponents(parallel_decode=True)
     asking = Asking(fake)
 
@@ -576,7 +576,7 @@ def test_a_crash_beside_answers_everyone_too() -> None:
     assert asking.worker.join(10)
 
 
-def test_draining_waits_for_what_is_decoded_beside() -> None:
+def test_draining_waits_for_a_parallel_decode() -> None:
     fake = FakeComponents(parallel_decode=True)
     asking = Asking(fake)
     gate = Gate(fake)
@@ -597,7 +597,7 @@ def test_draining_waits_for_what_is_decoded_beside() -> None:
         max_size=12,
     )
 )
-def test_whatever_comes_while_rows_are_decoded_beside_is_answered_once(requests: list[tuple[int, int, str]]) -> None:
+def test_requests_that_come_during_a_parallel_decode_are_answered_once(requests: list[tuple[int, int, str]]) -> None:
     fake = FakeComponents(parallel_decode=True, delay_s=0.0005)
     asking = Asking(fake, clock=time.monotonic)  # what is in time is left to chance: every way must end well
     jobs = []

@@ -42,7 +42,7 @@ def test_student_is_compared_with_the_teacher_of_its_backend_and_stock_diffusers
 
 def test_gap_to_the_ideal_adds_up() -> None:
     alone, served, torch = ideal_gaps(_TWO_BACKENDS)
-    # 4 of 100 evaluations of 400 ms: 16. Text, decoding and PNG: 3.5 more. 4 steps of 5 ms beside 2 guided ones of 8: 4 more.
+    # 4 of 100 evaluations of 400 ms: 16. Text, decoding and PNG: 3.5 more. 4 steps of 5 ms instead of 2 guided ones of 8: 4 more.
     assert (alone.ideal, alone.fixed, alone.evaluations, alone.serving) == pytest.approx((16.0, 3.5, 4.0, 0.0))
     assert alone.other == pytest.approx(0.5)
     assert alone.share_of_ideal == pytest.approx(16 / 24)
