@@ -1,12 +1,12 @@
 """Server processes with the fake model, each with its log in a file, and threads that keep them busy."""
 
-import socket
 import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from ports import reserved_ports
 from served import Process, until
 
 from flashdiff.server.client import Client, ServerError
@@ -17,14 +17,6 @@ fake = FakeComponents(delay_s=0.01)
 fake.spec = fake.spec.model_copy(update={{"sizes": (Size(64, 64), Size(1024, 1024))}})
 listen = Listen(port={port}, metrics_port={metrics}, drain_delay_s=3.0{more})
 """
-
-
-def free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
 
 
 class Replica:
@@ -54,8 +46,7 @@ class Replica:
 def running_replicas(
     folder: Path, more: str = "", setup: str = "", is_up: str = "serving fake"
 ) -> Iterator[tuple[list[Replica], ExitStack]]:
-    ports = free_ports(4)
-    with ExitStack() as stack:
+    with reserved_ports(4) as ports, ExitStack() as stack:
         replicas = [
             Replica(folder / f"log{number}", *ports[2 * number : 2 * number + 2], more, setup, is_up) for number in range(2)
         ]

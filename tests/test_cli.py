@@ -77,30 +77,27 @@ def test_the_served_pixels_are_those_of_generate_and_sigterm_ends_the_server_wel
     import base64
     import io
     import signal
-    import socket
 
     import httpx2
     import numpy as np
     from PIL import Image
+    from ports import reserved_ports
 
     from flashdiff.server.client import Client
 
-    with socket.socket() as probe, socket.socket() as other:
-        probe.bind(("127.0.0.1", 0))
-        other.bind(("127.0.0.1", 0))
-        port, http_port = probe.getsockname()[1], other.getsockname()[1]
     assert cli.main(["generate", str(student_bundle), "a dog", "-o", str(tmp_path / "dog.png"), "--seed", "5"]) == 0
-    ports = ["--port", str(port), "--http-port", str(http_port)]
-    process = subprocess.Popen([sys.executable, "-m", "flashdiff", "serve", str(student_bundle), *ports])
-    try:
-        with Client(f"127.0.0.1:{port}") as client:
-            client.wait_until_ready(60)
-            served = client.generate("a dog", seed=5, image_format="raw").images[0]
-        url = f"http://127.0.0.1:{http_port}/v1/images/generations"
-        answer = httpx2.post(url, json={"prompt": "a dog", "seed": 5}, timeout=60).json()
-    finally:
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(120) == 0
+    with reserved_ports(2) as (port, http_port):
+        ports = ["--port", str(port), "--http-port", str(http_port)]
+        process = subprocess.Popen([sys.executable, "-m", "flashdiff", "serve", str(student_bundle), *ports])
+        try:
+            with Client(f"127.0.0.1:{port}") as client:
+                client.wait_until_ready(60)
+                served = client.generate("a dog", seed=5, image_format="raw").images[0]
+            url = f"http://127.0.0.1:{http_port}/v1/images/generations"
+            answer = httpx2.post(url, json={"prompt": "a dog", "seed": 5}, timeout=60).json()
+        finally:
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(120) == 0
     np.testing.assert_array_equal(
         np.frombuffer(served, np.uint8).reshape(32, 32, 3), np.asarray(Image.open(tmp_path / "dog.png"))
     )

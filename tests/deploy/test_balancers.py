@@ -10,7 +10,8 @@ from pathlib import Path
 
 import grpc
 import pytest
-from replicas import Load, Replica, free_ports, running_replicas
+from ports import reserved_ports
+from replicas import Load, Replica, running_replicas
 from served import until
 
 from flashdiff.components import Size
@@ -44,21 +45,27 @@ def _balanced(name: str, folder: Path, replicas: list[Replica]) -> Iterator[str]
     """The address of a balancer in front of two replicas."""
     if not shutil.which(name):
         pytest.skip(f"{name} is not installed: Debian has it in a package of that name")
-    (port,) = free_ports(1)
     file, command = _BALANCERS[name]
     text = (PLACE / file).read_text()
-    ports = {50050: port, 50051: replicas[0].port, 50052: replicas[1].port, 9091: replicas[0].metrics, 9092: replicas[1].metrics}
-    for standard, used in ports.items():
-        text = re.sub(rf"(127\.0\.0\.1:|port ){standard}\b", rf"\g<1>{used}", text)
-    config = folder / file
-    config.write_text(text)
-    with (folder / "balancer.log").open("w") as log:
-        process = subprocess.Popen(command(config), stdout=log, stderr=log)
-    try:
-        yield f"127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(30)
+    with reserved_ports(1) as (port,):
+        ports = {
+            50050: port,
+            50051: replicas[0].port,
+            50052: replicas[1].port,
+            9091: replicas[0].metrics,
+            9092: replicas[1].metrics,
+        }
+        for standard, used in ports.items():
+            text = re.sub(rf"(127\.0\.0\.1:|port ){standard}\b", rf"\g<1>{used}", text)
+        config = folder / file
+        config.write_text(text)
+        with (folder / "balancer.log").open("w") as log:
+            process = subprocess.Popen(command(config), stdout=log, stderr=log)
+        try:
+            yield f"127.0.0.1:{port}"
+        finally:
+            process.terminate()
+            process.wait(30)
 
 
 @pytest.mark.parametrize("name", _BALANCERS)

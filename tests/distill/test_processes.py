@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from ports import reserved_ports
 from recipes import tiny_recipe
 from safetensors.torch import load_file
 
@@ -72,21 +72,19 @@ def test_two_processes_tell_the_same_losses_as_one_with_and_without_a_sharded_ba
     runs = {"whole": {}, "sharded": {"shard_base": True, "gradient_checkpointing": True}}
     for name, changes in runs.items():
         (tmp_path / f"{name}.json").write_text(_recipe(tiny_base, **changes).model_dump_json())
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", RUN, *(str(tmp_path / f"{name}.json") for name in runs)],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = [process.communicate(timeout=860) for process in started]
+    with reserved_ports(1) as (port,):
+        shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        started = [
+            subprocess.Popen(
+                [sys.executable, "-c", RUN, *(str(tmp_path / f"{name}.json") for name in runs)],
+                env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        said = [process.communicate(timeout=860) for process in started]
     assert [process.returncode for process in started] == [0, 0], "\n".join(errors[-1500:] for _, errors in said)
     assert [lines for lines, _ in said] == ["0 2\n", "1 2\n"]  # two that worked together, not each on its own
     for name in runs:

@@ -19,6 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from orders import from_image
 from PIL import Image
+from ports import reserved_ports
 from served import METHODS, MODEL, SIZE, Gate, Running, Tensors, intercept, message, model_of, set_cost, until
 
 from flashdiff.components import Size
@@ -481,9 +482,6 @@ def test_a_device_thread_that_is_lost_ends_the_server_and_every_call_in_flight(
                 assert why in await call.details()
         await serving
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with pytest.raises(BackendError, match=f"the device thread has stopped: .*{why}"):
+    with reserved_ports(1) as (port,), pytest.raises(BackendError, match=f"the device thread has stopped: .*{why}"):
         asyncio.run(asyncio.wait_for(scenario(port), 90))
     over.set()
