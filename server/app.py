@@ -33,6 +33,7 @@ from flashdiff.server.health import Health
 from flashdiff.server.log import hide_lost_replies
 from flashdiff.server.metrics import Metrics
 from flashdiff.server.models import Models
+from flashdiff.server.reply_size import MAX_MESSAGE_BYTES
 from flashdiff.server.requests import Requests
 from flashdiff.server.service import ImageService
 from flashdiff.server.shared_memory import Regions
@@ -47,9 +48,8 @@ if TYPE_CHECKING:
 _LAST_S = 1.0  # for refusals on their way when all images are sent
 _WATCH_S = 0.5  # how often the device thread is checked and the metrics are updated
 _MOST_S = 7 * 24 * 3600
-_MAX_REPLY = 256 * 1024 * 1024
 _OPTIONS = [
-    ("grpc.max_send_message_length", _MAX_REPLY),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", 4 * 1024 * 1024),  # a request is a prompt, some numbers and perhaps an image
     ("grpc.max_concurrent_streams", 500),  # of one connection
     ("grpc.server_handshake_timeout_ms", 10_000),  # a silent connection is closed
