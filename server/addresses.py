@@ -29,7 +29,7 @@ def shown(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def check_free(host: str, port: int, option: str) -> None:
+def check_free(host: str, port: int, option: str, host_option: str = "--host") -> None:
     """ConfigError when there is no listening there, before gRPC would add lines of its own to the error.
 
     The file that a server left which was killed is removed.
@@ -43,9 +43,9 @@ def check_free(host: str, port: int, option: str) -> None:
         remedies = {
             errno.EADDRINUSE: f"the port is in use; choose another with {option}",
             errno.EACCES: f"this user may not take the port; choose one from 1024 on with {option}",
-            errno.EADDRNOTAVAIL: "this machine has no such address; choose another with --host",
+            errno.EADDRNOTAVAIL: f"this machine has no such address; choose another with {host_option}",
         }
-        reason = remedies.get(error.errno or 0, f"{error.strerror or error}; choose another --host")
+        reason = remedies.get(error.errno or 0, f"{error.strerror or error}; choose another {host_option}")
         raise ConfigError(f"cannot listen on {host}:{port}: {reason}") from None
 
 

@@ -33,6 +33,7 @@ from flashdiff.server.health import Health
 from flashdiff.server.log import hide_lost_replies
 from flashdiff.server.metrics import Metrics
 from flashdiff.server.models import Models
+from flashdiff.server.reply_size import MAX_MESSAGE_BYTES
 from flashdiff.server.requests import Requests
 from flashdiff.server.service import ImageService
 from flashdiff.server.shared_memory import Regions
@@ -47,9 +48,8 @@ if TYPE_CHECKING:
 _LAST_S = 1.0  # for refusals on their way when all images are sent
 _WATCH_S = 0.5  # how often the device thread is checked and the metrics are updated
 _MOST_S = 7 * 24 * 3600
-_MAX_REPLY = 256 * 1024 * 1024
 _OPTIONS = [
-    ("grpc.max_send_message_length", _MAX_REPLY),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", 4 * 1024 * 1024),  # a request is a prompt, some numbers and perhaps an image
     ("grpc.max_concurrent_streams", 500),  # of one connection
     ("grpc.server_handshake_timeout_ms", 10_000),  # a silent connection is closed
@@ -117,9 +117,20 @@ class Listen:
         ):
             if seconds is not None and not least <= seconds <= _MOST_S:
                 raise ConfigError(f"{option} {seconds:g}: give seconds from {least} to {_MOST_S}")
+        self._check_ports_differ()
         for origin in self.allowed_origins:
             if not _ORIGIN.fullmatch(origin):
                 raise ConfigError(f"--allow-origin {origin}: give scheme://host or scheme://host:port, as browsers send it")
+
+    def _check_ports_differ(self) -> None:
+        hosts = {"--port": self.host, "--http-port": self.host, "--metrics-port": self.metrics_host}
+        given = {"--port": self.port, "--http-port": self.http_port, "--metrics-port": self.metrics_port}
+        taken: dict[tuple[str, int], str] = {}
+        for option, port in given.items():
+            if port and not is_unix(hosts[option]):
+                other = taken.setdefault((hosts[option], port), option)
+                if other != option:
+                    raise ConfigError(f"{other} {port} and {option} {port}: give each a port of its own")
 
 
 @dataclass
@@ -164,14 +175,21 @@ class Server:
         self._metrics.page.close()
 
 
+def check_ports(listen: Listen) -> None:
+    """ConfigError for a port that cannot be had: before models are built and opened, which takes minutes, and again after it."""
+    check_free(listen.host, listen.port, "--port")
+    if listen.http_port is not None:
+        check_free(listen.host, listen.http_port, "--http-port")
+    if listen.metrics_port is not None:
+        check_free(listen.metrics_host, listen.metrics_port, "--metrics-port", "--metrics-host")
+
+
 async def start(models: Models, listen: Listen, worker: type[Worker] = Worker) -> Server:
     """A server that answers; ConfigError when it cannot listen there."""
     _check_aliases(models, listen.aliases)
     hide_lost_replies()
+    check_ports(listen)
     host, port = listen.host, listen.port
-    for option, wanted in (("--port", port), ("--http-port", listen.http_port)):
-        if wanted is not None:
-            check_free(host, wanted, option)
     tls = certificates(listen.tls_cert, listen.tls_key, listen.tls_client_ca)
     metrics = Metrics([device.name for device in models.devices if device.name])
     tokens = Tokens(listen.tokens) if listen.tokens else None

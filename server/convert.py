@@ -1,6 +1,6 @@
 """The server's half of `flashdiff.v1`: its messages to requests, replies to its messages."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 from flashdiff.components import Size
@@ -9,6 +9,7 @@ from flashdiff.noise import image_seed
 from flashdiff.proto.v1 import image_pb2 as pb
 from flashdiff.server.jobs import Step
 from flashdiff.server.models import Model
+from flashdiff.server.reply_size import MAX_MESSAGE_BYTES, MESSAGE_EXTRA_BYTES, ReplyLimit
 from flashdiff.server.requests import Estimate, ImageRequest, Reply
 from flashdiff.server.submitter import DeviceState
 from flashdiff.server.wire import FORMAT_NUMBERS, FORMATS, PRIORITIES
@@ -16,7 +17,9 @@ from flashdiff.server.wire import FORMAT_NUMBERS, FORMATS, PRIORITIES
 _Value = TypeVar("_Value")
 
 
-def read_request(message: pb.GenerateRequest, timeout_s: float | None = None, *, wants_steps: bool = False) -> ImageRequest:
+def read_request(
+    message: pb.GenerateRequest, timeout_s: float | None = None, *, stated_limit: int | None = None, wants_steps: bool = False
+) -> ImageRequest:
     """The request; RequestError for a field without a meaning, or for a value given twice."""
     if message.format not in FORMATS:
         raise RequestError("format", int(message.format), f"it must be one of {', '.join(pb.ImageFormat.keys())}")
@@ -45,6 +48,11 @@ def read_request(message: pb.GenerateRequest, timeout_s: float | None = None, *,
         priority=PRIORITIES[message.priority],
         timeout_s=timeout_s,
         wants_steps=wants_steps,
+        limit=ReplyLimit(
+            max_bytes=stated_limit or MAX_MESSAGE_BYTES,
+            formats=(image_format,),
+            in_parts=wants_steps and stated_limit is not None,
+        ),
     )
 
 
@@ -83,8 +91,20 @@ def write_preview(step: Step, png: bytes) -> pb.GenerateUpdate:
     return pb.GenerateUpdate(preview=preview)
 
 
-def write_result(response: pb.GenerateResponse) -> pb.GenerateUpdate:
-    return pb.GenerateUpdate(result=response)
+def write_result(response: pb.GenerateResponse, stated_limit: int | None = None) -> Iterator[pb.GenerateUpdate]:
+    """The last message or, for a client that states a limit, as many as it takes: each has some images, and all else."""
+    if stated_limit is None:
+        yield pb.GenerateUpdate(result=response)
+        return
+    images = list(response.images)
+    del response.images[:]
+    while images:
+        part, room = pb.GenerateResponse(), stated_limit - MESSAGE_EXTRA_BYTES
+        part.CopyFrom(response)
+        while images and (not part.images or len(images[0].data) <= room):
+            room -= len(images[0].data)
+            part.images.append(images.pop(0))
+        yield pb.GenerateUpdate(result=part)
 
 
 def write_models(served: dict[str, Model], devices: Sequence[DeviceState]) -> pb.ListModelsResponse:

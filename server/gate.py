@@ -63,10 +63,11 @@ class Gate(grpc.aio.ServerInterceptor):
         return self._watched[method]
 
     def _admit(self, metadata: Any) -> None:
-        _client.set(self._calls.admit(_texts(metadata).get("authorization", "")))
+        _client.set(self._calls.admit(texts(metadata).get("authorization", "")))
 
 
-def _texts(metadata: Any) -> dict[str, str]:
+def texts(metadata: Any) -> dict[str, str]:
+    """The metadata of a call by key."""
     return {key: str(value) for key, value in metadata or ()}
 
 
@@ -111,7 +112,7 @@ class _Watched:
         if self._is_quiet:
             yield
             return
-        with self._calls.watch(self._method, client, _texts(context.invocation_metadata()), "OK") as call:
+        with self._calls.watch(self._method, client, texts(context.invocation_metadata()), "OK") as call:
             try:
                 yield
             except BaseException as error:  # an abort, mostly, which has left its code

@@ -1,36 +1,72 @@
 """Opens bundles as the models a server serves: each warmed up, and measured on every device."""
 
 import logging
+import re
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from flashdiff.engines.bundle import parse_manifest
 from flashdiff.engines.runtime.device import DEFAULT_DEVICE, Device
 from flashdiff.engines.runtime.engine import Engine
 from flashdiff.engines.runtime.snapshot import Snapshot
-from flashdiff.errors import ConfigError
+from flashdiff.errors import BundleError, ConfigError
 from flashdiff.server.models import Model, Models
 from flashdiff.server.names import ModelIdentity
 
 _LINE_EVERY_S = 3.0
+_HASH = re.compile("[0-9a-f]{12,64}")
 
 _log = logging.getLogger(__name__)
 
 
-def open_models(bundles: Sequence[Path], repository: Path | None, devices: Sequence[Device] = (DEFAULT_DEVICE,)) -> Models:
+@dataclass(frozen=True)
+class ExpectedBundles:
+    """The hashes that bundles may have, each whole or from its start; ConfigError for what is no such hash. None: any."""
+
+    hashes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for text in self.hashes:
+            if not _HASH.fullmatch(text):
+                raise ConfigError(
+                    f"--expect-bundle {text}: give 12 to 64 digits of a bundle's hash, as `flashdiff inspect` shows it"
+                )
+
+    def check(self, bundle: Path) -> None:
+        """BundleError for a bundle of another hash."""
+        if not self.hashes:
+            return
+        found = parse_manifest(bundle)[1].bundle_hash
+        if not found.startswith(self.hashes):
+            raise BundleError(f"{bundle} has the hash {found}, and --expect-bundle allows {', '.join(self.hashes)} alone")
+
+
+def open_models(
+    bundles: Sequence[Path],
+    repository: Path | None,
+    devices: Sequence[Device] = (DEFAULT_DEVICE,),
+    expected: ExpectedBundles | None = None,
+) -> Models:
     """The bundles, each under its folder's name, the first as the default; ConfigError when two have the same name.
 
-    More can be loaded from the repository later, on the devices that live then.
+    More can be loaded from the repository later, on the devices that live then. BundleError for one that is not expected.
     """
+
+    def open_expected(bundle: Path, devices: Sequence[Device]) -> Model:
+        if expected:
+            expected.check(bundle)
+        return open_model(bundle, devices)
+
     names = [bundle.absolute().name for bundle in bundles]
     if len(set(names)) < len(names):
         raise ConfigError(f"two bundles have the same folder name: {', '.join(names)}")
-    served = {name: open_model(bundle, devices) for name, bundle in zip(names, bundles, strict=True)}
+    served = {name: open_expected(bundle, devices) for name, bundle in zip(names, bundles, strict=True)}
     models = Models(
         served,
         repository,
-        opener=lambda bundle: open_model(bundle, models.devices),
+        opener=lambda bundle: open_expected(bundle, models.devices),
         identify=lambda bundle: parse_manifest(bundle)[1].bundle_hash,
         devices=devices,
     )

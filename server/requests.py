@@ -13,6 +13,7 @@ from flashdiff.server.images import readers
 from flashdiff.server.jobs import Finished, Step, Timings, pixel_bytes
 from flashdiff.server.models import Model, Models
 from flashdiff.server.names import ImageFormat, Priority
+from flashdiff.server.reply_size import ReplyLimit
 from flashdiff.server.submitter import DeviceState, Submitter
 from flashdiff.server.tracing import describe_call, note_device, note_model
 from flashdiff.tasks import check_order
@@ -51,6 +52,8 @@ class ImageRequest:
     wants_steps: bool = False
     wants_files: bool = True
     """Whether the images are wanted as files, or as pixels alone."""
+    limit: ReplyLimit | None = None
+    """None: a reply may have any size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +191,7 @@ class Requests:
 
 def _read_order(model: Model, request: ImageRequest) -> Order:
     """The order, its files decoded; that takes a while."""
-    return check_order(
+    order = check_order(
         model.components.spec,
         prompt=request.prompt,
         negative_prompt=request.negative_prompt,
@@ -200,3 +203,6 @@ def _read_order(model: Model, request: ImageRequest) -> Order:
         inputs=readers(request.files),
         parameters=request.parameters,
     )
+    if request.limit:
+        request.limit.check(order, request.quality)
+    return order

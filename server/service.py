@@ -15,8 +15,9 @@ from flashdiff.server.convert import (
     write_response,
     write_result,
 )
-from flashdiff.server.gate import client_of
+from flashdiff.server.gate import client_of, texts
 from flashdiff.server.jobs import Step
+from flashdiff.server.reply_size import stated_limit
 from flashdiff.server.requests import Requests
 from flashdiff.server.status import abort
 from flashdiff.server.unread import end_of_call, when_answered
@@ -44,13 +45,15 @@ class ImageService(image_pb2_grpc.ImageServiceServicer):
         """The previews where they are wanted, then the result; an error ends the call."""
         try:
             model = self._requests.models.get(message.model)
-            request = read_request(message, context.time_remaining(), wants_steps=previews)
+            limit = stated_limit(texts(context.invocation_metadata()))
+            request = read_request(message, context.time_remaining(), stated_limit=limit, wants_steps=previews)
             async with aclosing(self._requests.serve(model, request, client_of(context), end_call)) as updates:
                 async for update in updates:
                     if isinstance(update, Step):
                         yield write_preview(update, await self._requests.threads.encode_preview(update.picture))
                     else:
-                        yield write_result(write_response(update))
+                        for result in write_result(write_response(update), limit if previews else None):
+                            yield result
         except FlashdiffError as error:
             await abort(context, error)
 
@@ -61,6 +64,7 @@ class ImageService(image_pb2_grpc.ImageServiceServicer):
         client = client_of(context)
         try:
             model = self._requests.models.get(request.model)
-            return write_estimate(await self._requests.estimate(model, read_request(request), client))
+            limit = stated_limit(texts(context.invocation_metadata()))
+            return write_estimate(await self._requests.estimate(model, read_request(request, stated_limit=limit), client))
         except FlashdiffError as error:
             await abort(context, error)

@@ -177,16 +177,19 @@ class TritonService:
         *,
         stream: bool,
         on_unread: Callable[[], None] | None = None,
+        max_message_bytes: int | None = None,
     ) -> AsyncGenerator[pb.ModelInferResponse, None]:
         """The previews, where they are asked for, and the result; errors count as failed in the statistics.
 
-        `on_unread` as in `Requests.serve`.
+        `on_unread` as in `Requests.serve`; a response that may have more than `max_message_bytes` is refused.
         """
         started = time.monotonic()
         statistics = None
         try:
             model = self._find(request.model_name, request.model_version)
-            call = read_request(request, model.components.spec, remaining_s, self._regions, stream=stream)
+            call = read_request(
+                request, model.components.spec, remaining_s, self._regions, stream=stream, max_message_bytes=max_message_bytes
+            )
             statistics = self._statistics.setdefault(request.model_name, _Statistics())
             updates = self._requests.serve(model, call.request, client, on_unread)
             async with contextlib.aclosing(updates):

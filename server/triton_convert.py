@@ -14,6 +14,7 @@ from flashdiff.noise import image_seed
 from flashdiff.proto.v1 import triton_pb2 as pb
 from flashdiff.server.jobs import Step
 from flashdiff.server.names import ImageFormat, Priority
+from flashdiff.server.reply_size import ReplyLimit
 from flashdiff.server.requests import ImageRequest, Reply
 from flashdiff.server.shared_memory import Regions, offered
 from flashdiff.tasks import tasks_of
@@ -72,7 +73,13 @@ class Call:
 
 
 def read_request(
-    request: pb.ModelInferRequest, spec: ModelSpec, remaining_s: float | None, regions: Regions | None, *, stream: bool
+    request: pb.ModelInferRequest,
+    spec: ModelSpec,
+    remaining_s: float | None,
+    regions: Regions | None,
+    *,
+    stream: bool,
+    max_message_bytes: int | None = None,
 ) -> Call:
     """A request to the model of `spec`; an error names the input, output or parameter that is wrong."""
     if len(request.id) > MAX_ID:
@@ -111,8 +118,15 @@ def read_request(
         timeout_s=_timeout_s(parameters, remaining_s),
         wants_steps="PREVIEW" in outputs,
         wants_files="ENCODED" in outputs,
+        limit=ReplyLimit(max_bytes=max_message_bytes, formats=_sent(outputs, image_format)) if max_message_bytes else None,
     )
     return Call(asked, outputs)
+
+
+def _sent(outputs: Mapping[str, Mapping[str, Any]], image_format: ImageFormat) -> tuple[ImageFormat, ...]:
+    """In which formats each image is in the response, and not in shared memory."""
+    formats: dict[str, ImageFormat] = {"IMAGES": "raw", "ENCODED": image_format}
+    return tuple(formats[name] for name, place in outputs.items() if name in formats and "shared_memory_region" not in place)
 
 
 def _read_inputs(request: pb.ModelInferRequest, inputs: Mapping[str, Tensor], regions: Regions | None) -> dict[str, Any]:

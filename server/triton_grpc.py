@@ -10,7 +10,8 @@ from google.protobuf import message_factory
 
 from flashdiff.errors import FlashdiffError, OutOfMemoryError, TensorError
 from flashdiff.proto.v1 import triton_pb2 as pb
-from flashdiff.server.gate import Malformed, client_of
+from flashdiff.server.gate import Malformed, client_of, texts
+from flashdiff.server.reply_size import MAX_MESSAGE_BYTES, stated_limit
 from flashdiff.server.status import abort
 from flashdiff.server.triton import TritonService
 from flashdiff.server.triton_convert import MAX_ID
@@ -55,8 +56,14 @@ class _Inference:
 
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Any) -> pb.ModelInferResponse:
         try:
+            limit = stated_limit(texts(context.invocation_metadata()))
             updates = self._service.infer(
-                request, context.time_remaining(), client_of(context), stream=False, on_unread=end_of_call()
+                request,
+                context.time_remaining(),
+                client_of(context),
+                stream=False,
+                on_unread=end_of_call(),
+                max_message_bytes=limit or MAX_MESSAGE_BYTES,
             )
             when_answered(updates.aclose)
             return await anext(updates)
@@ -70,13 +77,16 @@ class _Inference:
         # Both are bounded, so that a client that sends without reading blocks only itself, and its unread replies hold its room.
         responses: asyncio.Queue[pb.ModelStreamInferResponse | None] = asyncio.Queue(1)
         room = asyncio.Semaphore(_IN_STREAM)
-        client, end_call = client_of(context), end_of_call()
+        client, end_call, metadata = client_of(context), end_of_call(), texts(context.invocation_metadata())
 
         async def answer(request: pb.ModelInferRequest | Malformed) -> None:
             try:
                 if isinstance(request, Malformed):
                     raise TensorError(request.message)
-                updates = self._service.infer(request, context.time_remaining(), client, stream=True, on_unread=end_call)
+                limit, remaining_s = stated_limit(metadata) or MAX_MESSAGE_BYTES, context.time_remaining()
+                updates = self._service.infer(
+                    request, remaining_s, client, stream=True, on_unread=end_call, max_message_bytes=limit
+                )
                 async for response in updates:
                     await responses.put(pb.ModelStreamInferResponse(infer_response=response))
             except Exception as error:

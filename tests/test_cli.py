@@ -73,6 +73,17 @@ def test_generate_writes_one_file_an_image(student_bundle: Path, tmp_path: Path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dog-0.png", "dog-1.png"]
 
 
+@pytest.mark.parametrize("option", ["--port", "--http-port", "--metrics-port"])
+def test_a_port_in_use_is_found_before_a_model_is_built(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        others = () if option == "--port" else ("--port", 0)
+        said = _run(capsys, "serve", "--base", "no-such-base", option, port, *others)
+    assert f"cannot listen on 127.0.0.1:{port}: the port is in use; choose another with {option}" in said
+
+
 def test_the_served_pixels_are_those_of_generate_and_sigterm_ends_the_server_well(student_bundle: Path, tmp_path: Path) -> None:
     import base64
     import io

@@ -24,6 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--repository", type=Path, metavar="FOLDER", help="folder of bundles that clients may load by name while the server runs"
     )
     parser.add_argument(
+        "--expect-bundle",
+        action="append",
+        default=[],
+        metavar="HASH",
+        help="open only a bundle of this hash, so that all replicas of a pool serve the same; 12 digits do; may be repeated",
+    )
+    parser.add_argument(
         "--device",
         metavar="LIST",
         help="GPUs by number (0,1) or core sets (cpu:0-3,cpu:4-7), each with a copy of the models; default: one GPU or all cores",
@@ -119,9 +126,9 @@ def run(options: argparse.Namespace) -> None:
         raise ConfigError(f"--repository {options.repository}: there is no such folder")
     from flashdiff.engines.backends import best_backend
     from flashdiff.engines.runtime.device import DEFAULT_DEVICE, parse_devices
-    from flashdiff.server.app import Listen
+    from flashdiff.server.app import Listen, check_ports
     from flashdiff.server.json_log import write_json
-    from flashdiff.server.opening import open_models
+    from flashdiff.server.opening import ExpectedBundles, open_models
     from flashdiff.server.process import run_server
 
     listen = Listen(
@@ -142,13 +149,19 @@ def run(options: argparse.Namespace) -> None:
         drain_delay_s=options.drain_delay,
         max_connection_age_s=options.max_connection_age,
     )
+    expected = ExpectedBundles(tuple(options.expect_bundle))
     if options.log_format == "json":
         write_json()
     devices = (DEFAULT_DEVICE,) if options.device is None else parse_devices(options.device)
     if options.backend is None and (options.device or "").startswith("cpu:"):
         options.backend = best_backend(on_cpu=True)
-    bundles = find_bundles(options.bundles) + ([bundle_of_base(options)] if options.base is not None else [])
-    run_server(lambda: open_models(bundles, options.repository, devices), listen)
+    bundles = find_bundles(options.bundles)
+    check_ports(listen)
+    if options.base is not None:
+        bundles.append(bundle_of_base(options))
+    for bundle in bundles:
+        expected.check(bundle)
+    run_server(lambda: open_models(bundles, options.repository, devices, expected), listen)
 
 
 def _parse_alias(text: str) -> tuple[str, str]:

@@ -67,7 +67,9 @@ class ImageServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GenerateStream(self, request, context):
-        """The same, with a small picture of where each image is heading after every step; the last message is the result.
+        """The same, with a small picture of where each image is heading after every step; the last message is the result. For
+        a client that states the largest message that it takes, as metadata flashdiff-max-message-bytes, the images may be
+        spread over several results, in their order.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -70,6 +70,21 @@ def test_an_address_without_a_path_is_refused(host: str) -> None:
         check_free(host, 0, "--port")
 
 
+@pytest.mark.parametrize(
+    ("ports", "why"),
+    [
+        ({"port": 7, "http_port": 7}, "--port 7 and --http-port 7: give each a port of its own"),
+        ({"port": 7, "metrics_port": 7}, "--port 7 and --metrics-port 7"),
+        ({"port": 0, "http_port": 7, "metrics_port": 7}, "--http-port 7 and --metrics-port 7"),
+    ],
+)
+def test_a_port_for_two_is_refused(ports: dict[str, int], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        Listen(**ports)  # type: ignore[arg-type]
+    Listen(port=0, http_port=0, metrics_port=0)
+    Listen(port=7, metrics_host="::1", metrics_port=7)
+
+
 def test_http_needs_a_port(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="HTTP is served on a host and port alone; leave --http-port out"):
         Listen(host=f"unix:{tmp_path}/a.sock", http_port=0)
