@@ -1,8 +1,8 @@
 """What runs in Ray's gRPC proxies: our services, and what their calls need on the way to a replica and back.
 
-Ray passes a replica neither the deadline of a call nor a way to end a stream with trailing metadata, and it answers INTERNAL
-when a replica dies. So every call gets its remaining time as metadata, a stream's message that only carries a status is not sent
-on, and what fails between proxy and replica is UNAVAILABLE, which clients may try again.
+Ray passes a replica neither the deadline of a call nor a way to end a stream with trailing metadata, answers errors in a form
+that clients do not retry, and calls the death of a replica INTERNAL. So every call gets its remaining time as metadata, a message
+that only carries a status is not sent on, and what fails between proxy and replica is UNAVAILABLE.
 """
 
 import inspect
@@ -47,13 +47,17 @@ class _Call:
         given = [(key, value) for key, value in self._context.invocation_metadata() or () if key != REMAINING]
         return given if remaining_s is None else [*given, (REMAINING, f"{1000 * remaining_s:.0f}")]
 
-    def end(self) -> None:
-        """Make a status that no replica gave one that clients try again, if Ray says no more than INTERNAL."""
+    async def end(self) -> None:
+        """Abort a call that has not ended well, since clients do not retry after a message, be it empty, or headers.
+
+        A status that no replica gave becomes one that they retry, if Ray says no more than INTERNAL.
+        """
         context = self._context
-        if context.code() == grpc.StatusCode.INTERNAL and not context.trailing_metadata():  # a replica's reply has a request id
-            context.set_code(grpc.StatusCode.UNAVAILABLE)
-            reason = first_line(Exception(context.details()))
-            context.set_details(f"the replica did not answer: {reason}")
+        code, details, trailers = context.code(), context.details(), context.trailing_metadata() or ()
+        if code == grpc.StatusCode.INTERNAL and not trailers:  # a replica's reply has a request id
+            code, details = grpc.StatusCode.UNAVAILABLE, f"the replica did not answer: {first_line(Exception(details))}"
+        if code and code != grpc.StatusCode.OK:
+            await context.abort(code, details, tuple(trailers))
 
 
 def _followed(handler: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
@@ -62,7 +66,7 @@ def _followed(handler: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     async def unary(request: Any, context: Any) -> bytes:
         call = _Call(context)
         reply: bytes = await handler(request, call)
-        call.end()
+        await call.end()
         return reply
 
     async def stream(request: Any, context: Any) -> AsyncIterator[bytes]:
@@ -71,6 +75,6 @@ def _followed(handler: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
             async for message in messages:
                 if message or not call.code():
                     yield message
-        call.end()
+        await call.end()
 
     return stream if inspect.isasyncgenfunction(handler) else unary

@@ -105,6 +105,10 @@ class _ProxyContext:
     def set_trailing_metadata(self, trailers: Any) -> None:
         self.trailers = trailers
 
+    async def abort(self, code: Any, details: str, trailers: Any) -> None:
+        self.aborted = (code, details, trailers)
+        raise grpc.aio.AbortError
+
 
 class _Proxy:
     """Ray's generic gRPC server, as far as our function knows it."""
@@ -150,12 +154,20 @@ def test_a_message_that_only_carries_a_status_is_not_sent() -> None:
         yield b"preview"
         yield b""  # an empty message is one
         context.set_code(grpc.StatusCode.RESOURCE_EXHAUSTED)
+        context.set_details("full")
+        context.set_trailing_metadata([("wait", "1")])
         yield b""
 
-    async def read() -> list[bytes]:
-        return [message async for message in _followed(handler)(None, _ProxyContext())]
+    messages, context = [], _ProxyContext()
 
-    assert asyncio.run(read()) == [b"preview", b""]
+    async def read() -> None:
+        async for message in _followed(handler)(None, context):
+            messages.append(message)
+
+    with pytest.raises(grpc.aio.AbortError):
+        asyncio.run(read())
+    assert messages == [b"preview", b""]
+    assert context.aborted == (grpc.StatusCode.RESOURCE_EXHAUSTED, "full", (("wait", "1"),))
 
 
 @pytest.mark.parametrize(
@@ -171,9 +183,11 @@ def test_a_replica_that_dies_is_unavailable(trailers: Any, code: grpc.StatusCode
         return b""
 
     context = _ProxyContext()
-    asyncio.run(_followed(handler)(None, context))
-    assert context.code() == code
-    assert trailers or context.details() == "the replica did not answer: The actor died."
+    with pytest.raises(grpc.aio.AbortError):
+        asyncio.run(_followed(handler)(None, context))
+    said, details, sent = context.aborted
+    assert (said, sent) == (code, trailers)
+    assert trailers or details == "the replica did not answer: The actor died."
 
 
 def test_another_kind_of_proxy_is_refused() -> None:
