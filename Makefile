@@ -71,6 +71,13 @@ BUNDLE_NEEDS := openvino==2026.4.1 tokenizers pydantic pillow fpng==0.1.0
 bench-peers: $(VENV)/.installed $(LITSERVE)/.installed $(PYTRITON)/.installed $(BUNDLE)
 	$(BIN)/python benchmarks/peers/compare.py $(BUNDLE) --litserve $(LITSERVE)/bin/python --pytriton $(PYTRITON)/bin/python --json peers.json
 
+# Ray Serve and flashdiff, for tests/deploy/test_ray_serve.py and to try deploy/ray/serve.yaml.
+RAY := .venv-ray
+$(RAY)/.installed: pyproject.toml
+	@$(PYTHON) -m venv $(RAY)
+	@$(RAY)/bin/pip install -qq -e '.[ray]' ray==2.60.0 openvino==2026.4.1
+	@touch $@
+
 demo/student:
 	@$(MAKE) demo
 
@@ -98,7 +105,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(ORACLE) $(LITSERVE) $(PYTRITON) demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(ORACLE) $(LITSERVE) $(PYTRITON) $(RAY) demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # What a serving machine installs, with hashes, for the Dockerfile and the audit. Run it when dependencies or constraints change.
 lock: $(VENV)/.installed

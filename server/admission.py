@@ -176,6 +176,12 @@ class Admission:
             return sum(job.order.count for job in self._jobs if not job.answer.done())
 
     @property
+    def pending_s(self) -> float:
+        """How long the device needs for the images that are not answered, in full batches."""
+        with self._lock:
+            return self._pending_s()
+
+    @property
     def is_open(self) -> bool:
         """Whether new jobs are accepted."""
         return self._closed is None
@@ -210,13 +216,16 @@ class Admission:
         too_many = images + order.count > limit
         too_large = bool(jobs) and pixels + pixel_bytes(order) > share * MAX_PENDING_BYTES
         if (too_many or too_large) and (jobs or not whose):
-            retry_s = max(_SHORTEST_RETRY_S, sum(waiting.work.share_ms for waiting in self._queue(self._outlook())) / 1000)
+            retry_s = max(_SHORTEST_RETRY_S, self._pending_s())
             held = f"{images} images" if too_many else f"{pixels / 1e6:.0f} MB of images"
             most = f"{limit}" if too_many else f"{share * MAX_PENDING_BYTES / 1e6:.0f} MB"
             raise OverloadedError(
                 f"the queue is full: {held}{whose} are pending, at most {most} fit; try again in about {1000 * retry_s:.0f} ms",
                 retry_after_s=retry_s,
             )
+
+    def _pending_s(self) -> float:
+        return sum(waiting.work.share_ms for waiting in self._queue(self._outlook())) / 1000
 
     def _queue(self, outlook: Outlook) -> list[_Waiting]:
         """Every unanswered job, in the order in which the device takes them."""

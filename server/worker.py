@@ -109,6 +109,11 @@ class Worker:
         return self.admission.pending_images
 
     @property
+    def pending_s(self) -> float:
+        """How long the device needs for them, in full batches."""
+        return self.admission.pending_s
+
+    @property
     def is_ready(self) -> bool:
         """Whether new orders are taken at all."""
         return self.admission.is_open
