@@ -30,6 +30,7 @@ REFERENCE_COUNT: Final = 5000
 TEACHER_STEPS: Final = (50,)
 
 # --- a request ---
+IMAGE_FORMATS: Final = ("png", "jpeg", "webp", "raw")
 SEED: Final = 0
 COUNT: Final = 1
 STRENGTH: Final = 0.8

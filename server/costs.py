@@ -38,6 +38,16 @@ class CostTable:
         """The image size that the call's cost depends on; None for a part whose tensors do not depend on it."""
         return None if call in self._everywhere else size
 
+    @property
+    def learned(self) -> Costs:
+        """The current costs, in the form in which they were measured."""
+        return {
+            (part, self.size_of(part, size)): dict(by_batch)
+            for size, costs in self.current.items()
+            for part, by_batch in costs.items()
+            if part not in self._phases
+        }
+
     def replace(self, part: str, size: Size, by_batch: ByBatch) -> None:
         """Take these milliseconds as the part's costs from now on: at this size, or everywhere if the part has no sizes."""
         sizes = self.current if part in self._everywhere else (size,)

@@ -193,12 +193,16 @@ class Target(NamedTuple):
 class Call:
     """A device call for some targets; only the thread that makes it sets `is_back`."""
 
-    def __init__(self, targets: "list[Target]", slots: int, usual_ms: Mapping[str, float], hung_at: float) -> None:
+    def __init__(
+        self, targets: "list[Target]", slots: int, usual_ms: Mapping[str, float], hung_at: float, is_parallel: bool = False
+    ) -> None:
         self.targets, self.slots = targets, slots
         self.usual_ms = usual_ms
         """Of each of its parts."""
         self.hung_at = hung_at
         """When the call counts as hung, on the worker's clock."""
+        self.is_parallel = is_parallel
+        """Whether another thread makes it while the device thread goes on."""
         self.is_back = False
 
 

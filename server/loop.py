@@ -114,7 +114,7 @@ class DeviceLoop:
                     self._left.add(job)
             case Called():
                 self._parallel, self.in_flight = None, ()
-                self._came_back(message)
+                self.came_back(message)
             case Forgive(model):
                 model.costs.forgive()
             case Stop():
@@ -130,7 +130,20 @@ class DeviceLoop:
         return Outlook(self._arrival, tuple(self._progress.values()), self._margin)
 
     def turn(self) -> bool:
-        """Make one device call, for the most urgent work and all that can share it; False when there is nothing to do."""
+        """Make one device call; False when there is nothing to do."""
+        call = self.next_call()
+        if call is None:
+            return False
+        if call.is_parallel:
+            self.call_in_parallel(call)
+        else:
+            self.came_back(self._call_here(call))
+        return True
+
+    # --- what to call ------------------------------------------------------------------------------------------------
+
+    def next_call(self) -> Call | None:
+        """The call for the most urgent work and all that can share it; None when there is nothing to do."""
         self._turns += 1
         self._drop_hopeless(self._clock())
         targets: list[Target] = []
@@ -142,15 +155,7 @@ class DeviceLoop:
                 ready.append(self._ready(target, len(targets)))
                 targets.append(target)
         chosen = [targets[item.handle] for item in self._choose(ready)]
-        if not chosen:
-            return False
-        if chosen[0].phase == Phase.FINISH and chosen[0].running.job.model.components.parallel_decode:
-            self._call_in_parallel(self._planned(chosen))
-        else:
-            self._came_back(self._call_here(self._planned(chosen)))
-        return True
-
-    # --- what to call ------------------------------------------------------------------------------------------------
+        return self._planned(chosen) if chosen else None
 
     def _candidates(self) -> Iterable[Running]:
         """The jobs that may be served now."""
@@ -188,28 +193,30 @@ class DeviceLoop:
     # --- calls -------------------------------------------------------------------------------------------------------
 
     def _planned(self, targets: list[Target]) -> Call:
+        """The call for these targets; the noise of what it prepares is drawn meanwhile."""
         job, slots = targets[0].running.job, _slots(targets)
+        if targets[0].phase == Phase.PREPARE:
+            for running in (target.running for target in targets):
+                running.noise = running.noise or self._draw(running.job.model.components.spec, running.job.order)
         usual_ms = job.model.costs.usual_ms(targets[0].call, job.order.size, slots)
-        return Call(targets, slots, usual_ms, self._clock() + max(HANG_S, 20 * sum(usual_ms.values()) / 1000))
+        is_parallel = targets[0].phase == Phase.FINISH and job.model.components.parallel_decode
+        return Call(targets, slots, usual_ms, self._clock() + max(HANG_S, 20 * sum(usual_ms.values()) / 1000), is_parallel)
 
     def _call_here(self, call: Call) -> Called:
         """Make a call in this thread."""
-        if call.targets[0].phase == Phase.PREPARE:
-            for running in (target.running for target in call.targets):
-                running.noise = running.noise or self._draw(running.job.model.components.spec, running.job.order)
         before, self.in_flight = self.in_flight, (*self.in_flight, call)
         called = _make(call, self._clock)
         self.in_flight = before
         return called
 
-    def _call_in_parallel(self, call: Call) -> None:
+    def call_in_parallel(self, call: Call) -> None:
         """Make a call in another thread; its outputs come as a message."""
         for target in call.targets:
             target.running.finishing.add(target.row)
         clock, self._parallel, self.in_flight = self._clock, call, (call,)
         self._start(lambda: _make(call, clock))
 
-    def _came_back(self, called: Called) -> None:
+    def came_back(self, called: Called) -> None:
         """Take what a call gave: its outputs, or its error."""
         targets, error = called.call.targets, called.error
         if targets[0].phase == Phase.FINISH:

@@ -9,16 +9,17 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
+from flashdiff.components import ModelSpec
 from flashdiff.engines.runtime.device import DEFAULT_DEVICE, Device
 from flashdiff.errors import BackendError, DrainingError, FlashdiffError
 from flashdiff.orders import Order
 from flashdiff.rows import draw_noise
 from flashdiff.server.admission import MAX_PENDING_IMAGES, Admission
 from flashdiff.server.jobs import Job, Message, Step, Stop, Timings
-from flashdiff.server.loop import HANG_S, DeviceLoop, Observer, Rescue
+from flashdiff.server.loop import HANG_S, DeviceLoop, Noise, Observer, Rescue
 from flashdiff.server.models import Model
 from flashdiff.server.names import Priority
 from flashdiff.server.submitter import DeviceState
@@ -47,20 +48,24 @@ class Worker:
         """The error that stopped the device thread, if one did; set once, by `give_up`."""
         self._observer = observer
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
-        # Its thread starts here, on the cores of the thread that serves.
-        self._drawing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="flashdiff-noise")
-        self._drawing.submit(int)
         self._rescue: Rescue = partial(rescue, self)
         self._loop = self.loop_class(
             clock,
             observer,
-            lambda spec, order: self._drawing.submit(draw_noise, spec, order),
+            self._draw,
             self._start_call,
             self._rescue,
         )
         self._outlook = self._loop.outlook()
         self._giving_up = threading.Lock()
-        self.admission = Admission(lambda: self._outlook, self._inbox.put, clock, max_pending_images)
+        self.admission = Admission(lambda: self._outlook, self._post, clock, max_pending_images)
+        self._start()
+
+    def _start(self) -> None:
+        """Start the threads."""
+        # That of the noise starts here, on the cores of the thread that serves.
+        self._drawing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="flashdiff-noise")
+        self._drawing.submit(int)
         self._thread = threading.Thread(target=self._run, name="flashdiff-device", daemon=True)
         self._thread.start()
 
@@ -96,7 +101,7 @@ class Worker:
     def drain(self) -> None:
         """Refuse new orders from now on, finish the accepted ones, and stop the thread."""
         self.admission.close(DrainingError("the server is shutting down"))
-        self._inbox.put(Stop())
+        self._post(Stop())
 
     def join(self, timeout_s: float) -> bool:
         """Wait for the thread after `drain`; False when it is still busy."""
@@ -144,7 +149,15 @@ class Worker:
                 if self._observer:
                     self._observer.answered(job.model.identity.name, Timings(), reason)
                 job.answer.set_exception(reason)
-        self._inbox.put(Stop())
+        self._post(Stop())
+
+    def _post(self, message: Message) -> None:
+        """Send the device thread a message."""
+        self._inbox.put(message)
+
+    def _draw(self, spec: ModelSpec, order: Order) -> Future[Noise]:
+        """Start drawing an order's noise."""
+        return self._drawing.submit(draw_noise, spec, order)
 
     # --- the device thread -------------------------------------------------------------------------------------------
 
@@ -171,4 +184,4 @@ class Worker:
 
     def _start_call(self, call: Callable[[], Message]) -> None:
         """Run a call in a thread of its own, which posts the outcome to the inbox."""
-        threading.Thread(target=lambda: self._inbox.put(call()), name="flashdiff-decode", daemon=True).start()
+        threading.Thread(target=lambda: self._post(call()), name="flashdiff-decode", daemon=True).start()

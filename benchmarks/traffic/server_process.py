@@ -4,7 +4,7 @@ import asyncio
 import multiprocessing
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,8 @@ from typing import Any, Literal, NamedTuple
 
 from benchmarks.traffic.cores import on_cores
 from benchmarks.traffic.request_level import RequestLevelWorker
+from flashdiff.components import Costs
+from flashdiff.engines.runtime.device import DEFAULT_DEVICE, Device
 from flashdiff.errors import FlashdiffError
 from flashdiff.server.jobs import Job
 from flashdiff.server.worker import Worker
@@ -29,6 +31,8 @@ class Counts(NamedTuple):
     """Accepted requests that got their answer, whether or not the client was still there."""
     texts_mb: float
     """The cache of text embeddings."""
+    costs: Sequence[Costs]
+    """What device calls take now, by device."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +62,17 @@ class ServerProcess:
 
 @contextmanager
 def start_server(
-    bundle: Path, batching: Batching = "step", engine_cores: set[int] | None = None, *, with_http: bool = False
+    bundle: Path,
+    batching: Batching = "step",
+    engine_cores: set[int] | None = None,
+    *,
+    with_http: bool = False,
+    devices: Sequence[Device] = (DEFAULT_DEVICE,),
 ) -> Iterator[ServerProcess]:
-    """A server of the bundle that is ready, its engine on `engine_cores` (None: on any)."""
+    """A server of the bundle that is ready, its engine on `engine_cores` (None: on any) or one on each of the devices."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(bundle, batching, engine_cores, with_http, theirs), daemon=True)
+    process = context.Process(target=_serve, args=(bundle, batching, engine_cores, with_http, devices, theirs), daemon=True)
     process.start()
     theirs.close()  # so that the pipe ends with the process
     try:
@@ -79,7 +88,9 @@ def start_server(
         process.join(30)
 
 
-def _serve(bundle: Path, batching: Batching, engine_cores: set[int] | None, with_http: bool, pipe: Any) -> None:
+def _serve(
+    bundle: Path, batching: Batching, engine_cores: set[int] | None, with_http: bool, devices: Sequence[Device], pipe: Any
+) -> None:
     """The process: serve until it is terminated, and answer every message on the pipe with the counts."""
     from flashdiff.server.app import Listen, freeze_loaded, start
     from flashdiff.server.models import Models
@@ -95,7 +106,7 @@ def _serve(bundle: Path, batching: Batching, engine_cores: set[int] | None, with
             with on_cores(cores):
                 super()._run()
 
-        def submit(self, *arguments: Any, **options: Any) -> Job:
+        def submit(self, *arguments: Any, **options: Any) -> Job:  # not called where there are several devices
             nonlocal accepted
             job: Job = super().submit(*arguments, **options)
             accepted += 1
@@ -109,14 +120,15 @@ def _serve(bundle: Path, batching: Batching, engine_cores: set[int] | None, with
 
     async def run() -> None:
         with on_cores(cores):  # where the engine's own threads start
-            model = open_model(bundle)
+            model = open_model(bundle, devices)
             model.components.parallel_decode &= batching != "in turn"
         freeze_loaded()
         listen = Listen(port=0, http_port=0 if with_http else None)
-        running = await start(Models({"student": model}), listen, worker=PinnedWorker)
+        running = await start(Models({"student": model}, devices=devices), listen, worker=PinnedWorker)
         pipe.send((running.port, running.http_port))
         while True:
             await asyncio.to_thread(pipe.recv)
-            pipe.send((accepted, answered, model.embeddings.bytes / 1e6))
+            costs = [own.costs.learned for own in map(model.on, devices) if own]
+            pipe.send((accepted, answered, model.embeddings.bytes / 1e6, costs))
 
     asyncio.run(run())

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import flashdiff
-from flashdiff.cli import build_engine, distill, evaluate, generate, inspect, serve
+from flashdiff.cli import build_engine, distill, evaluate, generate, inspect, plan, serve
 from flashdiff.errors import FlashdiffError
 
 
@@ -26,6 +26,7 @@ _COMMANDS: dict[str, tuple[_Command, str]] = {
     "inspect": (inspect, "print what a bundle holds"),
     "evaluate": (evaluate, "measure image quality, of a student and its teacher"),
     "serve": (serve, "serve bundles over gRPC and HTTP"),
+    "plan": (plan, "say how many devices a load needs"),
     "generate": (generate, "make images without a server"),
 }
 

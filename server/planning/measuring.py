@@ -1,0 +1,69 @@
+"""What planning needs of a bundle on this machine: its costs, and how long writing an image file takes."""
+
+import statistics
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from flashdiff.components import Components, Costs, Size
+from flashdiff.engines.runtime.device import Device
+from flashdiff.engines.runtime.engine import Engine
+from flashdiff.engines.runtime.snapshot import Snapshot
+from flashdiff.generate import generate
+from flashdiff.server.images import encode_image
+from flashdiff.server.names import ImageFormat
+from flashdiff.server.planning.devices import SimulatedComponents
+from flashdiff.tasks import check_order, check_size
+
+_FILES = 9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    components: Components
+    """A stand-in that only describes the engine."""
+    costs: Sequence[Costs]
+    """Of each device."""
+    size: Size
+    files_s: float
+    """Median time of writing an image's file."""
+
+
+def measure(bundle: Path, devices: Sequence[Device], size: Size | None, image_format: ImageFormat) -> Measured:
+    """Open a bundle on these devices and measure all of them at the same time, as they serve; the size None is the model's.
+
+    RequestError for a size that the bundle was not built for.
+    """
+    snapshot = Snapshot(bundle)
+    size = check_size(snapshot.manifest.model, size)
+    engines = []
+    for device in devices:
+        with device.pinned():
+            engines.append(Engine(snapshot.folder, snapshot.manifest, device=device))
+            if len(devices) > 1:
+                engines[-1].measure_costs()  # makes every bucket ready
+    with ThreadPoolExecutor(len(devices)) as threads:
+        costs = list(threads.map(_costs_of, engines))
+    first = engines[0]
+    with devices[0].pinned():
+        files_s = _files_s(first, size, image_format)
+    snapshot.remove()
+    components = SimulatedComponents(first.spec, first.max_batch, parallel_decode=first.parallel_decode)
+    return Measured(components=components, costs=costs, size=size, files_s=files_s)
+
+
+def _costs_of(engine: Engine) -> Costs:
+    with engine.device.pinned():
+        return engine.measure_costs()
+
+
+def _files_s(engine: Engine, size: Size, image_format: ImageFormat) -> float:
+    (image,) = generate(engine, [check_order(engine.spec, prompt="a photo", steps=1, size=size)])[0]
+    spent = []
+    for _ in range(_FILES):
+        started = time.perf_counter()
+        encode_image(image, image_format)
+        spent.append(time.perf_counter() - started)
+    return statistics.median(spent)
