@@ -27,7 +27,6 @@ if __package__ in (None, ""):  # run as a file: imports start from the repositor
 from benchmarks.command import check_repeats, command_parser, result_file, run_command, show, write_results
 from benchmarks.environment import read_environment
 from benchmarks.real_size.base import write_base
-from benchmarks.real_size.networks import NETWORKS
 from benchmarks.real_size.random_engine import open_random_teacher, student_spec
 from benchmarks.real_size.stock_pipelines import compiled_configurations, open_pipeline, pipeline_configuration
 from benchmarks.timing.configurations import Configuration, in_process, stage_measurements, time_configurations
@@ -37,6 +36,7 @@ from flashdiff.config import parse_numbers
 from flashdiff.engines.bundle import Precision
 from flashdiff.engines.config import parse_batches
 
+_MODELS = ("sd15", "sdxl", "pixart", "sd3")
 _WORKER_S = 10.0
 
 
@@ -87,7 +87,7 @@ def run(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = command_parser(__doc__)
-    parser.add_argument("model", choices=NETWORKS)
+    parser.add_argument("model", choices=_MODELS)
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="bf16", help="default: %(default)s")
     parser.add_argument("--batch", default="1", metavar="N[,N...]", help="images at once; default: %(default)s")
     parser.add_argument("--teacher-steps", default="50", metavar="N[,N...]", help="default: %(default)s")

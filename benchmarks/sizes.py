@@ -23,7 +23,6 @@ from benchmarks.environment import read_environment
 from benchmarks.measurements import Measurement
 from benchmarks.real_size.base import make_base
 from benchmarks.real_size.measured_command import run_measured
-from benchmarks.real_size.networks import NETWORKS
 from flashdiff.engines.bundle import read_manifest
 
 _BUILDS = {
@@ -72,7 +71,7 @@ def stage_seconds(output: str) -> dict[str, float]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = command_parser(__doc__)
-    parser.add_argument("model", choices=NETWORKS)
+    parser.add_argument("model", choices=_BUILDS)
     parser.add_argument("--json", type=result_file, required=True, help="where the measurement goes")
     options = parser.parse_args(arguments)
     return run_command("sizes", lambda: write_and_print_results(options.json, run(options.model)))

@@ -2,8 +2,8 @@
 
 Diffusers writes `unet.down_blocks.0...to_q.lora_A.weight`, kohya's scripts `lora_unet_down_blocks_0_..._to_q.lora_down.weight`
 or, with the blocks of the original code, `lora_unet_input_blocks_1_1_...` (LDM) and `lora_unet_double_blocks_0_...` (FLUX);
-LyCORIS writes `lycoris_...`, ComfyUI `diffusion_model....`; Qwen-Image-Lightning writes the denoiser's layers with nothing in
-front.
+LyCORIS writes `lycoris_...`, ComfyUI `diffusion_model....`, peft `base_model.model....`; Qwen-Image-Lightning writes the
+denoiser's layers with nothing in front.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -76,7 +76,7 @@ class LayerNames:
         numbered["lora_te3_"] = "text_encoder_3" if "text_encoder_3" in encoders else "text_encoder_2"
         self._prefixes = {
             **{f"{name}.": name for name in models},
-            **dict.fromkeys((f"lora_{denoiser}_", "lora_unet_", "lycoris_", "diffusion_model."), denoiser),
+            **dict.fromkeys((f"lora_{denoiser}_", "lora_unet_", "lycoris_", "diffusion_model.", "base_model.model."), denoiser),
             **{prefix: name for prefix, name in numbered.items() if name in encoders},
         }
         self._modules: dict[str, dict[str, str]] = {}

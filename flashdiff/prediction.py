@@ -41,6 +41,12 @@ def with_norm_of(values: Array, reference: Array) -> Array:
     return (patches * (wanted / lengths).reshape(*rest, 1, height // 2, 1, width // 2, 1)).reshape(values.shape)
 
 
+def guided_output(conditional: Array, unconditional: Array, scale: "Array | float", *, keeps_norm: bool) -> Array:
+    """The network's guided output; see `Sampler` for `keeps_norm`."""
+    output = guide(conditional, unconditional, scale)
+    return with_norm_of(output, conditional) if keeps_norm else output
+
+
 def guide(conditional: Array, unconditional: Array, scale: "Array | float") -> Array:
     """Classifier-free guidance, the one convention of this project: w cond + (1 - w) uncond (w = 1 is no guidance).
 

@@ -113,6 +113,30 @@ def test_sana_contrasts_with_an_empty_text_without_its_instruction(opened: Any) 
     _same(ours["encoder_hidden_states"][mask.bool()], stock[mask.bool()])
 
 
+@pytest.mark.parametrize("opened", ["sana-4k"], indirect=True)
+@pytest.mark.parametrize("shape", [(8, 8), (6, 10), (16, 16)])
+def test_the_network_of_sana_with_places(opened: Any, shape: tuple[int, int]) -> None:
+    model, pipeline = opened
+    conditioning = model.encode_ids(model.tokenizer(PROMPTS))
+    latents = torch.randn(len(PROMPTS), 8, *shape, generator=torch.Generator().manual_seed(0))
+    times = torch.tensor([999, 500, 3])
+    _, sigmas = model.spec.sampler.schedule.levels(times.tolist())
+    with torch.no_grad():
+        ours = model.denoiser(latents, times, *(conditioning[name] for name in model.conditioning))
+        stock = pipeline.transformer(
+            latents,
+            encoder_hidden_states=conditioning["encoder_hidden_states"],
+            encoder_attention_mask=conditioning["encoder_attention_mask"],
+            timestep=torch.from_numpy(1000 * sigmas).float(),
+            return_dict=False,
+        )[0]
+        unplaced = load_base(str(model.folder))[1]
+        unplaced.network.patch_embed.span = 0.0
+        without = unplaced.denoiser(latents, times, *(conditioning[name] for name in model.conditioning))
+    _same(ours, stock)
+    assert (ours - without).abs().max() > 0.01
+
+
 @pytest.mark.parametrize("opened", ["sana", "sana-sprint"], indirect=True)
 def test_the_codec_of_sana(opened: Any) -> None:
     model, pipeline = opened

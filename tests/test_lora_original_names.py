@@ -1,4 +1,4 @@
-"""LoRAs in the names of FLUX's and SD3's original code, whose queries, keys and values are one matrix; and unknown keys."""
+"""LoRAs in the names of the original code, whose queries, keys and values are one matrix; and unknown keys."""
 
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,55 @@ def test_flux_double_blocks_are_fused_as_stock_diffusers_does(bases: dict[str, P
     assert len(changed) == 2 * (2 * 3 + 2 * (len(layers) - 1))
 
 
+def _in_original_names(transformer: Any, naming: str, skip: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """LoRA layers for every matrix of the original code: kohya's for a prefix in underscores, else peft's."""
+    is_kohya = naming.endswith("_")
+    tensors = {}
+    for original, modules in _names(transformer).items():
+        weight = _rows(transformer, modules)
+        if weight.ndim == 2 and not original.startswith(skip):
+            name = naming + (original.replace(".", "_") if is_kohya else original)
+            down, up = ("lora_down", "lora_up") if is_kohya else ("lora_A", "lora_B")
+            tensors[f"{name}.{down}.weight"] = 0.3 * torch.randn(3, weight.shape[1])
+            tensors[f"{name}.{up}.weight"] = 0.3 * torch.randn(weight.shape[0], 3)
+            if is_kohya:
+                tensors[f"{name}.alpha"] = torch.tensor(1.5)
+    return tensors
+
+
+# What diffusers 0.42 leaves out of kohya's files, with a warning; tested by the formula below.
+LEFT_OUT = ("double_stream_modulation", "single_stream_modulation")
+
+
+@pytest.mark.parametrize(
+    ("family", "naming", "skip"),
+    [
+        ("flux2-klein", "diffusion_model.", ()),
+        ("flux2-klein", "base_model.model.", ()),
+        ("flux2-klein", "lora_unet_", LEFT_OUT),
+        ("z-image", "lora_unet_", ("x_embedder", "final_layer")),
+    ],
+)
+def test_families_of_2026_are_fused_as_stock_diffusers_does(
+    bases: dict[str, Path], tmp_path: Path, family: str, naming: str, skip: tuple[str, ...]
+) -> None:
+    torch.manual_seed(0)
+    stock: Any = diffusers.DiffusionPipeline.from_pretrained(bases[family])
+    tensors = _in_original_names(stock.transformer, naming, skip)
+    assert any("qkv" in key for key in tensors)
+    before, after = _fused(bases[family], tmp_path / "a.safetensors", tensors, 0.8)
+    stock.load_lora_weights(tmp_path / "a.safetensors")
+    stock.fuse_lora(components=["transformer"], lora_scale=0.8)
+    stock.unload_lora_weights()
+    expected = stock.transformer.state_dict()
+    for name, value in after.items():
+        torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    matrices = {name for modules in _names(stock.transformer).values() for name in modules}
+    whole = {f"{name}.weight" for name in matrices if stock.transformer.get_submodule(name).weight.ndim == 2}
+    assert changed == {name for name in whole if not name.startswith((*skip, "all_x_embedder", "all_final_layer"))}
+
+
 def test_sd3_layers_are_those_of_diffusers_conversion(bases: dict[str, Path], tmp_path: Path) -> None:
     torch.manual_seed(0)
     _, model = load_base(str(bases["sd3"]))
@@ -107,12 +156,12 @@ PREFIXES = ("lora_unet_", "diffusion_model.", "transformer.", "lora_transformer_
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
-@pytest.mark.parametrize("family", ["flux", "sd3", "sd35"])
+@pytest.mark.parametrize("family", ["flux", "flux2-klein", "z-image", "sd3", "sd35"])
 def test_every_fused_layer_is_split_by_the_formula(bases: dict[str, Path], tmp_path: Path, family: str, prefix: str) -> None:
     torch.manual_seed(0)
     _, model = load_base(str(bases[family]))
     fused = {original: modules for original, modules in _names(model.network).items() if len(modules) > 1}
-    assert len(fused) == (4 if family == "sd3" else 5)
+    assert len(fused) == {"sd3": 4, "flux2-klein": 4, "z-image": 4}.get(family, 5)
     tensors, changes = {}, {}
     for original, modules in fused.items():
         rows, columns = _rows(model.network, modules).shape
@@ -172,12 +221,16 @@ def test_other_kinds_of_a_fused_layer(bases: dict[str, Path], tmp_path: Path, fa
         ("sd3", "final_layer.adaLN_modulation.1", 64),
         ("pixart", "double_blocks.0.img_attn.qkv", 96),
         ("sd15", "joint_blocks.0.x_block.attn.qkv", 96),
+        ("flux2-klein", "double_blocks.0.img_attn.qkv", 97),
+        ("flux2-klein", "single_blocks.7.linear1", 288),
+        ("flux2-klein", "final_layer.adaLN_modulation.1", 64),
+        ("z-image", "layers.9.attention.qkv", 96),
     ],
 )
 def test_a_fused_key_that_the_base_lacks_is_refused_by_name(
     bases: dict[str, Path], tmp_path: Path, family: str, key: str, rows: int
 ) -> None:
-    prefix = "diffusion_model." if key.startswith("final") else ""
+    prefix = "diffusion_model." if key.startswith(("final", "layers")) else ""
     tensors = {f"{prefix}{key}.lora_A.weight": torch.randn(2, 32), f"{prefix}{key}.lora_B.weight": torch.randn(rows, 2)}
     with pytest.raises(LoraError, match=key.replace(".", r"\.")) as error:
         _fused(bases[family], tmp_path / "a.safetensors", tensors)

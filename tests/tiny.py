@@ -191,16 +191,22 @@ def make_tiny_z_image(folder: Path) -> Path:
     return folder
 
 
-def make_tiny_sana(folder: Path) -> Path:
+def make_tiny_sana(folder: Path, **settings: Any) -> Path:
+    """`settings` are those of the transformer."""
     torch.manual_seed(0)
     SanaPipeline(
         vae=_dc(),
-        transformer=_sana_transformer(),
+        transformer=_sana_transformer(**settings),
         text_encoder=_gemma(),
         tokenizer=_gemma_tokenizer(),
         scheduler=DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
     ).save_pretrained(folder)
     return folder
+
+
+def make_tiny_sana_4k(folder: Path) -> Path:
+    """As Sana for 2K and 4K: with sinusoids of the places."""
+    return make_tiny_sana(folder, interpolation_scale=2.0)
 
 
 def make_tiny_sana_sprint(folder: Path) -> Path:
@@ -278,10 +284,15 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
 }
 """By the family's name."""
 
-MEMBERS: dict[str, str] = {"sd2": "sd15", "sd35": "sd3"}
+MEMBERS: dict[str, str] = {"sd2": "sd15", "sd35": "sd3", "sana-4k": "sana"}
 """Models of another form that are members of these families: the family of each."""
 
-MODELS: dict[str, Callable[[Path], Path]] = {**FAMILIES, "sd2": make_tiny_sd2, "sd35": make_tiny_sd35}
+MODELS: dict[str, Callable[[Path], Path]] = {
+    **FAMILIES,
+    "sd2": make_tiny_sd2,
+    "sd35": make_tiny_sd35,
+    "sana-4k": make_tiny_sana_4k,
+}
 
 STUDENTS: dict[str, Callable[[Path], Path]] = {"sana-sprint": make_tiny_sana_sprint}
 """Families that are served, but not distilled: they are few-step students already."""

@@ -9,10 +9,10 @@ from torch import Tensor
 from flashdiff.distill.batch import MicroBatch
 from flashdiff.distill.losses.base import Opponent, Setup, StudentLoss
 from flashdiff.distill.losses.settings import DistributionMatchingSettings
-from flashdiff.distill.network import as_adapter, as_teacher, guided, levels, predict_x0
+from flashdiff.distill.network import as_adapter, as_teacher, guided, levels, predict_x0, run_network
 from flashdiff.errors import ConfigError
 from flashdiff.lora import ADAPTER
-from flashdiff.prediction import guide
+from flashdiff.prediction import guided_output, to_x0
 from flashdiff.sampling import renoise
 
 FAKE_SCORE = "fake_score"
@@ -71,25 +71,36 @@ class DistributionMatching(StudentLoss):
                 if setup.unconditional is None:
                     teacher = predict_x0(model, x_tau, tau, guided(conditioning, guidance.flatten()))
                 elif settings.decoupled:
-                    conditional, _ = self._both(setup.unconditional, x_tau, tau, conditioning)
+                    conditional, _ = self._conditional_and_guided(setup.unconditional, x_tau, tau, conditioning, guidance)
                     # Guidance is compared where there is less noise than the student started from.
                     tau_guidance = (batch.draws.uniform() * batch.targets.times).long().clamp(min=first)
                     x_guidance = renoise(x0, noise, *levels(model, tau_guidance))
-                    towards, away = self._both(setup.unconditional, x_guidance, tau_guidance, conditioning)
-                    teacher = conditional + (guidance - 1) * (towards - away)
+                    plain, led = self._conditional_and_guided(
+                        setup.unconditional, x_guidance, tau_guidance, conditioning, guidance
+                    )
+                    teacher = conditional + (led - plain)
                 else:
-                    teacher = guide(*self._both(setup.unconditional, x_tau, tau, conditioning), guidance)
+                    _, teacher = self._conditional_and_guided(setup.unconditional, x_tau, tau, conditioning, guidance)
             with as_adapter(model, FAKE_SCORE if self._critic else ADAPTER):
                 fake = predict_x0(model, x_tau, tau, conditioning)
         return distribution_matching_loss(x0, fake, teacher)
 
-    def _both(
-        self, unconditional: Mapping[str, Tensor], x_t: Tensor, times: Tensor, conditioning: Mapping[str, Tensor]
+    def _conditional_and_guided(
+        self,
+        unconditional: Mapping[str, Tensor],
+        x_t: Tensor,
+        times: Tensor,
+        conditioning: Mapping[str, Tensor],
+        guidance: Tensor,  # [B, 1, 1, 1]
     ) -> tuple[Tensor, Tensor]:
-        """Conditional and unconditional x_0 [B, C, h, w], in one evaluation of twice the batch."""
+        """Both x_0 [B, C, h, w] of the teacher, in one evaluation of twice the batch; guided as its ODE is."""
+        model = self._setup.model
+        spec, (alpha, sigma) = model.spec, levels(model, times)
         both = {name: torch.cat([values, unconditional[name].expand_as(values)]) for name, values in conditioning.items()}
-        conditional, contrast = predict_x0(self._setup.model, x_t.repeat(2, 1, 1, 1), times.repeat(2), both).chunk(2)
-        return conditional, contrast
+        conditional, contrast = run_network(model, x_t.repeat(2, 1, 1, 1), times.repeat(2), both).chunk(2)
+        led = guided_output(conditional, contrast, guidance, keeps_norm=spec.sampler.keeps_norm)
+        plain_x0, led_x0 = (to_x0(spec.prediction, output, x_t, alpha, sigma) for output in (conditional, led))
+        return plain_x0, led_x0
 
     def train_opponent(self, batches: Sequence[MicroBatch], *, in_use: bool) -> dict[str, float]:
         """Trains the fake score in phases that do not use the loss too: one that lags behind the student misleads it."""

@@ -8,16 +8,16 @@ from torch import Tensor, nn
 
 from flashdiff.components import ModelSpec
 from flashdiff.families.base import GUIDANCE, ModelFamily, TorchModel
-from flashdiff.families.codec import Decoder, Encoder, latent_factor
+from flashdiff.families.codec import latent_factor
 from flashdiff.families.loading import (
     explain_bad_settings,
     load_part,
-    load_tokenizers,
     load_vae,
     read_config,
     scheduler_config,
     spec_of,
     tokenizer_spec,
+    torch_model,
 )
 from flashdiff.families.settings import AUTOENCODERS, VAE
 from flashdiff.schedule import FlowSchedule
@@ -113,14 +113,11 @@ def _load(folder: Path, spec: ModelSpec) -> TorchModel:
     clip, t5 = load_part(folder, "text_encoder", CLIPTextModel), load_part(folder, "text_encoder_2", T5EncoderModel)
     assert isinstance(spec.sampler.schedule, FlowSchedule)
     guidance = spec.sampler.embedded_guidance
-    return TorchModel(
-        spec=spec,
-        folder=folder,
-        tokenizer=load_tokenizers(folder, {"input_ids": "tokenizer", "input_ids_2": "tokenizer_2"}, spec.tokenizers),
-        text_encoder=_TextEncoder(clip, t5, _EMBEDDED_GUIDANCE if guidance is None else guidance).eval(),
-        denoiser=_Denoiser(transformer, spec.sampler.schedule).eval(),
-        encoder=Encoder(vae).eval(),
-        decoder=Decoder(vae).eval(),
+    return torch_model(
+        folder,
+        spec,
+        text_encoder=_TextEncoder(clip, t5, _EMBEDDED_GUIDANCE if guidance is None else guidance),
+        denoiser=_Denoiser(transformer, spec.sampler.schedule),
         network=transformer,
         weights={"vae": vae, "transformer": transformer, "text_encoder": clip, "text_encoder_2": t5},
     )

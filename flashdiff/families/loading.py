@@ -7,11 +7,12 @@ from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError
+from torch import nn
 
 from flashdiff.components import MAX_SIDE, ModelSpec, Size
 from flashdiff.errors import ConfigError, FlashdiffError, ModelError, first_line
-from flashdiff.families.base import ModelFamily
-from flashdiff.families.codec import latent_factor
+from flashdiff.families.base import ModelFamily, TorchModel
+from flashdiff.families.codec import Decoder, Encoder, latent_factor
 from flashdiff.families.entrance import Entrance, unet_entrances
 from flashdiff.families.files import networks_of
 from flashdiff.families.hub import name_of
@@ -237,17 +238,44 @@ def tokenizer_spec(folder: Path, part: str, name: str, length: int | None = None
     return TokenizerSpec(name=name, length=length, pad_id=tokenizer.pad_token_id, **settings)
 
 
-def load_tokenizers(folder: Path, parts: dict[str, str], specs: tuple[TokenizerSpec, ...]) -> PromptTokenizer:
-    """The tokenizers of a model; `parts` says in which folder the one for an input lies."""
+def torch_model(
+    folder: Path,
+    spec: ModelSpec,
+    *,
+    text_encoder: nn.Module,
+    denoiser: nn.Module,
+    network: Any,
+    weights: Mapping[str, Any],
+    encoder: Encoder | None = None,
+    decoder: nn.Module | None = None,
+    tokenizer: PromptTokenizer | None = None,
+) -> TorchModel:
+    """The model of these modules; the usual codec and the base's tokenizers where none are given."""
+    return TorchModel(
+        spec=spec,
+        folder=folder,
+        tokenizer=tokenizer or load_tokenizers(folder, spec.tokenizers),
+        text_encoder=text_encoder.eval(),
+        denoiser=denoiser.eval(),
+        encoder=(encoder or Encoder(weights["vae"])).eval(),
+        decoder=(decoder or Decoder(weights["vae"])).eval(),
+        network=network,
+        weights=weights,
+    )
+
+
+def load_tokenizers(folder: Path, specs: tuple[TokenizerSpec, ...]) -> PromptTokenizer:
+    """The tokenizers of a model: `input_ids_2` come from the folder `tokenizer_2`."""
     from transformers import AutoTokenizer
 
     texts = {}
     for spec in specs:
-        found = _tokenizer(folder, parts[spec.name], AutoTokenizer)
+        part = spec.name.replace("input_ids", "tokenizer")
+        found = _tokenizer(folder, part, AutoTokenizer)
         try:
             texts[spec.name] = found.backend_tokenizer.to_str()
         except Exception as error:  # a tokenizer of another kind than the library `tokenizers` runs
-            raise ModelError(f"{folder}: {parts[spec.name]} cannot be used: {first_line(error)}") from None
+            raise ModelError(f"{folder}: {part} cannot be used: {first_line(error)}") from None
     return PromptTokenizer(texts, specs)
 
 

@@ -10,16 +10,15 @@ from torch import Tensor, nn
 
 from flashdiff.components import ModelSpec
 from flashdiff.families.base import ModelFamily, TorchModel
-from flashdiff.families.codec import Decoder, Encoder
 from flashdiff.families.loading import (
     explain_bad_settings,
     load_part,
-    load_tokenizers,
     load_vae,
     read_config,
     scheduler_config,
     spec_of,
     tokenizer_spec,
+    torch_model,
 )
 from flashdiff.families.settings import AUTOENCODERS, UNSHIFTED_VAE
 from flashdiff.schedule import NoiseSchedule
@@ -75,14 +74,11 @@ def _load(folder: Path, spec: ModelSpec) -> TorchModel:
     vae = load_vae(folder)
     transformer = load_part(folder, "transformer", _Transformer)
     t5 = load_part(folder, "text_encoder", T5EncoderModel)
-    return TorchModel(
-        spec=spec,
-        folder=folder,
-        tokenizer=load_tokenizers(folder, {"input_ids": "tokenizer"}, spec.tokenizers),
-        text_encoder=_TextEncoder(t5, spec.tokenizers[0].pad_id).eval(),
-        denoiser=_Denoiser(transformer, spec.latent_factor).eval(),
-        encoder=Encoder(vae).eval(),
-        decoder=Decoder(vae).eval(),
+    return torch_model(
+        folder,
+        spec,
+        text_encoder=_TextEncoder(t5, spec.tokenizers[0].pad_id),
+        denoiser=_Denoiser(transformer, spec.latent_factor),
         network=transformer,
         weights={"vae": vae, "transformer": transformer, "text_encoder": t5},
     )

@@ -12,11 +12,11 @@ from flashdiff.families.codec import Decoder, Encoder, latent_factor
 from flashdiff.families.loading import (
     explain_bad_settings,
     load_part,
-    load_tokenizers,
     read_config,
     scheduler_config,
     spec_of,
     tokenizer_spec,
+    torch_model,
 )
 from flashdiff.schedule import FlowSchedule
 
@@ -226,16 +226,15 @@ def _load(folder: Path, spec: ModelSpec) -> TorchModel:
         block.attn.set_processor(_Attention())
     qwen = load_part(folder, "text_encoder", Qwen2_5_VLForConditionalGeneration)
     assert isinstance(spec.sampler.schedule, FlowSchedule)
-    return TorchModel(
-        spec=spec,
-        folder=folder,
-        tokenizer=load_tokenizers(folder, {"input_ids": "tokenizer"}, spec.tokenizers),
-        text_encoder=_TextEncoder(qwen, spec.tokenizers[0].pad_id).eval(),
-        denoiser=_Denoiser(transformer, spec.sampler.schedule).eval(),
-        encoder=_Encoder(vae).eval(),
-        decoder=_Decoder(vae).eval(),
+    return torch_model(
+        folder,
+        spec,
+        text_encoder=_TextEncoder(qwen, spec.tokenizers[0].pad_id),
+        denoiser=_Denoiser(transformer, spec.sampler.schedule),
         network=transformer,
         weights={"vae": vae, "transformer": transformer, "text_encoder": qwen},
+        encoder=_Encoder(vae),
+        decoder=_Decoder(vae),
     )
 
 

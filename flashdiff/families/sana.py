@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flashdiff.components import ModelSpec
+from flashdiff.errors import ModelError
 from flashdiff.families.base import ModelFamily, TorchModel
 from flashdiff.families.codec import Decoder, Encoder
 from flashdiff.families.loading import (
@@ -18,6 +19,7 @@ from flashdiff.families.loading import (
     scheduler_config,
     spec_of,
     tokenizer_spec,
+    torch_model,
 )
 from flashdiff.schedule import FlowSchedule
 from flashdiff.text import PromptTokenizer, TokenizerSpec
@@ -96,6 +98,34 @@ def _linear_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return mixed[:, :, :-1] / mixed[:, :, -1:].clamp(min=1e-15)
 
 
+class _PatchEmbedding(nn.Module):
+    """diffusers' with sinusoids of the places, as models for 2K and 4K have it; sizes are tensors, so that a graph serves all.
+
+    The places of every size span the same range.
+    """
+
+    def __init__(self, embedding: Any) -> None:
+        super().__init__()
+        self.proj = embedding.proj
+        width = embedding.proj.out_channels // 4  # sines and cosines of columns, then of rows
+        frequencies = 10000.0 ** -(torch.arange(width).double() / width)
+        self.register_buffer("frequencies", frequencies.float(), persistent=False)
+        self.span = embedding.base_size / embedding.interpolation_scale
+
+    def forward(self, latents: Tensor) -> Tensor:
+        cells = self.proj(latents)
+        shape = cells.shape[2:]
+        rows, columns = (self._sinusoids(torch.arange(side, device=cells.device).float()) for side in shape)
+        places = torch.cat([columns[None].expand(*shape, -1), rows[:, None].expand(*shape, -1)], dim=2)
+        embedded: Tensor = cells.flatten(2).transpose(1, 2)
+        return (embedded + places.flatten(0, 1)).to(cells.dtype)
+
+    def _sinusoids(self, places: Tensor) -> Tensor:
+        """[N, D / 2] of the places 0 to N - 1."""
+        angles = torch.outer(places / (places[-1] + 1) * self.span, self.get_buffer("frequencies"))
+        return torch.cat([torch.sin(angles), torch.cos(angles)], dim=1)
+
+
 class _Denoiser(nn.Module):
     def __init__(self, transformer: Any, schedule: FlowSchedule) -> None:
         super().__init__()
@@ -119,7 +149,7 @@ class _Denoiser(nn.Module):
 def sana_tokenizer(folder: Path) -> TokenizerSpec:
     """Gemma's, with room for the instruction in front of as many tokens as the network sees."""
     spec = tokenizer_spec(folder, "tokenizer", "input_ids", _MOST_TOKENS, before=_INSTRUCTION, lowercase=True)
-    ids = load_tokenizers(folder, {"input_ids": "tokenizer"}, (spec,))([""])["input_ids"]
+    ids = load_tokenizers(folder, (spec,))([""])["input_ids"]
     instruction = int((ids != spec.pad_id).sum())
     return spec.model_copy(update={"length": instruction + _TOKENS - 2})
 
@@ -142,27 +172,31 @@ def load_sana(
     for module in vae.modules():
         if isinstance(module, SanaMultiscaleLinearAttention):
             module.apply_linear_attention = _linear_attention  # type: ignore[method-assign]
+    if transformer.config.interpolation_scale is not None:
+        transformer.patch_embed = _PatchEmbedding(transformer.patch_embed)
     for block in transformer.transformer_blocks:
         block.attn1.set_processor(_LinearAttention())
     gemma = load_part(folder, "text_encoder", Gemma2Model)
-    tokenizer = load_tokenizers(folder, {"input_ids": "tokenizer"}, spec.tokenizers)
-    return TorchModel(
-        spec=spec,
-        folder=folder,
-        tokenizer=tokenizer,
-        text_encoder=text_encoder(gemma, tokenizer).eval(),
-        denoiser=denoiser(transformer).eval(),
-        encoder=Encoder(vae, scale).eval(),
-        decoder=Decoder(vae, scale).eval(),
+    tokenizer = load_tokenizers(folder, spec.tokenizers)
+    return torch_model(
+        folder,
+        spec,
+        text_encoder=text_encoder(gemma, tokenizer),
+        denoiser=denoiser(transformer),
         network=transformer,
         weights={"vae": vae, "transformer": transformer, "text_encoder": gemma},
+        encoder=Encoder(vae, scale),
+        decoder=Decoder(vae, scale),
+        tokenizer=tokenizer,
     )
 
 
 @explain_bad_settings
 def _read_spec(folder: Path) -> ModelSpec:
     transformer = read_config(folder, "transformer")
-    side = transformer["sample_size"]
+    side, scale = transformer["sample_size"], transformer.get("interpolation_scale")
+    if scale is not None and not scale > 0:
+        raise ModelError(f"{folder}/transformer/config.json: 'interpolation_scale' is {scale}; give a number above 0, or null")
     return spec_of(
         folder,
         FAMILY,
@@ -199,8 +233,7 @@ FAMILY = ModelFamily(
         "vae": {"AutoencoderDC": "AutoencoderDC"},
         "text_encoder": "Gemma2Config",
     },
-    # With an interpolation scale (2K and 4K models) the network has a table of positions.
-    fixed={"transformer": {"interpolation_scale": (None,), "guidance_embeds": (False,)}},
+    fixed={"transformer": {"guidance_embeds": (False,)}},
     is_flow=True,
     read_spec=_read_spec,
     load=_load,

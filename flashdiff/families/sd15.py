@@ -7,16 +7,15 @@ from torch import Tensor, nn
 
 from flashdiff.components import ModelSpec
 from flashdiff.families.base import ModelFamily, TorchModel
-from flashdiff.families.codec import Decoder, Encoder
 from flashdiff.families.entrance import Joined
 from flashdiff.families.guidance import guidance_embedding
 from flashdiff.families.loading import (
     explain_bad_settings,
     load_part,
-    load_tokenizers,
     load_vae,
     read_config,
     tokenizer_spec,
+    torch_model,
     unet_size_step,
     unet_spec,
 )
@@ -71,14 +70,11 @@ def _load(folder: Path, spec: ModelSpec) -> TorchModel:
     vae = load_vae(folder)
     unet = load_part(folder, "unet", diffusers.UNet2DConditionModel)
     clip = load_part(folder, "text_encoder", CLIPTextModel)
-    return TorchModel(
-        spec=spec,
-        folder=folder,
-        tokenizer=load_tokenizers(folder, {"input_ids": "tokenizer"}, spec.tokenizers),
-        text_encoder=_TextEncoder(clip).eval(),
-        denoiser=_Denoiser(unet, vae, spec.sampler.embedded_guidance).eval(),
-        encoder=Encoder(vae).eval(),
-        decoder=Decoder(vae).eval(),
+    return torch_model(
+        folder,
+        spec,
+        text_encoder=_TextEncoder(clip),
+        denoiser=_Denoiser(unet, vae, spec.sampler.embedded_guidance),
         network=unet,
         weights={"vae": vae, "unet": unet, "text_encoder": clip},
     )

@@ -8,16 +8,15 @@ from torch import Tensor, nn
 
 from flashdiff.components import ModelSpec
 from flashdiff.families.base import ModelFamily, TorchModel
-from flashdiff.families.codec import Decoder, Encoder
 from flashdiff.families.loading import (
     explain_bad_settings,
     load_part,
-    load_tokenizers,
     load_vae,
     read_config,
     scheduler_config,
     spec_of,
     tokenizer_spec,
+    torch_model,
 )
 from flashdiff.families.settings import AUTOENCODERS, VAE
 from flashdiff.schedule import FlowSchedule
@@ -114,16 +113,12 @@ def _load(folder: Path, spec: ModelSpec) -> TorchModel:
         text_encoder: _TextEncoder = _TextEncoderWithT5(first, second, width, weights["text_encoder_3"])
     else:
         text_encoder = _TextEncoder(first, second, width)
-    parts = {"input_ids": "tokenizer", "input_ids_2": "tokenizer_2", "input_ids_3": "tokenizer_3"}
     assert isinstance(spec.sampler.schedule, FlowSchedule)
-    return TorchModel(
-        spec=spec,
-        folder=folder,
-        tokenizer=load_tokenizers(folder, parts, spec.tokenizers),
-        text_encoder=text_encoder.eval(),
-        denoiser=_Denoiser(transformer, spec.sampler.schedule).eval(),
-        encoder=Encoder(vae).eval(),
-        decoder=Decoder(vae).eval(),
+    return torch_model(
+        folder,
+        spec,
+        text_encoder=text_encoder,
+        denoiser=_Denoiser(transformer, spec.sampler.schedule),
         network=transformer,
         weights=weights,
     )

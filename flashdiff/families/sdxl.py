@@ -8,16 +8,15 @@ from torch import Tensor, nn
 
 from flashdiff.components import ModelSpec
 from flashdiff.families.base import ModelFamily, TorchModel
-from flashdiff.families.codec import Decoder, Encoder
 from flashdiff.families.entrance import Joined
 from flashdiff.families.guidance import guidance_embedding
 from flashdiff.families.loading import (
     explain_bad_settings,
     load_part,
-    load_tokenizers,
     load_vae,
     read_config,
     tokenizer_spec,
+    torch_model,
     unet_size_step,
     unet_spec,
 )
@@ -85,14 +84,11 @@ def _load(folder: Path, spec: ModelSpec) -> TorchModel:
     unet = load_part(folder, "unet", diffusers.UNet2DConditionModel)
     first = load_part(folder, "text_encoder", CLIPTextModel)
     second = load_part(folder, "text_encoder_2", CLIPTextModelWithProjection)
-    return TorchModel(
-        spec=spec,
-        folder=folder,
-        tokenizer=load_tokenizers(folder, {"input_ids": "tokenizer", "input_ids_2": "tokenizer_2"}, spec.tokenizers),
-        text_encoder=_TextEncoder(first, second).eval(),
-        denoiser=_Denoiser(unet, vae, spec.latent_factor, spec.sampler.embedded_guidance).eval(),
-        encoder=Encoder(vae).eval(),
-        decoder=Decoder(vae).eval(),
+    return torch_model(
+        folder,
+        spec,
+        text_encoder=_TextEncoder(first, second),
+        denoiser=_Denoiser(unet, vae, spec.latent_factor, spec.sampler.embedded_guidance),
         network=unet,
         weights={"vae": vae, "unet": unet, "text_encoder": first, "text_encoder_2": second},
     )

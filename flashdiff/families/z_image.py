@@ -9,16 +9,16 @@ from torch import Tensor, nn
 
 from flashdiff.components import MAX_SIDE, ModelSpec
 from flashdiff.families.base import ModelFamily, TorchModel
-from flashdiff.families.codec import Decoder, Encoder, latent_factor
+from flashdiff.families.codec import latent_factor
 from flashdiff.families.loading import (
     explain_bad_settings,
     load_part,
-    load_tokenizers,
     load_vae,
     read_config,
     scheduler_config,
     spec_of,
     tokenizer_spec,
+    torch_model,
 )
 from flashdiff.families.settings import AUTOENCODERS, VAE
 from flashdiff.schedule import FlowSchedule
@@ -187,14 +187,11 @@ def _load(folder: Path, spec: ModelSpec) -> TorchModel:
         block.attention.set_processor(_Attention())
     qwen = load_part(folder, "text_encoder", Qwen3Model)
     assert isinstance(spec.sampler.schedule, FlowSchedule)
-    return TorchModel(
-        spec=spec,
-        folder=folder,
-        tokenizer=load_tokenizers(folder, {"input_ids": "tokenizer"}, spec.tokenizers),
-        text_encoder=_TextEncoder(qwen, spec.tokenizers[0].pad_id).eval(),
-        denoiser=_Denoiser(transformer, spec.sampler.schedule).eval(),
-        encoder=Encoder(vae).eval(),
-        decoder=Decoder(vae).eval(),
+    return torch_model(
+        folder,
+        spec,
+        text_encoder=_TextEncoder(qwen, spec.tokenizers[0].pad_id),
+        denoiser=_Denoiser(transformer, spec.sampler.schedule),
         network=transformer,
         weights={"vae": vae, "transformer": transformer, "text_encoder": qwen},
     )

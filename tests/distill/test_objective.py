@@ -10,12 +10,14 @@ import pytest
 import torch
 from recipes import tiny_recipe
 from safetensors.torch import load_file
+from tiny import FAMILIES
 from torch import Tensor
 
 from flashdiff.distill import loop
 from flashdiff.distill.batch import MicroBatch, Targets
 from flashdiff.distill.config import Recipe
 from flashdiff.distill.loop import distill
+from flashdiff.distill.losses import distribution_matching
 from flashdiff.distill.losses.distribution_matching import FAKE_SCORE
 from flashdiff.distill.objective import Objective
 from flashdiff.distill.processes import Draws
@@ -145,6 +147,53 @@ def test_distribution_matching_moves_samples_from_the_fake_score_to_the_guided_t
     expected = 0.3 * 2 * difference / scale / x0.numel()
     assert expected.abs().max() > 1e-5
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_distribution_matching_guides_its_teacher_as_the_pipeline_does(
+    decoupled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Qwen-Image's pipeline scales guided outputs, token by token, to the length of the conditional ones."""
+    base = FAMILIES["qwen-image"](tmp_path / "qwen-image")
+    family, model = load_base(str(base))
+    teacher_model = load_base(str(base))[1]
+    add_adapter(model, ("to_q",), rank=2, alpha=4, seed=0)
+    recipe = tiny_recipe(base, phases=[ALL], loss={"distribution_matching": {"decoupled": decoupled}})
+    objective = Objective(model, family, recipe)
+    alone = recipe.phases[0].model_copy(update={"distillation": 0.0, "adversarial": 0.0})
+    x0 = torch.randn(BATCH, 16, 8, 8, generator=torch.Generator().manual_seed(5))
+    said, nothing = (model.encode_ids(model.tokenizer(prompts)) for prompts in (["a dog", "two cats"], [""]))
+    batch = Targets(x0, x0, torch.tensor([999, 499]), said, x0)
+    seen: list[Tensor] = []
+    monkeypatch.setattr(distribution_matching, "distribution_matching_loss", lambda *x0s: seen.append(x0s[2]) or x0s[0].sum())
+    objective.losses(_micro_batch(batch, x0), alone)
+
+    draws = _micro_batch(batch, x0).draws  # the same numbers, in the order of the method
+    guidance = 2.0 + 2.0 * draws.uniform().view(-1, 1, 1, 1)
+    tau = draws.integers(20, 980)
+    noise = draws.normal(x0.shape[1:])
+    sigmas = torch.from_numpy(model.spec.sampler.schedule.levels(list(range(1000)))[1]).float()
+
+    def tokens(values: Tensor) -> Tensor:
+        return values.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3)
+
+    @torch.no_grad()
+    def clean(times: Tensor) -> tuple[Tensor, Tensor]:
+        """The conditional x_0 and the guided one."""
+        sigma = sigmas[times].view(-1, 1, 1, 1)
+        x_t = (1 - sigma) * x0 + sigma * noise
+        towards, away = (
+            teacher_model.denoiser(x_t, times, *(of[name].expand(BATCH, *of[name].shape[1:]) for name in model.conditioning))
+            for of in (said, nothing)
+        )
+        combined = away + guidance * (towards - away)
+        scale = torch.linalg.vector_norm(tokens(towards), dim=3) / torch.linalg.vector_norm(tokens(combined), dim=3)
+        scale = scale[:, None].repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+        return x_t - sigma * towards, x_t - sigma * combined * scale
+
+    at = (draws.uniform() * batch.times).long().clamp(min=20) if decoupled else tau
+    plain, guided = clean(at)
+    torch.testing.assert_close(seen[0], clean(tau)[0] + guided - plain if decoupled else guided, rtol=1e-4, atol=1e-5)
 
 
 def test_judges_see_with_the_frozen_teacher_whatever_the_student_has_learnt(

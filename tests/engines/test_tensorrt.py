@@ -7,6 +7,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from tiny import MODELS, STUDENTS
 
 from flashdiff.components import Size
 from flashdiff.engines.backends import tensorrt_builder
@@ -31,7 +32,7 @@ def _build(graph: Path, shapes: dict[str, tuple[int, ...]], plan: Path, said: li
 
 
 @needs_rtx
-@pytest.mark.parametrize("family", ["sd15", "sdxl", "pixart", "sd3", "flux"])
+@pytest.mark.parametrize("family", [*MODELS, *STUDENTS])
 def test_every_family_becomes_a_plan(family: str, family_bundle: Callable[[str, BackendName], Path], tmp_path: Path) -> None:
     bundle = family_bundle(family, "onnxruntime")
     manifest = read_manifest(bundle)
