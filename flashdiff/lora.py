@@ -24,6 +24,7 @@ from flashdiff.components import ModelSpec
 from flashdiff.config import Record, parse_record
 from flashdiff.errors import ConfigError, LoraError, first_line
 from flashdiff.families import family_of, find_base
+from flashdiff.families.autoencoders import check_vae, find_vae, with_vae
 from flashdiff.families.base import GUIDANCE, ModelFamily, TorchModel
 from flashdiff.families.files import hash_of_all
 from flashdiff.families.hub import download_lora, hub_name, name_of
@@ -207,14 +208,25 @@ def lora_hash(lora: Path) -> str:
 
 
 def load_fused(
-    base: str, loras: Sequence[tuple[Path, float]], sampling: SamplingOptions | None
+    base: str,
+    loras: Sequence[tuple[Path, float]],
+    sampling: SamplingOptions | None,
+    *,
+    variant: str | None = None,
+    config: str | None = None,
+    vae: str | None = None,
 ) -> tuple[ModelFamily, TorchModel]:
     """A base model with its LoRAs fused, sampled as they or the options ask for: the model that bundles hold and evaluations
-    measure."""
-    folder = find_base(base)
+    measure. `variant` and `config` are those of `find_base`, `vae` that of `find_vae`."""
+    folder = find_base(base, variant=variant, config=config)
     family = family_of(folder)
     spec = fused_spec(family.read_spec(folder), [lora for lora, _ in loras], sampling or SamplingOptions())
+    autoencoder = find_vae(vae) if vae else None
+    if autoencoder:
+        check_vae(autoencoder, family, spec)
     model = family.load(folder, spec)
+    if autoencoder:
+        model = with_vae(model, autoencoder)
     fuse(model, family, loras)
     for warning in check_base(folder, model.base_hash, [lora for lora, _ in loras]):
         _log.warning(warning)

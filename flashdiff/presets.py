@@ -50,8 +50,8 @@ _ALL = (
         spacing="trailing", most_steps=8,
     ),
     Preset("sd-turbo", "sd15", "stabilityai/sd-turbo", r"\bsd-turbo", "euler", 1, spacing="trailing", most_steps=8),
-    Preset("lcm-lora-sd15", "sd15", "latent-consistency/lcm-lora-sdv1-5", r"lcm", "lcm", 4),
-    Preset("lcm-lora-sdxl", "sdxl", "latent-consistency/lcm-lora-sdxl", r"lcm", "lcm", 4),
+    Preset("lcm-lora-sd15", "sd15", "latent-consistency/lcm-lora-sdv1-5", r"lcm(?!like)", "lcm", 4),
+    Preset("lcm-lora-sdxl", "sdxl", "latent-consistency/lcm-lora-sdxl", r"lcm(?!like)", "lcm", 4),
     *(
         _trailing(f"hyper-{base}-{steps}", base, _HYPER, rf"hyper-?{base}-{steps}-?steps?\b(?!.*cfg)", "ddim", steps)
         for base in _BASES

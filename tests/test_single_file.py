@@ -12,6 +12,7 @@ from tiny import FAMILIES
 from flashdiff.errors import ModelError
 from flashdiff.families import find_base, load_base
 from flashdiff.families.prints import prints_of
+from flashdiff.lora import load_fused
 
 _RESNET = {
     "norm1": "in_layers.0",
@@ -93,6 +94,16 @@ def test_a_checkpoint_is_the_directory_it_was_made_of(base: Path, settings: Path
     before = (found / "model_index.json").stat().st_mtime_ns
     assert find_base(str(file), config=str(settings)) == found
     assert (found / "model_index.json").stat().st_mtime_ns == before  # converted once
+
+
+def test_evaluate_reads_a_checkpoint_with_another_autoencoder(base: Path, settings: Path, tmp_path: Path) -> None:
+    file = _checkpoint(base, tmp_path / "model.safetensors")
+    other = FAMILIES["pixart"](tmp_path / "pixart") / "vae"
+    _, model = load_fused(str(file), (), None, config=str(settings), vae=str(other))
+    expected = load_file(other / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(values, expected[name]) for name, values in model.weights["vae"].state_dict().items())
+    unet = load_file(base / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(values, unet[name]) for name, values in model.network.state_dict().items())
 
 
 def test_a_checkpoint_keeps_its_precision(base: Path, settings: Path, tmp_path: Path) -> None:

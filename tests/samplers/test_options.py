@@ -48,7 +48,7 @@ def copy(sdxl: Path, tmp_path: Path) -> Path:
 
 
 def test_the_command_line_names_every_sampler_that_a_family_can_use() -> None:
-    assert set(defaults.SAMPLERS) == {"ode", *SAMPLERS} - {"scm"}
+    assert set(defaults.SAMPLERS) == {"ode", *SAMPLERS}
     assert set(get_args(Sampler.model_fields["kind"].annotation)) == {"flash", "ode", *SAMPLERS}
     assert get_args(Spacing) == defaults.SPACINGS
 
