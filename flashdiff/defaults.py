@@ -8,7 +8,7 @@ PRECISION: Final = "fp32"
 BATCH_SIZES: Final = (1, 2, 4, 8)
 
 # --- how a model is sampled ---
-SAMPLERS: Final = ("ode", "lcm", "euler", "euler-ancestral", "ddim", "tcd", "flow-euler")
+SAMPLERS: Final = ("ode", "lcm", "euler", "euler-ancestral", "ddim", "tcd", "flow-euler", "scm")
 """Those that a family of ours can use."""
 SPACINGS: Final = ("leading", "linspace", "trailing")
 PREDICTIONS: Final = ("epsilon", "v_prediction", "sample")

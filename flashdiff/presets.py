@@ -27,6 +27,7 @@ class Preset:
 
 _BASES = ("sd15", "sdxl")
 _HYPER = "ByteDance/Hyper-SD"
+_PCM = "wangfuyun/PCM_Weights"
 
 
 def _trailing(name: str, family: str, source: str, pattern: str, sampler: str, steps: int) -> Preset:
@@ -49,8 +50,8 @@ _ALL = (
         spacing="trailing", most_steps=8,
     ),
     Preset("sd-turbo", "sd15", "stabilityai/sd-turbo", r"\bsd-turbo", "euler", 1, spacing="trailing", most_steps=8),
-    Preset("lcm-lora-sd15", "sd15", "latent-consistency/lcm-lora-sdv1-5", r"lcm", "lcm", 4),
-    Preset("lcm-lora-sdxl", "sdxl", "latent-consistency/lcm-lora-sdxl", r"lcm", "lcm", 4),
+    Preset("lcm-lora-sd15", "sd15", "latent-consistency/lcm-lora-sdv1-5", r"lcm(?!like)", "lcm", 4),
+    Preset("lcm-lora-sdxl", "sdxl", "latent-consistency/lcm-lora-sdxl", r"lcm(?!like)", "lcm", 4),
     *(
         _trailing(f"hyper-{base}-{steps}", base, _HYPER, rf"hyper-?{base}-{steps}-?steps?\b(?!.*cfg)", "ddim", steps)
         for base in _BASES
@@ -70,20 +71,42 @@ _ALL = (
         for steps in (8, 12)
     ),
     Preset("hyper-sdxl-1-unet", "sdxl", _HYPER, r"hyper-?sdxl-1-?step-unet", "lcm", 1, timesteps=(800,)),
-    # The card asks for a LoRA weight of 0.125.
-    Preset("hyper-flux-8", "flux", _HYPER, r"hyper-?flux.*\b8-?steps?\b", "flow-euler", 8, guidance=3.5),
+    # The card asks for a LoRA weight of 0.125 for FLUX and SD3.
+    *(
+        Preset(f"hyper-flux-{steps}", "flux", _HYPER, rf"hyper-?flux.*\b{steps}-?steps?\b", "flow-euler", steps, guidance=3.5)
+        for steps in (8, 16)
+    ),
+    *(
+        Preset(
+            f"hyper-sd3-{steps}-cfg", "sd3", _HYPER, rf"hyper-?sd3-{steps}-?steps?-cfg", "flow-euler", steps,
+            spacing="linspace", guidance=5.0,
+        )
+        for steps in (4, 8, 16)
+    ),
     Preset("dmd2-sdxl-1", "sdxl", "tianweiy/DMD2", r"\bdmd2.*\b1-?step", "lcm", 1, timesteps=(399,)),
     Preset("dmd2-sdxl-4", "sdxl", "tianweiy/DMD2", r"\bdmd2", "lcm", 4, timesteps=(999, 749, 499, 249)),
-    Preset("tcd-sd15", "sd15", "h1t/TCD-SD15-LoRA", r"\btcd", "tcd", 4, eta=0.3),
+    Preset("tcd-sd15", "sd15", "h1t/TCD-SD15-LoRA", r"\btcd(?!-sd21)", "tcd", 4, eta=0.3),
+    Preset("tcd-sd21", "sd15", "h1t/TCD-SD21-base-LoRA", r"\btcd-sd21", "tcd", 4, eta=0.3),
     Preset("tcd-sdxl", "sdxl", "h1t/TCD-SDXL-LoRA", r"\btcd", "tcd", 4, eta=0.3),
     *(
-        _trailing(f"pcm-{base}-{steps}", base, "wangfuyun/PCM_Weights", rf"\bpcm.*smallcfg-{steps}-?steps?", "ddim", steps)
+        _trailing(f"pcm-{base}-{steps}", base, _PCM, rf"\bpcm.*smallcfg-{steps}-?steps?", "ddim", steps)
         for base in _BASES
         for steps in (2, 4, 8, 16)
     ),
+    *(
+        Preset(
+            f"pcm-{base}-{steps}-cfg", base, _PCM, rf"\bpcm.*normalcfg-{steps}-?steps?", "ddim", steps,
+            spacing="trailing", guidance=7.5, most_steps=steps,
+        )
+        for base in _BASES
+        for steps in (4, 8, 16)
+    ),
+    *(Preset(f"pcm-{base}-lcm", base, _PCM, r"\bpcm.*lcmlike", "lcm", 4) for base in _BASES),
     Preset("flash-sd15", "sd15", "jasperai/flash-sd", r"\bflash-(sd|sdxl|pixart)", "lcm", 4),
     Preset("flash-sdxl", "sdxl", "jasperai/flash-sdxl", r"\bflash-(sd|sdxl|pixart)", "lcm", 4),
     Preset("flash-pixart", "pixart", "jasperai/flash-pixart", r"\bflash-(sd|sdxl|pixart)", "lcm", 4),
+    # Its own scheduler is a flow's Euler that noises anew before each step.
+    Preset("flash-sd3", "sd3", "jasperai/flash-sd3", r"\bflash-sd3", "flow-euler", 4, spacing="linspace", eta=1.0),
     Preset("flux-schnell", "flux", "black-forest-labs/FLUX.1-schnell", r"schnell", "flow-euler", 4, spacing="trailing"),
     Preset(
         "sd35-large-turbo", "sd3", "stabilityai/stable-diffusion-3.5-large-turbo", r"3-5-large-turbo", "flow-euler", 4,

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from original_layout import original_vae
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES
 
 from flashdiff.errors import ModelError
 from flashdiff.families import find_base, load_base
 from flashdiff.families.prints import prints_of
+from flashdiff.lora import load_fused
 
 _RESNET = {
     "norm1": "in_layers.0",
@@ -43,23 +45,6 @@ _UNET = {
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
-_VAE = {
-    "group_norm": "norm",
-    "to_q": "q",
-    "to_k": "k",
-    "to_v": "v",
-    "to_out.0": "proj_out",
-    "conv_shortcut": "nin_shortcut",
-    "conv_norm_out": "norm_out",
-    "mid_block.resnets.0": "mid.block_1",
-    "mid_block.resnets.1": "mid.block_2",
-    "mid_block.attentions.0": "mid.attn_1",
-    "downsamplers.0": "downsample",
-    "upsamplers.0": "upsample",
-    "resnets": "block",
-    "down_blocks": "down",
-    **{f"up_blocks.{level}": f"up.{2 - level}" for level in range(3)},
-}
 
 
 def _checkpoint(base: Path, file: Path, *, without: str = "none", dtype: torch.dtype = torch.float32) -> Path:
@@ -72,12 +57,7 @@ def _checkpoint(base: Path, file: Path, *, without: str = "none", dtype: torch.d
             old = next(old for old in _RESNET if rest.startswith(f".{old}."))
             rest = rest.replace(old, _RESNET[old])
         tensors[f"model.diffusion_model.{_UNET[place]}{rest}"] = values
-    for name, values in load_file(base / "vae" / "diffusion_pytorch_model.safetensors").items():
-        old = name
-        for now, then in _VAE.items():
-            old = old.replace(now, then)
-        is_attention = ".attn_1." in old and values.ndim == 2
-        tensors[f"first_stage_model.{old}"] = values[:, :, None, None] if is_attention else values
+    tensors |= original_vae(base, "first_stage_model.")
     for name, values in load_file(base / "text_encoder" / "model.safetensors").items():
         tensors[f"cond_stage_model.transformer.text_model.{name.removeprefix('text_model.')}"] = values
     kept = {name: values.to(dtype).contiguous() for name, values in tensors.items() if not name.startswith(without)}
@@ -114,6 +94,16 @@ def test_a_checkpoint_is_the_directory_it_was_made_of(base: Path, settings: Path
     before = (found / "model_index.json").stat().st_mtime_ns
     assert find_base(str(file), config=str(settings)) == found
     assert (found / "model_index.json").stat().st_mtime_ns == before  # converted once
+
+
+def test_evaluate_reads_a_checkpoint_with_another_autoencoder(base: Path, settings: Path, tmp_path: Path) -> None:
+    file = _checkpoint(base, tmp_path / "model.safetensors")
+    other = FAMILIES["pixart"](tmp_path / "pixart") / "vae"
+    _, model = load_fused(str(file), (), None, config=str(settings), vae=str(other))
+    expected = load_file(other / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(values, expected[name]) for name, values in model.weights["vae"].state_dict().items())
+    unet = load_file(base / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(values, unet[name]) for name, values in model.network.state_dict().items())
 
 
 def test_a_checkpoint_keeps_its_precision(base: Path, settings: Path, tmp_path: Path) -> None:

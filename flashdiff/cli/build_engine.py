@@ -46,7 +46,9 @@ def run(options: argparse.Namespace) -> None:
         if given:
             raise ConfigError(f"{options.base} is a recipe: set {', '.join(given)} there, and give --out alone here")
         given = load_recipe(Path(options.base), BuildRecipe).model_dump(exclude_unset=True)
-    build = parse_record({"base": base_of(options), **given, "out": options.out}, BuildOptions, source="build-engine")
+    build = parse_record(
+        {"base": base_of(options.base, options.revision), **given, "out": options.out}, BuildOptions, source="build-engine"
+    )
     quiet_libraries()
     if options.dry_run:
         for line in describe(plan_build(build)):

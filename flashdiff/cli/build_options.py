@@ -33,19 +33,7 @@ def add_build_arguments(
         help="fuse this LoRA: a folder, a .safetensors file, owner/name[/file][@revision] on the hub, or the shipped "
         "avatars-flash; may be repeated",
     )
-    to.add_argument("--revision", metavar="REV", help="branch, tag or commit of a base on the hub; the same as BASE@REV")
-    to.add_argument(
-        "--variant", metavar="NAME", help="which weights of the base, such as fp16; default: the plain ones, else the only ones"
-    )
-    to.add_argument(
-        "--config",
-        metavar="FOLDER",
-        help="of a base that is a single .safetensors file: a model directory or hub id with its configuration and the parts "
-        "that it lacks; default: the one that diffusers finds on the hub",
-    )
-    to.add_argument(
-        "--vae", metavar="FOLDER", help="an autoencoder in the place of the base's own: a folder, or a hub id (owner/name)"
-    )
+    add_base_arguments(to)
     to.add_argument(
         "--backend", choices=tuple(BACKENDS), help="default: the fastest that runs here - torch on an NVIDIA GPU, else openvino"
     )
@@ -67,14 +55,30 @@ def add_build_arguments(
     add_sampling_arguments(parser, with_steps="steps" not in without)
 
 
-def base_of(options: argparse.Namespace) -> str:
+def add_base_arguments(to: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Which files of a base are read."""
+    to.add_argument("--revision", metavar="REV", help="branch, tag or commit of a base on the hub; the same as BASE@REV")
+    to.add_argument(
+        "--variant", metavar="NAME", help="which weights of the base, such as fp16; default: the plain ones, else the only ones"
+    )
+    to.add_argument(
+        "--config",
+        metavar="FOLDER",
+        help="of a base that is a single .safetensors file: a model directory or hub id with its configuration and the parts "
+        "that it lacks; default: the one that diffusers finds on the hub",
+    )
+    to.add_argument(
+        "--vae", metavar="FOLDER", help="an autoencoder in the place of the base's own: a folder, or a hub id (owner/name)"
+    )
+
+
+def base_of(base: str, revision: str | None) -> str:
     """The base with its revision; ConfigError for a revision of a base that is not on the hub."""
-    base: str = options.base
-    if options.revision is None:
+    if revision is None:
         return base
     if Path(base).exists() or base.count("/") != 1 or "@" in base:
-        raise ConfigError(f"--revision {options.revision}: it is for a base on the hub, owner/name, and {base} is none")
-    return f"{base}@{options.revision}"
+        raise ConfigError(f"--revision {revision}: it is for a base on the hub, owner/name, and {base} is none")
+    return f"{base}@{revision}"
 
 
 def build_command(options: argparse.Namespace, *, without: frozenset[str] = frozenset()) -> list[str]:

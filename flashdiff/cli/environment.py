@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -27,7 +28,7 @@ class Variables:
             name = PREFIX + action.dest.upper()
             default = [] if _is_list(action) and action.default is None else action.default
             self._actions[name], self._defaults[action.dest] = action, default
-            separated = "; separated by commas" if _is_list(action) else ""
+            separated = "; separated by commas, or a JSON list" if _is_list(action) else ""
             action.help = f"{(action.help or '').replace('%(default)s', str(action.default))} [{name}{separated}]"
             action.default = None  # so that what the command line does not give is recognised
 
@@ -53,6 +54,19 @@ def _is_list(action: argparse.Action) -> bool:
     return action.nargs == "*" or isinstance(action, argparse._AppendAction)
 
 
+def _parts(name: str, text: str) -> list[str]:
+    """The values of a list, separated by commas; or a JSON list, for values that hold commas themselves."""
+    if not text.lstrip().startswith("["):
+        return [part.strip() for part in text.split(",")]
+    try:
+        values = json.loads(text)
+    except ValueError:
+        values = None
+    if not (isinstance(values, list) and all(isinstance(value, str) and value for value in values)):
+        raise ConfigError(f'{name}={text}: give values separated by commas, or a JSON list of texts such as ["a,b", "c"]')
+    return values
+
+
 def _read(name: str, text: str, action: argparse.Action) -> Any:
     if action.nargs == 0:
         if text.lower() not in _TRUE + _FALSE:
@@ -60,7 +74,7 @@ def _read(name: str, text: str, action: argparse.Action) -> Any:
         return text.lower() in _TRUE
     convert = action.type if callable(action.type) else str
     try:
-        values = [convert(part.strip()) for part in text.split(",")] if _is_list(action) else convert(text)
+        values = [convert(part) for part in _parts(name, text)] if _is_list(action) else convert(text)
     except (ValueError, argparse.ArgumentTypeError):
         raise ConfigError(f"{name}={text}: {'a whole number' if action.type is int else 'a number'} is needed") from None
     if action.choices and values not in action.choices:

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from flashdiff import defaults
+from flashdiff.cli.build_options import add_base_arguments, base_of
 from flashdiff.cli.shared import add_sampling_arguments, given_sampling, listed, need, parse_lora, quiet_libraries
 from flashdiff.errors import ConfigError
 
@@ -12,8 +13,9 @@ _MOST_IMAGES = 1_000_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("subject", metavar="SUBJECT", help="a bundle, a diffusers directory, 'avatars', or a folder of images")
-    parser.add_argument("--lora", action="append", default=[], metavar="FOLDER[:WEIGHT]", help="fuse this LoRA into SUBJECT")
+    parser.add_argument("subject", metavar="SUBJECT", help="a bundle, a base as for build-engine, or a folder of images")
+    parser.add_argument("--lora", action="append", default=[], metavar="LORA[:WEIGHT]", help="fuse this LoRA into SUBJECT")
+    add_base_arguments(parser.add_argument_group("a SUBJECT that is a base"))
     parser.add_argument("--steps", metavar="N[,N...]", help="steps to measure SUBJECT at, a row each; default: the model's")
     parser.add_argument("--teacher", metavar="BASE", help="a bundle or model to measure as well")
     parser.add_argument(
@@ -73,7 +75,10 @@ def run(options: argparse.Namespace) -> None:
     quiet_libraries()
     text = evaluate(
         EvaluateOptions(
-            subject=options.subject,
+            subject=base_of(options.subject, options.revision),
+            variant=options.variant,
+            config=options.config,
+            vae=options.vae,
             loras=tuple(parse_lora(lora) for lora in options.lora),
             steps=parse_numbers("--steps", options.steps) if options.steps else (),
             teacher=options.teacher,

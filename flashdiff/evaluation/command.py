@@ -41,12 +41,19 @@ from flashdiff.lora import find_lora, fused_spec, load_fused, read_flash_info
 from flashdiff.samplers.options import SamplingOptions
 from flashdiff.tasks import check_order
 
+MANIFEST = "manifest.json"
+"""What a folder has that is a bundle."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions:
     """The command's options; `flashdiff evaluate --help` describes them."""
 
     subject: str
+    variant: str | None = None
+    """Of the subject where it is a base, as `config` and `vae` are: the options of `build-engine`."""
+    config: str | None = None
+    vae: str | None = None
     loras: tuple[tuple[str, float], ...] = ()
     steps: tuple[int, ...] = ()
     teacher: str | None = None
@@ -131,6 +138,7 @@ def _select(options: EvaluateOptions, open_bundle: Callable[[Path], Components],
     if _holds_images(Path(options.subject)):
         if options.loras or options.steps:
             raise ConfigError(f"{options.subject} is a folder of images: --lora and --steps are for models")
+        _refuse_base_options(options, "a folder of images")
         made = read_images(Path(options.subject))
         prompts = list(dict.fromkeys(prompt for prompt in made.prompts if prompt))
         selection = _Selection(prompts, len(made) // max(1, len(prompts)), made)
@@ -141,7 +149,10 @@ def _select(options: EvaluateOptions, open_bundle: Callable[[Path], Components],
         trained_at = next((info.guidance for folder, _ in loras if (info := read_flash_info(folder))), None)
         guidance = None if options.teacher else options.guidance
         sampling = options.sampling.model_copy(update={"guidance": guidance})
-        opened.append((name, _open(options.subject, loras, sampling, open_bundle), options.steps))
+        if (Path(options.subject) / MANIFEST).exists():
+            _refuse_base_options(options, "a bundle")
+        files = {"variant": options.variant, "config": options.config, "vae": options.vae}
+        opened.append((name, _open(options.subject, loras, sampling, open_bundle, **files), options.steps))
     if options.teacher:
         if not selection.prompts:
             raise ConfigError(f"{options.subject} has no prompts that the teacher could draw: give --prompts FILE")
@@ -185,17 +196,27 @@ def _real_part(reference: ImageSet) -> tuple[ImageSet, ImageSet]:
     return reference.part(order[:half], REAL), reference.part(order[half:], reference.name)
 
 
+def _refuse_base_options(options: EvaluateOptions, subject: str) -> None:
+    given = next(((name, value) for name in ("variant", "config", "vae") if (value := getattr(options, name))), None)
+    if given:
+        raise ConfigError(f"--{given[0]} {given[1]}: it is for a base, and {options.subject} is {subject}; leave it out")
+
+
 def _holds_images(path: Path) -> bool:
-    is_model = (path / "model_index.json").exists() or (path / "manifest.json").exists()
+    is_model = (path / "model_index.json").exists() or (path / MANIFEST).exists()
     return path.suffix == ".tar" or (path.is_dir() and not is_model)
 
 
 def _open(
-    name: str, loras: Sequence[tuple[Path, float]], sampling: SamplingOptions, open_bundle: Callable[[Path], Components]
+    name: str,
+    loras: Sequence[tuple[Path, float]],
+    sampling: SamplingOptions,
+    open_bundle: Callable[[Path], Components],
+    **files: str | None,
 ) -> Components:
-    """A bundle, or a base model in torch with its LoRAs fused."""
-    if not (Path(name) / "manifest.json").exists():
-        return load_fused(name, loras, sampling)[1]
+    """A bundle, or a base model in torch with its LoRAs fused; `files` say which of the base's are read."""
+    if not (Path(name) / MANIFEST).exists():
+        return load_fused(name, loras, sampling, **files)[1]
     if loras or sampling.guidance is not None:
         raise ConfigError(f"{name} is a bundle: --lora and --guidance are settled when it is built")
     if sampling != SamplingOptions():

@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import importlib.metadata
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,26 @@ from flashdiff.families.files import INDEX, networks_of, read_index
 from flashdiff.families.hub import download_config, hub_name
 from flashdiff.files import cache_folder, hash_file, hash_files, new_folder
 
-_TEXT = ("cond_stage_model.", "conditioner.embedders.", "text_encoders.")
+_VAE = ("first_stage_model.", "vae.")
 _PREFIXES = {
-    "vae": ("first_stage_model.", "vae."),
-    "text_encoder": _TEXT,
-    "text_encoder_2": _TEXT,
-    "text_encoder_3": ("text_encoders.t5xxl.",),
+    "StableDiffusionPipeline": {"vae": _VAE, "text_encoder": ("cond_stage_model.",)},
+    "StableDiffusionXLPipeline": {
+        "vae": _VAE,
+        "text_encoder": ("conditioner.embedders.0.",),
+        "text_encoder_2": ("conditioner.embedders.1.",),
+    },
+    "StableDiffusion3Pipeline": {
+        "vae": _VAE,
+        "text_encoder": ("text_encoders.clip_l.",),
+        "text_encoder_2": ("text_encoders.clip_g.",),
+        "text_encoder_3": ("text_encoders.t5xxl.",),
+    },
+    "FluxPipeline": {"vae": _VAE, "text_encoder": ("text_encoders.clip_l.",), "text_encoder_2": ("text_encoders.t5xxl.",)},
 }
-"""What the names of a part's tensors start with, where a checkpoint has it."""
-_PRECISIONS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-"""The widest first: a file may hold several."""
+"""By pipeline, what the names of a part's tensors start with, where a checkpoint has it."""
+_DENOISER = "model.diffusion_model."
+"""Before the names of the denoiser's tensors, unless the checkpoint has nothing but the denoiser."""
 _READ = (".json", ".txt", ".model", ".safetensors")
-_SUPPORTED = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline")
 
 
 def directory_of(file: Path, config: str | None) -> Path:
@@ -42,8 +51,8 @@ def directory_of(file: Path, config: str | None) -> Path:
         )
     settings = _config_folder(file, config)
     family, index = family_of(settings), read_index(settings)
-    if family.pipeline_class not in _SUPPORTED:
-        supported = ", ".join(_SUPPORTED)
+    if family.pipeline_class not in _PREFIXES:
+        supported = ", ".join(_PREFIXES)
         raise ModelError(f"{file}: {settings} is a {family.pipeline_class}; single files are read of {supported}")
     known = [path for path in (settings / INDEX, *settings.glob("*/*")) if path.suffix in _READ and path.is_file()]
     deciding = [hash_file(file), hash_files(settings, known), *map(importlib.metadata.version, ("diffusers", "transformers"))]
@@ -86,41 +95,88 @@ def _convert(
     """Write the model directory, in the precision of the checkpoint."""
     import diffusers
 
-    names, dtype = _header(file)
+    sizes, dtype = _header(file)
+    prefixes = _PREFIXES[pipeline_class]
     given: dict[str, Any] = {"safety_checker": None} if pipeline_class == "StableDiffusionPipeline" else {}
-    for part in networks:
-        if part in _PREFIXES and not any(name.startswith(_PREFIXES[part]) for name in names):
+    for part in prefixes:
+        if part not in networks:  # SD3's T5, where model_index.json has none
+            given[part] = None
+        elif not any(name.startswith(prefixes[part]) for name in sizes):
             given[part] = _part_of(settings, part, index[part], file)
-            if given[part] is None:
-                given[part.replace("text_encoder", "tokenizer")] = None
+        if part in given and given[part] is None:
+            given[part.replace("text_encoder", "tokenizer")] = None
     try:
         pipeline = getattr(diffusers, pipeline_class).from_single_file(
             str(file), config=str(settings), local_files_only=True, torch_dtype=dtype, **given
         )
+        for part in {*networks} - {*given}:
+            _check_filled(file, settings, part, getattr(pipeline, part))
+        _check_taken(file, settings, sizes, pipeline, prefixes)
         pipeline.save_pretrained(folder)
     except FlashdiffError:
         raise
     except Exception as error:  # diffusers has many kinds for weights that do not fit the configuration
-        raise ModelError(f"{file}: diffusers cannot read it with the configuration of {settings}: {first_line(error)}") from None
+        why = first_line(error).partition(" If you want")[0]  # then follows advice to a programmer
+        if "meta tensor" in why:
+            why = "it lacks weights that this asks for; give --config with the configuration of this very model"
+        raise ModelError(f"{file}: diffusers cannot read it with the configuration of {settings}: {why}") from None
+
+
+def _check_filled(file: Path, settings: Path, part: str, model: Any) -> None:
+    """ModelError for a network with weights that the checkpoint lacks; T5's embedding, which is there once, is tied first."""
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
+    lacking = [name for name, values in model.named_parameters() if values.is_meta]
+    if lacking:
+        raise ModelError(
+            f"{file}: its {part} lacks {lacking[0]}, which the configuration of {settings} asks for; "
+            "give --config with the configuration of this very model"
+        )
+
+
+def _check_taken(
+    file: Path, settings: Path, sizes: Mapping[str, int], pipeline: Any, prefixes: Mapping[str, tuple[str, ...]]
+) -> None:
+    """ModelError for values of the denoiser that no layer took: the converters leave out what they do not know.
+
+    They only rename, join, split and reorder, so the numbers of values before and after are the same.
+    """
+    others = tuple(prefix for of_part in prefixes.values() for prefix in of_part)
+    names = [name for name in sizes if name.startswith(_DENOISER)] or [name for name in sizes if not name.startswith(others)]
+    part = "unet" if hasattr(pipeline, "unet") else "transformer"
+    held = sum(values.numel() for values in getattr(pipeline, part).state_dict().values())
+    written = sum(sizes[name] for name in names)
+    if held != written:
+        scales = [name for name in names if "scale_weight" in name or "scaled_fp8" in name]
+        cure = (
+            f"{scales[0]} is a scale of 8-bit weights, which diffusers leaves out: give the checkpoint in bf16 or fp16"
+            if scales
+            else "give --config with the configuration of this very model"
+        )
+        raise ModelError(f"{file}: its denoiser has {written:,} values, of which the {part} of {settings} takes {held:,}; {cure}")
 
 
 def _part_of(settings: Path, part: str, kind: list[str], file: Path) -> Any:
     """A part that the checkpoint lacks, from the directory of its configuration; None for SD3's T5, which it may do without."""
-    if not any((settings / part).glob("*.safetensors")):
+    weights = next((settings / part).glob("*.safetensors"), None)
+    if weights is None:
         if part == "text_encoder_3":
             return None
         raise ModelError(f"{file} has no {part}, and neither has {settings}: give --config with a directory that has its weights")
     from flashdiff.families.loading import load_part
 
-    return load_part(settings, part, getattr(importlib.import_module(kind[0]), kind[1]))
+    return load_part(settings, part, getattr(importlib.import_module(kind[0]), kind[1])).to(_header(weights)[1])
 
 
-def _header(file: Path) -> tuple[list[str], torch.dtype]:
-    """The names of a file's tensors, and the precision to store them in: their own, or float16, which holds all of float8."""
+def _header(file: Path) -> tuple[dict[str, int], torch.dtype]:
+    """The number of values of each tensor, and the precision to store them in, which holds all of them exactly."""
     try:
         with safetensors.safe_open(file, "pt") as opened:
-            names = list(opened.keys())
-            kinds = {opened.get_slice(name).get_dtype() for name in names}
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - it is no dict
+            sizes = {name: math.prod(part.get_shape()) for name, part in slices.items()}
+            kinds = {part.get_dtype() for part in slices.values()}
     except Exception as error:  # whatever a damaged file leads to
         raise ModelError(f"{file} is damaged: {first_line(error)}") from None
-    return names, next((dtype for kind, dtype in _PRECISIONS.items() if kind in kinds), torch.float16)
+    if kinds & {"F64", "F32"} or kinds >= {"BF16", "F16"}:
+        return sizes, torch.float32
+    return sizes, torch.bfloat16 if "BF16" in kinds else torch.float16  # float16 holds all of float8

@@ -1,6 +1,7 @@
 """Options of `flashdiff serve` from environment variables."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,6 +33,12 @@ def _options(environment: dict[str, str], *arguments: str) -> argparse.Namespace
         ({"FLASHDIFF_ALIAS": "a=b, c=d"}, "alias", ["a=b", "c=d"]),
         ({"FLASHDIFF_ALLOW_ORIGIN": "https://x"}, "allow_origin", ["https://x"]),
         ({"FLASHDIFF_LOG_FORMAT": "json"}, "log_format", "json"),
+        ({"FLASHDIFF_LORA": "one.safetensors:0.5,two"}, "lora", ["one.safetensors:0.5", "two"]),
+        ({"FLASHDIFF_LORA": ' ["a, b.safetensors:0.5", "two"]'}, "lora", ["a, b.safetensors:0.5", "two"]),
+        ({"FLASHDIFF_BUNDLES": '["/models/a,b"]'}, "bundles", [Path("/models/a,b")]),
+        ({"FLASHDIFF_ALIAS": '["a,b=c"]'}, "alias", ["a,b=c"]),
+        ({"FLASHDIFF_ALLOW_ORIGIN": "[]"}, "allow_origin", []),
+        ({"FLASHDIFF_SAMPLER": "scm"}, "sampler", "scm"),
     ],
 )
 def test_a_variable_sets_its_option(environment: dict[str, str], name: str, value: Any) -> None:
@@ -55,6 +62,9 @@ def test_the_command_line_wins_also_with_the_value_of_the_default() -> None:
         ({"FLASHDIFF_PORT": "seven"}, "FLASHDIFF_PORT=seven: a whole number is needed"),
         ({"FLASHDIFF_DRAIN": "long"}, "FLASHDIFF_DRAIN=long: a number is needed"),
         ({"FLASHDIFF_NO_AUTH": "perhaps"}, "FLASHDIFF_NO_AUTH=perhaps: give one of 1, true"),
+        ({"FLASHDIFF_LORA": '["a,b"'}, 'FLASHDIFF_LORA=["a,b": give values separated by commas, or a JSON list of texts'),
+        ({"FLASHDIFF_BUNDLES": "[1]"}, "FLASHDIFF_BUNDLES=[1]: give values separated by commas, or a JSON list of texts"),
+        ({"FLASHDIFF_ALIAS": '[""]'}, 'FLASHDIFF_ALIAS=[""]: give values separated'),
         ({"FLASHDIFF_LOG_FORMAT": "xml"}, "FLASHDIFF_LOG_FORMAT=xml: give one of text, json"),
     ],
 )

@@ -18,7 +18,9 @@ from flashdiff.components import Size
 from flashdiff.engines.runtime.fake import FakeComponents
 from flashdiff.noise import image_noise
 from flashdiff.prediction import Prediction
+from flashdiff.presets import PRESETS, Preset
 from flashdiff.rows import Row, denoise_rows, start_rows
+from flashdiff.samplers.options import SamplingOptions, sampled_as
 from flashdiff.sampling import Sampler
 from flashdiff.schedule import FlowSchedule, NoiseSchedule, Schedule, ShiftBySize
 from flashdiff.tasks import check_order
@@ -180,6 +182,53 @@ def test_ddim(monkeypatch: pytest.MonkeyPatch, prediction: Prediction, spacing: 
 def test_tcd(monkeypatch: pytest.MonkeyPatch, prediction: Prediction, steps: int, eta: float) -> None:
     scheduler = diffusers.TCDScheduler(**SD, prediction_type=prediction)
     _check(monkeypatch, scheduler, _sampler("tcd", _schedule(), eta=eta), prediction, steps)
+
+
+_OF_PRESET: dict[str, tuple[str, dict[str, Any]]] = {
+    "lcm": ("LCMScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}),
+    "euler-ancestral": ("EulerAncestralDiscreteScheduler", {"timestep_spacing": "trailing"}),
+    "ddim": ("DDIMScheduler", {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": False}),
+    "tcd": ("TCDScheduler", {}),
+}
+
+
+@pytest.mark.parametrize("name", [name for name, preset in PRESETS.items() if preset.sampler in _OF_PRESET])
+def test_presets_of_diffusion_models_are_the_schedulers_their_cards_name(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """On SD's own noise levels, at the number of steps of the card."""
+    preset = PRESETS[name]
+    kind, settings = _OF_PRESET[preset.sampler]
+    prediction: Prediction = preset.prediction or "epsilon"
+    scheduler = getattr(diffusers, kind)(**SD, **settings, prediction_type=prediction)
+    given = {"timesteps": [*preset.timesteps]} if preset.timesteps else {}
+    sampler = _preset_sampler(preset, _schedule(**({"set_alpha_to_one": False} if kind == "DDIMScheduler" else {})))
+    _check(monkeypatch, scheduler, sampler, prediction, preset.steps, **given)
+
+
+@pytest.mark.parametrize("name", [name for name, preset in PRESETS.items() if preset.sampler == "flow-euler"])
+def test_presets_of_flows_are_the_schedulers_their_cards_name(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """At the shift of SD3, or of FLUX by the size, or the student's own."""
+    preset = PRESETS[name]
+    by_size = preset.name.startswith("hyper-flux")
+    shift = 1.0 if preset.family == "flux" else preset.shift or 3.0
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
+        shift=shift, use_dynamic_shifting=by_size, stochastic_sampling=bool(preset.eta)
+    )
+    given: dict[str, Any] = {"mu": 0.5 + (1.15 - 0.5) * (16 - 256) / (4096 - 256)} if by_size else {}  # of 16 tokens
+    if preset.spacing == "linspace":
+        given["num_inference_steps"] = preset.steps
+    else:
+        given["sigmas"] = np.linspace(1.0, 1 / preset.steps, preset.steps)
+    sampler = _preset_sampler(preset, FlowSchedule(shift=shift, by_size=ShiftBySize() if by_size else None))
+    _check(monkeypatch, scheduler, sampler, "flow", preset.steps, **given)
+
+
+def _preset_sampler(preset: Preset, schedule: Schedule) -> Sampler:
+    """As `sampled_as` makes it of the preset, on a base with these noise levels."""
+    predicts: Prediction = "flow" if isinstance(schedule, FlowSchedule) else "epsilon"
+    fake = FakeComponents(_sampler("ode", schedule), max_batch=1)
+    spec = fake.spec.model_copy(update={"family": preset.family, "prediction": predicts})
+    return sampled_as(spec, SamplingOptions(preset=preset.name)).sampler
 
 
 class _Float64Torch:

@@ -48,7 +48,7 @@ def copy(sdxl: Path, tmp_path: Path) -> Path:
 
 
 def test_the_command_line_names_every_sampler_that_a_family_can_use() -> None:
-    assert set(defaults.SAMPLERS) == {"ode", *SAMPLERS} - {"scm"}
+    assert set(defaults.SAMPLERS) == {"ode", *SAMPLERS}
     assert set(get_args(Sampler.model_fields["kind"].annotation)) == {"flash", "ode", *SAMPLERS}
     assert get_args(Spacing) == defaults.SPACINGS
 
@@ -90,6 +90,25 @@ def test_lightnings_shift_is_its_own_at_every_size(tmp_path: Path) -> None:
     own = sampled_as(spec, SamplingOptions(preset="qwen-image-lightning-8", shift=2.5)).sampler
     assert own.schedule == FlowSchedule(shift=2.5)
     assert few_step_hint("qwen-image", ["Qwen-Image-Lightning-4steps-V1.0"]) == "--preset qwen-image-lightning-4"
+
+
+@pytest.mark.parametrize(
+    ("family", "file", "preset"),
+    [
+        ("sd3", "Hyper-SD3-8steps-CFG-lora.safetensors", "hyper-sd3-8-cfg"),
+        ("flux", "Hyper-FLUX.1-dev-8steps-lora.safetensors", "hyper-flux-8"),
+        ("flux", "Hyper-FLUX.1-dev-16steps-lora.safetensors", "hyper-flux-16"),
+        ("sdxl", "pcm_sdxl_smallcfg_2step_converted.safetensors", "pcm-sdxl-2"),
+        ("sd15", "pcm_sd15_normalcfg_16step_converted.safetensors", "pcm-sd15-16-cfg"),
+        ("sdxl", "pcm_sdxl_lcmlike_lora_converted.safetensors", "pcm-sdxl-lcm"),
+        ("sd15", "TCD-SD21-base-LoRA", "tcd-sd21"),
+        ("sd15", "TCD-SD15-LoRA", "tcd-sd15"),
+        ("sd3", "flash-sd3", "flash-sd3"),
+        ("sd15", "flash-sd", "flash-sd15"),
+    ],
+)
+def test_students_are_known_by_the_names_of_their_files(family: str, file: str, preset: str) -> None:
+    assert few_step_hint(family, [file]) == f"--preset {preset}"
 
 
 def test_an_option_overrides_its_preset(sdxl: Path) -> None:
