@@ -55,7 +55,7 @@ class DistributionMatching(StudentLoss):
         """The scores of teacher and fake are compared at x_tau, a re-noised x_0; no gradient flows through either."""
         setup, settings, model = self._setup, self._settings, self._setup.model
         x0, conditioning = batch.x0, batch.targets.conditioning
-        low, high = setup.guidance
+        low, high = settings.guidance or setup.guidance
         guidance = (low + (high - low) * batch.draws.uniform()).view(-1, 1, 1, 1)
         if setup.unconditional is not None:
             guidance = guidance.clamp(min=1)  # up to 1 means none
@@ -78,7 +78,11 @@ class DistributionMatching(StudentLoss):
                     teacher = guide(*self._both(setup.unconditional, x_tau, tau, conditioning), guidance)
             with as_adapter(model, FAKE_SCORE if self._critic else ADAPTER):
                 fake = predict_x0(model, x_tau, tau, conditioning)
-        return distribution_matching_loss(x0, fake, teacher)
+        if settings.first_step:
+            return distribution_matching_loss(x0, fake, teacher)
+        later = (batch.targets.times < setup.num_train_timesteps - 1).view(-1, 1, 1, 1)
+        # Where fake and teacher agree, the loss is 0: samples that start from pure noise count, but are not moved.
+        return distribution_matching_loss(x0, torch.where(later, fake, teacher), teacher)
 
     def _both(
         self, unconditional: Mapping[str, Tensor], x_t: Tensor, times: Tensor, conditioning: Mapping[str, Tensor]
@@ -88,8 +92,7 @@ class DistributionMatching(StudentLoss):
         conditional, contrast = predict_x0(self._setup.model, x_t.repeat(2, 1, 1, 1), times.repeat(2), both).chunk(2)
         return conditional, contrast
 
-    def train_opponent(self, batches: Sequence[MicroBatch], *, in_use: bool) -> dict[str, float]:
-        """Trains the fake score in phases that do not use the loss too: one that lags behind the student misleads it."""
+    def train_opponent(self, batches: Sequence[MicroBatch]) -> dict[str, float]:
         losses = {}
         if self.opponent:
             with as_adapter(self._setup.model, FAKE_SCORE):
