@@ -51,7 +51,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--features", metavar="NAME", help="avatars, inception[:FOLDER]; default: avatars for its reference, else inception"
     )
-    parser.add_argument("--text", metavar="NAME", help="avatars, clip[:MODEL]; default: avatars for its reference, else none")
+    parser.add_argument(
+        "--text",
+        metavar="NAME",
+        help="avatars, clip[:MODEL], pickscore, image-reward, hpsv2; default: avatars for its reference, else none",
+    )
+    parser.add_argument(
+        "--protocol",
+        metavar="NAME",
+        help="measure as papers do, on COCO's validation set: coco2014-30k, coco2014-10k or coco2017-5k, with --prompts "
+        "captions_val20XX.json and --reference FOLDER of its images; --text is CLIP ViT-g by default, and --out keeps what is "
+        "measured, so that the same command goes on after a kill",
+    )
+    parser.add_argument(
+        "--scores",
+        default="",
+        metavar="NAME[,NAME...]",
+        help="further columns of --protocol, where their packages are installed: pickscore, image-reward, hpsv2",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write report.md, sheets and all images here")
 
@@ -88,6 +105,8 @@ def run(options: argparse.Namespace) -> None:
             features=options.features,
             text=options.text,
             json_file=options.json,
+            protocol=options.protocol,
+            scores=tuple(name for name in options.scores.split(",") if name),
             out=options.out,
         ),
         open_bundle=open_bundle,

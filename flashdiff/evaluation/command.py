@@ -35,6 +35,7 @@ from flashdiff.evaluation.images import (
     real_images,
     write_images,
 )
+from flashdiff.evaluation.protocols import CLIP, Meter, protocol_of, protocol_table, read_coco, run_protocol
 from flashdiff.families.base import TorchModel
 from flashdiff.files import new_folder, write_whole
 from flashdiff.lora import find_lora, fused_spec, load_fused, read_flash_info
@@ -65,10 +66,18 @@ class EvaluateOptions:
     text: str | None = None
     json_file: Path | None = None
     out: Path | None = None
+    protocol: str | None = None
+    """One of `protocols.PROTOCOLS`: prompts, reference and scores are then the papers'."""
+    scores: tuple[str, ...] = ()
+    """Further text scorers of a protocol."""
 
 
 def evaluate(options: EvaluateOptions, *, open_bundle: Callable[[Path], Components], report: Callable[[str], None]) -> str:
     """Measure and write what the options ask for; the Markdown report."""
+    if options.protocol:
+        return _evaluate_protocol(options, open_bundle=open_bundle, report=report)
+    if options.scores:
+        raise ConfigError(f"--scores {','.join(options.scores)}: it is for --protocol; give one of them as --text")
     of_world = options.reference == WORLD
     if options.prompts not in (WORLD, HELD_OUT) and of_world:
         raise ConfigError("--prompts names a file: name a --reference too, a folder of real images or webdataset shards")
@@ -106,6 +115,44 @@ def evaluate(options: EvaluateOptions, *, open_bundle: Callable[[Path], Componen
     if options.json_file:
         write_whole(options.json_file, result.model_dump_json(indent=2) + "\n")
     return markdown(result)
+
+
+def _evaluate_protocol(
+    options: EvaluateOptions, *, open_bundle: Callable[[Path], Components], report: Callable[[str], None]
+) -> str:
+    """Measure as papers do; the table. What --out keeps lets the same command go on after a kill."""
+    protocol = protocol_of(options.protocol or "")
+    for name, default in (("count", defaults.PROMPT_COUNT), ("seeds", defaults.IMAGES_PER_PROMPT),
+                          ("reference_count", defaults.REFERENCE_COUNT)):  # fmt: skip
+        if getattr(options, name) != default:
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(options, name)}: {protocol.name} settles it; leave it out")
+    if options.prompts == defaults.PROMPTS or options.reference == defaults.REFERENCE:
+        raise ConfigError(
+            f"--protocol {protocol.name}: give --prompts captions_val20XX.json and --reference FOLDER, the images of COCO's "
+            "validation set"
+        )
+    if _holds_images(Path(options.subject)):
+        raise ConfigError(f"{options.subject} is a folder of images: --protocol {protocol.name} is for models")
+    coco = read_coco(protocol, Path(options.prompts), Path(options.reference))
+    scorers = tuple(text_scorer(name) for name in (options.text or CLIP, *options.scores))
+    features = feature_extractor(options.features or "inception")
+    loras = tuple((find_lora(name), weight) for name, weight in options.loras)
+    sampling = options.sampling.model_copy(update={"guidance": None if options.teacher else options.guidance})
+    title = " + ".join([Path(options.subject).resolve().name, *(folder.name for folder, _ in loras)])
+    opened = [(title, _open(options.subject, loras, sampling, open_bundle), options.steps)]
+    if options.teacher:
+        teacher = _open(options.teacher, (), SamplingOptions(guidance=options.guidance), open_bundle)
+        opened.append((Path(options.teacher).resolve().name, teacher, options.teacher_steps))
+    models = [(name, model, count) for name, model, steps in opened for count in steps or (model.spec.sampler.default_steps,)]
+    for _, model, count in models:
+        check_order(model.spec, prompt=coco.captions[0], steps=count, truncate_prompt=True)
+    keep = options.out / "features" if options.out else None
+    found = run_protocol(Meter(protocol=protocol, features=features, scorers=scorers, keep=keep, report=report), coco, models)
+    if options.out:
+        write_whole(options.out / "report.md", protocol_table(found) + "\n")
+    if options.json_file:
+        write_whole(options.json_file, found.model_dump_json(indent=2) + "\n")
+    return protocol_table(found)
 
 
 @dataclass
