@@ -26,6 +26,7 @@ from flashdiff.distill.previews import preview, preview_steps, save_image
 from flashdiff.distill.processes import Draws
 from flashdiff.distill.progress import Stage, lines_above_bars, shown_time
 from flashdiff.distill.publish import publish
+from flashdiff.distill.speed import Speed
 from flashdiff.distill.step import Pool, PoolSpan, make_pool, shared_pool, span_at, student_x0
 from flashdiff.distill.student import Student
 from flashdiff.distill.trackers import Tracker, open_tracker
@@ -142,7 +143,7 @@ def _train(
     log = work / _LOG
     if tracker and log.exists():  # drop what a killed run logged after its last checkpoint: those updates are computed again
         write_whole(log, "".join(log.read_text().splitlines(keepends=True)[: student.update]))
-    time_left, count = RemainingTime(recipe), 0
+    time_left, speed, count = RemainingTime(recipe), Speed(recipe.batch_size), 0
     pool: Pool | None = None
     ends = accumulate(phase.updates for phase in recipe.phases)
     for number, (phase, end) in enumerate(zip(recipe.phases, ends, strict=True), 1):
@@ -156,10 +157,14 @@ def _train(
                 if pool is None or update == span.first:
                     started = time.monotonic()
                     pool = _new_pool(model, student, objective, data, recipe, span, pools)
-                    time_left.solved(span, time.monotonic() - started)
+                    took = time.monotonic() - started
+                    time_left.solved(span, took)
+                    speed.took("targets", took)
                 started = time.monotonic()
                 line = _update(model, student, objective, data, recipe, work, pool, span, tracker)
-                time_left.updated(phase, time.monotonic() - started)
+                took = time.monotonic() - started
+                time_left.updated(phase, took)
+                speed.took("updates", took, updates=1)
                 count += 1
                 left = shown_time(time_left.left_s(student.update))
                 if count == _TIMED_UPDATES and tracker:
@@ -176,7 +181,11 @@ def _train(
                 if student.update % recipe.checkpoint_every == 0 or student.update == recipe.updates:
                     started = time.monotonic()
                     _save_progress(model, student, objective, recipe, work, tracker)
-                    time_left.previewed(time.monotonic() - started)
+                    took = time.monotonic() - started
+                    time_left.previewed(took)
+                    speed.took("checkpoints", took)
+                    if tracker:
+                        tracker.numbers(update, speed.write(work, student.update))
             stage.advance(0, shown)  # the bar stays on the terminal, and no time is left of its phase
 
 

@@ -12,7 +12,11 @@ _MOST_IMAGES = 1_000_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("subject", metavar="SUBJECT", help="a bundle, a diffusers directory, 'avatars', or a folder of images")
+    parser.add_argument(
+        "subject",
+        metavar="SUBJECT",
+        help="a bundle, a diffusers directory, 'avatars', a checkpoint (OUT/training/checkpoints/N.pt), or a folder of images",
+    )
     parser.add_argument("--lora", action="append", default=[], metavar="FOLDER[:WEIGHT]", help="fuse this LoRA into SUBJECT")
     parser.add_argument("--steps", metavar="N[,N...]", help="steps to measure SUBJECT at, a row each; default: the model's")
     parser.add_argument("--teacher", metavar="BASE", help="a bundle or model to measure as well")
@@ -76,7 +80,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Measure images against a reference set: FID, KID, text score, attributes, diversity, copies. Prints Markdown tables."""
     need("distill", "torch", "diffusers", "peft")
+    from flashdiff.components import Components
     from flashdiff.config import parse_numbers, parse_record
+    from flashdiff.distill.saved_student import open_checkpoint
     from flashdiff.engines.runtime.engine import open_bundle
     from flashdiff.evaluation.command import EvaluateOptions, evaluate
     from flashdiff.samplers.options import SamplingOptions
@@ -88,6 +94,10 @@ def run(options: argparse.Namespace) -> None:
         if value > _MOST_IMAGES:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: give a number of at most {_MOST_IMAGES}")
     quiet_libraries()
+
+    def opened(path: Path) -> Components:
+        return open_checkpoint(path) if path.suffix == ".pt" else open_bundle(path)
+
     text = evaluate(
         EvaluateOptions(
             subject=options.subject,
@@ -109,7 +119,7 @@ def run(options: argparse.Namespace) -> None:
             scores=tuple(name for name in options.scores.split(",") if name),
             out=options.out,
         ),
-        open_bundle=open_bundle,
+        open_bundle=opened,
         report=lambda line: print(line, file=sys.stderr, flush=True),
     )
     print(text)

@@ -237,10 +237,19 @@ def _holds_images(path: Path) -> bool:
     return path.suffix == ".tar" or (path.is_dir() and not is_model)
 
 
+def _is_checkpoint(name: str) -> bool:
+    return Path(name).suffix == ".pt" and Path(name).is_file()
+
+
 def _open(
     name: str, loras: Sequence[tuple[Path, float]], sampling: SamplingOptions, open_bundle: Callable[[Path], Components]
 ) -> Components:
-    """A bundle, or a base model in torch with its LoRAs fused."""
+    """A bundle, a checkpoint of a distillation, or a base model in torch with its LoRAs fused."""
+    if _is_checkpoint(name):
+        if loras or sampling != SamplingOptions():
+            raise ConfigError(f"{name} is a checkpoint of a distillation: its run settles how it is sampled; leave out --lora, "
+                              "--guidance without --teacher, --sampler and its group")  # fmt: skip
+        return open_bundle(Path(name))
     if not (Path(name) / "manifest.json").exists():
         return load_fused(name, loras, sampling)[1]
     if loras or sampling.guidance is not None:

@@ -1,6 +1,7 @@
 """Keys that mend what an audit found: what each changes, and that recipes without them stay as they were."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from tiny import FAMILIES
 from torch import Tensor
 
-from flashdiff import checkpoint
+from flashdiff import checkpoint, cli
 from flashdiff.config import load_recipe
 from flashdiff.distill import loop, step
 from flashdiff.distill.batch import MicroBatch, Targets
@@ -25,14 +26,18 @@ from flashdiff.distill.losses.distillation import whitened_loss
 from flashdiff.distill.network import Tap, checkpoint_gradients
 from flashdiff.distill.objective import Objective
 from flashdiff.distill.processes import Draws
+from flashdiff.distill.saved_student import open_checkpoint
 from flashdiff.distill.sources import Damage, read_samples
+from flashdiff.distill.speed import SPEED, Speed
 from flashdiff.distill.step import span_at
 from flashdiff.distill.student import _schedule
 from flashdiff.errors import ConfigError, TrainingError
 from flashdiff.families import load_base
 from flashdiff.families.base import TorchModel
+from flashdiff.generate import generate
 from flashdiff.lora import KOHYA, WEIGHTS, add_adapter, load_fused
 from flashdiff.prediction import rescaled
+from flashdiff.tasks import check_order
 
 ONE = [{"updates": 1, "mode_weights": (1, 1, 1, 1)}]
 
@@ -381,3 +386,40 @@ def test_wider_loras_train_and_fuse_in_both_forms(lora: dict[str, Any], tiny_bas
     with torch.no_grad():
         torch.testing.assert_close(kohya.denoiser(*inputs), student.denoiser(*inputs), atol=1e-4, rtol=1e-4)
         assert (student.denoiser(*inputs) - model.denoiser(*inputs)).abs().max() > 1e-4
+
+
+def test_a_checkpoint_is_the_student_that_would_be_published(tiny_base: Path, flash_lora: Path) -> None:
+    saved = checkpoints(flash_lora / "training")[-1]
+    student = open_checkpoint(saved)
+    _, published = load_fused(str(tiny_base), [(flash_lora, 1.0)], None)
+    assert student.spec.sampler == published.spec.sampler
+    order = check_order(student.spec, prompt="a dog", steps=2)
+    images = [generate(model, [order])[0][0].astype(int) for model in (student, published, load_base(str(tiny_base))[1])]
+    assert np.abs(images[0] - images[1]).max() <= 1
+    assert (images[0] != images[2]).any()
+
+
+def test_evaluate_measures_a_checkpoint(flash_lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved = checkpoints(flash_lora / "training")[-1]
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a dog\na cat\n")
+    command = ["evaluate", str(saved), "--steps", "1", "--prompts", str(prompts), "--features", "avatars"]
+    command += ["--reference", str(image_folder(tmp_path / "images"))]
+    assert cli.main(command) == 0
+    assert f"| {saved.name}, 1 step |" in capsys.readouterr().out
+    assert cli.main([*command, "--lora", str(flash_lora)]) == 2
+    assert "is a checkpoint of a distillation: its run settles" in capsys.readouterr().err
+    alone = Path(shutil.copy(saved, tmp_path / "alone.pt"))
+    assert cli.main(["evaluate", str(alone), *command[2:]]) == 2
+    assert "alone.pt: its run's recipe is not in " in capsys.readouterr().err
+
+
+def test_a_run_tells_where_its_time_went(flash_lora: Path) -> None:
+    lines = [json.loads(line) for line in (flash_lora / "training" / SPEED).read_text().splitlines()]
+    assert [line["update"] for line in lines] == [3, 4]
+    assert {"targets_s", "updates_s", "checkpoints_s", "samples_per_s", "memory_gib"} <= set(lines[0])
+    assert lines[0]["memory_gib"] > 0.05
+    speed = Speed(batch_size=6)
+    speed.took("targets", 1.0)
+    speed.took("updates", 2.0, updates=2)
+    assert speed.write(flash_lora.parent, 2)["samples_per_s"] == 4.0
