@@ -2,10 +2,11 @@
 
     python benchmarks/ablation.py --out ablation --scale 0.05 --only distillation,+adversarial,paper,lcm,ours
     python benchmarks/ablation.py --out ablation --scale 0.05          # the rest; finished runs are kept
+    python benchmarks/ablation.py --out audit --scale 0.25 --only audit  # what an audit of the method asked for
 
-Each of the two should take an hour on two cores. That is an estimate, not a measurement: 4.1 ms per forward pass of a sample,
-30 s per model and number of steps to evaluate, and 5 minutes once for the teacher, renders and their encoding. The table holds
-all finished runs.
+Each of the first two should take an hour on two cores. That is an estimate, not a measurement: 4.1 ms per forward pass of a
+sample, 30 s per model and number of steps to evaluate, and 5 minutes once for the teacher, renders and their encoding. The table
+holds all finished runs.
 
 The budget is the cost of the variant `distillation` at the recipe's length times `--scale`. Costs are counted in forward passes
 of the network, by teacher, student and losses; a backward pass counts as the forward passes that take as long
@@ -16,12 +17,16 @@ scale, pools of targets are small too and soon overfitted, so the result of `our
 
 Models are measured as `flashdiff evaluate` does, but with other prompts, so that `evaluate` can still judge what is chosen here.
 
+The tables give means over the seeds with their standard errors: one of the numbers themselves, and one of the differences from
+the first variant of `--only` with the same seed, which leaves out what a seed does to both.
+
 An interrupted ablation resumes. OUT with results of another base, recipe, variant, budget or metric is refused.
 """
 
 import argparse
 import json
 import logging
+import math
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -34,7 +39,7 @@ if __package__ in (None, ""):  # run as a file: imports start from the repositor
 from benchmarks.command import command_parser, run_command, write_results
 from benchmarks.environment import read_environment
 from benchmarks.markdown_table import markdown_table
-from benchmarks.variants import VARIANTS, make_variant
+from benchmarks.variants import GROUPS, VARIANTS, make_variant
 from flashdiff.components import Components
 from flashdiff.config import load_recipe
 from flashdiff.distill.config import Recipe, bundled_recipe
@@ -104,7 +109,8 @@ def run(recipe: Recipe, out: Path, meter: Meter, steps: Sequence[int]) -> None:
         distill(recipe, out, pools=out.parent / "pools")
     _, student = load_fused(recipe.base, [(out, 1.0)], None)
     metrics = meter.measure_model(student, out.name, steps)
-    write_results(result, {"updates": recipe.updates, "cost": round(cost(recipe)), "rows": metrics}, indent=2)
+    found = {"seed": recipe.seed, "updates": recipe.updates, "cost": round(cost(recipe)), "rows": metrics}
+    write_results(result, found, indent=2)
 
 
 def _report(line: str) -> None:
@@ -112,7 +118,7 @@ def _report(line: str) -> None:
 
 
 def ablation_table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """A line per variant and number of steps: the mean over seeds, and with several seeds the standard deviation."""
+    """A line per variant and number of steps: the mean over seeds, and with several seeds its standard error."""
     lines = []
     for name, seeds in results.items():
         for steps in seeds[0]["rows"]:
@@ -121,9 +127,22 @@ def ablation_table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     return markdown_table(("variant", "seeds", "updates", "steps", *METRICS), lines)
 
 
-def _mean(values: Sequence[float]) -> str:
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{spread}"
+def difference_table(results: Mapping[str, Sequence[Mapping[str, Any]]], base: str) -> str:
+    """The same of the differences from the variant `base`, over the seeds that both were run with."""
+    own = {run["seed"]: run["rows"] for run in results.get(base, ())}
+    lines = []
+    for name, runs in results.items():
+        shared = [run for run in runs if run.get("seed") in own] if name != base else []
+        for steps in shared[0]["rows"] if shared else ():
+            pairs = [(run["rows"][steps], own[run["seed"]][steps]) for run in shared]
+            cells = [_mean([one[metric] - other[metric] for one, other in pairs], sign="+") for metric in METRICS]
+            lines.append([f"{name} - {base}", len(pairs), steps, *cells])
+    return markdown_table(("difference", "seeds", "steps", *METRICS), lines)
+
+
+def _mean(values: Sequence[float], sign: str = "") -> str:
+    spread = f" ± {statistics.stdev(values) / math.sqrt(len(values)):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{sign}.2f}{spread}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -131,7 +150,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="runs and results are kept here")
     parser.add_argument("--recipe", type=Path, default=bundled_recipe("avatars.toml"), help="default: the embedded model's")
     parser.add_argument(
-        "--only", type=lambda text: text.split(","), default=[*VARIANTS], metavar="NAME[,NAME...]", help="variants; default: all"
+        "--only",
+        type=lambda text: text.split(","),
+        default=["all"],
+        metavar="NAME[,NAME...]",
+        help=f"variants, or groups of them: {', '.join(GROUPS)}; default: all",
     )
     parser.add_argument("--seeds", type=_whole_numbers, default=(0, 1, 2), metavar="N[,N...]", help="default: 0,1,2")
     parser.add_argument("--steps", type=_whole_numbers, default=(4, 2), metavar="N[,N...]", help="default: 4,2")
@@ -146,8 +169,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _ablate(options: argparse.Namespace) -> None:
     """Run the variants, and write OUT/ablation.md and OUT/ablation.json after each run, so that an interruption loses one run."""
-    if unknown := [name for name in options.only if name not in VARIANTS]:
-        raise ConfigError(f"--only {unknown[0]}: the variants are {', '.join(VARIANTS)}")
+    if unknown := [name for name in options.only if name not in VARIANTS and name not in GROUPS]:
+        raise ConfigError(f"--only {unknown[0]}: the variants are {', '.join(VARIANTS)}; the groups {', '.join(GROUPS)}")
+    names = list(dict.fromkeys(name for given in options.only for name in GROUPS.get(given, (given,))))
     recipe = load_recipe(options.recipe, Recipe)
     meter = Meter(options)
     settings = {
@@ -166,12 +190,14 @@ def _ablate(options: argparse.Namespace) -> None:
         metrics = {"real": meter.measure_real(), **meter.measure_model(base, TEACHER, steps)}
         write_results(teacher, {"updates": 0, "cost": 0, "rows": metrics}, indent=2)
     for seed in options.seeds:  # all variants with the first seed, then with the next: a complete table comes early
-        for name in options.only:
+        for name in names:
             run(make_variant(recipe, name, seed, options.scale), options.out / f"{name}-{seed}", meter, options.steps)
             results = _read_runs(options.out)
             found = {"environment": read_environment({}), "settings": settings, "results": results}
             write_results(options.out / "ablation.json", found, indent=2)
-            write_whole(options.out / "ablation.md", ablation_table(results) + "\n")
+            shown = f"{ablation_table(results)}\n\n{difference_table(results, names[0])}"
+            write_whole(options.out / "ablation.md", shown + "\n")
+    print(shown)
 
 
 def _read_runs(out: Path) -> dict[str, list[dict[str, Any]]]:

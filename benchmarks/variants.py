@@ -31,8 +31,24 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ours+perceptual": {"loss": {"distillation": "perceptual"}},
     "ours+adversarial": {"phases": {"adversarial": (0.02, 0.05)}},
     "ours+critic": {"loss": {"distribution_matching": {"fake_score": "lora"}}},
+    # What the audit of the method found, and the newer papers say.
+    "ours+k16": {"grid": {"solver_steps": 16}},
+    "ours+constant": {"learning_rate_decay": 0.0},
+    "ours+fresh": {"pool_batches": 64, "target_uses": 2},
+    "ours+whitened": {"loss": {"distillation": "whitened"}},
+    "ours+roles": {"loss": {"distribution_matching": {"first_step": False}}},
+    "ours+roles-critic": {
+        "loss": {"distribution_matching": {"first_step": False, "fake_score": "lora", "decoupled": True}},
+    },
 }
 """Changes of the recipe by variant. Under `phases` are values by phase; the last one holds for all later phases."""
+
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "all": tuple(VARIANTS),
+    "audit": ("ours", "ours+k16", "ours+constant", "ours+fresh", "ours+whitened", "ours+roles", "ours+roles-critic"),
+}
+"""Variants under one name."""
 
 
 def make_variant(recipe: Recipe, name: str, seed: int, scale: float) -> Recipe:
@@ -51,12 +67,12 @@ def make_variant(recipe: Recipe, name: str, seed: int, scale: float) -> Recipe:
 
 
 def _changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
-    settings = {key: value for key, value in changes.items() if key not in ("phases", "every_time")}
+    settings = {key: value for key, value in changes.items() if key not in ("phases", "grid", "every_time")}
     phases = [phase.model_dump() for phase in recipe.phases]
     for name, values in changes.get("phases", {}).items():
         for index, phase in enumerate(phases):
             phase[name] = values[min(index, len(values) - 1)]
-    grid = recipe.grid.model_dump()
+    grid = {**recipe.grid.model_dump(), **changes.get("grid", {})}
     if changes.get("every_time"):
         grid["modes"] = grid["solver_steps"]
         for phase in phases:

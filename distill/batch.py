@@ -17,6 +17,7 @@ class Targets:
     times: Tensor  # [N]
     conditioning: Mapping[str, Tensor]  # [N, ...]
     x0: Tensor  # [N, C, h, w]
+    variance: Tensor  # [C], of the pool's solutions, by channel
 
 
 @dataclass(frozen=True)

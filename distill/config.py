@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, create_model, model_serializer, model_validator
+from pydantic import ConfigDict, Field, create_model, model_validator
 
 from flashdiff.config import Record
+from flashdiff.distill.grown import GrownRecord
 from flashdiff.distill.losses.settings import Share
 from flashdiff.distill.terms import TERMS, Term
 from flashdiff.schedule import Grid
@@ -15,36 +16,35 @@ Weight = Annotated[float, Field(ge=0, le=1e6)]
 Updates = Annotated[int, Field(ge=1, le=10**9)]
 
 
-class DataRecipe(Record):
+class DataRecipe(GrownRecord):
+    LATER: ClassVar[frozenset[str]] = frozenset({"image_column", "caption_column"})
+
     source: str
-    """`avatars` for renders of the embedded world; a folder of images with captions in .txt files or metadata.jsonl; webdataset
-    shards (.tar) or parquet files, one or a folder of them, or the address of such files (`https://`, `s3://`, `hf://`); a folder
-    that `datasets` wrote with `save_to_disk`; or a .txt file of prompts, one per line, without images."""
+    """`avatars` for renders of the embedded world; a folder of images with captions in .txt or .json files or metadata.jsonl;
+    webdataset shards (.tar) or parquet files, one or a folder of them, or the address of such files (`https://`, `s3://`,
+    `hf://`); a folder that `datasets` wrote with `save_to_disk`; or a .txt file of prompts, one per line, without images."""
     image_column: str | None = None
     """Column of a table that holds the images; None: `image`, or webdataset's `jpg`, `png`, `webp`."""
     caption_column: str | None = None
     """Column or key that holds the captions, or a field within it (`json.caption`, `captions.0`); None: `text`, `caption` or
     `prompt`."""
-
-    @model_serializer(mode="wrap")
-    def _without_columns_that_are_not_given(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Recipes that do not name columns keep the hash that they had before there were these keys."""
-        values: dict[str, Any] = write(self)
-        return {name: value for name, value in values.items() if value is not None or not name.endswith("_column")}
-
     images: int = Field(4000, ge=1, le=10**9)
     """How many images or prompts to use at most."""
     buckets: bool = False
     """Train each image at the nearest of several aspect ratios, one per batch, instead of cropping all to the base's size."""
 
 
-class LoraRecipe(Record):
+class LoraRecipe(GrownRecord):
+    LATER: ClassVar[frozenset[str]] = frozenset({"dora"})
+
     rank: int = Field(ge=1, le=4096)
     alpha: float = Field(gt=0, le=1e6)
     """The LoRA's output is scaled by alpha / rank."""
     targets: tuple[str, ...] = Field((), max_length=10_000)
     """Names, or endings of names, of the layers that get a LoRA; empty: the family's, which are the attention projections, and
-    in PixArt most linear layers."""
+    in PixArt most linear layers; `["all"]`: every linear layer and convolution."""
+    dora: bool = False
+    """Train each layer's magnitudes as well (DoRA, 2402.09353): slower, and closer to training all weights."""
 
 
 class LossKeys(Record):
@@ -121,7 +121,11 @@ class LossRecipe(LossKeys):
         return (self.model_extra or {}).get(name, TERMS[name].default_settings)
 
 
-class Recipe(Record):
+class Recipe(GrownRecord):
+    LATER: ClassVar[frozenset[str]] = frozenset(
+        {"negative_prompt", "guidance_rescale", "pool_batches", "target_batch", "learning_rate_decay", "skip_limit", "init_from"}
+    )
+
     base: str
     """A diffusers directory, a hub id of one, or `avatars`."""
     seed: int = Field(0, ge=0, lt=2**31)
@@ -136,6 +140,11 @@ class Recipe(Record):
     """Updates over which the loss weights move from the last phase's to the next one's; 0: at once, as in the paper."""
     guidance: tuple[float, float]
     """The teacher's guidance scale is drawn per sample between these two; up to 1 means none."""
+    guidance_rescale: Share = 0.0
+    """How far the teacher's guided output is brought back to the deviation of the unguided one (2305.08891, section 3.4; 0.7
+    there): less contrast at high scales, and a target that varies less with the scale. 0: not."""
+    negative_prompt: str = Field("", max_length=10_000)
+    """What the teacher's guidance contrasts prompts with, in place of the empty prompt."""
     target: Literal["solution", "consistency"] = "solution"
     """What the student is regressed on: the end of the teacher's ODE, or, as in LCM, its own answer one teacher step further."""
     batch_size: int = Field(ge=1, le=2**20)
@@ -150,7 +159,10 @@ class Recipe(Record):
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     """The student's; adamw_8bit keeps its moments in 8 bits and needs an NVIDIA GPU and bitsandbytes."""
     learning_rate: float = Field(gt=0, lt=1)
-    """The student's highest; it falls linearly to 0 over the last seven tenths of the run."""
+    """The student's highest."""
+    learning_rate_decay: Share = 0.7
+    """Share of the run, at its end, over which the learning rate falls linearly to 0; 0: it stays, as in the paper. Later phases
+    then move the student less: with 0.7 and four equal phases by 1.00, 0.89, 0.54 and 0.18 of the rate."""
     warmup_updates: int = Field(100, ge=0, le=10**9)
     """Updates over which the learning rate rises to its highest."""
     ema_decay: float = Field(0.99, ge=0, lt=1)
@@ -158,6 +170,17 @@ class Recipe(Record):
     target_uses: int = Field(1, ge=1, le=64)
     """Updates in which each of the teacher's targets is used. 1 is the paper's; more is cheaper where the teacher is most of the
     cost, and keeps 256 batches of targets in the memory of every process, which a resumed run solves again."""
+    pool_batches: int | None = Field(None, ge=1, le=1_000_000)
+    """Batches whose targets are solved at a time, by the student of that moment where they draw on it; None: 16, or 256 where
+    targets are used again. Small pools are fresh, but with many uses the student memorises them."""
+    target_batch: int | None = Field(None, ge=1, le=2**20)
+    """Samples that the teacher solves at a time in each process; None: as many as the student trains on at a time. It takes no
+    gradients, so more fit, and a GPU needs several to be busy; guidance doubles them."""
+    skip_limit: int = Field(0, ge=0, le=10**9)
+    """Updates of a run that may be skipped because a loss or gradient is not finite; the next one stops it."""
+    init_from: str | None = None
+    """Where the student's first weights come from: a checkpoint (.pt), or the folder of a finished or stopped run with the same
+    base and LoRA. Its optimizer, its schedule and its opponents start anew. None: the student starts as the base."""
     checkpoint_every: Updates = 100
     """Updates between checkpoints, and between previews."""
     checkpoints_keep: int = Field(1, ge=1, le=10_000)

@@ -10,11 +10,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from flashdiff.distill import processes
 from flashdiff.distill.config import Recipe
 from flashdiff.distill.costs import target_cost, teacher_evaluations, update_cost
-from flashdiff.distill.network import check_conditions, checkpoint_gradients, run_network
+from flashdiff.distill.network import add_lora, check_conditions, checkpoint_gradients, run_network
 from flashdiff.distill.objective import Objective
 from flashdiff.families import load_base
 from flashdiff.families.base import TorchModel
-from flashdiff.lora import ADAPTER, add_adapter
+from flashdiff.lora import ADAPTER
 
 _GIB = 2**30
 
@@ -24,8 +24,7 @@ def dry_run(recipe: Recipe) -> Iterator[str]:
     processes.check_split(recipe.batch_size, recipe.accumulate, shard_base=recipe.shard_base)
     family, model = load_base(recipe.base)
     check_conditions(model.spec)
-    targets = recipe.lora.targets or family.lora_targets
-    add_adapter(model, targets, rank=recipe.lora.rank, alpha=recipe.lora.alpha, seed=recipe.seed)
+    add_lora(model, family, recipe.lora, seed=recipe.seed)
     objective = Objective(model, family, recipe.model_copy(update={"shard_base": False}))  # described whole, wherever it runs
     network = {name: p.numel() for name, p in model.network.named_parameters()}
     base = sum(count for name, count in network.items() if ".lora_" not in name)

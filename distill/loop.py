@@ -14,26 +14,29 @@ from torch import Tensor
 from flashdiff.checkpoint import load_state, save_state, step_generator
 from flashdiff.distill import processes
 from flashdiff.distill.batch import MicroBatch, Targets
+from flashdiff.distill.checkpoints import checkpoint_path, checkpoints
 from flashdiff.distill.config import Recipe
 from flashdiff.distill.costs import RemainingTime
 from flashdiff.distill.curriculum import phase_at
 from flashdiff.distill.data import Dataset, load_dataset
-from flashdiff.distill.network import check_conditions, checkpoint_gradients, place
+from flashdiff.distill.initial import first_weights
+from flashdiff.distill.network import add_lora, check_conditions, checkpoint_gradients, place
 from flashdiff.distill.objective import Objective
 from flashdiff.distill.previews import preview, preview_steps, save_image
 from flashdiff.distill.processes import Draws
 from flashdiff.distill.progress import Stage, lines_above_bars, shown_time
 from flashdiff.distill.publish import publish
+from flashdiff.distill.speed import Speed
 from flashdiff.distill.step import Pool, PoolSpan, make_pool, shared_pool, span_at, student_x0
 from flashdiff.distill.student import Student
 from flashdiff.distill.trackers import Tracker, open_tracker
-from flashdiff.errors import TrainingError, first_line
+from flashdiff.errors import NotFiniteError, TrainingError, first_line
 from flashdiff.families import find_base, load_base
 from flashdiff.families.base import TorchModel
 from flashdiff.families.files import base_files
 from flashdiff.files import sweep_parts, write_whole
 from flashdiff.locks import sole_user
-from flashdiff.lora import FLASH, add_adapter, read_flash_info
+from flashdiff.lora import FLASH, read_flash_info
 from flashdiff.reading import first_change, read_json, witness
 from flashdiff.sampling import Sampler, flash_student
 
@@ -43,7 +46,7 @@ _LOG, _RECIPE = "log.jsonl", "recipe.json"
 _LOSS_STREAM = 1 << 20
 _SAME_RESULT = (
     "hash", "accumulate", "gradient_checkpointing", "shard_base", "checkpoint_every", "checkpoints_keep", "tracker",
-    "preview_prompts",
+    "preview_prompts", "target_batch", "skip_limit",
 )  # fmt: skip
 """Keys that may change when a run is resumed, such as after it ran out of memory: no result depends on them."""
 _TIMED_UPDATES = 10
@@ -100,13 +103,14 @@ def _run(recipe: Recipe, out: Path, work: Path, pools: Path | None) -> None:
             model.text_encoder.to("cpu", torch.float32)  # from here on only previews use it
         if processes.is_main():  # now that base and data are known to be good: a recipe with a mistyped name can be mended
             _save_recipe(work, recipe)
-        targets = recipe.lora.targets or family.lora_targets
-        add_adapter(model, targets, rank=recipe.lora.rank, alpha=recipe.lora.alpha, seed=recipe.seed)
+        add_lora(model, family, recipe.lora, seed=recipe.seed)
         objective = Objective(model, family, recipe)
         student = Student(model, recipe)
         if recipe.gradient_checkpointing:
             checkpoint_gradients(model)
-        _resume(work, student, objective)
+        if not _resume(work, student, objective) and recipe.init_from:
+            student.start_from(first_weights(recipe.init_from, model, family))
+            _log.info("the student starts with the weights of '%s'", recipe.init_from)
         _log.info("training %d LoRA parameters from update %d of %d", student.parameter_count, student.update, recipe.updates)
         tracker = open_tracker(recipe, work, student.update) if processes.is_main() else None
         try:
@@ -139,7 +143,7 @@ def _train(
     log = work / _LOG
     if tracker and log.exists():  # drop what a killed run logged after its last checkpoint: those updates are computed again
         write_whole(log, "".join(log.read_text().splitlines(keepends=True)[: student.update]))
-    time_left, count = RemainingTime(recipe), 0
+    time_left, speed, count = RemainingTime(recipe), Speed(recipe.batch_size), 0
     pool: Pool | None = None
     ends = accumulate(phase.updates for phase in recipe.phases)
     for number, (phase, end) in enumerate(zip(recipe.phases, ends, strict=True), 1):
@@ -153,10 +157,14 @@ def _train(
                 if pool is None or update == span.first:
                     started = time.monotonic()
                     pool = _new_pool(model, student, objective, data, recipe, span, pools)
-                    time_left.solved(span, time.monotonic() - started)
+                    took = time.monotonic() - started
+                    time_left.solved(span, took)
+                    speed.took("targets", took)
                 started = time.monotonic()
                 line = _update(model, student, objective, data, recipe, work, pool, span, tracker)
-                time_left.updated(phase, time.monotonic() - started)
+                took = time.monotonic() - started
+                time_left.updated(phase, took)
+                speed.took("updates", took, updates=1)
                 count += 1
                 left = shown_time(time_left.left_s(student.update))
                 if count == _TIMED_UPDATES and tracker:
@@ -164,7 +172,8 @@ def _train(
                         "%.3g s an update and %.3g s for its targets, by the first %d: about %s to go",
                         *(time_left.update_s, time_left.target_s, _TIMED_UPDATES, left),
                     )
-                stage.advance(note=f"loss {line['loss']:.4f}, about {left} to go")
+                shown = f"loss {line['loss']:.4f}" if "loss" in line else "skipped"
+                stage.advance(note=f"{shown}, about {left} to go")
                 if tracker:
                     with log.open("a") as file:
                         file.write(json.dumps({"update": update, **line}) + "\n")
@@ -172,8 +181,12 @@ def _train(
                 if student.update % recipe.checkpoint_every == 0 or student.update == recipe.updates:
                     started = time.monotonic()
                     _save_progress(model, student, objective, recipe, work, tracker)
-                    time_left.previewed(time.monotonic() - started)
-            stage.advance(0, f"loss {line['loss']:.4f}")  # the bar stays on the terminal, and no time is left of its phase
+                    took = time.monotonic() - started
+                    time_left.previewed(took)
+                    speed.took("checkpoints", took)
+                    if tracker:
+                        tracker.numbers(update, speed.write(work, student.update))
+            stage.advance(0, shown)  # the bar stays on the terminal, and no time is left of its phase
 
 
 def _update(
@@ -187,15 +200,25 @@ def _update(
     span: PoolSpan,
     tracker: Tracker | None,
 ) -> dict[str, float]:
-    """The student's next update, from its batch of the pool; a batch whose loss is not finite is saved for inspection."""
-    use, number = divmod(student.update - span.first, span.batches)
+    """The student's next update, from its batch of the pool; a batch whose loss is not finite is saved for inspection, and
+    skipped where the recipe allows it."""
+    update = student.update
+    use, number = divmod(update - span.first, span.batches)
     solved, chosen = pool.batch(number, seed=((recipe.seed << 24) + span.index) * 64 + use)
-    targets = [solved.targets(chosen[rows], data, model.device) for rows in processes.rows(recipe.batch_size, recipe.accumulate)]
+
+    def targets(rows: slice, device: torch.device) -> Targets:
+        return solved.targets(chosen[rows], data, device, pool.variance)
+
     try:
-        return _learn(model, student, objective, targets, recipe)
+        parts = [targets(rows, model.device) for rows in processes.rows(recipe.batch_size, recipe.accumulate)]
+        return _learn(model, student, objective, parts, recipe)
     except TrainingError as error:
         if tracker:
-            save_state(work / "bad_batch.pt", vars(solved.targets(chosen, data, torch.device("cpu"))))
+            save_state(work / "bad_batch.pt", vars(targets(slice(None), torch.device("cpu"))))
+        if isinstance(error, NotFiniteError) and student.skipped < recipe.skip_limit:
+            student.skip(update)
+            _log.warning("skipped: %s (%d of at most %d)", error, student.skipped, recipe.skip_limit)
+            return {"skipped": student.skipped}
         raise TrainingError(f"{error}; the batch is in {work / 'bad_batch.pt'}, the last checkpoint is untouched") from None
 
 
@@ -242,8 +265,9 @@ def _learn(model: TorchModel, student: Student, objective: Objective, targets: l
     loss = sum(values.values())
     student.learn(loss)
     student.bound(square**0.5, teacher_square**0.5)
-    opponents = objective.train_opponents(batches, phase)
-    return {"loss": loss, **values, **opponents, "latent_mean": mean, "latent_std": (square - mean**2) ** 0.5}
+    opponents = objective.train_opponents(batches)
+    latents = {"latent_mean": mean, "latent_std": (square - mean**2) ** 0.5}
+    return {"loss": loss, **values, **opponents, **latents, "gradient_norm": student.gradient_norm}
 
 
 _MOMENTS = ("mean", "square", "teacher_square")
@@ -263,10 +287,10 @@ def _save_progress(
     """Save a checkpoint and a preview of the averaged student next to the teacher; only the main process writes them."""
     if tracker:
         save_state(
-            work / "checkpoints" / f"{student.update:06d}.pt",
+            checkpoint_path(work, student.update),
             {"student": student.state_dict(), "objective": objective.state_dict()},
         )
-        for old in _checkpoints(work)[: -recipe.checkpoints_keep]:
+        for old in checkpoints(work)[: -recipe.checkpoints_keep]:
             old.unlink()
     if recipe.preview_prompts and (tracker or recipe.shard_base):
         sampler, prompts = flash_sampler(model, recipe), recipe.preview_prompts
@@ -279,14 +303,9 @@ def _save_progress(
     processes.wait()
 
 
-def _checkpoints(work: Path) -> list[Path]:
-    """The checkpoints in `work`, oldest first."""
-    return sorted((work / "checkpoints").glob("*.pt"))
-
-
-def _resume(work: Path, student: Student, objective: Objective) -> None:
-    """Restore the last checkpoint if there is one."""
-    if found := _checkpoints(work):
+def _resume(work: Path, student: Student, objective: Objective) -> bool:
+    """Restore the last checkpoint; False where there is none."""
+    if found := checkpoints(work):
         state = load_state(found[-1])
         try:
             student.load_state_dict(state["student"])
@@ -295,6 +314,7 @@ def _resume(work: Path, student: Student, objective: Objective) -> None:
             raise TrainingError(
                 f"{found[-1]} is no checkpoint of this run ({first_line(error)}); remove it to go on from the one before"
             ) from None
+    return bool(found)
 
 
 @contextmanager
@@ -342,7 +362,8 @@ def _check_recipe(work: Path, recipe: Recipe) -> None:
         before = read_json(resolved) if resolved.exists() else values
         if not isinstance(before, dict):
             raise ValueError("it is no JSON object")
-        changed = [name for name in values if name not in _SAME_RESULT and before.get(name) != values[name]]
+        names = dict.fromkeys((*values, *before))  # keys at their defaults may be in one of them alone
+        changed = [name for name in names if name not in _SAME_RESULT and before.get(name) != values.get(name)]
         if changed:
             raise TrainingError(
                 f"{work} holds a run of another recipe, which differs in {', '.join(changed)}; choose another --out or remove it"

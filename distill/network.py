@@ -1,7 +1,7 @@
 """The one network behind teacher, student and fake score: which adapter is active, and where and in which precision it runs."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache
 from typing import Any
 
@@ -12,9 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 from flashdiff.components import ModelSpec
 from flashdiff.distill import processes
-from flashdiff.errors import TrainingError
+from flashdiff.distill.config import LoraRecipe
+from flashdiff.errors import ConfigError, TrainingError
 from flashdiff.families.base import GUIDANCE, ModelFamily, TorchModel
-from flashdiff.lora import ADAPTER
+from flashdiff.lora import ADAPTER, add_adapter
 from flashdiff.prediction import to_x0
 from flashdiff.schedule import Schedule
 
@@ -26,6 +27,25 @@ def check_conditions(spec: ModelSpec) -> None:
         raise TrainingError(
             f"'{spec.name}' takes {', '.join(given)}, which training samples do not have; it can be served as it is"
         )
+
+
+# --- its LoRAs ------------------------------------------------------------------------------------------------------
+
+
+def add_lora(model: TorchModel, family: ModelFamily, recipe: LoraRecipe, *, seed: int, name: str = ADAPTER) -> None:
+    """Put a trainable LoRA into the network, as the recipe or the family says."""
+    targets: Sequence[str] = recipe.targets or family.lora_targets
+    if tuple(targets) == EVERY_LAYER:
+        layers = {key.replace(".base_layer", "") for key, module in model.network.named_modules() if _takes_lora(key, module)}
+        targets = sorted(layers)
+    add_adapter(model, targets, rank=recipe.rank, alpha=recipe.alpha, seed=seed, name=name, dora=recipe.dora)
+
+
+EVERY_LAYER = ("all",)
+
+
+def _takes_lora(name: str, module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | nn.Conv2d) and ".lora_" not in name and getattr(module, "groups", 1) == 1
 
 
 # --- evaluations -----------------------------------------------------------------------------------------------------
@@ -84,31 +104,57 @@ def as_adapter(model: TorchModel, name: str) -> Iterator[None]:
 
 
 class Tap:
-    """The features of latents at a noise level: the output of the family's tapped module."""
+    """The features of latents at a noise level: outputs of the network's blocks. The network stops at the last of them."""
 
-    def __init__(self, model: TorchModel, family: ModelFamily) -> None:
-        self._model, self._family = model, family
+    def __init__(self, model: TorchModel, family: ModelFamily, *, runs_whole: bool = False, shares: Sequence[float] = ()) -> None:
+        """`shares` choose blocks by their place among all; none: the family's own. `runs_whole` where stopping half-way would
+        leave other processes waiting. ConfigError where the network has no such blocks."""
+        self._model, self._runs_whole = model, runs_whole
+        blocks = family.feature_blocks(model.network)
+        if shares and not blocks:
+            raise ConfigError(
+                f"loss.adversarial.taps: the networks of family {family.name} are tapped in one place; leave it out"
+            )
+        places = sorted({min(int(share * len(blocks)), len(blocks) - 1) for share in shares})
+        self._find = lambda network: [family.feature_blocks(network)[place] for place in places] or [family.feature_tap(network)]
 
-    def __call__(self, latents: Tensor, times: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
-        """A map [B, C', h', w'] of latents [B, C, h, w] noised to `times` [B]; gradients flow through the network to them.
+    def __call__(self, latents: Tensor, times: Tensor, conditioning: Mapping[str, Tensor]) -> list[Tensor]:
+        """Maps [B, C', h', w'] of latents [B, C, h, w] noised to `times` [B]; gradients flow through the network to them.
 
         The caller chooses the role of the network, with `as_teacher` for the frozen base.
         """
+        tapped = self._find(self._model.network)
         caught: list[Tensor] = []
 
         def catch(module: nn.Module, inputs: Any, output: Any) -> None:
             caught.append(output[-1] if isinstance(output, tuple) else output)  # text comes first, the image last
+            if len(caught) == len(tapped) and not self._runs_whole:
+                raise _TappedError(output)
 
-        handle = self._family.feature_tap(self._model.network).register_forward_hook(catch)
+        handles = [module.register_forward_hook(catch) for module in tapped]
         try:
-            run_network(self._model, latents, times, conditioning)
+            with suppress(_TappedError):
+                run_network(self._model, latents, times, conditioning)
         finally:
-            handle.remove()
-        features = caught[0]
-        if features.ndim == 3:  # a transformer's tokens [B, N, C], in rows as long as the image is wide
-            rows = round((features.shape[1] * latents.shape[2] / latents.shape[3]) ** 0.5)
-            features = features.transpose(1, 2).unflatten(2, (rows, -1))
-        return features.float()
+            for handle in handles:
+                handle.remove()
+        return [_as_map(features, latents).float() for features in caught]
+
+
+class _TappedError(Exception):
+    """Ends a forward pass whose features are all there."""
+
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self.output = output
+
+
+def _as_map(features: Tensor, latents: Tensor) -> Tensor:
+    """A transformer's tokens [B, N, C] as a map, in rows as long as the image is wide; a map as it is."""
+    if features.ndim != 3:
+        return features
+    rows = round((features.shape[1] * latents.shape[2] / latents.shape[3]) ** 0.5)
+    return features.transpose(1, 2).unflatten(2, (rows, -1))
 
 
 # --- device, precision and memory ------------------------------------------------------------------------------------
@@ -171,11 +217,22 @@ def checkpoint_gradients(model: TorchModel) -> None:
 
     def run(module: Callable[..., Any], *inputs: Any) -> Any:
         before = roles()
+        tapped: list[_TappedError] = []
+
+        def block(*inputs: Any) -> Any:
+            try:
+                return module(*inputs)
+            except _TappedError as error:  # held until the block's activations are accounted for
+                tapped.append(error)
+                return error.output
 
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
             return nullcontext(), recomputing(before)
 
-        return checkpoint(module, *inputs, use_reentrant=False, context_fn=contexts)
+        output = checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
+        if tapped:
+            raise tapped[0]
+        return output
 
     model.network.enable_gradient_checkpointing(run)
 

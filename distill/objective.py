@@ -5,6 +5,7 @@ The teacher's ODE is not here: its solutions come with the batch, and no loss ru
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,26 +13,28 @@ from torch import Tensor, nn
 from flashdiff.distill.batch import MicroBatch
 from flashdiff.distill.config import Phase, Recipe
 from flashdiff.distill.losses.base import Opponent, Setup, StudentLoss
-from flashdiff.distill.network import Tap, shard_base
+from flashdiff.distill.network import Tap, add_lora, shard_base
+from flashdiff.errors import ConfigError
 from flashdiff.families.base import ModelFamily, TorchModel
-from flashdiff.lora import ADAPTER, add_adapter
+from flashdiff.lora import ADAPTER
 
 
 class Objective:
     """The losses of a recipe; those that no phase uses are not built."""
 
     def __init__(self, model: TorchModel, family: ModelFamily, recipe: Recipe) -> None:
-        self.model, self.recipe, self.unconditional = model, recipe, model.unconditional()
+        self.model, self.recipe = model, recipe
+        self.unconditional = _unconditional(model, recipe.negative_prompt)
 
         def add(name: str, seed: int) -> list[nn.Parameter]:
-            targets = recipe.lora.targets or family.lora_targets
-            add_adapter(model, targets, rank=recipe.lora.rank, alpha=recipe.lora.alpha, seed=seed, name=name)
+            add_lora(model, family, recipe.lora, seed=seed, name=name)
             model.network.set_adapter(ADAPTER)
             return [p for key, p in model.network.named_parameters() if f".{name}." in key]
 
         setup = Setup(
             model=model,
-            tap=Tap(model, family),
+            family=family,
+            tap=partial(Tap, model, family, runs_whole=recipe.shard_base),
             unconditional=self.unconditional,
             num_train_timesteps=recipe.grid.num_train_timesteps,
             guidance=recipe.guidance,
@@ -55,16 +58,13 @@ class Objective:
         weights = phase.weights
         return {name: weights[name] * loss.loss(batch) for name, loss in self._losses.items() if weights[name]}
 
-    def train_opponents(self, batches: Sequence[MicroBatch], phase: Phase) -> dict[str, float]:
+    def train_opponents(self, batches: Sequence[MicroBatch]) -> dict[str, float]:
         """Train every opponent on the student's samples; their losses by name.
 
         The samples are those of the student's own update: the teacher's ODE is not run a second time.
         """
-        detached, weights = [batch.detached() for batch in batches], phase.weights
-        losses: dict[str, float] = {}
-        for name, loss in self._losses.items():
-            losses |= loss.train_opponent(detached, in_use=bool(weights[name]))
-        return losses
+        detached = [batch.detached() for batch in batches]
+        return {name: value for loss in self._losses.values() for name, value in loss.train_opponent(detached).items()}
 
     def state_dict(self) -> dict[str, Any]:
         return {key: value for loss in self._losses.values() for key, value in loss.state_dict().items()}
@@ -72,3 +72,9 @@ class Objective:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for loss in self._losses.values():
             loss.load_state_dict(state)
+
+
+def _unconditional(model: TorchModel, negative_prompt: str) -> dict[str, Tensor] | None:
+    if negative_prompt and not model.guides_twice:
+        raise ConfigError(f"negative_prompt '{negative_prompt}': this network takes its guidance as an input; leave it out")
+    return model.unconditional(negative_prompt)

@@ -69,14 +69,14 @@ def _run(recipe: Recipe, model: TorchModel, log: Path) -> str:
     passes = float(f"{cost(recipe, guided_twice=model.guides_twice) * recipe.batch_size:.2g}")
     try:
         lines = [parse_json(line) for line in read_text(log).splitlines()[-_LAST:]]
-        names = [name for name in lines[-1] if name not in ("update", "loss")]
+        names = dict.fromkeys(name for line in lines for name in line if name not in ("update", "loss", "skipped"))
         means = {name: statistics.mean(line[name] for line in lines if name in line) for name in names}
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise TrainingError(f"{log} is damaged ({first_line(error)}); remove it and the last checkpoint") from None
     ended = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in means.items())
     return (
         f"The run cost as much as {passes:,.0f} forward passes of the denoiser, the teacher's and the backward ones included. "
-        f"Over its\nlast {len(lines)} updates, losses (weighted) and the student's latents: {ended}."
+        f"Over its\nlast {len(lines)} updates, losses (weighted), the student's latents and its gradient: {ended}."
     )
 
 

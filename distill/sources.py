@@ -121,7 +121,7 @@ def _renders(count: int, size: Size, seed: int) -> Iterator[Sample]:
 
 
 def _folder(folder: Path, columns: Columns, damage: Damage) -> Iterator[Sample]:
-    """Image files, each with its caption in a .txt file next to it or in a row of a metadata file."""
+    """Image files, each with its caption in a .txt or .json file next to it or in a row of a metadata file."""
     try:
         known = read_metadata(folder, columns.caption)
     except EvaluationError as error:  # a malformed row
@@ -130,15 +130,20 @@ def _folder(folder: Path, columns: Columns, damage: Damage) -> Iterator[Sample]:
     there = {path.relative_to(folder).as_posix(): path for path in visible(folder, *SUFFIXES)}
     for name, path in there.items():
         prompt, _ = known.get(name, (None, 0))
-        text = path.with_suffix(".txt")
+        text, record = path.with_suffix(".txt"), path.with_suffix(".json")
         try:
-            caption = prompt.text.encode() if prompt else read_file(text) if text.is_file() else None
+            beside = {file.name: read_file(file) for file in (text, record) if file.is_file()}
+            caption = prompt.text.encode() if prompt else caption_of(beside, columns.caption)
             image = read_file(path)
+        except ValueError as error:  # of the .json file
+            damage.count("samples")
+            damage.skip("samples", f"{path}: {error}")
+            continue
         except OSError as error:
             damage.count("samples")
             damage.skip("samples", f"{error.filename} cannot be read: {error.strerror}")
             continue
-        missing = f"no line in {listing} names it" if known else f"{text.name} is missing"
+        missing = f"no line in {listing} names it" if known else f"{text.name} is missing, and so is {record.name}"
         yield from _checked(str(path), image, caption, missing, damage)
     for name in sorted(known.keys() - there.keys()):
         damage.count("samples")

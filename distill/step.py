@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,9 @@ from flashdiff.sampling import renoise
 POOL_BATCHES = 16
 """Targets are solved for this many batches at a time."""
 
+_FIXED = {"seed", "data", "grid", "guidance", "guidance_rescale", "negative_prompt", "batch_size"}
+"""Keys of a recipe that targets depend on which do not draw on the student."""
+
 REUSED_POOL_BATCHES = 256
 """The same where targets are used again. With 16 batches, each used four times in a row, the embedded student memorised them: its
 loss fell by a quarter from the first use to the last, and was back at its old value with the next 16."""
@@ -44,7 +48,7 @@ class PoolSpan:
 def span_at(recipe: Recipe, update: int) -> PoolSpan:
     """The span that contains `update`; the last span of a phase may be shorter than the others."""
     uses = recipe.target_uses
-    batches = POOL_BATCHES if uses == 1 else REUSED_POOL_BATCHES
+    batches = recipe.pool_batches or (POOL_BATCHES if uses == 1 else REUSED_POOL_BATCHES)
     index = first_batch = start = 0
     for phase in recipe.phases:
         if update < start + phase.updates:
@@ -71,11 +75,13 @@ class Solved:
     times: Tensor  # [N]
     x0: Tensor  # [N, C, h, w]
 
-    def targets(self, chosen: Tensor, data: Dataset, device: torch.device) -> Targets:
-        """The samples `chosen` [n], indices into these, on `device`."""
+    def targets(self, chosen: Tensor, data: Dataset, device: torch.device, variance: Tensor) -> Targets:
+        """The samples `chosen` [n], indices into these, on `device`; `variance` is that of their pool."""
         z0, x_t, times, x0 = (values[chosen].to(device) for values in (self.z0, self.x_t, self.times, self.x0))
         conditioning = data.conditioning(self.items[chosen.numpy()])
-        return Targets(z0, x_t, times, {name: values.to(device) for name, values in conditioning.items()}, x0)
+        return Targets(
+            z0, x_t, times, {name: values.to(device) for name, values in conditioning.items()}, x0, variance.to(device)
+        )
 
 
 class Pool:
@@ -83,6 +89,11 @@ class Pool:
 
     def __init__(self, solved: list[Solved], batch_size: int) -> None:
         self.solved, self._batch_size = solved, batch_size
+
+    @cached_property
+    def variance(self) -> Tensor:
+        """The variance [C] of the teacher's solutions, by channel."""
+        return torch.cat([solved.x0.transpose(0, 1).flatten(1) for solved in self.solved], dim=1).var(dim=1)
 
     def batch(self, number: int, seed: int) -> tuple[Solved, Tensor]:
         """Batch `number` of a use: the samples of its size, and the indices [batch_size] of those in it. `seed` names the use."""
@@ -101,7 +112,7 @@ def shared_pool(folder: Path, model: TorchModel, recipe: Recipe, span: PoolSpan,
 
     Only for pools that do not draw on the student: these are functions of the values that name the file.
     """
-    fixed = recipe.model_dump_json(include={"seed", "data", "grid", "guidance", "batch_size"})
+    fixed = recipe.model_dump_json(include=_FIXED)
     own = f"{span.phase.mode_weights} {span.index} {span.first_batch} {span.batches}"
     name = hashlib.sha256(f"{model.base_hash} {fixed} {own}".encode()).hexdigest()[:32]
     path = folder / f"{name}.pt"
@@ -146,6 +157,7 @@ def make_pool(
         schedule=model.spec.sampler.schedule,
         prediction=model.spec.prediction,
         keeps_norm=model.spec.sampler.keeps_norm,
+        rescale=recipe.guidance_rescale,
         lockstep=recipe.shard_base,
     )
     solved = []
@@ -188,8 +200,9 @@ def _solved(
     )
     solver_times = torch.tensor(recipe.grid.solver_times())
     found: dict[str, list[Tensor]] = {"z0": [], "x_t": [], "x0": []}
-    # In pieces of a micro-batch's size, so that memory does not depend on the size of the pool.
-    for piece in torch.arange(len(items))[mine].split(recipe.batch_size // (processes.count() * recipe.accumulate)):
+    # In pieces, by default of a micro-batch's size, so that memory does not depend on the size of the pool.
+    at_once = recipe.target_batch or recipe.batch_size // (processes.count() * recipe.accumulate)
+    for piece in torch.arange(len(items))[mine].split(at_once):
         conditioning = {name: values.to(device) for name, values in data.conditioning(items[piece.numpy()]).items()}
         eps = noise[piece].to(device)
         z0 = data.latents(items[piece.numpy()]).to(device) if data.has_images else torch.zeros_like(eps)

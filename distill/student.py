@@ -1,7 +1,7 @@
 """The student: the trainable LoRA with its optimizer, its running average and its update counter."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flashdiff.distill import processes
 from flashdiff.distill.config import Recipe
-from flashdiff.errors import ConfigError, TrainingError
+from flashdiff.errors import ConfigError, NotFiniteError, TrainingError
 from flashdiff.families.base import TorchModel
 from flashdiff.lora import ADAPTER
 
@@ -28,6 +28,10 @@ class Student:
         self.anchor: dict[str, Tensor] = {}
         """The average when the present pool was made, if the pool draws on it: a resumed run then makes the same pool."""
         self.update = 0
+        self.skipped = 0
+        """Updates of the run that were left out because something was not finite."""
+        self.gradient_norm = 0.0
+        """Of the last update, before it was clipped."""
         self._drift = 0.0
         self._recipe = recipe
 
@@ -38,7 +42,7 @@ class Student:
     def learn(self, loss: float) -> None:
         """One optimizer step on the present gradients, averaged over the processes; `loss` is this update's, a number.
 
-        TrainingError, with weights untouched, when they or `loss` are not finite.
+        NotFiniteError, with weights untouched, when they or `loss` are not finite.
         """
         recipe = self._recipe
         for group in self.optimizer.param_groups:
@@ -46,13 +50,26 @@ class Student:
         processes.average_gradients(self.parameters.values())
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
         if not math.isfinite(loss) or not torch.isfinite(norm):
-            raise TrainingError(f"update {self.update}: loss {loss} or gradient norm {norm.item()} is not finite")
+            raise NotFiniteError(f"update {self.update}: loss {loss} or gradient norm {norm.item()} is not finite")
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.gradient_norm = float(norm)
         self.update += 1
         decay = min(recipe.ema_decay, self.update / (10 + self.update))
         for name, parameter in self.parameters.items():
             self.average[name].lerp_(parameter.detach(), 1 - decay)
+
+    def skip(self, update: int) -> None:
+        """Leave out what is left of `update`, after a NotFiniteError in it."""
+        self.optimizer.zero_grad()
+        self.update = update + 1
+        self.skipped += 1
+
+    def start_from(self, weights: Mapping[str, Tensor]) -> None:
+        """Begin the run with these weights."""
+        self._set_weights(weights)
+        for name, values in self.average.items():
+            values.copy_(weights[name])
 
     def bound(self, student_rms: float, teacher_rms: float) -> None:
         """TrainingError when the student's latents stay much larger than the teacher's, by the root mean squares of each update.
@@ -86,7 +103,7 @@ class Student:
             self._set_weights(current)
 
     @torch.no_grad()
-    def _set_weights(self, weights: dict[str, Tensor]) -> None:
+    def _set_weights(self, weights: Mapping[str, Tensor]) -> None:
         for name, parameter in self.parameters.items():
             parameter.copy_(weights[name])
 
@@ -98,6 +115,7 @@ class Student:
             "optimizer": self.optimizer.state_dict(),
             "update": self.update,
             "drift": self._drift,
+            "skipped": self.skipped,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -108,7 +126,7 @@ class Student:
         for name, values in self.average.items():
             values.copy_(state["average"][name])
         self.anchor = state["anchor"]
-        self.update, self._drift = state["update"], state["drift"]
+        self.update, self._drift, self.skipped = state["update"], state["drift"], state["skipped"]
         self.optimizer.load_state_dict(state["optimizer"])
 
 
@@ -127,6 +145,7 @@ def _optimizer(recipe: Recipe) -> Any:
 
 
 def _schedule(update: int, recipe: Recipe) -> float:
-    """The factor of the learning rate at `update`: linear warm-up, constant, then linear to 0 over the last seven tenths."""
+    """The factor of the learning rate at `update`: linear warm-up, constant, then linear to 0 over the recipe's share."""
     warm = min(1.0, (update + 1) / (recipe.warmup_updates + 1))
-    return warm * min(1.0, (recipe.updates - update) / (0.7 * recipe.updates))
+    decay = recipe.learning_rate_decay
+    return warm * min(1.0, (recipe.updates - update) / (decay * recipe.updates)) if decay else warm

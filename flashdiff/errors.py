@@ -8,6 +8,7 @@ FlashdiffError
   BackendError         an engine library that is missing or refused its work
     OutOfMemoryError   or has too little memory for it now
   TrainingError        a training run that cannot continue
+    NotFiniteError     an update whose loss or gradient is not finite
   EvaluationError      images, prompts or a reference set that cannot be measured
   RepositoryError      a model repository that cannot be read
   RequestError         a request that asks for what this model cannot do
@@ -50,6 +51,9 @@ class OutOfMemoryError(BackendError): ...
 
 
 class TrainingError(FlashdiffError): ...
+
+
+class NotFiniteError(TrainingError): ...
 
 
 class EvaluationError(FlashdiffError): ...

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 _SIDES = {"lora_A": "lora_down", "lora_B": "lora_up"}
+_MAGNITUDES = "lora_magnitude_vector"
+"""DoRA's, one an output; kohya's form has the axes of the layer's weight."""
 
 
 def to_kohya(weights: Mapping[str, Tensor], prefix: str, alpha: float) -> dict[str, Tensor]:
@@ -18,8 +20,13 @@ def to_kohya(weights: Mapping[str, Tensor], prefix: str, alpha: float) -> dict[s
     """
     converted: dict[str, Tensor] = {}
     for key, value in weights.items():
-        module, side, _ = key.removeprefix(f"{prefix}.").rsplit(".", 2)
+        name = key.removeprefix(f"{prefix}.").removesuffix(".weight")
+        module, _, side = name.rpartition(".")
         layer = f"lora_{prefix}_{module.replace('.', '_')}"
+        if side == _MAGNITUDES:
+            axes = weights[f"{prefix}.{module}.lora_B.weight"].ndim
+            converted[f"{layer}.dora_scale"] = value.reshape(-1, *(1,) * (axes - 1))
+            continue
         converted[f"{layer}.{_SIDES[side]}.weight"] = value
         converted[f"{layer}.alpha"] = torch.tensor(alpha)
     return converted

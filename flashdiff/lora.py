@@ -71,7 +71,16 @@ class FlashInfo(Record):
     """Number of steps to the exact timesteps to give a consistency (LCM) scheduler, guidance off."""
 
 
-def add_adapter(model: TorchModel, targets: Sequence[str], *, rank: int, alpha: float, seed: int, name: str = ADAPTER) -> None:
+def add_adapter(
+    model: TorchModel,
+    targets: Sequence[str],
+    *,
+    rank: int,
+    alpha: float,
+    seed: int,
+    name: str = ADAPTER,
+    dora: bool = False,
+) -> None:
     """Put a trainable LoRA into the denoiser: random A (Kaiming, as peft has it), zero B, so that it starts as the base itself.
 
     Its product B A is multiplied by `alpha` / `rank`. peft's "gaussian" has a deviation of 1/rank whatever the layer's width: at
@@ -85,6 +94,7 @@ def add_adapter(model: TorchModel, targets: Sequence[str], *, rank: int, alpha: 
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]  # a float works and is kept
         target_modules=list(targets),
+        use_dora=dora,
     )
     try:
         with warnings.catch_warnings():

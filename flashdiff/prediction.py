@@ -54,3 +54,9 @@ def guide(conditional: Array, unconditional: Array, scale: "Array | float") -> A
     other; `scale` is a number or [B, 1, 1, 1].
     """
     return scale * conditional + (1 - scale) * unconditional
+
+
+def rescaled(guided: "Tensor", conditional: "Tensor", share: float) -> "Tensor":
+    """Guided outputs [B, ...], by `share` of the way brought to the deviation of the conditional ones (2305.08891, eq. 14-16)."""
+    deviations = [values.flatten(1).std(dim=1).view(-1, *(1,) * (values.ndim - 1)) for values in (conditional, guided)]
+    return share * guided * (deviations[0] / deviations[1]) + (1 - share) * guided

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from flashdiff.distill import processes
 from flashdiff.distill.batch import MicroBatch
 from flashdiff.distill.losses.base import Opponent, Setup, StudentLoss, renoise_alike
 from flashdiff.distill.losses.settings import AdversarialKind, AdversarialSettings
@@ -43,6 +44,16 @@ def discriminator_loss(kind: AdversarialKind, fake: Tensor, real: Tensor) -> Ten
             assert_never(kind)
 
 
+def _share_right(kind: AdversarialKind, fake: Tensor, real: Tensor) -> Tensor:
+    """The share of logits by which the discriminator tells samples from real ones: 0.5 where it cannot, 1 where it always does.
+
+    A relativistic one knows only which of a pair is real.
+    """
+    if kind == "relativistic":
+        return (real > fake).float().mean()
+    return 0.5 * ((real > 0).float().mean() + (fake < 0).float().mean())
+
+
 def approximate_r1(discriminate: Callable[[Tensor], Tensor], real: Tensor, logits: Tensor, noise: Tensor, sigma: float) -> Tensor:
     """The mean of (D(x) - D(x + sigma n))^2: R1 (1801.04406) by a finite difference (APT, 2501.08316, eq. 5).
 
@@ -56,7 +67,7 @@ def approximate_r1(discriminate: Callable[[Tensor], Tensor], real: Tensor, logit
 
 
 class Discriminator(nn.Module):
-    """Maps latents at a noise level to one logit per place, large for what looks real there."""
+    """Maps latents at a noise level to one logit per place, large for what looks real there; each tap has a head of its own."""
 
     def __init__(self, model: TorchModel, tap: Tap, *, seed: int) -> None:
         super().__init__()
@@ -65,30 +76,33 @@ class Discriminator(nn.Module):
         latents = torch.zeros(1, *model.spec.latent_shape(model.spec.sizes[0]), device=model.device)
         conditioning = model.encode_ids(model.tokenizer([""]))
         with torch.no_grad():
-            channels = tap(latents, torch.zeros(1, dtype=torch.int64, device=model.device), conditioning).shape[1]
-        self.head = nn.Sequential(
-            nn.Conv2d(channels, 64, 3, padding=1), nn.SiLU(),
-            nn.Conv2d(64, 128, 4, stride=2, padding=1), nn.GroupNorm(4, 128), nn.SiLU(),
-            nn.Conv2d(128, 1, 1),
+            maps = tap(latents, torch.zeros(1, dtype=torch.int64, device=model.device), conditioning)
+        self.heads = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(features.shape[1], 64, 3, padding=1), nn.SiLU(),
+                nn.Conv2d(64, 128, 4, stride=2, padding=1), nn.GroupNorm(4, 128), nn.SiLU(),
+                nn.Conv2d(128, 1, 1),
+            )
+            for features in maps
         ).to(model.device)  # fmt: skip
 
     def forward(self, latents: Tensor, times: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
         """Logits [B, places] of latents [B, C, h, w] noised to `times` [B]; gradients flow through the teacher to them."""
-        logits: Tensor = self.head(self._tap(latents, times, conditioning)).flatten(1)
-        return logits
+        maps = self._tap(latents, times, conditioning)
+        return torch.cat([head(features).flatten(1) for head, features in zip(self.heads, maps, strict=True)], dim=1)
 
 
 class Adversarial(StudentLoss):
-    """The discriminator's verdict on the student's samples; it trains in the phases that use the loss."""
+    """The discriminator's verdict on the student's samples; it trains in every phase of the run."""
 
     discriminator: Discriminator
     opponent: Opponent
 
     def __init__(self, setup: Setup, settings: AdversarialSettings) -> None:
-        self._setup, self._settings = setup, settings
+        self._setup, self._settings, self._tap = setup, settings, setup.tap(shares=settings.taps)
 
     def start(self) -> None:
-        self.discriminator = Discriminator(self._setup.model, self._setup.tap, seed=self._setup.seed)
+        self.discriminator = Discriminator(self._setup.model, self._tap, seed=self._setup.seed)
         parameters = list(self.discriminator.parameters())
         optimizer = torch.optim.AdamW(parameters, lr=self._settings.learning_rate, betas=(0.5, 0.99), weight_decay=0.0)
         self.opponent = Opponent("discriminator", "discriminator head", parameters, optimizer)
@@ -103,11 +117,12 @@ class Adversarial(StudentLoss):
                 real = self.discriminator(real_x, times, conditioning)
         return generator_loss(self._settings.kind, fake, real)
 
-    def train_opponent(self, batches: Sequence[MicroBatch], *, in_use: bool) -> dict[str, float]:
-        if not in_use:
-            return {}
+    def train_opponent(self, batches: Sequence[MicroBatch]) -> dict[str, float]:
+        self._right = torch.zeros((), device=self._setup.model.device)
         with as_teacher(self._setup.model):
-            return {self.opponent.name: self.opponent.learn(batches, self._discriminator_loss)}
+            loss = self.opponent.learn(batches, self._discriminator_loss)
+        accuracy = float(processes.mean(self._right / len(batches)))
+        return {self.opponent.name: loss, "discriminator_accuracy": accuracy}
 
     def _discriminator_loss(self, batch: MicroBatch) -> Tensor:
         settings, conditioning, discriminator = self._settings, batch.targets.conditioning, self.discriminator
@@ -115,7 +130,9 @@ class Adversarial(StudentLoss):
         fake_x, real_x = renoise_alike(self._setup.model, batch.draws, times, batch.x0, batch.targets.z0)
         noise = batch.draws.normal(real_x.shape[1:])
         real = discriminator(real_x, times, conditioning)
-        loss = discriminator_loss(settings.kind, discriminator(fake_x, times, conditioning), real)
+        fake = discriminator(fake_x, times, conditioning)
+        self._right += _share_right(settings.kind, fake.detach(), real.detach())
+        loss = discriminator_loss(settings.kind, fake, real)
         if settings.r1_weight:
             loss = loss + settings.r1_weight * approximate_r1(
                 lambda x: discriminator(x, times, conditioning), real_x, real, noise, settings.r1_sigma

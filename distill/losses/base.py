@@ -13,8 +13,8 @@ from flashdiff.distill import processes
 from flashdiff.distill.batch import MicroBatch
 from flashdiff.distill.network import Tap, levels
 from flashdiff.distill.processes import Draws
-from flashdiff.errors import TrainingError
-from flashdiff.families.base import TorchModel
+from flashdiff.errors import NotFiniteError
+from flashdiff.families.base import ModelFamily, TorchModel
 from flashdiff.sampling import renoise
 
 
@@ -23,7 +23,9 @@ class Setup:
     """What a loss is built from."""
 
     model: TorchModel
-    tap: Tap
+    family: ModelFamily
+    tap: Callable[..., Tap]
+    """(shares=...) -> the taps at these blocks of the network; without, the family's own."""
     unconditional: Mapping[str, Tensor] | None
     """Conditioning [1, ...] that guidance contrasts prompts with; None where the network takes its guidance as an input."""
     num_train_timesteps: int
@@ -48,7 +50,7 @@ class Opponent:
     def learn(self, batches: Sequence[MicroBatch], loss_of: Callable[[MicroBatch], Tensor]) -> float:
         """One optimizer step on the mean of `loss_of`, a scalar [] each, over the micro-batches and all processes.
 
-        Returns that mean. TrainingError, with weights untouched, when it or the gradient is not finite.
+        Returns that mean. NotFiniteError, with weights untouched, when it or the gradient is not finite.
         """
         self.optimizer.zero_grad()
         total = torch.zeros((), device=self.parameters[0].device)
@@ -60,7 +62,7 @@ class Opponent:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         mean = float(processes.mean(total))
         if not math.isfinite(mean) or not torch.isfinite(norm):
-            raise TrainingError(f"{self.description}: loss {mean} or gradient norm {norm.item()} is not finite")
+            raise NotFiniteError(f"{self.description}: loss {mean} or gradient norm {norm.item()} is not finite")
         self.optimizer.step()
         return mean
 
@@ -77,10 +79,10 @@ class StudentLoss(ABC):
     def loss(self, batch: MicroBatch) -> Tensor:
         """The loss of the student's x_0 [B, C, h, w]: a scalar [] without its weight. Its gradient reaches the student alone."""
 
-    def train_opponent(self, batches: Sequence[MicroBatch], *, in_use: bool) -> dict[str, float]:
+    def train_opponent(self, batches: Sequence[MicroBatch]) -> dict[str, float]:
         """Train the opponent on the micro-batches of one update; its losses by name, for the log.
 
-        `in_use` says whether the phase gives the loss a weight.
+        This happens in phases that give the loss no weight too: an opponent that lags behind the student misleads it.
         """
         return {}
 

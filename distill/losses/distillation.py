@@ -7,7 +7,8 @@ from torch import Tensor
 
 from flashdiff.distill.batch import MicroBatch
 from flashdiff.distill.losses.base import Setup, StudentLoss, renoise_alike
-from flashdiff.distill.losses.settings import DistillationKind, LatentDistance
+from flashdiff.distill.losses.decoding import Decoding, lpips_network
+from flashdiff.distill.losses.settings import DistillationSettings, LatentDistance
 from flashdiff.distill.network import as_teacher
 
 
@@ -39,21 +40,49 @@ def perceptual_loss(student_features: Tensor, teacher_features: Tensor) -> Tenso
     return (error / (teacher_features.flatten(1).square().mean(dim=1) + 1e-8)).mean()
 
 
-class Distillation(StudentLoss):
-    """The distance to the teacher's solution, in latents or in the teacher's features."""
+def whitened_loss(student_x0: Tensor, teacher_x0: Tensor, variance: Tensor) -> Tensor:
+    """The squared distance of latents [B, C, h, w], that of each channel divided by its `variance` [C]; the mean over all."""
+    return ((student_x0 - teacher_x0).square() / (variance.view(1, -1, 1, 1) + 1e-8)).mean()
 
-    def __init__(self, setup: Setup, kind: DistillationKind) -> None:
-        self._setup, self._kind = setup, kind
+
+class Distillation(StudentLoss):
+    """The distance to the teacher's solution: in latents, in the teacher's features, or in decoded images."""
+
+    def __init__(self, setup: Setup, settings: DistillationSettings) -> None:
+        self._setup, self._settings = setup, settings
+        self._tap = setup.tap()
+        self._decode = Decoding(setup.model, setup.family, settings) if settings.kind in ("decoded", "lpips") else None
+        self._lpips = lpips_network(settings.network, setup.model.device) if settings.kind == "lpips" else None
 
     def loss(self, batch: MicroBatch) -> Tensor:
         """The scalar distance of the student's x_0 [B, C, h, w] from the teacher's."""
-        if self._kind != "perceptual":
-            return distillation_loss(self._kind, batch.x0, batch.targets.x0)
+        student, targets = batch.x0, batch.targets
+        kind = self._settings.kind
+        if self._decode:
+            with torch.no_grad():
+                teacher_images = self._decode(targets.x0)
+            images = self._decode(student)
+            return (
+                self._lpips(images, teacher_images).mean()
+                if self._lpips
+                else distillation_loss("pseudo_huber", images, teacher_images)
+            )
+        match kind:
+            case "whitened":
+                return whitened_loss(student, targets.x0, targets.variance)
+            case "perceptual":
+                return self._perceptual(batch)
+            case "l2" | "pseudo_huber":
+                return distillation_loss(kind, student, targets.x0)
+            case _:
+                raise AssertionError(kind)
+
+    def _perceptual(self, batch: MicroBatch) -> Tensor:
         setup, conditioning = self._setup, batch.targets.conditioning
         times = batch.draws.integers(0, setup.num_train_timesteps)
         student, teacher = renoise_alike(setup.model, batch.draws, times, batch.x0, batch.targets.x0)
         with as_teacher(setup.model):
-            student_features = setup.tap(student, times, conditioning)
+            (student_features,) = self._tap(student, times, conditioning)
             with torch.no_grad():
-                teacher_features = setup.tap(teacher, times, conditioning)
+                (teacher_features,) = self._tap(teacher, times, conditioning)
         return perceptual_loss(student_features, teacher_features)

@@ -58,7 +58,7 @@ class DistributionMatching(StudentLoss):
         """
         setup, settings, model = self._setup, self._settings, self._setup.model
         x0, conditioning = batch.x0, batch.targets.conditioning
-        low, high = setup.guidance
+        low, high = settings.guidance or setup.guidance
         guidance = (low + (high - low) * batch.draws.uniform()).view(-1, 1, 1, 1)
         if setup.unconditional is not None:
             guidance = guidance.clamp(min=1)  # up to 1 means none
@@ -83,7 +83,11 @@ class DistributionMatching(StudentLoss):
                     _, teacher = self._conditional_and_guided(setup.unconditional, x_tau, tau, conditioning, guidance)
             with as_adapter(model, FAKE_SCORE if self._critic else ADAPTER):
                 fake = predict_x0(model, x_tau, tau, conditioning)
-        return distribution_matching_loss(x0, fake, teacher)
+        if settings.first_step:
+            return distribution_matching_loss(x0, fake, teacher)
+        later = (batch.targets.times < setup.num_train_timesteps - 1).view(-1, 1, 1, 1)
+        # Where fake and teacher agree, the loss is 0: samples that start from pure noise count, but are not moved.
+        return distribution_matching_loss(x0, torch.where(later, fake, teacher), teacher)
 
     def _conditional_and_guided(
         self,
@@ -102,8 +106,7 @@ class DistributionMatching(StudentLoss):
         plain_x0, led_x0 = (to_x0(spec.prediction, output, x_t, alpha, sigma) for output in (conditional, led))
         return plain_x0, led_x0
 
-    def train_opponent(self, batches: Sequence[MicroBatch], *, in_use: bool) -> dict[str, float]:
-        """Trains the fake score in phases that do not use the loss too: one that lags behind the student misleads it."""
+    def train_opponent(self, batches: Sequence[MicroBatch]) -> dict[str, float]:
         losses = {}
         if self.opponent:
             with as_adapter(self._setup.model, FAKE_SCORE):

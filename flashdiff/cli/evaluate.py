@@ -13,7 +13,11 @@ _MOST_IMAGES = 1_000_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("subject", metavar="SUBJECT", help="a bundle, a base as for build-engine, or a folder of images")
+    parser.add_argument(
+        "subject",
+        metavar="SUBJECT",
+        help="a bundle, a base as for build-engine, a checkpoint (OUT/training/checkpoints/N.pt), or a folder of images",
+    )
     parser.add_argument("--lora", action="append", default=[], metavar="LORA[:WEIGHT]", help="fuse this LoRA into SUBJECT")
     add_base_arguments(parser.add_argument_group("a SUBJECT that is a base"))
     parser.add_argument("--steps", metavar="N[,N...]", help="steps to measure SUBJECT at, a row each; default: the model's")
@@ -53,7 +57,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--features", metavar="NAME", help="avatars, inception[:FOLDER]; default: avatars for its reference, else inception"
     )
-    parser.add_argument("--text", metavar="NAME", help="avatars, clip[:MODEL]; default: avatars for its reference, else none")
+    parser.add_argument(
+        "--text",
+        metavar="NAME",
+        help="avatars, clip[:MODEL], pickscore, image-reward, hpsv2; default: avatars for its reference, else none",
+    )
+    parser.add_argument(
+        "--protocol",
+        metavar="NAME",
+        help="measure as papers do, on COCO's validation set: coco2014-30k, coco2014-10k or coco2017-5k, with --prompts "
+        "captions_val20XX.json and --reference FOLDER of its images; --text is CLIP ViT-g by default, and --out keeps what is "
+        "measured, so that the same command goes on after a kill",
+    )
+    parser.add_argument(
+        "--scores",
+        default="",
+        metavar="NAME[,NAME...]",
+        help="further columns of --protocol, where their packages are installed: pickscore, image-reward, hpsv2",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write report.md, sheets and all images here")
 
@@ -61,7 +82,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Measure images against a reference set: FID, KID, text score, attributes, diversity, copies. Prints Markdown tables."""
     need("distill", "torch", "diffusers", "peft")
+    from flashdiff.components import Components
     from flashdiff.config import parse_numbers, parse_record
+    from flashdiff.distill.saved_student import open_checkpoint
     from flashdiff.engines.runtime.engine import open_bundle
     from flashdiff.evaluation.command import EvaluateOptions, evaluate
     from flashdiff.samplers.options import SamplingOptions
@@ -73,6 +96,10 @@ def run(options: argparse.Namespace) -> None:
         if value > _MOST_IMAGES:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: give a number of at most {_MOST_IMAGES}")
     quiet_libraries()
+
+    def opened(path: Path) -> Components:
+        return open_checkpoint(path) if path.suffix == ".pt" else open_bundle(path)
+
     text = evaluate(
         EvaluateOptions(
             subject=base_of(options.subject, options.revision),
@@ -93,9 +120,11 @@ def run(options: argparse.Namespace) -> None:
             features=options.features,
             text=options.text,
             json_file=options.json,
+            protocol=options.protocol,
+            scores=tuple(name for name in options.scores.split(",") if name),
             out=options.out,
         ),
-        open_bundle=open_bundle,
+        open_bundle=opened,
         report=lambda line: print(line, file=sys.stderr, flush=True),
     )
     print(text)

@@ -35,6 +35,7 @@ from flashdiff.evaluation.images import (
     real_images,
     write_images,
 )
+from flashdiff.evaluation.protocols import CLIP, Meter, protocol_of, protocol_table, read_coco, run_protocol
 from flashdiff.families.base import TorchModel
 from flashdiff.files import new_folder, write_whole
 from flashdiff.lora import find_lora, fused_spec, load_fused, read_flash_info
@@ -72,10 +73,18 @@ class EvaluateOptions:
     text: str | None = None
     json_file: Path | None = None
     out: Path | None = None
+    protocol: str | None = None
+    """One of `protocols.PROTOCOLS`: prompts, reference and scores are then the papers'."""
+    scores: tuple[str, ...] = ()
+    """Further text scorers of a protocol."""
 
 
 def evaluate(options: EvaluateOptions, *, open_bundle: Callable[[Path], Components], report: Callable[[str], None]) -> str:
     """Measure and write what the options ask for; the Markdown report."""
+    if options.protocol:
+        return _evaluate_protocol(options, open_bundle=open_bundle, report=report)
+    if options.scores:
+        raise ConfigError(f"--scores {','.join(options.scores)}: it is for --protocol; give one of them as --text")
     of_world = options.reference == WORLD
     if options.prompts not in (WORLD, HELD_OUT) and of_world:
         raise ConfigError("--prompts names a file: name a --reference too, a folder of real images or webdataset shards")
@@ -115,6 +124,44 @@ def evaluate(options: EvaluateOptions, *, open_bundle: Callable[[Path], Componen
     return markdown(result)
 
 
+def _evaluate_protocol(
+    options: EvaluateOptions, *, open_bundle: Callable[[Path], Components], report: Callable[[str], None]
+) -> str:
+    """Measure as papers do; the table. What --out keeps lets the same command go on after a kill."""
+    protocol = protocol_of(options.protocol or "")
+    for name, default in (("count", defaults.PROMPT_COUNT), ("seeds", defaults.IMAGES_PER_PROMPT),
+                          ("reference_count", defaults.REFERENCE_COUNT)):  # fmt: skip
+        if getattr(options, name) != default:
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(options, name)}: {protocol.name} settles it; leave it out")
+    if options.prompts == defaults.PROMPTS or options.reference == defaults.REFERENCE:
+        raise ConfigError(
+            f"--protocol {protocol.name}: give --prompts captions_val20XX.json and --reference FOLDER, the images of COCO's "
+            "validation set"
+        )
+    if _holds_images(Path(options.subject)):
+        raise ConfigError(f"{options.subject} is a folder of images: --protocol {protocol.name} is for models")
+    coco = read_coco(protocol, Path(options.prompts), Path(options.reference))
+    scorers = tuple(text_scorer(name) for name in (options.text or CLIP, *options.scores))
+    features = feature_extractor(options.features or "inception")
+    loras = tuple((find_lora(name), weight) for name, weight in options.loras)
+    sampling = options.sampling.model_copy(update={"guidance": None if options.teacher else options.guidance})
+    title = " + ".join([Path(options.subject).resolve().name, *(folder.name for folder, _ in loras)])
+    opened = [(title, _open_subject(options, loras, sampling, open_bundle), options.steps)]
+    if options.teacher:
+        teacher = _open(options.teacher, (), SamplingOptions(guidance=options.guidance), open_bundle)
+        opened.append((Path(options.teacher).resolve().name, teacher, options.teacher_steps))
+    models = [(name, model, count) for name, model, steps in opened for count in steps or (model.spec.sampler.default_steps,)]
+    for _, model, count in models:
+        check_order(model.spec, prompt=coco.captions[0], steps=count, truncate_prompt=True)
+    keep = options.out / "features" if options.out else None
+    found = run_protocol(Meter(protocol=protocol, features=features, scorers=scorers, keep=keep, report=report), coco, models)
+    if options.out:
+        write_whole(options.out / "report.md", protocol_table(found) + "\n")
+    if options.json_file:
+        write_whole(options.json_file, found.model_dump_json(indent=2) + "\n")
+    return protocol_table(found)
+
+
 @dataclass
 class _Selection:
     """What will be measured: images that exist, and models with the numbers of steps they make images in."""
@@ -149,10 +196,7 @@ def _select(options: EvaluateOptions, open_bundle: Callable[[Path], Components],
         trained_at = next((info.guidance for folder, _ in loras if (info := read_flash_info(folder))), None)
         guidance = None if options.teacher else options.guidance
         sampling = options.sampling.model_copy(update={"guidance": guidance})
-        if (Path(options.subject) / MANIFEST).exists():
-            _refuse_base_options(options, "a bundle")
-        files = {"variant": options.variant, "config": options.config, "vae": options.vae}
-        opened.append((name, _open(options.subject, loras, sampling, open_bundle, **files), options.steps))
+        opened.append((name, _open_subject(options, loras, sampling, open_bundle), options.steps))
     if options.teacher:
         if not selection.prompts:
             raise ConfigError(f"{options.subject} has no prompts that the teacher could draw: give --prompts FILE")
@@ -207,6 +251,24 @@ def _holds_images(path: Path) -> bool:
     return path.suffix == ".tar" or (path.is_dir() and not is_model)
 
 
+def _is_checkpoint(name: str) -> bool:
+    return Path(name).suffix == ".pt" and Path(name).is_file()
+
+
+def _open_subject(
+    options: EvaluateOptions,
+    loras: Sequence[tuple[Path, float]],
+    sampling: SamplingOptions,
+    open_bundle: Callable[[Path], Components],
+) -> Components:
+    if (Path(options.subject) / MANIFEST).exists():
+        _refuse_base_options(options, "a bundle")
+    if _is_checkpoint(options.subject):
+        _refuse_base_options(options, "a checkpoint of a distillation")
+    files = {"variant": options.variant, "config": options.config, "vae": options.vae}
+    return _open(options.subject, loras, sampling, open_bundle, **files)
+
+
 def _open(
     name: str,
     loras: Sequence[tuple[Path, float]],
@@ -214,7 +276,13 @@ def _open(
     open_bundle: Callable[[Path], Components],
     **files: str | None,
 ) -> Components:
-    """A bundle, or a base model in torch with its LoRAs fused; `files` say which of the base's are read."""
+    """A bundle, a checkpoint of a distillation, or a base model in torch with its LoRAs fused; `files` say which of the base's
+    are read."""
+    if _is_checkpoint(name):
+        if loras or sampling != SamplingOptions():
+            raise ConfigError(f"{name} is a checkpoint of a distillation: its run settles how it is sampled; leave out --lora, "
+                              "--guidance without --teacher, --sampler and its group")  # fmt: skip
+        return open_bundle(Path(name))
     if not (Path(name) / MANIFEST).exists():
         return load_fused(name, loras, sampling, **files)[1]
     if loras or sampling.guidance is not None:

@@ -2,13 +2,17 @@
 
 avatars              the embedded world's own probe and dual encoder, shipped
 inception[:FOLDER]   Inception-v3 of 2015-12-05 through clean-fid; FOLDER holds inception-2015-12-05.pt
-clip[:MODEL]         a CLIP model through transformers, a directory or a hub id
+clip[:MODEL]         a CLIP model through transformers, a directory or a hub id; pickscore is clip:yuvalkirstain/PickScore_v1
+image-reward         ImageReward-v1.0 through the package image-reward
+hpsv2                HPSv2.1 through the package hpsv2
 """
 
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +26,7 @@ from flashdiff.reading import open_file
 _BATCH = 64
 _INCEPTION_FILE = "inception-2015-12-05.pt"
 _CLIP = "openai/clip-vit-base-patch16"
+_PICKSCORE = "yuvalkirstain/PickScore_v1"
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,12 @@ def text_scorer(name: str) -> TextScorer:
         return _avatars_scorer()
     if kind == "clip":
         return _clip(place or _CLIP)
-    raise EvaluationError(f"--text {name}: choose avatars or clip[:MODEL]")
+    if name == "pickscore":
+        return _clip(_PICKSCORE)
+    if name in _PREFERENCES:
+        module, package, rate = _PREFERENCES[name]
+        return _preference(name, module, package, rate)
+    raise EvaluationError(f"--text {name}: choose avatars, clip[:MODEL], pickscore, {' or '.join(_PREFERENCES)}")
 
 
 def attribute_reader() -> Callable[[NDArray[np.uint8]], dict[str, list[str]]]:
@@ -180,3 +190,33 @@ def _clip(model: str) -> TextScorer:
         return cosines
 
     return TextScorer(f"clip {model}", score)
+
+
+def _image_reward(package: Any) -> Callable[[str, Image.Image], float]:
+    model = package.load("ImageReward-v1.0")
+    return lambda text, picture: float(model.score(text, picture))
+
+
+def _hps(package: Any) -> Callable[[str, Image.Image], float]:
+    return lambda text, picture: 100 * float(package.score(picture, text, hps_version="v2.1")[0])
+
+
+_PREFERENCES: dict[str, tuple[str, str, Callable[[Any], Callable[[str, Image.Image], float]]]] = {
+    "image-reward": ("ImageReward", "image-reward", _image_reward),
+    "hpsv2": ("hpsv2", "hpsv2", _hps),
+}
+"""Models of what people prefer: the module, the package that has it, and how it rates an image."""
+
+
+def _preference(name: str, module: str, package: str, rate: Callable[[Any], Callable[[str, Image.Image], float]]) -> TextScorer:
+    try:
+        rated = rate(import_module(module))
+    except ImportError as error:
+        raise EvaluationError(f"--text {name} needs '{error.name}', which is not installed: pip install {package}") from None
+    except Exception as error:  # weights that cannot be had come as many kinds
+        raise EvaluationError(f"--text {name}: the package {package} cannot load its model ({first_line(error)})") from None
+
+    def score(images: NDArray[np.uint8], texts: Sequence[str]) -> NDArray[np.float32]:
+        return np.array([rated(text, Image.fromarray(image)) for image, text in zip(images, texts, strict=True)], np.float32)
+
+    return TextScorer(name, score)

@@ -39,6 +39,8 @@ class ModelFamily:
     """Module names (suffixes) in the denoiser that take LoRA layers."""
     feature_tap: Callable[[Any], nn.Module]
     """The module of the network whose output the discriminator looks at."""
+    feature_blocks: Callable[[Any], Sequence[nn.Module]] = lambda _: ()
+    """All blocks of the network in order, where the discriminator may look at any; their outputs are like `feature_tap`'s."""
     lora_prefix: str
     """The denoiser's name in a diffusers LoRA file."""
     fixed_size: bool = False
@@ -159,10 +161,12 @@ class TorchModel:
         """Whether guidance is a second evaluation, and not an input of the network."""
         return GUIDANCE not in self.conditioning and self.spec.sampler.embedded_guidance is None
 
-    def unconditional(self) -> dict[str, Tensor] | None:
+    def unconditional(self, negative_prompt: str = "") -> dict[str, Tensor] | None:
         """Conditions [1, ...] that guidance contrasts prompts with; None where the network takes guidance as an input."""
         if not self.guides_twice:
             return None
-        empty = self.encode_ids(self.tokenizer([""]))
-        zeros = {condition.name for condition in self.spec.conditions if condition.unconditional == "zeros"}
+        empty = self.encode_ids(self.tokenizer([negative_prompt]))
+        zeros = {
+            condition.name for condition in self.spec.conditions if condition.unconditional == "zeros" and not negative_prompt
+        }
         return {name: torch.zeros_like(values) if name in zeros else values for name, values in empty.items()}

@@ -133,6 +133,7 @@ FAMILY = ModelFamily(
         *("net.0.proj", "net.2", "proj_mlp", "proj_out"),
     ),
     feature_tap=lambda transformer: transformer.transformer_blocks[len(transformer.transformer_blocks) // 2],
+    feature_blocks=lambda transformer: (*transformer.transformer_blocks, *transformer.single_transformer_blocks),
     lora_prefix="transformer",
     float32_inputs=(GUIDANCE,),
     size_step=lambda _: 2,  # a token is a patch of 2x2

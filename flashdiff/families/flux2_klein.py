@@ -171,6 +171,7 @@ FAMILY = ModelFamily(
         *(f"single_transformer_blocks.{index}.attn.to_out" for index in range(_MOST_SINGLE_BLOCKS)),
     ),
     feature_tap=lambda transformer: transformer.transformer_blocks[len(transformer.transformer_blocks) // 2],
+    feature_blocks=lambda transformer: transformer.transformer_blocks,
     lora_prefix="transformer",
     size_step=lambda _: 2,  # a token is a patch of 2x2
     default_guidance=4.0,

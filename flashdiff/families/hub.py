@@ -108,6 +108,20 @@ def download_part(name: HubName, files: tuple[str, ...]) -> Path:
     return _given(name, lambda: _download(name, choose, config), lambda why: ModelError(f"{refused} ({why})"))[0] / inside
 
 
+def download_file(name: HubName) -> Path:
+    """One file of a repository, which the name has to name, in the hub's cache; ModelError when the hub does not give it."""
+
+    def choose(names: list[str]) -> Iterable[str]:
+        if name.file not in names:
+            raise ModelError(f"{name.repository} on the hub has no file {name.file}")
+        return [name.file]
+
+    if not name.file:
+        raise ModelError(f"'{name}' names no file: give owner/name/file, or a local path")
+    refused = f"'{name}' is not a local file, and the hub did not give it"
+    return _given(name, lambda: _download(name, choose, name.file), lambda why: ModelError(f"{refused} ({why})"))[0] / name.file
+
+
 def _only_lora(name: HubName, names: list[str], usual: str) -> str:
     """The file that is meant where none is named."""
     if usual in names:

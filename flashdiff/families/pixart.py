@@ -106,6 +106,7 @@ def pixart_family(name: str, pipeline_class: str, *, tokens: int) -> ModelFamily
         conditioning=("encoder_hidden_states", "encoder_attention_mask"),
         lora_targets=_LORA_TARGETS,
         feature_tap=lambda transformer: transformer.transformer_blocks[len(transformer.transformer_blocks) // 2],
+        feature_blocks=lambda transformer: transformer.transformer_blocks,
         lora_prefix="transformer",
         fixed_size=True,
         size_step=lambda transformer: int(transformer["patch_size"]),

@@ -248,6 +248,7 @@ FAMILY = ModelFamily(
         *("net.0.proj", "net.2"),
     ),
     feature_tap=lambda transformer: transformer.transformer_blocks[len(transformer.transformer_blocks) // 2],
+    feature_blocks=lambda transformer: transformer.transformer_blocks,
     lora_prefix="transformer",
     size_step=lambda _: 2,  # a token is a patch of 2x2
     stock_call=lambda guidance: {"true_cfg_scale": guidance, "negative_prompt": ""},

@@ -224,6 +224,7 @@ FAMILY = ModelFamily(
         *("linear", "linear_1", "linear_2"),
     ),
     feature_tap=lambda transformer: transformer.transformer_blocks[len(transformer.transformer_blocks) // 2],
+    feature_blocks=lambda transformer: transformer.transformer_blocks,
     lora_prefix="transformer",
     size_step=lambda transformer: int(transformer["patch_size"]),
     default_guidance=4.5,

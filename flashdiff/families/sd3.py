@@ -134,6 +134,7 @@ FAMILY = ModelFamily(
         *("net.0.proj", "net.2"),
     ),
     feature_tap=lambda transformer: transformer.transformer_blocks[len(transformer.transformer_blocks) // 2],
+    feature_blocks=lambda transformer: transformer.transformer_blocks,
     lora_prefix="transformer",
     size_step=lambda transformer: int(transformer["patch_size"]),
     largest_side=lambda transformer: int(transformer["pos_embed_max_size"] * transformer["patch_size"]),

@@ -2,22 +2,30 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks import ablation
-from benchmarks.ablation import ablation_table
+from benchmarks.ablation import ablation_table, difference_table
 from benchmarks.variants import VARIANTS
 from flashdiff.distill import loop
 
 pytestmark = pytest.mark.slow
 
 
-def test_table_has_mean_and_deviation_over_seeds() -> None:
+def test_tables_have_mean_and_standard_error_over_seeds_and_pairs_of_one_seed() -> None:
     metrics = {"FID": 2.0, "KID x1000": 1.0, "large %": 90.0, "small %": 50.0, "text": 80.0, "diversity": 4.0}
     runs = [{"updates": 9, "rows": {"2": {**metrics, "FID": value}}} for value in (2.0, 4.0)]
     last = ablation_table({"ours": runs}).splitlines()[-1]
-    assert last == "| ours | 2 | 9 | 2 | 3.00 ± 1.41 | 1.00 ± 0.00 | 90.00 ± 0.00 | 50.00 ± 0.00 | 80.00 ± 0.00 | 4.00 ± 0.00 |"
+    assert last == "| ours | 2 | 9 | 2 | 3.00 ± 1.00 | 1.00 ± 0.00 | 90.00 ± 0.00 | 50.00 ± 0.00 | 80.00 ± 0.00 | 4.00 ± 0.00 |"
+
+    def seeds(*values: float) -> list[dict[str, Any]]:
+        return [{"seed": seed, "updates": 9, "rows": {"2": {**metrics, "FID": value}}} for seed, value in enumerate(values)]
+
+    differences = difference_table({"ours": seeds(2.0, 40.0), "ours+fresh": seeds(1.0, 37.0, 9.0)}, "ours").splitlines()
+    assert len(differences) == 3
+    assert differences[-1].startswith("| ours+fresh - ours | 2 | 2 | -2.00 ± 1.00 | +0.00 ± 0.00 |")
 
 
 def test_interrupted_ablation_resumes_and_results_of_other_settings_are_refused(
@@ -42,7 +50,11 @@ phases = [{ updates = 2, mode_weights = [0, 0, 0, 1] }]
     )
     few = ["--recipe", str(recipe), "--out", str(tmp_path / "out"), "--count", "4", "--reference-count", "8", "--steps", "2"]
     assert ablation.main([*few, "--only", "distillation", "--seeds", "0"]) == 0
+    capsys.readouterr()
     assert ablation.main([*few, "--only", "distillation,lcm", "--seeds", "0,1"]) == 0
+    assert "| lcm - distillation | 2 | 2 |" in capsys.readouterr().out
+    assert ablation.main([*few, "--only", "ours+k61"]) == 1
+    assert "--only ours+k61: the variants are" in capsys.readouterr().err
     assert solved == [0] * 4  # three new runs after the first
     found = json.loads((tmp_path / "out" / "ablation.json").read_text())["results"]
     assert [list(run["rows"]) for run in found["teacher"]] == [["real", "4", "2"]]

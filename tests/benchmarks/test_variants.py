@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.variants import VARIANTS, make_variant
+from benchmarks.variants import GROUPS, VARIANTS, make_variant
 from flashdiff.config import load_recipe
 from flashdiff.distill.config import Recipe, bundled_recipe
 from flashdiff.distill.costs import cost
@@ -28,3 +28,14 @@ def test_variants_differ_in_what_their_names_say() -> None:
     assert not any(phase.distribution_matching + phase.backward_simulation for phase in made["distillation"].phases)
     assert made["ours"].warmup_updates / made["ours"].updates == pytest.approx(recipe.warmup_updates / recipe.updates, rel=0.01)
     assert made["lcm"].grid.inference_times(4) == recipe.grid.inference_times(4)
+
+
+def test_the_audits_variants_differ_from_ours_in_one_thing_each() -> None:
+    recipe = load_recipe(bundled_recipe("avatars.toml"), Recipe)
+    made = {name: make_variant(recipe, name, 0, 1.0) for name in GROUPS["audit"]}
+    assert made["ours+k16"].grid.solver_steps == 2 * made["ours"].grid.solver_steps
+    assert made["ours+constant"].learning_rate_decay == 0
+    assert (made["ours+fresh"].pool_batches, made["ours+fresh"].target_uses) == (64, 2)
+    assert made["ours+whitened"].loss.settings("distillation").kind == "whitened"
+    for name in ("ours+roles", "ours+roles-critic"):
+        assert not made[name].loss.settings("distribution_matching").first_step

@@ -25,10 +25,12 @@ def test_a_dry_run_counts_parameters_apart_and_writes_nothing(tiny_base: Path, t
     lines = "\n".join(dry_run(tiny_recipe(tiny_base, phases=phases, loss=loss)))
     assert "fake score LoRA" in lines
     assert "discriminator head" in lines
-    # The student's 3, and the critic's 2 x 3.
-    assert "0 to 3: distillation 1; per sample and update 5.0 evaluations of the teacher's ODE, 9 other forward passes" in lines
+    # The student's 3, the critic's 2 x 3, and the discriminator's 3 halves, which train from the start.
+    assert (
+        "0 to 3: distillation 1; per sample and update 5.0 evaluations of the teacher's ODE, 10.5 other forward passes" in lines
+    )
     assert "3 to 8: distillation 1, adversarial 0.1, distribution matching 0.3" in lines
-    assert "ODE, 18 other forward passes" in lines  # adversarial 3 + 3 and matching 3 more
+    assert "ODE, 15 other forward passes" in lines  # adversarial 3 halves and matching 3 more
     assert "16 in 8 updates of 2" in lines
     assert not list(tmp_path.iterdir())
 
@@ -54,7 +56,9 @@ def test_a_dry_run_counts_what_other_targets_and_inputs_cost(tiny_base: Path) ->
     lines = "\n".join(
         dry_run(tiny_recipe(tiny_base, phases=one_phase, target="consistency", loss={"distillation": "perceptual"}))
     )
-    assert "2.0 evaluations of the teacher's ODE, 7 other forward passes" in lines  # student, its answer as target, the features
+    assert (
+        "2.0 evaluations of the teacher's ODE, 5.5 other forward passes" in lines
+    )  # student, its answer as target, the features
     lines = "\n".join(dry_run(tiny_recipe(tiny_base, phases=[{**one_phase[0], "backward_simulation": 0.5}])))
     assert (
         "2.2 evaluations of the teacher's ODE, 4 other forward passes" in lines

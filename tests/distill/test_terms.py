@@ -46,7 +46,7 @@ class Centring(StudentLoss):
     def loss(self, batch: MicroBatch) -> Tensor:
         return (batch.x0.mean() - self._centre.detach()).square().squeeze()
 
-    def train_opponent(self, batches: Sequence[MicroBatch], *, in_use: bool) -> dict[str, float]:
+    def train_opponent(self, batches: Sequence[MicroBatch]) -> dict[str, float]:
         loss = self.opponent.learn(batches, lambda batch: -(batch.x0.mean() - self._centre).square().squeeze())
         return {"centre": loss}
 

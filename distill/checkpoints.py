@@ -1,0 +1,15 @@
+"""A run's checkpoints: their names, and their order."""
+
+from pathlib import Path
+
+
+def checkpoint_path(work: Path, update: int) -> Path:
+    """Where the checkpoint after so many updates lies in a run's working folder."""
+    return work / "checkpoints" / f"{update:06d}.pt"
+
+
+def checkpoints(work: Path) -> list[Path]:
+    """The checkpoints in `work`, oldest first: by number, because names grow longer after 999,999 updates."""
+    return sorted(
+        (work / "checkpoints").glob("*.pt"), key=lambda path: (int(path.stem) if path.stem.isdigit() else -1, path.stem)
+    )

@@ -1,0 +1,35 @@
+"""The student of a checkpoint as a model, to be measured before its run is finished."""
+
+from pathlib import Path
+from typing import Any
+
+from flashdiff.config import parse_record
+from flashdiff.distill.config import Recipe
+from flashdiff.distill.initial import first_weights
+from flashdiff.distill.network import add_lora
+from flashdiff.errors import TrainingError
+from flashdiff.families import load_base
+from flashdiff.families.base import TorchModel
+from flashdiff.reading import read_json
+from flashdiff.sampling import flash_student
+
+
+def open_checkpoint(checkpoint: Path) -> TorchModel:
+    """The averaged student of `OUT/training/checkpoints/UPDATE.pt` on its base, sampled as it will be published.
+
+    TrainingError where the recipe is not in `OUT/training`; ConfigError where the checkpoint is not that recipe's.
+    """
+    resolved = checkpoint.resolve().parent.parent / "recipe.json"
+    try:
+        values: dict[str, Any] = dict(read_json(resolved))
+    except (OSError, ValueError, TypeError):
+        raise TrainingError(f"{checkpoint}: its run's recipe is not in {resolved}") from None
+    values.pop("hash", None)
+    recipe = parse_record(values, Recipe, source=str(resolved))
+    family, model = load_base(recipe.base)
+    add_lora(model, family, recipe.lora, seed=recipe.seed)
+    parameters = dict(model.network.named_parameters())
+    for name, value in first_weights(str(checkpoint), model, family).items():
+        parameters[name].data.copy_(value)
+    model.spec = model.spec.model_copy(update={"sampler": flash_student(model.spec.sampler, recipe.grid)})
+    return model

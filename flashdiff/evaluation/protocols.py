@@ -1,0 +1,273 @@
+"""The protocols that papers use, named: which prompts of COCO, against which images, at which size, by which networks.
+
+Images are measured a chunk at a time and never kept, so that 30,000 of them take no more memory than a thousand.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from flashdiff.components import Components
+from flashdiff.config import Record
+from flashdiff.errors import ConfigError, EvaluationError, first_line
+from flashdiff.evaluation.features import FeatureExtractor, TextScorer
+from flashdiff.evaluation.metrics import Moments, frechet_distance
+from flashdiff.files import write_whole
+from flashdiff.generate import generate
+from flashdiff.orders import Pixels
+from flashdiff.pictures import read_rgb
+from flashdiff.reading import read_file, read_json
+from flashdiff.tasks import check_order
+
+PATCH = 299
+"""Side of the patch in the middle that patch-FID looks at (SDXL-Lightning, 2402.13929): details that resizing to 256 hides."""
+CLIP = "clip:laion/CLIP-ViT-g-14-laion2B-s12B-b42K"
+"""The text scorer of the papers' tables."""
+_CHUNK = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """One way to measure a text-to-image model on COCO."""
+
+    name: str
+    prompts: int
+    """How many images are made, each from a caption of another image of the validation set."""
+    size: int
+    """Side in pixels that both sides are cropped and resized to before the feature network resizes them itself."""
+
+
+PROTOCOLS = {
+    protocol.name: protocol
+    for protocol in (
+        Protocol(name="coco2014-30k", prompts=30_000, size=256),
+        Protocol(name="coco2014-10k", prompts=10_000, size=256),
+        Protocol(name="coco2017-5k", prompts=5_000, size=512),
+    )
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coco:
+    """A validation set: the captions to draw, and the files of all its images."""
+
+    captions: tuple[str, ...]
+    files: tuple[Path, ...]
+
+    @property
+    def prompts_hash(self) -> str:
+        """Names the list of prompts."""
+        return hashlib.sha256("\n".join(self.captions).encode()).hexdigest()[:12]
+
+
+def protocol_of(name: str) -> Protocol:
+    """The protocol of that name; ConfigError for any other."""
+    if name not in PROTOCOLS:
+        raise ConfigError(f"--protocol {name}: choose {', '.join(PROTOCOLS)}")
+    return PROTOCOLS[name]
+
+
+def read_coco(protocol: Protocol, annotations: Path, folder: Path) -> Coco:
+    """The protocol's captions from COCO's `captions_val20XX.json`, and the images that it lists, in `folder`.
+
+    Each image gives its caption with the lowest id. Which images give one is settled by the hash of their ids, so the list is the
+    same everywhere. EvaluationError where something is missing.
+    """
+    try:
+        values = read_json(annotations)
+        names = {int(image["id"]): str(image["file_name"]) for image in values["images"]}
+        captions: dict[int, tuple[int, str]] = {}
+        for entry in values["annotations"]:
+            said = (int(entry["id"]), " ".join(str(entry["caption"]).split()))
+            captions[int(entry["image_id"])] = min(said, captions.get(int(entry["image_id"]), said))
+    except OSError as error:
+        raise EvaluationError(f"--prompts {annotations}: cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EvaluationError(f"--prompts {annotations}: no captions file of COCO ({first_line(error)})") from None
+    chosen = sorted(captions, key=lambda number: hashlib.sha256(str(number).encode()).digest())[: protocol.prompts]
+    if len(chosen) < protocol.prompts:
+        raise EvaluationError(
+            f"--prompts {annotations}: {protocol.name} needs captions of {protocol.prompts} images, the file has {len(chosen)}"
+        )
+    missing = [name for name in names.values() if not (folder / name).is_file()]
+    if missing:
+        raise EvaluationError(
+            f"--reference {folder}: {len(missing)} of the {len(names)} images that {annotations.name} lists are not there, "
+            f"the first: {missing[0]}"
+        )
+    return Coco(
+        captions=tuple(captions[number][1] for number in chosen), files=tuple(folder / names[number] for number in sorted(names))
+    )
+
+
+# --- images ----------------------------------------------------------------------------------------------------------
+
+
+def resized(image: Pixels, size: int) -> Pixels:
+    """The square in the middle of an image [H, W, 3] at `size`, by PIL's Lanczos filter."""
+    return np.asarray(ImageOps.fit(Image.fromarray(image), (size, size), Image.Resampling.LANCZOS))
+
+
+def middle_patch(image: Pixels) -> Pixels:
+    """The patch in the middle of an image [H, W, 3], not resized; of an image that is smaller, its largest square enlarged."""
+    height, width = image.shape[:2]
+    if min(height, width) < PATCH:
+        return resized(image, PATCH)
+    top, left = (height - PATCH) // 2, (width - PATCH) // 2
+    return image[top : top + PATCH, left : left + PATCH]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What is kept of images: features of them and of their patches, and the mean of every score."""
+
+    whole: NDArray[np.float32]  # [N, D]
+    patches: NDArray[np.float32]  # [N, D]
+    scores: NDArray[np.float32]  # [N, scorers]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Meter:
+    """The networks of a run of a protocol."""
+
+    protocol: Protocol
+    features: FeatureExtractor
+    scorers: tuple[TextScorer, ...]
+    keep: Path | None
+    """A folder where measured chunks stay, so that a killed run goes on; None: nowhere."""
+    report: Callable[[str], None]
+
+    def measure_model(self, components: Components, coco: Coco, *, steps: int, name: str) -> Measured:
+        """Images of all captions, image i from seed i."""
+
+        def make(start: int, end: int) -> tuple[list[Pixels], Sequence[str]]:
+            texts = coco.captions[start:end]
+            orders = [
+                check_order(components.spec, prompt=text, seed=seed, steps=steps, truncate_prompt=True)
+                for seed, text in enumerate(texts, start=start)
+            ]
+            return [image for images in generate(components, orders) for image in images], texts
+
+        drawn = ""
+        if self.keep:  # another model of the same name draws another image
+            drawn = hashlib.sha256(make(0, 1)[0][0].tobytes()).hexdigest()[:12]
+        return self._in_chunks(len(coco.captions), make, f"{name}, {steps} steps", f"{coco.prompts_hash} {drawn}")
+
+    def measure_real(self, coco: Coco) -> Measured:
+        """The real images, without scores: their captions are not of interest here."""
+
+        def read(start: int, end: int) -> tuple[list[Pixels], Sequence[str]]:
+            return [_read(file) for file in coco.files[start:end]], ()
+
+        listed = hashlib.sha256("\n".join(file.name for file in coco.files).encode()).hexdigest()[:12]
+        return self._in_chunks(len(coco.files), read, "real", listed)
+
+    def _in_chunks(
+        self, count: int, make: Callable[[int, int], tuple[list[Pixels], Sequence[str]]], name: str, mark: str
+    ) -> Measured:
+        found: list[Measured] = []
+        for start in range(0, count, _CHUNK):
+            end = min(start + _CHUNK, count)
+            file = self._file(f"{name} {mark} {start} {end}")
+            if file and file.exists():
+                with np.load(file) as saved:
+                    found.append(Measured(**{key: saved[key] for key in ("whole", "patches", "scores")}))
+            else:
+                found.append(self._measure(*make(start, end)))
+                if file:
+                    values = vars(found[-1])
+                    write_whole(file, lambda opened, values=values: np.savez(opened, **values))  # type: ignore[misc]
+            self.report(f"{name}: {end} of {count} images")
+        joined = {key: np.concatenate([getattr(part, key) for part in found]) for key in ("whole", "patches", "scores")}
+        return Measured(**joined)
+
+    def _file(self, name: str) -> Path | None:
+        networks = [self.features.name, *(scorer.name for scorer in self.scorers)]
+        digest = hashlib.sha256(" ".join([self.protocol.name, str(self.protocol.size), *networks, name]).encode()).hexdigest()
+        return self.keep / f"{digest[:32]}.npz" if self.keep else None
+
+    def _measure(self, images: list[Pixels], texts: Sequence[str]) -> Measured:
+        whole = self.features(np.stack([resized(image, self.protocol.size) for image in images]))
+        patches = self.features(np.stack([middle_patch(image) for image in images]))
+        scores = [scorer(np.stack(images), texts) for scorer in self.scorers] if texts else []
+        columns = np.stack(scores, axis=1) if scores else np.zeros((len(images), 0))
+        return Measured(whole=whole, patches=patches, scores=columns.astype(np.float32))
+
+
+def _read(file: Path) -> Pixels:
+    try:
+        return np.asarray(read_rgb(read_file(file)))
+    except Exception as error:  # pillow's errors for damaged files are of many kinds
+        raise EvaluationError(f"{file} is not a readable image ({first_line(error)})") from None
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+class ProtocolRow(Record):
+    """A line of a paper's table."""
+
+    name: str
+    steps: int
+    fid: float
+    patch_fid: float
+    scores: dict[str, float]
+    """The mean of every scorer by its name."""
+
+
+class ProtocolReport(Record):
+    """All lines, and what they were made with."""
+
+    protocol: str
+    prompts: int
+    prompts_hash: str
+    reference_images: int
+    size: int
+    features: str
+    resize: str
+    rows: tuple[ProtocolRow, ...]
+
+
+def run_protocol(meter: Meter, coco: Coco, models: Sequence[tuple[str, Components, int]]) -> ProtocolReport:
+    """Measure every (name, model, steps) against the real images."""
+    real = meter.measure_real(coco)
+    whole, patches = Moments.of(real.whole), Moments.of(real.patches)
+    del real
+    rows = []
+    for name, components, steps in models:
+        found = meter.measure_model(components, coco, steps=steps, name=name)
+        means = {scorer.name: float(mean) for scorer, mean in zip(meter.scorers, found.scores.mean(axis=0), strict=True)}
+        fid, patch_fid = frechet_distance(Moments.of(found.whole), whole), frechet_distance(Moments.of(found.patches), patches)
+        rows.append(ProtocolRow(name=name, steps=steps, fid=fid, patch_fid=patch_fid, scores=means))
+        meter.report(f"{name}, {steps} steps: FID {fid:.2f}, patch-FID {patch_fid:.2f}")
+    return ProtocolReport(
+        protocol=meter.protocol.name,
+        prompts=len(coco.captions),
+        prompts_hash=coco.prompts_hash,
+        reference_images=len(coco.files),
+        size=meter.protocol.size,
+        features=meter.features.name,
+        resize=meter.features.resize,
+        rows=tuple(rows),
+    )
+
+
+def protocol_table(report: ProtocolReport) -> str:
+    """The report as papers show it: a line for each model and number of steps."""
+    scorers = list(report.rows[0].scores) if report.rows else []
+    lines = [["model", "steps", "FID", "patch-FID", *scorers], ["---"] * (4 + len(scorers))]
+    for row in report.rows:
+        scores = [f"{row.scores[name]:.2f}" for name in scorers]
+        lines.append([row.name, str(row.steps), f"{row.fid:.2f}", f"{row.patch_fid:.2f}", *scores])
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return (
+        f"{table}\n\n{report.protocol}: {report.prompts} prompts (list {report.prompts_hash}), one image each, against "
+        f"{report.reference_images} real images; both cropped to the square in the middle and resized to {report.size} by PIL's "
+        f"Lanczos filter, then as the features want it: {report.resize}. Patch-FID: {PATCH}x{PATCH} in the middle, not resized. "
+        f"Features: {report.features}."
+    )
