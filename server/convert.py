@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from flashdiff.components import Size
+from flashdiff.controls import ControlRequest, controls_of
 from flashdiff.errors import RequestError
 from flashdiff.noise import image_seed
 from flashdiff.proto.v1 import image_pb2 as pb
+from flashdiff.server.images import control_request
 from flashdiff.server.jobs import Step
 from flashdiff.server.models import Model
 from flashdiff.server.requests import Estimate, ImageRequest, Reply
@@ -40,12 +42,18 @@ def read_request(message: pb.GenerateRequest, timeout_s: float | None = None, *,
         count=message.count or 1,
         files=files,
         parameters=parameters,
+        controls=[_read_control(control) for control in message.controls],
         format=image_format,
         quality=message.quality or None,
         priority=PRIORITIES[message.priority],
         timeout_s=timeout_s,
         wants_steps=wants_steps,
     )
+
+
+def _read_control(control: pb.Control) -> ControlRequest:
+    scale, end = (getattr(control, name) if control.HasField(name) else None for name in ("scale", "end"))
+    return control_request(control.name, control.image, scale=scale, start=control.start, end=end)
 
 
 def _add(given: dict[str, _Value], name: str, value: _Value) -> None:
@@ -100,6 +108,7 @@ def _served(name: str, model: Model, devices: Sequence[DeviceState]) -> pb.Serve
         max_prompt_tokens=spec.prompt_tokens,
         takes_negative_prompt=spec.sampler.evaluations_per_step > 1,
         tasks=spec.tasks,
+        controls=controls_of(spec),
         devices=[pb.Device(name=device.name, failure=device.failure) for device in devices],
     )
 
