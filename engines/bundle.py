@@ -18,7 +18,7 @@ from flashdiff.reading import parse_json, read_text
 from flashdiff.samplers.options import SamplingOptions
 from flashdiff.text import TokenizerSpec
 
-SCHEMA_VERSION = 7
+SCHEMA_VERSION = 8
 MANIFEST = "manifest.json"
 
 MAX_BATCH = 64
@@ -109,6 +109,16 @@ class VaeRecord(Record):
     weights_hash: str
 
 
+class ControlRecord(Record):
+    name: str
+    """By which requests name it."""
+    source: str
+    """The folder or hub id that it was found by."""
+    kind: str
+    """The class of diffusers."""
+    weights_hash: str
+
+
 class Machine(Record):
     """What a bundle was compiled and checked on."""
 
@@ -161,6 +171,8 @@ class BuildInputs(Record):
     base_hash: str
     vae: VaeRecord | None
     """The autoencoder in the place of the base's own."""
+    controls: tuple[ControlRecord, ...] = Field((), max_length=8)
+    """The networks that requests may be steered by."""
     loras: tuple[LoraRecord, ...]
     model: ModelSpec
     """What is served, as the base's configuration, a LoRA's flash.json (its grid) and the options make it."""
@@ -187,7 +199,8 @@ class BuildInputs(Record):
         loras = [lora.model_copy(update={"name": ""}) for lora in self.loras]
         model = self.model.model_copy(update={"name": ""})
         vae = self.vae and self.vae.model_copy(update={"name": ""})
-        same = {"base": "", "vae": vae, "loras": loras, "model": model, "sampling": SamplingOptions()}
+        controls = [control.model_copy(update={"source": ""}) for control in self.controls]
+        same = {"base": "", "vae": vae, "controls": controls, "loras": loras, "model": model, "sampling": SamplingOptions()}
         return BuildInputs(**{**values, **same}).content_hash
 
 

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from flashdiff import defaults
 from flashdiff.components import MAX_SIDE, Size
+from flashdiff.controls import NAME
 from flashdiff.engines.backends import best_backend
 from flashdiff.engines.bundle import MAX_BATCH, BackendName, Precision
 from flashdiff.errors import BundleError
@@ -25,6 +26,8 @@ class BuildRecipe(SamplingOptions):
     """Of a base that is a single file: a model directory or hub id with its configuration; None: what diffusers takes it for."""
     vae: str | None = None
     """Folder or hub id of an autoencoder in the place of the base's own."""
+    controls: tuple[tuple[str, str], ...] = Field((), max_length=8)
+    """Name, and folder or hub id, of ControlNets and T2I-adapters that requests may use."""
     backend: BackendName = Field(default_factory=best_backend)
     precision: Precision = defaults.PRECISION
     sizes: tuple[Size, ...] = ()
@@ -41,6 +44,16 @@ class BuildRecipe(SamplingOptions):
             raise ValueError(f"batch_sizes must rise from 1 or more, not {list(self.batch_sizes)}")
         if self.batch_sizes[-1] > MAX_BATCH:
             raise ValueError(f"batch_sizes go up to {MAX_BATCH}, not {self.batch_sizes[-1]}")
+        return self
+
+    @model_validator(mode="after")
+    def _controls_have_names(self) -> Self:
+        names = [name for name, _ in self.controls]
+        for name in names:
+            if not NAME.fullmatch(name):
+                raise ValueError(f"controls: '{name}' is no name: give up to 32 lowercase letters, digits and _, a letter first")
+            if names.count(name) > 1:
+                raise ValueError(f"controls: '{name}' is the name of two")
         return self
 
 

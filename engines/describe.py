@@ -21,6 +21,8 @@ def describe(bundle: Path, manifest: Manifest) -> Iterator[str]:
         yield f"autoencoder  {manifest.vae.name} ({manifest.vae.weights_hash[:12]})"
     for lora in manifest.loras:
         yield f"LoRA         {lora.name} x {lora.weight:g} ({lora.weights_hash[:12]})"
+    for control in manifest.controls:
+        yield f"control      {control.name}: {control.source} ({control.kind}, {control.weights_hash[:12]})"
     yield f"engine       {manifest.backend}, {manifest.precision}, on {_machine(manifest)}"
     yield f"fits here    {_fit(manifest)}"
     preset = f" ({manifest.sampling.preset})" if manifest.sampling.preset else ""

@@ -13,6 +13,7 @@ def differences(old: BuildInputs, new: BuildInputs) -> Iterator[str]:
     if (old.vae and old.vae.weights_hash) != (new.vae and new.vae.weights_hash):
         then, now = (f"{vae.name} {vae.weights_hash[:12]}" if vae else "the base's own" for vae in (old.vae, new.vae))
         yield f"the autoencoder changed: {then} -> {now}"
+    yield from _controls(old, new)
     before, after = ({lora.name: lora for lora in inputs.loras} for inputs in (old, new))
     for name in [*before, *(name for name in after if name not in before)]:
         if name not in after:
@@ -31,7 +32,8 @@ def differences(old: BuildInputs, new: BuildInputs) -> Iterator[str]:
         then, now = getattr(old.sampling, field), getattr(new.sampling, field)
         if then != now:
             yield f"{field}: {_words(then)} -> {_words(now)}"
-    asked = [(inputs.loras, inputs.guidance, inputs.sampling) for inputs in (old, new)]
+    names = [[control.name for control in inputs.controls] for inputs in (old, new)]
+    asked = [(inputs.loras, inputs.guidance, inputs.sampling, of) for inputs, of in zip((old, new), names, strict=True)]
     if old.base_hash == new.base_hash and asked[0] == asked[1]:
         # The weights are the same, so a configuration file next to them changed.
         for field in ("prediction", "sampler", "tokenizers", "parts", "conditions", "tasks"):
@@ -45,6 +47,17 @@ def differences(old: BuildInputs, new: BuildInputs) -> Iterator[str]:
         yield "flashdiff's own code changed"
     if old.machine != new.machine:
         yield f"another machine: {old.machine.processor} -> {new.machine.processor}"
+
+
+def _controls(old: BuildInputs, new: BuildInputs) -> Iterator[str]:
+    before, after = ({control.name: control for control in inputs.controls} for inputs in (old, new))
+    for name in [*before, *(name for name in after if name not in before)]:
+        if name not in after:
+            yield f"control {name} was removed"
+        elif name not in before:
+            yield f"control {name} was added"
+        elif before[name].weights_hash != after[name].weights_hash:
+            yield f"control {name} changed: {before[name].weights_hash[:12]} -> {after[name].weights_hash[:12]}"
 
 
 def _words(value: object) -> str:

@@ -1,5 +1,6 @@
 """A torch part to a traced program, and to an ONNX graph: named tensors, dynamic batch and size, weights next to the graph."""
 
+import inspect
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
@@ -59,7 +60,8 @@ def trace(model: TorchModel, part: Part, size: Size, precision: Precision) -> to
     times = model.spec.sampler.known_times if "times" in {tensor.name for tensor in part.inputs} else []
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns about its own code
-        shapes = dynamic if precision == "fp32" else (dynamic,)  # what AtPrecision takes is one list of inputs
+        kinds = {parameter.kind for parameter in inspect.signature(module.forward).parameters.values()}
+        shapes = (dynamic,) if kinds == {inspect.Parameter.VAR_POSITIONAL} else dynamic
         traced = torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
         if times:
             index = [tensor.name for tensor in part.inputs].index("times")

@@ -11,7 +11,7 @@ from flashdiff.components import Size
 from flashdiff.engines.bundle import Precision, TensorSpec, is_spatial
 from flashdiff.engines.shapes import dimensions_of
 from flashdiff.families.base import ModelFamily, TorchModel
-from flashdiff.parts import PartSpec, Phase
+from flashdiff.parts import Condition, PartSpec
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -45,7 +45,8 @@ def parts_of(family: ModelFamily, model: TorchModel) -> list[Part]:
         "output": latents,
         "images": ("batch", 3, "image_height", "image_width"),
         **{tokenizer.name: ("batch", tokenizer.length) for tokenizer in spec.tokenizers},
-        **{c.name: ("batch", c.channels, "height", "width") for c in spec.conditions if c.channels},
+        **{c.name: _image_shape(c) for c in spec.conditions if c.channels},
+        **{c.scale_name: ("batch",) for c in spec.conditions if c.scaled},
     }
     whole = {tokenizer.name for tokenizer in spec.tokenizers} | ({"times"} if spec.sampler.whole_times else set())
 
@@ -57,7 +58,7 @@ def parts_of(family: ModelFamily, model: TorchModel) -> list[Part]:
         module, inputs = model.module(part.name), tensors(part.inputs)
         if not set(part.outputs) <= shapes.keys():
             shapes |= _output_shapes(model, part, inputs)
-        is_denoiser = part == spec.parts_in(Phase.STEP)[-1]
+        is_denoiser = part in spec.denoisers
         parts.append(
             Part(
                 part.name,
@@ -69,6 +70,12 @@ def parts_of(family: ModelFamily, model: TorchModel) -> list[Part]:
             )
         )
     return parts
+
+
+def _image_shape(condition: Condition) -> tuple[int | str, ...]:
+    if condition.enters == "residual":
+        return "batch", condition.channels, "image_height", "image_width"
+    return "batch", condition.channels, "height", "width"
 
 
 def _output_shapes(model: TorchModel, part: PartSpec, inputs: Sequence[TensorSpec]) -> dict[str, tuple[int | str, ...]]:
@@ -102,7 +109,7 @@ def random_inputs(model: TorchModel, part: Part, batch: int, size: Size, generat
     """Realistic inputs of a part, in its order, [batch, ...] each, with different values in every row.
 
     Token ids end in padding, pixels are uniform in [-1, 1], latents are normal, conditions are made by the parts from such
-    inputs, and times go from the clean end to the noisiest; a few-step student's are its own.
+    inputs, scales are 1 and 0 in turns, and times go from the clean end to the noisiest; a few-step student's are its own.
     """
     spec = model.spec
     known: dict[str, Tensor] = {}
@@ -120,7 +127,10 @@ def random_inputs(model: TorchModel, part: Part, batch: int, size: Size, generat
     for condition in spec.conditions:
         if condition.name not in {tensor.name for tensor in part.inputs} or condition.name in known:
             continue
-        if condition.part is None:
+        if condition.enters == "residual":
+            known[condition.name] = 2 * torch.rand(batch, condition.channels, size.height, size.width, generator=generator) - 1
+            known[condition.scale_name] = (torch.arange(batch) % 2 == 0).float()  # rows with it and without in turns
+        elif condition.part is None:
             known[condition.name] = torch.rand(
                 batch, condition.channels, *known["latents"].shape[2:], generator=generator
             ).round()

@@ -1,15 +1,25 @@
 """What a build would make, and why, from configuration files and hashes alone: no weights are loaded."""
 
 import importlib.metadata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import flashdiff
 from flashdiff.components import ModelSpec
+from flashdiff.controls import steered, unsteered
 from flashdiff.engines.backends import find_backend
 from flashdiff.engines.backends.base import EXPORTERS, Backend, Export, GraphForm
-from flashdiff.engines.bundle import MANIFEST, NOT_COMPARED, BuildInputs, LoraRecord, Manifest, VaeRecord, read_manifest
+from flashdiff.engines.bundle import (
+    MANIFEST,
+    NOT_COMPARED,
+    BuildInputs,
+    ControlRecord,
+    LoraRecord,
+    Manifest,
+    VaeRecord,
+    read_manifest,
+)
 from flashdiff.engines.cache import is_cached, key_of
 from flashdiff.engines.config import BuildOptions
 from flashdiff.engines.describe import describe_sampler
@@ -17,11 +27,13 @@ from flashdiff.engines.differences import differences
 from flashdiff.engines.requirements import Requirements, count_parameters, estimate, free_bytes
 from flashdiff.errors import BundleError
 from flashdiff.families import family_of, find_base
-from flashdiff.families.autoencoders import check_vae, find_vae, vae_files, vae_hash
+from flashdiff.families.autoencoders import check_vae, find_vae
 from flashdiff.families.base import ModelFamily
+from flashdiff.families.control import check_control, find_control
 from flashdiff.families.files import base_files, base_hash
 from flashdiff.families.hub import name_of
 from flashdiff.families.loading import size_limits
+from flashdiff.families.networks import files_of_network, hash_of_network
 from flashdiff.files import hash_files, shown_bytes
 from flashdiff.lora import (
     check_base,
@@ -33,7 +45,6 @@ from flashdiff.lora import (
     read_metadata,
     touches_text,
 )
-from flashdiff.parts import Phase
 from flashdiff.reading import Witness, first_change, witness
 from flashdiff.samplers.options import SamplingOptions
 from flashdiff.samplers.recognise import few_step_hint
@@ -54,6 +65,8 @@ class BuildPlan:
     """Of the base model."""
     vae: Path | None
     """The folder of the autoencoder in the place of the base's own."""
+    controls: Mapping[str, Path]
+    """The folders of the control networks, by name."""
     loras: tuple[tuple[Path, float], ...]
     """What was found for their names, and their weights."""
     spec: ModelSpec
@@ -88,7 +101,7 @@ class BuildPlan:
 
     def check_sources(self) -> None:
         """BundleError when a file of the base or of a LoRA was edited or replaced since: the hashes would name other bytes."""
-        now = witness(_sources(self.folder, self.vae, self.loras))
+        now = witness(_sources(self.folder, self.vae, self.controls, self.loras))
         if changed := first_change(self.sources, now):
             raise BundleError(f"{changed} changed while the build read it; start again when its files stay as they are")
 
@@ -107,18 +120,24 @@ def plan_build(options: BuildOptions) -> BuildPlan:
     family = family_of(folder)
     loras = tuple((find_lora(name), weight) for name, weight in options.loras)
     vae = find_vae(options.vae) if options.vae else None
-    sources = witness(_sources(folder, vae, loras))
+    controls = {name: find_control(name, place) for name, place in options.controls}
+    sources = witness(_sources(folder, vae, controls, loras))
     spec = fused_spec(family.read_spec(folder), [lora for lora, _ in loras], options)
     hash_of_base = base_hash(folder)
     if vae:
         check_vae(vae, family, spec)
+    kinds = {name: check_control(name, place, family, folder, spec) for name, place in controls.items()}
     of_base = check_base(folder, hash_of_base, [lora for lora, _ in loras])
-    spec = spec.model_copy(update={"sizes": options.sizes or spec.sizes})
+    spec = steered(spec.model_copy(update={"sizes": options.sizes or spec.sizes}), list(controls))
     _check_shapes(options, family, spec, *size_limits(folder, family))
     inputs = BuildInputs(
         base=spec.name,
         base_hash=hash_of_base,
-        vae=VaeRecord(name=_name_of_vae(vae), weights_hash=vae_hash(vae)) if vae else None,
+        vae=VaeRecord(name=_name_of_vae(vae), weights_hash=hash_of_network(vae)) if vae else None,
+        controls=tuple(
+            ControlRecord(name=name, source=_name_of_control(folder), kind=kinds[name], weights_hash=hash_of_network(folder))
+            for name, folder in controls.items()
+        ),
         loras=tuple(LoraRecord(name=lora_name(lora), weights_hash=lora_hash(lora), weight=weight) for lora, weight in loras),
         model=spec,
         guidance=options.guidance,
@@ -140,11 +159,12 @@ def plan_build(options: BuildOptions) -> BuildPlan:
         family=family,
         folder=folder,
         vae=vae,
+        controls=controls,
         loras=loras,
         spec=spec,
         inputs=inputs,
         exports=exports,
-        requirements=estimate(backend, inputs, exports, count_parameters(folder, family, spec.parts), options.out),
+        requirements=estimate(backend, inputs, exports, count_parameters(folder, family, spec, controls.values()), options.out),
         previous=previous,
         flaw=flaw,
         sources=sources,
@@ -164,6 +184,8 @@ def describe(plan: BuildPlan) -> Iterator[str]:
     yield f"base         {plan.folder} ({plan.family.name}, {inputs.base_hash[:12]}){loras}"
     if inputs.vae:
         yield f"autoencoder  {plan.vae} ({inputs.vae.weights_hash[:12]})"
+    for control in inputs.controls:
+        yield f"control      {control.name}: {plan.controls[control.name]} ({control.kind}, {control.weights_hash[:12]})"
     yield f"backend      {plan.machine}"
     yield f"sampler      {describe_sampler(spec)}"
     for warning in plan.warnings:
@@ -182,14 +204,24 @@ def describe(plan: BuildPlan) -> Iterator[str]:
         yield f"to do        {reason}"
 
 
-def _sources(folder: Path, vae: Path | None, loras: Sequence[tuple[Path, float]]) -> list[Path]:
+def _sources(folder: Path, vae: Path | None, controls: Mapping[str, Path], loras: Sequence[tuple[Path, float]]) -> list[Path]:
     """All files that a build reads."""
-    return [*base_files(folder), *(vae_files(vae) if vae else ()), *(file for lora, _ in loras for file in lora_files(lora))]
+    networks = [*([vae] if vae else []), *controls.values()]
+    return [
+        *base_files(folder),
+        *(file for network in networks for file in files_of_network(network)),
+        *(file for lora, _ in loras for file in lora_files(lora)),
+    ]
 
 
 def _name_of_vae(vae: Path) -> str:
     """A folder `vae` is a base's."""
     return f"{name_of(vae.parent)}/vae" if vae.name == "vae" else name_of(vae)
+
+
+def _name_of_control(folder: Path) -> str:
+    """A folder `controlnet` lies in one that has the name."""
+    return name_of(folder.parent) if folder.name in ("controlnet", "t2iadapter") else name_of(folder)
 
 
 def _hints(options: BuildOptions, spec: ModelSpec, loras: Sequence[Path]) -> Iterator[str]:
@@ -238,19 +270,23 @@ def _check_shapes(options: BuildOptions, family: ModelFamily, spec: ModelSpec, s
 def _exports(form: GraphForm, family: ModelFamily, inputs: BuildInputs, on_text: Sequence[bool]) -> Iterator[Export]:
     """The graphs to export; `on_text` says of every LoRA whether it changes a text encoder."""
     versions = {name: inputs.library_versions.get(name) for name in form.packages}
-    denoiser = inputs.model.parts_in(Phase.STEP)[-1].name
+    denoisers = [part.name for part in inputs.model.denoisers]
     loras = [[lora.weights_hash, lora.weight] for lora in inputs.loras]
     changing = {
-        denoiser: loras,
+        **dict.fromkeys(denoisers, loras),
         inputs.model.text_part.name: [lora for lora, is_on_text in zip(loras, on_text, strict=True) if is_on_text],
     }
     # All of the model but what no graph contains: members of two families may share their weights.
-    model, sampler = inputs.model.model_dump(mode="json", exclude={"name", "sizes", "tasks", "sampler"}), inputs.model.sampler
+    plain, sampler = unsteered(inputs.model), inputs.model.sampler
+    model = plain.model_dump(mode="json", exclude={"name", "sizes", "tasks", "sampler"})
+    controls = [[control.name, control.weights_hash] for control in inputs.controls]
+    # A graph without the control networks is that of the model without them.
+    steered_by = {part.name: controls for part in inputs.model.replacements}
     # Some families' parts hold the guidance that their network takes as an input.
     held = sampler.model_dump(mode="json", include={"schedule", "embedded_guidance"})
     times = {"type": sampler.time_type, "known": sampler.known_times}
     for part in (spec.name for spec in inputs.model.parts):
-        is_fixed = part == denoiser and family.fixed_size
+        is_fixed = part in denoisers and family.fixed_size
         for size in inputs.sizes if is_fixed else (None,):
             deciding = {
                 "part": part,
@@ -258,10 +294,11 @@ def _exports(form: GraphForm, family: ModelFamily, inputs: BuildInputs, on_text:
                 "vae": inputs.vae.weights_hash if inputs.vae and family.weights_of(part)[0] == "vae" else None,
                 "model": model | held,
                 "loras": changing.get(part, []),
+                "controls": steered_by.get(part, []),
                 "form": form.file,
                 "precision": inputs.precision,
                 "example": size or inputs.sizes[0],
-                "times": times if part == denoiser else None,
+                "times": times if part in denoisers else None,
                 "versions": versions,
                 "code": inputs.code,
             }
@@ -289,5 +326,6 @@ def _code_hash() -> str:
         *(root / "families").glob("*.py"),
         *root.glob("lora*.py"),
         root / "parts.py",
+        root / "controls.py",
     ]
     return hash_files(root, files)

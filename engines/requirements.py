@@ -2,20 +2,21 @@
 
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
 import safetensors
 
+from flashdiff.components import ModelSpec
 from flashdiff.engines.backends.base import Backend, Export
 from flashdiff.engines.bundle import BuildInputs
 from flashdiff.errors import BundleError
 from flashdiff.families.base import ModelFamily
 from flashdiff.families.files import base_files
+from flashdiff.families.networks import files_of_network
 from flashdiff.files import cache_folder, shown_bytes
-from flashdiff.parts import PartSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,15 +64,16 @@ def free_bytes(place: Path) -> int:
     return shutil.disk_usage(_existing(place)).free
 
 
-def count_parameters(folder: Path, family: ModelFamily, parts: Sequence[PartSpec]) -> dict[str, int]:
-    """Parameters by part, read off the headers of the weights."""
-
+def count_parameters(folder: Path, family: ModelFamily, spec: ModelSpec, controls: Iterable[Path] = ()) -> dict[str, int]:
+    """Parameters by part, read off the headers of the weights; `controls` are the folders of the control networks."""
+    steering = sum(_tensor_elements(file, ("",)) for control in controls for file in files_of_network(control))
+    steered = {part.name for part in spec.replacements}
     weights = [file for file in base_files(folder) if file.suffix == ".safetensors"]
 
     def count(pattern: str, prefixes: tuple[str, ...]) -> int:
         return sum(_tensor_elements(file, prefixes) for file in weights if fnmatch(file.parent.name, pattern))
 
-    return {part.name: count(*family.weights_of(part.name)) for part in parts}
+    return {part.name: count(*family.weights_of(part.name)) + (steering if part.name in steered else 0) for part in spec.parts}
 
 
 def _disk_bytes(

@@ -43,6 +43,11 @@ def verify(expected: Reference, engine: Engine) -> Findings:
         if must_be_exact and not is_exact:
             raise BundleError(f"{case.part}: a row changes with its batch; the bundle is not published")
         are_exact = are_exact and is_exact
+    for part in engine.spec.replacements:
+        errors[f"{part.name} at scale 0"] = max(
+            _steering_at_zero(case, engine) for case in expected.cases if case.part == part.name
+        )
+        allowed[f"{part.name} at scale 0"] = PART_ERROR[precision]
     errors["image"] = max(
         float(np.sqrt(np.mean(np.square(image - sample_image(engine, engine.spec, size)))))
         for size, image in expected.images.items()
@@ -53,6 +58,15 @@ def verify(expected: Reference, engine: Engine) -> Findings:
                 f"{name} differs from torch by {error:.2e}, more than {allowed[name]:.0e}; the bundle is not published"
             )
     return Findings(errors, allowed, are_exact)
+
+
+def _steering_at_zero(case: Case, engine: Engine) -> float:
+    """How far a part whose control networks have the scale 0 is from the one that it replaces."""
+    spec = engine.spec
+    zeros = {c.scale_name: np.zeros(case.batch, dtype=np.float32) for c in spec.conditions if c.enters == "residual"}
+    usual = spec.part(spec.part(case.part).replaces or "")
+    plain = engine.call(usual.name, {name: case.inputs[name] for name in usual.inputs})
+    return difference(engine.call(case.part, {**case.inputs, **zeros}), plain)
 
 
 def _check_case(case: Case, engine: Engine, allowed: float) -> tuple[float, bool]:

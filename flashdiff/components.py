@@ -64,19 +64,23 @@ class ModelSpec(Record):
     @model_validator(mode="after")
     def _parts_make_what_the_denoiser_takes(self) -> Self:
         made = {"latents", "times"} | {condition.name for condition in self.conditions}
+        made |= {condition.scale_name for condition in self.conditions if condition.scaled}
         for condition in self.conditions:
             if condition.part and condition.name not in self.part(condition.part).outputs:
                 raise ValueError(f"part '{condition.part}' does not make the condition '{condition.name}'")
         for part in self.parts_in(Phase.STEP):
             if unknown := set(part.inputs) - made:
                 raise ValueError(f"part '{part.name}' takes '{min(unknown)}', which no condition and no part before it is")
+            if part.replaces is not None and part.replaces not in {other.name for other in self.parts_in(Phase.STEP)}:
+                raise ValueError(f"part '{part.name}' replaces '{part.replaces}', which is no part of a step")
             made |= set(part.outputs)
         tokens = tuple(tokenizer.name for tokenizer in self.tokenizers)
         if not any(part.inputs == tokens for part in self.parts_in(Phase.PREPARE)):
             raise ValueError(f"no part that prepares takes {', '.join(tokens)}")
-        for phase in (Phase.STEP, Phase.FINISH):
-            if not self.parts_in(phase):
-                raise ValueError(f"no part has the phase '{phase}'")
+        if not self.step_parts():
+            raise ValueError(f"no part has the phase '{Phase.STEP}'")
+        if not self.parts_in(Phase.FINISH):
+            raise ValueError(f"no part has the phase '{Phase.FINISH}'")
         return self
 
     def part(self, name: str) -> PartSpec:
@@ -89,6 +93,30 @@ class ModelSpec(Record):
     def parts_in(self, phase: Phase) -> tuple[PartSpec, ...]:
         """The parts of a phase, in the order in which they run."""
         return tuple(part for part in self.parts if part.phase == phase)
+
+    def step_parts(self, replacing: str | None = None) -> tuple[PartSpec, ...]:
+        """The parts of a step, in their order; with the part `replacing` in the place of the one that it replaces."""
+        usual = tuple(part for part in self.parts_in(Phase.STEP) if part.replaces is None)
+        if replacing is None:
+            return usual
+        other = self.part(replacing)
+        return tuple(other if part.name == other.replaces else part for part in usual)
+
+    @property
+    def denoisers(self) -> tuple[PartSpec, ...]:
+        """The parts that end a step: the usual one and those that replace it."""
+        last = self.step_parts()[-1]
+        return last, *(part for part in self.replacements if part.replaces == last.name)
+
+    @property
+    def replacements(self) -> tuple[PartSpec, ...]:
+        """The parts of a step that replace others."""
+        return tuple(part for part in self.parts_in(Phase.STEP) if part.replaces is not None)
+
+    def taken_by(self, replacing: str | None = None) -> tuple[Condition, ...]:
+        """The conditions that a step takes; `replacing` as in `step_parts`."""
+        inputs = {name for part in self.step_parts(replacing) for name in part.inputs}
+        return tuple(condition for condition in self.conditions if condition.name in inputs)
 
     @property
     def text_part(self) -> PartSpec:

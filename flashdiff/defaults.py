@@ -37,3 +37,5 @@ STRENGTH: Final = 0.8
 """Of a request with an image, as in diffusers' Stable Diffusion pipeline."""
 IMAGE_GUIDANCE: Final = 1.5
 """Of an edit, as in diffusers' InstructPix2Pix pipelines."""
+CONTROL_SCALE: Final = 1.0
+"""Of a control in a request."""

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flashdiff.components import Components, Tensors
+from flashdiff.components import Components, Size, Tensors
 from flashdiff.errors import BackendError
 from flashdiff.orders import Order, Pixels, Preparation
 from flashdiff.parts import Phase
@@ -114,8 +114,8 @@ def _finished(components: Components, rows: Sequence[Row], on_step: Callable[[],
     """The decoded images of the rows, by the rows' ids."""
     pending, images = list(rows), dict[int, Pixels]()
     while pending:
-        size, slots = pending[0].size, pending[0].slots
-        chunk = [row for row in pending if (row.size, row.slots) == (size, slots)][: components.max_batch // slots]
+        alike = _alike(pending[0])
+        chunk = [row for row in pending if _alike(row) == alike][: components.max_batch // pending[0].slots]
         while active := [row for row in chunk if not row.is_done]:
             denoise_rows(components, active)
             if on_step:
@@ -123,6 +123,11 @@ def _finished(components: Components, rows: Sequence[Row], on_step: Callable[[],
         images |= {id(row): image for row, image in zip(chunk, finish_rows(components, chunk), strict=True)}
         pending = [row for row in pending if id(row) not in images]
     return images
+
+
+def _alike(row: Row) -> tuple[Size, int, str | None]:
+    """Equal for rows whose steps can share a call."""
+    return row.size, row.slots, row.replacing
 
 
 def _chunks(items: Sequence[str], length: int) -> Iterator[Sequence[str]]:

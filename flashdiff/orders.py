@@ -17,6 +17,16 @@ Pixels = NDArray[np.uint8]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Control:
+    """An image that steers the steps from `start` to `end`, shares of those that are taken: see `flashdiff.controls`."""
+
+    pixels: Pixels = field(repr=False)
+    scale: float
+    start: float
+    end: float
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Order:
     """A request that its model can fill: see `flashdiff.tasks.check_order`."""
 
@@ -34,6 +44,8 @@ class Order:
     """The request's own images, of `size`, by the names that its task gives them."""
     parameters: Mapping[str, float] = field(default_factory=dict)
     """The task's numbers, defaults filled in."""
+    controls: Mapping[str, Control] = field(default_factory=dict)
+    """By the names that the model's build gave them."""
 
     @property
     def steps_taken(self) -> int:
@@ -42,8 +54,9 @@ class Order:
 
     @property
     def input_pixels(self) -> int:
-        """Of all its inputs."""
-        return sum(pixels.shape[0] * pixels.shape[1] for pixels in self.inputs.values())
+        """Of all its inputs, and of its controls."""
+        images = (*self.inputs.values(), *(control.pixels for control in self.controls.values()))
+        return sum(pixels.shape[0] * pixels.shape[1] for pixels in images)
 
 
 @dataclass(frozen=True, eq=False)

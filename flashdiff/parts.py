@@ -35,6 +35,8 @@ class PartSpec(Record):
     phase: Phase
     inputs: tuple[str, ...] = Field(min_length=1, max_length=64)
     outputs: tuple[str, ...] = Field(min_length=1, max_length=64)
+    replaces: str | None = None
+    """The part of a step in whose place it runs, for rows with a condition that only this one takes."""
 
 
 class Condition(Record):
@@ -45,8 +47,13 @@ class Condition(Record):
     """The part that makes it; None: the task makes it from the request's own images."""
     unconditional: Literal["empty_prompt", "zeros"] = "empty_prompt"
     """What a text condition is in the unconditional branch of guidance: that of the empty prompt, or zeros."""
+    enters: Literal["tokens", "concat", "residual", "sequence", "label"] = "tokens"
+    """How it enters the network: as tokens and vectors that attention and embeddings read, joined to the latents' channels, by
+    another network whose outputs are added to the denoiser's, as a part of the denoised sequence, or as a class."""
     channels: int = Field(0, ge=0, le=4096)
-    """Channels it adds to the latents where they enter the network; 0 where it is no image."""
+    """Of an image: of latent size where it is joined to the latents, of pixel size where another network reads it; else 0."""
+    scaled: bool = False
+    """Whether the network takes a scale [B] with it, which may change from step to step: see `scale_name`."""
     absent: Literal["refused", "zeros", "ones", "grey_image"] = "refused"
     """A request without it is refused, or gets zeros, ones, or the latents of a grey image, so that it can share batches with
     requests that have it."""
@@ -56,6 +63,11 @@ class Condition(Record):
         if self.absent != "refused" and not self.channels:
             raise ValueError(f"condition '{self.name}' has no channels, so nothing can stand in for it")
         return self
+
+    @property
+    def scale_name(self) -> str:
+        """The network's input for its scale."""
+        return f"scale_of_{self.name}"
 
 
 def latent_diffusion(token_inputs: Sequence[str], text_conditions: Sequence[str], *others: str) -> tuple[PartSpec, ...]:

@@ -1,7 +1,7 @@
 """A row is one image in progress: its noise, its start, one step."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,10 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashdiff.components import Components, ModelSpec, Size, Tensors
+from flashdiff.controls import images_of, scales_of
 from flashdiff.errors import BackendError, RequestError
 from flashdiff.noise import image_noise, image_seed
 from flashdiff.orders import Order
-from flashdiff.parts import Phase
+from flashdiff.parts import Condition
 from flashdiff.prediction import to_x0, with_norm_of
 from flashdiff.samplers.base import Walk
 from flashdiff.sampling import extrapolate, ode_step, ode_weights, renoise
@@ -21,8 +22,8 @@ from flashdiff.tasks.base import Branch, Kept, Prepared
 _EARLY_VALUES = 1 << 16
 """Latents of so many values get the noise of all their steps at the start; for larger ones that would delay the first step."""
 
-_STAND_INS = {"zeros": 0, "ones": 1}
-"""What fills a condition that a request lacks, by `Condition.absent`."""
+_STAND_INS = {"zeros": np.zeros, "ones": np.ones}
+"""What makes a condition that a request lacks, by `Condition.absent`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +54,10 @@ class Row:
     first_noise: NDArray[np.float32] = field(repr=False)  # [C, h, w]
     later_noises: list[NDArray[np.float32]] = field(repr=False)  # of the steps from 1 on, where they are drawn early
     kept: Kept | None = None
+    scales: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    """Of conditions that have scales, at each step [steps], by condition; 0 where it is absent."""
+    replacing: str | None = None
+    """The part that its steps call in the place of the usual one: see `ModelSpec.step_parts`."""
     step: int = 0
     x0: NDArray[np.float32] | None = field(default=None, repr=False)
     """[C, h, w]: the last step's estimate of the finished latents."""
@@ -99,10 +104,13 @@ def start_rows(
 
     `unconditional` is `generate.unconditional_of` the model. RequestError for an order without a condition that it needs.
     """
+    replacing, controls = replacing_part(spec, order), images_of(order.controls)
+    taken = spec.taken_by(replacing)
     branches = tuple(
-        Branch(_complete(spec, order.size, branch.conditions), branch.weight)
+        Branch(_complete(spec, taken, order.size, {**branch.conditions, **controls}), branch.weight)
         for branch in order.task.branches(spec, order, prepared, unconditional)
     )
+    scales = scales_of(order.controls, order.steps_taken)
     trajectory = _trajectory(spec, order)
     start, kept = order.task.start(order, prepared), order.task.kept(spec, order, prepared)
     rows = []
@@ -113,21 +121,46 @@ def start_rows(
         else:
             latents = renoise(start, first, trajectory.alphas[0], trajectory.sigmas[0])
         seed = image_seed(order.seed, index)
-        rows.append(Row(seed, order.size, trajectory, branches, latents, first_noise=first, later_noises=later, kept=kept))
+        rows.append(
+            Row(
+                seed,
+                order.size,
+                trajectory,
+                branches,
+                latents,
+                first_noise=first,
+                later_noises=later,
+                kept=kept,
+                scales=scales,
+                replacing=replacing,
+            )
+        )
     return rows
 
 
-def _complete(spec: ModelSpec, size: Size, given: Tensors) -> Tensors:
-    """All of the model's conditions: zeros or ones for those that may be absent."""
-    if len(given) == len(spec.conditions):
+def replacing_part(spec: ModelSpec, order: Order) -> str | None:
+    """The part that takes an order's steps in the place of the usual one; None: the usual one does."""
+    return next((part.name for part in spec.replacements), None) if order.controls else None
+
+
+def _complete(spec: ModelSpec, taken: Sequence[Condition], size: Size, given: Tensors) -> Tensors:
+    """All of the conditions that are taken: zeros or ones for those that may be absent."""
+    missing = [condition for condition in taken if condition.name not in given]
+    if not missing:
         return given
-    missing = [condition for condition in spec.conditions if condition.name not in given]
     for condition in missing:
         if condition.absent not in _STAND_INS:
             raise RequestError(condition.name, None, "this model needs it")
-    _, height, width = spec.latent_shape(size)
-    stand_ins = {c.name: np.full((c.channels, height, width), _STAND_INS[c.absent], dtype=np.float32) for c in missing}
+    stand_ins = {c.name: _STAND_INS[c.absent](_shape_of(spec, c, size), dtype=np.float32) for c in missing}
     return {**given, **stand_ins}
+
+
+def _shape_of(spec: ModelSpec, condition: Condition, size: Size) -> tuple[int, int, int]:
+    """[C, H, W] of an image that may be absent."""
+    if condition.enters == "residual":
+        return condition.channels, size.height, size.width
+    _, height, width = spec.latent_shape(size)
+    return condition.channels, height, width
 
 
 def _trajectory(spec: ModelSpec, order: Order) -> Trajectory:
@@ -143,7 +176,8 @@ def _trajectory(spec: ModelSpec, order: Order) -> Trajectory:
 
 
 def denoise_rows(components: Components, rows: Sequence[Row]) -> None:
-    """Take every row one step further; an error changes none. The rows share a size, their slots fit in one batch."""
+    """Take every row one step further; an error changes none. The rows share a size and the parts of their steps, and their slots
+    fit in one batch."""
     # The first branches of all rows stand first in the batch, then the second ones of those that have one, and so on.
     most = max(row.slots for row in rows)
     entries = [(index, row.branches[rank]) for rank in range(most) for index, row in enumerate(rows) if rank < row.slots]
@@ -153,9 +187,13 @@ def denoise_rows(components: Components, rows: Sequence[Row]) -> None:
         "latents": stacked([rows[index].latents for index, _ in entries]),
         "times": np.array(times, dtype=np.float32 if isinstance(times[0], float) else np.int64),
     }
-    for condition in spec.conditions:
+    replacing = rows[0].replacing
+    for condition in spec.taken_by(replacing):
         values[condition.name] = stacked([branch.conditions[condition.name] for _, branch in entries])
-    for part in spec.parts_in(Phase.STEP):
+        if condition.scaled:
+            of_rows = [_scale_of(row, condition) for row in rows]
+            values[condition.scale_name] = np.array([of_rows[index] for index, _ in entries], dtype=np.float32)
+    for part in spec.step_parts(replacing):
         values |= components.call(part.name, {name: values[name] for name in part.inputs})
     outputs = _weighted(entries, values["output"], len(rows))
     if spec.sampler.keeps_norm:
@@ -173,6 +211,11 @@ def denoise_rows(components: Components, rows: Sequence[Row]) -> None:
             if not row.is_done:
                 own = renoise(own, row.first_noise, row.trajectory.alphas[row.step], row.trajectory.sigmas[row.step])
             row.latents = np.where(row.kept.cells, own, row.latents)
+
+
+def _scale_of(row: Row, condition: Condition) -> float:
+    """The condition's scale in the row's next step."""
+    return float(row.scales[condition.name][row.step]) if condition.name in row.scales else 0.0
 
 
 def _weighted(entries: Sequence[tuple[int, Branch]], output: NDArray[np.float32], count: int) -> list[NDArray[np.float32]]:

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from flashdiff.errors import DeadlineError, FlashdiffError, OverloadedError
 from flashdiff.orders import Order, Preparation
+from flashdiff.rows import replacing_part
+from flashdiff.server.costs import step_call
 from flashdiff.server.jobs import Arrived, Forgive, Job, Left, Message, Outlook, Progress, Step, as_accepted, pixel_bytes
 from flashdiff.server.models import Model
 from flashdiff.server.names import Priority
@@ -312,5 +314,6 @@ def work_of(model: Model, order: Order, preparations: Mapping[str, Preparation])
         if not (isinstance(given.value, str) and given.value in model.embeddings):
             prepare[given.part] = prepare.get(given.part, 0) + 1
     slots = order.task.evaluations_per_step(model.components.spec)
-    bucket = id(model), order.size, slots
-    return Work((order.steps_taken,) * order.count, slots, prepare, model.costs.current[order.size], bucket)
+    step = step_call(replacing_part(model.components.spec, order))
+    bucket = id(model), order.size, slots, step
+    return Work((order.steps_taken,) * order.count, slots, prepare, model.costs.current[order.size], bucket, step)

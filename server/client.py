@@ -10,7 +10,7 @@ import difflib
 import json
 import os
 import ssl
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +23,7 @@ from flashdiff.errors import ConfigError, FlashdiffError
 from flashdiff.proto.v1 import image_pb2, image_pb2_grpc
 from flashdiff.server.names import LOOPBACK, ImageFormat, Priority
 from flashdiff.server.replies import (
+    Control,
     Estimate,
     Preview,
     Result,
@@ -62,6 +63,8 @@ class Options(TypedDict, total=False):
     """Files of other inputs that a task of the model takes, by name."""
     parameters: Mapping[str, float]
     """The task's other numbers, by name."""
+    controls: Sequence[Control]
+    """Images that steer the steps, for a model that was built with controls."""
 
 
 _SERVICE = image_pb2.DESCRIPTOR.services_by_name["ImageService"].full_name

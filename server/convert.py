@@ -4,9 +4,11 @@ from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 from flashdiff.components import Size
+from flashdiff.controls import ControlRequest, controls_of
 from flashdiff.errors import RequestError
 from flashdiff.noise import image_seed
 from flashdiff.proto.v1 import image_pb2 as pb
+from flashdiff.server.images import control_request
 from flashdiff.server.jobs import Step
 from flashdiff.server.models import Model
 from flashdiff.server.reply_size import MAX_MESSAGE_BYTES, MESSAGE_EXTRA_BYTES, ReplyLimit
@@ -43,6 +45,7 @@ def read_request(
         count=message.count or 1,
         files=files,
         parameters=parameters,
+        controls=[_read_control(control) for control in message.controls],
         format=image_format,
         quality=message.quality or None,
         priority=PRIORITIES[message.priority],
@@ -54,6 +57,11 @@ def read_request(
             in_parts=wants_steps and stated_limit is not None,
         ),
     )
+
+
+def _read_control(control: pb.Control) -> ControlRequest:
+    scale, end = (getattr(control, name) if control.HasField(name) else None for name in ("scale", "end"))
+    return control_request(control.name, control.image, scale=scale, start=control.start, end=end)
 
 
 def _add(given: dict[str, _Value], name: str, value: _Value) -> None:
@@ -123,6 +131,7 @@ def _served(name: str, model: Model, devices: Sequence[DeviceState]) -> pb.Serve
         max_prompt_tokens=spec.prompt_tokens,
         takes_negative_prompt=spec.sampler.evaluations_per_step > 1,
         tasks=spec.tasks,
+        controls=controls_of(spec),
         devices=[pb.Device(name=device.name, failure=device.failure) for device in devices],
     )
 

@@ -18,13 +18,16 @@ class CostTable:
     """The costs of one model. Only the device thread calls `replace`, `follow` and `forgive`; any thread reads `current`.
 
     `current` is a frozen table: for each size, milliseconds by batch of every part, and of the phases "step" and "finish" as
-    a whole. A call is named so too: by the part that prepares, or by its phase.
+    a whole. A call is named so too: by the part that prepares, or by its phase; a step with another part in the place of the
+    usual one as `step_call` says.
     """
 
     def __init__(self, spec: ModelSpec, measured: Costs) -> None:
         self._phases: dict[str, tuple[str, ...]] = {
-            phase: tuple(part.name for part in spec.parts_in(phase)) for phase in (Phase.STEP, Phase.FINISH)
+            step_call(replacing): tuple(part.name for part in spec.step_parts(replacing))
+            for replacing in (None, *(part.name for part in spec.replacements))
         }
+        self._phases[Phase.FINISH] = tuple(part.name for part in spec.parts_in(Phase.FINISH))
         self._parts_of = {part.name: (part.name,) for part in spec.parts} | self._phases
         self._everywhere = {part for part, size in measured if size is None}
         parts = {
@@ -92,6 +95,11 @@ class CostTable:
             if others:
                 whole[phase] = {batch: ms + sum(parts[other][batch] for other in others) for batch, ms in parts[first].items()}
         return whole
+
+
+def step_call(replacing: str | None) -> str:
+    """The call that takes a step, with the part `replacing` in the place of the one that it replaces."""
+    return f"{Phase.STEP} with {replacing}" if replacing else Phase.STEP
 
 
 def bucket_of(by_batch: ByBatch, slots: int) -> int:

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from flashdiff.components import Size
+from flashdiff.controls import ControlRequest
 from flashdiff.errors import RequestError
 from flashdiff.orders import Pixels
 from flashdiff.picture_files import UnreadableError
@@ -70,6 +71,14 @@ def readers(files: Mapping[str, bytes]) -> dict[str, Callable[[Size], Pixels]]:
         if image != mask:
             raise RequestError("mask", str(mask), f"it must be as large as the image, {image}")
     return {name: partial(decode_image, file, name=name) for name, file in files.items()}
+
+
+def control_request(
+    name: str, file: bytes, *, scale: float | None = None, start: float | None = None, end: float | None = None
+) -> ControlRequest:
+    """A control whose image is read as all others are, as `check_order` takes it; without a file it is refused there."""
+    given = {key: value for key, value in (("scale", scale), ("start", start), ("end", end)) if value is not None}
+    return ControlRequest(name=name, image=partial(decode_image, file, name=f"controls.{name}.image") if file else None, **given)
 
 
 def _size_of(file: bytes, name: str) -> Size:

@@ -4,7 +4,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -95,7 +95,7 @@ class Progress(NamedTuple):
     def work(self, costs: Mapping[str, Mapping[int, float]]) -> Work:
         """The work that is left, at `costs`: milliseconds of a call by part and batch size."""
         whole = self.job.whole
-        return Work(steps=self.steps, slots=whole.slots, prepare=self.prepare, costs=costs, bucket=whole.bucket)
+        return replace(whole, steps=self.steps, prepare=self.prepare, costs=costs)
 
 
 def as_accepted(job: Job) -> Progress:
@@ -184,7 +184,7 @@ class Target(NamedTuple):
     running: Running
     phase: Phase
     call: str
-    """The part that prepares, or the phase: see `CostTable`."""
+    """As `CostTable` names it."""
     preparation: str = ""
     row: int = -1
     slots: int = 1
@@ -216,7 +216,7 @@ def targets_of(running: Running) -> list[Target]:
     return [
         Target(running, Phase.FINISH, Phase.FINISH, row=index)
         if row.is_done
-        else Target(running, Phase.STEP, Phase.STEP, row=index, slots=row.slots)
+        else Target(running, Phase.STEP, job.whole.step, row=index, slots=row.slots)
         for index, row in enumerate(running.rows)
         if index not in running.finishing and index not in running.images
     ]
@@ -250,5 +250,6 @@ def progress_of(running: Running) -> Progress:
 
 
 def pixel_bytes(order: Order) -> int:
-    """Of its images and of those it starts from."""
-    return 3 * (order.count * order.size.width * order.size.height + order.input_pixels)
+    """Of its images, of those it starts from, and of its controls, which the device thread keeps as float32 as well."""
+    pixels = order.size.width * order.size.height
+    return 3 * (order.count * pixels + order.input_pixels + 4 * len(order.controls) * pixels)

@@ -1,9 +1,10 @@
 """The client's half of `flashdiff.v1`: what it sends, and what it makes of replies. It imports no server code."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import SupportsFloat, SupportsIndex
 
+from flashdiff import defaults
 from flashdiff.components import Size
 from flashdiff.errors import RequestError
 from flashdiff.noise import SEED_LIMIT
@@ -50,6 +51,19 @@ class Estimate:
     pending_images: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Control:
+    """An image that steers the steps from `start` to `end`, shares of them, as the client sends it."""
+
+    name: str
+    """One of those that the model was built with."""
+    image: bytes = field(repr=False)
+    """A PNG, JPEG or WebP file."""
+    scale: float = defaults.CONTROL_SCALE
+    start: float = 0.0
+    end: float = 1.0
+
+
 def write_request(
     prompt: str,
     *,
@@ -67,6 +81,7 @@ def write_request(
     strength: float | None = None,
     inputs: Mapping[str, bytes] | None = None,
     parameters: Mapping[str, float] | None = None,
+    controls: Sequence[Control] = (),
 ) -> pb.GenerateRequest:
     """The message; RequestError for a value that it cannot carry. The server checks what the model allows."""
     for name, value, least in (("seed", seed, 0), ("steps", steps, 1), ("count", count, 1), ("quality", quality, 1)):
@@ -76,10 +91,12 @@ def write_request(
             raise RequestError(name, value, f"it must be a number from {least} on that the wire can carry")
     if image_format not in FORMAT_NUMBERS:
         raise RequestError("format", image_format, f"it must be one of {', '.join(FORMAT_NUMBERS)}")
-    for name, number in {"strength": strength, **(parameters or {})}.items():
+    shares = {f"controls.{c.name}.{name}": getattr(c, name) for c in controls for name in ("scale", "start", "end")}
+    for name, number in {"strength": strength, **(parameters or {}), **shares}.items():
         if number is not None and not isinstance(number, SupportsFloat):
             raise RequestError(name, number, "it must be a number")
-    for name, file in {"image": image, **(inputs or {})}.items():
+    of_controls = {f"controls.{control.name}.image": control.image for control in controls}
+    for name, file in {"image": image, **(inputs or {}), **of_controls}.items():
         if not isinstance(file, bytes):
             raise RequestError(name, file, "it must be the bytes of an image file")
     if strength is not None and not 0 < strength <= 1:
@@ -104,6 +121,7 @@ def write_request(
         strength=strength or 0.0,
         inputs=inputs or {},
         parameters=parameters or {},
+        controls=[pb.Control(**vars(control)) for control in controls],
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from flashdiff.components import Size
+from flashdiff.controls import ControlRequest
 from flashdiff.errors import DeadlineError
 from flashdiff.orders import Order, Pixels
 from flashdiff.server.image_threads import ImageThreads
@@ -44,6 +45,7 @@ class ImageRequest:
     """PNG, JPEG or WebP files of the task's inputs, by name."""
     parameters: Mapping[str, float] = field(default_factory=dict)
     """The task's numbers, by name."""
+    controls: Sequence[ControlRequest] = ()
     format: ImageFormat = "png"
     quality: int | None = None
     priority: Priority = "normal"
@@ -54,6 +56,11 @@ class ImageRequest:
     """Whether the images are wanted as files, or as pixels alone."""
     limit: ReplyLimit | None = None
     """None: a reply may have any size."""
+
+    @property
+    def has_images(self) -> bool:
+        """Whether the request brings images, which take a while to read."""
+        return bool(self.files or self.controls)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +110,7 @@ class Requests:
         note_model(model.identity.name)
         started = self._clock()
         order = await self._order(model, request, client)
-        reading_s = self._clock() - started if request.files else 0.0
+        reading_s = self._clock() - started if request.has_images else 0.0
         worker, loop = self._worker, asyncio.get_running_loop()
         steps: asyncio.Queue[Step | None] = asyncio.Queue()
         unread: asyncio.TimerHandle | None = None
@@ -155,7 +162,7 @@ class Requests:
         return Estimate(own_ms + 1000 * self._files_s(order, request), self._worker.pending_images)
 
     async def _order(self, model: Model, request: ImageRequest, client: str) -> Order:
-        if not request.files:
+        if not request.has_images:
             return _read_order(model, request)
         try:
             async with asyncio.timeout(request.timeout_s):
@@ -202,6 +209,7 @@ def _read_order(model: Model, request: ImageRequest) -> Order:
         count=request.count,
         inputs=readers(request.files),
         parameters=request.parameters,
+        controls=request.controls,
     )
     if request.limit:
         request.limit.check(order, request.quality)

@@ -38,7 +38,7 @@ class Ready(NamedTuple):
     arrival: int
     handle: int
     phase: Phase
-    call: str  # the part that prepares, or the phase
+    call: str  # as `CostTable` names it
     model: Hashable
     size: Size | None  # None for texts, which share one bucket
     slots: int
@@ -106,13 +106,15 @@ class Work:
     prepare: Mapping[str, int]
     """Inputs left to prepare, by part."""
     costs: Mapping[str, Mapping[int, float]]
-    """Milliseconds by batch of each part that prepares, and of "step" and "finish", at its size."""
+    """Milliseconds by batch of each part that prepares, of its step and of "finish", at its size."""
     bucket: Hashable = None  # whose rows share a step
+    step: str = Phase.STEP
+    """The call that takes a step of its rows."""
 
     @cached_property
     def share_ms(self) -> float:
         """Its share of the device, in full batches."""
-        calls = {**self.prepare, Phase.STEP: sum(self.steps) * self.slots, Phase.FINISH: len(self.steps)}
+        calls = {**self.prepare, self.step: sum(self.steps) * self.slots, Phase.FINISH: len(self.steps)}
         return sum(
             slots * by_batch[max(by_batch)] / max(by_batch) for part, slots in calls.items() for by_batch in [self.costs[part]]
         )
@@ -143,7 +145,7 @@ def finish_times(works: Sequence[Work]) -> list[float]:
         bucket = min(lines, key=lambda bucket: lines[bucket][0][0])
         rows = lines[bucket]
         work = works[rows[0][0]]
-        costs = work.costs[Phase.STEP]
+        costs = work.costs[work.step]
         key = bucket, min(len(rows), max(costs))  # more than fit change nothing
         if key not in counts:
             counts[key] = best_batch(costs, work.slots, key[1])

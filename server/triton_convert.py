@@ -9,9 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashdiff.components import ModelSpec, Size
+from flashdiff.controls import ControlRequest, controls_of
 from flashdiff.errors import RequestError, TensorError
 from flashdiff.noise import image_seed
 from flashdiff.proto.v1 import triton_pb2 as pb
+from flashdiff.server.images import control_request
 from flashdiff.server.jobs import Step
 from flashdiff.server.names import ImageFormat, Priority
 from flashdiff.server.reply_size import ReplyLimit
@@ -45,6 +47,8 @@ _INPUTS = {
 }
 _FILE = Tensor("BYTES", pb.TYPE_STRING, (1,), is_file=True)
 _NUMBER = Tensor("FP32", pb.TYPE_FP32, (1,))
+_CONTROL = Tensor("BYTES", pb.TYPE_STRING, (1,), is_file=True)
+_OF_CONTROL = Tensor("FP32", pb.TYPE_FP32, (1,))
 OUTPUTS = {
     "IMAGES": Tensor("UINT8", pb.TYPE_UINT8, (-1, -1, -1, 3)),  # [count, height, width, RGB]
     "ENCODED": Tensor("BYTES", pb.TYPE_STRING, (-1,)),  # [count] files of FORMAT
@@ -57,11 +61,15 @@ _FORMATS: tuple[ImageFormat, ...] = ("png", "jpeg", "webp")
 
 
 def inputs_of(spec: ModelSpec) -> dict[str, Tensor]:
-    """The inputs of a model by name: those of all models, such as PROMPT [1], and the files and numbers of its tasks."""
+    """The inputs of a model by name: those of all models, such as PROMPT [1], the files and numbers of its tasks, and those of
+    its controls."""
     tasks = tasks_of(spec)
     files = {name.upper(): _FILE for task in tasks for name in task.inputs}
     numbers = {parameter.name.upper(): _NUMBER for task in tasks for parameter in task.parameters}
-    return {**_INPUTS, **files, **numbers}
+    names = [name.upper() for name in controls_of(spec)]
+    controls = {f"CONTROL_{name}": _CONTROL for name in names}
+    shares = {f"{share}_{name}": _OF_CONTROL for name in names for share in ("SCALE", "START", "END")}
+    return {**_INPUTS, **files, **numbers, **controls, **shares}
 
 
 @dataclass(frozen=True)
@@ -113,6 +121,7 @@ def read_request(
         count=values.get("COUNT", 1),
         files={name.lower(): values[name] for name, tensor in inputs.items() if tensor is _FILE and name in values},
         parameters={name.lower(): values[name] for name, tensor in inputs.items() if tensor is _NUMBER and name in values},
+        controls=_controls(spec, values),
         format=image_format,
         priority=_priority(parameters),
         timeout_s=_timeout_s(parameters, remaining_s),
@@ -127,6 +136,17 @@ def _sent(outputs: Mapping[str, Mapping[str, Any]], image_format: ImageFormat) -
     """In which formats each image is in the response, and not in shared memory."""
     formats: dict[str, ImageFormat] = {"IMAGES": "raw", "ENCODED": image_format}
     return tuple(formats[name] for name, place in outputs.items() if name in formats and "shared_memory_region" not in place)
+
+
+def _controls(spec: ModelSpec, values: Mapping[str, Any]) -> list[ControlRequest]:
+    """The controls that any input names."""
+    found = []
+    for name in controls_of(spec):
+        file = values.get(f"CONTROL_{name.upper()}", b"")
+        numbers = {share: values.get(f"{share.upper()}_{name.upper()}") for share in ("scale", "start", "end")}
+        if file or any(number is not None for number in numbers.values()):
+            found.append(control_request(name, file, **numbers))
+    return found
 
 
 def _read_inputs(request: pb.ModelInferRequest, inputs: Mapping[str, Tensor], regions: Regions | None) -> dict[str, Any]:

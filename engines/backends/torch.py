@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 MODEL = "model"
 """The base directory within a bundle."""
+CONTROLS = "controls"
+"""The folder of the control networks in it, by name."""
 
 
 def _save(model: "TorchModel", parts: Sequence["Part"], folder: Path, precision: Precision) -> dict[str, tuple[PartFile, ...]]:
@@ -29,6 +31,8 @@ def _save(model: "TorchModel", parts: Sequence["Part"], folder: Path, precision:
     target = folder / MODEL
     for name, module in model.weights.items():
         module.save_pretrained(target / name, safe_serialization=True)
+    for name, network in model.controls.items():
+        network.save_pretrained(target / CONTROLS / name, safe_serialization=True)
     for file in (*model.folder.glob("*.json"), *model.folder.glob("*/*")):  # configurations and vocabularies are the base's own
         is_wanted = file.suffix in (".json", ".txt", ".model") and not file.name.endswith(".index.json")
         if is_wanted and file.parent.name not in model.replaced:

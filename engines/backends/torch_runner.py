@@ -13,16 +13,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flashdiff.engines.backends.base import CompiledPart, CompilePart
-from flashdiff.engines.backends.torch import MODEL
+from flashdiff.engines.backends.torch import CONTROLS, MODEL
 from flashdiff.engines.bundle import Manifest
 from flashdiff.engines.parts import AtPrecision, no_reduced_precision, parts_of
 from flashdiff.engines.runtime.device import Device
 from flashdiff.engines.runtime.threads import cpu_threads
 from flashdiff.engines.shapes import bucket_shapes
 from flashdiff.families import load_base
+from flashdiff.families.control import with_controls
 
 _WARM_UP_RUNS = 3
-_CHANNELS_LAST = ("denoiser",)
+_CHANNELS_LAST = ("denoiser", "denoiser_control")
 """Parts whose convolutions are in NHWC, tensor cores' own layout. On an H200 SD1.5's UNet takes 7.5 ms in place of 10.0, but its
 decoder 25 in place of 20: torch's group norm wants the other layout, and turning large images over costs more than that gains."""
 
@@ -32,6 +33,7 @@ def open_parts(folder: Path, manifest: Manifest, on: Device) -> CompilePart:
     transformers.utils.logging.disable_progress_bar()  # it would draw bars between a server's lines
     no_reduced_precision()
     family, model = load_base(str(folder / MODEL))
+    model = with_controls(model, {control.name: folder / MODEL / CONTROLS / control.name for control in manifest.controls})
     is_cpu = manifest.machine.device == "cpu"
     device = torch.device("cpu") if is_cpu else torch.device("cuda", on.gpu_index)
     runners = {}

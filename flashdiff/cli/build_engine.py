@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from flashdiff.cli.build_options import add_build_arguments, base_of
-from flashdiff.cli.shared import given_sampling, need, parse_lora, quiet_libraries
+from flashdiff.cli.shared import given_sampling, need, parse_control, parse_lora, quiet_libraries
 from flashdiff.errors import ConfigError
 
 
@@ -30,6 +30,7 @@ def run(options: argparse.Namespace) -> None:
 
     given = {
         "loras": tuple(parse_lora(text) for text in options.lora),
+        "controls": tuple(parse_control(text) for text in options.controls),
         "variant": options.variant,
         "config": options.config,
         "vae": options.vae,

@@ -13,7 +13,7 @@ _VALUES = (
     "spacing", "timesteps", "eta", "shift", "prediction", "steps",
 )  # fmt: skip
 """Options with a value, but for --lora, which may be repeated."""
-OF_REQUESTS = frozenset({"size", "steps"})
+OF_REQUESTS = frozenset({"size", "steps", "control"})
 """Those that are a request's own in `generate`."""
 
 
@@ -34,6 +34,16 @@ def add_build_arguments(
         "avatars-flash; may be repeated",
     )
     add_base_arguments(to)
+    if "control" not in without:
+        to.add_argument(
+            "--control",
+            dest="controls",
+            action="append",
+            default=[],
+            metavar="NAME=CONTROL",
+            help="a ControlNet or T2I-adapter that requests may name so: a folder, or owner/name[/folder][@revision] on the hub; "
+            "may be repeated",
+        )
     to.add_argument(
         "--backend", choices=tuple(BACKENDS), help="default: the fastest that runs here - torch on an NVIDIA GPU, else openvino"
     )
@@ -84,6 +94,7 @@ def base_of(base: str, revision: str | None) -> str:
 def build_command(options: argparse.Namespace, *, without: frozenset[str] = frozenset()) -> list[str]:
     """The `build-engine` command line, but for --out, that builds what these options say."""
     command = ["build-engine", options.base, *(f"--lora={lora}" for lora in options.lora)]
+    command += [f"--control={control}" for control in _controls(options, without)]
     command += [f"--{name}={getattr(options, name)}" for name in _given(options, without)]
     if options.version_compatible:
         command.append("--version-compatible")
@@ -94,13 +105,21 @@ def build_command(options: argparse.Namespace, *, without: frozenset[str] = froz
 
 def refuse_without_base(options: argparse.Namespace, *, without: frozenset[str] = frozenset()) -> None:
     """ConfigError for a build option together with a bundle, which is built already."""
-    named = [*(["lora"] if options.lora else []), *_given(options, without)]
+    named = [
+        *(["lora"] if options.lora else []),
+        *(["control"] if _controls(options, without) else []),
+        *_given(options, without),
+    ]
     if options.version_compatible:
         named.append("version-compatible")
     if options.compare_stock is not None:
         named.append("compare-stock")
     if named:
         raise ConfigError(f"--{named[0]} is settled when a bundle is built: give it to build-engine, or with --base")
+
+
+def _controls(options: argparse.Namespace, without: frozenset[str]) -> list[str]:
+    return [] if "control" in without else options.controls
 
 
 def _given(options: argparse.Namespace, without: frozenset[str]) -> list[str]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flashdiff.cli.build_options import build_command
-from flashdiff.cli.shared import need, parse_lora
+from flashdiff.cli.shared import need, parse_control, parse_lora
 from flashdiff.errors import ConfigError
 from flashdiff.files import cache_folder
 
@@ -36,8 +36,12 @@ def bundle_of_base(options: argparse.Namespace, *, without: frozenset[str] = fro
     command = build_command(options, without=without)
     loras = [parse_lora(text) for text in options.lora]
     places = [options.base, *(name for name, _ in loras)]
+    controls = [] if "control" in without else [parse_control(text)[1] for text in options.controls]
     # Two folders of one name are two models, and so are two settings of one model.
-    deciding = [command, [os.path.realpath(place) for place in (*places, options.vae or "") if place and Path(place).exists()]]
+    deciding = [
+        command,
+        [os.path.realpath(place) for place in (*places, options.vae or "", *controls) if place and Path(place).exists()],
+    ]
     key = hashlib.sha256(json.dumps(deciding).encode()).hexdigest()[:16]
     name = "+".join(re.sub(r"[^\w.-]", "-", Path(place).name.removesuffix(".safetensors")) for place in places)
     return _built(command, _bundles() / key / name[:_LONGEST_NAME])

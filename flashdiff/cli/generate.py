@@ -3,14 +3,20 @@
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from flashdiff import defaults
 from flashdiff.cli.build_options import OF_REQUESTS, add_build_arguments, refuse_without_base
 from flashdiff.cli.bundles import bundle_of_base, find_bundles
+from flashdiff.cli.shared import parse_control
 from flashdiff.errors import ConfigError
 
+if TYPE_CHECKING:
+    from flashdiff.controls import ControlRequest
+
 T = TypeVar("T")
+_NUMBERS = ("scale", "start", "end")
+"""Of a control, in the order in which --control takes them."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,6 +74,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="NAME=NUMBER",
         help="any other number that a task of the model takes",
+    )
+    parser.add_argument(
+        "--control",
+        dest="controls",
+        action="append",
+        default=[],
+        metavar="NAME=FILE[:SCALE[:START[:END]]]",
+        help="an image that steers the steps, for a bundle that was built with controls; its scale is 0 to 2, default "
+        f"{defaults.CONTROL_SCALE:g}; it counts from START to END, shares of the steps",
     )
     building = parser.add_argument_group("a model that is no bundle yet", "built into the cache, when it is not up to date there")
     building.add_argument(
@@ -138,6 +153,7 @@ def run(options: argparse.Namespace) -> None:
         truncate_prompt=options.truncate_prompt,
         inputs=readers({name: read_file(path, MAX_BYTES) for name, path in options.inputs}),
         parameters=dict(options.parameters),
+        controls=[_control(text) for text in options.controls],
     )
     for index, pixels in enumerate(generate(engine, [order])[0]):
         path = options.out if order.count == 1 else options.out.with_stem(f"{options.out.stem}-{index}")
@@ -148,10 +164,27 @@ def run(options: argparse.Namespace) -> None:
         print(f"{path}  {order.size}  steps {order.steps}  seed {order.seed + index}")
 
 
+def _control(text: str) -> "ControlRequest":
+    """Reads `NAME=FILE[:SCALE[:START[:END]]]`."""
+    from flashdiff.reading import MAX_BYTES, read_file
+    from flashdiff.server.images import control_request
+
+    name, value = parse_control(text, "FILE[:SCALE[:START[:END]]]")
+    numbers: list[float] = []
+    while len(numbers) < len(_NUMBERS) and not Path(value).exists():
+        file, is_there, last = value.rpartition(":")
+        try:
+            numbers.insert(0, float(last if is_there else ""))
+        except ValueError:
+            break
+        value = file
+    return control_request(name, read_file(Path(value), MAX_BYTES), **dict(zip(_NUMBERS, numbers, strict=False)))
+
+
 def _bundle_and_prompt(options: argparse.Namespace) -> tuple[Path, str]:
     if options.base is None:
         refuse_without_base(options, without=OF_REQUESTS)
         return find_bundles([Path(options.bundle)])[0], options.prompt
     if options.prompt is not None:
         raise ConfigError(f"--base {options.base}: it takes the place of BUNDLE; leave '{options.bundle}' out")
-    return bundle_of_base(options, without=frozenset({"steps"})), options.bundle
+    return bundle_of_base(options, without=frozenset({"steps", "control"})), options.bundle

@@ -30,6 +30,14 @@ def parse_lora(text: str) -> tuple[str, float]:
     return folder, number
 
 
+def parse_control(text: str, what: str = "FOLDER or a hub id") -> tuple[str, str]:
+    """`NAME=VALUE`; ConfigError, with `what` the value is, for anything else."""
+    name, _, value = text.partition("=")
+    if not (name and value):
+        raise ConfigError(f"--control '{text}': give NAME={what}")
+    return name, value
+
+
 def add_sampling_arguments(parser: argparse.ArgumentParser, *, with_steps: bool = True) -> None:
     """How a published few-step student is sampled."""
     few = parser.add_argument_group("few-step students that flashdiff did not train")

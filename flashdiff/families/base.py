@@ -73,6 +73,8 @@ class ModelFamily:
     """Those of the networks that a base may do without, where model_index.json says `[null, null]`."""
     fixed: Mapping[str, Fixed] = field(default_factory=dict)
     """By folder: settings that count only at some values."""
+    controls: tuple[str, ...] = ()
+    """The classes of diffusers' networks that its denoiser can be steered by: see `control`."""
     is_flow: bool = False
     """Whether its scheduler is a rectified flow's."""
     read_spec: Callable[[Path], ModelSpec]
@@ -106,6 +108,10 @@ class TorchModel:
     """Every model that was loaded, by its folder: saving them, fused or not, makes a base directory again."""
     replaced: frozenset[str] = frozenset()
     """The networks that are not those of `folder`, by their folders there."""
+    denoiser_control: nn.Module | None = None
+    """The denoiser together with its control networks, where it has any."""
+    controls: Mapping[str, Any] = field(default_factory=dict)
+    """These networks, by name."""
     max_batch: int = 8
     parallel_decode: bool = False
 

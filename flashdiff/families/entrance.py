@@ -12,10 +12,12 @@ Entrance = tuple[Condition, ...]
 def unet_entrances(pipeline_class: str, latent_channels: int) -> tuple[Entrance, ...]:
     """Those of Stable Diffusion's UNets: of a pipeline class, the number of channels says which."""
     if "InstructPix2Pix" in pipeline_class:
-        image = Condition(name=EDITED_IMAGE, channels=latent_channels, absent="zeros")  # as it was dropped in training
+        image = Condition(
+            name=EDITED_IMAGE, enters="concat", channels=latent_channels, absent="zeros"
+        )  # as it was dropped in training
         return ((image,),)
-    mask = Condition(name=MASK, channels=1, absent="ones")  # all is replaced
-    masked_image = Condition(name=MASKED_IMAGE, channels=latent_channels, absent="grey_image")
+    mask = Condition(name=MASK, enters="concat", channels=1, absent="ones")  # all is replaced
+    masked_image = Condition(name=MASKED_IMAGE, enters="concat", channels=latent_channels, absent="grey_image")
     return (), (mask, masked_image)
 
 

@@ -1,5 +1,6 @@
 """Stable Diffusion 1.x and models of its form: one CLIP text encoder, a UNet with cross-attention, a 2-D autoencoder."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 
 from flashdiff.components import ModelSpec
 from flashdiff.families.base import ModelFamily, TorchModel
+from flashdiff.families.control import UNET_CONTROLS, as_unet_takes
 from flashdiff.families.entrance import Joined
 from flashdiff.families.guidance import guidance_embedding
 from flashdiff.families.loading import (
@@ -48,12 +50,21 @@ class _Denoiser(nn.Module):
         encoder_hidden_states: Tensor,
         image: Tensor | None = None,
         masked_image: Tensor | None = None,
+        residuals: Mapping[str, list[Tensor]] | None = None,
     ) -> Tensor:
-        """`image`: one to edit, or a mask together with `masked_image`."""
+        """`image`: one to edit, or a mask together with `masked_image`; `residuals`: of control networks."""
         latents = self.join(latents, image, masked_image)
         guidance = None if self.embedding is None else self.embedding.to(latents.dtype).expand(latents.shape[0], -1)
-        output: Tensor = self.unet(latents, times, encoder_hidden_states, timestep_cond=guidance, return_dict=False)[0]
+        steering = as_unet_takes(residuals or {})
+        output: Tensor = self.unet(
+            latents, times, timestep_cond=guidance, return_dict=False, **self.texts(latents, encoder_hidden_states), **steering
+        )[0]
         return output
+
+    @staticmethod
+    def texts(latents: Tensor, encoder_hidden_states: Tensor, *_: Tensor) -> dict[str, Any]:
+        """What the UNet and its control networks take of the text alike."""
+        return {"encoder_hidden_states": encoder_hidden_states}
 
 
 @explain_bad_settings
@@ -87,6 +98,7 @@ FAMILY = ModelFamily(
     lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
     feature_tap=lambda unet: unet.mid_block,
     lora_prefix="unet",
+    controls=UNET_CONTROLS,
     size_step=unet_size_step,
     default_guidance=7.5,
     default_steps=50,

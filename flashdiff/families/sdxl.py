@@ -1,5 +1,6 @@
 """Stable Diffusion XL: two CLIP text encoders, a UNet that also takes a pooled text embedding and the image's size."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from flashdiff.components import ModelSpec
 from flashdiff.families.base import ModelFamily, TorchModel
+from flashdiff.families.control import UNET_CONTROLS, as_unet_takes
 from flashdiff.families.entrance import Joined
 from flashdiff.families.guidance import guidance_embedding
 from flashdiff.families.loading import (
@@ -52,9 +54,17 @@ class _Denoiser(nn.Module):
         text_embeds: Tensor,
         image: Tensor | None = None,
         masked_image: Tensor | None = None,
+        residuals: Mapping[str, list[Tensor]] | None = None,
     ) -> Tensor:
-        """`image`: one to edit, or a mask together with `masked_image`."""
+        """`image`: one to edit, or a mask together with `masked_image`; `residuals`: of control networks."""
         latents = self.join(latents, image, masked_image)
+        guidance = None if self.embedding is None else self.embedding.to(latents.dtype).expand(latents.shape[0], -1)
+        texts, steering = self.texts(latents, encoder_hidden_states, text_embeds), as_unet_takes(residuals or {})
+        output: Tensor = self.unet(latents, times, timestep_cond=guidance, return_dict=False, **texts, **steering)[0]
+        return output
+
+    def texts(self, latents: Tensor, encoder_hidden_states: Tensor, text_embeds: Tensor, *_: Tensor) -> dict[str, Any]:
+        """What the UNet and its control networks take of the text, and of the image's size, alike."""
         # The UNet takes original size, crop and target size: those of an uncropped image of the size that it makes.
         # Filled and joined, because an exported torch.tensor would keep the size of the example it was traced with.
         height, width, zero = (
@@ -62,11 +72,7 @@ class _Denoiser(nn.Module):
             for pixels in (latents.shape[2] * self.factor, latents.shape[3] * self.factor, 0)
         )
         added = {"text_embeds": text_embeds, "time_ids": torch.cat([height, width, zero, zero, height, width], dim=1)}
-        guidance = None if self.embedding is None else self.embedding.to(latents.dtype).expand(latents.shape[0], -1)
-        output: Tensor = self.unet(
-            latents, times, encoder_hidden_states, timestep_cond=guidance, added_cond_kwargs=added, return_dict=False
-        )[0]
-        return output
+        return {"encoder_hidden_states": encoder_hidden_states, "added_cond_kwargs": added}
 
 
 @explain_bad_settings
@@ -102,6 +108,7 @@ FAMILY = ModelFamily(
     feature_tap=lambda unet: unet.mid_block,
     lora_prefix="unet",
     float32_inputs=("text_embeds",),  # the UNet joins it to sinusoids in float32, and casts both afterwards
+    controls=UNET_CONTROLS,
     size_step=unet_size_step,
     default_guidance=5.0,
     default_steps=50,

@@ -100,8 +100,13 @@ def check_network(path: str, family: "ModelFamily", part: str, config: Mapping[s
     written = config.get("_class_name", next(iter(classes)))
     if written not in classes:
         raise ModelError(f"{path}: '_class_name' is {written!r}; the family {family.name} reads {', '.join(classes)}")
-    known = _OWN | _defaults(classes[written]).keys() | _DERIVED.get(written, set())
-    _check(path, config, known, family.fixed.get(part, {}), _defaults(written))
+    known = _OWN | default_settings(classes[written]).keys() | _DERIVED.get(written, set())
+    _check(path, config, known, family.fixed.get(part, {}), default_settings(written))
+
+
+def check_config(path: str, config: Mapping[str, Any], kind: str, fixed: Fixed) -> None:
+    """`check_settings` of the file of a network of this class of diffusers."""
+    _check(path, config, _OWN | default_settings(kind).keys(), fixed, default_settings(kind))
 
 
 def _check(path: str, config: Mapping[str, Any], known: Collection[str], fixed: Fixed, defaults: Mapping[str, Any]) -> None:
@@ -120,7 +125,7 @@ def _check(path: str, config: Mapping[str, Any], known: Collection[str], fixed: 
 
 
 def _check_scheduler(path: str, config: Mapping[str, Any], *, is_flow: bool) -> None:
-    defaults = _defaults(str(config.get("_class_name")))
+    defaults = default_settings(str(config.get("_class_name")))
     fixed = {**_OFF, **_FLOW_OFF, **_FLOW_ON} if is_flow else _OFF
     implied = {name: defaults[name] for name in ("clip_sample", "thresholding", *_FLOW_ON) if name in fixed and name in defaults}
     known = _OWN | _WALK | (_FLOW if is_flow else _SCHEDULE)
@@ -135,7 +140,7 @@ def _check_pipeline(path: str, family: "ModelFamily", config: Mapping[str, Any])
 
 
 @functools.cache
-def _defaults(name: str) -> Mapping[str, Any]:
+def default_settings(name: str) -> Mapping[str, Any]:
     """The settings of a class of diffusers, with their defaults; empty for an unknown class."""
     import diffusers
 

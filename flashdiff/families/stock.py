@@ -68,7 +68,7 @@ def stock_image(
     NoStockPipeline where diffusers cannot sample so; ModelError where the pipeline fails.
     """
     spec = model.spec
-    if given := [condition.name for condition in spec.conditions if condition.part is None]:
+    if given := [condition.name for condition in spec.taken_by() if condition.part is None]:
         raise NoStockPipeline(f"the stock pipeline of a model that takes {', '.join(given)} makes no image without")
     scheduler = stock_scheduler(spec, steps, is_shifted=spec.sampler.schedule != family.read_spec(folder).sampler.schedule)
     noise = _noise(seed, spec.latent_shape(size))

@@ -1,9 +1,10 @@
 """The tasks by name, and how a request's values become an order. Only this folder knows a task's name."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from flashdiff import defaults
 from flashdiff.components import ModelSpec, Size
+from flashdiff.controls import ControlRequest, check_controls
 from flashdiff.errors import RequestError
 from flashdiff.noise import SEED_LIMIT
 from flashdiff.orders import Order, Pixels
@@ -54,6 +55,7 @@ def check_order(
     truncate_prompt: bool = False,
     inputs: Mapping[str, Pixels | Callable[[Size], Pixels]] | None = None,
     parameters: Mapping[str, float] | None = None,
+    controls: Sequence[ControlRequest] = (),
 ) -> Order:
     """An order that this model can fill, with defaults filled in; RequestError names the field, the value and what is allowed.
 
@@ -83,6 +85,7 @@ def check_order(
         truncate_prompt=truncate_prompt,
         inputs={name: _input(name, given, task.input_size(spec, name, size)) for name, given in inputs.items()},
         parameters=numbers,
+        controls=check_controls(spec, size, controls),
     )
     task.check(spec, order)
     return order

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from flashdiff.controls import controls_of
 from flashdiff.noise import image_seed
 from flashdiff.server.jobs import Step
 from flashdiff.server.models import Model
@@ -101,6 +102,7 @@ def write_model(name: str, model: Model, created: int) -> dict[str, Any]:
         "max_steps": spec.sampler.max_steps,
         "takes_negative_prompt": spec.sampler.evaluations_per_step > 1,
         "tasks": tasks,
+        "controls": list(controls_of(spec)),
     }
     return {"id": name, "object": "model", "created": created, "owned_by": "flashdiff", "flashdiff": extras}
 

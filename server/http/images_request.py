@@ -1,5 +1,6 @@
 """Reads the fields of OpenAI's images requests, from JSON or from a form."""
 
+import base64
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -7,14 +8,16 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from flashdiff.components import ModelSpec, Size
+from flashdiff.controls import ControlRequest
 from flashdiff.errors import RequestError
 from flashdiff.server.http.errors import HttpError
+from flashdiff.server.images import control_request
 from flashdiff.server.names import ImageFormat, Priority
 from flashdiff.server.requests import ImageRequest
 from flashdiff.tasks import MAX_COUNT, input_names, parameters, tasks_of
 
 MAX_PARTIAL_IMAGES = 3
-_Kind = Literal["text", "integer", "number", "flag"]
+_Kind = Literal["text", "integer", "number", "flag", "controls"]
 _FORMATS: tuple[ImageFormat, ...] = ("png", "jpeg", "webp")
 _IMAGES = re.compile(r"image(\[\d*\])?")  # one of several is image[]
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
@@ -44,7 +47,9 @@ _FIELDS: dict[str, _Kind] = {
     "negative_prompt": "text",
     "truncate_prompt": "flag",
     "priority": "text",
+    "controls": "controls",
 }
+_OF_CONTROL: dict[str, _Kind] = {"name": "text", "image": "text", "scale": "number", "start": "number", "end": "number"}
 _UNSUPPORTED = ("complexity", "frame_count", "frame_duration_ms", "svg", "markup")  # OpenAI's, for other kinds of images
 
 
@@ -97,6 +102,7 @@ def read_images_request(
         count=count,
         files=files,
         parameters={name: given[name] for name in parameters() if name in given},
+        controls=[_control(control) for control in given.get("controls", ())],
         format=image_format,
         quality=_quality(given.get("output_compression"), image_format),
         priority=_choice(given, "priority", get_args(Priority), "normal"),
@@ -138,8 +144,15 @@ _IS_OF_KIND: dict[_Kind, Callable[[Any], bool]] = {
     "integer": lambda value: isinstance(value, int) and not isinstance(value, bool),
     "number": lambda value: isinstance(value, int | float) and not isinstance(value, bool),
     "flag": lambda value: isinstance(value, bool),
+    "controls": lambda value: isinstance(value, list) and all(isinstance(item, dict) for item in value),
 }
-_A_KIND: dict[_Kind, str] = {"text": "a string", "integer": "an integer", "number": "a number", "flag": "true or false"}
+_A_KIND: dict[_Kind, str] = {
+    "text": "a string",
+    "integer": "an integer",
+    "number": "a number",
+    "flag": "true or false",
+    "controls": "a list of objects",
+}
 
 
 def read_form_value(name: str, text: str) -> Any:
@@ -153,9 +166,28 @@ def read_form_value(name: str, text: str) -> Any:
                 return float(text[:80])
             case "flag":
                 return {"true": True, "false": False}[text.lower()]
-    except (ValueError, KeyError):
+            case "controls":
+                return json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, KeyError, RecursionError):
         pass
     return text
+
+
+def _control(fields: Mapping[str, Any]) -> ControlRequest:
+    """A control, whose image is a file in base64."""
+    given = {}
+    for name, value in fields.items():
+        if name not in _OF_CONTROL:
+            raise RequestError(f"controls.{name[:80]}", value, f"a control has {', '.join(_OF_CONTROL)}")
+        if value is not None:
+            if not _IS_OF_KIND[_OF_CONTROL[name]](value):
+                raise RequestError(f"controls.{name}", value, f"it must be {_A_KIND[_OF_CONTROL[name]]}")
+            given[name] = value
+    try:
+        file = base64.b64decode(given.pop("image", ""), validate=True)
+    except ValueError:
+        raise RequestError("controls.image", "text", "it must be a file in base64") from None
+    return control_request(given.pop("name", ""), file, **given)
 
 
 def name_files(files: Sequence[tuple[str, bytes]]) -> dict[str, bytes]:

@@ -6,6 +6,7 @@ from typing import Any
 from starlette.routing import Route
 
 import flashdiff
+from flashdiff.controls import MAX_SCALE
 from flashdiff.server.http.images_request import MAX_PARTIAL_IMAGES, field_kinds
 from flashdiff.tasks import MAX_COUNT, input_names
 
@@ -14,6 +15,21 @@ _SCHEMAS: dict[str, dict[str, Any]] = {
     "integer": {"type": "integer"},
     "number": {"type": "number"},
     "flag": {"type": "boolean"},
+    "controls": {
+        "type": "array",
+        "items": {
+            "type": "object",
+            "properties": {
+                "name": {"type": "string"},
+                "image": {"type": "string", "format": "byte"},
+                "scale": {"type": "number", "minimum": 0, "maximum": MAX_SCALE},
+                "start": {"type": "number", "minimum": 0, "maximum": 1},
+                "end": {"type": "number", "minimum": 0, "maximum": 1},
+            },
+            "required": ["name", "image"],
+            "additionalProperties": False,
+        },
+    },
 }
 _BOUNDS: dict[str, dict[str, Any]] = {
     "n": {"minimum": 1, "maximum": MAX_COUNT},

@@ -1,0 +1,125 @@
+"""Controls: images that steer the steps of a request, each by a network of its own that a build fused in.
+
+A control has a name, which the build gave it, an image, a scale, and the share of the steps in which it counts.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashdiff import defaults
+from flashdiff.components import ModelSpec, Size, Tensors
+from flashdiff.errors import RequestError
+from flashdiff.orders import Control, Pixels
+from flashdiff.parts import Condition, PartSpec
+
+NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
+"""What a control may be called: it becomes a part of tensors' names."""
+MAX_SCALE = 2.0
+DENOISER = "denoiser_control"
+"""The part that denoises rows with controls."""
+
+_PREFIX = "control_"
+_ROUNDED = 1e-6  # shares of steps came as float32
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ControlRequest:
+    """A control as a request gives it; nothing is checked yet."""
+
+    name: str
+    image: Pixels | Callable[[Size], Pixels] | None = field(repr=False)
+    """Or a function that reads it at a size; None: the request lacks it."""
+    scale: float = defaults.CONTROL_SCALE
+    start: float = 0.0
+    end: float = 1.0
+
+
+def conditions_of(names: Sequence[str]) -> tuple[Condition, ...]:
+    """The denoiser's inputs for controls of these names."""
+    return tuple(Condition(name=_PREFIX + name, enters="residual", channels=3, scaled=True, absent="zeros") for name in names)
+
+
+def steered(spec: ModelSpec, names: Sequence[str]) -> ModelSpec:
+    """A model with these controls: a second denoiser in one graph with their networks, for the rows that use any of them."""
+    if not names:
+        return spec
+    (denoiser,), added = spec.step_parts(), conditions_of(names)
+    tensors = [tensor for condition in added for tensor in (condition.name, condition.scale_name)]
+    part = PartSpec(
+        name=DENOISER, phase=denoiser.phase, inputs=(*denoiser.inputs, *tensors), outputs=denoiser.outputs, replaces=denoiser.name
+    )
+    place = spec.parts.index(denoiser) + 1
+    return spec.model_copy(
+        update={"parts": (*spec.parts[:place], part, *spec.parts[place:]), "conditions": (*spec.conditions, *added)}
+    )
+
+
+def unsteered(spec: ModelSpec) -> ModelSpec:
+    """A model without its controls."""
+    return spec.model_copy(
+        update={
+            "parts": tuple(part for part in spec.parts if part.name != DENOISER),
+            "conditions": tuple(condition for condition in spec.conditions if condition.enters != "residual"),
+        }
+    )
+
+
+def controls_of(spec: ModelSpec) -> tuple[str, ...]:
+    """The names of the controls that a model takes."""
+    return tuple(c.name.removeprefix(_PREFIX) for c in spec.conditions if c.enters == "residual")
+
+
+def check_controls(spec: ModelSpec, size: Size, given: Sequence[ControlRequest]) -> dict[str, Control]:
+    """The controls of an order, by name; RequestError names the field that is wrong, the value and what is allowed."""
+    allowed, taken = controls_of(spec), set[str]()
+    if given and not allowed:
+        raise RequestError("controls", given[0].name, "this model takes none: they are fused in by build-engine --control")
+    for control in given:
+        if control.name not in allowed:
+            raise RequestError("controls.name", control.name, f"this model takes {', '.join(allowed)}")
+        if control.name in taken:
+            raise RequestError("controls.name", control.name, "it is given twice")
+        taken.add(control.name)
+    return {control.name: _checked(control, size) for control in given}
+
+
+def _checked(control: ControlRequest, size: Size) -> Control:
+    field_name = f"controls.{control.name}"
+    scale, start, end = (float(np.float32(value)) for value in (control.scale, control.start, control.end))
+    if not (math.isfinite(scale) and 0 <= scale <= MAX_SCALE):
+        raise RequestError(f"{field_name}.scale", control.scale, f"it must be between 0 and {MAX_SCALE:g}")
+    for name, share in (("start", start), ("end", end)):
+        if not 0 <= share <= 1:
+            raise RequestError(f"{field_name}.{name}", share, "it must be between 0 and 1")
+    if start >= end:
+        raise RequestError(f"{field_name}.start", control.start, f"it must be below the end, {control.end:g}")
+    if control.image is None:
+        raise RequestError(f"{field_name}.image", None, "a control needs an image")
+    pixels = control.image(size) if callable(control.image) else control.image
+    height, width, _ = pixels.shape
+    if (width, height) != size:
+        raise RequestError(f"{field_name}.image", f"{width}x{height}", f"it must have {size} pixels")
+    return Control(pixels=pixels, scale=scale, start=start, end=end)
+
+
+def images_of(controls: Mapping[str, Control]) -> Tensors:
+    """The networks' images [3, H, W] in [-1, 1], by condition."""
+    return {
+        _PREFIX + name: np.ascontiguousarray(control.pixels.transpose(2, 0, 1), dtype=np.float32) / np.float32(127.5) - 1
+        for name, control in controls.items()
+    }
+
+
+def scales_of(controls: Mapping[str, Control], steps: int) -> dict[str, NDArray[np.float32]]:
+    """The scale at each of the steps that are taken [steps], by condition: 0 in those outside a control's share of them."""
+    shares = np.arange(steps + 1) / steps
+    scales = {}
+    for name, control in controls.items():
+        counts = (shares[:-1] >= control.start - _ROUNDED) & (shares[1:] <= control.end + _ROUNDED)
+        scales[_PREFIX + name] = np.where(counts, control.scale, 0).astype(np.float32)
+    return scales

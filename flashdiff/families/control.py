@@ -1,0 +1,147 @@
+"""ControlNets (arXiv 2302.05543) and T2I-adapters (arXiv 2302.08453): checked against a base, and fused with its denoiser.
+
+Both read an image and give residuals, which the UNet adds to its own values. They run in every step, in one graph with the UNet:
+their residuals never leave the device.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flashdiff.components import ModelSpec
+from flashdiff.controls import steered, unsteered
+from flashdiff.errors import ModelError
+from flashdiff.families.base import ModelFamily, TorchModel
+from flashdiff.families.files import base_hash
+from flashdiff.families.loading import load_part, read_config
+from flashdiff.families.networks import find_network, hash_of_network
+from flashdiff.families.settings import Fixed, check_config, default_settings
+
+UNET_CONTROLS = ("ControlNetModel", "T2IAdapter")
+"""What Stable Diffusion's UNets can be steered by."""
+
+_FIXED: Mapping[str, Fixed] = {
+    "ControlNetModel": {
+        "global_pool_conditions": (False, None),
+        "class_embed_type": (None,),
+        "conditioning_channels": (3,),
+        "controlnet_conditioning_channel_order": ("rgb", "bgr"),
+    },
+    "T2IAdapter": {"in_channels": (1, 3)},
+}
+_SHARED = ("cross_attention_dim", "block_out_channels", "layers_per_block", "addition_embed_type",
+           "projection_class_embeddings_input_dim", "encoder_hid_dim")  # fmt: skip
+"""Settings of a ControlNet that are the UNet's own."""
+_LUMA = (0.299, 0.587, 0.114)
+"""Of red, green and blue, as Pillow turns color into grey (ITU-R 601)."""
+
+
+def find_control(name: str, place: str) -> Path:
+    """The folder of a control network; ModelError when there is none."""
+    return find_network(f"--control {name}={place}", place, what="ControlNet or T2I-adapter", inside=("controlnet", "t2iadapter"))
+
+
+def check_control(name: str, folder: Path, family: ModelFamily, base: Path, spec: ModelSpec) -> str:
+    """The class of a control network; ModelError for one that cannot steer this base, with the reason and both hashes."""
+    option = f"--control {name}={folder}"
+    if not family.controls:
+        raise ModelError(f"{option}: models of the family {family.name} are not steered by control networks")
+    config = read_config(folder.parent, folder.name)
+    kind = str(config.get("_class_name"))
+    if kind not in family.controls:
+        raise ModelError(f"{option}: it is a {kind}; {spec.name} can be steered by {' and '.join(family.controls)}")
+    check_config(f"{folder}/config.json", config, kind, _FIXED[kind])
+    settings = {**default_settings(kind), **config}
+    unet = {**default_settings("UNet2DConditionModel"), **read_config(base, family.lora_prefix)}
+    differing = _of_t2i(settings, unet, spec) if kind == "T2IAdapter" else _of_controlnet(settings, unet, spec)
+    for setting, (own, wanted) in differing.items():
+        if _plain(own) != _plain(wanted):
+            hashes = f"the control is {hash_of_network(folder)[:12]}, the base {base_hash(base)[:12]}"
+            raise ModelError(f"{option} was made for another base: its {setting} is {own}, {spec.name} needs {wanted} ({hashes})")
+    return kind
+
+
+def _of_controlnet(settings: Mapping[str, Any], unet: Mapping[str, Any], spec: ModelSpec) -> dict[str, tuple[Any, Any]]:
+    """What has to be equal: the network's and the base's."""
+    halvings = len(settings["conditioning_embedding_out_channels"] or ()) - 1
+    return {
+        **{name: (settings[name], unet[name]) for name in _SHARED},
+        "in_channels": (settings["in_channels"], spec.latent_channels),
+        "pixels a latent cell": (2**halvings, spec.latent_factor),
+    }
+
+
+def _of_t2i(settings: Mapping[str, Any], unet: Mapping[str, Any], spec: ModelSpec) -> dict[str, tuple[Any, Any]]:
+    widths, channels = list(unet["block_out_channels"]), list(settings["channels"])
+    # The UNet adds a residual before a level with attention is halved, and after a level without it was.
+    is_halved_first = "CrossAttn" not in str(unet["down_block_types"][0])
+    return {
+        "channels": (channels[: len(widths)], widths),
+        "number of levels": (min(len(channels), len(widths) + 1), len(channels)),
+        "downscale_factor": (settings["downscale_factor"], spec.latent_factor * (2 if is_halved_first else 1)),
+    }
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def with_controls(model: TorchModel, controls: Mapping[str, Path]) -> TorchModel:
+    """The model with these control networks by name, loaded from their folders."""
+    if not controls:
+        return model
+    import diffusers
+
+    networks = {}
+    for name, folder in controls.items():
+        kind = str(read_config(folder.parent, folder.name).get("_class_name"))
+        networks[name] = load_part(folder.parent, folder.name, getattr(diffusers, kind))
+    plain = unsteered(model.spec)  # a build's spec has its controls from the start
+    spec, own = steered(plain, list(networks)), len(plain.conditions)
+    return replace(
+        model, spec=spec, controls=networks, denoiser_control=SteeredDenoiser(model.denoiser, list(networks.values()), own).eval()
+    )
+
+
+class SteeredDenoiser(nn.Module):
+    """A UNet's denoiser and its control networks as one."""
+
+    def __init__(self, denoiser: Any, networks: Sequence[Any], own: int) -> None:
+        """`own` is the number of conditions that the denoiser takes itself."""
+        super().__init__()
+        self.denoiser, self.networks, self.own = denoiser, nn.ModuleList(networks), own
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """`inputs`: the denoiser's own, latents and times first; then an image [B, 3, H, W] in [-1, 1] and a scale [B] for each
+        network."""
+        latents, times, *inputs = inputs  # type: ignore[assignment]
+        own, images, scales = inputs[: self.own], inputs[self.own :: 2], inputs[self.own + 1 :: 2]
+        texts = self.denoiser.texts(latents, *own)
+        residuals: dict[str, list[Tensor]] = {}
+        for network, image, scale in zip(self.networks, images, scales, strict=True):
+            for place, values in _residuals(network, latents, times, texts, image / 2 + 0.5, scale[:, None, None, None]).items():
+                before = residuals.get(place)
+                residuals[place] = values if before is None else [one + other for one, other in zip(before, values, strict=True)]
+        output: Tensor = self.denoiser(latents, times, *own, residuals=residuals)
+        return output
+
+
+def _residuals(
+    network: Any, latents: Tensor, times: Tensor, texts: Mapping[str, Any], image: Tensor, scale: Tensor
+) -> dict[str, list[Tensor]]:
+    """A network's residuals, by the place in the UNet where they are added; the image is in [0, 1]."""
+    if hasattr(network, "adapter"):
+        if network.config.in_channels == 1:
+            image = (image * torch.tensor(_LUMA, dtype=image.dtype, device=image.device)[:, None, None]).sum(1, keepdim=True)
+        return {"down_intrablock_additional_residuals": [values * scale for values in network(image)]}
+    down, mid = network(latents, times, controlnet_cond=image, conditioning_scale=scale, return_dict=False, **texts)
+    return {"down_block_additional_residuals": list(down), "mid_block_additional_residual": [mid]}
+
+
+def as_unet_takes(residuals: Mapping[str, list[Tensor]]) -> dict[str, Any]:
+    """Residuals as the UNet's arguments; it empties the lists that it is given."""
+    return {place: values[0] if place == "mid_block_additional_residual" else values for place, values in residuals.items()}
