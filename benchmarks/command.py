@@ -42,7 +42,8 @@ def run_command(name: str, work: Callable[[], None]) -> int:
     try:
         work()
     except (FlashdiffError, OSError) as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
+        reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
+        print(f"{name}: error: {reason}", file=sys.stderr)
         return 1
     return 0
 

@@ -34,7 +34,7 @@ def read_results(files: Sequence[Path]) -> Results:
             environment = found["environment"]
             measurements = found.get("rows") or [{}]
             common_names = set.intersection(*map(set, measurements))
-        except (AttributeError, OSError, ValueError, KeyError, TypeError):
+        except (AttributeError, ValueError, KeyError, TypeError):
             raise ConfigError(f"{file}: not a result of these benchmarks") from None
         results = results or Results(dict(environment))
         _merge_environment(file, results.environment, environment)

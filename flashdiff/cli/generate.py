@@ -140,9 +140,14 @@ def run(options: argparse.Namespace) -> None:
     image_format = FORMAT_OF_SUFFIX.get(options.out.suffix.lower())
     if image_format is None:
         raise ConfigError(f"--out {options.out}: the name must end in .png, .jpg or .webp")
+    if not options.out.parent.is_dir():
+        raise ConfigError(f"--out {options.out}: there is no folder {options.out.parent}")
+    # Before a bundle is built, which takes minutes.
+    size = parse_sizes(options.size)[0] if options.size else None
+    inputs = readers({name: read_file(path, MAX_BYTES) for name, path in options.inputs})
+    controls = [_control(text) for text in options.controls]
     bundle, prompt = _bundle_and_prompt(options)
     engine = open_bundle(bundle)
-    size = parse_sizes(options.size)[0] if options.size else None
     order = check_order(
         engine.spec,
         prompt=prompt,
@@ -151,9 +156,9 @@ def run(options: argparse.Namespace) -> None:
         size=size,
         count=options.count,
         truncate_prompt=options.truncate_prompt,
-        inputs=readers({name: read_file(path, MAX_BYTES) for name, path in options.inputs}),
+        inputs=inputs,
         parameters=dict(options.parameters),
-        controls=[_control(text) for text in options.controls],
+        controls=controls,
     )
     for index, pixels in enumerate(generate(engine, [order])[0]):
         path = options.out if order.count == 1 else options.out.with_stem(f"{options.out.stem}-{index}")
