@@ -175,8 +175,15 @@ class Server:
         self._metrics.page.close()
 
 
-def check_ports(listen: Listen) -> None:
-    """ConfigError for a port that cannot be had: before models are built and opened, which takes minutes, and again after it."""
+def check_listen(listen: Listen) -> None:
+    """ConfigError for a port, certificate or file of tokens that cannot be had; building and opening models takes minutes."""
+    _check_ports(listen)
+    certificates(listen.tls_cert, listen.tls_key, listen.tls_client_ca)
+    if listen.tokens:
+        Tokens(listen.tokens)
+
+
+def _check_ports(listen: Listen) -> None:
     check_free(listen.host, listen.port, "--port")
     if listen.http_port is not None:
         check_free(listen.host, listen.http_port, "--http-port")
@@ -188,7 +195,7 @@ async def start(models: Models, listen: Listen, worker: type[Worker] = Worker) -
     """A server that answers; ConfigError when it cannot listen there."""
     _check_aliases(models, listen.aliases)
     hide_lost_replies()
-    check_ports(listen)
+    _check_ports(listen)  # again: opening the models took a while
     host, port = listen.host, listen.port
     tls = certificates(listen.tls_cert, listen.tls_key, listen.tls_client_ca)
     metrics = Metrics([device.name for device in models.devices if device.name])

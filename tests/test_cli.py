@@ -84,6 +84,16 @@ def test_a_port_in_use_is_found_before_a_model_is_built(option: str, capsys: pyt
     assert f"cannot listen on 127.0.0.1:{port}: the port is in use; choose another with {option}" in said
 
 
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [(("--tokens", "none"), "none: cannot read"), (("--tls-cert", "none", "--tls-key", "none"), "--tls-cert none: cannot read")],
+)
+def test_a_file_that_cannot_be_read_is_found_before_a_model_is_built(
+    options: tuple[str, ...], why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert why in _run(capsys, "serve", "--base", "no-such-base", "--port", 0, *options)
+
+
 def test_the_served_pixels_are_those_of_generate_and_sigterm_ends_the_server_well(student_bundle: Path, tmp_path: Path) -> None:
     import base64
     import io

@@ -126,7 +126,7 @@ def run(options: argparse.Namespace) -> None:
         raise ConfigError(f"--repository {options.repository}: there is no such folder")
     from flashdiff.engines.backends import best_backend
     from flashdiff.engines.runtime.device import DEFAULT_DEVICE, parse_devices
-    from flashdiff.server.app import Listen, check_ports
+    from flashdiff.server.app import Listen, check_listen
     from flashdiff.server.json_log import write_json
     from flashdiff.server.opening import ExpectedBundles, open_models
     from flashdiff.server.process import run_server
@@ -156,7 +156,7 @@ def run(options: argparse.Namespace) -> None:
     if options.backend is None and (options.device or "").startswith("cpu:"):
         options.backend = best_backend(on_cpu=True)
     bundles = find_bundles(options.bundles)
-    check_ports(listen)
+    check_listen(listen)
     if options.base is not None:
         bundles.append(bundle_of_base(options))
     for bundle in bundles:

@@ -23,6 +23,9 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 CLIENTS, PROTO = ROOT / "examples" / "clients", ROOT / "proto"
 _GO_SOURCES = Path("/usr/share/gocode")
+_GO_LIBRARIES = (
+    "google.golang.org/grpc", "google.golang.org/protobuf", "google.golang.org/genproto", "golang.org/x/net", "golang.org/x/sys",
+)  # fmt: skip
 _JARS = Path("/usr/share/java")
 _JAVA_LIBRARIES = ("grpc-*", "netty-*", "protobuf", "guava", "perfmark-*", "geronimo-annotation-1.3-spec")
 _NPM_PACKAGES = ("@grpc/grpc-js@1.14.7", "@grpc/proto-loader@0.8.1", "typescript@5.9.3", "@types/node@24.19.4")
@@ -45,8 +48,9 @@ def _go(folder: Path) -> list[str]:
         "go", "protoc", "protoc-gen-go", "protoc-gen-go-grpc",
         package="golang-go, protobuf-compiler, protoc-gen-go and protoc-gen-go-grpc",
     )  # fmt: skip
-    if not (_GO_SOURCES / "src" / "google.golang.org" / "grpc").is_dir():
-        pytest.skip("gRPC for Go is not installed: Debian has golang-google-grpc-dev")
+    if missing := [name for name in _GO_LIBRARIES if not (_GO_SOURCES / "src" / name).is_dir()]:
+        packages = "golang-google-grpc-dev, -protobuf-dev and -genproto-dev, golang-golang-x-net-dev and -sys-dev"
+        pytest.skip(f"{', '.join(missing)} not installed: Debian has {packages}")
     sources = folder / "src"
     shutil.copytree(CLIENTS / "go", sources / "flashdiff" / "generate")
     shutil.copy(Path(__file__).with_name("debian_codec.go"), sources / "flashdiff" / "generate")
