@@ -3,10 +3,12 @@
 import statistics
 from pathlib import Path
 
+from flashdiff.distill.comfyui import WORKFLOW, workflow
 from flashdiff.distill.config import Recipe
 from flashdiff.distill.costs import cost
 from flashdiff.errors import TrainingError, first_line
 from flashdiff.families.base import GUIDANCE, ModelFamily, TorchModel
+from flashdiff.families.hub import hub_name
 from flashdiff.files import write_whole
 from flashdiff.lora import WEIGHTS, FlashInfo, save_flash_lora
 from flashdiff.reading import parse_json, read_text
@@ -35,6 +37,8 @@ def publish(out: Path, model: TorchModel, family: ModelFamily, recipe: Recipe, l
         inference={str(steps): recipe.grid.inference_times(steps) for steps in range(1, recipe.grid.modes + 1)},
     )
     write_whole(out / "README.md", _card(info, recipe, _run(recipe, model, log), _usage(info, model, family, recipe)))
+    if nodes := workflow(model.spec, min(4, recipe.grid.modes)):
+        write_whole(out / WORKFLOW, nodes)
     save_flash_lora(out, model, family, info)
 
 
@@ -85,7 +89,14 @@ def _card(info: FlashInfo, recipe: Recipe, run: str, usage: str) -> str:
     losses = ", ".join(term.title for term in recipe.terms())
     guidance = " to ".join(f"{scale:g}" for scale in dict.fromkeys(info.guidance))
     grids = "; ".join(f"{count}: {times}" for count, times in info.inference.items())
-    return f"""# Flash LoRA for {info.base}
+    on_hub = hub_name(info.base) if not Path(info.base).exists() else None
+    base_model = f"base_model: {on_hub.repository}\n" if on_hub else ""
+    return f"""---
+{base_model}library_name: diffusers
+tags: [text-to-image, lora, flash-diffusion, flashdiff]
+---
+
+# Flash LoRA for {info.base}
 
 {info.lora_parameters:,} parameters, {share:.1f} % of the denoiser's {info.network_parameters:,}, trained with
 Flash Diffusion (arXiv 2406.02347; losses: {losses}) for {info.updates:,} updates of {recipe.batch_size} samples: the
@@ -99,6 +110,7 @@ Made for 1 to {recipe.grid.modes} steps, **guidance off**, at these timesteps:
 {grids}.
 
 With flashdiff: `flashdiff build-engine {info.base} --lora THIS_FOLDER --out BUNDLE`. `kohya.safetensors` is the same LoRA for
-ComfyUI and similar tools, not tried there (cfg 1, the LCM sampler). With diffusers:
+ComfyUI and similar tools, not tried there: cfg 1, sampler lcm, scheduler simple, whose times are these; `comfyui.json`, where
+there is one, is such a workflow. With diffusers:
 
 {usage}"""

@@ -1,5 +1,6 @@
 """A small server that speaks what huggingface_hub needs of a hub: names, trees and files, with ranges, tokens and revisions."""
 
+import base64
 import hashlib
 import json
 import re
@@ -23,6 +24,8 @@ class Hub:
         self.breaks_off: str | None = None
         """The end of a file's name whose transfer breaks off half-way, once."""
         self.url = ""
+        self.pushed: dict[str, dict[str, bytes]] = {}
+        """The files that were committed, by repository; only with the right token."""
 
     @property
     def downloaded(self) -> list[str]:
@@ -57,6 +60,30 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
         def do_GET(self) -> None:
             self._answer()
+
+        def do_POST(self) -> None:
+            hub.requests.append(f"POST {self.path}")
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            if self.path == "/api/validate-yaml":
+                return self._json({"errors": [], "warnings": []})
+            if self.headers.get("Authorization") != "Bearer hf_right":
+                return self._error(401, "Unauthorized")
+            if self.path == "/api/repos/create":
+                asked = json.loads(body)
+                name = f"{asked.get('organization', 'me')}/{asked['name']}"
+                hub.pushed.setdefault(name, {})
+                return self._json({"url": f"{hub.url}/{name}", "name": name, "id": name})
+            match = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/main(?:\?.*)?", self.path)
+            assert match, self.path
+            name, kind = match.groups()
+            if kind == "preupload":
+                files = [file["path"] for file in json.loads(body)["files"]]
+                return self._json({"files": [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in files]})
+            for line in map(json.loads, body.decode().splitlines()):
+                if line["key"] == "file":
+                    hub.pushed[name][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            commit = {"commitUrl": f"{hub.url}/{name}/commit/{COMMIT}", "commitOid": COMMIT, "pullRequestUrl": None}
+            return self._json({"success": True, **commit, "hookOutput": ""})
 
         def _answer(self) -> None:
             hub.requests.append(f"{self.command} {self.path}")

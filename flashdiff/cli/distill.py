@@ -12,12 +12,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file; avatars.toml ships with flashdiff")
     parser.add_argument("--out", type=Path, help="the LoRA folder to make; training state is kept in OUT/training")
     parser.add_argument(
+        "--push",
+        metavar="OWNER/NAME",
+        help="upload the finished LoRA with its card to this repository on the Hugging Face hub; a new one is private",
+    )
+    parser.add_argument(
         "--dry-run", action="store_true", help="print what would be done, and what it costs; write nothing, with or without --out"
     )
 
 
 def run(options: argparse.Namespace) -> None:
-    """Train a flash LoRA: the base model's guided result in one to four steps. The same command resumes a killed run."""
+    """Train a flash LoRA: the base model's guided result in one to four steps. The same command resumes a killed run.
+
+    Every key of a recipe is explained in docs/distillation.md and where it is declared: distill/config.py and
+    distill/losses/settings.py.
+    """
     if options.out is None and not options.dry_run:
         raise ConfigError("give --out FOLDER for the LoRA, or --dry-run")
     need("distill", "torch", "diffusers", "peft")
@@ -28,6 +37,7 @@ def run(options: argparse.Namespace) -> None:
     from flashdiff.distill import processes
     from flashdiff.distill.dry_run import dry_run
     from flashdiff.distill.loop import distill
+    from flashdiff.distill.push import open_repository, push
 
     quiet_libraries()
     if not processes.is_main():
@@ -36,6 +46,9 @@ def run(options: argparse.Namespace) -> None:
         for line in dry_run(recipe):
             print(line)
         return
+    repository = open_repository(options.push) if options.push and processes.is_main() else None
     trained = distill(recipe, options.out)
     if processes.is_main():
         print(f"published {options.out}" if trained else f"{options.out} is finished: trained from this recipe; nothing to do")
+    if repository:
+        print(f"pushed to {push(options.out, repository)}")

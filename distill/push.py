@@ -1,0 +1,50 @@
+"""A published LoRA on the Hugging Face hub: `flashdiff distill RECIPE --out OUT --push owner/name`."""
+
+from pathlib import Path
+
+from flashdiff.distill.comfyui import WORKFLOW
+from flashdiff.errors import ConfigError, TrainingError, first_line
+from flashdiff.families.hub import HubName, hub_name
+from flashdiff.lora import FLASH, KOHYA, WEIGHTS
+
+_FILES = (WEIGHTS, KOHYA, FLASH, WORKFLOW, "README.md")
+_TOKEN = "set HF_TOKEN, or run `hf auth login`, with a token that may write there"
+
+
+def open_repository(text: str) -> HubName:
+    """The repository `owner/name`; one that is not there is made, and private. Called before a run, to find a missing right then.
+
+    ConfigError for another form; TrainingError when the hub refuses.
+    """
+    name = hub_name(text)
+    if name is None or name.file or name.revision:
+        raise ConfigError(f"--push {text}: give a repository on the hub as owner/name")
+    import huggingface_hub
+
+    try:
+        huggingface_hub.HfApi().create_repo(name.repository, private=True, exist_ok=True)
+    except Exception as error:  # of the network and of the hub's library
+        raise _refused(name, error) from None
+    return name
+
+
+def push(out: Path, name: HubName) -> str:
+    """Upload the LoRA and its card in one commit; the address of the repository."""
+    import huggingface_hub
+
+    try:
+        huggingface_hub.HfApi().upload_folder(
+            repo_id=name.repository,
+            folder_path=out,
+            allow_patterns=list(_FILES),
+            commit_message="Flash LoRA, by flashdiff distill",
+        )
+    except Exception as error:  # as above
+        raise _refused(name, error) from None
+    return f"{huggingface_hub.constants.ENDPOINT}/{name.repository}"
+
+
+def _refused(name: HubName, error: Exception) -> TrainingError:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    why = f"it answered with status {status}: {_TOKEN}" if status in (401, 403, 404) else first_line(error)
+    return TrainingError(f"--push {name}: the hub did not take it ({why})")
