@@ -48,6 +48,8 @@ def fetched(address: str) -> Iterator[Path]:
                 shutil.copyfileobj(remote, local, _BUFFER)
         except Exception as error:  # every protocol has errors of its own
             reason = error.__cause__ or error  # the first names the address alone where there is no connection
+            if isinstance(reason, FileNotFoundError):  # whose message is the address
+                raise OSError("there is no such file") from None
             raise OSError(first_line(reason) or type(reason).__name__) from None
         if isinstance(size, int) and path.stat().st_size != size:
             raise OSError(f"{path.stat().st_size} of {size} bytes came")

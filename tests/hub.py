@@ -9,13 +9,16 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from urllib.parse import parse_qs
 
 COMMIT = "a" * 40
-_ROUTE = re.compile(r"(?:/api/models)?/([^/]+/[^/?]+)(?:/(revision|tree|resolve)/([^/?]+)(?:/(.*?))?)?(?:\?.*)?")
+_ROUTE = re.compile(
+    r"(?:/api/(?:models|datasets)|/datasets)?/([^/]+/[^/?]+)(?:/(revision|tree|resolve|paths-info)/([^/?]+)(?:/(.*?))?)?(?:\?.*)?"
+)
 
 
 class Hub:
-    """Serves folders as repositories; `requests` are the methods and paths of all calls, in order."""
+    """Serves folders as repositories, of models and of data sets; `requests` are the methods and paths of all calls, in order."""
 
     def __init__(self, repositories: dict[str, Path], *, private: str | None = None, gated: str | None = None) -> None:
         self.repositories, self.private, self.gated = repositories, private, gated
@@ -62,8 +65,10 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             self._answer()
 
         def do_POST(self) -> None:
-            hub.requests.append(f"POST {self.path}")
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            if _ROUTE.fullmatch(self.path):
+                return self._answer(body)
+            hub.requests.append(f"POST {self.path}")
             if self.path == "/api/validate-yaml":
                 return self._json({"errors": [], "warnings": []})
             if self.headers.get("Authorization") != "Bearer hf_right":
@@ -85,11 +90,9 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             commit = {"commitUrl": f"{hub.url}/{name}/commit/{COMMIT}", "commitOid": COMMIT, "pullRequestUrl": None}
             return self._json({"success": True, **commit, "hookOutput": ""})
 
-        def _answer(self) -> None:
+        def _answer(self, body: bytes = b"") -> None:
             hub.requests.append(f"{self.command} {self.path}")
-            match = re.fullmatch(
-                r"(?:/api/models)?/([^/]+/[^/]+)(?:/(revision|tree|resolve)/([^/?]+)(?:/(.*?))?)?(?:\?.*)?", self.path
-            )
+            match = _ROUTE.fullmatch(self.path)
             assert match, self.path
             repository, kind, revision, file = match.groups()
             if repository == hub.private and self.headers.get("Authorization") != "Bearer hf_right":
@@ -104,6 +107,9 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             files = sorted(path for path in folder.rglob("*") if path.is_file())
             if kind == "resolve":
                 return self._file(folder / file)
+            if kind == "paths-info":
+                named = parse_qs(body.decode()).get("paths") or json.loads(body)["paths"]
+                return self._json([_entry(path, folder) for path in files if path.relative_to(folder).as_posix() in named])
             if kind == "tree":
                 return self._json([_entry(path, folder) for path in files])
             siblings = [{"rfilename": path.relative_to(folder).as_posix()} for path in files]

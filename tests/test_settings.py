@@ -178,6 +178,23 @@ def test_a_setting_at_its_classs_default_is_known_and_at_another_value_is_not(ba
     assert _spec_with(bases["sd15"], path, **euler)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("part", "value"), [("vae", ["diffusers", "AutoencoderKL", "x"]), ("text_encoder", "x"), ("text_encoder", ["a", "BertModel"])]
+)
+def test_a_network_of_another_class_is_refused(bases: dict[str, Path], family: str, part: str, value: Any) -> None:
+    with pytest.raises(ModelError, match=rf"model_index\.json: '{part}' is .*; the family {family} reads \["):
+        _spec_with(bases[family], "model_index.json", **{part: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("scaling_factor", 0), ("scaling_factor", "x"), ("scaling_factor", True), ("shift_factor", "x")]
+)
+def test_latents_are_scaled_by_a_number_above_0(bases: dict[str, Path], name: str, value: Any) -> None:
+    with pytest.raises(ModelError, match=f"vae/config.json: '{name}' is .*; it must be a number"):
+        _spec_with(bases["sd3"], "vae/config.json", **{name: value})
+
+
 def test_the_embedded_model_is_known() -> None:
     assert family_of(find_base("avatars")).read_spec(find_base("avatars")).family == "sd15"
 

@@ -6,6 +6,7 @@ scheduler is listed here by hand. A setting at its class's default changes nothi
 
 import functools
 import inspect
+import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,11 +103,23 @@ def check_network(path: str, family: "ModelFamily", part: str, config: Mapping[s
         raise ModelError(f"{path}: '_class_name' is {written!r}; the family {family.name} reads {', '.join(classes)}")
     known = _OWN | default_settings(classes[written]).keys() | _DERIVED.get(written, set())
     _check(path, config, known, family.fixed.get(part, {}), default_settings(written))
+    if part == "vae":
+        _check_scale(path, config)
 
 
 def check_config(path: str, config: Mapping[str, Any], kind: str, fixed: Fixed) -> None:
     """`check_settings` of the file of a network of this class of diffusers."""
     _check(path, config, _OWN | default_settings(kind).keys(), fixed, default_settings(kind))
+
+
+def _check_scale(path: str, config: Mapping[str, Any]) -> None:
+    """ModelError for numbers that latents cannot be shifted and scaled by."""
+    for name in ("scaling_factor", "shift_factor"):
+        value = config.get(name)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if value is not None and not (is_number and (value > 0 or name == "shift_factor")):
+            wanted = "a number above 0" if name == "scaling_factor" else "a number"
+            raise ModelError(f"{path}: '{name}' is {_shown(value)}; it must be {wanted}, the one that the autoencoder came with")
 
 
 def _check(path: str, config: Mapping[str, Any], known: Collection[str], fixed: Fixed, defaults: Mapping[str, Any]) -> None:
@@ -137,6 +150,22 @@ def _check_pipeline(path: str, family: "ModelFamily", config: Mapping[str, Any])
     components = {"scheduler", *tokenizers, *family.networks, *_UNUSED_COMPONENTS}
     absent = {name for name, value in config.items() if value in ([None, None], None)}
     _check(path, config, components | _OWN | _PIPELINE_SETTINGS | absent, _PIPELINE_FIXED, {})
+    for part, classes in family.networks.items():
+        if part in config and part not in absent:
+            _check_class(path, family, part, classes, config[part])
+
+
+def _check_class(path: str, family: "ModelFamily", part: str, classes: str | Mapping[str, str], written: Any) -> None:
+    """ModelError where model_index.json names a network of a class that the family would load as another."""
+    is_pair = isinstance(written, list) and len(written) == 2 and all(isinstance(name, str) for name in written)
+    if isinstance(classes, str):
+        stem = classes.removesuffix("Config")
+        is_known, wanted = is_pair and written[1].startswith(stem), f'["transformers", "{stem}..."]'
+    else:
+        is_known = is_pair and written[1] in {*classes, *classes.values()}
+        wanted = " or ".join(f'["diffusers", "{name}"]' for name in classes)
+    if not is_known:
+        raise ModelError(f"{path}: '{part}' is {_shown(written)}; the family {family.name} reads {wanted}")
 
 
 @functools.cache

@@ -15,6 +15,7 @@ import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
 import pytest
+from hub import Hub, running
 from PIL import Image
 
 from flashdiff.components import Size
@@ -367,8 +368,79 @@ def test_a_few_damaged_remote_shards_are_counted(tmp_path: Path, address: str, c
     assert len(_read(f"{address}/{{00..24}}.tar")) == 24
     assert "/03.tar is damaged" in caplog.text
     (tmp_path / "07.tar").unlink()
+    assert "07.tar is damaged (404, message='File not found'" in _refused(f"{address}/07.tar")
     message = _refused(f"{address}/{{00..24}}.tar")
     assert "2 of 25 files cannot be used, more than 5%; the first: http://127.0.0.1" in message
+
+
+@pytest.fixture
+def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of the data set owner/set, and the private owner/secret, on a local hub."""
+    from huggingface_hub import HfFileSystem, constants
+
+    folder = tmp_path / "set"
+    folder.mkdir()
+    with running(Hub({"owner/set": folder, "owner/secret": folder}, private="owner/secret")) as hub:
+        for name, value in (
+            ("ENDPOINT", hub.url),
+            ("HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"),
+            ("HF_HUB_OFFLINE", False),
+            ("HF_TOKEN_PATH", str(tmp_path / "token")),
+        ):
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        HfFileSystem.clear_instance_cache()
+        yield folder
+    HfFileSystem.clear_instance_cache()
+
+
+def test_shards_and_tables_of_a_data_set_on_the_hub(dataset: Path) -> None:
+    for index in (0, 1):
+        _tar(dataset / f"part-{index:03}.tar", {f"{index}.png": _png(index), f"{index}.txt": f"caption {index}".encode()})
+    _parquet(dataset / "two", [{"image": _png(2), "text": "caption 2"}])
+    here = "hf://datasets/owner/set"
+    assert _found(f"{here}/part-{{000..001}}.tar") == [("caption 0", 0), ("caption 1", 1)]
+    assert _found(f"{here}/*.tar") == [("caption 0", 0), ("caption 1", 1)]
+    assert _found(f"{here}@main/two.parquet") == [("caption 2", 2)]
+    assert _read(f"{here}/*.tar")[1].where == f"{here}/part-001.tar/1.png"
+    assert "there is no such shard" in _refused(f"{here}/*.arrow")
+    assert f"{here}/none.tar is damaged (there is no such file)" in _refused(f"{here}/none.tar")
+    assert "hf://datasets/owner/secret/part-000.tar" in _refused("hf://datasets/owner/secret/part-000.tar")
+
+
+def test_shards_and_tables_of_an_s3_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moto = pytest.importorskip("moto.server", reason="pip install 'moto[server]' s3fs")
+    s3fs, boto3 = pytest.importorskip("s3fs"), pytest.importorskip("boto3")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "made-up")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    try:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://{}:{}".format(*server.get_host_and_port()))
+        s3fs.S3FileSystem.clear_instance_cache()
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="bucket")
+        _parquet(tmp_path / "two", [{"image": _png(2), "text": "caption 2"}])
+        for index in (0, 1):
+            _tar(tmp_path / f"part-{index:03}.tar", {f"{index}.png": _png(index), f"{index}.txt": f"caption {index}".encode()})
+        (tmp_path / "._0.tar").write_bytes(b"hidden")
+        for path in tmp_path.iterdir():
+            client.upload_file(str(path), "bucket", f"set/{path.name}")
+        here = "s3://bucket/set"
+        assert _found(f"{here}/part-{{000..001}}.tar") == [("caption 0", 0), ("caption 1", 1)]
+        assert _found(f"{here}/*.tar") == [("caption 0", 0), ("caption 1", 1)]
+        assert _found(f"{here}/two.parquet") == [("caption 2", 2)]
+        assert f"{here}/none.tar is damaged (there is no such file)" in _refused(f"{here}/none.tar")
+        assert "there is no such shard" in _refused("s3://none/*.tar")
+    finally:
+        server.stop()
+    assert "Could not connect to the endpoint" in _refused(f"{here}/part-000.tar")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    s3fs.S3FileSystem.clear_instance_cache()
+    assert "Unable to locate credentials" in _refused(f"{here}/part-000.tar")
 
 
 @pytest.mark.parametrize(
