@@ -22,16 +22,20 @@ def test_the_base_of_every_network_is_one_of_its_family(name: str, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_a_tiny_denoiser_is_exported_and_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tiny_denoiser_is_exported_and_compared(tmp_path: Path) -> None:
     base = FAMILIES["sana"](tmp_path / "sana")
     (tmp_path / "graph").mkdir()
     found = real_width.compare_denoiser(base, tmp_path / "graph")
     assert (tmp_path / "graph" / "model.onnx").is_file()
     assert 0 < found["max_error"] <= 1e-4
     assert found["peak_gib"] > 0.1
-    monkeypatch.setattr("flashdiff.engines.verify.difference", lambda *_: 2e-4)
-    with pytest.raises(BundleError, match=r"sana: the denoiser differs from torch by 2\.00e-04, more than 1e-04"):
-        real_width.compare_denoiser(base, tmp_path / "graph")
+
+
+def test_a_graph_that_is_off_is_refused() -> None:
+    real_width.check_error("sana", 1e-4)
+    for error, said in ((2e-4, "2.00e-04"), (float("nan"), "nan")):
+        with pytest.raises(BundleError, match=f"sana: the denoiser differs from torch by {said}, more than 1e-04"):
+            real_width.check_error("sana", error)
 
 
 def test_the_table_has_a_line_a_model() -> None:
