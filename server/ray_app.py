@@ -3,6 +3,8 @@
 Importing this needs no Ray: its processes import it by name, and so do tests.
 """
 
+import logging
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,13 +94,15 @@ class PendingWork:
     """
 
     def __init__(self, target_s: float = 1.0) -> None:
-        if not isinstance(target_s, int | float) or not 0 < target_s < float("inf"):
-            raise ConfigError(f"target_s: {target_s!r} is not allowed; give seconds above 0")
-        self._target_s = target_s
+        # An exception here, or in a call, would stop Ray's controller from scaling anything.
+        self._target_s = target_s if isinstance(target_s, int | float) and 0 < target_s < math.inf else None
+        if self._target_s is None:
+            message = "target_s: %r is not allowed; give seconds above 0. Until then the number of replicas stays as it is"
+            logging.getLogger("ray.serve").error(message, target_s)
 
     def __call__(self, context: Any) -> tuple[float, dict[str, Any]]:
         pending_s: Mapping[Any, float] = context.aggregated_metrics.get("pending_s", {})
-        if not pending_s:
+        if not pending_s or self._target_s is None:
             return context.target_num_replicas, {}
         return sum(pending_s.values()) / self._target_s, {}
 

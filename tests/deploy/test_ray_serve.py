@@ -28,7 +28,7 @@ from flashdiff.server.client import Client, Preview, Result, ServerError
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]
 _INSTALL_S, _START_S = 480, 180
-_MARK = "FLASHDIFF_RAY_TEST"
+_MARK = "TEST_RAY_SERVE"
 
 
 @dataclass
@@ -58,12 +58,23 @@ def _command(pid: int) -> str:
 
 
 def _marked(mark: str) -> list[int]:
-    """The processes that this test has started, by their environment."""
+    """The processes that this test has started, by their environment or, as some overwrite it with a title, by their files."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            if f"{_MARK}={mark}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+            if f"{_MARK}={mark}".encode() in (entry / "environ").read_bytes().split(b"\0") or any(
+                f"/{mark}/" in os.readlink(file) for file in (entry / "fd").iterdir()
+            ):
                 found.append(int(entry.name))
+    return found
+
+
+def _kill(mark: str) -> list[int]:
+    """Kill what this test has started, but not its own process, which has files there open too; those that it found."""
+    found = [pid for pid in _marked(mark) if pid != os.getpid()]
+    for pid in found:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     return found
 
 
@@ -101,22 +112,20 @@ def cluster(serve: Path) -> Iterator[Cluster]:
     }
     running = Cluster(f"127.0.0.1:{grpc_port}", f"http://127.0.0.1:{http_port}/flashdiff", folder, mark)
     output = folder / "output"
+    with output.open("w") as out:
+        command = [str(serve), "run", str(folder / "serve.yaml")]
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=out, stderr=out, stdin=subprocess.DEVNULL)
     try:
-        with output.open("w") as out:
-            command = [str(serve), "run", str(folder / "serve.yaml")]
-            process = subprocess.Popen(command, cwd=folder, env=environment, stdout=out, stderr=out, stdin=subprocess.DEVNULL)
         deadline = time.monotonic() + _START_S
         while not _is_up(running) and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.5)
         assert _is_up(running), output.read_text()[-5000:]
         yield running
+    finally:
         process.send_signal(signal.SIGINT)
         with suppress(subprocess.TimeoutExpired):
             process.wait(30)
-    finally:
-        for pid in _marked(mark):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        until(lambda: not _kill(mark))
         process.wait(30)
         shutil.rmtree(folder, ignore_errors=True)
 

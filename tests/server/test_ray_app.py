@@ -69,9 +69,10 @@ def test_as_many_replicas_as_the_pending_work_takes(pending_s: dict[str, float],
 
 
 @pytest.mark.parametrize("target_s", [0, -1, float("inf"), float("nan"), "1"])
-def test_a_target_that_is_no_time_is_refused(target_s: Any) -> None:
-    with pytest.raises(ConfigError, match=r"target_s: .* is not allowed; give seconds above 0"):
-        PendingWork(target_s)
+def test_a_target_that_is_no_time_is_logged_and_changes_nothing(target_s: Any, caplog: pytest.LogCaptureFixture) -> None:
+    policy = PendingWork(target_s)
+    assert f"target_s: {target_s!r} is not allowed; give seconds above 0" in caplog.text
+    assert policy(_context({"a": 5.0}))[0] == 3
 
 
 class _ProxyContext:
