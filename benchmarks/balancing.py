@@ -154,7 +154,8 @@ def measure(policy: str, count: int, requests: int, costs: NetworkCosts, *, slow
     devices = [Device(name=f"simulated:{number}") for number in range(count)]
     components = SimulatedComponents(spec, max(costs["denoiser"]), parallel_decode=True)
     model = simulated_model(components, [_times(of_one, speed) for speed in speeds], devices)
-    work_s = sum(model.work(check_order(spec, prompt="p", steps=steps)).share_ms for steps in STEPS) / len(STEPS) / 1000
+    fast = SimulatedModel(components, of_one, devices[0])
+    work_s = sum(fast.work(check_order(spec, prompt="p", steps=steps)).share_ms for steps in STEPS) / len(STEPS) / 1000
     timeline = Timeline()
     fleet = POLICIES[policy](devices, worker=SimulatedWorker, clock=timeline)
     rate = LOAD * sum(1 / speed for speed in speeds) / work_s

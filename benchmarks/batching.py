@@ -83,17 +83,13 @@ BATCHINGS: Mapping[str, type[SimulatedWorker]] = {"step": SimulatedWorker, "requ
 
 
 def run(scenarios: Sequence[Scenario], loads: Sequence[float], requests: int, report: Callable[[str], None]) -> dict[str, Any]:
-    """{"environment": ..., "costs_ms": ..., "rows": [a row for each network, scenario, load and batching]}."""
-    log = MeasurementLog(report)
-    for network, costs in networks().items():
-        for scenario in scenarios:
-            for load in loads:
-                for batching in BATCHINGS:
-                    fates = simulated(scenario, load, batching, costs, requests)
-                    log.add(
-                        {"network": network, "scenario": scenario.name, "load": load, "batching": batching, **_summary(fates)}
-                    )
-    return {"environment": read_environment({}), "costs_ms": networks(), "requests": requests, "rows": log.measurements}
+    """{"environment": ..., "costs_ms": ..., "rows": [a row for each way of decoding, network, scenario, load and batching]}."""
+    log, costs = MeasurementLog(report), networks()
+    for decoding, network, scenario, load, batching in product(DECODINGS, costs, scenarios, loads, BATCHINGS):
+        fates = simulated(scenario, load, batching, costs[network], requests, parallel_decode=decoding == "parallel")
+        conditions = {"decoding": decoding, "network": network, "scenario": scenario.name, "load": load, "batching": batching}
+        log.add(conditions | _summary(fates))
+    return {"environment": read_environment({}), "costs_ms": costs, "requests": requests, "rows": log.measurements}
 
 
 def simulated(
