@@ -159,6 +159,7 @@ def test_two_controlnets_add_up_and_start_from_an_image(
     _assert_equal(_made(model, *controls, inputs={"image": IMAGE}, parameters={"strength": 0.5}), stock)
 
 
+@pytest.mark.filterwarnings("ignore:The decode_latents method is deprecated:FutureWarning")
 @pytest.mark.parametrize("guidance", [3.0, 1.0])
 @pytest.mark.parametrize(("base", "kind"), [("sd15", "t2i"), ("sd15", "t2i-grey"), ("sdxl-late", "t2i-xl")])
 def test_a_t2i_adapter_steers_as_in_the_stock_pipeline(

@@ -42,7 +42,11 @@ _LUMA = (0.299, 0.587, 0.114)
 
 def find_control(name: str, place: str) -> Path:
     """The folder of a control network; ModelError when there is none."""
-    return find_network(f"--control {name}={place}", place, what="ControlNet or T2I-adapter", inside=("controlnet", "t2iadapter"))
+    option = f"--control {name}={place}"
+    try:
+        return find_network(option, place, what="ControlNet or T2I-adapter", inside=("controlnet", "t2iadapter"))
+    except ModelError as error:
+        raise error if option in str(error) else ModelError(f"{option}: {error}") from None
 
 
 def check_control(name: str, folder: Path, family: ModelFamily, base: Path, spec: ModelSpec) -> str:
