@@ -29,7 +29,7 @@ from flashdiff.families.base import GUIDANCE, ModelFamily, TorchModel
 from flashdiff.families.files import hash_of_all
 from flashdiff.families.hub import download_lora, hub_name, name_of
 from flashdiff.families.prints import prints_of
-from flashdiff.files import hash_file, write_whole
+from flashdiff.files import hash_file, hash_files, write_whole
 from flashdiff.kohya import to_kohya
 from flashdiff.lora_formulas import DECOMPOSED, Layer, Scaling, bias_change, check_layer, decomposed, weight_change
 from flashdiff.lora_names import LayerNames, changes_text
@@ -45,8 +45,11 @@ WEIGHTS = "pytorch_lora_weights.safetensors"
 FLASH = "flash.json"
 KOHYA = "kohya.safetensors"
 """The same weights in the naming that ComfyUI and similar tools read."""
+PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+"""The files of a LoRA that peft saved: the scale stands in the second."""
 _METADATA = "flashdiff"
 """The key of the file's metadata under which flash.json stands again."""
+_CHANGING_STARTS = ("olora", "corda", "loftq")
 _MAX_HEADER_BYTES = 100_000_000  # as safetensors has it
 ADAPTER = "student"
 """The trained adapter's name within peft."""
@@ -187,17 +190,19 @@ def find_lora(name: str) -> Path:
             if (folder / "training").exists() and not (folder / FLASH).exists():
                 raise LoraError(f"{folder} holds an unfinished training run: give `flashdiff distill` again, it goes on")
             return folder
+        if (folder / PEFT_WEIGHTS).is_file():
+            return folder / PEFT_WEIGHTS
     if not Path(name).exists() and (on_hub := hub_name(name)):
-        return download_lora(on_hub, WEIGHTS, FLASH)
+        return download_lora(on_hub, WEIGHTS, (FLASH, PEFT_CONFIG))
     raise LoraError(
-        f"no LoRA '{name}': give a folder that holds {WEIGHTS}, a .safetensors file, a hub id (owner/name[/file]), "
-        "or 'avatars-flash'"
+        f"no LoRA '{name}': give a folder that holds {WEIGHTS} or {PEFT_WEIGHTS}, a .safetensors file, a hub id "
+        "(owner/name[/file]), or 'avatars-flash'"
     )
 
 
 def lora_name(lora: Path) -> str:
     """What a LoRA is called: its folder's or repository's name where its file has the usual one."""
-    return name_of(lora.parent) if lora.name == WEIGHTS else lora.name
+    return name_of(lora.parent) if lora.name in (WEIGHTS, PEFT_WEIGHTS) else lora.name
 
 
 def _weights_file(lora: Path) -> Path:
@@ -210,11 +215,13 @@ def _flash_file(lora: Path) -> Path:
 
 def lora_files(lora: Path) -> list[Path]:
     """The files of a LoRA that are read."""
-    return [_weights_file(lora), _flash_file(lora)]
+    return [_weights_file(lora), _flash_file(lora), *([lora.parent / PEFT_CONFIG] if lora.name == PEFT_WEIGHTS else [])]
 
 
 def lora_hash(lora: Path) -> str:
-    """Hash of the LoRA's weights."""
+    """Hash of the LoRA's weights, and of the file that holds their scale where peft saved them."""
+    if lora.name == PEFT_WEIGHTS and (lora.parent / PEFT_CONFIG).is_file():
+        return hash_files(lora.parent, [lora, lora.parent / PEFT_CONFIG])
     return hash_file(_weights_file(lora))
 
 
@@ -404,6 +411,8 @@ def read_lora(lora: Path, model: TorchModel, family: ModelFamily) -> LoraFile:
         raise LoraError(f"{file} is damaged: {first_line(error)}") from None
     if not weights:
         raise LoraError(f"{file} holds no layer")
+    if file.name == PEFT_WEIGHTS:
+        settings = {f"{family.lora_prefix}.{key}": value for key, value in _peft_settings(file.parent / PEFT_CONFIG).items()}
     parts = {name: part for name, part in model.weights.items() if name.startswith(("text_encoder", family.lora_prefix))}
     names = LayerNames(parts, family.lora_prefix)
     layers: dict[tuple[str, str], dict[str, Tensor]] = {}
@@ -421,6 +430,24 @@ def read_lora(lora: Path, model: TorchModel, family: ModelFamily) -> LoraFile:
         if problem := check_layer(layer):
             raise LoraError(f"{file}: '{keys[at]}': {problem}")
     return LoraFile(path=file, layers=layers, keys=keys, settings=settings)
+
+
+def _peft_settings(file: Path) -> dict[str, Any]:
+    """peft's settings of an adapter, or LoraError for one whose file does not hold all that it does."""
+    try:
+        settings: dict[str, Any] = dict(read_json(file))
+    except FileNotFoundError:
+        raise LoraError(f"{file} is missing: it holds the scale of {PEFT_WEIGHTS}; download both") from None
+    except (OSError, ValueError, TypeError) as error:
+        raise LoraError(f"{file} cannot be read: {first_line(error)}") from None
+    if settings.get("peft_type") != "LORA":
+        raise LoraError(f"{file}: its peft_type is {settings.get('peft_type')!r}; of peft's adapters only LORA can be fused")
+    if (start := settings.get("init_lora_weights")) in _CHANGING_STARTS or str(start).startswith("pissa"):
+        raise LoraError(
+            f"{file}: init_lora_weights is {start!r}, which changed the base's own weights; save the adapter with peft's "
+            "`path_initial_model_for_weight_conversion`, which makes it an ordinary LoRA"
+        )
+    return settings
 
 
 # --- safetensors' header ---------------------------------------------------------------------------------------------

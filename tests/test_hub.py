@@ -94,6 +94,14 @@ def test_a_lora_is_its_folder_its_only_file_or_the_file_named(hub: Hub) -> None:
     assert find_lora(f"owner/flash/{KOHYA}").name == KOHYA
 
 
+def test_an_adapter_of_peft_comes_with_its_settings(hub: Hub, tmp_path: Path) -> None:
+    for name in ("adapter_model.safetensors", "adapter_config.json", "README.md"):
+        (tmp_path / name).write_text(name)
+    hub.repositories["owner/adapter"] = tmp_path
+    found = find_lora("owner/adapter")
+    assert (lora_name(found), hub.downloaded) == ("adapter", ["adapter_config.json", "adapter_model.safetensors"])
+
+
 def test_a_variant_is_downloaded_alone_and_shown_under_plain_names(hub: Hub) -> None:
     base = find_base("owner/tiny@v1", variant="fp16")
     weights = [name for name in hub.downloaded if name.endswith(".safetensors")]

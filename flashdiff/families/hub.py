@@ -75,10 +75,10 @@ def download_config(name: HubName) -> Path:
     return _given(name, lambda: _download(name, choose, INDEX), lambda why: ModelError(f"{refused} ({why})"))[0]
 
 
-def download_lora(name: HubName, usual: str, companion: str) -> Path:
+def download_lora(name: HubName, usual: str, companions: tuple[str, ...]) -> Path:
     """A LoRA in the hub's cache: the file named, or the repository's folder where it holds the file `usual`, or its only file.
 
-    `companion` is a file that is taken with the weights where there is one. LoraError when the hub does not give it.
+    `companions` are files that are taken with the weights where there are such. LoraError when the hub does not give it.
     """
 
     def choose(names: list[str]) -> Iterable[str]:
@@ -86,7 +86,8 @@ def download_lora(name: HubName, usual: str, companion: str) -> Path:
         if file not in names:
             raise LoraError(f"no LoRA '{name}': {name.repository} on the hub has no file {file}")
         folder = file.rpartition("/")[0]
-        return [file, *({f"{folder}/{companion}".removeprefix("/")} & {*names})]
+        with_it = {f"{folder}/{companion}".removeprefix("/") for companion in companions}
+        return [file, *sorted(with_it & {*names})]
 
     refused = f"no LoRA '{name}': neither a file nor a folder, and the hub did not give it"
     folder, names = _given(name, lambda: _download(name, choose, name.file), lambda why: LoraError(f"{refused} ({why})"))
