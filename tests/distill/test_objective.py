@@ -163,7 +163,7 @@ def test_distribution_matching_guides_its_teacher_as_the_pipeline_does(
     alone = recipe.phases[0].model_copy(update={"distillation": 0.0, "adversarial": 0.0})
     x0 = torch.randn(BATCH, 16, 8, 8, generator=torch.Generator().manual_seed(5))
     said, nothing = (model.encode_ids(model.tokenizer(prompts)) for prompts in (["a dog", "two cats"], [""]))
-    batch = Targets(x0, x0, torch.tensor([999, 499]), said, x0)
+    batch = Targets(x0, x0, torch.tensor([999, 499]), said, x0, torch.ones(16))
     seen: list[Tensor] = []
     monkeypatch.setattr(distribution_matching, "distribution_matching_loss", lambda *x0s: seen.append(x0s[2]) or x0s[0].sum())
     objective.losses(_micro_batch(batch, x0), alone)
