@@ -42,7 +42,7 @@ def test_a_bare_name_finds_the_bundled_recipe_unless_there_is_such_a_file(
         (
             "base = ",
             'loss = { distillation = "l3" }\nbase = ',
-            r"'loss.distillation' = 'l3': input should be 'l2'",
+            r"'loss.distillation.kind' = 'l3': input should be 'l2'",
         ),
         ("rank = 4", "rank = 0", r"'lora.rank' = 0: input should be greater than or equal to 1"),
         ("base = ", "# base = ", r"'base' is missing"),
