@@ -13,10 +13,15 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
+from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from tiny import make_tiny_sd15
+
+# No clock decides a test: hypothesis would fail one whose examples are slow to make or to run.
+settings.register_profile("any-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any-machine")
 
 Once = Callable[[str, Callable[[Path], object]], Path]
 

@@ -28,7 +28,6 @@ _FUZZ = settings(
     max_examples=int(os.environ.get("FLASHDIFF_FUZZ", "60")),
     derandomize=True,
     database=None,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 _VALUES: list[Any] = [

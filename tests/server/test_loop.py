@@ -97,7 +97,7 @@ _EVENT = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(_EVENT, max_size=40), st.booleans(), st.booleans())
 def test_whatever_the_order_of_arrivals_departures_and_calls_each_job_is_answered_once(
     events: list[tuple], is_parallel: bool, is_guided: bool

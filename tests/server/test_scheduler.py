@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from flashdiff.components import Size
@@ -263,7 +263,6 @@ def test_the_margin_is_learned_until_one_promise_in_a_hundred_is_broken(typical:
 _REQUEST = st.tuples(st.lists(st.integers(1, 6), min_size=1, max_size=6), st.integers(1, 2), st.booleans(), st.booleans())
 
 
-@settings(deadline=None)
 @given(st.lists(_REQUEST, min_size=1, max_size=12))
 def test_finish_times_are_what_the_policy_then_takes(requests: list[tuple[list[int], int, bool, bool]]) -> None:
     """Requests of so many steps a row, in two sizes, guided or not, in order of urgency, stepped and decoded as `choose` says."""
