@@ -18,8 +18,9 @@ import grpc
 import pytest
 import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from ports import reserved_ports
 from ray_fake import hash_of
-from replicas import Load, free_ports
+from replicas import Load
 from served import until
 
 from flashdiff.proto.v1 import image_pb2, image_pb2_grpc
@@ -93,8 +94,12 @@ def serve() -> Path:
 
 @pytest.fixture(scope="module")
 def cluster(serve: Path) -> Iterator[Cluster]:
+    with reserved_ports(2) as (grpc_port, http_port):
+        yield from _running(serve, grpc_port, http_port)
+
+
+def _running(serve: Path, grpc_port: int, http_port: int) -> Iterator[Cluster]:
     folder = Path(tempfile.mkdtemp(prefix="fd", dir="/tmp"))  # Ray's sockets lie there: their paths must be short
-    grpc_port, http_port = free_ports(2)
     config = yaml.safe_load((ROOT / "deploy" / "ray" / "serve.yaml").read_text())
     config["grpc_options"]["port"], config["http_options"]["port"] = grpc_port, http_port
     (application,) = config["applications"]
