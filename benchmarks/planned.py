@@ -145,7 +145,7 @@ def main() -> int:
         print(table(results["rows"]))
         write_results(options.json, results, indent=2)
 
-    return run_command("planned", work)
+    return run_command("planned.py", work)
 
 
 def _parse_loads(text: str) -> list[float]:

@@ -18,6 +18,8 @@ from flashdiff.orders import Order, Pixels
 from flashdiff.server.images import encode_image
 from flashdiff.server.names import ImageFormat
 
+THREADS = 2
+"""That write files, of one server, whatever the number of its devices."""
 _MAX_READING = 16  # images of requests at once: nothing has been promised to these yet
 _MAX_READING_OF_ONE = 12  # of these for one client, so that one client cannot take all of them
 _READING_RETRY_S = 0.1
@@ -95,7 +97,7 @@ class ImageThreads:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="flashdiff-images")
+        self._threads = ThreadPoolExecutor(max_workers=THREADS, thread_name_prefix="flashdiff-images")
         self._reader = _Reader()
         self._reading = Counter[str]()
         # When a file was last written, and seconds a pixel, by format and whether it has the default quality.

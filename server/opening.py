@@ -36,10 +36,12 @@ class ExpectedBundles:
 
     def check(self, bundle: Path) -> None:
         """BundleError for a bundle of another hash."""
-        if not self.hashes:
-            return
-        found = parse_manifest(bundle)[1].bundle_hash
-        if not found.startswith(self.hashes):
+        if self.hashes:
+            self.check_hash(bundle, parse_manifest(bundle)[1].bundle_hash)
+
+    def check_hash(self, bundle: Path, found: str) -> None:
+        """BundleError when the bundle has been found to have another hash."""
+        if self.hashes and not found.startswith(self.hashes):
             raise BundleError(f"{bundle} has the hash {found}, and --expect-bundle allows {', '.join(self.hashes)} alone")
 
 
@@ -56,8 +58,11 @@ def open_models(
 
     def open_expected(bundle: Path, devices: Sequence[Device]) -> Model:
         if expected:
-            expected.check(bundle)
-        return open_model(bundle, devices)
+            expected.check(bundle)  # before minutes of compiling
+        model = open_model(bundle, devices)
+        if expected:
+            expected.check_hash(bundle, model.identity.bundle_hash)  # the folder may have been replaced meanwhile
+        return model
 
     names = [bundle.absolute().name for bundle in bundles]
     if len(set(names)) < len(names):

@@ -47,6 +47,12 @@ class Options(Record):
     def _split(cls, value: object) -> object:
         return [part for part in value.split(",") if part] if isinstance(value, str) else value
 
+    @field_validator("tokens")
+    @classmethod
+    def _found_by_every_replica(cls, value: Path | None) -> Path | None:
+        """Replicas run in folders of their own."""
+        return value and value.absolute()
+
     @field_validator("bundles")
     @classmethod
     def _some(cls, value: tuple[Path, ...]) -> tuple[Path, ...]:

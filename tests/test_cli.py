@@ -74,13 +74,18 @@ def test_generate_writes_one_file_an_image(student_bundle: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("option", ["--port", "--http-port", "--metrics-port"])
-def test_a_port_in_use_is_found_before_a_model_is_built(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("model", [("--base", "no-such-base"), ("avatars",)])
+def test_a_port_in_use_is_found_before_a_model_is_built(
+    model: tuple[str, ...], option: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     import socket
 
+    monkeypatch.chdir(tmp_path)  # no folder of the embedded model's name is here
+    monkeypatch.setattr("flashdiff.cli.bundles._built", lambda *_: pytest.fail("it builds"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         others = () if option == "--port" else ("--port", 0)
-        said = _run(capsys, "serve", "--base", "no-such-base", option, port, *others)
+        said = _run(capsys, "serve", *model, option, port, *others)
     assert f"cannot listen on 127.0.0.1:{port}: the port is in use; choose another with {option}" in said
 
 
@@ -89,9 +94,11 @@ def test_a_port_in_use_is_found_before_a_model_is_built(option: str, capsys: pyt
     [(("--tokens", "none"), "none: cannot read"), (("--tls-cert", "none", "--tls-key", "none"), "--tls-cert none: cannot read")],
 )
 def test_a_file_that_cannot_be_read_is_found_before_a_model_is_built(
-    options: tuple[str, ...], why: str, capsys: pytest.CaptureFixture[str]
+    options: tuple[str, ...], why: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert why in _run(capsys, "serve", "--base", "no-such-base", "--port", 0, *options)
+    monkeypatch.setattr("flashdiff.cli.bundles._built", lambda *_: pytest.fail("it builds"))
+    for model in (("--base", "no-such-base"), ("avatars",)):
+        assert why in _run(capsys, "serve", *model, "--port", 0, *options)
 
 
 def test_the_served_pixels_are_those_of_generate_and_sigterm_ends_the_server_well(student_bundle: Path, tmp_path: Path) -> None:

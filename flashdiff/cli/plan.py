@@ -117,7 +117,7 @@ def _lines(demand: "Demand", found: "Forecast") -> list[str]:
     times = ", ".join(f"{name} {'-' if ms is None else f'{ms:g}'}" for name, ms in found.latency_ms.items())
     why = "".join(f", {count} {error}" for error, count in found.refusals.items())
     return [
-        f"devices      {found.devices}",
+        f"devices      {found.devices}{f', on at least {found.servers} servers' if found.servers > 1 else ''}",
         f"in time      {found.in_time:.1%} of the requests within {demand.p99_s:g} s",
         f"latency      {times} ms, from arrival to the file",
         f"refused      {found.refused:.1%}{why}",

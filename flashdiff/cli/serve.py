@@ -155,8 +155,8 @@ def run(options: argparse.Namespace) -> None:
     devices = (DEFAULT_DEVICE,) if options.device is None else parse_devices(options.device)
     if options.backend is None and (options.device or "").startswith("cpu:"):
         options.backend = best_backend(on_cpu=True)
+    check_listen(listen)  # before `find_bundles`, which may build the embedded model
     bundles = find_bundles(options.bundles)
-    check_listen(listen)
     if options.base is not None:
         bundles.append(bundle_of_base(options))
     for bundle in bundles:

@@ -11,6 +11,7 @@ from flashdiff.engines.runtime.device import Device
 from flashdiff.errors import ConfigError
 from flashdiff.orders import Order
 from flashdiff.server.fleet import Fleet
+from flashdiff.server.image_threads import THREADS
 from flashdiff.server.planning.devices import SimulatedModel, SimulatedWorker, simulated_model
 from flashdiff.server.planning.simulation import Arrival, Fate, simulate
 from flashdiff.server.planning.timeline import Timeline
@@ -22,6 +23,7 @@ IN_TIME = 0.99
 REQUESTS = 5000
 """Of one simulation: fifty of them decide the 99th percentile."""
 _WARM_UP = 0.1  # share of the requests, from the start, that are left out: they find an empty server
+_BUSY_WRITING = 0.8  # of the time of the threads that write files, at most: beyond that images wait for them
 _GROWN = 1.5  # times longer in the last third than in the first: a queue that would grow for ever
 
 
@@ -46,6 +48,8 @@ class Forecast:
     """What becomes of the load on so many devices."""
 
     devices: int
+    servers: int
+    """Processes that share the devices, as each has few threads that write files."""
     requests: int
     in_time: float
     """Share of the requests answered within the wanted time."""
@@ -82,10 +86,15 @@ def plan(components: Components, costs: Sequence[Costs], demand: Demand, report:
     fewest = _fewest(components, costs, demand)
     if fewest > MAX_DEVICES:
         raise ConfigError(f"--rate {demand.rate:g}: this takes more than {MAX_DEVICES} devices; give at most the rate of so many")
+    servers = max(1, math.ceil(demand.rate * demand.files_s / (_BUSY_WRITING * THREADS)))
+    if servers > 1:
+        report(
+            f"writing files keeps {demand.rate * demand.files_s:.1f} threads busy, and a server has {THREADS}: {servers} servers"
+        )
     forecasts: dict[int, Forecast] = {}
 
     def is_enough(devices: int) -> bool:
-        found = forecast(components, costs, demand, devices)
+        found = forecast(components, costs, demand, devices, servers=servers)
         in_time = "too few" if found is None else f"{found.in_time:.1%} within {demand.p99_s:g} s"
         report(f"{devices} device{'s' * (devices > 1)}: {in_time}")
         if found:
@@ -96,7 +105,14 @@ def plan(components: Components, costs: Sequence[Costs], demand: Demand, report:
 
 
 def forecast(
-    components: Components, costs: Sequence[Costs], demand: Demand, devices: int, *, to_the_end: bool = False, seed: int = 0
+    components: Components,
+    costs: Sequence[Costs],
+    demand: Demand,
+    devices: int,
+    *,
+    servers: int = 1,
+    to_the_end: bool = False,
+    seed: int = 0,
 ) -> Forecast | None:
     """What becomes of the load on so many devices; equal arguments give equal forecasts.
 
@@ -114,11 +130,13 @@ def forecast(
         late += fate.arrival.at >= counted_from and (fate.latency_s is None or fate.latency_s > demand.p99_s)
         return not to_the_end and late > (1 - IN_TIME) * (1 - _WARM_UP) * REQUESTS
 
-    fates = simulate(arrivals, fleet, model, timeline, files_s=demand.files_s, is_decided=is_hopeless)
+    fates = simulate(
+        arrivals, fleet, model, timeline, files_s=demand.files_s, file_threads=servers * THREADS, is_decided=is_hopeless
+    )
     if not to_the_end and (len(fates) < len(arrivals) or _queue_grows(fates)):
         return None
     busy = [worker.processor.busy_s for worker in fleet.workers if isinstance(worker, SimulatedWorker)]
-    return _summary(fates, demand, busy, timeline.now)
+    return _summary(fates, demand, servers, busy, timeline.now)
 
 
 def arrivals_of(components: Components, demand: Demand, requests: int, seed: int) -> Iterator[Arrival]:
@@ -136,13 +154,14 @@ def percentile(samples: Sequence[float], percent: float) -> float | None:
     return sorted(samples)[max(0, math.ceil(percent / 100 * len(samples)) - 1)] if samples else None
 
 
-def _summary(fates: Sequence[Fate], demand: Demand, busy_s: Sequence[float], end_s: float) -> Forecast:
+def _summary(fates: Sequence[Fate], demand: Demand, servers: int, busy_s: Sequence[float], end_s: float) -> Forecast:
     counted = fates[int(_WARM_UP * len(fates)) :]
     latencies = [fate.latency_s for fate in counted if fate.latency_s is not None]
     batches = [slots for fate in counted for slots in fate.batches]
     times = {f"p{percent}": percentile(latencies, percent) for percent in (50, 90, 95, 99)}
     return Forecast(
         devices=len(busy_s),
+        servers=servers,
         requests=len(counted),
         in_time=sum(latency <= demand.p99_s for latency in latencies) / len(counted),
         latency_ms={name: None if seconds is None else round(1000 * seconds, 1) for name, seconds in times.items()},
@@ -161,7 +180,8 @@ def _queue_grows(fates: Sequence[Fate]) -> bool:
 
 
 def _check_least(components: Components, costs: Sequence[Costs], demand: Demand) -> None:
-    steps, least_s = max((least_p99_s(components, of, demand) for of in costs), key=lambda least: least[1])
+    """ConfigError for times that the fastest device cannot keep either: enough of those can serve the whole load."""
+    steps, least_s = min((least_p99_s(components, of, demand) for of in costs), key=lambda least: least[1])
     alone = f"a request of {steps} step{'s' * (steps > 1)} takes {least_s:.3g} s on an idle device"
     if least_s > demand.p99_s:
         raise ConfigError(f"--p99 {demand.p99_s:g}: {alone}, so no number of devices has a lower 99th percentile; give more")

@@ -1,11 +1,13 @@
 """A load on simulated devices: what becomes of every request."""
 
+import heapq
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from flashdiff.errors import FlashdiffError
 from flashdiff.orders import Order
+from flashdiff.server.image_threads import THREADS
 from flashdiff.server.jobs import Job
 from flashdiff.server.models import Model
 from flashdiff.server.planning.timeline import Timeline
@@ -46,14 +48,15 @@ def simulate(
     timeline: Timeline,
     *,
     files_s: float = 0.0,
+    file_threads: int = THREADS,
     is_decided: Callable[[Fate], bool] = lambda fate: False,
 ) -> list[Fate]:
-    """The fate of each arrival, in order; `files_s` is how long writing a request's files takes.
+    """The fate of each arrival, in order; `files_s` is how long one of the threads that write files takes for a request's.
 
     The submitter's workers are simulated ones, and its clock is the timeline. `is_decided` gets each fate as it becomes known;
     with True the simulation ends, and what is open then has no fate.
     """
-    run = _Run(submitter, model, timeline, files_s, is_decided)
+    run = _Run(submitter, model, timeline, files_s, [0.0] * file_threads, is_decided)
     given = list(arrivals)
     for arrival in given:
         timeline.schedule(arrival.at, partial(run.arrive, arrival))
@@ -67,6 +70,8 @@ class _Run:
     model: Model
     timeline: Timeline
     files_s: float
+    free_at: list[float]
+    """A heap of the times from which each thread that writes files is free."""
     is_decided: Callable[[Fate], bool]
 
     def __post_init__(self) -> None:
@@ -92,8 +97,10 @@ class _Run:
             self.timeline.schedule(now, partial(self.submitter.release, job))
             self._note(Fate(arrival=arrival, error=type(error).__name__))
         else:
-            finished, latency_s = job.answer.result(), now - arrival.at + self.files_s
-            self.timeline.schedule(now + self.files_s, partial(self.submitter.release, job))
+            finished, written_at = job.answer.result(), max(now, self.free_at[0]) + self.files_s
+            heapq.heapreplace(self.free_at, written_at)
+            self.timeline.schedule(written_at, partial(self.submitter.release, job))
+            latency_s = written_at - arrival.at
             self._note(Fate(arrival=arrival, latency_s=latency_s, batches=finished.batches, device=finished.device))
 
     def _note(self, fate: Fate) -> None:

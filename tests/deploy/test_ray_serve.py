@@ -1,4 +1,7 @@
-"""Ray Serve for real: deploy/ray/serve.yaml with two replicas of a fake model, in an environment that the Makefile makes."""
+"""Ray Serve for real: deploy/ray/serve.yaml with two replicas of a fake model, in an environment that the Makefile makes.
+
+One test runs all cases, so that test processes that share the work start one Ray and not several.
+"""
 
 import os
 import re
@@ -9,25 +12,32 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 import yaml
+from filelock import FileLock
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from ports import reserved_ports
 from ray_fake import hash_of
-from replicas import Load, free_ports
+from replicas import Load
 from served import until
 
 from flashdiff.proto.v1 import image_pb2, image_pb2_grpc
 from flashdiff.server.client import Client, Preview, Result, ServerError
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 ROOT = Path(__file__).parents[2]
 _INSTALL_S, _START_S = 480, 180
+_NO_INDEX = re.compile(
+    r"from versions: none|connection|timed out|timeout|name resolution|network|proxy|HTTP error|SSLError", re.I
+)
+"""What pip says when it cannot reach the index or the index lacks the package; all else is a fault of the repository."""
 _MARK = "TEST_RAY_SERVE"
 
 
@@ -78,23 +88,28 @@ def _kill(mark: str) -> list[int]:
     return found
 
 
-@pytest.fixture(scope="module")
-def serve() -> Path:
+def _installed() -> Path:
     """Ray's command, in an environment that is made when it is not there."""
     command = ["make", "-s", f"PYTHON={sys.executable}", ".venv-ray/.installed"]
-    try:
-        made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=_INSTALL_S)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        pytest.skip(f"Ray could not be installed: {error}")
-    if made.returncode:
-        pytest.skip(f"Ray could not be installed: {(made.stderr.strip().splitlines() or ['no reason given'])[-1]}")
+    (ROOT / "build").mkdir(exist_ok=True)
+    with FileLock(ROOT / "build" / "venv-ray.lock"):
+        made = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+        try:
+            said = made.communicate(timeout=_INSTALL_S)[0]
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(made.pid, signal.SIGKILL)  # pip too, which would go on without make
+    if made.returncode and _NO_INDEX.search(said):
+        pytest.skip(f"Ray could not be installed: {said.strip().splitlines()[-1]}")
+    assert made.returncode == 0, f"Ray could not be installed: {said[-3000:]}"
     return ROOT / ".venv-ray" / "bin" / "serve"
 
 
-@pytest.fixture(scope="module")
-def cluster(serve: Path) -> Iterator[Cluster]:
+@contextmanager
+def _running(serve: Path, grpc_port: int, http_port: int) -> Iterator[Cluster]:
     folder = Path(tempfile.mkdtemp(prefix="fd", dir="/tmp"))  # Ray's sockets lie there: their paths must be short
-    grpc_port, http_port = free_ports(2)
     config = yaml.safe_load((ROOT / "deploy" / "ray" / "serve.yaml").read_text())
     config["grpc_options"]["port"], config["http_options"]["port"] = grpc_port, http_port
     (application,) = config["applications"]
@@ -116,10 +131,7 @@ def cluster(serve: Path) -> Iterator[Cluster]:
         command = [str(serve), "run", str(folder / "serve.yaml")]
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=out, stderr=out, stdin=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + _START_S
-        while not _is_up(running) and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.5)
-        assert _is_up(running), output.read_text()[-5000:]
+        _wait_for_two_replicas(running, process, output)
         yield running
     finally:
         process.send_signal(signal.SIGINT)
@@ -130,17 +142,20 @@ def cluster(serve: Path) -> Iterator[Cluster]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _is_up(cluster: Cluster) -> bool:
-    """Whether two replicas answer."""
-    hashes = set()
+def _wait_for_two_replicas(cluster: Cluster, process: "subprocess.Popen[bytes]", output: Path) -> None:
+    """Until both have answered."""
+    hashes, deadline = set[str](), time.monotonic() + _START_S
     with Client(cluster.address, retries=False) as client:
-        for _ in range(20):
-            with suppress(ServerError):
+        while len(hashes) < 2:
+            assert process.poll() is None, f"Ray has ended: {output.read_text()[-5000:]}"
+            assert time.monotonic() < deadline, f"{len(hashes)} of 2 replicas answer: {output.read_text()[-5000:]}"
+            try:
                 hashes.add(client.generate("x", steps=1, timeout_s=10).model.bundle_hash)
-    return len(hashes) == 2
+            except ServerError:
+                time.sleep(0.5)
 
 
-def test_calls_are_answered_as_by_flashdiff_serve(cluster: Cluster) -> None:
+def _calls_are_answered_as_by_flashdiff_serve(cluster: Cluster) -> None:
     with Client(cluster.address, retries=False) as client:
         assert client.models(timeout_s=60) == ["fake", "other"]
         assert client.generate("x", model="other", timeout_s=60).model.name == "other"
@@ -155,7 +170,7 @@ def test_calls_are_answered_as_by_flashdiff_serve(cluster: Cluster) -> None:
                 call("x", steps=99, timeout_s=60)
 
 
-def test_a_deadline_that_cannot_be_met_is_refused_by_the_replica(cluster: Cluster) -> None:
+def _a_deadline_that_cannot_be_met_is_refused_by_the_replica(cluster: Cluster) -> None:
     def is_refused(stream: bool) -> bool:
         """Before the client's own clock ends the call."""
         with Client(cluster.address, retries=False) as client:
@@ -172,38 +187,39 @@ def test_a_deadline_that_cannot_be_met_is_refused_by_the_replica(cluster: Cluste
     until(lambda: is_refused(stream=True))
 
 
-def test_a_full_queue_says_when_to_come_back_and_those_that_leave_make_room(cluster: Cluster) -> None:
+def _a_full_queue_says_when_to_come_back_and_those_that_leave_make_room(cluster: Cluster) -> None:
+    # Each queue takes 6 requests of 16 images from one client, so the thirteenth is refused at the latest.
     request = image_pb2.GenerateRequest(prompt="x", steps=4, count=16)
-    with grpc.insecure_channel(cluster.address, (("grpc.enable_retries", 0),)) as channel:
+    with grpc.insecure_channel(cluster.address, (("grpc.enable_retries", 0),)) as channel, Client(cluster.address) as client:
         stub = image_pb2_grpc.ImageServiceStub(channel)
-        calls = [stub.Generate.future(request, timeout=120) for _ in range(8)]
-        streams = [stub.GenerateStream(request, timeout=120) for _ in range(12)]
-        for calls_of_kind in (calls, streams):
-            until(lambda calls=calls_of_kind: any(call.done() and call.code() != grpc.StatusCode.OK for call in calls))  # type: ignore[misc]
-            refused = next(call for call in calls_of_kind if call.done() and call.code() != grpc.StatusCode.OK)
+        for send in (stub.Generate.future, stub.GenerateStream):
+            calls = [send(request, timeout=120) for _ in range(16)]
+            until(lambda calls=calls: any(_is_failed(call) for call in calls))  # type: ignore[misc]
+            refused = next(call for call in calls if _is_failed(call))
             assert refused.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
             assert refused.details().startswith("the queue is full")
             assert int(dict(refused.trailing_metadata())["grpc-retry-pushback-ms"]) >= 100
-        for call in (*calls, *streams):
-            call.cancel()
-    with Client(cluster.address) as client:
-        until(lambda: all(client.estimate("x", timeout_s=60).pending_images == 0 for _ in range(10)))
+            for call in calls:
+                call.cancel()
+            until(lambda: all(client.estimate("x", timeout_s=60).pending_images == 0 for _ in range(10)))
     logs = "".join(cluster.log(pid) for pid in cluster.replicas())
     assert re.search(r"ImageService/Generate id=.* code=CANCELLED", logs)
     assert re.search(r"ImageService/GenerateStream id=.* code=CANCELLED", logs)
 
 
-def test_the_client_waits_as_long_as_a_full_queue_says_and_tries_again(cluster: Cluster) -> None:
-    # Each queue takes 6 requests of 16 images from one client, so some only fit when others are done.
-    before = _refused(cluster)
-    results: list[Result | ServerError] = []
+def _the_client_waits_as_long_as_a_full_queue_says_and_tries_again(cluster: Cluster) -> None:
+    # Twelve of these fit; the others come at the same time, and fit when some are done.
+    before, start = _refused(cluster), threading.Barrier(16)
+    results: list[Result | Exception] = []
 
     def send(streams: bool) -> None:
-        options = {"steps": 1, "count": 16, "timeout_s": 120.0}
+        options = {"steps": 4, "count": 16, "timeout_s": 120.0}
         try:
             with Client(cluster.address) as client:
+                client.models(timeout_s=60)  # it is connected
+                start.wait(60)
                 results.append(list(client.stream("x", **options))[-1] if streams else client.generate("x", **options))  # type: ignore[arg-type]
-        except ServerError as error:
+        except (ServerError, threading.BrokenBarrierError) as error:
             results.append(error)
 
     threads = [threading.Thread(target=send, args=(bool(number % 2),)) for number in range(16)]
@@ -215,7 +231,7 @@ def test_the_client_waits_as_long_as_a_full_queue_says_and_tries_again(cluster: 
     assert _refused(cluster) > before
 
 
-def test_health_is_checked_and_not_watched(cluster: Cluster) -> None:
+def _health_is_checked_and_not_watched(cluster: Cluster) -> None:
     with grpc.insecure_channel(cluster.address) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         for name in ("", "flashdiff.v1.ImageService", "other"):
@@ -227,7 +243,7 @@ def test_health_is_checked_and_not_watched(cluster: Cluster) -> None:
     assert "health cannot be watched; call Check" in failed.value.details()
 
 
-def test_one_replica_is_killed_under_load_and_no_request_is_lost_or_answered_twice(cluster: Cluster) -> None:
+def _one_replica_is_killed_under_load_and_no_request_is_lost_or_answered_twice(cluster: Cluster) -> None:
     killed, living = cluster.replicas()
     answered_before = {pid: _answered(cluster.log(pid)) for pid in (killed, living)}
     with Load(cluster.address) as load:
@@ -235,7 +251,7 @@ def test_one_replica_is_killed_under_load_and_no_request_is_lost_or_answered_twi
         until(lambda: bool(load.hashes[hash_of(killed)] and load.hashes[hash_of(living)]))
         os.kill(killed, signal.SIGKILL)
         load.wait_for(40)
-        until(lambda: len(load.hashes) == 3)  # Ray has started another
+        until(lambda: len(load.hashes) == 3, _START_S)  # Ray has started another
         load.wait_for(10)
     assert load.lost == []
     assert {hash_of(pid) for pid in cluster.replicas()} == set(load.hashes) - {hash_of(killed)}
@@ -246,9 +262,35 @@ def test_one_replica_is_killed_under_load_and_no_request_is_lost_or_answered_twi
     assert load.hashes[hash_of(killed)] <= _answered(cluster.log(killed)) - answered_before[killed]
 
 
+def _is_failed(call: Any) -> bool:
+    return call.done() and call.code() != grpc.StatusCode.OK
+
+
 def _refused(cluster: Cluster) -> int:
     return sum(cluster.log(pid).count("code=RESOURCE_EXHAUSTED") for pid in cluster.replicas())
 
 
 def _answered(log: str) -> int:
     return len(re.findall(r"ImageService/Generate id=.* code=OK", log))
+
+
+_CASES: tuple[Callable[[Cluster], None], ...] = (
+    _calls_are_answered_as_by_flashdiff_serve,
+    _a_deadline_that_cannot_be_met_is_refused_by_the_replica,
+    _a_full_queue_says_when_to_come_back_and_those_that_leave_make_room,
+    _the_client_waits_as_long_as_a_full_queue_says_and_tries_again,
+    _health_is_checked_and_not_watched,
+    _one_replica_is_killed_under_load_and_no_request_is_lost_or_answered_twice,
+)
+"""In this order: the last one kills a replica."""
+
+
+def test_ray_serve_keeps_what_flashdiff_serve_promises() -> None:
+    serve = _installed()
+    with reserved_ports(2) as (grpc_port, http_port), _running(serve, grpc_port, http_port) as cluster:
+        for case in _CASES:
+            try:
+                case(cluster)
+            except BaseException as error:
+                error.add_note(f"in the case {case.__name__}")
+                raise

@@ -40,7 +40,13 @@ def _sbatch(folder: Path, *arguments: str, **variables: str) -> "subprocess.Comp
     for name, text in programs.items():
         (folder / name).write_text(f"#!/bin/sh\n{text}\n")
         (folder / name).chmod(0o755)
-    job = {"SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "gpu[3-4]", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8"}
+    job = {
+        "SLURM_JOB_ID": "123456",
+        "SLURM_JOB_NODELIST": "gpu[3-4]",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_GPUS_ON_NODE": "8",
+        "SLURM_CPUS_PER_TASK": "32",
+    }
     environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", **job, **variables}
     command = ["bash", str(PLACE / "slurm" / "train.sbatch"), *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -49,8 +55,8 @@ def _sbatch(folder: Path, *arguments: str, **variables: str) -> "subprocess.Comp
 def test_slurm_starts_one_torchrun_a_machine_that_finds_the_first(tmp_path: Path) -> None:
     done = _sbatch(tmp_path, "a recipe.toml", "/shared/runs/mine")
     assert done.returncode == 0, done.stderr
-    kill, program, *arguments = done.stdout.splitlines()
-    assert (kill, program) == ("--kill-on-bad-exit=1", "torchrun")
+    kill, cores, program, *arguments = done.stdout.splitlines()
+    assert (kill, cores, program) == ("--kill-on-bad-exit=1", "--cpus-per-task=32", "torchrun")
     torchrun, options = _options(arguments)
     assert (torchrun.nnodes, torchrun.nproc_per_node, torchrun.max_restarts) == ("2", "8", 3)
     assert (torchrun.rdzv_backend, torchrun.rdzv_endpoint, torchrun.rdzv_id) == ("c10d", "gpu3:23456", "123456")

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,8 @@ from flashdiff.lora import WEIGHTS
 pytestmark = pytest.mark.slow
 
 UPDATES, CHECKPOINT_EVERY = 9, 3
+_RUN_S, _STOP_S = 400, 20
+_MARK = "TEST_ELASTIC"
 DEATHS = {"0": (0, 4), "1": (1, 7)}
 """By the number of the start: the process that dies, and before which update; each time one update is lost."""
 
@@ -45,22 +49,43 @@ def _train(folder: Path, name: str, deaths: dict[str, tuple[int, int]]) -> Path:
     """The output of a run of two processes."""
     out = folder / name
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2"]
+    mark = str(out)
     settings = {
+        _MARK: mark,
         "ACCELERATE_USE_CPU": "1",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(Path(__file__).parents[2]),
         # Without it torchrun 2.13 keeps its store for all starts, where processes find the addresses of those that have ended.
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     }
-    done = subprocess.run(
-        [*torchrun, str(folder / "run.py"), str(folder / "recipe.json"), str(out), json.dumps(deaths)],
-        env={**os.environ, **settings},
-        capture_output=True,
-        text=True,
-        timeout=860,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    log = folder / f"{name}.output"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [*torchrun, str(folder / "run.py"), str(folder / "recipe.json"), str(out), json.dumps(deaths)],
+            env={**os.environ, **settings},
+            stdout=output,
+            stderr=output,
+        )
+    try:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_RUN_S)
+        assert process.poll() == 0, f"{'ended' if process.poll() else 'no end'}: {log.read_text()[-3000:]}"
+    finally:
+        _stop(process, mark)
     return out
+
+
+def _stop(torchrun: "subprocess.Popen[bytes]", mark: str) -> None:
+    """By SIGTERM, with which torchrun ends its processes; what is left, by the mark: they outlive a kill of torchrun."""
+    if torchrun.poll() is None:
+        torchrun.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            torchrun.wait(_STOP_S)
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended, or is another user's
+            if f"{_MARK}={mark}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+                os.kill(int(entry.name), signal.SIGKILL)
+    torchrun.wait(_STOP_S)
 
 
 def test_a_run_whose_processes_are_killed_ends_with_the_weights_of_an_undisturbed_one(tiny_base: Path, tmp_path: Path) -> None:

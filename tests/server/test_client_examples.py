@@ -29,6 +29,7 @@ _GO_LIBRARIES = (
 _JARS = Path("/usr/share/java")
 _JAVA_LIBRARIES = ("grpc-*", "netty-*", "protobuf", "guava", "perfmark-*", "geronimo-annotation-1.3-spec")
 _NPM_PACKAGES = ("@grpc/grpc-js@1.14.7", "@grpc/proto-loader@0.8.1", "typescript@5.9.3", "@types/node@24.19.4")
+_NPM_S = 300
 
 
 def _need(*programs: str, package: str) -> None:
@@ -80,7 +81,10 @@ def _typescript(folder: Path) -> list[str]:
     _need("npm", "node", package="nodejs and npm")
     shutil.copytree(CLIENTS / "typescript", folder, dirs_exist_ok=True)
     install = ["npm", "install", "--no-audit", "--no-fund", "--fetch-retries=0", "--prefix", str(folder), *_NPM_PACKAGES]
-    installed = subprocess.run(install, capture_output=True, text=True)
+    try:
+        installed = subprocess.run(install, capture_output=True, text=True, timeout=_NPM_S)
+    except subprocess.TimeoutExpired:
+        pytest.skip(f"npm has not installed {', '.join(_NPM_PACKAGES)} within {_NPM_S} s")
     if installed.returncode:
         pytest.skip(f"npm cannot install {', '.join(_NPM_PACKAGES)}: {installed.stderr.strip().splitlines()[:1]}")
     programs, options = folder / "node_modules" / ".bin", ["--grpcLib=@grpc/grpc-js", "--longs=String", "--outDir=generated"]

@@ -34,6 +34,12 @@ def test_a_bundle_of_another_hash_is_refused_before_it_is_opened(student_bundle:
     ExpectedBundles().check(student_bundle)
 
 
+def test_a_bundle_that_is_replaced_after_the_check_is_refused(student_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ExpectedBundles, "check", lambda *_: None)  # as if another bundle had been there
+    with pytest.raises(BundleError, match="and --expect-bundle allows 0000"):
+        open_models([student_bundle], None, expected=ExpectedBundles(("0" * 64,)))
+
+
 def test_a_repository_gives_no_bundle_of_another_hash(student_bundle: Path) -> None:
     models = open_models([], student_bundle.parent, expected=ExpectedBundles(("0" * 64,)))
     with pytest.raises(BundleError, match="and --expect-bundle allows 0000"):

@@ -14,7 +14,7 @@ from flashdiff.engines.runtime.fake import FakeComponents
 from flashdiff.errors import BundleError, ConfigError, FlashdiffError
 from flashdiff.server import ray_app
 from flashdiff.server.models import Models
-from flashdiff.server.ray_app import PendingWork, app, deployed
+from flashdiff.server.ray_app import Options, PendingWork, app, deployed
 from flashdiff.server.ray_proxy import REMAINING, add_to_server
 
 _HERE, _OTHER = "1" * 64, "2" * 64
@@ -36,6 +36,14 @@ def test_wrong_arguments_are_refused_in_one_line(arguments: dict[str, Any], said
     with pytest.raises(Exception, match=said) as refused:
         app(arguments)
     assert "\n" not in str(refused.value)
+
+
+def test_replicas_find_the_bundles_and_the_tokens_in_whatever_folder_they_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = Options(bundles=(Path("a"),), tokens=Path("tokens"))
+    assert (options.bundles, options.tokens) == ((tmp_path / "a",), tmp_path / "tokens")
 
 
 def test_without_ray_the_message_says_what_to_install() -> None:

@@ -54,6 +54,24 @@ def test_too_few_devices_refuse_what_has_a_deadline() -> None:
     assert found.utilization > 0.9
 
 
+def test_files_wait_for_the_two_threads_of_a_server() -> None:
+    """200 files a second of 9.5 ms each keep 1.9 threads busy, so with two some wait; more need further servers."""
+    lines: list[str] = []
+    ample = forecast(FAKE, [COSTS], demand(files_s=0.0095), 20, servers=2, to_the_end=True)
+    alone = forecast(FAKE, [COSTS], demand(files_s=0.0095), 20, to_the_end=True)
+    assert ample
+    assert alone
+    assert (ample.latency_ms["p99"] or 0) + 9.5 < (alone.latency_ms["p99"] or 0)
+    assert plan(FAKE, [COSTS], demand(files_s=0.0195), lines.append).servers == 3
+    assert lines[0] == "writing files keeps 3.9 threads busy, and a server has 2: 3 servers"
+    assert plan(FAKE, [COSTS], demand(files_s=0.001), print).servers == 1
+
+
+def test_the_fastest_of_unequal_devices_decides_the_least_time() -> None:
+    slow = {key: {batch: 20 * ms for batch, ms in by_batch.items()} for key, by_batch in COSTS.items()}
+    assert plan(FAKE, [COSTS, slow], demand(rate=20.0, timeout_s=0.1), lambda line: None).in_time >= 0.99
+
+
 def test_slower_devices_need_more() -> None:
     slow = {key: {batch: 2 * ms for batch, ms in by_batch.items()} for key, by_batch in COSTS.items()}
     fast, mixed = (plan(FAKE, costs, demand(), lambda line: None).devices for costs in ([COSTS], [COSTS, slow]))
