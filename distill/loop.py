@@ -109,7 +109,7 @@ def _run(recipe: Recipe, out: Path, work: Path, pools: Path | None) -> None:
         if recipe.gradient_checkpointing:
             checkpoint_gradients(model)
         if not _resume(work, student, objective) and recipe.init_from:
-            student.start_from(first_weights(recipe.init_from, model, family))
+            student.start_from(first_weights(recipe.init_from, model, family, recipe.lora))
             _log.info("the student starts with the weights of '%s'", recipe.init_from)
         _log.info("training %d LoRA parameters from update %d of %d", student.parameter_count, student.update, recipe.updates)
         tracker = open_tracker(recipe, work, student.update) if processes.is_main() else None
@@ -288,7 +288,7 @@ def _save_progress(
     if tracker:
         save_state(
             checkpoint_path(work, student.update),
-            {"student": student.state_dict(), "objective": objective.state_dict()},
+            {"student": student.state_dict(), "objective": objective.state_dict(), "base_hash": model.base_hash},
         )
         for old in checkpoints(work)[: -recipe.checkpoints_keep]:
             old.unlink()

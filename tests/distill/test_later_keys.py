@@ -21,6 +21,7 @@ from flashdiff.distill import loop, step
 from flashdiff.distill.batch import MicroBatch, Targets
 from flashdiff.distill.checkpoints import checkpoint_path, checkpoints
 from flashdiff.distill.config import DataRecipe, Recipe, bundled_recipe
+from flashdiff.distill.dry_run import dry_run
 from flashdiff.distill.loop import distill
 from flashdiff.distill.losses.distillation import whitened_loss
 from flashdiff.distill.network import Tap, checkpoint_gradients
@@ -375,6 +376,26 @@ def test_a_run_starts_from_another_runs_weights(tiny_base: Path, flash_lora: Pat
         ConfigError, match=r"init_from '.*': its '.*' has the shape .*; give a run with the same base, lora\.rank"
     ):
         distill(other, tmp_path / "other")
+    lora = {"rank": 2, "alpha": 4, "targets": ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2")}
+    for changes, message in (
+        ({"alpha": 2}, r"its lora\.alpha is 4, this run's is 2; set it to 4"),
+        ({"dora": True}, r"its '.*lora_magnitude_vector.*' is missing, .* lora\.targets and lora\.dora"),
+        ({"targets": ("to_q",)}, r"it has '.*', this run's LoRA does not; give a run with the same base, lora\.rank"),
+    ):
+        other = tiny_recipe(tiny_base, phases=ONE, init_from=str(saved), lora={**lora, **changes})
+        with pytest.raises(ConfigError, match=r"init_from '.*': " + message):
+            list(dry_run(other))
+    foreign = shutil.copytree(flash_lora, tmp_path / "foreign")
+    info = json.loads((foreign / FLASH).read_text())
+    (foreign / FLASH).write_text(json.dumps({**info, "base_hash": "0" * 64}))
+    state = checkpoint.load_state(saved)
+    other_base = checkpoint_path(foreign / "training", 4)
+    checkpoint.save_state(other_base, {**state, "base_hash": "0" * 64})
+    for place in (foreign, other_base):
+        with pytest.raises(ConfigError, match=r"init_from '.*': its base has the hash 000000000000, this one's has"):
+            list(dry_run(tiny_recipe(tiny_base, phases=ONE, init_from=str(place))))
+    with pytest.raises(ConfigError, match=r"^'.*/000004\.pt': its base has the hash 000000000000"):
+        open_checkpoint(other_base)
     with pytest.raises(ConfigError, match=r"init_from 'nowhere': neither a checkpoint \(\.pt\) nor the folder of a run"):
         distill(tiny_recipe(tiny_base, init_from="nowhere"), tmp_path / "none")
 
