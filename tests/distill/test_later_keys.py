@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flashdiff import checkpoint, cli
 from flashdiff.config import load_recipe
-from flashdiff.distill import loop, step
+from flashdiff.distill import loop, objective, step
 from flashdiff.distill.batch import MicroBatch, Targets
 from flashdiff.distill.checkpoints import checkpoint_path, checkpoints
 from flashdiff.distill.config import DataRecipe, Recipe, bundled_recipe
@@ -159,6 +159,24 @@ def test_the_teachers_guidance_changes_the_targets(changes: dict[str, Any], tiny
     assert len(list((tmp_path / "pools").iterdir())) == 2  # neither takes the other's
 
 
+def test_keys_of_guidance_that_cannot_act_are_refused(
+    model: TorchModel, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family, _ = load_base(str(tiny_base))
+    with pytest.raises(ConfigError, match=r"^negative_prompt: 'a dog.* is not allowed; it has .* tokens, at most \d+ fit; shorten"):
+        Objective(model, family, tiny_recipe(tiny_base, negative_prompt="a dog " * 200))
+    keeping = model.spec.model_copy(update={"sampler": model.spec.sampler.model_copy(update={"keeps_norm": True})})
+    monkeypatch.setattr(model, "spec", keeping)
+    with pytest.raises(ConfigError, match=r"^guidance_rescale = 0\.7: this model's guided outputs keep the lengths"):
+        Objective(model, family, tiny_recipe(tiny_base, guidance_rescale=0.7))
+    base = FAMILIES["flux"](tmp_path / "flux")
+    family, model = load_base(str(base))
+    for changes in ({"guidance_rescale": 0.7}, {"negative_prompt": "a dog"}):
+        ((key, value),) = changes.items()
+        with pytest.raises(ConfigError, match=f"^{key} = {value!r}: this network takes its guidance as an input; leave it out"):
+            Objective(model, family, tiny_recipe(base, **changes))
+
+
 def test_a_negative_prompt_stands_where_the_empty_one_did_and_is_no_zeros(tmp_path: Path) -> None:
     _, model = load_base(str(FAMILIES["sdxl"](tmp_path / "sdxl")))
     plain, negative = model.unconditional(), model.unconditional("a dog")
@@ -246,8 +264,8 @@ def test_matching_leaves_samples_from_pure_noise_alone_where_roles_are_separate(
 ) -> None:
     phase = {**ONE[0], "distillation": 0, "distribution_matching": 1}
     recipe = tiny_recipe(tiny_base, phases=[phase], loss={"distribution_matching": {"first_step": first_step}})
-    objective, batch = Objective(model, load_base(str(tiny_base))[0], recipe), _batch(model)
-    (gradient,) = torch.autograd.grad(objective.losses(batch, recipe.phases[0])["distribution_matching"], batch.x0)
+    built, batch = Objective(model, load_base(str(tiny_base))[0], recipe), _batch(model)
+    (gradient,) = torch.autograd.grad(built.losses(batch, recipe.phases[0])["distribution_matching"], batch.x0)
     assert gradient[1].abs().max() > 0
     assert bool(gradient[0].any()) == first_step
 
@@ -257,9 +275,33 @@ def test_matching_has_its_own_guidance(model: TorchModel, tiny_base: Path) -> No
     found = []
     for guidance, own in (((2.0, 4.0), None), ((9.0, 9.0), (2.0, 4.0)), ((9.0, 9.0), None)):
         recipe = tiny_recipe(tiny_base, phases=[phase], guidance=guidance, loss={"distribution_matching": {"guidance": own}})
-        objective, batch = Objective(model, load_base(str(tiny_base))[0], recipe), _batch(model)
-        found.append(objective.losses(batch, recipe.phases[0])["distribution_matching"].item())
+        built, batch = Objective(model, load_base(str(tiny_base))[0], recipe), _batch(model)
+        found.append(built.losses(batch, recipe.phases[0])["distribution_matching"].item())
     assert found[0] == found[1] != found[2]
+
+
+def test_matching_rescales_its_guidance_as_targets_do(model: TorchModel, tiny_base: Path) -> None:
+    phase = {**ONE[0], "distillation": 0, "distribution_matching": 1}
+    found = []
+    for share in (0.0, 0.7):
+        recipe = tiny_recipe(tiny_base, phases=[phase], guidance=(9.0, 9.0), guidance_rescale=share)
+        built, batch = Objective(model, load_base(str(tiny_base))[0], recipe), _batch(model)
+        found.append(built.losses(batch, recipe.phases[0])["distribution_matching"].item())
+    assert abs(found[0] / found[1] - 1) > 1e-3
+
+
+def test_what_guides_and_decodes_is_where_a_sharded_base_will_compute(
+    model: TorchModel, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objective.processes, "device", lambda: torch.device("meta"))
+    monkeypatch.setattr(objective, "shard_base", lambda _: None)
+    settings = {"kind": "decoded", "decoder": str(tiny_base / "vae")}
+    recipe = tiny_recipe(tiny_base, phases=ONE, shard_base=True, loss={"distillation": settings})
+    built = Objective(model, load_base(str(tiny_base))[0], recipe)
+    assert built.unconditional
+    assert {values.device.type for values in built.unconditional.values()} == {"meta"}
+    decode = built._losses["distillation"]._decode  # type: ignore[attr-defined]
+    assert {p.device.type for p in decode._decoder.parameters()} == {"meta"}
 
 
 def test_the_discriminator_trains_before_the_phase_that_uses_it(tiny_base: Path, tmp_path: Path) -> None:
@@ -313,8 +355,8 @@ def test_each_tap_has_a_head(tmp_path: Path) -> None:
         base, phases=[{**ONE[0], "adversarial": 1}], loss={"adversarial": {"taps": (0.0, 0.99)}}, lora={"rank": 1, "alpha": 1}
     )
     add_adapter(model, family.lora_targets, rank=1, alpha=1, seed=0)
-    objective = Objective(model, family, recipe)
-    assert len(objective._losses["adversarial"].discriminator.heads) == 2  # type: ignore[attr-defined]
+    built = Objective(model, family, recipe)
+    assert len(built._losses["adversarial"].discriminator.heads) == 2  # type: ignore[attr-defined]
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
