@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashdiff.distill.batch import MicroBatch
 from flashdiff.distill import processes
+from flashdiff.distill.batch import MicroBatch
 from flashdiff.distill.config import Phase, Recipe
 from flashdiff.distill.losses.base import Opponent, Setup, StudentLoss
 from flashdiff.distill.network import Tap, add_lora, shard_base
@@ -86,7 +86,7 @@ def _unconditional(model: TorchModel, recipe: Recipe, device: torch.device) -> d
             raise ConfigError(f"{key} = {is_given!r}: this network takes its guidance as an input; leave it out")
     if recipe.guidance_rescale and model.spec.sampler.keeps_norm:
         raise ConfigError(
-            f"guidance_rescale = {recipe.guidance_rescale}: this model's guided outputs keep the lengths of unguided ones anyway; "
+            f"guidance_rescale = {recipe.guidance_rescale}: this model's guided outputs keep the lengths of unguided ones; "
             "leave it out"
         )
     try:

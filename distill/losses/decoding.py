@@ -20,9 +20,7 @@ from flashdiff.reading import open_file
 class Decoding:
     """Decodes latents through a frozen autoencoder; the gradient passes through it to them."""
 
-    def __init__(
-        self, model: TorchModel, family: ModelFamily, settings: DistillationSettings, device: torch.device
-    ) -> None:
+    def __init__(self, model: TorchModel, family: ModelFamily, settings: DistillationSettings, device: torch.device) -> None:
         """ConfigError where the recipe names a decoder that is not there, or not of this model's latents."""
         self._decoder: nn.Module = model.decoder
         if settings.decoder:
