@@ -326,7 +326,9 @@ def _explained_out_of_memory(recipe: Recipe) -> Iterator[None]:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
             raise
         share = recipe.batch_size // processes.count()
-        cures = []
+        micro_batch, cures = share // recipe.accumulate, []
+        if recipe.target_batch and recipe.target_batch > micro_batch:
+            cures.append(f"target_batch = {micro_batch}")
         if recipe.accumulate < share:
             cures.append(f"accumulate = {next(n for n in range(recipe.accumulate + 1, share + 1) if share % n == 0)}")
         if not recipe.gradient_checkpointing:
@@ -337,8 +339,7 @@ def _explained_out_of_memory(recipe: Recipe) -> Iterator[None]:
             cures.append('optimizer = "adamw_8bit"')
         cures.append("a smaller lora.rank or batch_size")
         raise TrainingError(
-            f"out of memory with {share // recipe.accumulate} samples at a time: set {', or '.join(cures)}; "
-            f"the last checkpoint is untouched"
+            f"out of memory with {micro_batch} samples at a time: set {', or '.join(cures)}; the last checkpoint is untouched"
         ) from None
 
 
