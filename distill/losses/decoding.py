@@ -75,4 +75,10 @@ def _of_the_package() -> Any:
             f"loss.distillation 'lpips' needs '{error.name}', which is not installed: pip install lpips, "
             "or name a TorchScript file: loss.distillation.network"
         ) from None
-    return lpips.LPIPS(net="vgg", verbose=False)
+    try:
+        return lpips.LPIPS(net="vgg", verbose=False)  # torchvision downloads VGG's weights on first use
+    except Exception as error:  # of the network, of many kinds
+        raise ConfigError(
+            f"loss.distillation 'lpips': the package lpips cannot load VGG ({first_line(error)}); "
+            "name a TorchScript file: loss.distillation.network"
+        ) from None

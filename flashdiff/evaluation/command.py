@@ -275,8 +275,9 @@ def _open_teacher(
 ) -> Components:
     """The teacher, by default at the middle of the guidance that the subject was trained with."""
     teacher = _open(name, (), SamplingOptions(guidance=options.guidance), open_bundle)
-    is_base = isinstance(teacher, TorchModel) and not _is_checkpoint(name)
-    if options.guidance is None and is_base and teacher.guides_twice and (trained := _trained_guidance(options.subject, loras)):
+    if options.guidance is not None or _is_checkpoint(name) or not isinstance(teacher, TorchModel) or not teacher.guides_twice:
+        return teacher
+    if trained := _trained_guidance(options.subject, loras):
         teacher.spec = fused_spec(teacher.spec, (), SamplingOptions(guidance=statistics.mean(trained)))
         report(f"{name}: guided at {statistics.mean(trained):g}, as the student's teacher was")
     return teacher

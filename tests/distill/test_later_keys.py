@@ -245,6 +245,13 @@ def test_lpips_is_a_torchscript_file_or_the_packages(
         patch.setitem(sys.modules, "lpips", None)
         with pytest.raises(ConfigError, match=r"loss\.distillation 'lpips' needs 'lpips', which is not installed"):
             _distillation(model, tiny_base, batch, kind="lpips")
+
+    def offline(**_: Any) -> None:
+        raise OSError("no route to the host")
+
+    monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=offline))
+    with pytest.raises(ConfigError, match=r"'lpips': the package lpips cannot load VGG \(.*no route to the host\); name a Torch"):
+        _distillation(model, tiny_base, batch, kind="lpips")
     monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=lambda **settings: _Distance()))
     of_package = _distillation(model, tiny_base, batch, kind="lpips")
     torch.jit.script(_Distance()).save(str(file))
