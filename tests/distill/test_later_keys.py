@@ -369,6 +369,7 @@ def test_each_tap_has_a_head(tmp_path: Path) -> None:
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_some_updates_that_are_not_finite_are_skipped_and_a_resumed_run_remembers_them(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -412,6 +413,7 @@ def test_a_run_that_flashdiff_0_2_began_goes_on(tiny_base: Path, tmp_path: Path)
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == wanted
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_another_runs_weights(tiny_base: Path, flash_lora: Path, tmp_path: Path) -> None:
     saved = checkpoints(flash_lora / "training")[-1]
     wanted = load_file(flash_lora / WEIGHTS)
