@@ -10,6 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from flashdiff.distill import processes
 from flashdiff.distill.config import Recipe
 from flashdiff.distill.costs import target_cost, teacher_evaluations, update_cost
+from flashdiff.distill.initial import first_weights
 from flashdiff.distill.network import add_lora, check_conditions, checkpoint_gradients, run_network
 from flashdiff.distill.objective import Objective
 from flashdiff.families import load_base
@@ -25,6 +26,8 @@ def dry_run(recipe: Recipe) -> Iterator[str]:
     family, model = load_base(recipe.base)
     check_conditions(model.spec)
     add_lora(model, family, recipe.lora, seed=recipe.seed)
+    if recipe.init_from:
+        first_weights(recipe.init_from, model, family, recipe.lora)
     objective = Objective(model, family, recipe.model_copy(update={"shard_base": False}))  # described whole, wherever it runs
     network = {name: p.numel() for name, p in model.network.named_parameters()}
     base = sum(count for name, count in network.items() if ".lora_" not in name)

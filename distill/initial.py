@@ -1,55 +1,83 @@
 """Where a run's first weights come from: `init_from`."""
 
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 from torch import Tensor
 
 from flashdiff.checkpoint import load_state
 from flashdiff.distill.checkpoints import checkpoints
-from flashdiff.errors import ConfigError, first_line
+from flashdiff.distill.config import LoraRecipe
+from flashdiff.errors import ConfigError, LoraError, first_line
 from flashdiff.families.base import ModelFamily, TorchModel
-from flashdiff.lora import ADAPTER, FLASH, WEIGHTS
+from flashdiff.lora import ADAPTER, FLASH, WEIGHTS, read_flash_info
+from flashdiff.reading import read_json
+
+_ADVICE = "give a run with the same base, lora.rank, lora.targets and lora.dora"
 
 
-def first_weights(place: str, model: TorchModel, family: ModelFamily) -> dict[str, Tensor]:
+def first_weights(
+    place: str, model: TorchModel, family: ModelFamily, lora: LoraRecipe, *, label: str = "init_from "
+) -> dict[str, Tensor]:
     """The student's weights in a checkpoint or a run's folder, by the names of the network's parameters: those that would be
-    published. ConfigError where they are not this student's."""
-    found = _read(Path(place), family)
+    published. ConfigError, which begins with `label` and the place, where they are not those of such a LoRA on this base.
+
+    `lora` describes the one in `model`. Bases and alpha are compared where the run recorded them.
+    """
+    said = f"{label}'{place}'"
+    found, base_hash = _read(Path(place), family, said)
+    if base_hash not in (None, model.base_hash):
+        raise ConfigError(f"{said}: its base has the hash {base_hash[:12]}, this one's has {model.base_hash[:12]}; {_ADVICE}")
     wanted = {name: p for name, p in model.network.named_parameters() if f".{ADAPTER}." in name}
     for name, parameter in wanted.items():
         if name not in found or found[name].shape != parameter.shape:
             has = f"has the shape {list(found[name].shape)}" if name in found else "is missing"
-            raise ConfigError(
-                f"init_from '{place}': its '{name}' {has}, this run's has {list(parameter.shape)}; give a run with the same "
-                "base, lora.rank and lora.targets"
-            )
+            raise ConfigError(f"{said}: its '{name}' {has}, this run's has {list(parameter.shape)}; {_ADVICE}")
+    if more := sorted(set(found) - set(wanted)):
+        raise ConfigError(f"{said}: it has '{more[0]}', this run's LoRA does not; {_ADVICE}")
+    alpha = _recorded_alpha(Path(place))
+    if alpha not in (None, lora.alpha):
+        raise ConfigError(f"{said}: its lora.alpha is {alpha:g}, this run's is {lora.alpha:g}; set it to {alpha:g}")
     return {name: found[name].float() for name in wanted}
 
 
-def _read(place: Path, family: ModelFamily) -> dict[str, Tensor]:
+def _read(place: Path, family: ModelFamily, said: str) -> tuple[dict[str, Tensor], Any]:
+    """The weights, and the base's hash where it was recorded."""
     if place.suffix == ".pt":
         if not place.is_file():
-            raise ConfigError(f"init_from '{place}': there is no such file")
-        return _averages(place)
+            raise ConfigError(f"{said}: there is no such file")
+        return _averages(place, said)
     if (place / FLASH).is_file() and (place / WEIGHTS).is_file():
         try:
+            info = read_flash_info(place)
             weights = safetensors.torch.load_file(place / WEIGHTS)
+        except LoraError as error:
+            raise ConfigError(f"{said}: {error}") from None
         except Exception as error:  # safetensors' errors for a damaged file
-            raise ConfigError(f"init_from '{place}': {WEIGHTS} is damaged: {first_line(error)}") from None
+            raise ConfigError(f"{said}: {WEIGHTS} is damaged: {first_line(error)}") from None
         named = {}
         for key, value in weights.items():
             module, _, role = key.removeprefix(f"{family.lora_prefix}.").removesuffix(".weight").rpartition(".")
             named[f"{module}.{role}.{ADAPTER}.weight"] = value
-        return named
+        return named, info and info.base_hash
     if saved := checkpoints(place / "training"):
-        return _averages(saved[-1])
-    raise ConfigError(f"init_from '{place}': neither a checkpoint (.pt) nor the folder of a run that has one")
+        return _averages(saved[-1], said)
+    raise ConfigError(f"{said}: neither a checkpoint (.pt) nor the folder of a run that has one")
 
 
-def _averages(checkpoint: Path) -> dict[str, Tensor]:
+def _averages(checkpoint: Path, said: str) -> tuple[dict[str, Tensor], Any]:
     try:
-        average: dict[str, Tensor] = load_state(checkpoint)["student"]["average"]
-        return dict(average)
+        state = load_state(checkpoint)
+        return dict(state["student"]["average"]), state.get("base_hash")  # flashdiff 0.2 did not record it
     except (KeyError, TypeError, ValueError):
-        raise ConfigError(f"init_from '{checkpoint}': it is no checkpoint of a distillation") from None
+        raise ConfigError(f"{said}: {checkpoint.name} is no checkpoint of a distillation") from None
+
+
+def _recorded_alpha(place: Path) -> float | None:
+    """The LoRA's alpha, which its weights do not show, by the recipe of its run; None where that is not there."""
+    work = place.resolve().parent.parent if place.suffix == ".pt" else place / "training"
+    try:
+        return float(read_json(work / "recipe.json")["lora"]["alpha"])
+    except (OSError, ValueError, TypeError, LookupError):
+        return None

@@ -109,7 +109,7 @@ def _run(recipe: Recipe, out: Path, work: Path, pools: Path | None) -> None:
         if recipe.gradient_checkpointing:
             checkpoint_gradients(model)
         if not _resume(work, student, objective) and recipe.init_from:
-            student.start_from(first_weights(recipe.init_from, model, family))
+            student.start_from(first_weights(recipe.init_from, model, family, recipe.lora))
             _log.info("the student starts with the weights of '%s'", recipe.init_from)
         _log.info("training %d LoRA parameters from update %d of %d", student.parameter_count, student.update, recipe.updates)
         tracker = open_tracker(recipe, work, student.update) if processes.is_main() else None
@@ -288,7 +288,7 @@ def _save_progress(
     if tracker:
         save_state(
             checkpoint_path(work, student.update),
-            {"student": student.state_dict(), "objective": objective.state_dict()},
+            {"student": student.state_dict(), "objective": objective.state_dict(), "base_hash": model.base_hash},
         )
         for old in checkpoints(work)[: -recipe.checkpoints_keep]:
             old.unlink()
@@ -326,7 +326,9 @@ def _explained_out_of_memory(recipe: Recipe) -> Iterator[None]:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
             raise
         share = recipe.batch_size // processes.count()
-        cures = []
+        micro_batch, cures = share // recipe.accumulate, []
+        if recipe.target_batch and recipe.target_batch > micro_batch:
+            cures.append(f"target_batch = {micro_batch}")
         if recipe.accumulate < share:
             cures.append(f"accumulate = {next(n for n in range(recipe.accumulate + 1, share + 1) if share % n == 0)}")
         if not recipe.gradient_checkpointing:
@@ -337,8 +339,7 @@ def _explained_out_of_memory(recipe: Recipe) -> Iterator[None]:
             cures.append('optimizer = "adamw_8bit"')
         cures.append("a smaller lora.rank or batch_size")
         raise TrainingError(
-            f"out of memory with {share // recipe.accumulate} samples at a time: set {', or '.join(cures)}; "
-            f"the last checkpoint is untouched"
+            f"out of memory with {micro_batch} samples at a time: set {', or '.join(cures)}; the last checkpoint is untouched"
         ) from None
 
 

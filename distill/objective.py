@@ -8,13 +8,15 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from flashdiff.distill import processes
 from flashdiff.distill.batch import MicroBatch
 from flashdiff.distill.config import Phase, Recipe
 from flashdiff.distill.losses.base import Opponent, Setup, StudentLoss
 from flashdiff.distill.network import Tap, add_lora, shard_base
-from flashdiff.errors import ConfigError
+from flashdiff.errors import ConfigError, RequestError
 from flashdiff.families.base import ModelFamily, TorchModel
 from flashdiff.lora import ADAPTER
 
@@ -24,7 +26,8 @@ class Objective:
 
     def __init__(self, model: TorchModel, family: ModelFamily, recipe: Recipe) -> None:
         self.model, self.recipe = model, recipe
-        self.unconditional = _unconditional(model, recipe.negative_prompt)
+        device = processes.device() if recipe.shard_base else model.device
+        self.unconditional = _unconditional(model, recipe, device)
 
         def add(name: str, seed: int) -> list[nn.Parameter]:
             add_lora(model, family, recipe.lora, seed=seed, name=name)
@@ -33,11 +36,13 @@ class Objective:
 
         setup = Setup(
             model=model,
+            device=device,
             family=family,
             tap=partial(Tap, model, family, runs_whole=recipe.shard_base),
             unconditional=self.unconditional,
             num_train_timesteps=recipe.grid.num_train_timesteps,
             guidance=recipe.guidance,
+            guidance_rescale=recipe.guidance_rescale,
             seed=recipe.seed,
             add_adapter=add,
         )
@@ -74,7 +79,21 @@ class Objective:
             loss.load_state_dict(state)
 
 
-def _unconditional(model: TorchModel, negative_prompt: str) -> dict[str, Tensor] | None:
-    if negative_prompt and not model.guides_twice:
-        raise ConfigError(f"negative_prompt '{negative_prompt}': this network takes its guidance as an input; leave it out")
-    return model.unconditional(negative_prompt)
+def _unconditional(model: TorchModel, recipe: Recipe, device: torch.device) -> dict[str, Tensor] | None:
+    """What guidance contrasts prompts with; ConfigError for keys of the recipe that say how and cannot act on this network."""
+    for key, is_given in (("negative_prompt", recipe.negative_prompt), ("guidance_rescale", recipe.guidance_rescale)):
+        if is_given and not model.guides_twice:
+            raise ConfigError(f"{key} = {is_given!r}: this network takes its guidance as an input; leave it out")
+    if recipe.guidance_rescale and model.spec.sampler.keeps_norm:
+        raise ConfigError(
+            f"guidance_rescale = {recipe.guidance_rescale}: this model's guided outputs keep the lengths of unguided ones; "
+            "leave it out"
+        )
+    try:
+        found = model.unconditional(recipe.negative_prompt)
+    except RequestError as error:
+        if not recipe.negative_prompt:
+            raise
+        why = str(error).removesuffix("; truncate_prompt cuts it")  # which is for requests
+        raise ConfigError(f"negative_{why}; shorten it") from None
+    return found and {name: values.to(device) for name, values in found.items()}

@@ -37,7 +37,7 @@ def publish(out: Path, model: TorchModel, family: ModelFamily, recipe: Recipe, l
         inference={str(steps): recipe.grid.inference_times(steps) for steps in range(1, recipe.grid.modes + 1)},
     )
     write_whole(out / "README.md", _card(info, recipe, _run(recipe, model, log), _usage(info, model, family, recipe)))
-    if nodes := workflow(model.spec, min(4, recipe.grid.modes)):
+    if nodes := workflow(model.spec, recipe.grid.modes):
         write_whole(out / WORKFLOW, nodes)
     save_flash_lora(out, model, family, info)
 

@@ -23,6 +23,7 @@ def open_repository(text: str) -> HubName:
 
     try:
         huggingface_hub.HfApi().create_repo(name.repository, private=True, exist_ok=True)
+        huggingface_hub.HfApi().auth_check(name.repository, write=True)  # one that is there may be readable alone
     except Exception as error:  # of the network and of the hub's library
         raise _refused(name, error) from None
     return name

@@ -29,7 +29,7 @@ def open_checkpoint(checkpoint: Path) -> TorchModel:
     family, model = load_base(recipe.base)
     add_lora(model, family, recipe.lora, seed=recipe.seed)
     parameters = dict(model.network.named_parameters())
-    for name, value in first_weights(str(checkpoint), model, family).items():
+    for name, value in first_weights(str(checkpoint), model, family, recipe.lora, label="").items():
         parameters[name].data.copy_(value)
     model.spec = model.spec.model_copy(update={"sampler": flash_student(model.spec.sampler, recipe.grid)})
     return model

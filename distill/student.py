@@ -126,7 +126,8 @@ class Student:
         for name, values in self.average.items():
             values.copy_(state["average"][name])
         self.anchor = state["anchor"]
-        self.update, self._drift, self.skipped = state["update"], state["drift"], state["skipped"]
+        self.update, self._drift = state["update"], state["drift"]
+        self.skipped = state.get("skipped", 0)  # flashdiff 0.2 did not count them
         self.optimizer.load_state_dict(state["optimizer"])
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flashdiff.prediction import Prediction, guide, rescaled, to_x0, with_norm_of
+from flashdiff.prediction import Prediction, guided_output, to_x0
 from flashdiff.sampling import extrapolate, ode_step, ode_weights
 from flashdiff.schedule import Grid, Schedule
 
@@ -75,7 +75,5 @@ class Teacher:
             return self.network(x, times, conditioning)
         both = {name: torch.cat([values, self.unconditional[name].expand_as(values)]) for name, values in conditioning.items()}
         conditional, contrast = self.network(torch.cat([x, x]), torch.cat([times, times]), both).chunk(2)
-        output = guide(conditional, contrast, guidance.clamp(min=1).view(-1, 1, 1, 1))
-        if self.rescale:
-            output = rescaled(output, conditional, self.rescale)
-        return with_norm_of(output, conditional) if self.keeps_norm else output
+        scale = guidance.clamp(min=1).view(-1, 1, 1, 1)
+        return guided_output(conditional, contrast, scale, keeps_norm=self.keeps_norm, rescale=self.rescale)

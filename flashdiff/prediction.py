@@ -41,9 +41,13 @@ def with_norm_of(values: Array, reference: Array) -> Array:
     return (patches * (wanted / lengths).reshape(*rest, 1, height // 2, 1, width // 2, 1)).reshape(values.shape)
 
 
-def guided_output(conditional: Array, unconditional: Array, scale: "Array | float", *, keeps_norm: bool) -> Array:
-    """The network's guided output; see `Sampler` for `keeps_norm`."""
+def guided_output(
+    conditional: "Tensor", unconditional: "Tensor", scale: "Tensor | float", *, keeps_norm: bool, rescale: float = 0.0
+) -> "Tensor":
+    """The teacher's guided output; see `Sampler` for `keeps_norm`, which settles lengths whatever `rescale`, and `rescaled`."""
     output = guide(conditional, unconditional, scale)
+    if rescale:
+        output = rescaled(output, conditional, rescale)
     return with_norm_of(output, conditional) if keeps_norm else output
 
 

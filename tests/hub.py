@@ -27,6 +27,8 @@ class Hub:
         self.breaks_off: str | None = None
         """The end of a file's name whose transfer breaks off half-way, once."""
         self.url = ""
+        self.read_only: str | None = None
+        """A repository that is there, and that no token may write to."""
         self.pushed: dict[str, dict[str, bytes]] = {}
         """The files that were committed, by repository; only with the right token."""
 
@@ -76,6 +78,8 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             if self.path == "/api/repos/create":
                 asked = json.loads(body)
                 name = f"{asked.get('organization', 'me')}/{asked['name']}"
+                if name == hub.read_only:
+                    return self._send(409, json.dumps({"url": f"{hub.url}/{name}"}).encode(), {})
                 hub.pushed.setdefault(name, {})
                 return self._json({"url": f"{hub.url}/{name}", "name": name, "id": name})
             match = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/main(?:\?.*)?", self.path)
@@ -92,6 +96,8 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
         def _answer(self, body: bytes = b"") -> None:
             hub.requests.append(f"{self.command} {self.path}")
+            if checked := re.fullmatch(r"/api/models/([^/]+/[^/]+)/auth-check/write", self.path):
+                return self._json({}) if checked[1] in hub.pushed else self._error(403, "Forbidden")
             match = _ROUTE.fullmatch(self.path)
             assert match, self.path
             repository, kind, revision, file = match.groups()

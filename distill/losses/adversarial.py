@@ -150,5 +150,9 @@ class Adversarial(StudentLoss):
         return {"discriminator": self.discriminator.state_dict(), "discriminator_optimizer": self.opponent.optimizer.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.discriminator.load_state_dict(state["discriminator"])
+        saved = state["discriminator"]
+        # flashdiff 0.2 had one head, without a number.
+        self.discriminator.load_state_dict(
+            {f"heads.0.{name.removeprefix('head.')}" if name.startswith("head.") else name: v for name, v in saved.items()}
+        )
         self.opponent.optimizer.load_state_dict(state["discriminator_optimizer"])

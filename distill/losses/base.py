@@ -23,6 +23,8 @@ class Setup:
     """What a loss is built from."""
 
     model: TorchModel
+    device: torch.device
+    """Where the network will compute; while losses are built, a base that is to be sharded is still on the CPU."""
     family: ModelFamily
     tap: Callable[..., Tap]
     """(shares=...) -> the taps at these blocks of the network; without, the family's own."""
@@ -31,6 +33,8 @@ class Setup:
     num_train_timesteps: int
     guidance: tuple[float, float]
     """Range of the teacher's guidance scale."""
+    guidance_rescale: float
+    """See `rescaled`."""
     seed: int
     add_adapter: Callable[[str, int], list[nn.Parameter]]
     """(name, seed) -> the parameters of another LoRA in the network, of the student's shape. Only while a loss is built."""

@@ -20,14 +20,14 @@ from flashdiff.reading import open_file
 class Decoding:
     """Decodes latents through a frozen autoencoder; the gradient passes through it to them."""
 
-    def __init__(self, model: TorchModel, family: ModelFamily, settings: DistillationSettings) -> None:
+    def __init__(self, model: TorchModel, family: ModelFamily, settings: DistillationSettings, device: torch.device) -> None:
         """ConfigError where the recipe names a decoder that is not there, or not of this model's latents."""
         self._decoder: nn.Module = model.decoder
         if settings.decoder:
             try:
                 folder = find_vae(settings.decoder)
                 check_vae(folder, family, model.spec)
-                self._decoder = with_vae(model, folder).decoder.to(model.device)
+                self._decoder = with_vae(model, folder).decoder.to(device)
             except ModelError as error:
                 raise ConfigError(f"loss.distillation.decoder: {str(error).removeprefix('--vae ')}") from None
         self._decoder.requires_grad_(False)
@@ -75,4 +75,10 @@ def _of_the_package() -> Any:
             f"loss.distillation 'lpips' needs '{error.name}', which is not installed: pip install lpips, "
             "or name a TorchScript file: loss.distillation.network"
         ) from None
-    return lpips.LPIPS(net="vgg", verbose=False)
+    try:
+        return lpips.LPIPS(net="vgg", verbose=False)  # torchvision downloads VGG's weights on first use
+    except Exception as error:  # of the network, of many kinds
+        raise ConfigError(
+            f"loss.distillation 'lpips': the package lpips cannot load VGG ({first_line(error)}); "
+            "name a TorchScript file: loss.distillation.network"
+        ) from None

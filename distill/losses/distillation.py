@@ -51,8 +51,9 @@ class Distillation(StudentLoss):
     def __init__(self, setup: Setup, settings: DistillationSettings) -> None:
         self._setup, self._settings = setup, settings
         self._tap = setup.tap()
-        self._decode = Decoding(setup.model, setup.family, settings) if settings.kind in ("decoded", "lpips") else None
-        self._lpips = lpips_network(settings.network, setup.model.device) if settings.kind == "lpips" else None
+        decodes = settings.kind in ("decoded", "lpips")
+        self._decode = Decoding(setup.model, setup.family, settings, setup.device) if decodes else None
+        self._lpips = lpips_network(settings.network, setup.device) if settings.kind == "lpips" else None
 
     def loss(self, batch: MicroBatch) -> Tensor:
         """The scalar distance of the student's x_0 [B, C, h, w] from the teacher's."""

@@ -102,7 +102,9 @@ class DistributionMatching(StudentLoss):
         spec, (alpha, sigma) = model.spec, levels(model, times)
         both = {name: torch.cat([values, unconditional[name].expand_as(values)]) for name, values in conditioning.items()}
         conditional, contrast = run_network(model, x_t.repeat(2, 1, 1, 1), times.repeat(2), both).chunk(2)
-        led = guided_output(conditional, contrast, guidance, keeps_norm=spec.sampler.keeps_norm)
+        led = guided_output(
+            conditional, contrast, guidance, keeps_norm=spec.sampler.keeps_norm, rescale=self._setup.guidance_rescale
+        )
         plain_x0, led_x0 = (to_x0(spec.prediction, output, x_t, alpha, sigma) for output in (conditional, led))
         return plain_x0, led_x0
 

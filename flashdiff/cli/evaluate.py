@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--protocol",
         metavar="NAME",
-        help="measure as papers do, on COCO's validation set: coco2014-30k, coco2014-10k or coco2017-5k, with --prompts "
+        help="measure after papers' tables, on COCO's validation set: coco2014-30k, coco2014-10k or coco2017-5k, with --prompts "
         "captions_val20XX.json and --reference FOLDER of its images; --text is CLIP ViT-g by default, and --out keeps what is "
         "measured, so that the same command goes on after a kill",
     )

@@ -10,7 +10,7 @@ import numpy as np
 
 from flashdiff import defaults
 from flashdiff.components import Components
-from flashdiff.errors import ConfigError, EvaluationError
+from flashdiff.errors import ConfigError, EvaluationError, first_line
 from flashdiff.evaluation.evaluate import (
     Evaluator,
     Report,
@@ -39,6 +39,7 @@ from flashdiff.evaluation.protocols import CLIP, Meter, protocol_of, protocol_ta
 from flashdiff.families.base import TorchModel
 from flashdiff.files import new_folder, write_whole
 from flashdiff.lora import find_lora, fused_spec, load_fused, read_flash_info
+from flashdiff.reading import read_json
 from flashdiff.samplers.options import SamplingOptions
 from flashdiff.tasks import check_order
 
@@ -60,7 +61,7 @@ class EvaluateOptions:
     teacher: str | None = None
     teacher_steps: tuple[int, ...] = defaults.TEACHER_STEPS
     guidance: float | None = None
-    """Of the teacher, or of the subject where no teacher is named; None: what the subject's flash LoRA was trained_at at, or the
+    """Of the teacher, or of the subject where no teacher is named; None: what the subject's flash LoRA was trained at, or the
     family's. Up to 1: none."""
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     """How the subject is sampled, but for its guidance."""
@@ -74,7 +75,7 @@ class EvaluateOptions:
     json_file: Path | None = None
     out: Path | None = None
     protocol: str | None = None
-    """One of `protocols.PROTOCOLS`: prompts, reference and scores are then the papers'."""
+    """One of `protocols.PROTOCOLS`: prompts, sizes and scores are then its own."""
     scores: tuple[str, ...] = ()
     """Further text scorers of a protocol."""
 
@@ -127,7 +128,7 @@ def evaluate(options: EvaluateOptions, *, open_bundle: Callable[[Path], Componen
 def _evaluate_protocol(
     options: EvaluateOptions, *, open_bundle: Callable[[Path], Components], report: Callable[[str], None]
 ) -> str:
-    """Measure as papers do; the table. What --out keeps lets the same command go on after a kill."""
+    """Measure after papers' tables; the table. What --out keeps lets the same command go on after a kill."""
     protocol = protocol_of(options.protocol or "")
     for name, default in (("count", defaults.PROMPT_COUNT), ("seeds", defaults.IMAGES_PER_PROMPT),
                           ("reference_count", defaults.REFERENCE_COUNT)):  # fmt: skip
@@ -148,7 +149,7 @@ def _evaluate_protocol(
     title = " + ".join([Path(options.subject).resolve().name, *(folder.name for folder, _ in loras)])
     opened = [(title, _open_subject(options, loras, sampling, open_bundle), options.steps)]
     if options.teacher:
-        teacher = _open(options.teacher, (), SamplingOptions(guidance=options.guidance), open_bundle)
+        teacher = _open_teacher(options, options.teacher, loras, open_bundle, report)
         opened.append((Path(options.teacher).resolve().name, teacher, options.teacher_steps))
     models = [(name, model, count) for name, model, steps in opened for count in steps or (model.spec.sampler.default_steps,)]
     for _, model, count in models:
@@ -181,7 +182,7 @@ class _Selection:
 def _select(options: EvaluateOptions, open_bundle: Callable[[Path], Components], report: Callable[[str], None]) -> _Selection:
     """Open everything and check every prompt with every model, so that a mistake shows before the first image."""
     opened: list[tuple[str, Components, tuple[int, ...]]] = []
-    trained_at = None
+    loras: tuple[tuple[Path, float], ...] = ()
     if _holds_images(Path(options.subject)):
         if options.loras or options.steps:
             raise ConfigError(f"{options.subject} is a folder of images: --lora and --steps are for models")
@@ -193,17 +194,13 @@ def _select(options: EvaluateOptions, open_bundle: Callable[[Path], Components],
         selection = _Selection(read_prompts(options.prompts, options.count), options.seeds)
         loras = tuple((find_lora(name), weight) for name, weight in options.loras)
         name = " + ".join([Path(options.subject).resolve().name, *(folder.name for folder, _ in loras)])
-        trained_at = next((info.guidance for folder, _ in loras if (info := read_flash_info(folder))), None)
         guidance = None if options.teacher else options.guidance
         sampling = options.sampling.model_copy(update={"guidance": guidance})
         opened.append((name, _open_subject(options, loras, sampling, open_bundle), options.steps))
     if options.teacher:
         if not selection.prompts:
             raise ConfigError(f"{options.subject} has no prompts that the teacher could draw: give --prompts FILE")
-        components = _open(options.teacher, (), SamplingOptions(guidance=options.guidance), open_bundle)
-        if options.guidance is None and trained_at and isinstance(components, TorchModel) and components.guides_twice:
-            components.spec = fused_spec(components.spec, (), SamplingOptions(guidance=statistics.mean(trained_at)))
-            report(f"{options.teacher}: guided at {statistics.mean(trained_at):g}, as the flash LoRA was trained_at")
+        components = _open_teacher(options, options.teacher, loras, open_bundle, report)
         opened.append((Path(options.teacher).resolve().name, components, options.teacher_steps))
 
     taken = {REAL, selection.made.name if selection.made else REAL}
@@ -267,6 +264,35 @@ def _open_subject(
         _refuse_base_options(options, "a checkpoint of a distillation")
     files = {"variant": options.variant, "config": options.config, "vae": options.vae}
     return _open(options.subject, loras, sampling, open_bundle, **files)
+
+
+def _open_teacher(
+    options: EvaluateOptions,
+    name: str,
+    loras: Sequence[tuple[Path, float]],
+    open_bundle: Callable[[Path], Components],
+    report: Callable[[str], None],
+) -> Components:
+    """The teacher, by default at the middle of the guidance that the subject was trained with."""
+    teacher = _open(name, (), SamplingOptions(guidance=options.guidance), open_bundle)
+    if options.guidance is not None or _is_checkpoint(name) or not isinstance(teacher, TorchModel) or not teacher.guides_twice:
+        return teacher
+    if trained := _trained_guidance(options.subject, loras):
+        teacher.spec = fused_spec(teacher.spec, (), SamplingOptions(guidance=statistics.mean(trained)))
+        report(f"{name}: guided at {statistics.mean(trained):g}, as the student's teacher was")
+    return teacher
+
+
+def _trained_guidance(subject: str, loras: Sequence[tuple[Path, float]]) -> tuple[float, float] | None:
+    """The range of guidance in the run of a checkpoint or of a flash LoRA; None where the subject is neither."""
+    if _is_checkpoint(subject):
+        recipe = Path(subject).resolve().parent.parent / "recipe.json"
+        try:
+            low, high = read_json(recipe)["guidance"]
+            return float(low), float(high)
+        except (OSError, ValueError, TypeError, LookupError) as error:
+            raise EvaluationError(f"{recipe}: cannot read the guidance of its run ({first_line(error)})") from None
+    return next((info.guidance for folder, _ in loras if (info := read_flash_info(folder))), None)
 
 
 def _open(

@@ -29,6 +29,11 @@ _CLIP = "openai/clip-vit-base-patch16"
 _PICKSCORE = "yuvalkirstain/PickScore_v1"
 
 
+def _device() -> torch.device:
+    """Where Inception and CLIP run."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 @dataclass(frozen=True)
 class FeatureExtractor:
     """Images [B, H, W, 3] to features [B, dimension]."""
@@ -152,7 +157,7 @@ def _inception(folder: Path) -> FeatureExtractor:
             open_file(file).close()  # a pipe would keep torch waiting
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit, which these weights are saved in
-            network = InceptionV3W(str(folder), download=not file.exists(), resize_inside=False).eval()
+            network = InceptionV3W(str(folder), download=not file.exists(), resize_inside=False).eval().to(_device())
     except Exception as error:  # network and unpickling errors come as many kinds
         raise EvaluationError(
             f"--features inception: {file} is missing or unreadable and could not be downloaded ({first_line(error)}); "
@@ -163,7 +168,8 @@ def _inception(folder: Path) -> FeatureExtractor:
     @torch.no_grad()
     def extract(images: NDArray[np.uint8]) -> NDArray[np.float32]:
         resized = np.stack([resizer(image) for image in images]).transpose(0, 3, 1, 2)
-        features: NDArray[np.float32] = network(torch.from_numpy(np.ascontiguousarray(resized, dtype=np.float32))).numpy()
+        inputs = torch.from_numpy(np.ascontiguousarray(resized, dtype=np.float32)).to(_device())
+        features: NDArray[np.float32] = network(inputs).cpu().numpy()
         return features
 
     resize = "clean-fid's: PIL bicubic with antialiasing to 299x299, not rounded to bytes"
@@ -174,7 +180,7 @@ def _clip(model: str) -> TextScorer:
     from transformers import CLIPModel, CLIPProcessor
 
     try:
-        network, processor = CLIPModel.from_pretrained(model).eval(), CLIPProcessor.from_pretrained(model)
+        network, processor = CLIPModel.from_pretrained(model).eval().to(_device()), CLIPProcessor.from_pretrained(model)
     except Exception as error:  # as above
         raise EvaluationError(
             f"--text clip: no CLIP model '{model}', neither a directory nor on the hub ({first_line(error)}); "
@@ -184,9 +190,9 @@ def _clip(model: str) -> TextScorer:
     @torch.no_grad()
     def score(images: NDArray[np.uint8], texts: Sequence[str]) -> NDArray[np.float32]:
         pictures = [Image.fromarray(image) for image in images]
-        inputs = processor(text=list(texts), images=pictures, return_tensors="pt", padding=True, truncation=True)
+        inputs = processor(text=list(texts), images=pictures, return_tensors="pt", padding=True, truncation=True).to(_device())
         output = network(**inputs)
-        cosines: NDArray[np.float32] = (100 * (output.image_embeds * output.text_embeds).sum(1)).numpy()
+        cosines: NDArray[np.float32] = (100 * (output.image_embeds * output.text_embeds).sum(1)).cpu().numpy()
         return cosines
 
     return TextScorer(f"clip {model}", score)

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from flashdiff import checkpoint, cli
 from flashdiff.config import load_recipe
-from flashdiff.distill import loop, step
+from flashdiff.distill import loop, objective, step
 from flashdiff.distill.batch import MicroBatch, Targets
 from flashdiff.distill.checkpoints import checkpoint_path, checkpoints
 from flashdiff.distill.config import DataRecipe, Recipe, bundled_recipe
+from flashdiff.distill.dry_run import dry_run
 from flashdiff.distill.loop import distill
 from flashdiff.distill.losses.distillation import whitened_loss
 from flashdiff.distill.network import Tap, checkpoint_gradients
@@ -35,7 +36,7 @@ from flashdiff.errors import ConfigError, TrainingError
 from flashdiff.families import load_base
 from flashdiff.families.base import TorchModel
 from flashdiff.generate import generate
-from flashdiff.lora import KOHYA, WEIGHTS, add_adapter, load_fused
+from flashdiff.lora import FLASH, KOHYA, WEIGHTS, add_adapter, load_fused
 from flashdiff.prediction import rescaled
 from flashdiff.tasks import check_order
 
@@ -158,6 +159,24 @@ def test_the_teachers_guidance_changes_the_targets(changes: dict[str, Any], tiny
     assert len(list((tmp_path / "pools").iterdir())) == 2  # neither takes the other's
 
 
+def test_keys_of_guidance_that_cannot_act_are_refused(
+    model: TorchModel, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family, _ = load_base(str(tiny_base))
+    with pytest.raises(ConfigError, match=r"^negative_prompt: 'a dog.* is not allowed; it has .* at most \d+ fit; shorten"):
+        Objective(model, family, tiny_recipe(tiny_base, negative_prompt="a dog " * 200))
+    keeping = model.spec.model_copy(update={"sampler": model.spec.sampler.model_copy(update={"keeps_norm": True})})
+    monkeypatch.setattr(model, "spec", keeping)
+    with pytest.raises(ConfigError, match=r"^guidance_rescale = 0\.7: this model's guided outputs keep the lengths"):
+        Objective(model, family, tiny_recipe(tiny_base, guidance_rescale=0.7))
+    base = FAMILIES["flux"](tmp_path / "flux")
+    family, model = load_base(str(base))
+    for changes in ({"guidance_rescale": 0.7}, {"negative_prompt": "a dog"}):
+        ((key, value),) = changes.items()
+        with pytest.raises(ConfigError, match=f"^{key} = {value!r}: this network takes its guidance as an input; leave it out"):
+            Objective(model, family, tiny_recipe(base, **changes))
+
+
 def test_a_negative_prompt_stands_where_the_empty_one_did_and_is_no_zeros(tmp_path: Path) -> None:
     _, model = load_base(str(FAMILIES["sdxl"](tmp_path / "sdxl")))
     plain, negative = model.unconditional(), model.unconditional("a dog")
@@ -186,7 +205,8 @@ def test_a_whitened_error_counts_every_channel_by_its_own_variance() -> None:
     student, teacher, variance = torch.zeros(2, 2, 3, 3), torch.zeros(2, 2, 3, 3), torch.tensor([4.0, 0.25])
     student[:, 0], student[:, 1] = 2.0, 0.5  # one deviation each
     assert whitened_loss(student, teacher, variance).item() == pytest.approx(1.0)
-    pool = step.Pool([SimpleNamespace(x0=torch.randn(50, 2, 8, 8) * torch.tensor([2.0, 0.5]).view(1, 2, 1, 1))], 2)  # type: ignore[list-item]
+    drawn = torch.randn(50, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    pool = step.Pool([SimpleNamespace(x0=drawn * torch.tensor([2.0, 0.5]).view(1, 2, 1, 1))], 2)  # type: ignore[list-item]
     assert pool.variance.tolist() == pytest.approx([4.0, 0.25], rel=0.1)
 
 
@@ -225,6 +245,13 @@ def test_lpips_is_a_torchscript_file_or_the_packages(
         patch.setitem(sys.modules, "lpips", None)
         with pytest.raises(ConfigError, match=r"loss\.distillation 'lpips' needs 'lpips', which is not installed"):
             _distillation(model, tiny_base, batch, kind="lpips")
+
+    def offline(**_: Any) -> None:
+        raise OSError("no route to the host")
+
+    monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=offline))
+    with pytest.raises(ConfigError, match=r"'lpips': the package lpips cannot load VGG \(.*no route to the host\); name a Torch"):
+        _distillation(model, tiny_base, batch, kind="lpips")
     monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=lambda **settings: _Distance()))
     of_package = _distillation(model, tiny_base, batch, kind="lpips")
     torch.jit.script(_Distance()).save(str(file))
@@ -244,8 +271,8 @@ def test_matching_leaves_samples_from_pure_noise_alone_where_roles_are_separate(
 ) -> None:
     phase = {**ONE[0], "distillation": 0, "distribution_matching": 1}
     recipe = tiny_recipe(tiny_base, phases=[phase], loss={"distribution_matching": {"first_step": first_step}})
-    objective, batch = Objective(model, load_base(str(tiny_base))[0], recipe), _batch(model)
-    (gradient,) = torch.autograd.grad(objective.losses(batch, recipe.phases[0])["distribution_matching"], batch.x0)
+    built, batch = Objective(model, load_base(str(tiny_base))[0], recipe), _batch(model)
+    (gradient,) = torch.autograd.grad(built.losses(batch, recipe.phases[0])["distribution_matching"], batch.x0)
     assert gradient[1].abs().max() > 0
     assert bool(gradient[0].any()) == first_step
 
@@ -255,9 +282,33 @@ def test_matching_has_its_own_guidance(model: TorchModel, tiny_base: Path) -> No
     found = []
     for guidance, own in (((2.0, 4.0), None), ((9.0, 9.0), (2.0, 4.0)), ((9.0, 9.0), None)):
         recipe = tiny_recipe(tiny_base, phases=[phase], guidance=guidance, loss={"distribution_matching": {"guidance": own}})
-        objective, batch = Objective(model, load_base(str(tiny_base))[0], recipe), _batch(model)
-        found.append(objective.losses(batch, recipe.phases[0])["distribution_matching"].item())
+        built, batch = Objective(model, load_base(str(tiny_base))[0], recipe), _batch(model)
+        found.append(built.losses(batch, recipe.phases[0])["distribution_matching"].item())
     assert found[0] == found[1] != found[2]
+
+
+def test_matching_rescales_its_guidance_as_targets_do(model: TorchModel, tiny_base: Path) -> None:
+    phase = {**ONE[0], "distillation": 0, "distribution_matching": 1}
+    found = []
+    for share in (0.0, 0.7):
+        recipe = tiny_recipe(tiny_base, phases=[phase], guidance=(9.0, 9.0), guidance_rescale=share)
+        built, batch = Objective(model, load_base(str(tiny_base))[0], recipe), _batch(model)
+        found.append(built.losses(batch, recipe.phases[0])["distribution_matching"].item())
+    assert abs(found[0] / found[1] - 1) > 1e-3
+
+
+def test_what_guides_and_decodes_is_where_a_sharded_base_will_compute(
+    model: TorchModel, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objective.processes, "device", lambda: torch.device("meta"))
+    monkeypatch.setattr(objective, "shard_base", lambda _: None)
+    settings = {"kind": "decoded", "decoder": str(tiny_base / "vae")}
+    recipe = tiny_recipe(tiny_base, phases=ONE, shard_base=True, loss={"distillation": settings})
+    built = Objective(model, load_base(str(tiny_base))[0], recipe)
+    assert built.unconditional
+    assert {values.device.type for values in built.unconditional.values()} == {"meta"}
+    decode = built._losses["distillation"]._decode  # type: ignore[attr-defined]
+    assert {p.device.type for p in decode._decoder.parameters()} == {"meta"}
 
 
 def test_the_discriminator_trains_before_the_phase_that_uses_it(tiny_base: Path, tmp_path: Path) -> None:
@@ -311,31 +362,58 @@ def test_each_tap_has_a_head(tmp_path: Path) -> None:
         base, phases=[{**ONE[0], "adversarial": 1}], loss={"adversarial": {"taps": (0.0, 0.99)}}, lora={"rank": 1, "alpha": 1}
     )
     add_adapter(model, family.lora_targets, rank=1, alpha=1, seed=0)
-    objective = Objective(model, family, recipe)
-    assert len(objective._losses["adversarial"].discriminator.heads) == 2  # type: ignore[attr-defined]
+    built = Objective(model, family, recipe)
+    assert len(built._losses["adversarial"].discriminator.heads) == 2  # type: ignore[attr-defined]
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_some_updates_that_are_not_finite_are_skipped_and_a_resumed_run_remembers_them(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest, calls = loop.student_x0, iter(range(1000))
-    monkeypatch.setattr(loop, "student_x0", lambda *inputs: honest(*inputs) * (float("nan") if next(calls) in (1, 2) else 1))
-    recipe = tiny_recipe(tiny_base, skip_limit=1)
-    with pytest.raises(TrainingError, match=r"update 2: loss nan"):
-        distill(recipe, tmp_path / "out")
-    calls = iter(range(1000))
-    distill(recipe.model_copy(update={"skip_limit": 2}), tmp_path / "out")
-    lines = _log(tmp_path / "out")
-    assert [line.get("skipped") for line in lines] == [None, 1, 2, None]
-    assert "skipped" not in (tmp_path / "out" / "README.md").read_text()
-    assert np.isfinite(lines[3]["loss"])
-    state = checkpoint.load_state(checkpoint_path(tmp_path / "out" / "training", 4))
+    honest, broken = loop.student_x0, {1, 3}
+    updates: list[int] = []
+    learn = loop._learn
+    monkeypatch.setattr(loop, "_learn", lambda *inputs: (updates.append(inputs[1].update), learn(*inputs))[1])
+    monkeypatch.setattr(loop, "student_x0", lambda *inputs: honest(*inputs) * (float("nan") if updates[-1] in broken else 1))
+    recipe = tiny_recipe(tiny_base, skip_limit=2, phases=[{**ONE[0], "updates": 5}])
+    distill(recipe, tmp_path / "whole")
+    assert [line.get("skipped") for line in _log(tmp_path / "whole")] == [None, 1, None, 2, None]
+    assert "skipped" not in (tmp_path / "whole" / "README.md").read_text()
+
+    updates.clear()
+    with pytest.raises(TrainingError, match=r"update 3: loss nan"):  # its checkpoint is of update 3, with one skipped
+        distill(recipe.model_copy(update={"skip_limit": 1}), tmp_path / "out")
+    with pytest.raises(TrainingError, match=r"update 3: loss nan"):  # a run that forgot the first would skip this one
+        distill(recipe.model_copy(update={"skip_limit": 1}), tmp_path / "out")
+    distill(recipe, tmp_path / "out")
+    assert updates == [0, 1, 2, 3, 3, 3, 4]
+    assert _log(tmp_path / "out") == _log(tmp_path / "whole")
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
+    state = checkpoint.load_state(checkpoint_path(tmp_path / "out" / "training", 5))
     assert state["student"]["skipped"] == 2
 
 
+def test_a_run_that_flashdiff_0_2_began_goes_on(tiny_base: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(tiny_base, phases=[{**ONE[0], "updates": 2}, {**ONE[0], "adversarial": 0.1}], checkpoint_every=2)
+    recipe = recipe.model_copy(update={"checkpoints_keep": 2})
+    distill(recipe, tmp_path / "out")
+    wanted = (tmp_path / "out" / WEIGHTS).read_bytes()
+    (tmp_path / "out" / FLASH).unlink()
+    checkpoint_path(tmp_path / "out" / "training", 3).unlink()
+    path = checkpoint_path(tmp_path / "out" / "training", 2)
+    state = checkpoint.load_state(path)
+    del state["student"]["skipped"]
+    heads = state["objective"]["discriminator"]
+    state["objective"]["discriminator"] = {name.replace("heads.0.", "head."): values for name, values in heads.items()}
+    checkpoint.save_state(path, state)
+    distill(recipe, tmp_path / "out")
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == wanted
+
+
+@pytest.mark.slow
 def test_a_run_starts_from_another_runs_weights(tiny_base: Path, flash_lora: Path, tmp_path: Path) -> None:
     saved = checkpoints(flash_lora / "training")[-1]
     wanted = load_file(flash_lora / WEIGHTS)
@@ -349,6 +427,26 @@ def test_a_run_starts_from_another_runs_weights(tiny_base: Path, flash_lora: Pat
         ConfigError, match=r"init_from '.*': its '.*' has the shape .*; give a run with the same base, lora\.rank"
     ):
         distill(other, tmp_path / "other")
+    lora = {"rank": 2, "alpha": 4, "targets": ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2")}
+    for changes, message in (
+        ({"alpha": 2}, r"its lora\.alpha is 4, this run's is 2; set it to 4"),
+        ({"dora": True}, r"its '.*lora_magnitude_vector.*' is missing, .* lora\.targets and lora\.dora"),
+        ({"targets": ("to_q",)}, r"it has '.*', this run's LoRA does not; give a run with the same base, lora\.rank"),
+    ):
+        other = tiny_recipe(tiny_base, phases=ONE, init_from=str(saved), lora={**lora, **changes})
+        with pytest.raises(ConfigError, match=r"init_from '.*': " + message):
+            list(dry_run(other))
+    foreign = shutil.copytree(flash_lora, tmp_path / "foreign")
+    info = json.loads((foreign / FLASH).read_text())
+    (foreign / FLASH).write_text(json.dumps({**info, "base_hash": "0" * 64}))
+    state = checkpoint.load_state(saved)
+    other_base = checkpoint_path(foreign / "training", 4)
+    checkpoint.save_state(other_base, {**state, "base_hash": "0" * 64})
+    for place in (foreign, other_base):
+        with pytest.raises(ConfigError, match=r"init_from '.*': its base has the hash 000000000000, this one's has"):
+            list(dry_run(tiny_recipe(tiny_base, phases=ONE, init_from=str(place))))
+    with pytest.raises(ConfigError, match=r"^'.*/000004\.pt': its base has the hash 000000000000"):
+        open_checkpoint(other_base)
     with pytest.raises(ConfigError, match=r"init_from 'nowhere': neither a checkpoint \(\.pt\) nor the folder of a run"):
         distill(tiny_recipe(tiny_base, init_from="nowhere"), tmp_path / "none")
 

@@ -42,6 +42,11 @@ def test_what_the_hub_refuses_shows_in_one_line_before_the_training(
         with pytest.raises(ConfigError, match=f"--push {name}: give a repository on the hub as owner/name"):
             open_repository(name)
     assert hub.requests == []
+    hub.read_only = "other/flash"
+    with pytest.raises(
+        TrainingError, match=r"--push other/flash: the hub did not take it \(it answered with status 403: set HF_TOKEN"
+    ):
+        open_repository("other/flash")
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     with pytest.raises(
         TrainingError, match=r"--push owner/flash: the hub did not take it \(it answered with status 401: set HF_TOKEN"
@@ -66,3 +71,4 @@ def test_the_comfyui_workflow_is_wired_and_its_scheduler_takes_the_times_that_we
     assert info
     assert [table[-(1 + int(step * 1000 / 4))] for step in range(4)] == info.inference["4"]
     assert workflow(spec.model_copy(update={"family": "flux"}), 4) is None
+    assert [workflow(spec, modes) is None for modes in (2, 6, 8)] == [True, True, False]

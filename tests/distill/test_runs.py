@@ -116,8 +116,13 @@ def test_after_ten_updates_a_run_tells_how_long_the_rest_takes_and_so_does_one_t
             {"accumulate": 2, "gradient_checkpointing": True},
             "with 1 samples at a time: set a smaller lora.rank or batch_size; the last checkpoint is untouched",
         ),
+        (
+            torch.OutOfMemoryError("CUDA out of memory."),
+            {"accumulate": 2, "target_batch": 8},
+            "with 1 samples at a time: set target_batch = 1, or gradient_checkpointing = true, or",
+        ),
     ],
-    ids=["gpu", "cpu"],
+    ids=["gpu", "cpu", "targets"],
 )
 def test_out_of_memory_says_what_to_turn(
     problem: Exception, changes: dict[str, Any], said: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from flashdiff import cli
+from flashdiff.components import Components
+from flashdiff.distill.saved_student import open_checkpoint
 from flashdiff.engines.runtime.engine import open_bundle
 from flashdiff.errors import ConfigError, EvaluationError
 from flashdiff.evaluation.command import EvaluateOptions, _select
@@ -164,10 +166,13 @@ def test_guidance_is_the_teachers_and_by_default_what_the_flash_lora_was_taught_
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a dog\n")
 
+    def opened(path: Path) -> Components:
+        return open_checkpoint(path) if path.suffix == ".pt" else open_bundle(path)
+
     def guidance(subject: Path, loras: tuple[tuple[str, float], ...], given: float | None, teacher: Path | None) -> list[float]:
         name = str(teacher) if teacher else None
         options = EvaluateOptions(subject=str(subject), loras=loras, teacher=name, guidance=given, prompts=str(prompts))
-        return [components.spec.sampler.guidance for _, components, _ in _select(options, open_bundle, print).models]
+        return [components.spec.sampler.guidance for _, components, _ in _select(options, opened, print).models]
 
     low, high = json.loads((flash_lora / "flash.json").read_text())["guidance"]
     student = (tiny_base, ((str(flash_lora), 1.0),))
@@ -177,6 +182,9 @@ def test_guidance_is_the_teachers_and_by_default_what_the_flash_lora_was_taught_
     assert guidance(student_bundle, (), 2.0, tiny_base) == [1.0, 2.0]
     assert guidance(student_bundle, (), None, tiny_base) == [1.0, family]  # a bundle does not record the guidance of its training
     assert (low + high) / 2 != family
+    saved = sorted((flash_lora / "training" / "checkpoints").iterdir())[-1]
+    assert guidance(saved, (), None, tiny_base) == [1.0, (low + high) / 2]
+    assert guidance(saved, (), 2.0, tiny_base) == [1.0, 2.0]
     with pytest.raises(ConfigError, match="is a bundle"):
         guidance(student_bundle, (), 2.0, None)
 

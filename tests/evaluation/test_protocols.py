@@ -1,6 +1,7 @@
 """The papers' protocols on a stand-in for COCO: a fixed list, the sizes, and numbers worked out by hand."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -115,6 +116,20 @@ def test_a_killed_run_goes_on_and_another_model_of_the_name_starts_anew(
     assert drawn == [1]
     _, student = load_fused(str(tiny_base), [(flash_lora, 1.0)], None)
     assert run_protocol(meter, data, [("tiny", student, 2)]).rows != first.rows
+
+
+def test_real_images_that_changed_are_measured_again(coco: tuple[Path, Path], tmp_path: Path) -> None:
+    meter = Meter(protocol=TINY, features=FEATURES, scorers=(), keep=tmp_path / "kept", report=lambda _: None)
+    data = read_coco(TINY, *coco)
+    first = meter.measure_real(data).whole
+    assert np.array_equal(meter.measure_real(data).whole, first)
+    assert len(list((tmp_path / "kept").iterdir())) == 1
+    Image.new("RGB", (40, 40), (9, 9, 9)).save(data.files[2])
+    second = meter.measure_real(data).whole
+    assert [bool(np.array_equal(*rows)) for rows in zip(first, second, strict=True)] == [number != 2 for number in range(8)]
+    shutil.copytree(coco[1], tmp_path / "elsewhere", copy_function=shutil.copy2)
+    meter.measure_real(read_coco(TINY, coco[0], tmp_path / "elsewhere"))
+    assert len(list((tmp_path / "kept").iterdir())) == 3
 
 
 def test_the_command_writes_the_papers_table(
