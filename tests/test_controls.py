@@ -178,6 +178,21 @@ def test_a_t2i_adapter_steers_as_in_the_stock_pipeline(
     assert np.abs(ours[0] - _made(model)[0]).max() > 0.02
 
 
+def test_no_network_makes_a_tensor_in_a_step(bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA graph cannot capture one: it is copied from the host."""
+    model = _model(bases["sd15"], 3.0, edges=bases["sd15-edges"], sketch=bases["t2i-grey"])
+    family, spec = family_of(bases["sd15"]), model.spec
+    part = next(part for part in parts_of(family, model) if part.name == "denoiser_control")
+    inputs = random_inputs(model, part, 1, spec.sizes[0], torch.Generator().manual_seed(3))
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a tensor from Python's numbers")
+
+    monkeypatch.setattr(torch, "tensor", refuse)
+    with torch.no_grad():
+        part.module(*inputs)
+
+
 def test_rows_with_and_without_controls_share_no_step_and_have_the_pixels_that_they_have_alone(bases: dict[str, Path]) -> None:
     model = _model(bases["sd15"], 3.0, edges=bases["sd15-edges"], sketch=bases["t2i"])
     orders = [

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from flashdiff.components import ModelSpec
@@ -36,8 +35,6 @@ _FIXED: Mapping[str, Fixed] = {
 _SHARED = ("cross_attention_dim", "block_out_channels", "layers_per_block", "addition_embed_type",
            "projection_class_embeddings_input_dim", "encoder_hid_dim")  # fmt: skip
 """Settings of a ControlNet that are the UNet's own."""
-_LUMA = (0.299, 0.587, 0.114)
-"""Of red, green and blue, as Pillow turns color into grey (ITU-R 601)."""
 
 
 def find_control(name: str, place: str) -> Path:
@@ -140,7 +137,8 @@ def _residuals(
     """A network's residuals, by the place in the UNet where they are added; the image is in [0, 1]."""
     if hasattr(network, "adapter"):
         if network.config.in_channels == 1:
-            image = (image * torch.tensor(_LUMA, dtype=image.dtype, device=image.device)[:, None, None]).sum(1, keepdim=True)
+            # As Pillow turns color into grey (ITU-R 601). A CUDA graph cannot capture a tensor made from Python's numbers.
+            image = 0.299 * image[:, :1] + 0.587 * image[:, 1:2] + 0.114 * image[:, 2:]
         return {"down_intrablock_additional_residuals": [values * scale for values in network(image)]}
     down, mid = network(latents, times, controlnet_cond=image, conditioning_scale=scale, return_dict=False, **texts)
     return {"down_block_additional_residuals": list(down), "mid_block_additional_residual": [mid]}
