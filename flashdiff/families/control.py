@@ -77,14 +77,42 @@ def _of_controlnet(settings: Mapping[str, Any], unet: Mapping[str, Any], spec: M
 
 
 def _of_t2i(settings: Mapping[str, Any], unet: Mapping[str, Any], spec: ModelSpec) -> dict[str, tuple[Any, Any]]:
-    widths, channels = list(unet["block_out_channels"]), list(settings["channels"])
-    # The UNet adds a residual before a level with attention is halved, and after a level without it was.
-    is_halved_first = "CrossAttn" not in str(unet["down_block_types"][0])
+    *levels, middle = _places_of_unet(unet, spec.latent_factor)
+    kind, features = str(settings["adapter_type"]), _features_of_t2i(settings)
+    own, further = features[: len(levels)], features[len(levels) :]
+    kinds = ("full_adapter", "light_adapter") if "CrossAttn" in str(unet["down_block_types"][0]) else ("full_adapter_xl",)
+    # A further feature of the other types is too small for the middle: the UNet drops it.
+    wanted_further = [middle][: len(further)] if kind == "full_adapter_xl" else further[:1]
+    added = " with the level that it adds" if kind == "light_adapter" else ""
     return {
-        "channels": (channels[: len(widths)], widths),
-        "number of levels": (min(len(channels), len(widths) + 1), len(channels)),
-        "downscale_factor": (settings["downscale_factor"], spec.latent_factor * (2 if is_halved_first else 1)),
+        "adapter_type": (kind, kind if kind in kinds else " or ".join(kinds)),
+        "channels" + added: ([width for width, _ in own], [width for width, _ in levels]),
+        "downscale_factor": (settings["downscale_factor"], levels[0][1]),
+        "pixels a cell of each level": ([pixels for _, pixels in own], [pixels for _, pixels in levels]),
+        "further levels (channels, pixels a cell)": (further, wanted_further),
     }
+
+
+def _features_of_t2i(settings: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Channels, and pixels a cell, of what an adapter gives."""
+    widths, factor = list(settings["channels"]), settings["downscale_factor"]
+    if settings["adapter_type"] == "full_adapter_xl":  # halves once, before its third level
+        return [(width, factor * (1 if level < 2 else 2)) for level, width in enumerate(widths)]
+    added = widths[-1:] if settings["adapter_type"] == "light_adapter" else []
+    return [(width, factor * 2**level) for level, width in enumerate(widths + added)]
+
+
+def _places_of_unet(unet: Mapping[str, Any], factor: int) -> list[tuple[int, int]]:
+    """Channels, and pixels a cell, where a UNet adds features: in each of its levels, and in the middle.
+
+    It adds one before a level with attention is halved, and after a level without it was.
+    """
+    places, last = [], len(unet["block_out_channels"]) - 1
+    for level, (width, block) in enumerate(zip(unet["block_out_channels"], unet["down_block_types"], strict=True)):
+        halved = factor if level == last else 2 * factor
+        places.append((width, factor if "CrossAttn" in block else halved))
+        factor = halved
+    return [*places, (unet["block_out_channels"][-1], factor)]
 
 
 def _plain(value: Any) -> Any:
