@@ -18,9 +18,10 @@ from tiny import make_tiny_sd15, make_tiny_sdxl
 
 from flashdiff.components import Components, Size
 from flashdiff.config import parse_record
-from flashdiff.controls import ControlRequest, steered
+from flashdiff.controls import ControlRequest, steered, unsteered
 from flashdiff.engines.build import build_engine
 from flashdiff.engines.config import BuildOptions, BuildRecipe
+from flashdiff.engines.describe import describe, describe_errors
 from flashdiff.engines.export import trace
 from flashdiff.engines.parts import parts_of, random_inputs
 from flashdiff.engines.plan import plan_build
@@ -334,6 +335,16 @@ def test_names_of_controls_are_checked() -> None:
             parse_record({"base": "b", "controls": [(name, "c") for name in names]}, BuildRecipe, source="build-engine")
 
 
+def test_the_error_at_scale_0_is_named_with_what_it_is_measured_from(bases: dict[str, Path]) -> None:
+    spec = steered(family_of(bases["sd15"]).read_spec(bases["sd15"]), ["edges"])
+    errors = {"denoiser": 1e-6, "denoiser_control": 2e-6, "denoiser_control at scale 0": 0.0, "image": 1e-7}
+    assert describe_errors(spec, errors) == (
+        "denoiser 1.0e-06, denoiser_control 2.0e-06, image 1.0e-07 off torch; "
+        "denoiser_control at scale 0 0.0e+00 off the bundle's own denoiser"
+    )
+    assert describe_errors(unsteered(spec), {"image": 1e-7}) == "image 1.0e-07 off torch"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "backend"), [("sd15", "openvino"), ("sdxl", "onnxruntime"), ("sd15", "torch")])
 def test_engines_steer_as_torch_does(bases: dict[str, Path], tmp_path: Path, family: str, backend: str) -> None:
@@ -345,6 +356,9 @@ def test_engines_steer_as_torch_does(bases: dict[str, Path], tmp_path: Path, fam
     manifest = build_engine(options, print)
     assert manifest.max_error["denoiser_control"] <= 1e-4
     assert manifest.max_error["denoiser_control at scale 0"] <= 1e-4
+    lines = [line for line in describe(tmp_path / "out", manifest) if line.startswith("off ") and "(allowed" in line]
+    assert any(line.startswith("off denoiser denoiser_control at scale 0 ") for line in lines)
+    assert len({line.index(" (allowed") for line in lines}) == 1
     assert [(control.name, control.kind) for control in manifest.controls] == [
         ("edges", "ControlNetModel"),
         ("sketch", "T2IAdapter"),
