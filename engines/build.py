@@ -20,7 +20,7 @@ from flashdiff.engines.bundle import (
 )
 from flashdiff.engines.cache import cached
 from flashdiff.engines.config import BuildOptions, parse_batches, parse_sizes
-from flashdiff.engines.describe import describe_stock
+from flashdiff.engines.describe import describe_errors, describe_stock
 from flashdiff.engines.parts import Part, parts_of
 from flashdiff.engines.plan import BuildPlan, plan_build
 from flashdiff.engines.reference import Reference, run_reference
@@ -62,7 +62,7 @@ def build_engine(options: BuildOptions, report: Callable[[str], None]) -> Manife
             manifest = manifest.model_copy(update={"parts": _compile(plan, manifest, folder, watch)})
         engine = Engine(folder, manifest)
         findings = verify(expected, engine)
-        watch.lap("verify", ", ".join(f"{name} {error:.1e}" for name, error in findings.errors.items()) + " off torch")
+        watch.lap("verify", describe_errors(engine.spec, findings.errors))
         compared = stock if isinstance(stock, str) else compare_stock(stock, engine)
         watch.lap("compare", describe_stock(compared))
         costs = engine.measure_buckets()

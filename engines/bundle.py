@@ -49,6 +49,16 @@ BackendName = Annotated[str, BeforeValidator(_check_backend_name)]
 """One of `BACKENDS`."""
 
 
+def at_scale_0(part: str) -> str:
+    """The name, among a manifest's errors, of a part whose control networks have the scale 0."""
+    return f"{part} at scale 0"
+
+
+def replaced_by(spec: ModelSpec, name: str) -> str | None:
+    """The part of the bundle that the error of this name is measured from; None: it is measured from torch."""
+    return {at_scale_0(part.name): part.replaces for part in spec.replacements}.get(name)
+
+
 def tokenizer_file(tokenizer: TokenizerSpec) -> str:
     """Where a bundle keeps a tokenizer."""
     return f"tokenizers/{tokenizer.name}.json"

@@ -1,11 +1,11 @@
 """A bundle's manifest as readable lines."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from flashdiff.components import ModelSpec
 from flashdiff.engines.backends import find_backend
-from flashdiff.engines.bundle import Manifest, StockComparison
+from flashdiff.engines.bundle import Manifest, StockComparison, replaced_by
 from flashdiff.errors import BundleError
 
 
@@ -32,24 +32,35 @@ def describe(bundle: Path, manifest: Manifest) -> Iterator[str]:
     yield f"buckets      batch {', '.join(map(str, manifest.batch_sizes))} at {', '.join(map(str, model.sizes))}"
     exact = "the same bits in every batch" if manifest.rows_are_exact else "not bit-equal across batch sizes"
     yield f"rows         {exact}"
+    width = max(12, *map(len, (*manifest.max_error, *manifest.parts)))
     for name, error in manifest.max_error.items():
-        yield f"off torch    {name:12} {error:.1e} (allowed {manifest.max_error_allowed[name]:.0e})"
-    yield f"off stock    {describe_stock(manifest.stock)}"
+        other, allowed = replaced_by(model, name) or "torch", manifest.max_error_allowed[name]
+        yield f"{'off ' + other:12} {name:{width}} {error:.1e} (allowed {allowed:.0e})"
+    yield f"off stock    {describe_stock(manifest.stock, width)}"
     for part in manifest.parts:
         for size in model.sizes if manifest.parts[part].is_spatial else (None,):
             costs = [f"{c.batch}: {c.ms:.1f}" for c in manifest.step_costs if c.part == part and c.size == size]
-            yield f"ms by batch  {part:12} {str(size) + '  ' if size else ''}{', '.join(costs)}"
+            yield f"ms by batch  {part:{width}} {str(size) + '  ' if size else ''}{', '.join(costs)}"
     for name in sorted(manifest.files):
         yield f"file         {(bundle / name).stat().st_size / 1e6:8.2f} MB  {name}"
 
 
-def describe_stock(stock: StockComparison | str) -> str:
-    """The comparison with the stock pipeline, or why there is none, in one line."""
+def describe_errors(spec: ModelSpec, errors: Mapping[str, float]) -> str:
+    """What parts and the image differ by, and from what, in one line."""
+    found: dict[str, list[str]] = {}
+    for name, error in errors.items():
+        other = replaced_by(spec, name)
+        found.setdefault(f"the bundle's own {other}" if other else "torch", []).append(f"{name} {error:.1e}")
+    return "; ".join(f"{', '.join(listed)} off {other}" for other, listed in found.items())
+
+
+def describe_stock(stock: StockComparison | str, width: int = 12) -> str:
+    """The comparison with the stock pipeline, or why there is none, in one line; `width` is that of its first column."""
     if isinstance(stock, str):
         return f"not compared: {stock}"
     return (
-        f"image        {stock.error:.1e} (allowed {stock.allowed:.1e}; torch {stock.torch_error:.1e}), {stock.steps} steps at "
-        f"{stock.size} of {stock.made_by}"
+        f"{'image':{width}} {stock.error:.1e} (allowed {stock.allowed:.1e}; torch {stock.torch_error:.1e}), {stock.steps} steps "
+        f"at {stock.size} of {stock.made_by}"
     )
 
 

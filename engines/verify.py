@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from flashdiff.engines.backends import find_backend
-from flashdiff.engines.bundle import Precision
+from flashdiff.engines.bundle import Precision, at_scale_0, replaced_by
 from flashdiff.engines.reference import Case, Outputs, Reference, sample_image
 from flashdiff.engines.runtime.engine import Engine
 from flashdiff.errors import BundleError
@@ -21,7 +21,7 @@ class Findings:
     """What was measured of a bundle that passed."""
 
     errors: dict[str, float]
-    """By part, and for `image`."""
+    """By part, for `image`, and for `at_scale_0` of the parts that replace others."""
     allowed: dict[str, float]
     rows_are_exact: bool
 
@@ -44,18 +44,19 @@ def verify(expected: Reference, engine: Engine) -> Findings:
             raise BundleError(f"{case.part}: a row changes with its batch; the bundle is not published")
         are_exact = are_exact and is_exact
     for part in engine.spec.replacements:
-        errors[f"{part.name} at scale 0"] = max(
-            _steering_at_zero(case, engine) for case in expected.cases if case.part == part.name
-        )
-        allowed[f"{part.name} at scale 0"] = PART_ERROR[precision]
+        name = at_scale_0(part.name)
+        errors[name] = max(_steering_at_zero(case, engine) for case in expected.cases if case.part == part.name)
+        allowed[name] = PART_ERROR[precision]
     errors["image"] = max(
         float(np.sqrt(np.mean(np.square(image - sample_image(engine, engine.spec, size)))))
         for size, image in expected.images.items()
     )
     for name, error in errors.items():
         if not error <= allowed[name]:
+            other = replaced_by(engine.spec, name)
+            place = f"the bundle's own {other}" if other else "torch"
             raise BundleError(
-                f"{name} differs from torch by {error:.2e}, more than {allowed[name]:.0e}; the bundle is not published"
+                f"{name} differs from {place} by {error:.2e}, more than {allowed[name]:.0e}; the bundle is not published"
             )
     return Findings(errors, allowed, are_exact)
 

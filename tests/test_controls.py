@@ -3,6 +3,7 @@
 import inspect
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from tiny import make_tiny_sd15, make_tiny_sdxl
 
 from flashdiff.components import Components, Size
 from flashdiff.config import parse_record
-from flashdiff.controls import ControlRequest, steered
+from flashdiff.controls import ControlRequest, steered, unsteered
 from flashdiff.engines.build import build_engine
 from flashdiff.engines.config import BuildOptions, BuildRecipe
+from flashdiff.engines.describe import describe, describe_errors
 from flashdiff.engines.export import trace
 from flashdiff.engines.parts import parts_of, random_inputs
 from flashdiff.engines.plan import plan_build
@@ -35,11 +37,24 @@ from flashdiff.orders import Order, Pixels
 from flashdiff.samplers.options import SamplingOptions
 from flashdiff.tasks import check_order
 
+THREE_LEVELS = {  # SDXL's own form: its adapter's fourth feature joins in the middle
+    "block_out_channels": (32, 64, 64),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+}
 PROMPT, SEED, STEPS = "a red dog", 3, 4
 MAKE = {"sd15": make_tiny_sd15, "sdxl": make_tiny_sdxl}
 CONTROLNET = {"sd15": "StableDiffusionControlNetPipeline", "sdxl": "StableDiffusionXLControlNetPipeline"}
 CONTROLNET_IMAGE = {"sd15": "StableDiffusionControlNetImg2ImgPipeline", "sdxl": "StableDiffusionXLControlNetImg2ImgPipeline"}
 ADAPTER = {"sd15": "StableDiffusionAdapterPipeline", "sdxl": "StableDiffusionXLAdapterPipeline"}
+T2I = [
+    ("sd15", "t2i"),
+    ("sd15", "t2i-grey"),
+    ("sd15-even", "t2i-light"),
+    ("sdxl-late", "t2i-xl"),
+    ("sdxl-three", "t2i-xl-four"),
+]
+"""Bases and their adapters."""
 _random = np.random.default_rng(0)
 EDGES, POSE, IMAGE = (_random.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(3))
 GREY: Pixels = np.repeat(_random.integers(0, 256, (32, 32, 1), dtype=np.uint8), 3, axis=2)
@@ -57,9 +72,11 @@ def _controlnet(folder: Path, base: Path, seed: int = 0, **changes: Any) -> Path
     return folder
 
 
-def _adapter(folder: Path, kind: str = "full_adapter", in_channels: int = 3, factor: int = 4) -> Path:
+def _adapter(
+    folder: Path, kind: str = "full_adapter", in_channels: int = 3, factor: int = 4, channels: Sequence[int] = (32, 64)
+) -> Path:
     torch.manual_seed(1)
-    T2IAdapter(in_channels, [32, 64], num_res_blocks=1, downscale_factor=factor, adapter_type=kind).save_pretrained(folder)
+    T2IAdapter(in_channels, list(channels), num_res_blocks=1, downscale_factor=factor, adapter_type=kind).save_pretrained(folder)
     return folder
 
 
@@ -73,9 +90,13 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     # As SDXL's own UNet: its first level has no attention.
     late = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
     make_tiny_sdxl(folder / "sdxl-late", **late)
+    make_tiny_sdxl(folder / "sdxl-three", **THREE_LEVELS)
+    make_tiny_sd15(folder / "sd15-even", block_out_channels=(32, 32))
     _adapter(folder / "t2i")
     _adapter(folder / "t2i-xl", "full_adapter_xl", factor=8)
+    _adapter(folder / "t2i-xl-four", "full_adapter_xl", factor=8, channels=(32, 64, 64, 64))
     _adapter(folder / "t2i-grey", "light_adapter", in_channels=1)
+    _adapter(folder / "t2i-light", "light_adapter", channels=(32,))
     return {**bases, **{path.name: path for path in folder.iterdir()}}
 
 
@@ -161,7 +182,7 @@ def test_two_controlnets_add_up_and_start_from_an_image(
 
 @pytest.mark.filterwarnings("ignore:The decode_latents method is deprecated:FutureWarning")
 @pytest.mark.parametrize("guidance", [3.0, 1.0])
-@pytest.mark.parametrize(("base", "kind"), [("sd15", "t2i"), ("sd15", "t2i-grey"), ("sdxl-late", "t2i-xl")])
+@pytest.mark.parametrize(("base", "kind"), T2I)
 def test_a_t2i_adapter_steers_as_in_the_stock_pipeline(
     bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch, base: str, kind: str, guidance: float
 ) -> None:
@@ -176,6 +197,21 @@ def test_a_t2i_adapter_steers_as_in_the_stock_pipeline(
     ours = _made(model, ControlRequest(name="sketch", image=pixels, scale=0.8, end=0.5 if family == "sdxl" else 1.0))
     _assert_equal(ours, stock)
     assert np.abs(ours[0] - _made(model)[0]).max() > 0.02
+
+
+def test_no_network_makes_a_tensor_in_a_step(bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA graph cannot capture one: it is copied from the host."""
+    model = _model(bases["sd15"], 3.0, edges=bases["sd15-edges"], sketch=bases["t2i-grey"])
+    family, spec = family_of(bases["sd15"]), model.spec
+    part = next(part for part in parts_of(family, model) if part.name == "denoiser_control")
+    inputs = random_inputs(model, part, 1, spec.sizes[0], torch.Generator().manual_seed(3))
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a tensor from Python's numbers")
+
+    monkeypatch.setattr(torch, "tensor", refuse)
+    with torch.no_grad():
+        part.module(*inputs)
 
 
 def test_rows_with_and_without_controls_share_no_step_and_have_the_pixels_that_they_have_alone(bases: dict[str, Path]) -> None:
@@ -256,7 +292,15 @@ def test_a_control_of_another_base_is_refused_at_build(bases: dict[str, Path], t
         plan("sd15", pooled)
     with pytest.raises(ModelError, match="--control edges=nowhere: there is no such folder"):
         plan("sd15", Path("nowhere"))
-    for base, kind in (("sd15", "t2i"), ("sdxl-late", "t2i-xl")):
+    with pytest.raises(ModelError, match=r"its adapter_type is full_adapter_xl, sd15 needs full_adapter or light_adapter"):
+        plan("sd15", bases["t2i-xl"])
+    with pytest.raises(ModelError, match=r"its adapter_type is full_adapter, sdxl-late needs full_adapter_xl"):
+        plan("sdxl-late", bases["t2i"])
+    with pytest.raises(ModelError, match=r"its channels with the level that it adds is \[32, 32\], sd15 needs \[32, 64\]"):
+        plan("sd15", bases["t2i-light"])
+    with pytest.raises(ModelError, match=r"its further levels .* is \[\(64, 16\), \(64, 16\)\], sdxl-late needs \[\(64, 8\)\]"):
+        plan("sdxl-late", bases["t2i-xl-four"])
+    for base, kind in T2I:
         family = family_of(bases[base])
         spec = family.read_spec(bases[base])
         assert check_control("sketch", bases[kind], family, bases[base], spec) == "T2IAdapter"
@@ -291,6 +335,16 @@ def test_names_of_controls_are_checked() -> None:
             parse_record({"base": "b", "controls": [(name, "c") for name in names]}, BuildRecipe, source="build-engine")
 
 
+def test_the_error_at_scale_0_is_named_with_what_it_is_measured_from(bases: dict[str, Path]) -> None:
+    spec = steered(family_of(bases["sd15"]).read_spec(bases["sd15"]), ["edges"])
+    errors = {"denoiser": 1e-6, "denoiser_control": 2e-6, "denoiser_control at scale 0": 0.0, "image": 1e-7}
+    assert describe_errors(spec, errors) == (
+        "denoiser 1.0e-06, denoiser_control 2.0e-06, image 1.0e-07 off torch; "
+        "denoiser_control at scale 0 0.0e+00 off the bundle's own denoiser"
+    )
+    assert describe_errors(unsteered(spec), {"image": 1e-7}) == "image 1.0e-07 off torch"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "backend"), [("sd15", "openvino"), ("sdxl", "onnxruntime"), ("sd15", "torch")])
 def test_engines_steer_as_torch_does(bases: dict[str, Path], tmp_path: Path, family: str, backend: str) -> None:
@@ -302,6 +356,9 @@ def test_engines_steer_as_torch_does(bases: dict[str, Path], tmp_path: Path, fam
     manifest = build_engine(options, print)
     assert manifest.max_error["denoiser_control"] <= 1e-4
     assert manifest.max_error["denoiser_control at scale 0"] <= 1e-4
+    lines = [line for line in describe(tmp_path / "out", manifest) if line.startswith("off ") and "(allowed" in line]
+    assert any(line.startswith("off denoiser denoiser_control at scale 0 ") for line in lines)
+    assert len({line.index(" (allowed") for line in lines}) == 1
     assert [(control.name, control.kind) for control in manifest.controls] == [
         ("edges", "ControlNetModel"),
         ("sketch", "T2IAdapter"),
@@ -312,6 +369,24 @@ def test_engines_steer_as_torch_does(bases: dict[str, Path], tmp_path: Path, fam
     engine, model = open_bundle(tmp_path / "out"), _model(bases[family], 3.0, **places)
     controls = ControlRequest(name="edges", image=EDGES, scale=0.7), ControlRequest(name="sketch", image=POSE, end=0.5)
     np.testing.assert_allclose(_made(engine, *controls)[0], _made(model, *controls)[0], atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+def test_an_adapter_of_sdxls_own_form_steers_an_engine_at_two_sizes(bases: dict[str, Path], tmp_path: Path) -> None:
+    sizes = Size(32, 32), Size(48, 32)
+    options = BuildOptions(
+        base=str(bases["sdxl-three"]), out=tmp_path / "out", backend="openvino", batch_sizes=(1, 2), sizes=sizes, sampler="ddim",
+        guidance=3, compare_stock=False, controls=(("sketch", str(bases["t2i-xl-four"])),),
+    )  # fmt: skip
+    build_engine(options, print)
+    engine, model = open_bundle(tmp_path / "out"), _model(bases["sdxl-three"], 3.0, sketch=bases["t2i-xl-four"])
+    model = replace(model, spec=model.spec.model_copy(update={"sizes": sizes}))
+    for size in sizes:
+        image = np.resize(EDGES, (size.height, size.width, 3))
+        control = ControlRequest(name="sketch", image=image, end=0.5)
+        latents = [_made(components, control, size=size)[0] for components in (engine, model)]
+        np.testing.assert_allclose(*latents, atol=1e-4, rtol=0)
+        assert np.abs(latents[0] - _made(engine, size=size)[0]).max() > 0.02
 
 
 @pytest.mark.slow

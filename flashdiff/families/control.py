@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from flashdiff.components import ModelSpec
@@ -36,8 +35,6 @@ _FIXED: Mapping[str, Fixed] = {
 _SHARED = ("cross_attention_dim", "block_out_channels", "layers_per_block", "addition_embed_type",
            "projection_class_embeddings_input_dim", "encoder_hid_dim")  # fmt: skip
 """Settings of a ControlNet that are the UNet's own."""
-_LUMA = (0.299, 0.587, 0.114)
-"""Of red, green and blue, as Pillow turns color into grey (ITU-R 601)."""
 
 
 def find_control(name: str, place: str) -> Path:
@@ -80,14 +77,42 @@ def _of_controlnet(settings: Mapping[str, Any], unet: Mapping[str, Any], spec: M
 
 
 def _of_t2i(settings: Mapping[str, Any], unet: Mapping[str, Any], spec: ModelSpec) -> dict[str, tuple[Any, Any]]:
-    widths, channels = list(unet["block_out_channels"]), list(settings["channels"])
-    # The UNet adds a residual before a level with attention is halved, and after a level without it was.
-    is_halved_first = "CrossAttn" not in str(unet["down_block_types"][0])
+    *levels, middle = _places_of_unet(unet, spec.latent_factor)
+    kind, features = str(settings["adapter_type"]), _features_of_t2i(settings)
+    own, further = features[: len(levels)], features[len(levels) :]
+    kinds = ("full_adapter", "light_adapter") if "CrossAttn" in str(unet["down_block_types"][0]) else ("full_adapter_xl",)
+    # A further feature of the other types is too small for the middle: the UNet drops it.
+    wanted_further = [middle][: len(further)] if kind == "full_adapter_xl" else further[:1]
+    added = " with the level that it adds" if kind == "light_adapter" else ""
     return {
-        "channels": (channels[: len(widths)], widths),
-        "number of levels": (min(len(channels), len(widths) + 1), len(channels)),
-        "downscale_factor": (settings["downscale_factor"], spec.latent_factor * (2 if is_halved_first else 1)),
+        "adapter_type": (kind, kind if kind in kinds else " or ".join(kinds)),
+        "channels" + added: ([width for width, _ in own], [width for width, _ in levels]),
+        "downscale_factor": (settings["downscale_factor"], levels[0][1]),
+        "pixels a cell of each level": ([pixels for _, pixels in own], [pixels for _, pixels in levels]),
+        "further levels (channels, pixels a cell)": (further, wanted_further),
     }
+
+
+def _features_of_t2i(settings: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Channels, and pixels a cell, of what an adapter gives."""
+    widths, factor = list(settings["channels"]), settings["downscale_factor"]
+    if settings["adapter_type"] == "full_adapter_xl":  # halves once, before its third level
+        return [(width, factor * (1 if level < 2 else 2)) for level, width in enumerate(widths)]
+    added = widths[-1:] if settings["adapter_type"] == "light_adapter" else []
+    return [(width, factor * 2**level) for level, width in enumerate(widths + added)]
+
+
+def _places_of_unet(unet: Mapping[str, Any], factor: int) -> list[tuple[int, int]]:
+    """Channels, and pixels a cell, where a UNet adds features: in each of its levels, and in the middle.
+
+    It adds one before a level with attention is halved, and after a level without it was.
+    """
+    places, last = [], len(unet["block_out_channels"]) - 1
+    for level, (width, block) in enumerate(zip(unet["block_out_channels"], unet["down_block_types"], strict=True)):
+        halved = factor if level == last else 2 * factor
+        places.append((width, factor if "CrossAttn" in block else halved))
+        factor = halved
+    return [*places, (unet["block_out_channels"][-1], factor)]
 
 
 def _plain(value: Any) -> Any:
@@ -140,7 +165,8 @@ def _residuals(
     """A network's residuals, by the place in the UNet where they are added; the image is in [0, 1]."""
     if hasattr(network, "adapter"):
         if network.config.in_channels == 1:
-            image = (image * torch.tensor(_LUMA, dtype=image.dtype, device=image.device)[:, None, None]).sum(1, keepdim=True)
+            # As Pillow turns color into grey (ITU-R 601). A CUDA graph cannot capture a tensor made from Python's numbers.
+            image = 0.299 * image[:, :1] + 0.587 * image[:, 1:2] + 0.114 * image[:, 2:]
         return {"down_intrablock_additional_residuals": [values * scale for values in network(image)]}
     down, mid = network(latents, times, controlnet_cond=image, conditioning_scale=scale, return_dict=False, **texts)
     return {"down_block_additional_residuals": list(down), "mid_block_additional_residual": [mid]}
