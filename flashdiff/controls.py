@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from flashdiff import defaults
 from flashdiff.components import ModelSpec, Size, Tensors
 from flashdiff.errors import RequestError
-from flashdiff.orders import Control, Pixels
+from flashdiff.orders import Control, Pixels, as_float32
 from flashdiff.parts import Condition, PartSpec
 
 NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
@@ -90,9 +90,11 @@ def check_controls(spec: ModelSpec, size: Size, given: Sequence[ControlRequest])
 
 def _checked(control: ControlRequest, size: Size) -> Control:
     field_name = f"controls.{control.name}"
-    scale, start, end = (float(np.float32(value)) for value in (control.scale, control.start, control.end))
+    scale, start, end = (as_float32(value) for value in (control.scale, control.start, control.end))
     if not (math.isfinite(scale) and 0 <= scale <= MAX_SCALE):
-        raise RequestError(f"{field_name}.scale", control.scale, f"it must be between 0 and {MAX_SCALE:g}")
+        raise RequestError(
+            f"{field_name}.scale", control.scale if math.isfinite(scale) else scale, f"it must be between 0 and {MAX_SCALE:g}"
+        )
     for name, share in (("start", start), ("end", end)):
         if not 0 <= share <= 1:
             raise RequestError(f"{field_name}.{name}", share, "it must be between 0 and 1")
@@ -115,11 +117,21 @@ def images_of(controls: Mapping[str, Control]) -> Tensors:
     }
 
 
+def check_steps(controls: Mapping[str, Control], steps: int) -> None:
+    """RequestError for a control that counts in none of the steps that are taken: it would cost time without effect."""
+    for name, control in controls.items():
+        if not _counts(control, steps).any():
+            share = f"{control.start:g} and {control.end:g}"
+            raise RequestError(f"controls.{name}.end", control.end, f"no step of the {steps} lies between {share}")
+
+
+def _counts(control: Control, steps: int) -> NDArray[np.bool_]:
+    """In which of the steps [steps] a control counts: those that lie wholly within its share."""
+    shares = np.arange(steps + 1) / steps
+    return (shares[:-1] >= control.start - _ROUNDED) & (shares[1:] <= control.end + _ROUNDED)
+
+
 def scales_of(controls: Mapping[str, Control], steps: int) -> dict[str, NDArray[np.float32]]:
     """The scale at each of the steps that are taken [steps], by condition: 0 in those outside a control's share of them."""
-    shares = np.arange(steps + 1) / steps
-    scales = {}
-    for name, control in controls.items():
-        counts = (shares[:-1] >= control.start - _ROUNDED) & (shares[1:] <= control.end + _ROUNDED)
-        scales[_PREFIX + name] = np.where(counts, control.scale, 0).astype(np.float32)
-    return scales
+    scales = {name: np.where(_counts(control, steps), control.scale, 0) for name, control in controls.items()}
+    return {_PREFIX + name: values.astype(np.float32) for name, values in scales.items()}

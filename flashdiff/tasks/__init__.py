@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 from flashdiff import defaults
 from flashdiff.components import ModelSpec, Size
-from flashdiff.controls import ControlRequest, check_controls
+from flashdiff.controls import ControlRequest, check_controls, check_steps
 from flashdiff.errors import RequestError
 from flashdiff.noise import SEED_LIMIT
 from flashdiff.orders import Order, Pixels
@@ -88,6 +88,7 @@ def check_order(
         controls=check_controls(spec, size, controls),
     )
     task.check(spec, order)
+    check_steps(order.controls, order.steps_taken)
     return order
 
 
