@@ -74,8 +74,8 @@ def controls_of(spec: ModelSpec) -> tuple[str, ...]:
     return tuple(c.name.removeprefix(_PREFIX) for c in spec.conditions if c.enters == "residual")
 
 
-def check_controls(spec: ModelSpec, size: Size, given: Sequence[ControlRequest]) -> dict[str, Control]:
-    """The controls of an order, by name; RequestError names the field that is wrong, the value and what is allowed."""
+def check_controls(spec: ModelSpec, given: Sequence[ControlRequest]) -> None:
+    """RequestError names the field that is wrong, the value and what is allowed; no image is read yet."""
     allowed, taken = controls_of(spec), set[str]()
     if given and not allowed:
         raise RequestError("controls", given[0].name, "this model takes none: they are fused in by build-engine --control")
@@ -85,12 +85,17 @@ def check_controls(spec: ModelSpec, size: Size, given: Sequence[ControlRequest])
         if control.name in taken:
             raise RequestError("controls.name", control.name, "it is given twice")
         taken.add(control.name)
-    return {control.name: _checked(control, size) for control in given}
+    for control in given:
+        _check(control)
 
 
-def _checked(control: ControlRequest, size: Size) -> Control:
+def _numbers(control: ControlRequest) -> tuple[float, float, float]:
+    return as_float32(control.scale), as_float32(control.start), as_float32(control.end)
+
+
+def _check(control: ControlRequest) -> None:
     field_name = f"controls.{control.name}"
-    scale, start, end = (as_float32(value) for value in (control.scale, control.start, control.end))
+    scale, start, end = _numbers(control)
     if not (math.isfinite(scale) and 0 <= scale <= MAX_SCALE):
         raise RequestError(
             f"{field_name}.scale", control.scale if math.isfinite(scale) else scale, f"it must be between 0 and {MAX_SCALE:g}"
@@ -102,10 +107,16 @@ def _checked(control: ControlRequest, size: Size) -> Control:
         raise RequestError(f"{field_name}.start", control.start, f"it must be below the end, {control.end:g}")
     if control.image is None:
         raise RequestError(f"{field_name}.image", None, "a control needs an image")
+
+
+def read_control(control: ControlRequest, size: Size) -> Control:
+    """A checked control with its image; RequestError for one that cannot be read or has another size."""
+    assert control.image is not None
+    scale, start, end = _numbers(control)
     pixels = control.image(size) if callable(control.image) else control.image
     height, width, _ = pixels.shape
     if (width, height) != size:
-        raise RequestError(f"{field_name}.image", f"{width}x{height}", f"it must have {size} pixels")
+        raise RequestError(f"controls.{control.name}.image", f"{width}x{height}", f"it must have {size} pixels")
     return Control(pixels=pixels, scale=scale, start=start, end=end)
 
 
