@@ -69,7 +69,8 @@ def _row_by_row(part: Part, inputs: Sequence[Tensor]) -> Outputs:
 @contextmanager
 def on_gpu(parts: Sequence[Part]) -> Iterator[None]:
     """Within the context, these modules are on the GPU if it has memory for them and their activations."""
-    needed = sum(values.nbytes for part in parts for values in part.module.parameters()) + _ACTIVATION_BYTES
+    weights = {id(values): values for part in parts for values in part.module.parameters()}  # parts share some
+    needed = sum(values.nbytes for values in weights.values()) + _ACTIVATION_BYTES
     if not torch.cuda.is_available() or torch.cuda.mem_get_info()[0] < needed:
         yield
         return

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from flashdiff import defaults
 from flashdiff.components import ModelSpec, Size, Tensors
 from flashdiff.errors import RequestError
-from flashdiff.orders import Control, Pixels
+from flashdiff.orders import Control, Pixels, as_float32
 from flashdiff.parts import Condition, PartSpec
 
 NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
@@ -74,8 +74,8 @@ def controls_of(spec: ModelSpec) -> tuple[str, ...]:
     return tuple(c.name.removeprefix(_PREFIX) for c in spec.conditions if c.enters == "residual")
 
 
-def check_controls(spec: ModelSpec, size: Size, given: Sequence[ControlRequest]) -> dict[str, Control]:
-    """The controls of an order, by name; RequestError names the field that is wrong, the value and what is allowed."""
+def check_controls(spec: ModelSpec, given: Sequence[ControlRequest]) -> None:
+    """RequestError names the field that is wrong, the value and what is allowed; no image is read yet."""
     allowed, taken = controls_of(spec), set[str]()
     if given and not allowed:
         raise RequestError("controls", given[0].name, "this model takes none: they are fused in by build-engine --control")
@@ -85,14 +85,21 @@ def check_controls(spec: ModelSpec, size: Size, given: Sequence[ControlRequest])
         if control.name in taken:
             raise RequestError("controls.name", control.name, "it is given twice")
         taken.add(control.name)
-    return {control.name: _checked(control, size) for control in given}
+    for control in given:
+        _check(control)
 
 
-def _checked(control: ControlRequest, size: Size) -> Control:
+def _numbers(control: ControlRequest) -> tuple[float, float, float]:
+    return as_float32(control.scale), as_float32(control.start), as_float32(control.end)
+
+
+def _check(control: ControlRequest) -> None:
     field_name = f"controls.{control.name}"
-    scale, start, end = (float(np.float32(value)) for value in (control.scale, control.start, control.end))
+    scale, start, end = _numbers(control)
     if not (math.isfinite(scale) and 0 <= scale <= MAX_SCALE):
-        raise RequestError(f"{field_name}.scale", control.scale, f"it must be between 0 and {MAX_SCALE:g}")
+        raise RequestError(
+            f"{field_name}.scale", control.scale if math.isfinite(scale) else scale, f"it must be between 0 and {MAX_SCALE:g}"
+        )
     for name, share in (("start", start), ("end", end)):
         if not 0 <= share <= 1:
             raise RequestError(f"{field_name}.{name}", share, "it must be between 0 and 1")
@@ -100,10 +107,16 @@ def _checked(control: ControlRequest, size: Size) -> Control:
         raise RequestError(f"{field_name}.start", control.start, f"it must be below the end, {control.end:g}")
     if control.image is None:
         raise RequestError(f"{field_name}.image", None, "a control needs an image")
+
+
+def read_control(control: ControlRequest, size: Size) -> Control:
+    """A checked control with its image; RequestError for one that cannot be read or has another size."""
+    assert control.image is not None
+    scale, start, end = _numbers(control)
     pixels = control.image(size) if callable(control.image) else control.image
     height, width, _ = pixels.shape
     if (width, height) != size:
-        raise RequestError(f"{field_name}.image", f"{width}x{height}", f"it must have {size} pixels")
+        raise RequestError(f"controls.{control.name}.image", f"{width}x{height}", f"it must have {size} pixels")
     return Control(pixels=pixels, scale=scale, start=start, end=end)
 
 
@@ -115,11 +128,21 @@ def images_of(controls: Mapping[str, Control]) -> Tensors:
     }
 
 
+def check_steps(controls: Mapping[str, Control], steps: int) -> None:
+    """RequestError for a control that counts in none of the steps that are taken: it would cost time without effect."""
+    for name, control in controls.items():
+        if not _counts(control, steps).any():
+            share = f"{control.start:g} and {control.end:g}"
+            raise RequestError(f"controls.{name}.end", control.end, f"no step of the {steps} lies between {share}")
+
+
+def _counts(control: Control, steps: int) -> NDArray[np.bool_]:
+    """In which of the steps [steps] a control counts: those that lie wholly within its share."""
+    shares = np.arange(steps + 1) / steps
+    return (shares[:-1] >= control.start - _ROUNDED) & (shares[1:] <= control.end + _ROUNDED)
+
+
 def scales_of(controls: Mapping[str, Control], steps: int) -> dict[str, NDArray[np.float32]]:
     """The scale at each of the steps that are taken [steps], by condition: 0 in those outside a control's share of them."""
-    shares = np.arange(steps + 1) / steps
-    scales = {}
-    for name, control in controls.items():
-        counts = (shares[:-1] >= control.start - _ROUNDED) & (shares[1:] <= control.end + _ROUNDED)
-        scales[_PREFIX + name] = np.where(counts, control.scale, 0).astype(np.float32)
-    return scales
+    scales = {name: np.where(_counts(control, steps), control.scale, 0) for name, control in controls.items()}
+    return {_PREFIX + name: values.astype(np.float32) for name, values in scales.items()}

@@ -1,5 +1,6 @@
 """Orders: checked requests."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -14,6 +15,15 @@ if TYPE_CHECKING:
 
 Pixels = NDArray[np.uint8]
 """[H, W, 3] RGB."""
+
+
+def as_float32(value: float) -> float:
+    """A request's number as the protocols carry it; an integer that is too large for a float is not finite."""
+    try:
+        with np.errstate(over="ignore"):
+            return float(np.float32(value))
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -50,7 +50,7 @@ _WATCH_S = 0.5  # how often the device thread is checked and the metrics are upd
 _MOST_S = 7 * 24 * 3600
 _OPTIONS = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", 4 * 1024 * 1024),  # a request is a prompt, some numbers and perhaps an image
+    ("grpc.max_receive_message_length", 4 * 1024 * 1024),  # a request is a prompt, some numbers and perhaps images
     ("grpc.max_concurrent_streams", 500),  # of one connection
     ("grpc.server_handshake_timeout_ms", 10_000),  # a silent connection is closed
     ("grpc.max_connection_idle_ms", 600_000),  # frees replies that are not read as well: see `unread`

@@ -142,10 +142,10 @@ def _controls(spec: ModelSpec, values: Mapping[str, Any]) -> list[ControlRequest
     """The controls that any input names."""
     found = []
     for name in controls_of(spec):
-        file = values.get(f"CONTROL_{name.upper()}", b"")
+        file = values.get(f"CONTROL_{name.upper()}")
         numbers = {share: values.get(f"{share.upper()}_{name.upper()}") for share in ("scale", "start", "end")}
-        if file or any(number is not None for number in numbers.values()):
-            found.append(control_request(name, file, **numbers))
+        if file is not None or any(number is not None for number in numbers.values()):
+            found.append(control_request(name, file or b"", **numbers))
     return found
 
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tiny import make_tiny_sd15, make_tiny_sdxl
 
+from flashdiff import cli
 from flashdiff.components import Components, Size
 from flashdiff.config import parse_record
 from flashdiff.controls import ControlRequest, steered, unsteered
@@ -247,6 +248,8 @@ def test_rows_with_and_without_controls_share_no_step_and_have_the_pixels_that_t
         ([{"image": None}], r"controls.edges.image: None is not allowed; a control needs an image"),
         ([{"scale": float("nan")}], r"controls.edges.scale: nan is not allowed; it must be between 0 and 2"),
         ([{"scale": 2.5}], r"controls.edges.scale: 2.5 is not allowed; it must be between 0 and 2"),
+        ([{"scale": 10**400}], r"controls.edges.scale: inf is not allowed; it must be between 0 and 2"),
+        ([{"start": -(10**400)}], r"controls.edges.start: -inf is not allowed; it must be between 0 and 1"),
         ([{"scale": -1}], r"controls.edges.scale: -1 is not allowed; it must be between 0 and 2"),
         ([{"start": -0.5}], r"controls.edges.start: -0.5 is not allowed; it must be between 0 and 1"),
         ([{"end": float("inf")}], r"controls.edges.end: inf is not allowed; it must be between 0 and 1"),
@@ -259,6 +262,14 @@ def test_a_control_that_makes_no_sense_is_refused(bases: dict[str, Path], contro
     given = [ControlRequest(**{"name": "edges", "image": EDGES, **control}) for control in controls]
     with pytest.raises(RequestError, match=message):
         check_order(spec, prompt=PROMPT, controls=given)
+
+
+def test_a_control_that_counts_in_no_step_is_refused(bases: dict[str, Path]) -> None:
+    spec = steered(family_of(bases["sd15"]).read_spec(bases["sd15"]), ["edges"])
+    control = ControlRequest(name="edges", image=EDGES, start=0.3, end=0.45)
+    with pytest.raises(RequestError, match=r"controls.edges.end: 0.4.* no step of the 4 lies between 0.3 and 0.45"):
+        check_order(spec, prompt=PROMPT, steps=4, controls=[control])
+    assert check_order(spec, prompt=PROMPT, steps=20, controls=[control]).controls
 
 
 def test_a_model_without_controls_refuses_them(bases: dict[str, Path]) -> None:
@@ -327,6 +338,19 @@ def test_the_command_line_reads_controls(tmp_path: Path) -> None:
         _control("edges")
     with pytest.raises(OSError, match="No such file"):
         _control("edges=nowhere.png:0.5")
+
+
+def test_a_base_is_not_built_for_controls_that_it_would_refuse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.fromarray(EDGES).save(tmp_path / "edges.png")
+    command = ["generate", "--base", "nowhere", "x", "-o", str(tmp_path / "x.png"), "--control", f"edges={tmp_path}/edges.png"]
+    assert cli.main(command) == 2
+    assert "build a bundle with build-engine --control first" in capsys.readouterr().err
+
+
+def test_a_number_too_large_for_a_float_is_refused(bases: dict[str, Path]) -> None:
+    spec = family_of(bases["sd15"]).read_spec(bases["sd15"])
+    with pytest.raises(RequestError, match="strength: inf is not allowed"):
+        check_order(spec, prompt=PROMPT, inputs={"image": IMAGE}, parameters={"strength": 10**400})
 
 
 def test_names_of_controls_are_checked() -> None:

@@ -192,4 +192,8 @@ def _bundle_and_prompt(options: argparse.Namespace) -> tuple[Path, str]:
         return find_bundles([Path(options.bundle)])[0], options.prompt
     if options.prompt is not None:
         raise ConfigError(f"--base {options.base}: it takes the place of BUNDLE; leave '{options.bundle}' out")
+    if options.controls:
+        raise ConfigError(
+            f"--base {options.base}: it is built without controls; build a bundle with build-engine --control first"
+        )
     return bundle_of_base(options, without=frozenset({"steps", "control"})), options.bundle

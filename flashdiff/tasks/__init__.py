@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 from flashdiff import defaults
 from flashdiff.components import ModelSpec, Size
-from flashdiff.controls import ControlRequest, check_controls
+from flashdiff.controls import ControlRequest, check_controls, check_steps, read_control
 from flashdiff.errors import RequestError
 from flashdiff.noise import SEED_LIMIT
 from flashdiff.orders import Order, Pixels
@@ -74,6 +74,7 @@ def check_order(
         raise RequestError("count", count, f"it must be between 1 and {MAX_COUNT}")
     task = task_for(spec, inputs)
     numbers = _checked(spec, task, parameters)
+    check_controls(spec, controls)
     order = Order(
         task=task,
         prompt=prompt,
@@ -85,9 +86,10 @@ def check_order(
         truncate_prompt=truncate_prompt,
         inputs={name: _input(name, given, task.input_size(spec, name, size)) for name, given in inputs.items()},
         parameters=numbers,
-        controls=check_controls(spec, size, controls),
+        controls={control.name: read_control(control, size) for control in controls},
     )
     task.check(spec, order)
+    check_steps(order.controls, order.steps_taken)
     return order
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from flashdiff.components import ModelSpec, Size, Tensors
 from flashdiff.errors import RequestError
-from flashdiff.orders import Order, Pixels, Preparation
+from flashdiff.orders import Order, Pixels, Preparation, as_float32
 from flashdiff.text import CutText
 
 GREY = 127.5
@@ -33,7 +33,7 @@ class Parameter:
 
     def check(self, value: float | None) -> float:
         """The value, or the default for None, rounded to float32; RequestError outside the bounds."""
-        value = float(np.float32(self.default if value is None else value))  # what the protocols carry
+        value = as_float32(self.default if value is None else value)
         if not self.above < value <= self.at_most:
             raise RequestError(self.name, value, f"it must be above {self.above:g} and at most {self.at_most:g}")
         return value

@@ -145,6 +145,8 @@ def test_the_stock_triton_client_finds_and_sends_them(running: Running) -> None:
     message = r"controls.pose.image: None is not allowed; a control needs an image"
     with pytest.raises(triton.InferenceServerException, match=message):
         infer(SCALE_POSE=np.float32(1))
+    with pytest.raises(triton.InferenceServerException, match=message):
+        infer(CONTROL_POSE=b"")
     client.close()
 
 
