@@ -48,10 +48,12 @@ def test_the_hash_names_the_content_and_not_the_place(tiny_base: Path, copy: Pat
 
 def test_damage_is_named(copy: Path) -> None:
     weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
-    tensors = load_file(weights)
-    tensors.pop("conv_out.weight")
-    save_file(tensors, weights)
+    whole = load_file(weights)
+    save_file({name: values for name, values in whole.items() if name != "conv_out.weight"}, weights)
     with pytest.raises(ModelError, match=r"unet lacks weights, conv_out\.weight among them"):
+        load_base(str(copy))
+    save_file({**whole, "up_blocks.9.resnets.0.conv1.weight": whole["conv_out.bias"].clone()}, weights)
+    with pytest.raises(ModelError, match=r"no layer for some of its weights, up_blocks\.9\.resnets\.0\.conv1\.weight among"):
         load_base(str(copy))
     weights.write_bytes(b"garbage")
     with pytest.raises(ModelError, match="cannot load unet"):

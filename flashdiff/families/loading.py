@@ -207,6 +207,8 @@ def load_part(folder: Path, part: str, kind: Any) -> Any:
 
     ModelError when it cannot be loaded whole.
     """
+    import diffusers
+
     read_config(folder, part)
     try:
         model, info = kind.from_pretrained(
@@ -216,6 +218,12 @@ def load_part(folder: Path, part: str, kind: Any) -> Any:
         raise ModelError(f"{folder}: cannot load {part}: {first_line(error)}") from None
     if info["missing_keys"]:  # the loaders would make them up
         raise ModelError(f"{folder}: {part} lacks weights, {sorted(info['missing_keys'])[0]} among them")
+    # A text encoder's file may hold what its pipeline leaves out, such as a language model's head.
+    if (further := info["unexpected_keys"]) and issubclass(kind, diffusers.ModelMixin):
+        raise ModelError(
+            f"{folder}: {part} has no layer for some of its weights, {sorted(further)[0]} among them: its config.json describes "
+            "another network"
+        )
     return model.eval().requires_grad_(False)
 
 
