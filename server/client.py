@@ -70,7 +70,7 @@ class Options(TypedDict, total=False):
 _SERVICE = image_pb2.DESCRIPTOR.services_by_name["ImageService"].full_name
 
 # Retries are idempotent: the same request gives the same pixels. One may run twice, because UNAVAILABLE may also mean that the
-# connection was lost during the call.
+# connection was lost during the call, and so may a CANCELLED from the other end; the caller's own cancel is never retried.
 _RETRIES = {
     "methodConfig": [
         {
@@ -80,7 +80,7 @@ _RETRIES = {
                 "initialBackoff": "0.1s",
                 "maxBackoff": "2s",
                 "backoffMultiplier": 2,
-                "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
+                "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED", "CANCELLED"],
             },
         }
     ]
