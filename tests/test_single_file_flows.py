@@ -120,7 +120,7 @@ def test_sd3_without_t5_in_the_file_or_its_configuration(bases: dict[str, Path],
     bare = load_base(str(find_base(str(file), config=str(_settings(bases["sd3"], tmp_path)))))[1]
     assert "text_encoder_3" not in bare.weights
     assert [tokenizer.name for tokenizer in bare.spec.tokenizers] == ["input_ids", "input_ids_2"]
-    whole = load_base(str(find_base(str(file), config=str(bases["sd3"]))))[1]  # T5 lies beside the configuration
+    whole = load_base(str(find_base(str(file), config=str(bases["sd3"]))))[1]  # T5 lies in the configuration's folder
     expected = load_base(str(bases["sd3"]))[1].weights["text_encoder_3"].state_dict()
     assert all(torch.equal(values, expected[key]) for key, values in whole.weights["text_encoder_3"].state_dict().items())
 
