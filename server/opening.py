@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from flashdiff.components import Costs
 from flashdiff.engines.bundle import parse_manifest
 from flashdiff.engines.runtime.device import DEFAULT_DEVICE, Device
 from flashdiff.engines.runtime.engine import Engine
@@ -101,9 +102,12 @@ def _open_on(device: Device, snapshot: Snapshot, bundle: Path, others: Sequence[
         backend=manifest.backend,
         precision=manifest.precision,
     )
-    with device.pinned():
+
+    def open_engine() -> tuple[Engine, Costs]:
         engine = Engine(snapshot.folder, manifest, device=device)
-        costs = engine.measure_costs(_log_buckets(identity.name, engine.bucket_count))
+        return engine, engine.measure_costs(_log_buckets(identity.name, engine.bucket_count))
+
+    engine, costs = device.run(open_engine)
     on = f" on {device.name}" if device.name else ""
     _log.info("%s is ready%s: %d buckets after %.1f s", identity.name, on, engine.bucket_count, time.monotonic() - started)
     return Model(identity, engine, costs, device, others)

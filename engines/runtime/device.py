@@ -2,13 +2,16 @@
 
 import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import combinations
+from typing import TypeVar
 
 from flashdiff.engines.runtime.machine import count_gpus
 from flashdiff.errors import ConfigError
+
+T = TypeVar("T")
 
 _SYNTAX = "write GPUs by number, as 0,1, or core sets, as cpu:0-3,cpu:4-7 (cpu:0-3+8-11 is one set)"
 _CORES = re.compile(r"cpu:\d{1,5}(-\d{1,5})?(\+\d{1,5}(-\d{1,5})?)*")
@@ -35,18 +38,16 @@ class Device:
         if self.cores:
             os.sched_setaffinity(0, self.cores)
 
-    @contextmanager
-    def pinned(self) -> Iterator[None]:
-        """Confine the current thread to the cores within the block."""
+    def run(self, work: Callable[[], T]) -> T:
+        """What `work` returns; on a set of cores it is done by a thread of its own that is confined to them.
+
+        Bundles must be opened so: OpenVINO runs an engine's calls on the cores of the thread that opened the first engine in
+        that thread, so two engines that one thread opened, each pinned to other cores, would share the first one's.
+        """
         if not self.cores:
-            yield
-            return
-        before = os.sched_getaffinity(0)
-        self.pin()
-        try:
-            yield
-        finally:
-            os.sched_setaffinity(0, before)
+            return work()
+        with ThreadPoolExecutor(1, initializer=self.pin) as thread:
+            return thread.submit(work).result()
 
 
 DEFAULT_DEVICE = Device()

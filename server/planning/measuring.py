@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from flashdiff.components import Components, Costs, Size
@@ -38,25 +39,21 @@ def measure(bundle: Path, devices: Sequence[Device], size: Size | None, image_fo
     """
     snapshot = Snapshot(bundle)
     size = check_size(snapshot.manifest.model, size)
-    engines = []
-    for device in devices:
-        with device.pinned():
-            engines.append(Engine(snapshot.folder, snapshot.manifest, device=device))
-            if len(devices) > 1:
-                engines[-1].measure_costs()  # makes every bucket ready
+    engines = [device.run(partial(_open, snapshot, device, ready=len(devices) > 1)) for device in devices]
     with ThreadPoolExecutor(len(devices)) as threads:
-        costs = list(threads.map(_costs_of, engines))
+        costs = list(threads.map(lambda engine: engine.device.run(engine.measure_costs), engines))
     first = engines[0]
-    with devices[0].pinned():
-        files_s = _files_s(first, size, image_format)
+    files_s = devices[0].run(lambda: _files_s(first, size, image_format))
     snapshot.remove()
     components = SimulatedComponents(first.spec, first.max_batch, parallel_decode=first.parallel_decode)
     return Measured(components=components, costs=costs, size=size, files_s=files_s)
 
 
-def _costs_of(engine: Engine) -> Costs:
-    with engine.device.pinned():
-        return engine.measure_costs()
+def _open(snapshot: Snapshot, device: Device, *, ready: bool) -> Engine:
+    engine = Engine(snapshot.folder, snapshot.manifest, device=device)
+    if ready:
+        engine.measure_costs()  # opens every bucket, so that no device is measured while another opens some
+    return engine
 
 
 def _files_s(engine: Engine, size: Size, image_format: ImageFormat) -> float:
