@@ -211,9 +211,11 @@ def plot(rows: Sequence[Measurement]) -> Any:
             points = [(row["devices"], row[name]) for row in rows if (row["policy"], row["slow"]) == (policy, slow)]
             axes.plot(*zip(*points, strict=True), marker="o", label=policy)
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel("devices")
         axes.set_title(title)
     columns[2].set_yscale("log")
+    columns[2].yaxis.set_major_formatter("{x:g}")
     columns[0].legend(fontsize=8)
     return figure
 

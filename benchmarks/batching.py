@@ -178,6 +178,8 @@ def plot(rows: Sequence[Measurement]) -> Any:
             grid[1][column].plot(loads, gains, marker="o", label=scenario)
         grid[0][column].set_title(f"{kind[0]}, decoding {kind[1]}")
         grid[0][column].set_yscale("log")
+        grid[0][column].yaxis.set_major_formatter("{x:g}")
+        grid[0][column].yaxis.set_minor_formatter("{x:g}")
         grid[0][column].axhline(1.0, color="#999999", linestyle=":")
         grid[1][column].axhline(0.0, color="#999999", linestyle=":")
         grid[1][column].set_xlabel("load, % of full batches")
