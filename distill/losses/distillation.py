@@ -58,25 +58,22 @@ class Distillation(StudentLoss):
     def loss(self, batch: MicroBatch) -> Tensor:
         """The scalar distance of the student's x_0 [B, C, h, w] from the teacher's."""
         student, targets = batch.x0, batch.targets
-        kind = self._settings.kind
-        if self._decode:
-            with torch.no_grad():
-                teacher_images = self._decode(targets.x0)
-            images = self._decode(student)
-            return (
-                self._lpips(images, teacher_images).mean()
-                if self._lpips
-                else distillation_loss("pseudo_huber", images, teacher_images)
-            )
-        match kind:
-            case "whitened":
-                return whitened_loss(student, targets.x0, targets.variance)
+        match self._settings.kind:
+            case "decoded" | "lpips":
+                return self._of_images(batch)
             case "perceptual":
                 return self._perceptual(batch)
-            case "l2" | "pseudo_huber":
+            case "whitened":
+                return whitened_loss(student, targets.x0, targets.variance)
+            case kind:
                 return distillation_loss(kind, student, targets.x0)
-            case _:
-                raise AssertionError(kind)
+
+    def _of_images(self, batch: MicroBatch) -> Tensor:
+        assert self._decode
+        with torch.no_grad():
+            teacher = self._decode(batch.targets.x0)
+        student = self._decode(batch.x0)
+        return self._lpips(student, teacher).mean() if self._lpips else distillation_loss("pseudo_huber", student, teacher)
 
     def _perceptual(self, batch: MicroBatch) -> Tensor:
         setup, conditioning = self._setup, batch.targets.conditioning
