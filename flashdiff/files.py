@@ -55,9 +55,12 @@ def locked_folder(parent: Path, prefix: str, suffix: str) -> tuple[Path, int]:
     """A new folder of a random name, and a descriptor: `sweep_folders` leaves the folder alone while it is open."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=parent))
-        descriptor = os.open(folder, os.O_RDONLY)
         try:
-            is_ours = take_lock(descriptor) and folder.exists()  # else another process took it for a leftover in between
+            descriptor = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:  # another process took it for a leftover, and removed it
+            continue
+        try:
+            is_ours = take_lock(descriptor) and folder.exists()  # else the same, a moment later
         except OSError:  # no locks on this file system: nothing is swept there either
             is_ours = True
         if is_ours:

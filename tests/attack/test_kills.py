@@ -4,7 +4,9 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from attack_bundles import other_bundle
@@ -54,6 +56,23 @@ def test_only_what_is_abandoned_is_swept(tmp_path: Path) -> None:
     with new_folder(target) as folder:
         assert folder.exists()
     assert {path.name for path in tmp_path.iterdir()} == {"out", ".out.settings", ".other.abandoned.making"}
+
+
+def test_a_folder_that_another_process_sweeps_before_it_is_locked_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, made = tempfile.mkdtemp, list[Path]()
+
+    def swept_at_first(**options: Any) -> str:
+        made.append(Path(make(**options)))
+        if len(made) == 1:
+            sweep(tmp_path / "out")
+        return str(made[-1])
+
+    monkeypatch.setattr(tempfile, "mkdtemp", swept_at_first)
+    folder, lock = locked_folder(tmp_path, ".out.", ".making")
+    assert [made[0].exists(), folder] == [False, made[1]]
+    os.close(lock)
 
 
 def test_a_name_with_the_letters_of_patterns_is_swept_as_it_stands(tmp_path: Path) -> None:
