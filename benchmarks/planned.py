@@ -1,12 +1,16 @@
 """The plan against the server: what `flashdiff plan` forecasts for core sets, and what a real load on them measures.
 
     python benchmarks/planned.py bundle --device cpu:0,cpu:1 --json planned.json      # four minutes
+    python benchmarks/planned.py bundle --device cpu:0,cpu:1 --sleep                  # the devices' calls compute nothing
 
 Each round measures the costs as `flashdiff plan` does, starts a server on the devices, and sends it Poisson arrivals of 2 and 4
 steps over a real port, with deadlines of one second. The rate is a share of what the measured costs allow, were every batch full.
 Then the same load is simulated with the costs from before, and with those that the server has learned by the end, which include
 what client, server and everything else on the machine took from its cores. Compared are times from acceptance to the file, as the
 server's replies have them; the client's own are listed too, since the plan leaves the wire out.
+
+With --sleep, device calls sleep for their measured costs: client and server then take no processor time from the devices, as on a
+machine whose devices are GPUs, and what differs from the plan is the server's own doing.
 """
 
 import statistics
@@ -52,28 +56,36 @@ class TimedClient:
 
 
 def run(
-    bundle: Path, devices: Sequence[Device], loads: Sequence[float], rounds: int, seconds: float, report: Callable[[str], None]
+    bundle: Path,
+    devices: Sequence[Device],
+    loads: Sequence[float],
+    rounds: int,
+    seconds: float,
+    report: Callable[[str], None],
+    *,
+    sleep: bool = False,
 ) -> dict[str, Any]:
     """{"environment": ..., "rows": [a row for each load and round]}."""
     log = MeasurementLog(report)
     for round_ in range(1, rounds + 1):
         for load in loads[:: 1 if round_ % 2 else -1]:
-            log.add({"round": round_, "load": load, **_compare(bundle, devices, load, seconds)})
+            log.add({"round": round_, "load": load, **_compare(bundle, devices, load, seconds, sleep=sleep)})
     return {
         "environment": read_environment({"bundle": read_manifest(bundle)}),
         "devices": [device.name for device in devices],
         "seconds": seconds,
+        "sleep": sleep,
         "rows": log.measurements,
     }
 
 
-def _compare(bundle: Path, devices: Sequence[Device], load: float, seconds: float) -> Measurement:
+def _compare(bundle: Path, devices: Sequence[Device], load: float, seconds: float, *, sleep: bool) -> Measurement:
     measured = measure(bundle, devices, None, "png")
     shares = {steps: 1 / len(STEPS) for steps in STEPS}
     demand = Demand(rate=1.0, p99_s=DEADLINE_S, mix=shares, size=measured.size, timeout_s=DEADLINE_S, files_s=measured.files_s)
     rate = load * sum(1 / full_batches_s(measured.components, of, demand) for of in measured.costs)
     demand = Demand(**{**vars(demand), "rate": rate})
-    with start_server(bundle, devices=devices) as server:
+    with start_server(bundle, devices=devices, sleep_for=measured.costs if sleep else ()) as server:
         outcome, server_ms = _real_load(server.address, rate, seconds)
         learned = server.counts().costs
     return {
@@ -135,13 +147,16 @@ def main() -> int:
     parser.add_argument("--loads", default="0.4,0.7", metavar="SHARE[,...]", help="default: %(default)s")
     parser.add_argument("--repeats", type=int, default=3, help="rounds, each with all loads; default: %(default)s")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each load; default: %(default)s")
+    parser.add_argument("--sleep", action="store_true", help="device calls sleep for their costs instead of computing")
     parser.add_argument("--json", type=result_file, metavar="FILE", help="write the rounds there")
     options = parser.parse_args()
 
     def work() -> None:
         check_repeats(options.repeats)
         devices = parse_devices(options.device)
-        results = run(options.bundle, devices, _parse_loads(options.loads), options.repeats, options.seconds, show)
+        results = run(
+            options.bundle, devices, _parse_loads(options.loads), options.repeats, options.seconds, show, sleep=options.sleep
+        )
         print(table(results["rows"]))
         write_results(options.json, results, indent=2)
 

@@ -189,6 +189,12 @@ class Target(NamedTuple):
     row: int = -1
     slots: int = 1
 
+    @property
+    def steps_left(self) -> int:
+        """Of a row."""
+        row = self.running.rows[self.row] if self.row >= 0 else None
+        return len(row.times) - row.step if row else 0
+
 
 class Call:
     """A device call for some targets; only the thread that makes it sets `is_back`."""

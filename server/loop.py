@@ -145,14 +145,15 @@ class DeviceLoop:
     def next_call(self) -> Call | None:
         """The call for the most urgent work and all that can share it; None when there is nothing to do."""
         self._turns += 1
-        self._drop_hopeless(self._clock())
+        now = self._clock()
+        self._drop_hopeless(now)
         targets: list[Target] = []
         ready: list[Ready] = []
         for running in self._candidates():
             for target in self._targets(running):
                 if target.phase == Phase.FINISH and self._parallel:
                     continue  # with the next call, when this one is back
-                ready.append(self._ready(target, len(targets)))
+                ready.append(self._ready(target, len(targets), now))
                 targets.append(target)
         chosen = [targets[item.handle] for item in self._choose(ready)]
         return self._planned(chosen) if chosen else None
@@ -175,7 +176,7 @@ class DeviceLoop:
             self._progress[running.job] = progress_of(running)
         return targets
 
-    def _ready(self, target: Target, handle: int) -> Ready:
+    def _ready(self, target: Target, handle: int, now: float) -> Ready:
         job = target.running.job
         costs, size = job.model.costs, job.order.size
         return Ready(
@@ -188,7 +189,14 @@ class DeviceLoop:
             costs.size_of(target.call, size),
             target.slots,
             costs.current[size][target.call],
+            left=target.steps_left,
+            may_wait=target.phase == Phase.FINISH and self._may_wait(job, now),
         )
+
+    def _may_wait(self, job: Job, now: float) -> bool:
+        """Whether the job's finished rows may be decoded a step later: they are on time even if both calls take twice as long."""
+        longest = job.model.costs.current[job.order.size]
+        return job.deadline > now + 2 * sum(max(longest[call].values()) for call in (job.whole.step, Phase.FINISH)) / 1000
 
     # --- calls -------------------------------------------------------------------------------------------------------
 

@@ -43,6 +43,8 @@ class Ready(NamedTuple):
     size: Size | None  # None for texts, which share one bucket
     slots: int
     costs: Mapping[int, float]  # ms of a call, by slots of the batch
+    left: int = 0  # steps until it is finished
+    may_wait: bool = False  # a row to finish, for others to be finished with it
 
     @property
     def bucket(self) -> tuple[str, Hashable, Size | None, int]:
@@ -52,7 +54,8 @@ class Ready(NamedTuple):
 def choose(ready: Iterable[Ready]) -> list[Ready]:
     """The next batch: one part, one model, one size; empty when nothing is ready.
 
-    Rows that only have to finish go first, since that answers a request. Then inputs are prepared, so that they join the very
+    Rows that only have to finish go first, since that answers a request, unless it pays to finish them with others
+    (`_waits_for_company`). Then inputs are prepared, so that they join the very
     next step, unless they would not make it larger and all its rows are no less urgent: they would wait anyway, and are
     prepared together with those to come. Then one step. Within a phase, the most urgent item (due, then arrival) picks part,
     model and size, so none blocks another; the next in urgency follow, of rows to step as many as `best_batch` says.
@@ -63,9 +66,9 @@ def choose(ready: Iterable[Ready]) -> list[Ready]:
     finish, given, rows = (
         _alike([item for item in urgent if item.phase == phase]) for phase in (Phase.FINISH, Phase.PREPARE, Phase.STEP)
     )
-    if finish:
-        return finish[: max(finish[0].costs)]
     step = rows[: _step_size(rows)]
+    if finish and not _waits_for_company(finish, step, len(urgent)):
+        return finish[: max(finish[0].costs)]
     if given:
         joined = (
             _step_size([*rows, *(item for item in given if item.model == rows[0].model and item.size in (None, rows[0].size))])
@@ -75,6 +78,24 @@ def choose(ready: Iterable[Ready]) -> list[Ready]:
         if joined > len(step) or given[0] < step[-1]:
             return given[: max(given[0].costs)]
     return step
+
+
+def _waits_for_company(finish: Sequence[Ready], step: Sequence[Ready], ready: int) -> bool:
+    """Whether rows should be finished later, together with those that the next steps complete; `ready` counts all that is ready.
+
+    One call for all takes less of the device than two. Everything else that is ready gains that, and the rows that wait lose the
+    steps and what the larger call takes longer: the smaller sum of waiting times wins.
+    """
+    if not step or not all(item.may_wait for item in finish):
+        return False
+    costs, step_ms = finish[0].costs, _cost(step[0].costs, len(step) * step[0].slots)
+    joining = sorted(item.left for item in step if (item.model, item.size) == (finish[0].model, finish[0].size))
+    for company, steps in enumerate(joining[: max(costs) - len(finish)], 1):
+        now, later, together = (_cost(costs, rows) for rows in (len(finish), company, len(finish) + company))
+        lost_ms = steps * step_ms + together - now
+        if (now + later - together) * (ready - len(finish)) > lost_ms * len(finish):
+            return True
+    return False
 
 
 def _alike(urgent: Sequence[Ready]) -> list[Ready]:

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from benchmarks.traffic.cores import on_cores
 from benchmarks.traffic.request_level import RequestLevelWorker
+from benchmarks.traffic.sleeping import let_sleep
 from flashdiff.components import Costs
 from flashdiff.engines.runtime.device import DEFAULT_DEVICE, Device
 from flashdiff.errors import FlashdiffError
@@ -68,11 +69,17 @@ def start_server(
     *,
     with_http: bool = False,
     devices: Sequence[Device] = (DEFAULT_DEVICE,),
+    sleep_for: Sequence[Costs] = (),
 ) -> Iterator[ServerProcess]:
-    """A server of the bundle that is ready, its engine on `engine_cores` (None: on any) or one on each of the devices."""
+    """A server of the bundle that is ready, its engine on `engine_cores` (None: on any) or one on each of the devices.
+
+    With `sleep_for`, costs by device, its device calls sleep for so long and compute nothing.
+    """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(bundle, batching, engine_cores, with_http, devices, theirs), daemon=True)
+    process = context.Process(
+        target=_serve, args=(bundle, batching, engine_cores, with_http, devices, sleep_for, theirs), daemon=True
+    )
     process.start()
     theirs.close()  # so that the pipe ends with the process
     try:
@@ -89,7 +96,13 @@ def start_server(
 
 
 def _serve(
-    bundle: Path, batching: Batching, engine_cores: set[int] | None, with_http: bool, devices: Sequence[Device], pipe: Any
+    bundle: Path,
+    batching: Batching,
+    engine_cores: set[int] | None,
+    with_http: bool,
+    devices: Sequence[Device],
+    sleep_for: Sequence[Costs],
+    pipe: Any,
 ) -> None:
     """The process: serve until it is terminated, and answer every message on the pipe with the counts."""
     from flashdiff.server.app import Listen, freeze_loaded, start
@@ -122,6 +135,8 @@ def _serve(
         with on_cores(cores):  # where the engine's own threads start
             model = open_model(bundle, devices)
             model.components.parallel_decode &= batching != "in turn"
+        if sleep_for:
+            let_sleep(model, sleep_for, devices)
         freeze_loaded()
         listen = Listen(port=0, http_port=0 if with_http else None)
         running = await start(Models({"student": model}, devices=devices), listen, worker=PinnedWorker)

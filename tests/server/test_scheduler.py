@@ -47,11 +47,12 @@ def _ready(
     most: int = 4,
     costs: Mapping[int, float] | None = None,
     arrival: int | None = None,
+    left: int = 1,
+    may_wait: bool = False,
 ) -> Ready:
     """Each of a request of its own unless `arrival` says whose; unless `costs` are given, a full batch costs as much as one."""
-    return Ready(
-        due, index if arrival is None else arrival, index, PHASES[part], part, model, size, slots, costs or {1: 10.0, most: 10.0}
-    )
+    arrived, by_batch = index if arrival is None else arrival, costs or {1: 10.0, most: 10.0}
+    return Ready(due, arrived, index, PHASES[part], part, model, size, slots, by_batch, left, may_wait)
 
 
 def test_nothing_ready_is_an_empty_batch() -> None:
@@ -62,6 +63,25 @@ def test_finished_rows_are_decoded_before_prompts_are_encoded_before_steps_are_t
     ready = [_ready("denoiser", 0), _ready("text_encoder", 1, size=None), _ready("decoder", 2)]
     assert [item.call for item in choose(ready)] == ["decoder"]
     assert [item.call for item in choose(ready[:2])] == ["text_encoder"]
+
+
+def _finished_and_rows(left: int, rows: int = 3, decode: Mapping[int, float] | None = None, may_wait: bool = True) -> list[str]:
+    """What is chosen of one finished row and some rows to step, the steps `left` of which are the same."""
+    finished = _ready("decoder", 0, may_wait=may_wait, costs=decode)
+    return [item.call for item in choose([finished, *(_ready("denoiser", index, left=left) for index in range(1, 1 + rows))])]
+
+
+def test_a_finished_row_waits_for_rows_that_are_decoded_with_it_for_less() -> None:
+    assert _finished_and_rows(left=1) == 3 * ["denoiser"]  # it loses 10 ms, and three others gain as much
+    assert _finished_and_rows(left=2) == 3 * ["denoiser"]
+    assert _finished_and_rows(left=3) == ["decoder"]  # it would lose as much as the others gain
+    assert _finished_and_rows(left=1, rows=1) == ["decoder"]  # one other gains what it loses
+
+
+def test_a_finished_row_does_not_wait_where_that_saves_nothing_or_makes_it_late() -> None:
+    assert _finished_and_rows(left=1, decode={1: 10.0, 2: 20.0, 4: 40.0}) == ["decoder"]
+    assert _finished_and_rows(left=1, decode={1: 10.0}) == ["decoder"]  # nothing can join it
+    assert _finished_and_rows(left=1, may_wait=False) == ["decoder"]
 
 
 def test_an_image_of_another_size_does_not_hold_up_a_step_that_it_cannot_join() -> None:
