@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, create_model, model_validator
 
-from flashdiff.config import Record
+from flashdiff.config import Name, Record
 from flashdiff.distill.grown import GrownRecord
 from flashdiff.distill.losses.settings import Share
 from flashdiff.distill.terms import TERMS, Term
@@ -19,13 +19,13 @@ Updates = Annotated[int, Field(ge=1, le=10**9)]
 class DataRecipe(GrownRecord):
     LATER: ClassVar[frozenset[str]] = frozenset({"image_column", "caption_column"})
 
-    source: str
+    source: Name
     """`avatars` for renders of the embedded world; a folder of images with captions in .txt or .json files or metadata.jsonl;
     webdataset shards (.tar) or parquet files, one or a folder of them, or the address of such files (`https://`, `s3://`,
     `hf://`); a folder that `datasets` wrote with `save_to_disk`; or a .txt file of prompts, one per line, without images."""
-    image_column: str | None = None
+    image_column: Name | None = None
     """Column of a table that holds the images; None: `image`, or webdataset's `jpg`, `png`, `webp`."""
-    caption_column: str | None = None
+    caption_column: Name | None = None
     """Column or key that holds the captions, or a field within it (`json.caption`, `captions.0`); None: `text`, `caption` or
     `prompt`."""
     images: int = Field(4000, ge=1, le=10**9)
@@ -126,7 +126,7 @@ class Recipe(GrownRecord):
         {"negative_prompt", "guidance_rescale", "pool_batches", "target_batch", "learning_rate_decay", "skip_limit", "init_from"}
     )
 
-    base: str
+    base: Name
     """A diffusers directory, a hub id of one, or `avatars`."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of all random numbers of the run."""
@@ -178,7 +178,7 @@ class Recipe(GrownRecord):
     gradients, so more fit, and a GPU needs several to be busy; guidance doubles them."""
     skip_limit: int = Field(0, ge=0, le=10**9)
     """Updates of a run that may be skipped because a loss or gradient is not finite; the next one stops it."""
-    init_from: str | None = None
+    init_from: Name | None = None
     """Where the student's first weights come from: a checkpoint (.pt), or the folder of a finished or stopped run with the same
     base and LoRA. Its optimizer, its schedule and its opponents start anew. None: the student starts as the base."""
     checkpoint_every: Updates = 100

@@ -1,5 +1,6 @@
 """Where a run's first weights come from: `init_from`."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,12 @@ from flashdiff.distill.checkpoints import checkpoints
 from flashdiff.distill.config import LoraRecipe
 from flashdiff.errors import ConfigError, LoraError, first_line
 from flashdiff.families.base import ModelFamily, TorchModel
+from flashdiff.families.files import hash_of_all
+from flashdiff.families.prints import shared_precision
 from flashdiff.lora import ADAPTER, FLASH, WEIGHTS, read_flash_info
 from flashdiff.reading import read_json
+
+_log = logging.getLogger(__name__)
 
 _ADVICE = "give a run with the same base, lora.rank, lora.targets and lora.dora"
 
@@ -23,12 +28,16 @@ def first_weights(
     """The student's weights in a checkpoint or a run's folder, by the names of the network's parameters: those that would be
     published. ConfigError, which begins with `label` and the place, where they are not those of such a LoRA on this base.
 
-    `lora` describes the one in `model`. Bases and alpha are compared where the run recorded them.
+    `lora` describes the one in `model`. Bases and alpha are compared where the run recorded them; the same base in another
+    precision is accepted with a warning.
     """
     said = f"{label}'{place}'"
-    found, base_hash = _read(Path(place), family, said)
-    if base_hash not in (None, model.base_hash):
-        raise ConfigError(f"{said}: its base has the hash {base_hash[:12]}, this one's has {model.base_hash[:12]}; {_ADVICE}")
+    found, base_hash, prints = _read(Path(place), family, said)
+    if base_hash not in (None, model.base_hash, hash_of_all(model.folder)):
+        same = shared_precision(model.folder, prints)
+        if same is None:
+            raise ConfigError(f"{said}: its base has the hash {base_hash[:12]}, this one's has {model.base_hash[:12]}; {_ADVICE}")
+        _log.warning("%s: its base is this one in another precision: both are the same once rounded to %s", said, same)
     wanted = {name: p for name, p in model.network.named_parameters() if f".{ADAPTER}." in name}
     for name, parameter in wanted.items():
         if name not in found or found[name].shape != parameter.shape:
@@ -42,8 +51,8 @@ def first_weights(
     return {name: found[name].float() for name in wanted}
 
 
-def _read(place: Path, family: ModelFamily, said: str) -> tuple[dict[str, Tensor], Any]:
-    """The weights, and the base's hash where it was recorded."""
+def _read(place: Path, family: ModelFamily, said: str) -> tuple[dict[str, Tensor], Any, Any]:
+    """The weights, and the base's hash and prints where they were recorded."""
     if place.suffix == ".pt":
         if not place.is_file():
             raise ConfigError(f"{said}: there is no such file")
@@ -60,16 +69,17 @@ def _read(place: Path, family: ModelFamily, said: str) -> tuple[dict[str, Tensor
         for key, value in weights.items():
             module, _, role = key.removeprefix(f"{family.lora_prefix}.").removesuffix(".weight").rpartition(".")
             named[f"{module}.{role}.{ADAPTER}.weight"] = value
-        return named, info and info.base_hash
+        return named, info and info.base_hash, info.base_prints if info else {}
     if saved := checkpoints(place / "training"):
         return _averages(saved[-1], said)
     raise ConfigError(f"{said}: neither a checkpoint (.pt) nor the folder of a run that has one")
 
 
-def _averages(checkpoint: Path, said: str) -> tuple[dict[str, Tensor], Any]:
+def _averages(checkpoint: Path, said: str) -> tuple[dict[str, Tensor], Any, Any]:
     try:
         state = load_state(checkpoint)
-        return dict(state["student"]["average"]), state.get("base_hash")  # flashdiff 0.2 did not record it
+        # flashdiff 0.2 did not record its base.
+        return dict(state["student"]["average"]), state.get("base_hash"), dict(state.get("base_prints", {}))
     except (KeyError, TypeError, ValueError):
         raise ConfigError(f"{said}: {checkpoint.name} is no checkpoint of a distillation") from None
 

@@ -288,7 +288,12 @@ def _save_progress(
     if tracker:
         save_state(
             checkpoint_path(work, student.update),
-            {"student": student.state_dict(), "objective": objective.state_dict(), "base_hash": model.base_hash},
+            {
+                "student": student.state_dict(),
+                "objective": objective.state_dict(),
+                "base_hash": model.base_hash,
+                "base_prints": model.base_prints,
+            },
         )
         for old in checkpoints(work)[: -recipe.checkpoints_keep]:
             old.unlink()

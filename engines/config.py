@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from flashdiff import defaults
 from flashdiff.components import MAX_SIDE, Size
+from flashdiff.config import Name
 from flashdiff.controls import NAME
 from flashdiff.engines.backends import best_backend
 from flashdiff.engines.bundle import MAX_BATCH, BackendName, Precision
@@ -17,14 +18,14 @@ from flashdiff.samplers.options import SamplingOptions
 class BuildRecipe(SamplingOptions):
     """What is built and how it is sampled: the options of `build-engine`, or a TOML file of them."""
 
-    base: str
+    base: Name
     loras: tuple[tuple[str, float], ...] = ()
     """Folder, file, shipped name or hub id, and weight."""
-    variant: str | None = None
+    variant: Name | None = None
     """Which of the base's weights, such as fp16; None: the plain ones, else the only ones."""
-    config: str | None = None
+    config: Name | None = None
     """Of a base that is a single file: a model directory or hub id with its configuration; None: what diffusers takes it for."""
-    vae: str | None = None
+    vae: Name | None = None
     """Folder or hub id of an autoencoder in the place of the base's own."""
     controls: tuple[tuple[str, str], ...] = Field((), max_length=8)
     """Name, and folder or hub id, of ControlNets and T2I-adapters that requests may use."""

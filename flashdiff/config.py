@@ -7,14 +7,16 @@ import reprlib
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flashdiff.errors import ConfigError
 from flashdiff.reading import read_text
 
 R = TypeVar("R", bound="Record")
+Name = Annotated[str, Field(min_length=1)]
+"""Of a model, a file or a column: an empty one is no name."""
 
 
 class Record(BaseModel):

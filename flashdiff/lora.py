@@ -9,7 +9,7 @@ import logging
 import struct
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from flashdiff.families.autoencoders import check_vae, find_vae, with_vae
 from flashdiff.families.base import GUIDANCE, ModelFamily, TorchModel
 from flashdiff.families.files import hash_of_all
 from flashdiff.families.hub import download_lora, hub_name, name_of
-from flashdiff.families.prints import prints_of
+from flashdiff.families.prints import shared_precision
 from flashdiff.files import hash_file, hash_files, write_whole
 from flashdiff.kohya import to_kohya
 from flashdiff.lora_formulas import DECOMPOSED, Layer, Scaling, bias_change, check_layer, decomposed, weight_change
@@ -49,7 +49,12 @@ PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 """The files of a LoRA that peft saved: the scale stands in the second."""
 _METADATA = "flashdiff"
 """The key of the file's metadata under which flash.json stands again."""
-_CHANGING_STARTS = ("olora", "corda", "loftq")
+_CHANGING_STARTS = ("olora", "corda", "loftq", "lora_ga")
+_CHANGING_SETTINGS = (
+    "use_qalora", "use_bdlora", "kasa_config", "monteclora_config", "arrow_config", "layer_replication",
+    "alora_invocation_tokens",
+)  # fmt: skip
+"""peft's settings of adapters that do not add B A to a weight, or not always."""
 _MAX_HEADER_BYTES = 100_000_000  # as safetensors has it
 ADAPTER = "student"
 """The trained adapter's name within peft."""
@@ -301,16 +306,15 @@ def check_base(base: Path, hash_of_base: str, loras: Sequence[Path]) -> list[str
         info = read_flash_info(lora)
         if info is None or info.base_hash == hash_of_base or info.base_hash == hash_of_all(base):
             continue
-        prints = prints_of(base) if info.base_prints else {}
-        same = [precision for precision, name in info.base_prints.items() if prints.get(precision) == name]
-        if not same:
+        same = shared_precision(base, info.base_prints)
+        if same is None:
             raise LoraError(
                 f"{lora} was trained on '{info.base}' with hash {info.base_hash[:12]}, "
                 f"but {base} has hash {hash_of_base[:12]}; build it with its own base"
             )
         warnings.append(
             f"{lora} was trained on '{info.base}' in another precision: {base} has the same weights once both are rounded to "
-            f"{same[0]}, so images differ a little from those of its own base"
+            f"{same}, so images differ a little from those of its own base"
         )
     return warnings
 
@@ -404,7 +408,7 @@ def read_lora(lora: Path, model: TorchModel, family: ModelFamily) -> LoraFile:
     file = _weights_file(lora)
     try:
         content = read_file(file)
-        weights = safetensors.torch.load(content)
+        weights = _tensors(content)
         settings = parse_json(_metadata(content).get("lora_adapter_metadata", "{}")) or {}
         settings = {str(key): value for key, value in settings.items()}
     except Exception as error:  # safetensors' errors for a damaged file
@@ -413,6 +417,7 @@ def read_lora(lora: Path, model: TorchModel, family: ModelFamily) -> LoraFile:
         raise LoraError(f"{file} holds no layer")
     if file.name == PEFT_WEIGHTS:
         settings = {f"{family.lora_prefix}.{key}": value for key, value in _peft_settings(file.parent / PEFT_CONFIG).items()}
+    _check_peft_settings(file.parent / PEFT_CONFIG if file.name == PEFT_WEIGHTS else file, settings)
     parts = {name: part for name, part in model.weights.items() if name.startswith(("text_encoder", family.lora_prefix))}
     names = LayerNames(parts, family.lora_prefix)
     layers: dict[tuple[str, str], dict[str, Tensor]] = {}
@@ -422,7 +427,9 @@ def read_lora(lora: Path, model: TorchModel, family: ModelFamily) -> LoraFile:
         layer = layers.setdefault((place.part, place.module), {})
         if place.role in layer:
             raise LoraError(f"{file}: '{key}' and another tensor are for the same place")
-        if not value.is_floating_point() or (place.role == "alpha" and value.numel() != 1):
+        # kohya's scripts write a whole number's alpha as one.
+        is_alpha = place.role == "alpha"
+        if (value.numel() != 1 if is_alpha else not value.is_floating_point()) or value.dtype is torch.bool:
             raise LoraError(f"{file}: '{key}' has the type {value.dtype} and the shape {list(value.shape)}, which no LoRA has")
         layer[place.role] = value.float()
         keys.setdefault((place.part, place.module), key)
@@ -430,6 +437,14 @@ def read_lora(lora: Path, model: TorchModel, family: ModelFamily) -> LoraFile:
         if problem := check_layer(layer):
             raise LoraError(f"{file}: '{keys[at]}': {problem}")
     return LoraFile(path=file, layers=layers, keys=keys, settings=settings)
+
+
+def _tensors(content: bytes) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; ValueError for a type that torch does not have."""
+    try:
+        return safetensors.torch.load(content)
+    except KeyError as error:
+        raise ValueError(f"it holds tensors of the type {error.args[0]}, which are not read") from None
 
 
 def _peft_settings(file: Path) -> dict[str, Any]:
@@ -442,12 +457,20 @@ def _peft_settings(file: Path) -> dict[str, Any]:
         raise LoraError(f"{file} cannot be read: {first_line(error)}") from None
     if settings.get("peft_type") != "LORA":
         raise LoraError(f"{file}: its peft_type is {settings.get('peft_type')!r}; of peft's adapters only LORA can be fused")
-    if (start := settings.get("init_lora_weights")) in _CHANGING_STARTS or str(start).startswith("pissa"):
-        raise LoraError(
-            f"{file}: init_lora_weights is {start!r}, which changed the base's own weights; save the adapter with peft's "
-            "`path_initial_model_for_weight_conversion`, which makes it an ordinary LoRA"
-        )
     return settings
+
+
+def _check_peft_settings(file: Path, settings: Mapping[str, Any]) -> None:
+    """LoraError for settings, each with the folder before it, of an adapter that is no ordinary LoRA."""
+    for key, value in settings.items():
+        name = key.rpartition(".")[2]
+        if name == "init_lora_weights" and str(value).lower().startswith((*_CHANGING_STARTS, "pissa")):
+            raise LoraError(
+                f"{file}: {name} is {value!r}, which changed the base's own weights; save the adapter with peft's "
+                "`path_initial_model_for_weight_conversion`, which makes it an ordinary LoRA"
+            )
+        if name in _CHANGING_SETTINGS and value:
+            raise LoraError(f"{file}: {name} is {str(value)[:60]!r}; such an adapter is no LoRA that can be fused")
 
 
 # --- safetensors' header ---------------------------------------------------------------------------------------------

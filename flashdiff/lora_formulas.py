@@ -47,6 +47,8 @@ def check_layer(layer: Layer) -> str | None:
     """Why these tensors do not make a layer; None where they do."""
     roles = set(layer)
     kind = next((kind for kind in _KINDS if any(role.startswith(kind) for role in roles)), None)
+    if roles == {"diff_b"}:
+        kind = "diff_b"
     if "diff" in roles and kind != "diff":
         return "a full difference and another kind of change are for the same layer"
     if kind is None:
@@ -56,6 +58,10 @@ def check_layer(layer: Layer) -> str | None:
         return f"its {', '.join(sorted(missing))} is missing"
     if alien := roles - needed - possible:
         return f"{', '.join(sorted(alien))} belongs to another kind of change than {', '.join(sorted(roles - alien))}"
+    if roles.issuperset(DECOMPOSED):
+        return f"of {' and '.join(DECOMPOSED)} it may have one"
+    if any(role.startswith(("down", "up", "hada", "lokr")) and not value.numel() for role, value in layer.items()):
+        return "its rank is 0"
     if kind == "hada_w1_a" and ("hada_t1" in roles) != ("hada_t2" in roles):
         return "of hada_t1 and hada_t2 one is missing"
     if kind == "lokr":

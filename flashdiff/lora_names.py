@@ -2,8 +2,8 @@
 
 Diffusers writes `unet.down_blocks.0...to_q.lora_A.weight`, kohya's scripts `lora_unet_down_blocks_0_..._to_q.lora_down.weight`
 or, with the blocks of the original code, `lora_unet_input_blocks_1_1_...` (LDM) and `lora_unet_double_blocks_0_...` (FLUX);
-LyCORIS writes `lycoris_...`, ComfyUI `diffusion_model....`, peft `base_model.model....`; Qwen-Image-Lightning writes the
-denoiser's layers with nothing in front.
+LyCORIS writes `lycoris_...`, ComfyUI `diffusion_model....` and `text_encoders.clip_l.transformer....`, peft
+`base_model.model....`; Qwen-Image-Lightning, XLabs and diffusers' oldest files write the denoiser's layers with nothing in front.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -30,6 +30,7 @@ _ROLES = {
 }
 _ENDINGS = {f".{ending}": role for role, endings in _ROLES.items() for ending in endings}
 _OLD_ENDINGS = {"_lora.down.weight": "down", "_lora.up.weight": "up"}  # diffusers until 0.20: `to_q_lora.down.weight`
+_XLABS_ENDINGS = {".down.weight": "down", ".up.weight": "up"}  # XLabs' FLUX: `double_blocks.0.processor.qkv_lora1.down.weight`
 _LDM_LAYERS = {
     "resnets": {
         "norm1": "in_layers.0",
@@ -74,6 +75,7 @@ class LayerNames:
         numbered = {"lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2"}
         # kohya numbers FLUX's T5 as SD3's, though it is the second encoder.
         numbered["lora_te3_"] = "text_encoder_3" if "text_encoder_3" in encoders else "text_encoder_2"
+        numbered |= {f"text_encoders.{name}.transformer.": part for name, part in _comfyui_names(models).items()}
         self._prefixes = {
             **{f"{name}.": name for name in models},
             **dict.fromkeys((f"lora_{denoiser}_", "lora_unet_", "lycoris_", "diffusion_model.", "base_model.model."), denoiser),
@@ -89,6 +91,7 @@ class LayerNames:
         layer, role = _split(key)
         if role is None:
             raise LoraError(f"{file}: '{key}' is of no kind that can be fused (LoRA, DoRA, LoHa, LoKr, diff)")
+        layer = layer.replace(".processor.", ".")
         prefix = max((prefix for prefix in self._prefixes if layer.startswith(prefix)), key=len, default=None)
         if prefix is None and (layer.startswith(BARE) or layer.replace(".", "_") in self._modules[self._denoiser]):
             prefix = ""
@@ -96,10 +99,20 @@ class LayerNames:
             known = ", ".join(f"'{prefix}'" for prefix in self._prefixes)
             raise LoraError(f"{file}: '{key}' names no part of this base; its LoRAs' names start with {known}")
         part = self._prefixes.get(prefix, self._denoiser)
-        module = self._modules[part].get(layer.removeprefix(prefix).replace(".processor.", ".").replace(".", "_"))
+        module = self._modules[part].get(layer.removeprefix(prefix).replace(".", "_"))
         if module is None:
             raise LoraError(f"{file}: '{key}': the {part} of this base has no layer '{layer.removeprefix(prefix)}'")
         return Place(part=part, module=module, role=role)
+
+
+def _comfyui_names(models: Mapping[str, Any]) -> dict[str, str]:
+    """The text encoders among these models by the names that ComfyUI has for them."""
+    encoders = {name: type(model).__name__ for name, model in models.items() if name.startswith("text_encoder")}
+    clips = [name for name, kind in encoders.items() if kind.startswith("CLIP")]
+    t5s = [name for name, kind in encoders.items() if kind.startswith("T5")]
+    # OpenCLIP's large model, of SD2, is the only one there where it is there.
+    names = [*zip(("clip_l", "clip_g"), clips, strict=False), *zip(("t5xxl",), t5s, strict=False)]
+    return dict([*names, ("clip_h", clips[0])] if len(clips) == 1 else names)
 
 
 def changes_text(keys: Iterable[str]) -> bool:
@@ -109,7 +122,7 @@ def changes_text(keys: Iterable[str]) -> bool:
 
 def _split(key: str) -> tuple[str, str | None]:
     """A key's layer, and its tensor's role there; None where the role is unknown."""
-    for endings in (_ENDINGS, _OLD_ENDINGS):
+    for endings in (_ENDINGS, _OLD_ENDINGS, _XLABS_ENDINGS):
         key = key.replace(".default.", ".")  # an adapter's name in peft's own files
         ending = max((ending for ending in endings if key.endswith(ending)), key=len, default=None)
         if ending:

@@ -16,6 +16,13 @@ _FLUX_ATTENTION = {
     "txt_attn.norm.query_norm": "attn.norm_added_q",
     "txt_attn.norm.key_norm": "attn.norm_added_k",
 }
+_XLABS_ATTENTION = {
+    "qkv_lora1": _FLUX_ATTENTION["img_attn.qkv"],
+    "qkv_lora2": _FLUX_ATTENTION["txt_attn.qkv"],
+    "proj_lora1": _FLUX_ATTENTION["img_attn.proj"],
+    "proj_lora2": _FLUX_ATTENTION["txt_attn.proj"],
+}
+"""The names of XLabs, whose processors of attention have two LoRAs: for the image and for the text."""
 _Z_IMAGE_BLOCK = {
     "attention.qkv": "attention.to_q+attention.to_k+attention.to_v",
     "attention.out": "attention.to_out.0",
@@ -26,6 +33,7 @@ _BLOCK = {
     "FLUX": {
         "transformer_blocks": {
             **_FLUX_ATTENTION,
+            **_XLABS_ATTENTION,
             "img_mlp.0": "ff.net.0.proj",
             "img_mlp.2": "ff.net.2",
             "txt_mlp.0": "ff_context.net.0.proj",
@@ -36,6 +44,8 @@ _BLOCK = {
         "single_transformer_blocks": {
             "linear1": "attn.to_q+attn.to_k+attn.to_v+proj_mlp",
             "linear2": "proj_out",
+            "qkv": "attn.to_q+attn.to_k+attn.to_v",  # XLabs'
+            "proj": "proj_out",  # XLabs'
             "norm.query_norm": "attn.norm_q",
             "norm.key_norm": "attn.norm_k",
             "modulation.lin": "norm.linear",

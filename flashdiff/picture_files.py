@@ -6,6 +6,7 @@ times, and a file that calls itself a multi-picture file is opened as another fo
 
 import re
 import struct
+import zlib
 from dataclasses import dataclass
 from typing import Literal
 
@@ -74,7 +75,9 @@ def _png(file: bytes) -> Picture:
             break  # the rest is missing, as Pillow will find if it matters
         length, kind = struct.unpack_from(">I4s", file, at)
         end = at + 12 + length
-        if kind in _PNG_NEEDED:
+        if kind == b"tRNS":
+            kept.append(_transparent(file[at:end], form=file[24:26]))
+        elif kind in _PNG_NEEDED:
             kept.append(file[at:end])
         elif kind in (b"eXIf", b"iTXt") and not orientation:
             orientation = _orientation(file[at + 8 : end - 4], is_exif=kind == b"eXIf")
@@ -84,6 +87,21 @@ def _png(file: bytes) -> Picture:
     else:
         raise UnreadableError(f"{len(file)} bytes", f"a PNG may have {_MAX_SEGMENTS} chunks")
     return Picture("PNG", b"".join(kept), orientation or 1)
+
+
+def _transparent(chunk: bytes, *, form: bytes) -> bytes:
+    """A PNG's transparent level or colour in the 8 bits that Pillow compares it in; a level of 16-bit grey stays as it is.
+
+    `form` is the depth and the kind of colour, of the header.
+    """
+    values = chunk[8:-4]
+    if form in (b"\x02\x00", b"\x04\x00") and len(values) == 2:
+        values = bytes([0, values[1] * (255 // (2 ** form[0] - 1)) & 255])
+    elif form == b"\x10\x02" and len(values) == 6:
+        values = bytes([0, values[0], 0, values[2], 0, values[4]])
+    else:
+        return chunk
+    return chunk[:8] + values + struct.pack(">I", zlib.crc32(b"tRNS" + values))
 
 
 def _jpeg(file: bytes) -> Picture:

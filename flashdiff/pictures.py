@@ -38,7 +38,10 @@ def to_rgb(picture: Image.Image) -> Image.Image:
         raise ValueError("its pixels are floating-point numbers")
     if picture.mode in _GREY_16:
         levels = np.asarray(picture).astype(np.int64).clip(0, 65535)
-        return Image.fromarray(((levels + 128) // 257).astype(np.uint8)).convert("RGB")
+        grey = ((levels + 128) // 257).astype(np.uint8)
+        if isinstance(transparent := picture.info.get("transparency"), int):
+            grey[levels == transparent] = 255
+        return Image.fromarray(grey).convert("RGB")
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")

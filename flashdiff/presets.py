@@ -28,6 +28,7 @@ class Preset:
 _BASES = ("sd15", "sdxl")
 _HYPER = "ByteDance/Hyper-SD"
 _PCM = "wangfuyun/PCM_Weights"
+_PCM_TIMES = (999, 759, 499, 259)
 
 
 def _trailing(name: str, family: str, source: str, pattern: str, sampler: str, steps: int) -> Preset:
@@ -102,6 +103,18 @@ _ALL = (
         for steps in (4, 8, 16)
     ),
     *(Preset(f"pcm-{base}-lcm", base, _PCM, r"\bpcm.*lcmlike", "lcm", 4) for base in _BASES),
+    # The authors' own scheduler takes every twentieth time of a flow, and four of those (text_to_image_sd3/sd3_test.py).
+    *(
+        Preset(
+            f"pcm-sd3-{steps}-shift{shift}", "sd3", _PCM, rf"\bpcm-deterministic-{steps}-?steps?-shift{shift}", "flow-euler",
+            steps, timesteps=_PCM_TIMES, shift=float(shift), guidance=1.2,
+        )
+        for steps, shift in ((2, 1), (4, 1), (4, 3))
+    ),
+    Preset(
+        "pcm-sd3-stochastic", "sd3", _PCM, r"\bpcm-stochastic-shift3", "flow-euler", 4,
+        timesteps=_PCM_TIMES, eta=1.0, shift=3.0, guidance=1.2,
+    ),
     Preset("flash-sd15", "sd15", "jasperai/flash-sd", r"\bflash-(sd|sdxl|pixart)", "lcm", 4),
     Preset("flash-sdxl", "sdxl", "jasperai/flash-sdxl", r"\bflash-(sd|sdxl|pixart)", "lcm", 4),
     Preset("flash-pixart", "pixart", "jasperai/flash-pixart", r"\bflash-(sd|sdxl|pixart)", "lcm", 4),
@@ -116,7 +129,7 @@ _ALL = (
     *(
         Preset(
             f"qwen-image-lightning-{steps}", "qwen-image", "lightx2v/Qwen-Image-Lightning",
-            rf"qwen-image-lightning.*\b{steps}-?steps?\b", "flow-euler", steps, spacing="trailing", shift=3.0, most_steps=steps,
+            rf"qwen-image.*lightning.*\b{steps}-?steps?\b", "flow-euler", steps, spacing="trailing", shift=3.0, most_steps=steps,
         )
         for steps in (4, 8)
     ),

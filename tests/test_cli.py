@@ -1,5 +1,7 @@
 """Every mistake a user can make is one clear line and a non-zero exit, and leaves nothing half-written."""
 
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +61,36 @@ def test_wrong_input_of_every_command(
         assert message in _run(capsys, *arguments), arguments
     assert {path.name for path in tmp_path.iterdir()} <= {"empty", "typo.toml"}
     assert not list(empty.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *[("build-engine", "avatars", "--out", "x", option, "") for option in ("--vae", "--variant", "--revision", "--config")],
+        *[("build-engine", "avatars", "--out", "x", f"{option}=") for option in ("--size", "--batch", "--lora", "--preset")],
+        ("evaluate", "avatars", "--steps", ""),
+        ("generate", "avatars", "a dog", "--out", "x.png", "--size", ""),
+        ("generate", "avatars", "a dog", "--out", "x.png", "--image", ""),
+        ("generate", "", "a dog", "--out", "x.png"),
+        ("plan", "avatars", "--rate", "1", "--size", ""),
+        ("serve", ""),
+        ("inspect", ""),
+    ],
+)
+def test_an_empty_value_is_refused_and_means_no_default(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]) -> None:
+    assert re.search(r"error: \S+ '': give a value, or leave it out$", _run(capsys, *arguments))
+
+
+@pytest.mark.parametrize(("chosen", "seen"), [({}, "1 1"), ({"HF_HUB_DISABLE_TELEMETRY": "", "DO_NOT_TRACK": ""}, "1 1"),
+                                              ({"HF_HUB_DISABLE_TELEMETRY": "0"}, "0 None")])  # fmt: skip
+def test_telemetry_is_off_unless_chosen(monkeypatch: pytest.MonkeyPatch, chosen: dict[str, str], seen: str) -> None:
+    names = ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK")
+    for name in names:
+        monkeypatch.setenv(name, chosen.get(name, "x"))
+        if name not in chosen:
+            monkeypatch.delenv(name)
+    cli.main(["inspect", "none"])
+    assert " ".join(str(os.environ.get(name)) for name in names) == seen
 
 
 def test_a_missing_package_is_named_with_its_cure(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

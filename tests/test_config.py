@@ -2,8 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from flashdiff.config import load_recipe
+from flashdiff.config import load_recipe, parse_record
 from flashdiff.distill.config import Recipe, bundled_recipe, find_recipe
+from flashdiff.engines.config import BuildRecipe
 from flashdiff.errors import ConfigError
 
 GOOD = bundled_recipe("avatars.toml").read_text()
@@ -62,3 +63,9 @@ def test_a_wrong_recipe_is_refused_in_one_line_with_the_key(tmp_path: Path, befo
 def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.toml: cannot read the recipe"):
         load_recipe(tmp_path / "none.toml", Recipe)
+
+
+@pytest.mark.parametrize("key", ["base", "vae", "variant", "config", "preset", "sampler"])
+def test_an_empty_name_is_none(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"f: '{key}' = '': string should have at least 1 character"):
+        parse_record({"base": "avatars", key: ""}, BuildRecipe, source="f")

@@ -1,6 +1,7 @@
 """Bases and LoRAs by their names on the hub: only what is loaded is downloaded, and each refusal says what to do."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -168,7 +169,8 @@ def test_an_autoencoder_comes_from_a_folder_of_a_repository(hub: Hub) -> None:
 @pytest.mark.slow
 def test_the_command_line_takes_hub_names(hub: Hub, home: Path) -> None:
     command = ["build-engine", "owner/tiny", "--revision", "v1", "--variant", "fp16", "--lora", "owner/flash"]
-    own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home / "hf"), "HF_HUB_OFFLINE": "0", "XDG_CACHE_HOME": str(home / "cache")}
+    own = {"HF_HUB_DISABLE_TELEMETRY": "", "DO_NOT_TRACK": ""}
+    own |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home / "hf"), "HF_HUB_OFFLINE": "0", "XDG_CACHE_HOME": str(home / "cache")}
     planned = subprocess.run(
         [sys.executable, "-m", "flashdiff", *command, "--out", str(home / "out"), "--dry-run"],
         env={**os.environ, **own},
@@ -177,6 +179,8 @@ def test_the_command_line_takes_hub_names(hub: Hub, home: Path) -> None:
     )
     assert planned.returncode == 0, planned.stderr
     assert "+ flash x 1" in planned.stdout
+    asked = r"(GET|HEAD) (/api/models/owner/(tiny|flash)(/(revision|tree)/.*)?|/owner/(tiny|flash)/resolve/.*)"
+    assert not [request for request in hub.requests if not re.fullmatch(asked, request)]  # neither telemetry nor a list of agents
     assert "in another precision" in planned.stdout
 
 

@@ -334,6 +334,94 @@ def test_norms_and_biases_are_added(bases: dict[str, Path], tmp_path: Path, weig
     torch.testing.assert_close(after.bias.data, norm.bias.data + 0.7 * changes[bias])
 
 
+@pytest.mark.parametrize("ending", ["diff_b", "b_norm"])
+def test_a_bias_may_change_alone(bases: dict[str, Path], tmp_path: Path, ending: str) -> None:
+    norm, change = _stock(bases["sd15"]).unet.get_submodule(NORM), torch.randn(32)
+    save_file({f"lora_unet_{NORM.replace('.', '_')}.{ending}": change}, tmp_path / "b.safetensors")
+    _, ours = load_fused(str(bases["sd15"]), [(tmp_path / "b.safetensors", 0.7)], None)
+    after = ours.network.get_submodule(NORM)
+    torch.testing.assert_close(after.bias.data, norm.bias.data + 0.7 * change)
+    assert torch.equal(after.weight.data, norm.weight.data)
+
+
+@pytest.mark.parametrize("alpha", [torch.tensor(2), torch.tensor([2], dtype=torch.int32), torch.tensor(2.0).bfloat16()])
+def test_alpha_may_be_a_whole_number_as_kohyas_scripts_write_it(bases: dict[str, Path], tmp_path: Path, alpha: Tensor) -> None:
+    torch.manual_seed(0)
+    stock, untouched = _stock(bases["sd15"]), _stock(bases["sd15"])
+    file = tmp_path / "alpha.safetensors"
+    save_file({f"{LAYER}.{key}": value for key, value in {**_factors(torch.zeros(32, 32)), "alpha": alpha}.items()}, file)
+    stock.load_lora_weights(file)
+    stock.fuse_lora()
+    stock.unload_lora_weights()
+    _, ours = load_fused(str(bases["sd15"]), [(file, 1.0)], None)
+    _same_weights(ours, stock, untouched, ["unet"])
+
+
+def test_an_alpha_that_is_no_number_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    factors = _factors(torch.zeros(32, 32))
+    for alpha in (torch.tensor(True), torch.ones(3), torch.ones(0)):
+        save_file({f"{LAYER}.{key}": value for key, value in {**factors, "alpha": alpha}.items()}, tmp_path / "a.safetensors")
+        with pytest.raises(LoraError, match=r"to_q\.alpha' has the type .* which no LoRA has"):
+            load_fused(str(bases["sd15"]), [(tmp_path / "a.safetensors", 1.0)], None)
+
+
+def test_xlabs_loras_of_flux_are_fused_as_stock_diffusers_does(bases: dict[str, Path], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    stock, untouched = _stock(bases["flux"]), _stock(bases["flux"])
+    weights: dict[str, Tensor] = {}
+    for name, rows in (
+        ("double_blocks.0.processor.qkv_lora1", 96),
+        ("double_blocks.0.processor.qkv_lora2", 96),
+        ("double_blocks.1.processor.proj_lora1", 32),
+        ("double_blocks.1.processor.proj_lora2", 32),
+        ("single_blocks.0.processor.qkv_lora", 96),
+    ):
+        weights |= {f"{name}.down.weight": _random(3, 32), f"{name}.up.weight": _random(rows, 3)}
+    # proj_out of a single block reads the attention and the MLP.
+    weights |= {f"single_blocks.0.processor.proj_lora.{key}.weight": _random(*shape) for key, shape in
+                (("down", (3, 160)), ("up", (32, 3)))}  # fmt: skip
+    file = tmp_path / "xlabs.safetensors"
+    save_file(weights, file)
+    stock.load_lora_weights(file)
+    stock.fuse_lora()
+    stock.unload_lora_weights()
+    _, ours = load_fused(str(bases["flux"]), [(file, 1.0)], _options("flux"))
+    _same_weights(ours, stock, untouched, ["transformer"])
+
+
+@pytest.mark.parametrize(
+    ("family", "part", "layer", "module"),
+    [
+        ("sd15", "unet", Q.replace("to_q", "processor.to_q_lora"), Q),  # without `unet.`, as diffusers' first LoRAs were
+        (
+            "sdxl",
+            "text_encoder_2",
+            "text_encoders.clip_g.transformer.text_model.encoder.layers.0.self_attn.q_proj",
+            "text_model.encoder.layers.0.self_attn.q_proj",
+        ),
+        ("sdxl", "text_encoder_2", "text_encoders.clip_g.transformer.text_projection", "text_projection"),
+        (
+            "sd3",
+            "text_encoder_3",
+            "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q",
+            "encoder.block.0.layer.0.SelfAttention.q",
+        ),
+    ],
+)
+def test_names_of_diffusers_first_loras_and_comfyuis_text_encoders(
+    bases: dict[str, Path], tmp_path: Path, family: str, part: str, layer: str, module: str
+) -> None:
+    before = _parts(_stock(bases[family]))[part].get_submodule(module).weight.detach()
+    factors = _factors(before)
+    down, up = factors["lora_down.weight"], factors["lora_up.weight"]
+    names = ("down.weight", "up.weight") if "processor" in layer else ("lora_down.weight", "lora_up.weight")
+    file = tmp_path / "names.safetensors"
+    save_file({f"{layer}.{name}": value for name, value in zip(names, (down, up), strict=True)}, file)
+    assert changes_text(load_file(file)) == (part != "unet")
+    _, ours = load_fused(str(bases[family]), [(file, 1.0)], None)
+    torch.testing.assert_close(ours.weights[part].get_submodule(module).weight.data, before + up @ down)
+
+
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 @pytest.mark.parametrize("others", [1, 2])
 def test_dora_with_other_loras_is_that_of_stock_diffusers(bases: dict[str, Path], tmp_path: Path, others: int) -> None:
@@ -380,7 +468,19 @@ LAYER = f"lora_unet_{Q.replace('.', '_')}"
             {f"{LAYER}.lora_down.weight": (3, 32), f"{LAYER}.lora_up.weight": (32, 4)},
             "to_q.lora_.*.weight': mat1 and mat2 shapes",
         ),
-        ({f"{LAYER}.lora_down.weight": (0, 32), f"{LAYER}.lora_up.weight": (32, 0), f"{LAYER}.alpha": ()}, "division by zero"),
+        ({f"{LAYER}.lora_down.weight": (0, 32), f"{LAYER}.lora_up.weight": (32, 0), f"{LAYER}.alpha": ()}, "its rank is 0"),
+        ({f"unet.{Q}.lora_A.weight": (0, 32), f"unet.{Q}.lora_B.weight": (32, 0)}, "its rank is 0"),
+        (
+            {
+                f"{LAYER}.lora_down.weight": (3, 32),
+                f"{LAYER}.lora_up.weight": (32, 3),
+                f"{LAYER}.dora_scale": (32, 1),
+                f"{LAYER}.lora_magnitude_vector": (32,),
+            },
+            "of magnitude and dora_scale it may have one",
+        ),
+        ({f"{LAYER}.set_weight": (32, 32)}, "'.*set_weight' is of no kind that can be fused"),
+        ({f"lora_unet_{NORM.replace('.', '_')}.diff_b": (31,)}, r"it is for a bias of \[31\], the base's has \[32\]"),
         ({f"{LAYER}.hada_w1_a": (32, 3), f"{LAYER}.hada_w1_b": (3, 32)}, "its hada_w2_a, hada_w2_b is missing"),
         ({f"{LAYER}.lokr_w1": (4, 2)}, "lokr_w2, or the pair"),
     ],
@@ -465,6 +565,8 @@ def test_alphas_of_metadata_that_contradict_the_file_are_refused(bases: dict[str
         ('{"unet.r": 3, "unet.lora_alpha": 6, "unet.alpha_pattern": 5}', "m.safetensors does not fit"),
         ('{"unet.r": 3, "unet.lora_alpha": "x"}', "m.safetensors does not fit"),
         ("[1]", "m.safetensors is damaged"),
+        ('{"unet.r": 3, "unet.lora_alpha": 3, "unet.init_lora_weights": "pissa"}', "init_lora_weights is 'pissa'"),
+        ('{"unet.r": 3, "unet.lora_alpha": 3, "unet.layer_replication": [[0, 1]]}', "layer_replication is"),
     ):
         save_file(tensors, file, metadata={"lora_adapter_metadata": settings})
         if said is None:

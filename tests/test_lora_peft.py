@@ -61,10 +61,12 @@ def test_the_scale_counts_in_the_hash_and_is_watched(tiny_base: Path, tmp_path: 
         ({"peft_type": "LOHA"}, "its peft_type is 'LOHA'"),
         ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora'"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4'"),
+        ({"init_lora_weights": "lora_ga"}, "init_lora_weights is 'lora_ga'"),
+        ({"use_qalora": True}, "use_qalora is 'True'; such an adapter is no LoRA that can be fused"),
         (None, "is missing"),
         ([], "its peft_type is None"),
     ],
-    ids=["loha", "olora", "pissa", "missing", "list"],
+    ids=["loha", "olora", "pissa", "lora-ga", "qalora", "missing", "list"],
 )
 def test_an_adapter_that_is_no_ordinary_lora_is_refused(tiny_base: Path, tmp_path: Path, change: Any, words: str) -> None:
     _adapter(tiny_base, tmp_path)

@@ -24,16 +24,23 @@ def _file(picture: Image.Image, kind: str = "PNG", **options: object) -> bytes:
     return buffer.getvalue()
 
 
-def _png_16(values: np.ndarray, color_type: int) -> bytes:
+def _png_16(values: np.ndarray, color_type: int, *transparent: int) -> bytes:
     """A PNG of 16 bits a channel, which Pillow does not write for color."""
-    height, width = values.shape[:2]
     lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in values)
+    return _png(values.shape[:2], 16, color_type, lines, *transparent)
+
+
+def _png(shape: tuple[int, ...], depth: int, color_type: int, lines: bytes, *transparent: int) -> bytes:
+    """With `transparent`, the level or color that is."""
+    height, width = shape
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", width, height, 16, color_type, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+    header = struct.pack(">IIBBBBB", width, height, depth, color_type, 0, 0, 0)
+    see_through = chunk(b"tRNS", struct.pack(f">{len(transparent)}H", *transparent)) if transparent else b""
+    body = see_through + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + body
 
 
 def _all(color: tuple[int, int, int]) -> np.ndarray:
@@ -62,6 +69,13 @@ def _palette_with_transparency() -> bytes:
         (_palette_with_transparency(), (255, 255, 255)),
         (_file(Image.new("RGB", SIZE, (200, 10, 10)), transparency=(200, 10, 10)), (255, 255, 255)),
         (_file(Image.new("L", SIZE, 7), transparency=7), (255, 255, 255)),
+        (_png_16(np.full((8, 8), 32896), 0, 32896), (255, 255, 255)),
+        (_png_16(np.full((8, 8), 32896), 0, 32897), (128, 128, 128)),
+        (_png_16(np.full((8, 8, 3), (32896, 16448, 0)), 2, 32896, 16448, 0), (255, 255, 255)),
+        (_png_16(np.full((8, 8, 3), (32896, 16448, 0)), 2, 128, 16448, 0), (128, 64, 0)),  # the same low byte alone
+        (_png((8, 8), 2, 0, b"\0\xaa\xaa" * 8, 2), (255, 255, 255)),  # four levels, the third transparent
+        (_png((8, 8), 4, 0, b"\0\x88\x88\x88\x88" * 8, 8), (255, 255, 255)),
+        (_png((8, 8), 4, 0, b"\0\x88\x88\x88\x88" * 8, 7), (136, 136, 136)),
         (_file(Image.new("1", SIZE, 1)), (255, 255, 255)),
         (_file(Image.new("L", SIZE, 90)), (90, 90, 90)),
         (_file(Image.new("CMYK", SIZE, (0, 0, 0, 0)), "JPEG"), (255, 255, 255)),

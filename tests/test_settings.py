@@ -8,11 +8,11 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from tiny import FAMILIES
+from tiny import FAMILIES, STUDENTS
 
 from flashdiff.components import ModelSpec, Size
 from flashdiff.errors import FlashdiffError, ModelError
-from flashdiff.families import family_of, find_base, load_base
+from flashdiff.families import _FAMILIES, family_of, find_base, load_base
 from flashdiff.generate import decode_rows, generate_rows
 from flashdiff.noise import image_noise
 from flashdiff.schedule import FlowSchedule
@@ -29,6 +29,7 @@ FILES = {
     "sana": ["transformer", "vae", "text_encoder"],
     "qwen-image": ["transformer", "vae", "text_encoder"],
     "flux2-klein": ["transformer", "vae", "text_encoder"],
+    "sana-sprint": ["transformer", "vae", "text_encoder"],
 }
 PATHS = [
     (family, path)
@@ -40,7 +41,7 @@ PATHS = [
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("bases")
-    return {name: make(folder / name) for name, make in FAMILIES.items()}
+    return {name: make(folder / name) for name, make in {**FAMILIES, **STUDENTS}.items()}
 
 
 def _spec_with(base: Path, path: str, **settings: Any) -> ModelSpec:
@@ -53,6 +54,24 @@ def _spec_with(base: Path, path: str, **settings: Any) -> ModelSpec:
         return family_of(base).read_spec(base)
     finally:
         file.write_text(before)
+
+
+def test_every_family_is_checked() -> None:
+    assert FILES.keys() == {module.replace("_", "-") for module in _FAMILIES.values()}
+
+
+@pytest.mark.parametrize("part", ["text_config", "vision_config"])
+def test_an_unknown_setting_of_a_part_of_a_text_encoder_is_refused(bases: dict[str, Path], part: str) -> None:
+    path = "text_encoder/config.json"
+    inner = json.loads((bases["qwen-image"] / path).read_text())[part]
+    with pytest.raises(ModelError, match=rf"text_encoder/config.json: {part}: nothing reads the setting 'made_up' = 7"):
+        _spec_with(bases["qwen-image"], path, **{part: {**inner, "made_up": 7}})
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "pixart", "sd3", "flux"])
+def test_a_tokenizer_that_pads_on_the_left_is_refused(bases: dict[str, Path], family: str) -> None:
+    with pytest.raises(ModelError, match=r"/tokenizer: 'padding_side' is 'left'; flashdiff pads on the right"):
+        _spec_with(bases[family], "tokenizer/tokenizer_config.json", padding_side="left")
 
 
 def test_every_network_of_a_family_is_checked(bases: dict[str, Path]) -> None:
@@ -178,7 +197,7 @@ def test_a_setting_at_its_classs_default_is_known_and_at_another_value_is_not(ba
     assert _spec_with(bases["sd15"], path, **euler)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FILES)
 @pytest.mark.parametrize(
     ("part", "value"), [("vae", ["diffusers", "AutoencoderKL", "x"]), ("text_encoder", "x"), ("text_encoder", ["a", "BertModel"])]
 )

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import flashdiff
 from flashdiff.cli import build_engine, distill, evaluate, generate, inspect, plan, serve
-from flashdiff.errors import FlashdiffError
+from flashdiff.errors import ConfigError, FlashdiffError
 
 
 class _Command(Protocol):
@@ -18,6 +18,16 @@ class _Command(Protocol):
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
     def run(self, options: argparse.Namespace) -> None: ...
+
+
+class _Parser(argparse.ArgumentParser):
+    """Refuses an empty value, which a script's unset variable leaves: it would mean a default, or the working directory."""
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> object:
+        if not arg_string and action.dest != "prompt":  # that is a text, and a request's own check refuses it
+            name = action.option_strings[-1] if action.option_strings else action.metavar
+            raise ConfigError(f"{name} '': give a value, or leave it out")
+        return super()._get_value(action, arg_string)
 
 
 _COMMANDS: dict[str, tuple[_Command, str]] = {
@@ -36,7 +46,10 @@ _LONGEST = 2000  # of a message: values from files are quoted in it
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; errors a user can cause, in options or in files, are one line on stderr and exit status 2."""
-    options = _parser().parse_args(arguments)
+    try:
+        options = _parser().parse_args(arguments)
+    except ConfigError as error:
+        return _refuse(str(error))
     _switch_telemetry_off()
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     logging.getLogger("flashdiff").setLevel(logging.INFO)  # libraries keep to warnings
@@ -59,9 +72,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _switch_telemetry_off() -> None:
-    """Libraries report their use to servers of their own, unless the user has chosen."""
-    for name in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
-        os.environ.setdefault(name, "1")
+    """Libraries report their use to servers of their own, unless the user has chosen; an empty variable is no choice.
+
+    Without this huggingface_hub also asks its hub for a list of agents (`/api/agent-harnesses`), to name one in its requests.
+    """
+    if not os.environ.get("HF_HUB_DISABLE_TELEMETRY"):
+        os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    if not os.environ.get("DO_NOT_TRACK") and os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1":
+        os.environ["DO_NOT_TRACK"] = "1"
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # OpenVINO's converter does without it
 
 
@@ -73,7 +91,7 @@ def _refuse(message: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="flashdiff", description=flashdiff.__doc__)
+    parser = _Parser(prog="flashdiff", description=flashdiff.__doc__)
     parser.add_argument("--version", action="version", version=f"flashdiff {flashdiff.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, (command, summary) in _COMMANDS.items():

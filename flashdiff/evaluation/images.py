@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
 import numpy as np
@@ -236,7 +236,11 @@ def read_metadata(folder: Path, caption: str | None = None) -> dict[str, tuple[P
                 problem = error.errors()[0]
                 field = ".".join(map(str, problem["loc"])) or "the line"
                 raise EvaluationError(f"{row.where}: {column if field == 'text' else field}: {problem['msg']}") from None
-            known[row.folder + entry.file_name] = (None if entry.text is None else Prompt(entry.text, entry.scene), entry.seed)
+            # Windows writes other slashes, and `find .` a "./" in front.
+            name = row.folder + PurePosixPath(entry.file_name.replace("\\", "/")).as_posix()
+            if name in known:
+                raise EvaluationError(f"{row.where}: {name} has a row already; keep one of them")
+            known[name] = (None if entry.text is None else Prompt(entry.text, entry.scene), entry.seed)
     except (OSError, ValueError) as error:
         raise EvaluationError(first_line(error)) from None
     return known

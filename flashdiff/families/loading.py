@@ -242,6 +242,9 @@ def tokenizer_spec(folder: Path, part: str, name: str, length: int | None = None
     from transformers import AutoTokenizer
 
     tokenizer = _tokenizer(folder, part, AutoTokenizer)
+    # Where there is an instruction or a chat's template around the prompt, the pipeline sets the side or masks the padding.
+    if "before" not in settings and tokenizer.padding_side != "right":
+        raise ModelError(f"{folder}/{part}: 'padding_side' is '{tokenizer.padding_side}'; flashdiff pads on the right")
     length = length or tokenizer.model_max_length
     return TokenizerSpec(name=name, length=length, pad_id=tokenizer.pad_token_id, **settings)
 

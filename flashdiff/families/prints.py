@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from flashdiff.errors import ModelError, first_line
@@ -28,6 +28,12 @@ def prints_of(folder: Path) -> dict[str, str]:
         precision: hashlib.sha256(json.dumps([rest, sorted(hashes)], sort_keys=True).encode()).hexdigest()
         for precision, hashes in zip(_PRECISIONS, zip(*tensors, strict=True), strict=True)
     }
+
+
+def shared_precision(folder: Path, recorded: Mapping[str, str]) -> str | None:
+    """The precision in which the base in `folder` is the one whose prints were recorded; None where it is another base."""
+    prints = prints_of(folder) if recorded else {}
+    return next((precision for precision, name in recorded.items() if prints.get(precision) == name), None)
 
 
 def _tensors(path: Path) -> Iterator[tuple[str, ...]]:

@@ -96,7 +96,7 @@ def check_network(path: str, family: "ModelFamily", part: str, config: Mapping[s
     """`check_settings` of one network's file."""
     classes = family.networks[part]
     if isinstance(classes, str):
-        _check(path, config, _TRANSFORMERS | _OWN | _config_names(classes), {}, {})
+        _check_text_encoder(path, config, classes)
         return
     written = config.get("_class_name", next(iter(classes)))
     if written not in classes:
@@ -105,6 +105,16 @@ def check_network(path: str, family: "ModelFamily", part: str, config: Mapping[s
     _check(path, config, known, family.fixed.get(part, {}), default_settings(written))
     if part == "vae":
         _check_scale(path, config)
+
+
+def _check_text_encoder(path: str, config: Mapping[str, Any], kind: str) -> None:
+    """ModelError for a setting that the configuration class, or that of one of its parts such as `text_config`, does not read."""
+    import transformers
+
+    _check(path, config, _TRANSFORMERS | _OWN | _config_names(kind), {}, {})
+    for part, inner in getattr(transformers, kind).sub_configs.items():
+        if isinstance(found := config.get(part), Mapping):
+            _check(f"{path}: {part}", found, _TRANSFORMERS | _OWN | frozenset(inner().to_dict()), {}, {})
 
 
 def check_config(path: str, config: Mapping[str, Any], kind: str, fixed: Fixed) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from flashdiff.components import ModelSpec
-from flashdiff.config import Record
+from flashdiff.config import Name, Record
 from flashdiff.errors import ConfigError
 from flashdiff.prediction import Prediction
 from flashdiff.presets import PRESETS
@@ -20,9 +20,9 @@ _SETTINGS = ("spacing", "timesteps", "eta")
 class SamplingOptions(Record):
     """Options and recipe keys; None: what the preset says, else the base, else the sampler's own default."""
 
-    preset: str | None = None
+    preset: Name | None = None
     """One of `flashdiff.presets`, which gives all that is not given here."""
-    sampler: str | None = None
+    sampler: Name | None = None
     """A name in `SAMPLERS`, or `ode`."""
     spacing: Spacing | None = None
     timesteps: tuple[int, ...] | None = None

@@ -414,7 +414,9 @@ def test_a_run_that_flashdiff_0_2_began_goes_on(tiny_base: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_a_run_starts_from_another_runs_weights(tiny_base: Path, flash_lora: Path, tmp_path: Path) -> None:
+def test_a_run_starts_from_another_runs_weights(
+    tiny_base: Path, flash_lora: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     saved = checkpoints(flash_lora / "training")[-1]
     wanted = load_file(flash_lora / WEIGHTS)
     for name, place in (("folder", flash_lora), ("checkpoint", saved)):
@@ -438,10 +440,17 @@ def test_a_run_starts_from_another_runs_weights(tiny_base: Path, flash_lora: Pat
             list(dry_run(other))
     foreign = shutil.copytree(flash_lora, tmp_path / "foreign")
     info = json.loads((foreign / FLASH).read_text())
-    (foreign / FLASH).write_text(json.dumps({**info, "base_hash": "0" * 64}))
     state = checkpoint.load_state(saved)
     other_base = checkpoint_path(foreign / "training", 4)
-    checkpoint.save_state(other_base, {**state, "base_hash": "0" * 64})
+    for prints in (info["base_prints"], dict.fromkeys(info["base_prints"], "0" * 64)):
+        changes = {"base_hash": "0" * 64, "base_prints": prints}
+        (foreign / FLASH).write_text(json.dumps({**info, **changes}))
+        checkpoint.save_state(other_base, {**state, **changes})
+        if prints == info["base_prints"]:  # the same base, rounded
+            for place in (foreign, other_base):
+                caplog.clear()
+                assert list(dry_run(tiny_recipe(tiny_base, phases=ONE, init_from=str(place))))
+                assert "its base is this one in another precision: both are the same once rounded to float16" in caplog.text
     for place in (foreign, other_base):
         with pytest.raises(ConfigError, match=r"init_from '.*': its base has the hash 000000000000, this one's has"):
             list(dry_run(tiny_recipe(tiny_base, phases=ONE, init_from=str(place))))

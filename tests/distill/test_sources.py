@@ -178,6 +178,14 @@ def test_metadata_of_every_kind_and_in_folders_below(
     assert [prompt and prompt.text for prompt in read_images(tmp_path).prompts] == [s.caption for s in _read(tmp_path)]
 
 
+@pytest.mark.parametrize("name", ["./a/0.png", "a\\0.png", "a//0.png"])
+def test_metadata_names_files_as_other_tools_write_them(tmp_path: Path, name: str) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "0.png").write_bytes(_png(0))
+    _csv(tmp_path / "metadata", [{"file_name": name, "text": "zero"}])
+    assert _found(tmp_path) == [("zero", 0)]
+
+
 @pytest.mark.parametrize("write", [_jsonl, _parquet])
 def test_nested_columns_of_metadata(tmp_path: Path, write: Callable[[Path, list[dict[str, Any]]], None]) -> None:
     (tmp_path / "0.png").write_bytes(_png(0))
@@ -194,6 +202,7 @@ def test_nested_columns_of_metadata(tmp_path: Path, write: Callable[[Path, list[
         (_csv, [{"file_name": "0.png", "text": "zero", "seed": "many"}], "metadata.csv:2: seed: Input should be a valid integer"),
         (_csv, [{"file_name": "0.png", "text": ""}], "0.png has no caption: no line in metadata.csv names it"),
         (_jsonl, [{"file_name": n, "text": "zero"} for n in ("0.png", "9.png")], "its metadata names 9.png"),
+        (_jsonl, [{"file_name": n, "text": "zero"} for n in ("0.png", "./0.png")], "metadata.jsonl:2: 0.png has a row already"),
     ],
 )
 def test_bad_metadata_is_named(

@@ -217,6 +217,8 @@ def test_presets_of_flows_are_the_schedulers_their_cards_name(monkeypatch: pytes
     given: dict[str, Any] = {"mu": 0.5 + (1.15 - 0.5) * (16 - 256) / (4096 - 256)} if by_size else {}  # of 16 tokens
     if preset.spacing == "linspace":
         given["num_inference_steps"] = preset.steps
+    elif preset.timesteps:
+        given["sigmas"] = (np.array(preset.timesteps[:: len(preset.timesteps) // preset.steps]) + 1) / 1000
     else:
         given["sigmas"] = np.linspace(1.0, 1 / preset.steps, preset.steps)
     sampler = _preset_sampler(preset, FlowSchedule(shift=shift, by_size=ShiftBySize() if by_size else None))

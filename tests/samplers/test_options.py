@@ -104,6 +104,10 @@ def test_lightnings_shift_is_its_own_at_every_size(tmp_path: Path) -> None:
         ("sd15", "TCD-SD21-base-LoRA", "tcd-sd21"),
         ("sd15", "TCD-SD15-LoRA", "tcd-sd15"),
         ("sd3", "flash-sd3", "flash-sd3"),
+        ("sd3", "pcm_deterministic_2step_shift1.safetensors", "pcm-sd3-2-shift1"),
+        ("sd3", "pcm_deterministic_4step_shift3.safetensors", "pcm-sd3-4-shift3"),
+        ("sd3", "pcm_stochastic_shift3.safetensors", "pcm-sd3-stochastic"),
+        ("qwen-image", "Qwen-Image-2512-Lightning-4steps-V1.0-bf16.safetensors", "qwen-image-lightning-4"),
         ("sd15", "flash-sd", "flash-sd15"),
     ],
 )
