@@ -4,9 +4,14 @@
     python benchmarks/latency.py --student STUDENT_BUNDLE --teacher TEACHER_BUNDLE          # with bundles that you built
     ... --base avatars --lora avatars-flash                                                 # and with stock diffusers too
 
+    ... --matrix --base avatars --lora avatars-flash --json matrix.json    # every backend and precision, at batch 1 and 8
+
 `--base` with `--lora` adds the alternative to flashdiff: stock diffusers, eager and, with a C++ compiler, compiled. The base must
 be of Stable Diffusion 1's kind. (docs/engines.md says why optimum-intel is left out.) Several bundles after --student and
 --teacher are pairs in order, one per backend.
+
+`--matrix` makes one table of the student in four steps: every backend and precision that runs here, or the bundles after
+--student, with the time of a step and of an image, the ratio to stock diffusers, and the quality that the build measured.
 
 Every repeat runs each configuration in turn, so that all meet the same noise of the machine. Times are from prompt to PNG bytes;
 `served` is the student behind a server in a process of its own, as its client sees it. Finally each model makes one batch in a
@@ -24,7 +29,7 @@ from typing import Any
 if __package__ in (None, ""):  # run as a file: imports start from the repository's root
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.command import check_repeats, command_parser, result_file, run_command, write_results
+from benchmarks.command import check_repeats, command_parser, result_file, run_command, show, write_results
 from benchmarks.environment import read_environment
 from benchmarks.timing.bundle_pairs import Pair, build_pairs, open_pairs
 from benchmarks.timing.configurations import (
@@ -34,6 +39,7 @@ from benchmarks.timing.configurations import (
     stage_measurements,
     time_configurations,
 )
+from benchmarks.timing.matrix import build_matrix, matrix_table, run_matrix
 from benchmarks.timing.peak_memory import measure_peak_memory
 from benchmarks.timing.speedup import summary
 from benchmarks.timing.stock_diffusers import StockModel, check_stock_base, open_stock_variants
@@ -53,6 +59,7 @@ def run(
     teacher_steps: Sequence[int] = (50,),
     with_server: bool = False,
     stock: StockModel | None = None,
+    with_compiled: bool = True,
 ) -> dict[str, Any]:
     """Time the pairs, one per backend; {"environment": ..., "rows": [...]}.
 
@@ -69,7 +76,7 @@ def run(
         variants = []
         if stock:
             variants = open_stock_variants(
-                stock, device=first.machine.device, with_compiled=repeats > 1, steps=steps[0], report=report
+                stock, device=first.machine.device, with_compiled=with_compiled and repeats > 1, steps=steps[0], report=report
             )
         configurations = list[Configuration]()
         for batch in batches:
@@ -110,16 +117,51 @@ def main() -> int:
     )
     parser.add_argument("--steps", default="1,2,3,4", metavar="N[,N...]", help="of the student; default: %(default)s")
     parser.add_argument("--teacher-steps", default="50,25", metavar="N[,N...]", help="default: %(default)s")
-    parser.add_argument("--batch", default="1", metavar="N[,N...]", help="images at once; default: %(default)s")
+    parser.add_argument("--batch", metavar="N[,N...]", help="images at once; default: 1, and 1,8 with --matrix")
     parser.add_argument("--base", metavar="BASE", help="with --lora: time stock diffusers too")
     parser.add_argument("--lora", type=Path, metavar="FOLDER")
+    parser.add_argument("--matrix", action="store_true", help="one table of every backend and precision, without teachers")
+    parser.add_argument(
+        "--calibration-prompts", type=Path, metavar="FILE", help="with --matrix, of a base that is not the embedded model"
+    )
+    parser.add_argument("--no-compiled", action="store_true", help="without compiled stock diffusers, which takes minutes")
     parser.add_argument("--repeats", type=int, default=20, help="default: %(default)s")
     parser.add_argument(
         "--quick", action="store_true", help="one repeat of few steps: exercises the code, the numbers mean nothing"
     )
     parser.add_argument("--json", type=result_file, metavar="FILE", help="write environment, measurements and every sample")
     options = parser.parse_args()
-    return run_command("latency.py", lambda: _measure(options))
+    return run_command("latency.py", lambda: (_measure_matrix if options.matrix else _measure)(options))
+
+
+def _measure_matrix(options: argparse.Namespace) -> None:
+    """The same for `--matrix`."""
+    from flashdiff.engines.config import parse_batches
+
+    check_repeats(options.repeats)
+    if options.teacher:
+        raise ConfigError("--matrix is of students: give no --teacher")
+    if (options.base is None) != (options.lora is None):
+        raise ConfigError("--base and --lora go together")
+    if not options.student and not options.base:
+        raise ConfigError("--matrix: give --student, or --base and --lora")
+    if options.base:
+        check_stock_base(options.base)
+    batches, repeats = parse_batches(options.batch or "1,8"), 1 if options.quick else options.repeats
+    with tempfile.TemporaryDirectory() as folder:
+        bundles = options.student or build_matrix(
+            options.base, options.lora, batches, options.calibration_prompts, Path(folder), show
+        )
+        results = run_matrix(
+            bundles,
+            batches=batches,
+            repeats=repeats,
+            with_compiled=repeats > 1 and not options.no_compiled,
+            report=show,
+            stock=StockModel(options.base, options.lora) if options.base else None,
+        )
+    print(matrix_table(results))
+    write_results(options.json, results)
 
 
 def _measure(options: argparse.Namespace) -> None:
@@ -127,6 +169,8 @@ def _measure(options: argparse.Namespace) -> None:
     from flashdiff.engines.config import BuildOptions, parse_batches
 
     check_repeats(options.repeats)
+    if options.calibration_prompts:
+        raise ConfigError(f"--calibration-prompts {options.calibration_prompts}: it is for --matrix")
     if (options.base is None) != (options.lora is None):
         raise ConfigError("--base and --lora go together")
     if len(options.student) != len(options.teacher):
@@ -135,7 +179,7 @@ def _measure(options: argparse.Namespace) -> None:
         raise ConfigError("give --student and --teacher, or --base and --lora")
     if options.base:
         check_stock_base(options.base)
-    batches = parse_batches(options.batch)
+    batches = parse_batches(options.batch or "1")
     # The default batch sizes of `build-engine`, so that the measurements can be compared with those of other benchmarks.
     more_batches = () if options.quick else BuildOptions.model_fields["batch_sizes"].default
     with tempfile.TemporaryDirectory() as folder:
@@ -151,6 +195,7 @@ def _measure(options: argparse.Namespace) -> None:
             teacher_steps=[2] if options.quick else parse_numbers("--teacher-steps", options.teacher_steps),
             with_server=True,
             stock=stock,
+            with_compiled=not options.no_compiled,
         )
         print(summary(results["rows"]))
         results["memory"] = measure_peak_memory(pairs, max(batches), print, stock)

@@ -3,6 +3,7 @@
 import gc
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import flashdiff
@@ -19,11 +20,15 @@ from flashdiff.engines.bundle import (
     write_manifest,
 )
 from flashdiff.engines.cache import cached
+from flashdiff.engines.calibration import Samples, sample
+from flashdiff.engines.choose import choose_precision
 from flashdiff.engines.config import BuildOptions, parse_batches, parse_sizes
-from flashdiff.engines.describe import describe_errors, describe_stock
+from flashdiff.engines.describe import describe_errors, describe_quality, describe_quantization, describe_stock
 from flashdiff.engines.parts import Part, parts_of
 from flashdiff.engines.plan import BuildPlan, plan_build
-from flashdiff.engines.reference import Reference, run_reference
+from flashdiff.engines.quality import measure_quality
+from flashdiff.engines.quantize import quantize_denoiser
+from flashdiff.engines.reference import Reference, on_gpu, run_reference
 from flashdiff.engines.runtime.engine import Engine
 from flashdiff.engines.stock import StockReference, compare_stock, run_stock
 from flashdiff.engines.verify import verify
@@ -38,12 +43,21 @@ from flashdiff.lora import fuse
 __all__ = ["BuildOptions", "build_engine", "parse_batches", "parse_sizes"]
 
 
-def build_engine(options: BuildOptions, report: Callable[[str], None]) -> Manifest:
+def build_engine(options: BuildOptions, report: Callable[[str], None], *, with_quality: bool = False) -> Manifest:
     """Build and publish the bundle `options.out`; `report` gets a line per stage. Refuses what `verify` refuses.
+
+    `with_quality` measures the quality of any precision, not of int8 alone.
 
     A bundle that is up to date is left alone; one that is not is replaced when the new one is whole.
     """
-    plan = plan_build(options)
+    if options.precision == "auto":
+        return choose_precision(options, _build, report)
+    return _build(plan_build(options, with_quality=with_quality), report)
+
+
+def _build(plan: BuildPlan, report: Callable[[str], None]) -> Manifest:
+    """Build and publish what is planned."""
+    options = plan.options
     for warning in plan.warnings:
         report(f"warning: {warning}")
     if not plan.changes:
@@ -56,15 +70,24 @@ def build_engine(options: BuildOptions, report: Callable[[str], None]) -> Manife
 
     watch = _Stopwatch(report)
     with new_folder(options.out, BundleError, replace=True) as folder:
-        manifest, expected, stock = _from_torch(plan, folder, watch)
+        manifest, torch = _from_torch(plan, folder, watch)
         gc.collect()  # modules hold each other in cycles: torch's weights go before the engine's come
         if plan.backend.graph:
             manifest = manifest.model_copy(update={"parts": _compile(plan, manifest, folder, watch)})
-        engine = Engine(folder, manifest)
-        findings = verify(expected, engine)
+        if manifest.precision == "int8":
+            assert torch.samples
+            manifest, findings = quantize_denoiser(manifest, folder, torch.samples, torch.reference, report)
+            watch.lap("quantize", describe_quantization(manifest))
+            engine = Engine(folder, manifest)
+        else:
+            engine = Engine(folder, manifest)
+            findings = verify(torch.reference, engine)
         watch.lap("verify", describe_errors(engine.spec, findings.errors))
-        compared = stock if isinstance(stock, str) else compare_stock(stock, engine)
+        compared = torch.stock if isinstance(torch.stock, str) else compare_stock(torch.stock, engine)
         watch.lap("compare", describe_stock(compared))
+        quality = measure_quality(engine, torch.samples) if torch.samples else None
+        if quality:
+            watch.lap("compare", describe_quality(quality))
         costs = engine.measure_buckets()
         first = [cost for cost in costs if cost.batch == options.batch_sizes[0]]
         watch.lap("measure", ", ".join(f"{cost.part} {cost.ms:.1f} ms" for cost in first))
@@ -74,6 +97,7 @@ def build_engine(options: BuildOptions, report: Callable[[str], None]) -> Manife
                 "max_error": findings.errors,
                 "max_error_allowed": findings.allowed,
                 "rows_are_exact": findings.rows_are_exact,
+                "quality": quality,
                 "stock": compared,
                 "step_costs": costs,
                 "files": files,
@@ -84,11 +108,19 @@ def build_engine(options: BuildOptions, report: Callable[[str], None]) -> Manife
     return manifest
 
 
-def _from_torch(plan: BuildPlan, folder: Path, watch: "_Stopwatch") -> tuple[Manifest, Reference, StockReference | str]:
-    """All that torch is needed for: the exported parts in `folder`, a manifest of them, and what they will be compared with.
+@dataclass(frozen=True, kw_only=True)
+class _Torch:
+    """What an engine is compared with, and calibrated on."""
 
-    A text in place of the stock pipeline's image says why there is none.
-    """
+    reference: Reference
+    stock: StockReference | str
+    """A text in place of the stock pipeline's image says why there is none."""
+    samples: Samples | None
+    """None where the build neither quantizes nor measures quality."""
+
+
+def _from_torch(plan: BuildPlan, folder: Path, watch: "_Stopwatch") -> tuple[Manifest, _Torch]:
+    """All that torch is needed for: the exported parts in `folder`, a manifest of them, and what they will be compared with."""
     options = plan.options
     model = plan.family.load(plan.folder, plan.spec)
     if plan.vae:
@@ -104,6 +136,11 @@ def _from_torch(plan: BuildPlan, folder: Path, watch: "_Stopwatch") -> tuple[Man
     parts = parts_of(plan.family, model)
     expected = run_reference(model, parts, options.batch_sizes)
     watch.lap("run", "every part, and an image of each size, in torch")
+    samples = None
+    if plan.prompts:
+        with on_gpu(parts):
+            samples = sample(model, plan.prompts)
+        watch.lap("run", f"{len(samples.images)} images of the calibration prompts in torch")
     stock: StockReference | str = NOT_COMPARED
     if options.compare_stock:
         stock = run_stock(plan.family, model, plan.folder, parts, plan.vae)
@@ -113,12 +150,12 @@ def _from_torch(plan: BuildPlan, folder: Path, watch: "_Stopwatch") -> tuple[Man
         files = {part.name: _export(plan, form, model, part, folder, watch) for part in reversed(parts)}
     else:
         assert plan.backend.save
-        files = plan.backend.save(model, parts, folder, options.precision)
+        files = plan.backend.save(model, parts, folder, plan.inputs.precision)
         watch.lap("save", "the fused weights")
     for tokenizer in model.spec.tokenizers:
         write_whole(folder / tokenizer_file(tokenizer), model.tokenizer.texts[tokenizer.name])
     plan.check_sources()
-    return _manifest(plan, model, parts, files), expected, stock
+    return _manifest(plan, model, parts, files), _Torch(reference=expected, stock=stock, samples=samples)
 
 
 def _export(
@@ -129,7 +166,7 @@ def _export(
     for export in (export for export in plan.exports if export.part == part.name):
 
         def make(target: Path, size: Size = export.size or plan.inputs.sizes[0]) -> None:
-            form.export(model, part, target, size=size, precision=plan.inputs.precision)
+            form.export(model, part, target, size=size, precision=form.precision_of(plan.inputs.precision))
             plan.check_sources()  # weights may be mapped from the base's files: the cache must not name others
 
         was_cached = cached(export.key, make, folder / _place(export))

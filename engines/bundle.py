@@ -18,7 +18,7 @@ from flashdiff.reading import parse_json, read_text
 from flashdiff.samplers.options import SamplingOptions
 from flashdiff.text import TokenizerSpec
 
-SCHEMA_VERSION = 8
+SCHEMA_VERSION = 9
 MANIFEST = "manifest.json"
 
 MAX_BATCH = 64
@@ -26,7 +26,8 @@ MAX_BATCH = 64
 NOT_COMPARED = "--no-compare-stock"
 """Why a bundle has no comparison with the stock pipeline, where none was wanted."""
 
-Precision = Literal["fp32", "fp16", "bf16"]
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
+"""Of a bundle. An int8 bundle holds its quantized part in int8 and the other parts in float32."""
 Batch = Annotated[int, Field(ge=1, le=MAX_BATCH)]
 FileName = Annotated[str, Field(pattern=r"^[^\x00-\x1f]+$", max_length=1000)]
 """Of a file in the bundle, relative to it."""
@@ -173,6 +174,42 @@ class StockComparison(Record):
     allowed: float
 
 
+class Calibration(Record):
+    """The prompts whose images calibrate an int8 engine, and by which the quality of a precision is measured."""
+
+    source: str
+    """The name of the file, or of the embedded model's world; the hash is what counts."""
+    prompts: int = Field(ge=1)
+    prompts_hash: str
+
+
+class Quantization(Record):
+    """What was rounded to int8, and what was not."""
+
+    part: str
+    rows: int
+    """Rows of the part's inputs that it was calibrated on."""
+    layers: int
+    """Layers in int8."""
+    kept: tuple[str, ...] = Field(max_length=10_000)
+    """Layers that stay in float32, because the gate failed with them in int8."""
+    tries: int
+    """Quantizations until the gate passed."""
+
+
+class Quality(Record):
+    """What a precision costs: images of the calibration prompts, here and by torch in float32, from the same seeds."""
+
+    images: int
+    steps: int
+    psnr: float
+    """To the images in float32, in decibels, over all pixels."""
+    attributes: tuple[float, float] | None = None
+    """Shares of large attributes that the embedded world's probe reads as the prompt says: in float32, and here."""
+    kid: tuple[float, float] | None = None
+    """1000 times the kernel distance to renders of the embedded world: in float32, and here."""
+
+
 class BuildInputs(Record):
     """What decides a bundle's content, and so its fingerprint."""
 
@@ -192,6 +229,8 @@ class BuildInputs(Record):
     """The sampling options of the build; the sampler that follows from them is in `model`."""
     backend: BackendName
     precision: Precision
+    calibration: Calibration | None = None
+    """None: the build neither quantizes nor measures quality."""
     sizes: tuple[Size, ...] = Field(min_length=1, max_length=64)
     batch_sizes: tuple[Batch, ...] = Field(min_length=1, max_length=MAX_BATCH)
     """Rising; every part is compiled for each of them."""
@@ -210,7 +249,16 @@ class BuildInputs(Record):
         model = self.model.model_copy(update={"name": ""})
         vae = self.vae and self.vae.model_copy(update={"name": ""})
         controls = [control.model_copy(update={"source": ""}) for control in self.controls]
-        same = {"base": "", "vae": vae, "controls": controls, "loras": loras, "model": model, "sampling": SamplingOptions()}
+        calibration = self.calibration and self.calibration.model_copy(update={"source": ""})
+        same = {
+            "base": "",
+            "vae": vae,
+            "controls": controls,
+            "loras": loras,
+            "model": model,
+            "sampling": SamplingOptions(),
+            "calibration": calibration,
+        }
         return BuildInputs(**{**values, **same}).content_hash
 
 
@@ -224,6 +272,10 @@ class Manifest(BuildInputs):
     max_error: dict[str, float]
     """Difference to torch in float32 found before publishing: see `flashdiff.engines.verify`."""
     max_error_allowed: dict[str, float]
+    quantization: Quantization | None = None
+    quality: Quality | None = None
+    chosen: str = ""
+    """Why `--precision auto` chose the precision; empty where the precision was given."""
     stock: StockComparison | str = ""
     """The comparison with the stock pipeline, or why there is none."""
     step_costs: tuple[BucketCost, ...]
@@ -252,7 +304,14 @@ class Manifest(BuildInputs):
     @property
     def bundle_hash(self) -> str:
         """Names what is served: everything but what was measured, so that two builds of the same have the same."""
-        measured = {"step_costs": (), "max_error": {}, "stock": "", "checksum": ""}
+        measured: dict[str, object] = {
+            "step_costs": (),
+            "max_error": {},
+            "quality": None,
+            "chosen": "",
+            "stock": "",
+            "checksum": "",
+        }
         return self.model_copy(update=measured).content_hash
 
     def sealed(self) -> Self:

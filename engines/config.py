@@ -1,7 +1,7 @@
 """The options of a build, and their parsing from the command line; importing it needs neither torch nor diffusers."""
 
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -10,9 +10,12 @@ from flashdiff.components import MAX_SIDE, Size
 from flashdiff.config import Name
 from flashdiff.controls import NAME
 from flashdiff.engines.backends import best_backend
-from flashdiff.engines.bundle import MAX_BATCH, BackendName, Precision
+from flashdiff.engines.bundle import MAX_BATCH, BackendName
 from flashdiff.errors import BundleError
 from flashdiff.samplers.options import SamplingOptions
+
+PrecisionChoice = Literal["fp32", "fp16", "bf16", "int8", "fp8", "auto"]
+"""What a build may be asked for. No backend has fp8: each says why. `auto` measures those of the machine and chooses."""
 
 
 class BuildRecipe(SamplingOptions):
@@ -30,7 +33,9 @@ class BuildRecipe(SamplingOptions):
     controls: tuple[tuple[str, str], ...] = Field((), max_length=8)
     """Name, and folder or hub id, of ControlNets and T2I-adapters that requests may use."""
     backend: BackendName = Field(default_factory=best_backend)
-    precision: Precision = defaults.PRECISION
+    precision: PrecisionChoice = defaults.PRECISION
+    calibration_prompts: Path | None = None
+    """For int8 and auto: a text file with a prompt a line; None: the embedded world's, where the base is the embedded model."""
     sizes: tuple[Size, ...] = ()
     """Empty: the size the base was trained at."""
     batch_sizes: tuple[int, ...] = defaults.BATCH_SIZES
@@ -45,6 +50,14 @@ class BuildRecipe(SamplingOptions):
             raise ValueError(f"batch_sizes must rise from 1 or more, not {list(self.batch_sizes)}")
         if self.batch_sizes[-1] > MAX_BATCH:
             raise ValueError(f"batch_sizes go up to {MAX_BATCH}, not {self.batch_sizes[-1]}")
+        return self
+
+    @model_validator(mode="after")
+    def _prompts_calibrate(self) -> Self:
+        if self.calibration_prompts is not None and self.precision not in ("int8", "auto"):
+            raise ValueError(
+                f"calibration_prompts '{self.calibration_prompts}' is for the precisions int8 and auto, not {self.precision}"
+            )
         return self
 
     @model_validator(mode="after")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from flashdiff.components import ModelSpec
 from flashdiff.engines.backends import find_backend
-from flashdiff.engines.bundle import Manifest, StockComparison, replaced_by
+from flashdiff.engines.bundle import Manifest, Quality, StockComparison, replaced_by
 from flashdiff.errors import BundleError
 
 
@@ -36,6 +36,12 @@ def describe(bundle: Path, manifest: Manifest) -> Iterator[str]:
     for name, error in manifest.max_error.items():
         other, allowed = replaced_by(model, name) or "torch", manifest.max_error_allowed[name]
         yield f"{'off ' + other:12} {name:{width}} {error:.1e} (allowed {allowed:.0e})"
+    if manifest.quantization:
+        yield f"int8         {describe_quantization(manifest)}"
+    if manifest.quality:
+        yield f"quality      {describe_quality(manifest.quality)}"
+    if manifest.chosen:
+        yield f"chosen       {manifest.chosen}"
     yield f"off stock    {describe_stock(manifest.stock, width)}"
     for part in manifest.parts:
         for size in model.sizes if manifest.parts[part].is_spatial else (None,):
@@ -52,6 +58,29 @@ def describe_errors(spec: ModelSpec, errors: Mapping[str, float]) -> str:
         other = replaced_by(spec, name)
         found.setdefault(f"the bundle's own {other}" if other else "torch", []).append(f"{name} {error:.1e}")
     return "; ".join(f"{', '.join(listed)} off {other}" for other, listed in found.items())
+
+
+def describe_quantization(manifest: Manifest) -> str:
+    """What is in int8, and what it was calibrated on, in one line."""
+    done, calibration = manifest.quantization, manifest.calibration
+    assert done
+    assert calibration
+    kept = f", {len(done.kept)} in float32 ({', '.join(done.kept)})" if done.kept else ""
+    tries = "the first try" if done.tries == 1 else f"try {done.tries}"
+    return (
+        f"{done.part}: {done.layers} layers in int8{kept}, after {tries}; calibrated on {done.rows} rows, of prompts of "
+        f"{calibration.source} ({calibration.prompts_hash[:12]})"
+    )
+
+
+def describe_quality(quality: Quality) -> str:
+    """How near the images are to float32's, in one line."""
+    line = f"{quality.images} images of {quality.steps} steps: {quality.psnr:.1f} dB from torch in float32"
+    if quality.attributes:
+        line += "; large attributes {1:.1%}, in float32 {0:.1%}".format(*quality.attributes)
+    if quality.kid:
+        line += "; KID x1000 {1:.2f}, in float32 {0:.2f}".format(*quality.kid)
+    return line
 
 
 def describe_stock(stock: StockComparison | str, width: int = 12) -> str:

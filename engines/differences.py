@@ -14,6 +14,9 @@ def differences(old: BuildInputs, new: BuildInputs) -> Iterator[str]:
         then, now = (f"{vae.name} {vae.weights_hash[:12]}" if vae else "the base's own" for vae in (old.vae, new.vae))
         yield f"the autoencoder changed: {then} -> {now}"
     yield from _controls(old, new)
+    if (old.calibration and old.calibration.prompts_hash) != (new.calibration and new.calibration.prompts_hash):
+        then, now = (f"{c.prompts} of {c.source}" if (c := inputs.calibration) else "none" for inputs in (old, new))
+        yield f"calibration prompts: {then} -> {now}"
     before, after = ({lora.name: lora for lora in inputs.loras} for inputs in (old, new))
     for name in [*before, *(name for name in after if name not in before)]:
         if name not in after:

@@ -14,18 +14,22 @@ from flashdiff.engines.bundle import (
     MANIFEST,
     NOT_COMPARED,
     BuildInputs,
+    Calibration,
     ControlRecord,
     LoraRecord,
     Manifest,
+    Precision,
     VaeRecord,
     read_manifest,
 )
 from flashdiff.engines.cache import is_cached, key_of
+from flashdiff.engines.calibration import find_prompts
 from flashdiff.engines.config import BuildOptions
 from flashdiff.engines.describe import describe_sampler
 from flashdiff.engines.differences import differences
 from flashdiff.engines.requirements import Requirements, count_parameters, estimate, free_bytes
-from flashdiff.errors import BundleError
+from flashdiff.errors import BackendError, BundleError
+from flashdiff.evaluation.images import Prompt
 from flashdiff.families import family_of, find_base
 from flashdiff.families.autoencoders import check_vae, find_vae
 from flashdiff.families.base import ModelFamily
@@ -50,6 +54,7 @@ from flashdiff.samplers.options import SamplingOptions
 from flashdiff.samplers.recognise import few_step_hint
 from flashdiff.tasks import tasks_of
 
+_EMBEDDED = "avatars"
 _LONGEST_TITLE = 200
 _FEW_STEP_KINDS = ("flash", "lcm", "tcd", "flow-euler")
 
@@ -79,6 +84,8 @@ class BuildPlan:
     """Why what is at `out` is not a bundle that can be brought up to date."""
     sources: Witness
     """The files of the base and the LoRAs, as they were before any was read."""
+    prompts: tuple[Prompt, ...]
+    """Those that calibrate; empty where the build neither quantizes nor measures quality."""
     warnings: tuple[str, ...]
     """Options that look wrong; the build reports them and continues."""
 
@@ -106,15 +113,17 @@ class BuildPlan:
             raise BundleError(f"{changed} changed while the build read it; start again when its files stay as they are")
 
 
-def plan_build(options: BuildOptions) -> BuildPlan:
+def plan_build(options: BuildOptions, *, with_quality: bool = False) -> BuildPlan:
     """Check the options against the base, the LoRAs, this machine and the disk, and say what has to be done.
 
+    `with_quality` measures the quality of any precision, not of int8 alone; the precision is a given one, never `auto`.
     BundleError, LoraError, ModelError or BackendError name what does not fit.
     """
     previous, flaw = _previous(options.out)
     backend = find_backend(options.backend)
     machine = backend.machine()
-    backend.check_build(options.precision, machine)
+    precision = _precision(options, backend)
+    backend.check_build(precision, machine)
     backend.import_modules()  # so that a missing library is reported now, not after minutes of exporting
     folder = find_base(options.base, variant=options.variant, config=options.config)
     family = family_of(folder)
@@ -130,6 +139,11 @@ def plan_build(options: BuildOptions) -> BuildPlan:
     of_base = check_base(folder, hash_of_base, [lora for lora, _ in loras])
     spec = steered(spec.model_copy(update={"sizes": options.sizes or spec.sizes}), list(controls))
     _check_shapes(options, family, spec, *size_limits(folder, family))
+    calibration: Calibration | None = None
+    prompts: tuple[Prompt, ...] = ()
+    if precision == "int8" or with_quality:
+        is_world = hash_of_base == base_hash(find_base(_EMBEDDED))
+        calibration, prompts = find_prompts(options.calibration_prompts, is_world=is_world)
     inputs = BuildInputs(
         base=spec.name,
         base_hash=hash_of_base,
@@ -143,10 +157,11 @@ def plan_build(options: BuildOptions) -> BuildPlan:
         guidance=options.guidance,
         sampling=SamplingOptions(**{name: getattr(options, name) for name in SamplingOptions.model_fields if name != "guidance"}),
         backend=options.backend,
-        precision=options.precision,
+        precision=precision,
+        calibration=calibration,
         sizes=spec.sizes,
         batch_sizes=options.batch_sizes,
-        library_versions=_versions((*EXPORTERS, *backend.packages)),
+        library_versions=_versions((*EXPORTERS, *backend.packages, *(backend.quantizer_packages if precision == "int8" else ()))),
         version_compatible=options.version_compatible,
         code=_code_hash(),
         machine=machine,
@@ -168,6 +183,7 @@ def plan_build(options: BuildOptions) -> BuildPlan:
         previous=previous,
         flaw=flaw,
         sources=sources,
+        prompts=prompts,
         warnings=(*of_base, *_hints(options, spec, [lora for lora, _ in loras])),
     )
     plan.check_sources()
@@ -175,6 +191,17 @@ def plan_build(options: BuildOptions) -> BuildPlan:
         backend.check_runs()
         plan.requirements.check_disk()
     return plan
+
+
+def _precision(options: BuildOptions, backend: Backend) -> Precision:
+    """The precision that the options give; BackendError where the backend has it on no machine."""
+    precision = options.precision
+    assert precision != "auto"
+    if reason := backend.lacks.get(precision):
+        raise BackendError(f"--precision {precision}: {reason}")
+    if precision == "fp8" or (precision == "int8" and not backend.quantize):
+        raise BackendError(f"--precision {precision}: backend '{backend.name}' does not have it; take fp32")
+    return precision
 
 
 def describe(plan: BuildPlan) -> Iterator[str]:
@@ -188,6 +215,8 @@ def describe(plan: BuildPlan) -> Iterator[str]:
         yield f"control      {control.name}: {plan.controls[control.name]} ({control.kind}, {control.weights_hash[:12]})"
     yield f"backend      {plan.machine}"
     yield f"sampler      {describe_sampler(spec)}"
+    if inputs.calibration:
+        yield f"calibration  {inputs.calibration.prompts} prompts of {inputs.calibration.source}"
     for warning in plan.warnings:
         yield f"warning      {warning}"
     yield f"fingerprint  {inputs.fingerprint[:12]}"
@@ -262,6 +291,8 @@ def _check_shapes(options: BuildOptions, family: ModelFamily, spec: ModelSpec, s
             raise BundleError(f"--size {size}: {family.name} needs width and height in multiples of {step}")
         if largest and max(size) > largest * spec.latent_factor:
             raise BundleError(f"--size {size}: this base has positions for at most {largest * spec.latent_factor} pixels a side")
+    if options.precision == "int8" and family.fixed_size and len(spec.sizes) > 1:
+        raise BundleError(f"--precision int8: {family.name} has a network a size, and one is calibrated; give one --size")
     if options.batch_sizes[-1] < (slots := max(task.evaluations_per_step(spec) for task in tasks_of(spec))):
         times = {2: "twice", 3: "three times"}[slots]
         raise BundleError(f"--batch must reach {slots}: guidance evaluates the network {times} a step")
@@ -296,7 +327,7 @@ def _exports(form: GraphForm, family: ModelFamily, inputs: BuildInputs, on_text:
                 "loras": changing.get(part, []),
                 "controls": steered_by.get(part, []),
                 "form": form.file,
-                "precision": inputs.precision,
+                "precision": form.precision_of(inputs.precision),
                 "example": size or inputs.sizes[0],
                 "times": times if part in denoisers else None,
                 "versions": versions,

@@ -11,7 +11,7 @@ import pytest
 
 from flashdiff import cli, defaults
 from flashdiff.engines.backends import BACKENDS, best_backend
-from flashdiff.engines.bundle import Precision
+from flashdiff.engines.config import PrecisionChoice
 
 
 def _run(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -167,7 +167,7 @@ def test_the_served_pixels_are_those_of_generate_and_sigterm_ends_the_server_wel
 
 def test_the_choices_of_an_option_are_those_of_its_record() -> None:
     assert best_backend() in BACKENDS
-    assert get_args(Precision) == defaults.PRECISIONS
+    assert get_args(PrecisionChoice) == defaults.PRECISIONS
 
 
 def test_version_is_the_changelogs_newest_release(capsys: pytest.CaptureFixture[str]) -> None:

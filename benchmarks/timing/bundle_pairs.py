@@ -11,7 +11,7 @@ from flashdiff.errors import BackendError, BundleError
 Pair = tuple[Path, Path]
 """The folders of a student's and a teacher's bundle."""
 
-_BACKENDS: tuple[BackendName, ...] = ("openvino", "onnxruntime", "torch", "tensorrt")  # the first that runs is the main one
+BACKENDS: tuple[BackendName, ...] = ("openvino", "onnxruntime", "torch", "tensorrt")  # the first that runs is the main one
 
 
 def build_pairs(
@@ -29,7 +29,7 @@ def build_pairs(
     guidance = statistics.mean(info.guidance) if info else None
     sizes = sorted({*batches, *more_batches})
     guided = sorted({*sizes, *(2 * batch for batch in batches)})  # the teacher evaluates every image twice
-    for backend in _BACKENDS:
+    for backend in BACKENDS:
         student, teacher = folder / f"{backend}-student", folder / f"{backend}-teacher"
         try:
             build_engine(

@@ -4,7 +4,7 @@ Records are cheap to import: a backend's functions import its library when they 
 """
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -50,6 +50,12 @@ class GraphForm:
     packages: tuple[str, ...]
     """Distributions whose versions decide what is exported."""
     export: ExportPart
+    as_float32: tuple[Precision, ...] = ("int8",)
+    """Precisions that are made of the float32 graph."""
+
+    def precision_of(self, precision: Precision) -> Precision:
+        """That of the graphs of a bundle."""
+        return "fp32" if precision in self.as_float32 else precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +73,21 @@ class Export:
 CompileGraph = Callable[[PartRecord, Export, BuildInputs, Path, Callable[[str], None]], list[PartFile]]
 """Turns the exported graph of a part in a folder into the backend's files there, whose names are relative to the folder; the last
 argument gets a line per phase. BackendError when the backend cannot."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantized:
+    """What quantizing a graph did."""
+
+    layers: tuple[str, ...]
+    """Those now in int8."""
+    noise: Mapping[str, float]
+    """How far rounding moves each layer's inputs: root mean square, as a share of the inputs' own."""
+
+
+QuantizeGraph = Callable[[Path, Path, Sequence[Mapping[str, NDArray[Any]]], Collection[str]], Quantized]
+"""Writes a float32 graph in int8 to another path, calibrated on rows of its inputs; the layers named last stay as they are.
+BackendError when it cannot."""
 
 SaveModel = Callable[["TorchModel", Sequence["Part"], Path, Precision], dict[str, tuple[PartFile, ...]]]
 """Writes a fused model into a folder at a precision, and returns the files of each part, relative to that folder."""
@@ -94,6 +115,10 @@ class Backend:
     """The form its parts are exported to."""
     compile_graph: CompileGraph | None = None
     """None: it reads the graph itself."""
+    quantize: QuantizeGraph | None = None
+    """Makes the denoiser of an int8 bundle; None: it has no int8."""
+    quantizer_packages: tuple[str, ...] = ()
+    """Distributions whose versions count in the fingerprint of an int8 bundle."""
     save: SaveModel | None = None
     open_parts: Callable[[Path, Manifest, Device], CompilePart]
     """Opens a bundle's folder on a device; any error may be raised. The threads that open and run it are pinned already."""
@@ -102,6 +127,8 @@ class Backend:
     """Whether the library, as installed, runs on an NVIDIA GPU; called only where there is one."""
     check_build: Callable[[Precision, Machine], None] = _always
     """BackendError when this machine cannot run, and so not check, what would be built at a precision."""
+    lacks: Mapping[str, str] = field(default_factory=dict)
+    """Precisions that it has on no machine, and why."""
     check_runs: Callable[[], None] = _always
     """BackendError when the library is here but opens nothing on this GPU; the check takes a second."""
     check_bundle: Callable[[Manifest, Machine], None] = _always

@@ -1,9 +1,10 @@
 """OpenVINO on the CPU, one static shape per compiled part; float32 unless a lower precision is given."""
 
+import importlib.util
 import logging
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,23 +13,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashdiff.components import Size
-from flashdiff.engines.backends.base import EXPORTERS, Backend, CompiledPart, CompilePart, GraphForm
+from flashdiff.engines.backends.base import EXPORTERS, Backend, CompiledPart, CompilePart, GraphForm, Quantized
 from flashdiff.engines.bundle import Machine, Manifest, Precision
 from flashdiff.engines.runtime.device import Device
 from flashdiff.engines.runtime.threads import cpu_threads
 from flashdiff.engines.shapes import bucket_shapes
-from flashdiff.errors import BackendError, BundleError, first_line
+from flashdiff.errors import BackendError, BundleError, first_line, install
 
 if TYPE_CHECKING:
     from flashdiff.engines.parts import Part
     from flashdiff.families.base import TorchModel
 
 # Without the hint OpenVINO silently computes in bf16 on CPUs that support it, a few per cent off.
-_HINTS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
+_HINTS: dict[Precision, str] = {"fp32": "f32", "fp16": "f16", "bf16": "bf16", "int8": "f32"}
 _CPU_FEATURES: dict[Precision, tuple[str, ...]] = {
     "fp32": (),
     "bf16": ("avx512_bf16", "amx_bf16", "bf16"),
     "fp16": ("avx512_fp16", "amx_fp16", "asimdhp"),
+    "int8": ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp"),
 }
 """A precision needs any of these; without one OpenVINO would silently compute in float32."""
 
@@ -79,7 +81,8 @@ def _open_parts(folder: Path, manifest: Manifest, device: Device) -> CompilePart
 def _export(model: "TorchModel", part: "Part", folder: Path, *, size: Size, precision: Precision = "fp32") -> None:
     """Not through ONNX, which splits attention and group norm into pieces that OpenVINO does not fuse again.
 
-    The graphs are float32. For float16, OpenVINO stores their weights in float16 and chooses what it computes in.
+    The graphs are float32, for bfloat16 the same. For float16, OpenVINO stores their weights in float16 and chooses what it
+    computes in.
     """
     import openvino as ov
 
@@ -96,32 +99,54 @@ def _export(model: "TorchModel", part: "Part", folder: Path, *, size: Size, prec
         for ports, tensors in ((converted.inputs, part.inputs), (converted.outputs, part.outputs)):
             for port, tensor in zip(ports, tensors, strict=True):
                 port.tensor.set_names({tensor.name})
-        # OpenVINO numbers the model and its nodes by what the process converted before: two builds of one model would differ.
-        converted.set_friendly_name("model")
-        for index, node in enumerate(converted.get_ordered_ops()):
-            if re.fullmatch(r"[A-Z]\w*_\d+", node.get_friendly_name()):
-                node.set_friendly_name(f"{node.get_type_name()}_{index}")
+        name_nodes(converted)
         ov.save_model(converted, str(folder / _GRAPH.file), compress_to_fp16=precision == "fp16")
     except Exception as error:  # a graph it cannot take, or a disk that is full
         raise BackendError(f"OpenVINO cannot convert {folder.name}: {first_line(error)}") from error
 
 
+def name_nodes(model: Any) -> None:
+    """Give a model and its nodes names of their own.
+
+    OpenVINO numbers them by what the process converted before, so that two builds of one model would differ.
+    """
+    model.set_friendly_name("model")
+    for index, node in enumerate(model.get_ordered_ops()):
+        if re.fullmatch(r"[A-Z]\w*_\d+", node.get_friendly_name()):
+            node.set_friendly_name(f"{node.get_type_name()}_{index}")
+
+
+def _quantize(graph: Path, target: Path, rows: Sequence[Mapping[str, NDArray[Any]]], kept: Collection[str]) -> Quantized:
+    from flashdiff.engines.backends.openvino_quantizer import quantize
+
+    return quantize(graph, target, rows, kept)
+
+
 def _check_build(precision: Precision, here: Machine) -> None:
+    _check_processor(precision, here)
+    if precision == "int8" and importlib.util.find_spec("nncf") is None:
+        raise BackendError(f"--precision int8 needs 'nncf', which is not here: {install('int8')}")
+
+
+def _check_processor(precision: Precision, here: Machine) -> None:
+    otherwise = "int8 would not be faster" if precision == "int8" else "OpenVINO would compute in float32"
     if precision != "fp32" and not set(_CPU_FEATURES[precision]) & set(here.features):
         raise BackendError(
             f"--precision {precision}: this processor has no such arithmetic (none of "
-            f"{', '.join(_CPU_FEATURES[precision])}), OpenVINO would compute in float32; take fp32"
+            f"{', '.join(_CPU_FEATURES[precision])}), {otherwise}; take fp32"
         )
 
 
 def _check_bundle(manifest: Manifest, here: Machine) -> None:
     try:
-        _check_build(manifest.precision, here)
+        _check_processor(manifest.precision, here)
     except BackendError as error:
         raise BundleError(f"the bundle does not fit this machine: {error}") from None
 
 
-_GRAPH = GraphForm(name="OpenVINO", file="model.xml", packages=(*EXPORTERS, "openvino"), export=_export)
+_GRAPH = GraphForm(
+    name="OpenVINO", file="model.xml", packages=(*EXPORTERS, "openvino"), export=_export, as_float32=("bf16", "int8")
+)
 
 RECORDS = (
     Backend(
@@ -130,10 +155,14 @@ RECORDS = (
         modules=("openvino",),
         packages=("openvino",),
         graph=_GRAPH,
+        quantize=_quantize,
+        quantizer_packages=("nncf",),
         open_parts=_open_parts,
         check_build=_check_build,
         check_bundle=_check_bundle,
+        lacks={"fp8": "no CPU computes in fp8, and OpenVINO converts it to float32 there; take bf16 or int8"},
         exact_rows_on_cpu=True,
-        weight_bytes={"fp32": 4, "fp16": 2, "bf16": 4},  # it computes in bfloat16 with weights kept in float32
+        # It computes in bfloat16 with weights kept in float32; int8 is made next to the float32 graph, and a byte then stays.
+        weight_bytes={"fp32": 4, "fp16": 2, "bf16": 4, "int8": 5},
     ),
 )

@@ -61,6 +61,10 @@ RECORDS = (
         save=_save,
         open_parts=_open_parts,
         uses_gpu=_uses_gpu,
+        lacks={
+            "int8": "torch's own modules compute in floating point, and torchao's kernels are not tried; take bf16, or openvino",
+            "fp8": "torch's own modules have no fp8, and torchao's kernels are not tried; take bf16",
+        },
         parallel_decode_on_gpu=True,
         memory_per_bucket=False,
     ),

@@ -4,7 +4,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,8 @@ _OUT_OF_MEMORY = (
     "bad allocation",
     "memoryallocation",  # TensorRT's calls of CUDA
 )
+K = TypeVar("K")
+
 _TIMED_RUNS, _TIMED_MS = 7, 1000  # of a bucket, at most
 
 
@@ -124,10 +126,10 @@ class Engine:
         return self._compiled[key]
 
 
-def usual_ms(runs: Mapping[int, Callable[[], object]]) -> dict[int, float]:
+def usual_ms(runs: Mapping[K, Callable[[], object]]) -> dict[K, float]:
     """The median milliseconds of each of these calls, made in turns: the scheduler compares batch sizes with each other, and
     whatever else the machine does meanwhile must not fall on one of them alone."""
-    spent: dict[int, list[float]] = {batch: [] for batch in runs}
+    spent: dict[K, list[float]] = {batch: [] for batch in runs}
     for run in runs.values():
         run()  # the first call sets up
     for turn in range(_TIMED_RUNS):

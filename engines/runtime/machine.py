@@ -8,7 +8,21 @@ from pathlib import Path
 
 from flashdiff.engines.bundle import Machine
 
-_CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16", "asimd", "sve", "bf16")
+_CPU_FEATURES = (
+    "avx2",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx512_fp16",
+    "avx_vnni",
+    "amx_bf16",
+    "amx_fp16",
+    "amx_int8",
+    "asimd",
+    "asimddp",
+    "sve",
+    "bf16",
+)
 
 
 def this_machine(uses_gpu: Callable[[], bool], gpu_index: int = 0) -> Machine:

@@ -25,6 +25,7 @@ def run(options: argparse.Namespace) -> None:
     need("distill", "torch", "diffusers", "peft", "onnx", "onnxscript")
     from flashdiff.config import load_recipe, parse_record
     from flashdiff.engines.build import build_engine
+    from flashdiff.engines.choose import describe_choice
     from flashdiff.engines.config import BuildOptions, BuildRecipe, parse_batches, parse_sizes
     from flashdiff.engines.plan import describe, plan_build
 
@@ -36,6 +37,7 @@ def run(options: argparse.Namespace) -> None:
         "vae": options.vae,
         "backend": options.backend,
         "precision": options.precision,
+        "calibration_prompts": options.calibration_prompts,
         "sizes": options.size and parse_sizes(options.size),
         "batch_sizes": options.batch and parse_batches(options.batch),
         "version_compatible": options.version_compatible or None,
@@ -52,7 +54,7 @@ def run(options: argparse.Namespace) -> None:
     )
     quiet_libraries()
     if options.dry_run:
-        for line in describe(plan_build(build)):
+        for line in describe_choice(build) if build.precision == "auto" else describe(plan_build(build)):
             print(line)
         return
     build_engine(build, lambda line: print(line, flush=True))

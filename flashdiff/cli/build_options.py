@@ -9,8 +9,8 @@ from flashdiff.engines.backends import BACKENDS
 from flashdiff.errors import ConfigError
 
 _VALUES = (
-    "revision", "variant", "config", "vae", "backend", "precision", "size", "batch", "guidance", "preset", "sampler",
-    "spacing", "timesteps", "eta", "shift", "prediction", "steps",
+    "revision", "variant", "config", "vae", "backend", "precision", "calibration-prompts", "size", "batch", "guidance", "preset",
+    "sampler", "spacing", "timesteps", "eta", "shift", "prediction", "steps",
 )  # fmt: skip
 """Options with a value, but for --lora, which may be repeated."""
 OF_REQUESTS = frozenset({"size", "steps", "control"})
@@ -47,7 +47,18 @@ def add_build_arguments(
     to.add_argument(
         "--backend", choices=tuple(BACKENDS), help="default: the fastest that runs here - torch on an NVIDIA GPU, else openvino"
     )
-    to.add_argument("--precision", choices=defaults.PRECISIONS, help=f"default: {defaults.PRECISION}")
+    to.add_argument(
+        "--precision",
+        choices=defaults.PRECISIONS,
+        help=f"default: {defaults.PRECISION}; int8 is for openvino on CPUs, no backend has fp8 yet, and auto builds those that "
+        "run here, measures them and keeps one",
+    )
+    to.add_argument(
+        "--calibration-prompts",
+        metavar="FILE",
+        help="for int8 and auto: a text file with a prompt a line, like those that will be served; default for the embedded "
+        "model: prompts of its world",
+    )
     if "size" not in without:
         to.add_argument("--size", metavar="WxH[,WxH...]", help="image sizes; default: the size the base was trained at")
     to.add_argument("--batch", metavar="N[,N...]", help=f"batch sizes; default: {listed(defaults.BATCH_SIZES)}")
@@ -95,7 +106,7 @@ def build_command(options: argparse.Namespace, *, without: frozenset[str] = froz
     """The `build-engine` command line, but for --out, that builds what these options say."""
     command = ["build-engine", options.base, *(f"--lora={lora}" for lora in options.lora)]
     command += [f"--control={control}" for control in _controls(options, without)]
-    command += [f"--{name}={getattr(options, name)}" for name in _given(options, without)]
+    command += [f"--{name}={getattr(options, name.replace('-', '_'))}" for name in _given(options, without)]
     if options.version_compatible:
         command.append("--version-compatible")
     if options.compare_stock is not None:
@@ -123,4 +134,4 @@ def _controls(options: argparse.Namespace, without: frozenset[str]) -> list[str]
 
 
 def _given(options: argparse.Namespace, without: frozenset[str]) -> list[str]:
-    return [name for name in _VALUES if name not in without and getattr(options, name) is not None]
+    return [name for name in _VALUES if name not in without and getattr(options, name.replace("-", "_")) is not None]

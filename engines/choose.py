@@ -1,0 +1,155 @@
+"""`--precision auto`: builds every precision that this machine has, times them in turns, and publishes one."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from flashdiff.engines.bundle import MANIFEST, Manifest, Precision, Quality, read_manifest, write_manifest
+from flashdiff.engines.config import BuildOptions
+from flashdiff.engines.plan import BuildPlan, describe, plan_build
+from flashdiff.engines.reference import sample_image
+from flashdiff.engines.runtime.engine import Engine, usual_ms
+from flashdiff.errors import BackendError, BundleError
+from flashdiff.files import new_folder
+
+_ORDER: tuple[Precision, ...] = ("fp32", "bf16", "fp16", "int8")
+"""From the most exact one."""
+WORTH = 1.1
+"""How many times as fast a precision must be as a more exact one to be chosen over it."""
+LOWEST_PSNR = 28.0
+"""In decibels from float32's images, below which no speed is worth a precision."""
+MOST_LOST = 0.01
+"""The largest share of attributes that may be lost, where the embedded world's probe reads them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A precision that was built and passed its gate."""
+
+    precision: Precision
+    ms: float
+    """Of an image in up to four steps, alone."""
+    quality: Quality
+
+    def __str__(self) -> str:
+        return f"{self.precision} {self.ms:.1f} ms an image, {self.quality.psnr:.1f} dB"
+
+
+def choose_precision(
+    options: BuildOptions, build: Callable[[BuildPlan, Callable[[str], None]], Manifest], report: Callable[[str], None]
+) -> Manifest:
+    """Build with `build` every precision that the backend has here, and publish the one that `best_of` names.
+
+    A bundle that was chosen from the same inputs is left alone.
+    """
+    if previous := up_to_date(options):
+        report(f"{options.out} is up to date: {previous.precision}, chosen before from the same inputs; nothing to do")
+        return previous
+    plans, reasons = plan_candidates(options)
+    for reason in reasons:
+        report(f"auto: {reason}")
+    with new_folder(options.out, BundleError, replace=True) as folder:
+        built: dict[Precision, tuple[Path, Manifest]] = {}
+        for precision in plans:
+            report(f"auto: building {precision}")
+            place = folder / precision
+            try:
+                built[precision] = place, build(plan_build(_given(options, precision, place), with_quality=True), report)
+            except (BackendError, BundleError) as error:
+                if precision == "fp32":
+                    raise
+                report(f"auto: without {precision}: {error}")
+        candidates = _timed(built)
+        best = best_of(candidates)
+        chosen = f"{best.precision}, of {'; '.join(map(str, candidates))}: {_rule(best, candidates)}"
+        report(f"auto: {chosen}")
+        place, manifest = built[best.precision]
+        for path in place.iterdir():
+            path.rename(folder / path.name)
+        for precision in plans:
+            shutil.rmtree(folder / precision, ignore_errors=True)
+        manifest = manifest.model_copy(update={"chosen": chosen}).sealed()
+        write_manifest(folder, manifest)
+    report(f"published {options.out} (bundle {manifest.bundle_hash[:12]})")
+    return manifest
+
+
+def plan_candidates(options: BuildOptions) -> tuple[dict[Precision, BuildPlan], list[str]]:
+    """The plan of every precision that the backend has here, and why it lacks the others."""
+    plans: dict[Precision, BuildPlan] = {}
+    reasons = []
+    for precision in _ORDER:
+        try:
+            plans[precision] = plan_build(_given(options, precision, options.out), with_quality=True)
+        except BackendError as error:
+            if precision == "fp32":
+                raise
+            reasons.append(f"without {precision}: {str(error).removeprefix(f'--precision {precision}: ')}")
+    return plans, reasons
+
+
+def describe_choice(options: BuildOptions) -> Iterator[str]:
+    """What would be built, for people: the plan of the most exact precision, and what would be built in addition."""
+    if previous := up_to_date(options):
+        yield f"to do        nothing: {options.out} is up to date ({previous.precision}, chosen before)"
+        return
+    plans, reasons = plan_candidates(options)
+    yield from describe(plans["fp32"])
+    yield f"auto         builds {', '.join(plans)} in turn, measures them, and keeps one"
+    for reason in reasons:
+        yield f"auto         {reason}"
+
+
+def up_to_date(options: BuildOptions) -> Manifest | None:
+    """The bundle at `out`, where it was chosen before and its build would change nothing."""
+    if not (options.out / MANIFEST).is_file():
+        return None
+    try:
+        previous = read_manifest(options.out)
+    except BundleError:
+        return None
+    same = previous.chosen and not plan_build(_given(options, previous.precision, options.out), with_quality=True).changes
+    return previous if same else None
+
+
+def best_of(candidates: list[Candidate]) -> Candidate:
+    """The fastest precision that is good enough; `candidates` come from the most exact one, which always is.
+
+    One that is less exact must be `WORTH` times as fast.
+    """
+    best = candidates[0]
+    for candidate in candidates[1:]:
+        if _is_good(candidate.quality) and best.ms > WORTH * candidate.ms:
+            best = candidate
+    return best
+
+
+def _is_good(quality: Quality) -> bool:
+    lost = quality.attributes[0] - quality.attributes[1] if quality.attributes else 0.0
+    return quality.psnr >= LOWEST_PSNR and lost <= MOST_LOST
+
+
+def _rule(best: Candidate, candidates: list[Candidate]) -> str:
+    if poor := [candidate.precision for candidate in candidates if not _is_good(candidate.quality)]:
+        return f"the fastest by {WORTH - 1:.0%} or more without {', '.join(poor)}, whose images are too far from float32's"
+    return f"the fastest by {WORTH - 1:.0%} or more" if best is not candidates[0] else f"none is faster by {WORTH - 1:.0%}"
+
+
+def _given(options: BuildOptions, precision: Precision, out: Path) -> BuildOptions:
+    return options.model_copy(update={"precision": precision, "out": out})
+
+
+def _timed(built: dict[Precision, tuple[Path, Manifest]]) -> list[Candidate]:
+    """Whole images, one engine after the other in turns, so that all meet the same noise of the machine."""
+    runs: dict[Precision, Callable[[], object]] = {}
+    for precision, (place, manifest) in built.items():
+        engine = Engine(place, manifest)
+        size = manifest.model.sizes[0]
+        runs[precision] = lambda engine=engine, size=size: sample_image(engine, engine.spec, size)  # type: ignore[misc]
+    spent = usual_ms(runs)
+    candidates = []
+    for precision, (_, manifest) in built.items():
+        assert manifest.quality
+        candidates.append(Candidate(precision=precision, ms=spent[precision], quality=manifest.quality))
+    return candidates

@@ -1,0 +1,51 @@
+"""What a precision costs in quality: an engine's images of the calibration prompts against those of torch in float32."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashdiff.components import Components
+from flashdiff.engines.bundle import Quality
+from flashdiff.engines.calibration import Samples, orders_of
+from flashdiff.generate import generate
+from flashdiff.orders import Pixels
+
+_REFERENCES = 1000
+_HIGHEST = 99.0  # of images that are equal
+
+
+def measure_quality(components: Components, samples: Samples) -> Quality:
+    """How near the engine's images are to float32's; of the embedded world also what `flashdiff evaluate` reads in both."""
+    made = [image for of_order in generate(components, orders_of(components.spec, samples.prompts)) for image in of_order]
+    quality = Quality(images=len(made), steps=samples.steps, psnr=round(_psnr(made, samples.images), 2))
+    if any(prompt.scene is None for prompt in samples.prompts):
+        return quality
+    return quality.model_copy(update=_of_world(samples, made))
+
+
+def _psnr(made: Sequence[Pixels], expected: Sequence[Pixels]) -> float:
+    """In decibels, over all pixels of all images."""
+    error = float(np.mean([np.mean(np.square(_floats(one) - _floats(other))) for one, other in zip(made, expected, strict=True)]))
+    return min(_HIGHEST, 10 * math.log10(255**2 / error)) if error else _HIGHEST
+
+
+def _floats(image: Pixels) -> NDArray[np.float64]:
+    return image.astype(np.float64)
+
+
+def _of_world(samples: Samples, made: Sequence[Pixels]) -> dict[str, tuple[float, float]]:
+    """Attributes and kernel distance, in float32 and of the engine, by the names of `Quality`."""
+    from flashdiff.evaluation.evaluate import Evaluator, Subject, measure
+    from flashdiff.evaluation.features import feature_extractor
+    from flashdiff.evaluation.images import WORLD, WORLD_SIZE, ImageSet, read_reference
+
+    evaluator = Evaluator(feature_extractor(WORLD), None, read_reference(WORLD, _REFERENCES, WORLD_SIZE))
+    attributes, distances = [], []
+    for name, images in (("float32", samples.images), ("engine", made)):
+        measurement, _ = measure(Subject(ImageSet(name, np.stack(images), samples.prompts)), evaluator)
+        attributes.append(round(measurement.attributes["large"].value, 4))
+        assert measurement.kid
+        distances.append(round(measurement.kid.value, 3))
+    return {"attributes": (attributes[0], attributes[1]), "kid": (distances[0], distances[1])}

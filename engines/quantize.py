@@ -1,0 +1,62 @@
+"""The search for an int8 denoiser that passes the gate: every layer first, then all but the ones that rounding moves most."""
+
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from flashdiff.engines.backends import find_backend
+from flashdiff.engines.bundle import Manifest, Quantization
+from flashdiff.engines.calibration import Samples
+from flashdiff.engines.reference import Reference
+from flashdiff.engines.runtime.engine import Engine
+from flashdiff.engines.verify import Findings, measure_errors
+from flashdiff.errors import BundleError
+
+KEPT_SHARES = (0.0, 0.1, 0.25, 0.5)
+"""Shares of the layers that stay in float32, one a try. With half of them in float32 int8 gains too little to go on."""
+
+
+def quantize_denoiser(
+    manifest: Manifest, folder: Path, samples: Samples, expected: Reference, report: Callable[[str], None]
+) -> tuple[Manifest, Findings]:
+    """Put an int8 graph in the place of the denoiser's float32 graph in `folder`; the manifest that says so, and its errors.
+
+    Control networks steer denoisers of their own, which stay in float32. BundleError where no try passes.
+    """
+    quantize = find_backend(manifest.backend).quantize
+    assert quantize
+    part = manifest.model.denoisers[0].name
+    (record,) = manifest.parts[part].files
+    graph = folder / record.file
+    plain = _moved(graph)
+    noise: Mapping[str, float] = {}
+    flaw: str | None = None
+    for tries, share in enumerate(KEPT_SHARES, 1):
+        kept = _noisiest(noise, share)
+        if flaw:
+            report(f"{flaw}: trying again with {len(kept)} of {len(noise)} layers in float32")
+        result = quantize(plain, graph, samples.rows, kept)
+        noise = noise or result.noise
+        quantization = Quantization(part=part, rows=len(samples.rows), layers=len(result.layers), kept=tuple(kept), tries=tries)
+        manifest = manifest.model_copy(update={"quantization": quantization})
+        findings = measure_errors(expected, Engine(folder, manifest))
+        flaw = findings.flaw(manifest.model)
+        if flaw is None:
+            shutil.rmtree(plain.parent)
+            return manifest, findings
+    raise BundleError(f"{flaw}, with half of its layers in float32 too; the bundle is not published: take bf16 or fp32")
+
+
+def _moved(graph: Path) -> Path:
+    """The graph's files in a folder of their own."""
+    place = graph.parent / "float32"
+    place.mkdir()
+    for file in graph.parent.glob(f"{graph.stem}.*"):
+        file.rename(place / file.name)
+    return place / graph.name
+
+
+def _noisiest(noise: Mapping[str, float], share: float) -> list[str]:
+    """The share of the layers that rounding moves most, the worst one first."""
+    return sorted(noise, key=lambda layer: (-noise[layer], layer))[: math.ceil(share * len(noise))]

@@ -1,0 +1,225 @@
+"""Quantized engines: what is refused before any work, how a precision is chosen, and an int8 bundle built and run."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flashdiff import cli
+from flashdiff.engines.backends import find_backend
+from flashdiff.engines.build import build_engine
+from flashdiff.engines.bundle import Quality, read_manifest
+from flashdiff.engines.calibration import MAX_PROMPTS, sample
+from flashdiff.engines.choose import Candidate, best_of
+from flashdiff.engines.config import BuildOptions
+from flashdiff.engines.plan import plan_build
+from flashdiff.engines.quality import _psnr
+from flashdiff.engines.quantize import _noisiest
+from flashdiff.engines.runtime.engine import open_bundle
+from flashdiff.engines.verify import PART_ERROR
+from flashdiff.errors import BackendError, BundleError
+from flashdiff.evaluation.images import Prompt
+
+_INT8 = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"}
+
+
+@pytest.fixture
+def any_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans alone: they refuse the same on a processor without int8."""
+    monkeypatch.setattr("flashdiff.engines.runtime.machine._cpu_info", lambda *_: "avx2 avx512_vnni avx512_bf16")
+
+
+@pytest.mark.parametrize(
+    ("backend", "precision", "reason"),
+    [
+        ("torch", "int8", "torchao's kernels are not tried"),
+        ("torch", "fp8", "torchao's kernels are not tried"),
+        ("onnxruntime", "int8", "ONNX Runtime"),
+        ("onnxruntime", "fp8", "no CPU computes in fp8"),
+        ("openvino", "fp8", "no CPU computes in fp8"),
+        ("tensorrt", "int8", "nvidia-modelopt"),
+        ("tensorrt-rtx", "fp8", "nvidia-modelopt"),
+    ],
+)
+def test_a_precision_that_a_backend_lacks_is_refused_with_the_reason(
+    tiny_base: Path, tmp_path: Path, backend: str, precision: str, reason: str
+) -> None:
+    options = BuildOptions.model_validate(
+        {"base": str(tiny_base), "out": tmp_path / "b", "backend": backend, "precision": precision}
+    )
+    with pytest.raises(BackendError, match=f"--precision {precision}: .*{reason}"):
+        plan_build(options)
+
+
+@pytest.mark.usefixtures("any_processor")
+def test_without_nncf_int8_is_refused_with_the_cure(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nncf", None)
+    with pytest.raises(BackendError, match=r"needs 'nncf', which is not here: pip install '\.\[int8\]'"):
+        plan_build(BuildOptions(base=str(tiny_base), backend="openvino", precision="int8", out=tmp_path / "b"))
+
+
+def test_a_processor_without_int8_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flashdiff.engines.runtime.machine._cpu_info", lambda *_: "avx2")
+    backend = find_backend("openvino")
+    with pytest.raises(BackendError, match="--precision int8: this processor has no such arithmetic"):
+        backend.check_build("int8", backend.machine())
+
+
+@pytest.mark.usefixtures("any_processor")
+@pytest.mark.skipif(importlib.util.find_spec("nncf") is None, reason="needs nncf")
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"prompts\.txt: No such file or directory; give a text file"),
+        (b"", "the file holds no prompt; give one a line"),
+        (b" \n\r\n\t\n", "the file holds no prompt; give one a line"),
+        (b"\xff\xfe\x00", "not UTF-8 text"),
+        (b"\n".join(b"a dog %d" % number for number in range(MAX_PROMPTS + 1)), f"holds {MAX_PROMPTS + 1} prompts; give at most"),
+    ],
+)
+def test_prompts_that_cannot_calibrate_are_refused(tiny_base: Path, tmp_path: Path, content: bytes | None, message: str) -> None:
+    file = tmp_path / "prompts.txt"
+    if content is not None:
+        file.write_bytes(content)
+    for precision in ("int8", "auto"):
+        options = {"base": str(tiny_base), "backend": "openvino", "precision": precision, "calibration_prompts": file}
+        with pytest.raises(BundleError, match=message) as error:
+            build_engine(BuildOptions.model_validate({**options, "out": tmp_path / "b"}), print)
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.usefixtures("any_processor")
+@pytest.mark.skipif(importlib.util.find_spec("nncf") is None, reason="needs nncf")
+def test_a_base_of_no_known_world_needs_prompts(tiny_base: Path, tmp_path: Path) -> None:
+    options = BuildOptions(base=str(tiny_base), backend="openvino", precision="int8", out=tmp_path / "b")
+    with pytest.raises(BundleError, match="need --calibration-prompts FILE for this base"):
+        plan_build(options)
+    plan = plan_build(options.model_copy(update={"base": "avatars"}))
+    assert plan.inputs.calibration
+    assert plan.inputs.calibration.source == "avatars"
+    assert {*plan.inputs.library_versions} >= {"nncf", "openvino"}
+
+
+def test_prompts_without_int8_are_refused_in_one_line(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["build-engine", str(tiny_base), "--calibration-prompts", "p.txt", "--out", str(tmp_path / "b")]
+    assert cli.main(command) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "calibration_prompts 'p.txt' is for the precisions int8 and auto, not fp32" in line
+
+
+def test_the_layers_that_rounding_moves_most_stay_in_float32() -> None:
+    noise = {"a": 0.1, "b": 0.3, "c": 0.2, "d": 0.3}
+    assert _noisiest(noise, 0.0) == []
+    assert _noisiest(noise, 0.5) == ["b", "d"]
+    assert _noisiest(noise, 0.6) == ["b", "d", "c"]
+
+
+def _candidate(precision: Any, ms: float, psnr: float = 40.0, lost: float = 0.0) -> Candidate:
+    return Candidate(
+        precision=precision, ms=ms, quality=Quality(images=8, steps=4, psnr=psnr, attributes=(0.95, 0.95 - lost), kid=(1, 1))
+    )
+
+
+@pytest.mark.parametrize(
+    ("candidates", "best"),
+    [
+        ([_candidate("fp32", 10), _candidate("bf16", 8), _candidate("int8", 6)], "int8"),
+        ([_candidate("fp32", 10), _candidate("bf16", 8), _candidate("int8", 7.9)], "bf16"),  # not worth it
+        ([_candidate("fp32", 10), _candidate("bf16", 9.5), _candidate("int8", 9.4)], "fp32"),
+        ([_candidate("fp32", 10), _candidate("bf16", 8), _candidate("int8", 2, psnr=20)], "bf16"),
+        ([_candidate("fp32", 10), _candidate("int8", 2, lost=0.02)], "fp32"),
+    ],
+)
+def test_auto_takes_the_fastest_precision_that_is_good_enough(candidates: list[Candidate], best: str) -> None:
+    assert best_of(candidates).precision == best
+
+
+def test_the_distance_of_images_is_that_of_all_their_pixels() -> None:
+    black = np.zeros((4, 4, 3), dtype=np.uint8)
+    assert _psnr([black], [black]) == 99.0
+    assert _psnr([black, black + np.uint8(2)], [black, black]) == pytest.approx(10 * np.log10(255**2 / 2))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("nncf") is None, reason="needs nncf")
+def test_an_int8_bundle_is_built_searched_and_served_without_nncf(
+    tiny_base: Path, flash_lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not _INT8 & {*find_backend("openvino").machine().features}:
+        pytest.skip("this processor has no int8 arithmetic")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a dog\na cat\n\na dog\n a red bird \n")
+    given = {
+        "base": str(tiny_base),
+        "loras": ((str(flash_lora), 1.0),),
+        "backend": "openvino",
+        "precision": "int8",
+        "batch_sizes": (1, 2),
+        "calibration_prompts": prompts,
+        "compare_stock": False,
+    }
+    said: list[str] = []
+    options = BuildOptions.model_validate({**given, "out": tmp_path / "b"})
+    manifest = build_engine(options, said.append)
+
+    done, quality = manifest.quantization, manifest.quality
+    assert done
+    assert quality
+    assert (done.part, done.rows, done.kept, done.tries) == ("denoiser", 3 * quality.steps, (), 1)
+    assert done.layers > 10
+    assert quality.images == 3
+    assert 20 < quality.psnr < 99
+    assert quality.attributes is None  # the tiny model is of no world
+    assert manifest.max_error_allowed["denoiser"] > manifest.max_error_allowed["decoder"] == 1e-4
+    assert manifest.max_error["denoiser"] > 1e-4
+    assert {file.name for file in (tmp_path / "b" / "denoiser").iterdir()} == {"model.xml", "model.bin"}
+    float32 = plan_build(options.model_copy(update={"precision": "fp32", "calibration_prompts": None}))
+    assert any("calibration prompts: 3 of prompts.txt -> none" in change for change in float32.changes)
+
+    # The same again does nothing; other prompts are another bundle.
+    assert build_engine(options, said.append) == read_manifest(tmp_path / "b")
+    assert "is up to date" in said[-1]
+    prompts.write_text("a dog\na fish\n")
+    assert any("calibration prompts" in change for change in plan_build(options).changes)
+
+    # It is inspected, and opened and run where there is neither NNCF nor torch.
+    assert cli.main(["inspect", str(tmp_path / "b")]) == 0
+    shown = capsys.readouterr().out
+    assert f"denoiser: {done.layers} layers in int8" in shown
+    assert "dB from torch in float32" in shown
+    code = (
+        "import sys\nsys.modules['nncf'] = None\nfrom flashdiff.cli import main\n"
+        f"status = main(['generate', {str(tmp_path / 'b')!r}, 'a dog', '-o', {str(tmp_path / 'dog.png')!r}])\n"
+        "sys.exit(status or 'torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+    # The same weights and prompts give the same bytes, also in a process that has quantized before.
+    quantize, engine = find_backend("openvino").quantize, open_bundle(tmp_path / "b")
+    assert quantize
+    plain = tmp_path / "plain"
+    rows = sample(engine, [Prompt("a dog")]).rows
+    build_engine(
+        BuildOptions.model_validate({**given, "precision": "fp32", "calibration_prompts": None, "out": plain}), said.append
+    )
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        quantize(plain / "denoiser" / "model.xml", tmp_path / name / "model.xml", rows, ())
+    for file in ("model.xml", "model.bin"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+    # A gate that nothing passes is met by fewer and fewer layers in int8, and then refused; the old bundle stays.
+    monkeypatch.setitem(PART_ERROR, "int8", 1e-9)
+    prompts.write_text("a dog\n")
+    before = read_manifest(tmp_path / "b")
+    with pytest.raises(BundleError, match=r"denoiser differs from torch by .* with half of its layers in float32 too"):
+        build_engine(options, said.append)
+    assert sum("trying again with" in line for line in said) == 3
+    assert read_manifest(tmp_path / "b") == before
