@@ -18,7 +18,7 @@ from flashdiff.reading import parse_json, read_text
 from flashdiff.samplers.options import SamplingOptions
 from flashdiff.text import TokenizerSpec
 
-SCHEMA_VERSION = 8
+SCHEMA_VERSION = 9
 MANIFEST = "manifest.json"
 
 MAX_BATCH = 64
@@ -50,7 +50,7 @@ BackendName = Annotated[str, BeforeValidator(_check_backend_name)]
 
 
 def at_scale_0(part: str) -> str:
-    """The name, among a manifest's errors, of a part whose control networks have the scale 0."""
+    """The name, among a manifest's errors, of a part whose control networks, or whose reference, have the scale 0."""
     return f"{part} at scale 0"
 
 
@@ -129,6 +129,18 @@ class ControlRecord(Record):
     weights_hash: str
 
 
+class ReferenceRecord(Record):
+    """An IP-Adapter and its image encoder."""
+
+    name: str
+    kind: str
+    """plain, or plus (a Resampler)."""
+    weights_hash: str
+    encoder: str
+    """Its name; the hash is what counts."""
+    encoder_hash: str
+
+
 class Machine(Record):
     """What a bundle was compiled and checked on."""
 
@@ -183,6 +195,8 @@ class BuildInputs(Record):
     """The autoencoder in the place of the base's own."""
     controls: tuple[ControlRecord, ...] = Field((), max_length=8)
     """The networks that requests may be steered by."""
+    reference: ReferenceRecord | None = None
+    """What reads the reference of a request."""
     loras: tuple[LoraRecord, ...]
     model: ModelSpec
     """What is served, as the base's configuration, a LoRA's flash.json (its grid) and the options make it."""
@@ -210,8 +224,9 @@ class BuildInputs(Record):
         model = self.model.model_copy(update={"name": ""})
         vae = self.vae and self.vae.model_copy(update={"name": ""})
         controls = [control.model_copy(update={"source": ""}) for control in self.controls]
+        reference = self.reference and self.reference.model_copy(update={"name": "", "encoder": ""})
         same = {"base": "", "vae": vae, "controls": controls, "loras": loras, "model": model, "sampling": SamplingOptions()}
-        return BuildInputs(**{**values, **same}).content_hash
+        return BuildInputs(**{**values, **same, "reference": reference}).content_hash
 
 
 class Manifest(BuildInputs):

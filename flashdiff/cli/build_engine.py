@@ -34,6 +34,8 @@ def run(options: argparse.Namespace) -> None:
         "variant": options.variant,
         "config": options.config,
         "vae": options.vae,
+        "reference": options.reference,
+        "reference_encoder": options.reference_encoder,
         "backend": options.backend,
         "precision": options.precision,
         "sizes": options.size and parse_sizes(options.size),

@@ -96,7 +96,7 @@ def check_network(path: str, family: "ModelFamily", part: str, config: Mapping[s
     """`check_settings` of one network's file."""
     classes = family.networks[part]
     if isinstance(classes, str):
-        _check(path, config, _TRANSFORMERS | _OWN | _config_names(classes), {}, {})
+        check_transformers_config(path, config, classes)
         return
     written = config.get("_class_name", next(iter(classes)))
     if written not in classes:
@@ -105,6 +105,11 @@ def check_network(path: str, family: "ModelFamily", part: str, config: Mapping[s
     _check(path, config, known, family.fixed.get(part, {}), default_settings(written))
     if part == "vae":
         _check_scale(path, config)
+
+
+def check_transformers_config(path: str, config: Mapping[str, Any], kind: str) -> None:
+    """`check_settings` of the file of a network with this class of configuration of transformers."""
+    _check(path, config, _TRANSFORMERS | _OWN | _config_names(kind), {}, {})
 
 
 def check_config(path: str, config: Mapping[str, Any], kind: str, fixed: Fixed) -> None:
