@@ -37,6 +37,7 @@ from flashdiff.families.autoencoders import with_vae
 from flashdiff.families.base import TorchModel
 from flashdiff.families.codec import shift_of
 from flashdiff.families.control import with_controls
+from flashdiff.families.ip_adapter import with_adapter
 from flashdiff.files import hash_file, new_folder, write_whole
 from flashdiff.lora import fuse
 
@@ -125,12 +126,13 @@ def _from_torch(plan: BuildPlan, folder: Path, watch: "_Stopwatch") -> tuple[Man
     model = plan.family.load(plan.folder, plan.spec)
     if plan.vae:
         model = with_vae(model, plan.vae)
-    model = with_controls(model, plan.controls)
+    model = with_controls(with_adapter(model, plan.adapter), plan.controls)
     fuse(model, plan.family, plan.loras)
     watch.lap(
         "fuse",
         f"{options.base} ({plan.family.name})"
-        + "".join(f" + {name}" for name in (*(lora.name for lora, _ in plan.loras), *plan.controls)),
+        + "".join(f" + {name}" for name in (*(lora.name for lora, _ in plan.loras), *plan.controls))
+        + (f" + {plan.adapter.file.name}" if plan.adapter else ""),
     )
     plan.check_sources()
     parts = parts_of(plan.family, model)

@@ -51,7 +51,7 @@ BackendName = Annotated[str, BeforeValidator(_check_backend_name)]
 
 
 def at_scale_0(part: str) -> str:
-    """The name, among a manifest's errors, of a part whose control networks have the scale 0."""
+    """The name, among a manifest's errors, of a part whose control networks, or whose reference, have the scale 0."""
     return f"{part} at scale 0"
 
 
@@ -128,6 +128,18 @@ class ControlRecord(Record):
     kind: str
     """The class of diffusers."""
     weights_hash: str
+
+
+class ReferenceRecord(Record):
+    """An IP-Adapter and its image encoder."""
+
+    name: str
+    kind: str
+    """plain, or plus (a Resampler)."""
+    weights_hash: str
+    encoder: str
+    """Its name; the hash is what counts."""
+    encoder_hash: str
 
 
 class Machine(Record):
@@ -220,6 +232,8 @@ class BuildInputs(Record):
     """The autoencoder in the place of the base's own."""
     controls: tuple[ControlRecord, ...] = Field((), max_length=8)
     """The networks that requests may be steered by."""
+    reference: ReferenceRecord | None = None
+    """What reads the reference of a request."""
     loras: tuple[LoraRecord, ...]
     model: ModelSpec
     """What is served, as the base's configuration, a LoRA's flash.json (its grid) and the options make it."""
@@ -249,11 +263,13 @@ class BuildInputs(Record):
         model = self.model.model_copy(update={"name": ""})
         vae = self.vae and self.vae.model_copy(update={"name": ""})
         controls = [control.model_copy(update={"source": ""}) for control in self.controls]
+        reference = self.reference and self.reference.model_copy(update={"name": "", "encoder": ""})
         calibration = self.calibration and self.calibration.model_copy(update={"source": ""})
         same = {
             "base": "",
             "vae": vae,
             "controls": controls,
+            "reference": reference,
             "loras": loras,
             "model": model,
             "sampling": SamplingOptions(),

@@ -32,6 +32,10 @@ class BuildRecipe(SamplingOptions):
     """Folder or hub id of an autoencoder in the place of the base's own."""
     controls: tuple[tuple[str, str], ...] = Field((), max_length=8)
     """Name, and folder or hub id, of ControlNets and T2I-adapters that requests may use."""
+    reference: str | None = None
+    """File, or owner/name/file on the hub, of an IP-Adapter, with which requests may bring a reference."""
+    reference_encoder: str | None = None
+    """Folder or hub id of its image encoder; None: the folder `image_encoder` next to the file."""
     backend: BackendName = Field(default_factory=best_backend)
     precision: PrecisionChoice = defaults.PRECISION
     calibration_prompts: Path | None = None
@@ -68,6 +72,12 @@ class BuildRecipe(SamplingOptions):
                 raise ValueError(f"controls: '{name}' is no name: give up to 32 lowercase letters, digits and _, a letter first")
             if names.count(name) > 1:
                 raise ValueError(f"controls: '{name}' is the name of two")
+        return self
+
+    @model_validator(mode="after")
+    def _encoder_has_an_adapter(self) -> Self:
+        if self.reference_encoder is not None and self.reference is None:
+            raise ValueError(f"reference_encoder is {self.reference_encoder}: it is for an IP-Adapter, and reference names none")
         return self
 
 

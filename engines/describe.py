@@ -23,6 +23,9 @@ def describe(bundle: Path, manifest: Manifest) -> Iterator[str]:
         yield f"LoRA         {lora.name} x {lora.weight:g} ({lora.weights_hash[:12]})"
     for control in manifest.controls:
         yield f"control      {control.name}: {control.source} ({control.kind}, {control.weights_hash[:12]})"
+    if reference := manifest.reference:
+        yield f"reference    {reference.name} ({reference.kind} IP-Adapter, {reference.weights_hash[:12]})"
+        yield f"             read by {reference.encoder} ({reference.encoder_hash[:12]})"
     yield f"engine       {manifest.backend}, {manifest.precision}, on {_machine(manifest)}"
     yield f"fits here    {_fit(manifest)}"
     preset = f" ({manifest.sampling.preset})" if manifest.sampling.preset else ""

@@ -14,6 +14,7 @@ def differences(old: BuildInputs, new: BuildInputs) -> Iterator[str]:
         then, now = (f"{vae.name} {vae.weights_hash[:12]}" if vae else "the base's own" for vae in (old.vae, new.vae))
         yield f"the autoencoder changed: {then} -> {now}"
     yield from _controls(old, new)
+    yield from _reference(old, new)
     if (old.calibration and old.calibration.prompts_hash) != (new.calibration and new.calibration.prompts_hash):
         then, now = (f"{c.prompts} of {c.source}" if (c := inputs.calibration) else "none" for inputs in (old, new))
         yield f"calibration prompts: {then} -> {now}"
@@ -36,7 +37,10 @@ def differences(old: BuildInputs, new: BuildInputs) -> Iterator[str]:
         if then != now:
             yield f"{field}: {_words(then)} -> {_words(now)}"
     names = [[control.name for control in inputs.controls] for inputs in (old, new)]
-    asked = [(inputs.loras, inputs.guidance, inputs.sampling, of) for inputs, of in zip((old, new), names, strict=True)]
+    asked = [
+        (inputs.loras, inputs.guidance, inputs.sampling, inputs.reference, of)
+        for inputs, of in zip((old, new), names, strict=True)
+    ]
     if old.base_hash == new.base_hash and asked[0] == asked[1]:
         # The weights are the same, so a configuration file next to them changed.
         for field in ("prediction", "sampler", "tokenizers", "parts", "conditions", "tasks"):
@@ -61,6 +65,18 @@ def _controls(old: BuildInputs, new: BuildInputs) -> Iterator[str]:
             yield f"control {name} was added"
         elif before[name].weights_hash != after[name].weights_hash:
             yield f"control {name} changed: {before[name].weights_hash[:12]} -> {after[name].weights_hash[:12]}"
+
+
+def _reference(old: BuildInputs, new: BuildInputs) -> Iterator[str]:
+    then, now = old.reference, new.reference
+    if then is None or now is None:
+        if then or now:
+            yield f"the IP-Adapter {now.name} was added" if now else f"the IP-Adapter {then.name if then else ''} was removed"
+        return
+    if then.weights_hash != now.weights_hash:
+        yield f"the IP-Adapter changed: {then.name} {then.weights_hash[:12]} -> {now.name} {now.weights_hash[:12]}"
+    if then.encoder_hash != now.encoder_hash:
+        yield f"the image encoder changed: {then.encoder} {then.encoder_hash[:12]} -> {now.encoder} {now.encoder_hash[:12]}"
 
 
 def _words(value: object) -> str:

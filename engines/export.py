@@ -61,7 +61,7 @@ def trace(model: TorchModel, part: Part, size: Size, precision: Precision) -> to
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns about its own code
         kinds = {parameter.kind for parameter in inspect.signature(module.forward).parameters.values()}
-        shapes = (dynamic,) if kinds == {inspect.Parameter.VAR_POSITIONAL} else dynamic
+        shapes = (dynamic,) if inspect.Parameter.VAR_POSITIONAL in kinds else dynamic
         traced = torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
         if times:
             index = [tensor.name for tensor in part.inputs].index("times")

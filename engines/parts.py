@@ -46,6 +46,8 @@ def parts_of(family: ModelFamily, model: TorchModel) -> list[Part]:
         "images": ("batch", 3, "image_height", "image_width"),
         **{tokenizer.name: ("batch", tokenizer.length) for tokenizer in spec.tokenizers},
         **{c.name: _image_shape(c) for c in spec.conditions if c.channels},
+        **{c.name: ("batch", *c.tokens) for c in spec.conditions if c.tokens},
+        **{name: ("batch", 3, part.side, part.side) for part in spec.parts if part.side for name in part.inputs},
         **{c.scale_name: ("batch",) for c in spec.conditions if c.scaled},
     }
     whole = {tokenizer.name for tokenizer in spec.tokenizers} | ({"times"} if spec.sampler.whole_times else set())
@@ -124,12 +126,13 @@ def random_inputs(model: TorchModel, part: Part, batch: int, size: Size, generat
     else:
         known["times"] = torch.linspace(0, float(spec.sampler.times(1)[0]), batch)
     known["images"] = 2 * torch.rand(batch, 3, size.height, size.width, generator=generator) - 1
+    for name, side in {name: other.side for other in spec.parts if other.side for name in other.inputs}.items():
+        known[name] = 2 * torch.rand(batch, 3, side, side, generator=generator) - 1
     for condition in spec.conditions:
         if condition.name not in {tensor.name for tensor in part.inputs} or condition.name in known:
             continue
         if condition.enters == "residual":
             known[condition.name] = 2 * torch.rand(batch, condition.channels, size.height, size.width, generator=generator) - 1
-            known[condition.scale_name] = (torch.arange(batch) % 2 == 0).float()  # rows with it and without in turns
         elif condition.part is None:
             known[condition.name] = torch.rand(
                 batch, condition.channels, *known["latents"].shape[2:], generator=generator
@@ -137,6 +140,9 @@ def random_inputs(model: TorchModel, part: Part, batch: int, size: Size, generat
         else:
             made = model.call(condition.part, {n: known[n].numpy() for n in spec.part(condition.part).inputs})
             known |= {name: torch.from_numpy(values).to(model.device) for name, values in made.items()}
+    for condition in spec.conditions:
+        if condition.scaled:
+            known[condition.scale_name] = (torch.arange(batch) % 2 == 0).float()  # rows with it and without in turns
     return tuple(known[tensor.name] for tensor in part.inputs)
 
 

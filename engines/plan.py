@@ -19,6 +19,7 @@ from flashdiff.engines.bundle import (
     LoraRecord,
     Manifest,
     Precision,
+    ReferenceRecord,
     VaeRecord,
     read_manifest,
 )
@@ -36,9 +37,10 @@ from flashdiff.families.base import ModelFamily
 from flashdiff.families.control import check_control, find_control
 from flashdiff.families.files import base_files, base_hash
 from flashdiff.families.hub import name_of
+from flashdiff.families.ip_adapter import ENCODER_FOLDER, Found, check_adapter, encoder_files, encoder_hash, find_adapter
 from flashdiff.families.loading import size_limits
 from flashdiff.families.networks import files_of_network, hash_of_network
-from flashdiff.files import hash_files, shown_bytes
+from flashdiff.files import hash_file, hash_files, shown_bytes
 from flashdiff.lora import (
     check_base,
     find_lora,
@@ -50,6 +52,7 @@ from flashdiff.lora import (
     touches_text,
 )
 from flashdiff.reading import Witness, first_change, witness
+from flashdiff.references import ENCODER, referred, unreferred
 from flashdiff.samplers.options import SamplingOptions
 from flashdiff.samplers.recognise import few_step_hint
 from flashdiff.tasks import tasks_of
@@ -72,6 +75,8 @@ class BuildPlan:
     """The folder of the autoencoder in the place of the base's own."""
     controls: Mapping[str, Path]
     """The folders of the control networks, by name."""
+    adapter: Found | None
+    """The IP-Adapter, where requests may bring a reference."""
     loras: tuple[tuple[Path, float], ...]
     """What was found for their names, and their weights."""
     spec: ModelSpec
@@ -108,7 +113,7 @@ class BuildPlan:
 
     def check_sources(self) -> None:
         """BundleError when a file of the base or of a LoRA was edited or replaced since: the hashes would name other bytes."""
-        now = witness(_sources(self.folder, self.vae, self.controls, self.loras))
+        now = witness(_sources(self.folder, self.vae, self.controls, self.adapter, self.loras))
         if changed := first_change(self.sources, now):
             raise BundleError(f"{changed} changed while the build read it; start again when its files stay as they are")
 
@@ -130,14 +135,17 @@ def plan_build(options: BuildOptions, *, with_quality: bool = False) -> BuildPla
     loras = tuple((find_lora(name), weight) for name, weight in options.loras)
     vae = find_vae(options.vae) if options.vae else None
     controls = {name: find_control(name, place) for name, place in options.controls}
-    sources = witness(_sources(folder, vae, controls, loras))
+    adapter = find_adapter(options.reference, options.reference_encoder) if options.reference else None
+    sources = witness(_sources(folder, vae, controls, adapter, loras))
     spec = fused_spec(family.read_spec(folder), [lora for lora, _ in loras], options)
     hash_of_base = base_hash(folder)
     if vae:
         check_vae(vae, family, spec)
     kinds = {name: check_control(name, place, family, folder, spec) for name, place in controls.items()}
+    kind = check_adapter(adapter, family, folder, spec) if adapter else None
     of_base = check_base(folder, hash_of_base, [lora for lora, _ in loras])
-    spec = steered(spec.model_copy(update={"sizes": options.sizes or spec.sizes}), list(controls))
+    spec = spec.model_copy(update={"sizes": options.sizes or spec.sizes})
+    spec = steered(referred(spec, kind.tokens, kind.side) if kind else spec, list(controls))
     _check_shapes(options, family, spec, *size_limits(folder, family))
     calibration: Calibration | None = None
     prompts: tuple[Prompt, ...] = ()
@@ -152,6 +160,7 @@ def plan_build(options: BuildOptions, *, with_quality: bool = False) -> BuildPla
             ControlRecord(name=name, source=_name_of_control(folder), kind=kinds[name], weights_hash=hash_of_network(folder))
             for name, folder in controls.items()
         ),
+        reference=_reference_record(adapter, kind.name) if adapter and kind else None,
         loras=tuple(LoraRecord(name=lora_name(lora), weights_hash=lora_hash(lora), weight=weight) for lora, weight in loras),
         model=spec,
         guidance=options.guidance,
@@ -175,11 +184,14 @@ def plan_build(options: BuildOptions, *, with_quality: bool = False) -> BuildPla
         folder=folder,
         vae=vae,
         controls=controls,
+        adapter=adapter,
         loras=loras,
         spec=spec,
         inputs=inputs,
         exports=exports,
-        requirements=estimate(backend, inputs, exports, count_parameters(folder, family, spec, controls.values()), options.out),
+        requirements=estimate(
+            backend, inputs, exports, count_parameters(folder, family, spec, controls.values(), adapter), options.out
+        ),
         previous=previous,
         flaw=flaw,
         sources=sources,
@@ -213,6 +225,9 @@ def describe(plan: BuildPlan) -> Iterator[str]:
         yield f"autoencoder  {plan.vae} ({inputs.vae.weights_hash[:12]})"
     for control in inputs.controls:
         yield f"control      {control.name}: {plan.controls[control.name]} ({control.kind}, {control.weights_hash[:12]})"
+    if plan.adapter and inputs.reference:
+        yield f"reference    {plan.adapter.file} ({inputs.reference.kind}, {inputs.reference.weights_hash[:12]})"
+        yield f"             read by {plan.adapter.encoder} ({inputs.reference.encoder_hash[:12]})"
     yield f"backend      {plan.machine}"
     yield f"sampler      {describe_sampler(spec)}"
     if inputs.calibration:
@@ -233,12 +248,19 @@ def describe(plan: BuildPlan) -> Iterator[str]:
         yield f"to do        {reason}"
 
 
-def _sources(folder: Path, vae: Path | None, controls: Mapping[str, Path], loras: Sequence[tuple[Path, float]]) -> list[Path]:
+def _sources(
+    folder: Path,
+    vae: Path | None,
+    controls: Mapping[str, Path],
+    adapter: Found | None,
+    loras: Sequence[tuple[Path, float]],
+) -> list[Path]:
     """All files that a build reads."""
     networks = [*([vae] if vae else []), *controls.values()]
     return [
         *base_files(folder),
         *(file for network in networks for file in files_of_network(network)),
+        *([adapter.file, *encoder_files(adapter.encoder)] if adapter else []),
         *(file for lora, _ in loras for file in lora_files(lora)),
     ]
 
@@ -251,6 +273,17 @@ def _name_of_vae(vae: Path) -> str:
 def _name_of_control(folder: Path) -> str:
     """A folder `controlnet` lies in one that has the name."""
     return name_of(folder.parent) if folder.name in ("controlnet", "t2iadapter") else name_of(folder)
+
+
+def _reference_record(adapter: Found, kind: str) -> ReferenceRecord:
+    folder = adapter.encoder
+    return ReferenceRecord(
+        name=adapter.file.name,
+        kind=kind,
+        weights_hash=hash_file(adapter.file),
+        encoder=f"{name_of(folder.parent)}/{folder.name}" if folder.name == ENCODER_FOLDER else name_of(folder),
+        encoder_hash=encoder_hash(folder),
+    )
 
 
 def _hints(options: BuildOptions, spec: ModelSpec, loras: Sequence[Path]) -> Iterator[str]:
@@ -308,11 +341,14 @@ def _exports(form: GraphForm, family: ModelFamily, inputs: BuildInputs, on_text:
         inputs.model.text_part.name: [lora for lora, is_on_text in zip(loras, on_text, strict=True) if is_on_text],
     }
     # All of the model but what no graph contains: members of two families may share their weights.
-    plain, sampler = unsteered(inputs.model), inputs.model.sampler
+    plain, sampler = unreferred(unsteered(inputs.model)), inputs.model.sampler
     model = plain.model_dump(mode="json", exclude={"name", "sizes", "tasks", "sampler"})
     controls = [[control.name, control.weights_hash] for control in inputs.controls]
     # A graph without the control networks is that of the model without them.
     steered_by = {part.name: controls for part in inputs.model.replacements}
+    # Likewise without the IP-Adapter.
+    adapter = inputs.reference and [inputs.reference.weights_hash, inputs.reference.encoder_hash]
+    reading = dict.fromkeys([*denoisers, ENCODER], adapter)
     # Some families' parts hold the guidance that their network takes as an input.
     held = sampler.model_dump(mode="json", include={"schedule", "embedded_guidance"})
     times = {"type": sampler.time_type, "known": sampler.known_times}
@@ -326,6 +362,7 @@ def _exports(form: GraphForm, family: ModelFamily, inputs: BuildInputs, on_text:
                 "model": model | held,
                 "loras": changing.get(part, []),
                 "controls": steered_by.get(part, []),
+                "reference": reading.get(part),
                 "form": form.file,
                 "precision": form.precision_of(inputs.precision),
                 "example": size or inputs.sizes[0],
@@ -358,5 +395,6 @@ def _code_hash() -> str:
         *root.glob("lora*.py"),
         root / "parts.py",
         root / "controls.py",
+        root / "references.py",
     ]
     return hash_files(root, files)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from flashdiff.components import Components, ModelSpec, Size
 from flashdiff.engines.parts import Part, no_reduced_precision, random_inputs, run_torch
 from flashdiff.families.base import TorchModel
 from flashdiff.generate import decode_rows, prepare, unconditional_of
+from flashdiff.references import ENCODER, ReferenceRequest, takes_reference
 from flashdiff.rows import denoise_rows, start_rows
 from flashdiff.tasks import check_order
 
@@ -36,6 +37,8 @@ class Case:
 @dataclass(frozen=True)
 class Reference:
     cases: tuple[Case, ...]
+    plain: tuple[Case, ...]
+    """The denoiser that reads a reference, where there is one: outputs of the same denoiser without its IP-Adapter."""
     images: dict[Size, NDArray[np.float32]]
     """What `sample_image` makes at every size."""
 
@@ -47,7 +50,7 @@ def run_reference(model: TorchModel, parts: Sequence[Part], batch_sizes: Sequenc
     on the CPU before and after.
     """
     generator = torch.Generator().manual_seed(1)
-    cases = []
+    cases, plain = list[Case](), list[Case]()
     with on_gpu(parts):
         for part in parts:
             for size in model.spec.sizes if part.is_spatial else model.spec.sizes[:1]:
@@ -55,8 +58,12 @@ def run_reference(model: TorchModel, parts: Sequence[Part], batch_sizes: Sequenc
                     inputs = [values.cpu() for values in random_inputs(model, part, batch, size, generator)]
                     named = {tensor.name: values.numpy() for tensor, values in zip(part.inputs, inputs, strict=True)}
                     cases.append(Case(part.name, size, batch, named, _row_by_row(part, inputs)))
+                    if model.ip_adapter and part.module is model.denoiser:
+                        *own, _, _ = inputs  # all but the tokens and their scale
+                        without = replace(part, module=model.ip_adapter.without)
+                        plain.append(Case(part.name, size, batch, named, _row_by_row(without, own)))
         images = {size: sample_image(model, model.spec, size) for size in model.spec.sizes}
-    return Reference(tuple(cases), images)
+    return Reference(tuple(cases), tuple(plain), images)
 
 
 def _row_by_row(part: Part, inputs: Sequence[Tensor]) -> Outputs:
@@ -85,11 +92,25 @@ def on_gpu(parts: Sequence[Part]) -> Iterator[None]:
         torch.cuda.empty_cache()
 
 
+def sample_reference(spec: ModelSpec) -> ReferenceRequest | None:
+    """A picture of color gradients, of the size that the model's image encoder reads; None for a model that takes none."""
+    if not takes_reference(spec):
+        return None
+    side = spec.part(ENCODER).side or 1
+    ramp = np.linspace(0, 255, side).astype(np.uint8)
+    rows, columns = np.meshgrid(ramp, ramp, indexing="ij")
+    return ReferenceRequest(image=np.stack([rows, columns, 255 - rows], axis=-1), scale=0.5)
+
+
 def sample_image(
     components: Components, spec: ModelSpec, size: Size, *, prompt: str = "a picture", seed: int = 1, steps: int | None = None
 ) -> NDArray[np.float32]:
-    """One image [1, 3, H, W], step for step as a request goes, not clipped; in up to four steps where `steps` is None."""
-    order = check_order(spec, prompt=prompt, seed=seed, steps=steps or min(4, spec.sampler.max_steps), size=size)
+    """One image [1, 3, H, W], step for step as a request goes, not clipped; in up to four steps where `steps` is None.
+
+    A model that takes a reference gets `sample_reference`.
+    """
+    steps = steps or min(4, spec.sampler.max_steps)
+    order = check_order(spec, prompt=prompt, seed=seed, steps=steps, size=size, reference=sample_reference(spec))
     preparations = order.task.preparations(spec, order)
     prepared = {name: prepare(components, given.part, [given.value])[0] for name, given in preparations.items()}  # type: ignore[arg-type]
     (row,) = start_rows(spec, order, prepared, unconditional_of(components))

@@ -15,8 +15,10 @@ from flashdiff.engines.bundle import BuildInputs
 from flashdiff.errors import BundleError
 from flashdiff.families.base import ModelFamily
 from flashdiff.families.files import base_files
+from flashdiff.families.ip_adapter import Found, encoder_files
 from flashdiff.families.networks import files_of_network
 from flashdiff.files import cache_folder, shown_bytes
+from flashdiff.references import ENCODER
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +66,16 @@ def free_bytes(place: Path) -> int:
     return shutil.disk_usage(_existing(place)).free
 
 
-def count_parameters(folder: Path, family: ModelFamily, spec: ModelSpec, controls: Iterable[Path] = ()) -> dict[str, int]:
+def count_parameters(
+    folder: Path, family: ModelFamily, spec: ModelSpec, controls: Iterable[Path] = (), adapter: Found | None = None
+) -> dict[str, int]:
     """Parameters by part, read off the headers of the weights; `controls` are the folders of the control networks."""
+    reading = dict[str, int]()
+    if adapter:
+        encoder = sum(_tensor_elements(file, ("",)) for file in encoder_files(adapter.encoder) if file.suffix == ".safetensors")
+        layers = _tensor_elements(adapter.file, ("ip_adapter.",))
+        reading = {part.name: layers for part in spec.denoisers}
+        reading[ENCODER] = encoder + _tensor_elements(adapter.file, ("image_proj.",))
     steering = sum(_tensor_elements(file, ("",)) for control in controls for file in files_of_network(control))
     steered = {part.name for part in spec.replacements}
     weights = [file for file in base_files(folder) if file.suffix == ".safetensors"]
@@ -73,7 +83,11 @@ def count_parameters(folder: Path, family: ModelFamily, spec: ModelSpec, control
     def count(pattern: str, prefixes: tuple[str, ...]) -> int:
         return sum(_tensor_elements(file, prefixes) for file in weights if fnmatch(file.parent.name, pattern))
 
-    return {part.name: count(*family.weights_of(part.name)) + (steering if part.name in steered else 0) for part in spec.parts}
+    own = {part.name: count(*family.weights_of(part.name)) for part in spec.parts if part.name != ENCODER}
+    return {
+        part.name: own.get(part.name, 0) + reading.get(part.name, 0) + (steering if part.name in steered else 0)
+        for part in spec.parts
+    }
 
 
 def _disk_bytes(

@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from flashdiff.components import Components, ModelSpec, Size
 from flashdiff.engines.bundle import StockComparison
 from flashdiff.engines.parts import Part
-from flashdiff.engines.reference import on_gpu, sample_image
+from flashdiff.engines.reference import on_gpu, sample_image, sample_reference
 from flashdiff.engines.runtime.engine import Engine
 from flashdiff.engines.verify import IMAGE_ERROR
 from flashdiff.errors import BundleError, ModelError
 from flashdiff.families.base import ModelFamily, TorchModel
 from flashdiff.families.stock import NoStockPipeline, stock_image
+from flashdiff.references import read_reference
 
 STOCK_ERROR = 1e-3
 """Largest root mean square difference of torch's image to the stock pipeline's, both in float32, pixels in [-1, 1]: 66 dB.
@@ -47,9 +48,12 @@ def run_stock(
     BundleError when torch's image differs from it, or the pipeline makes none.
     """
     size, steps = _case(model.spec)
+    reference = read_reference(model.spec, sample_reference(model.spec))
     try:
         with on_gpu(parts):
-            stock = stock_image(family, model, folder, vae, prompt=_PROMPT, seed=_SEED, steps=steps, size=size)
+            stock = stock_image(
+                family, model, folder, vae, prompt=_PROMPT, seed=_SEED, steps=steps, size=size, reference=reference
+            )
             ours = _image(model, model.spec)
     except NoStockPipeline as reason:
         return str(reason)

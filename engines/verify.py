@@ -1,8 +1,10 @@
 """Verification before publishing: every compiled part and a whole image are compared with torch in float32."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from flashdiff.components import ModelSpec
 from flashdiff.engines.backends import find_backend
@@ -22,7 +24,7 @@ class Findings:
     """What was measured of a bundle."""
 
     errors: dict[str, float]
-    """By part, for `image`, and for `at_scale_0` of the parts that replace others."""
+    """By part, for `image`, and for `at_scale_0` of the parts that replace others and of a denoiser that reads a reference."""
     allowed: dict[str, float]
     rows_are_exact: bool
 
@@ -62,6 +64,10 @@ def measure_errors(expected: Reference, engine: Engine) -> Findings:
         if must_be_exact and not is_exact:
             raise BundleError(f"{case.part}: a row changes with its batch; the bundle is not published")
         are_exact = are_exact and is_exact
+    for case in expected.plain:
+        name = at_scale_0(case.part)
+        errors[name] = max(errors.get(name, 0.0), difference(engine.call(case.part, _unread(case)), case.outputs))
+        allowed[name] = PART_ERROR[precision]
     for part in engine.spec.replacements:
         name = at_scale_0(part.name)
         errors[name] = max(_steering_at_zero(case, engine) for case in expected.cases if case.part == part.name)
@@ -78,6 +84,12 @@ def precision_of(manifest: Manifest, part: str) -> Precision:
     if manifest.quantization and part != manifest.quantization.part:
         return "fp32"
     return manifest.precision
+
+
+def _unread(case: Case) -> dict[str, NDArray[Any]]:
+    """The inputs of a denoiser, with the reference at scale 0."""
+    zeros = {name: np.zeros_like(values) for name, values in case.inputs.items() if name.startswith("scale_of_")}
+    return {**case.inputs, **zeros}
 
 
 def _steering_at_zero(case: Case, engine: Engine) -> float:

@@ -40,3 +40,5 @@ IMAGE_GUIDANCE: Final = 1.5
 """Of an edit, as in diffusers' InstructPix2Pix pipelines."""
 CONTROL_SCALE: Final = 1.0
 """Of a control in a request."""
+REFERENCE_SCALE: Final = 1.0
+"""Of a reference in a request, as in diffusers' IP-Adapters."""

@@ -37,6 +37,17 @@ class Control:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Reference:
+    """An image that goes with the prompt: see `flashdiff.references`."""
+
+    pixels: Pixels = field(repr=False)
+    """Of the size that the model's image encoder reads."""
+    scale: float
+    digest: bytes
+    """Of the pixels: images with the same are encoded once."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Order:
     """A request that its model can fill: see `flashdiff.tasks.check_order`."""
 
@@ -56,6 +67,7 @@ class Order:
     """The task's numbers, defaults filled in."""
     controls: Mapping[str, Control] = field(default_factory=dict)
     """By the names that the model's build gave them."""
+    reference: Reference | None = None
 
     @property
     def steps_taken(self) -> int:
@@ -64,15 +76,24 @@ class Order:
 
     @property
     def input_pixels(self) -> int:
-        """Of all its inputs, and of its controls."""
-        images = (*self.inputs.values(), *(control.pixels for control in self.controls.values()))
+        """Of all its inputs, of its controls and of its reference."""
+        images = [*self.inputs.values(), *(control.pixels for control in self.controls.values())]
+        if self.reference:
+            images.append(self.reference.pixels)
         return sum(pixels.shape[0] * pixels.shape[1] for pixels in images)
 
 
 @dataclass(frozen=True, eq=False)
 class Preparation:
-    """Something that a part has to read before the first step: a text, or an image of the order's size."""
+    """Something that a part has to read before the first step: a text, or an image of the size that the part reads."""
 
     part: str
     value: str | Pixels | NDArray[np.float32]
     """Of an image the levels from 0 to 255, [H, W, 3]; as floats where grey, 127.5, has to be exact."""
+    digest: bytes | None = None
+    """Of an image that may come again."""
+
+    @property
+    def key(self) -> str | bytes | None:
+        """Equal for values of which a part makes the same: the text itself, or an image's digest; None: it is not kept."""
+        return self.value if isinstance(self.value, str) else self.digest

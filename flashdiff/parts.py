@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from enum import StrEnum
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -35,6 +35,8 @@ class PartSpec(Record):
     phase: Phase
     inputs: tuple[str, ...] = Field(min_length=1, max_length=64)
     outputs: tuple[str, ...] = Field(min_length=1, max_length=64)
+    side: int | None = Field(None, ge=1, le=4096)
+    """Pixels of each side of the images that it reads; None: they have the size of the request's images."""
     replaces: str | None = None
     """The part of a step in whose place it runs, for rows with a condition that only this one takes."""
 
@@ -45,13 +47,16 @@ class Condition(Record):
     name: str
     part: str | None = None
     """The part that makes it; None: the task makes it from the request's own images."""
-    unconditional: Literal["empty_prompt", "zeros"] = "empty_prompt"
-    """What a text condition is in the unconditional branch of guidance: that of the empty prompt, or zeros."""
+    unconditional: Literal["empty_prompt", "zeros", "empty_image"] = "empty_prompt"
+    """What it is in the branches of guidance without the prompt: of a text that of the empty prompt, or zeros; of an image that
+    goes with the prompt what the part makes of none."""
     enters: Literal["tokens", "concat", "residual", "sequence", "label"] = "tokens"
     """How it enters the network: as tokens and vectors that attention and embeddings read, joined to the latents' channels, by
     another network whose outputs are added to the denoiser's, as a part of the denoised sequence, or as a class."""
     channels: int = Field(0, ge=0, le=4096)
     """Of an image: of latent size where it is joined to the latents, of pixel size where another network reads it; else 0."""
+    tokens: tuple[Annotated[int, Field(ge=1, le=2**16)], Annotated[int, Field(ge=1, le=2**16)]] | None = None
+    """Of tokens that may be absent: their number, and the width of each."""
     scaled: bool = False
     """Whether the network takes a scale [B] with it, which may change from step to step: see `scale_name`."""
     absent: Literal["refused", "zeros", "ones", "grey_image"] = "refused"
@@ -60,8 +65,8 @@ class Condition(Record):
 
     @model_validator(mode="after")
     def _stand_ins_have_a_shape(self) -> Self:
-        if self.absent != "refused" and not self.channels:
-            raise ValueError(f"condition '{self.name}' has no channels, so nothing can stand in for it")
+        if self.absent != "refused" and not self.channels and self.tokens is None:
+            raise ValueError(f"condition '{self.name}' has neither channels nor tokens, so nothing can stand in for it")
         return self
 
     @property

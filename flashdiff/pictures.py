@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from flashdiff.components import Size
@@ -24,6 +25,7 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _ON_THEIR_SIDE = (5, 6, 7, 8)  # upright, width and height change places
+_MOST_SIDES = 16  # of a scaled picture's longer side
 _GREY_16 = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 """Modes of 16-bit grey; Pillow opens such a PNG as "I" or as "I;16", by its version."""
 
@@ -46,6 +48,24 @@ def to_rgb(picture: Image.Image) -> Image.Image:
         picture = picture.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     return picture.convert("RGB")
+
+
+def as_clip_reads(picture: Image.Image, side: int) -> NDArray[np.uint8]:
+    """An RGB picture as [side, side, 3]: its shorter side scaled to `side` (bicubic), and cropped at the centre.
+
+    Pixel for pixel what transformers' CLIPImageProcessor makes of it before it rescales and normalizes.
+    """
+    short, long = min(picture.size), int(side * max(picture.size) / min(picture.size))
+    is_upright = picture.height >= picture.width
+    left, top = (0, (long - side) // 2) if is_upright else ((long - side) // 2, 0)
+    if long <= _MOST_SIDES * side:
+        scaled = picture.resize((side, long) if is_upright else (long, side), Image.Resampling.BICUBIC)
+        return np.array(scaled.crop((left, top, left + side, top + side)))
+    # Scaled as a whole, a line of a few pixels would take gigabytes: the part that is kept is scaled alone.
+    start = (long - side) // 2 * max(picture.size) / long
+    end = start + side * max(picture.size) / long
+    box = (0, start, short, end) if is_upright else (start, 0, end, short)
+    return np.array(picture.resize((side, side), Image.Resampling.BICUBIC, box=box))
 
 
 @contextmanager

@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from flashdiff import controls, references
 from flashdiff.components import Components, ModelSpec, Size, Tensors
-from flashdiff.controls import images_of, scales_of
 from flashdiff.errors import BackendError, RequestError
 from flashdiff.noise import image_noise, image_seed
 from flashdiff.orders import Order
@@ -104,13 +104,14 @@ def start_rows(
 
     `unconditional` is `generate.unconditional_of` the model. RequestError for an order without a condition that it needs.
     """
-    replacing, controls = replacing_part(spec, order), images_of(order.controls)
+    replacing, images = replacing_part(spec, order), controls.images_of(order.controls)
     taken = spec.taken_by(replacing)
     branches = tuple(
-        Branch(_complete(spec, taken, order.size, {**branch.conditions, **controls}), branch.weight)
+        replace(branch, conditions=_complete(spec, taken, order.size, {**branch.conditions, **images, **tokens}))
         for branch in order.task.branches(spec, order, prepared, unconditional)
+        for tokens in [references.tokens_of(prepared, has_prompt=branch.has_prompt)]
     )
-    scales = scales_of(order.controls, order.steps_taken)
+    scales = {**controls.scales_of(order.controls, order.steps_taken), **references.scales_of(order)}
     trajectory = _trajectory(spec, order)
     start, kept = order.task.start(order, prepared), order.task.kept(spec, order, prepared)
     rows = []
@@ -155,8 +156,10 @@ def _complete(spec: ModelSpec, taken: Sequence[Condition], size: Size, given: Te
     return {**given, **stand_ins}
 
 
-def _shape_of(spec: ModelSpec, condition: Condition, size: Size) -> tuple[int, int, int]:
-    """[C, H, W] of an image that may be absent."""
+def _shape_of(spec: ModelSpec, condition: Condition, size: Size) -> tuple[int, ...]:
+    """[C, H, W] of an image that may be absent, [T, D] of tokens."""
+    if condition.tokens:
+        return condition.tokens
     if condition.enters == "residual":
         return condition.channels, size.height, size.width
     _, height, width = spec.latent_shape(size)

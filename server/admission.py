@@ -308,10 +308,10 @@ def _made_late(forecast: _Forecast, now: float) -> list[Job]:
 
 
 def work_of(model: Model, order: Order, preparations: Mapping[str, Preparation]) -> Work:
-    """All that an order with these preparations takes, but for texts in the model's cache."""
+    """All that an order with these preparations takes, but for texts and references in the model's cache."""
     prepare: dict[str, int] = {}
     for given in preparations.values():
-        if not (isinstance(given.value, str) and given.value in model.embeddings):
+        if given.key is None or given.key not in model.embeddings:
             prepare[given.part] = prepare.get(given.part, 0) + 1
     slots = order.task.evaluations_per_step(model.components.spec)
     step = step_call(replacing_part(model.components.spec, order))

@@ -26,6 +26,7 @@ from flashdiff.server.replies import (
     Control,
     Estimate,
     Preview,
+    Reference,
     Result,
     read_estimate,
     read_models,
@@ -65,6 +66,8 @@ class Options(TypedDict, total=False):
     """The task's other numbers, by name."""
     controls: Sequence[Control]
     """Images that steer the steps, for a model that was built with controls."""
+    reference: Reference | None
+    """An image that goes with the prompt, for a model that was built with an IP-Adapter."""
 
 
 _SERVICE = image_pb2.DESCRIPTOR.services_by_name["ImageService"].full_name

@@ -8,7 +8,8 @@ from flashdiff.controls import ControlRequest, controls_of
 from flashdiff.errors import RequestError
 from flashdiff.noise import image_seed
 from flashdiff.proto.v1 import image_pb2 as pb
-from flashdiff.server.images import control_request
+from flashdiff.references import ReferenceRequest, takes_reference
+from flashdiff.server.images import control_request, reference_request
 from flashdiff.server.jobs import Step
 from flashdiff.server.models import Model
 from flashdiff.server.reply_size import MAX_MESSAGE_BYTES, MESSAGE_EXTRA_BYTES, ReplyLimit
@@ -46,6 +47,7 @@ def read_request(
         files=files,
         parameters=parameters,
         controls=[_read_control(control) for control in message.controls],
+        reference=_read_reference(message.reference) if message.HasField("reference") else None,
         format=image_format,
         quality=message.quality or None,
         priority=PRIORITIES[message.priority],
@@ -62,6 +64,10 @@ def read_request(
 def _read_control(control: pb.Control) -> ControlRequest:
     scale, end = (getattr(control, name) if control.HasField(name) else None for name in ("scale", "end"))
     return control_request(control.name, control.image, scale=scale, start=control.start, end=end)
+
+
+def _read_reference(reference: pb.Reference) -> ReferenceRequest:
+    return reference_request(reference.image, scale=reference.scale if reference.HasField("scale") else None)
 
 
 def _add(given: dict[str, _Value], name: str, value: _Value) -> None:
@@ -132,6 +138,7 @@ def _served(name: str, model: Model, devices: Sequence[DeviceState]) -> pb.Serve
         takes_negative_prompt=spec.sampler.evaluations_per_step > 1,
         tasks=spec.tasks,
         controls=controls_of(spec),
+        takes_reference=takes_reference(spec),
         devices=[pb.Device(name=device.name, failure=device.failure) for device in devices],
     )
 

@@ -14,7 +14,8 @@ from flashdiff.controls import ControlRequest
 from flashdiff.errors import RequestError
 from flashdiff.orders import Pixels
 from flashdiff.picture_files import UnreadableError
-from flashdiff.pictures import opened, size_of, to_rgb
+from flashdiff.pictures import as_clip_reads, opened, size_of, to_rgb
+from flashdiff.references import ReferenceRequest
 from flashdiff.server.names import ImageFormat
 
 FORMAT_OF_SUFFIX: dict[str, ImageFormat] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
@@ -79,6 +80,17 @@ def control_request(
     """A control whose image is read as all others are, as `check_order` takes it; without a file it is refused there."""
     given = {key: value for key, value in (("scale", scale), ("start", start), ("end", end)) if value is not None}
     return ControlRequest(name=name, image=partial(decode_image, file, name=f"controls.{name}.image") if file else None, **given)
+
+
+def reference_request(file: bytes, *, scale: float | None = None) -> ReferenceRequest:
+    """A reference whose image is read as CLIP reads it, as `check_order` takes it; without a file it is refused there."""
+    given = {} if scale is None else {"scale": scale}
+    return ReferenceRequest(image=partial(_decode_reference, file) if file else None, **given)
+
+
+def _decode_reference(file: bytes, size: Size) -> Pixels:
+    with _refused(file, "reference.image"), opened(file, MAX_PIXELS) as image:
+        return as_clip_reads(to_rgb(image), size.width)
 
 
 def _size_of(file: bytes, name: str) -> Size:

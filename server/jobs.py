@@ -71,7 +71,7 @@ class Job:
     deadline: float  # infinity where there is none
     due: float
     preparations: Mapping[str, Preparation]
-    whole: Work  # as accepted: texts in the model's cache are no work
+    whole: Work  # as accepted: texts and references in the model's cache are no work
     alone_s: float  # how long it would take on an idle device, as forecast at acceptance; 0 without a deadline
     is_tight: bool  # it waits behind others, and its deadline is so near that the margin decided whether it was accepted
     on_step: Callable[[Step], None] | None = None
@@ -229,11 +229,11 @@ def targets_of(running: Running) -> list[Target]:
 
 
 def _missing(running: Running) -> list[str]:
-    """The preparations that are left, once texts in the model's cache are taken from there."""
+    """The preparations that are left, once texts and references in the model's cache are taken from there."""
     for name, given in running.job.preparations.items():
-        if name in running.prepared or not isinstance(given.value, str):
+        if name in running.prepared or given.key is None:
             continue
-        if (kept := running.job.model.embeddings.get(given.value)) is not None:
+        if (kept := running.job.model.embeddings.get(given.key)) is not None:
             running.prepared[name] = kept
     return [name for name in running.job.preparations if name not in running.prepared]
 

@@ -292,9 +292,9 @@ class DeviceLoop:
         running = target.running
         if target.phase == Phase.PREPARE:
             running.prepared[target.preparation] = output  # type: ignore[assignment]
-            text = running.job.preparations[target.preparation].value
-            if isinstance(text, str):
-                running.job.model.embeddings.put(text, output)  # type: ignore[arg-type]
+            key = running.job.preparations[target.preparation].key
+            if key is not None:
+                running.job.model.embeddings.put(key, output)  # type: ignore[arg-type]
         elif target.phase == Phase.FINISH:
             running.images[target.row] = output  # type: ignore[assignment]
         elif running.job.on_step:
@@ -391,12 +391,13 @@ def _outputs(targets: Sequence[Target]) -> list[Output]:
     first = targets[0]
     components = first.running.job.model.components
     if first.phase == Phase.PREPARE:
-        values = [target.running.job.preparations[target.preparation].value for target in targets]
-        if not isinstance(values[0], str):
-            return list(prepare(components, first.call, values))  # type: ignore[arg-type]
-        texts = list(dict.fromkeys(values))
-        encoded = dict(zip(texts, prepare(components, first.call, texts), strict=True))  # type: ignore[arg-type]
-        return [encoded[text] for text in values]
+        given = [target.running.job.preparations[target.preparation] for target in targets]
+        keys = [index if one.key is None else one.key for index, one in enumerate(given)]
+        values: dict[object, object] = {}
+        for key, one in zip(keys, given, strict=True):
+            values.setdefault(key, one.value)
+        made = dict(zip(values, prepare(components, first.call, [*values.values()]), strict=True))  # type: ignore[arg-type]
+        return [made[key] for key in keys]
     rows = [target.running.rows[target.row] for target in targets]
     if first.phase == Phase.STEP:
         denoise_rows(components, rows)

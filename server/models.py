@@ -24,31 +24,34 @@ _MEMORY_PER_BUNDLE_BYTE = 2.0  # weights as the engine holds them, and its buffe
 
 
 class Embeddings:
-    """The encoded texts last used, at most 64 MiB of them; safe to use from any thread."""
+    """The encoded texts and references last used, at most 64 MiB of them; safe to use from any thread.
+
+    A text is known by itself, a reference by the digest of its pixels.
+    """
 
     def __init__(self, max_bytes: int = _EMBEDDING_BYTES) -> None:
         self._max_bytes, self.bytes = max_bytes, 0
-        self._kept: OrderedDict[str, Tensors] = OrderedDict()
+        self._kept: OrderedDict[str | bytes, Tensors] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, text: str) -> Tensors | None:
-        """The encoded text without B, such as [T, D] by name; None where it is not kept."""
+    def get(self, key: str | bytes) -> Tensors | None:
+        """What was encoded without B, such as [T, D] by name; None where it is not kept."""
         with self._lock:
-            if text in self._kept:
-                self._kept.move_to_end(text)
-            return self._kept.get(text)
+            if key in self._kept:
+                self._kept.move_to_end(key)
+            return self._kept.get(key)
 
-    def __contains__(self, text: str) -> bool:
+    def __contains__(self, key: str | bytes) -> bool:
         with self._lock:
-            return text in self._kept
+            return key in self._kept
 
-    def put(self, text: str, encoded: Tensors) -> None:
-        """Keep a copy of an encoded text, [T, D] or the like by name; drop the texts used longest ago beyond the limit."""
+    def put(self, key: str | bytes, encoded: Tensors) -> None:
+        """Keep a copy of what was encoded, [T, D] or the like by name; drop what was used longest ago beyond the limit."""
         with self._lock:
-            if text in self._kept:
+            if key in self._kept:
                 return
             # Copies: a row of a batch would keep the whole batch alive.
-            self._kept[text] = {name: values.copy() for name, values in encoded.items()}
+            self._kept[key] = {name: values.copy() for name, values in encoded.items()}
             self.bytes += _size_of(encoded)
             while self.bytes > self._max_bytes:
                 self.bytes -= _size_of(self._kept.popitem(last=False)[1])

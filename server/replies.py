@@ -64,6 +64,15 @@ class Control:
     end: float = 1.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """An image that goes with the prompt, as the client sends it."""
+
+    image: bytes = field(repr=False)
+    """A PNG, JPEG or WebP file."""
+    scale: float = defaults.REFERENCE_SCALE
+
+
 def write_request(
     prompt: str,
     *,
@@ -82,6 +91,7 @@ def write_request(
     inputs: Mapping[str, bytes] | None = None,
     parameters: Mapping[str, float] | None = None,
     controls: Sequence[Control] = (),
+    reference: Reference | None = None,
 ) -> pb.GenerateRequest:
     """The message; RequestError for a value that it cannot carry. The server checks what the model allows."""
     for name, value, least in (("seed", seed, 0), ("steps", steps, 1), ("count", count, 1), ("quality", quality, 1)):
@@ -92,10 +102,14 @@ def write_request(
     if image_format not in FORMAT_NUMBERS:
         raise RequestError("format", image_format, f"it must be one of {', '.join(FORMAT_NUMBERS)}")
     shares = {f"controls.{c.name}.{name}": getattr(c, name) for c in controls for name in ("scale", "start", "end")}
+    if reference:
+        shares["reference.scale"] = reference.scale
     for name, number in {"strength": strength, **(parameters or {}), **shares}.items():
         if number is not None and not isinstance(number, SupportsFloat):
             raise RequestError(name, number, "it must be a number")
     of_controls = {f"controls.{control.name}.image": control.image for control in controls}
+    if reference:
+        of_controls["reference.image"] = reference.image
     for name, file in {"image": image, **(inputs or {}), **of_controls}.items():
         if not isinstance(file, bytes):
             raise RequestError(name, file, "it must be the bytes of an image file")
@@ -124,6 +138,7 @@ def write_request(
         inputs=inputs or {},
         parameters=parameters or {},
         controls=[pb.Control(**vars(control)) for control in controls],
+        reference=pb.Reference(**vars(reference)) if reference else None,
     )
 
 

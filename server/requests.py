@@ -9,6 +9,7 @@ from flashdiff.components import Size
 from flashdiff.controls import ControlRequest
 from flashdiff.errors import DeadlineError
 from flashdiff.orders import Order, Pixels
+from flashdiff.references import ReferenceRequest
 from flashdiff.server.image_threads import ImageThreads
 from flashdiff.server.images import readers
 from flashdiff.server.jobs import Finished, Step, Timings, pixel_bytes
@@ -46,6 +47,7 @@ class ImageRequest:
     parameters: Mapping[str, float] = field(default_factory=dict)
     """The task's numbers, by name."""
     controls: Sequence[ControlRequest] = ()
+    reference: ReferenceRequest | None = None
     format: ImageFormat = "png"
     quality: int | None = None
     priority: Priority = "normal"
@@ -60,7 +62,7 @@ class ImageRequest:
     @property
     def has_images(self) -> bool:
         """Whether the request brings images, which take a while to read."""
-        return bool(self.files or self.controls)
+        return bool(self.files or self.controls or self.reference)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,6 +212,7 @@ def _read_order(model: Model, request: ImageRequest) -> Order:
         inputs=readers(request.files),
         parameters=request.parameters,
         controls=request.controls,
+        reference=request.reference,
     )
     if request.limit:
         request.limit.check(order, request.quality)

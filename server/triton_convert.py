@@ -13,7 +13,8 @@ from flashdiff.controls import ControlRequest, controls_of
 from flashdiff.errors import RequestError, TensorError
 from flashdiff.noise import image_seed
 from flashdiff.proto.v1 import triton_pb2 as pb
-from flashdiff.server.images import control_request
+from flashdiff.references import ReferenceRequest, takes_reference
+from flashdiff.server.images import control_request, reference_request
 from flashdiff.server.jobs import Step
 from flashdiff.server.names import ImageFormat, Priority
 from flashdiff.server.reply_size import ReplyLimit
@@ -49,6 +50,8 @@ _FILE = Tensor("BYTES", pb.TYPE_STRING, (1,), is_file=True)
 _NUMBER = Tensor("FP32", pb.TYPE_FP32, (1,))
 _CONTROL = Tensor("BYTES", pb.TYPE_STRING, (1,), is_file=True)
 _OF_CONTROL = Tensor("FP32", pb.TYPE_FP32, (1,))
+_REFERENCE = Tensor("BYTES", pb.TYPE_STRING, (1,), is_file=True)
+_OF_REFERENCE = Tensor("FP32", pb.TYPE_FP32, (1,))
 OUTPUTS = {
     "IMAGES": Tensor("UINT8", pb.TYPE_UINT8, (-1, -1, -1, 3)),  # [count, height, width, RGB]
     "ENCODED": Tensor("BYTES", pb.TYPE_STRING, (-1,)),  # [count] files of FORMAT
@@ -62,14 +65,15 @@ _FORMATS: tuple[ImageFormat, ...] = ("png", "jpeg", "webp")
 
 def inputs_of(spec: ModelSpec) -> dict[str, Tensor]:
     """The inputs of a model by name: those of all models, such as PROMPT [1], the files and numbers of its tasks, and those of
-    its controls."""
+    its controls and of its reference."""
     tasks = tasks_of(spec)
     files = {name.upper(): _FILE for task in tasks for name in task.inputs}
     numbers = {parameter.name.upper(): _NUMBER for task in tasks for parameter in task.parameters}
     names = [name.upper() for name in controls_of(spec)]
     controls = {f"CONTROL_{name}": _CONTROL for name in names}
     shares = {f"{share}_{name}": _OF_CONTROL for name in names for share in ("SCALE", "START", "END")}
-    return {**_INPUTS, **files, **numbers, **controls, **shares}
+    reference = {"REFERENCE": _REFERENCE, "REFERENCE_SCALE": _OF_REFERENCE} if takes_reference(spec) else {}
+    return {**_INPUTS, **files, **numbers, **controls, **shares, **reference}
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,7 @@ def read_request(
         files={name.lower(): values[name] for name, tensor in inputs.items() if tensor is _FILE and name in values},
         parameters={name.lower(): values[name] for name, tensor in inputs.items() if tensor is _NUMBER and name in values},
         controls=_controls(spec, values),
+        reference=_reference(values),
         format=image_format,
         priority=_priority(parameters),
         timeout_s=_timeout_s(parameters, remaining_s),
@@ -147,6 +152,12 @@ def _controls(spec: ModelSpec, values: Mapping[str, Any]) -> list[ControlRequest
         if file is not None or any(number is not None for number in numbers.values()):
             found.append(control_request(name, file or b"", **numbers))
     return found
+
+
+def _reference(values: Mapping[str, Any]) -> ReferenceRequest | None:
+    if not {"REFERENCE", "REFERENCE_SCALE"} & values.keys():
+        return None
+    return reference_request(values.get("REFERENCE", b""), scale=values.get("REFERENCE_SCALE"))
 
 
 def _read_inputs(request: pb.ModelInferRequest, inputs: Mapping[str, Tensor], regions: Regions | None) -> dict[str, Any]:

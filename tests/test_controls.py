@@ -11,10 +11,10 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import ControlNetModel, T2IAdapter, UNet2DConditionModel
+from diffusers import ControlNetModel, T2IAdapter
 from numpy.typing import NDArray
 from PIL import Image
-from tiny import make_tiny_sd15, make_tiny_sdxl
+from tiny import make_tiny_controlnet, make_tiny_sd15, make_tiny_sdxl
 
 from flashdiff import cli
 from flashdiff.components import Components, Size
@@ -61,18 +61,6 @@ EDGES, POSE, IMAGE = (_random.integers(0, 256, (32, 32, 3), dtype=np.uint8) for 
 GREY: Pixels = np.repeat(_random.integers(0, 256, (32, 32, 1), dtype=np.uint8), 3, axis=2)
 
 
-def _controlnet(folder: Path, base: Path, seed: int = 0, **changes: Any) -> Path:
-    """As it would be after training: none of its outputs is 0."""
-    torch.manual_seed(seed)
-    unet = UNet2DConditionModel.from_pretrained(base / "unet")
-    network = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(16, 16, 32), **changes)
-    outputs = (network.controlnet_down_blocks, network.controlnet_mid_block, network.controlnet_cond_embedding.conv_out)
-    for parameter in (parameter for module in outputs for parameter in module.parameters()):
-        torch.nn.init.normal_(parameter, std=0.3)
-    network.save_pretrained(folder)
-    return folder
-
-
 def _adapter(
     folder: Path, kind: str = "full_adapter", in_channels: int = 3, factor: int = 4, channels: Sequence[int] = (32, 64)
 ) -> Path:
@@ -86,8 +74,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("bases")
     bases = {family: make(folder / family) for family, make in MAKE.items()}
     for family, base in bases.items():
-        _controlnet(folder / f"{family}-edges", base)
-        _controlnet(folder / f"{family}-pose", base, seed=5)
+        make_tiny_controlnet(folder / f"{family}-edges", base)
+        make_tiny_controlnet(folder / f"{family}-pose", base, seed=5)
     # As SDXL's own UNet: its first level has no attention.
     late = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
     make_tiny_sdxl(folder / "sdxl-late", **late)
@@ -296,7 +284,7 @@ def test_a_control_of_another_base_is_refused_at_build(bases: dict[str, Path], t
         plan("sd15", tmp_path / "coarse")
     with pytest.raises(ModelError, match="it is a UNet2DConditionModel; sd15 can be steered by ControlNetModel and T2IAdapter"):
         plan("sd15", bases["sd15"] / "unet")
-    pooled = _controlnet(tmp_path / "pooled", bases["sd15"])
+    pooled = make_tiny_controlnet(tmp_path / "pooled", bases["sd15"])
     config = json.loads((pooled / "config.json").read_text())
     (pooled / "config.json").write_text(json.dumps(config | {"global_pool_conditions": True}))
     with pytest.raises(ModelError, match="'global_pool_conditions' is true, which is not supported; false or null is"):

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    ControlNetModel,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -42,6 +44,8 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
     Gemma2Config,
     Gemma2Model,
     PreTrainedTokenizerFast,
@@ -57,6 +61,9 @@ from transformers import (
 
 _TOKENS = 16
 _WIDTH = 32
+IMAGE_SIDE = 16
+"""Pixels of each side that the tiny image encoder reads."""
+_IMAGE_WIDTH, _IMAGE_EMBEDDING = 32, 24
 
 
 def make_tiny_sd15(folder: Path, *, prediction_type: str = "epsilon", seed: int = 0, **unet: Any) -> Path:
@@ -111,6 +118,71 @@ def make_tiny_sdxl(folder: Path, **unet: Any) -> Path:
         add_watermarker=False,
     ).save_pretrained(folder)
     return folder
+
+
+def make_tiny_controlnet(folder: Path, base: Path, seed: int = 0, **changes: Any) -> Path:
+    """As it would be after training: none of its outputs is 0."""
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel.from_pretrained(base / "unet")
+    network = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(16, 16, 32), **changes)
+    outputs = (network.controlnet_down_blocks, network.controlnet_mid_block, network.controlnet_cond_embedding.conv_out)
+    for parameter in (parameter for module in outputs for parameter in module.parameters()):
+        torch.nn.init.normal_(parameter, std=0.3)
+    network.save_pretrained(folder)
+    return folder
+
+
+def make_tiny_image_encoder(folder: Path, **changes: Any) -> Path:
+    torch.manual_seed(7)
+    settings = {
+        "hidden_size": _IMAGE_WIDTH,
+        "projection_dim": _IMAGE_EMBEDDING,
+        "image_size": IMAGE_SIDE,
+        "patch_size": 8,
+        **changes,
+    }
+    config = CLIPVisionConfig(intermediate_size=37, num_hidden_layers=3, num_attention_heads=4, **settings)
+    CLIPVisionModelWithProjection(config).save_pretrained(folder)
+    return folder
+
+
+def make_tiny_ip_adapter(file: Path, base: Path, *, plus: bool = False, seed: int = 5) -> Path:
+    """As published, with the image encoder next to it; the values are so large that a reference shows."""
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel.from_pretrained(base / "unet")
+    width = unet.config.cross_attention_dim
+    shapes = _resampler(width) if plus else {
+        "proj.weight": (4 * width, _IMAGE_EMBEDDING), "proj.bias": (4 * width,), "norm.weight": (width,), "norm.bias": (width,),
+    }  # fmt: skip
+    tensors = {f"image_proj.{name}": torch.randn(shape) / (shape[-1] ** 0.5) for name, shape in shapes.items()}
+    names = [name for name in unet.attn_processors if name.endswith("attn2.processor")]
+    for index, name in enumerate(names):
+        rows, columns = unet.get_submodule(name.removesuffix(".processor")).to_k.weight.shape
+        for which in ("to_k_ip", "to_v_ip"):
+            tensors[f"ip_adapter.{1 + 2 * index}.{which}.weight"] = torch.randn(rows, columns) / columns**0.5
+    file.parent.mkdir(parents=True, exist_ok=True)
+    safetensors.torch.save_file(tensors, file)
+    if not (file.parent / "image_encoder").exists():
+        make_tiny_image_encoder(file.parent / "image_encoder")
+    return file
+
+
+def _resampler(width: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of a Resampler with 6 tokens."""
+    inner, heads = 64, 128
+    shapes: dict[str, tuple[int, ...]] = {
+        "latents": (1, 6, inner), "proj_in.weight": (inner, _IMAGE_WIDTH), "proj_in.bias": (inner,),
+        "proj_out.weight": (width, inner), "proj_out.bias": (width,), "norm_out.weight": (width,), "norm_out.bias": (width,),
+    }  # fmt: skip
+    for layer in range(4):
+        shapes |= {
+            **{f"layers.{layer}.0.{norm}.{kind}": (inner,) for norm in ("norm1", "norm2") for kind in ("weight", "bias")},
+            f"layers.{layer}.0.to_q.weight": (heads, inner), f"layers.{layer}.0.to_kv.weight": (2 * heads, inner),
+            f"layers.{layer}.0.to_out.weight": (inner, heads), f"layers.{layer}.1.0.weight": (inner,),
+            f"layers.{layer}.1.0.bias": (inner,), f"layers.{layer}.1.1.weight": (4 * inner, inner),
+            f"layers.{layer}.1.3.weight": (inner, 4 * inner),
+        }  # fmt: skip
+    return shapes
 
 
 def make_tiny_pixart(folder: Path, pipeline: Any = PixArtAlphaPipeline) -> Path:

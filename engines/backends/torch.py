@@ -20,6 +20,8 @@ MODEL = "model"
 """The base directory within a bundle."""
 CONTROLS = "controls"
 """The folder of the control networks in it, by name."""
+REFERENCE, ADAPTER, ENCODER_FOLDER = "reference", "ip_adapter.safetensors", "image_encoder"
+"""The folder of the IP-Adapter in it, the adapter's file there, and its image encoder's folder."""
 
 
 def _save(model: "TorchModel", parts: Sequence["Part"], folder: Path, precision: Precision) -> dict[str, tuple[PartFile, ...]]:
@@ -33,6 +35,9 @@ def _save(model: "TorchModel", parts: Sequence["Part"], folder: Path, precision:
         module.save_pretrained(target / name, safe_serialization=True)
     for name, network in model.controls.items():
         network.save_pretrained(target / CONTROLS / name, safe_serialization=True)
+    if adapter := model.ip_adapter:
+        adapter.encoder.save_pretrained(target / REFERENCE / ENCODER_FOLDER, safe_serialization=True)
+        shutil.copyfile(adapter.file, target / REFERENCE / ADAPTER)
     for file in (*model.folder.glob("*.json"), *model.folder.glob("*/*")):  # configurations and vocabularies are the base's own
         is_wanted = file.suffix in (".json", ".txt", ".model") and not file.name.endswith(".index.json")
         if is_wanted and file.parent.name not in model.replaced:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flashdiff.engines.backends.base import CompiledPart, CompilePart
-from flashdiff.engines.backends.torch import CONTROLS, MODEL
+from flashdiff.engines.backends.torch import ADAPTER, CONTROLS, ENCODER_FOLDER, MODEL, REFERENCE
 from flashdiff.engines.bundle import Manifest
 from flashdiff.engines.parts import AtPrecision, no_reduced_precision, parts_of
 from flashdiff.engines.runtime.device import Device
@@ -21,6 +21,7 @@ from flashdiff.engines.runtime.threads import cpu_threads
 from flashdiff.engines.shapes import bucket_shapes
 from flashdiff.families import load_base
 from flashdiff.families.control import with_controls
+from flashdiff.families.ip_adapter import Found, with_adapter
 
 _WARM_UP_RUNS = 3
 _CHANNELS_LAST = ("denoiser", "denoiser_control")
@@ -33,6 +34,9 @@ def open_parts(folder: Path, manifest: Manifest, on: Device) -> CompilePart:
     transformers.utils.logging.disable_progress_bar()  # it would draw bars between a server's lines
     no_reduced_precision()
     family, model = load_base(str(folder / MODEL))
+    if manifest.reference:
+        place = folder / MODEL / REFERENCE
+        model = with_adapter(model, Found(file=place / ADAPTER, encoder=place / ENCODER_FOLDER))
     model = with_controls(model, {control.name: folder / MODEL / CONTROLS / control.name for control in manifest.controls})
     is_cpu = manifest.machine.device == "cpu"
     device = torch.device("cpu") if is_cpu else torch.device("cuda", on.gpu_index)

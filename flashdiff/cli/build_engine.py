@@ -35,6 +35,8 @@ def run(options: argparse.Namespace) -> None:
         "variant": options.variant,
         "config": options.config,
         "vae": options.vae,
+        "reference": options.reference,
+        "reference_encoder": options.reference_encoder,
         "backend": options.backend,
         "precision": options.precision,
         "calibration_prompts": options.calibration_prompts,

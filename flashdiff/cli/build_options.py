@@ -9,11 +9,11 @@ from flashdiff.engines.backends import BACKENDS
 from flashdiff.errors import ConfigError
 
 _VALUES = (
-    "revision", "variant", "config", "vae", "backend", "precision", "calibration-prompts", "size", "batch", "guidance", "preset",
-    "sampler", "spacing", "timesteps", "eta", "shift", "prediction", "steps",
+    "revision", "variant", "config", "vae", "reference", "reference-encoder", "backend", "precision", "calibration-prompts",
+    "size", "batch", "guidance", "preset", "sampler", "spacing", "timesteps", "eta", "shift", "prediction", "steps",
 )  # fmt: skip
 """Options with a value, but for --lora, which may be repeated."""
-OF_REQUESTS = frozenset({"size", "steps", "control"})
+OF_REQUESTS = frozenset({"size", "steps", "control", "reference", "reference-encoder"})
 """Those that are a request's own in `generate`."""
 
 
@@ -43,6 +43,19 @@ def add_build_arguments(
             metavar="NAME=CONTROL",
             help="a ControlNet or T2I-adapter that requests may name so: a folder, or owner/name[/folder][@revision] on the hub; "
             "may be repeated",
+        )
+    if "reference" not in without:
+        to.add_argument(
+            "--reference",
+            metavar="ADAPTER",
+            help="an IP-Adapter, with which requests may bring a reference image: a .safetensors file, or "
+            "owner/name/file[@revision] on the hub",
+        )
+        to.add_argument(
+            "--reference-encoder",
+            metavar="FOLDER",
+            help="the adapter's CLIP image encoder: a folder, or owner/name[/folder][@revision] on the hub; default: the folder "
+            "image_encoder next to the adapter",
         )
     to.add_argument(
         "--backend", choices=tuple(BACKENDS), help="default: the fastest that runs here - torch on an NVIDIA GPU, else openvino"
@@ -106,7 +119,7 @@ def build_command(options: argparse.Namespace, *, without: frozenset[str] = froz
     """The `build-engine` command line, but for --out, that builds what these options say."""
     command = ["build-engine", options.base, *(f"--lora={lora}" for lora in options.lora)]
     command += [f"--control={control}" for control in _controls(options, without)]
-    command += [f"--{name}={getattr(options, name.replace('-', '_'))}" for name in _given(options, without)]
+    command += [f"--{name}={_value(options, name)}" for name in _given(options, without)]
     if options.version_compatible:
         command.append("--version-compatible")
     if options.compare_stock is not None:
@@ -134,4 +147,8 @@ def _controls(options: argparse.Namespace, without: frozenset[str]) -> list[str]
 
 
 def _given(options: argparse.Namespace, without: frozenset[str]) -> list[str]:
-    return [name for name in _VALUES if name not in without and getattr(options, name.replace("-", "_")) is not None]
+    return [name for name in _VALUES if name not in without and _value(options, name) is not None]
+
+
+def _value(options: argparse.Namespace, name: str) -> object:
+    return getattr(options, name.replace("-", "_"))

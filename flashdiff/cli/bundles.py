@@ -37,10 +37,15 @@ def bundle_of_base(options: argparse.Namespace, *, without: frozenset[str] = fro
     loras = [parse_lora(text) for text in options.lora]
     places = [options.base, *(name for name, _ in loras)]
     controls = [] if "control" in without else [parse_control(text)[1] for text in options.controls]
+    reference = [] if "reference" in without else [options.reference, options.reference_encoder]
     # Two folders of one name are two models, and so are two settings of one model.
     deciding = [
         command,
-        [os.path.realpath(place) for place in (*places, options.vae or "", *controls) if place and Path(place).exists()],
+        [
+            os.path.realpath(place)
+            for place in (*places, options.vae or "", *controls, *reference)
+            if place and Path(place).exists()
+        ],
     ]
     key = hashlib.sha256(json.dumps(deciding).encode()).hexdigest()[:16]
     name = "+".join(re.sub(r"[^\w.-]", "-", Path(place).name.removesuffix(".safetensors")) for place in places)

@@ -13,6 +13,7 @@ from flashdiff.errors import ConfigError
 
 if TYPE_CHECKING:
     from flashdiff.controls import ControlRequest
+    from flashdiff.references import ReferenceRequest
 
 T = TypeVar("T")
 _NUMBERS = ("scale", "start", "end")
@@ -84,6 +85,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="an image that steers the steps, for a bundle that was built with controls; its scale is 0 to 2, default "
         f"{defaults.CONTROL_SCALE:g}; it counts from START to END, shares of the steps",
     )
+    parser.add_argument(
+        "--reference",
+        metavar="FILE[:SCALE]",
+        help="an image that goes with the prompt, for a bundle that was built with an IP-Adapter; its scale is 0 to 2, default "
+        f"{defaults.REFERENCE_SCALE:g}",
+    )
     building = parser.add_argument_group("a model that is no bundle yet", "built into the cache, when it is not up to date there")
     building.add_argument(
         "--base",
@@ -146,6 +153,7 @@ def run(options: argparse.Namespace) -> None:
     size = parse_sizes(options.size)[0] if options.size else None
     inputs = readers({name: read_file(path, MAX_BYTES) for name, path in options.inputs})
     controls = [_control(text) for text in options.controls]
+    reference = _reference(options.reference) if options.reference is not None else None
     bundle, prompt = _bundle_and_prompt(options)
     engine = open_bundle(bundle)
     order = check_order(
@@ -159,6 +167,7 @@ def run(options: argparse.Namespace) -> None:
         inputs=inputs,
         parameters=dict(options.parameters),
         controls=controls,
+        reference=reference,
     )
     for index, pixels in enumerate(generate(engine, [order])[0]):
         path = options.out if order.count == 1 else options.out.with_stem(f"{options.out.stem}-{index}")
@@ -175,15 +184,32 @@ def _control(text: str) -> "ControlRequest":
     from flashdiff.server.images import control_request
 
     name, value = parse_control(text, "FILE[:SCALE[:START[:END]]]")
+    file, numbers = _file_and_numbers(value, len(_NUMBERS))
+    return control_request(name, read_file(file, MAX_BYTES), **dict(zip(_NUMBERS, numbers, strict=False)))
+
+
+def _reference(text: str) -> "ReferenceRequest":
+    """Reads `FILE[:SCALE]`."""
+    from flashdiff.reading import MAX_BYTES, read_file
+    from flashdiff.server.images import reference_request
+
+    if not text:
+        raise ConfigError("--reference '': give FILE[:SCALE]")
+    file, numbers = _file_and_numbers(text, 1)
+    return reference_request(read_file(file, MAX_BYTES), scale=numbers[0] if numbers else None)
+
+
+def _file_and_numbers(text: str, most: int) -> tuple[Path, list[float]]:
+    """`FILE[:NUMBER]...`, of a file whose name may itself hold colons."""
     numbers: list[float] = []
-    while len(numbers) < len(_NUMBERS) and not Path(value).exists():
-        file, is_there, last = value.rpartition(":")
+    while len(numbers) < most and not Path(text).exists():
+        file, is_there, last = text.rpartition(":")
         try:
             numbers.insert(0, float(last if is_there else ""))
         except ValueError:
             break
-        value = file
-    return control_request(name, read_file(Path(value), MAX_BYTES), **dict(zip(_NUMBERS, numbers, strict=False)))
+        text = file
+    return Path(text), numbers
 
 
 def _bundle_and_prompt(options: argparse.Namespace) -> tuple[Path, str]:
@@ -196,4 +222,8 @@ def _bundle_and_prompt(options: argparse.Namespace) -> tuple[Path, str]:
         raise ConfigError(
             f"--base {options.base}: it is built without controls; build a bundle with build-engine --control first"
         )
-    return bundle_of_base(options, without=frozenset({"steps", "control"})), options.bundle
+    if options.reference is not None:
+        raise ConfigError(
+            f"--base {options.base}: it is built without an IP-Adapter; build a bundle with build-engine --reference first"
+        )
+    return bundle_of_base(options, without=OF_REQUESTS - {"size"}), options.bundle

@@ -75,6 +75,8 @@ class ModelFamily:
     """By folder: settings that count only at some values."""
     controls: tuple[str, ...] = ()
     """The classes of diffusers' networks that its denoiser can be steered by: see `control`."""
+    references: bool = False
+    """Whether IP-Adapters fit its denoiser: see `ip_adapter`."""
     is_flow: bool = False
     """Whether its scheduler is a rectified flow's."""
     read_spec: Callable[[Path], ModelSpec]
@@ -84,6 +86,17 @@ class ModelFamily:
     def weights_of(self, part: str) -> tuple[str, tuple[str, ...]]:
         """See `part_weights`; the denoiser's have a folder of their own."""
         return self.part_weights.get(part, (self.lora_prefix, ("",)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class IpAdapter:
+    """An IP-Adapter that was added to a model's denoiser: see `flashdiff.families.ip_adapter`."""
+
+    file: Path
+    encoder: Any
+    """The image encoder, a model of transformers."""
+    without: nn.Module
+    """The denoiser as it was: it takes neither tokens nor their scale."""
 
 
 @dataclass(kw_only=True)
@@ -112,6 +125,9 @@ class TorchModel:
     """The denoiser together with its control networks, where it has any."""
     controls: Mapping[str, Any] = field(default_factory=dict)
     """These networks, by name."""
+    reference_encoder: nn.Module | None = None
+    """Makes tokens of a reference, where the denoiser reads one."""
+    ip_adapter: IpAdapter | None = None
     max_batch: int = 8
     parallel_decode: bool = False
 

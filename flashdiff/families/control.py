@@ -130,7 +130,7 @@ def with_controls(model: TorchModel, controls: Mapping[str, Path]) -> TorchModel
         kind = str(read_config(folder.parent, folder.name).get("_class_name"))
         networks[name] = load_part(folder.parent, folder.name, getattr(diffusers, kind))
     plain = unsteered(model.spec)  # a build's spec has its controls from the start
-    spec, own = steered(plain, list(networks)), len(plain.conditions)
+    spec, own = steered(plain, list(networks)), len(plain.step_parts()[-1].inputs) - 2
     return replace(
         model, spec=spec, controls=networks, denoiser_control=SteeredDenoiser(model.denoiser, list(networks.values()), own).eval()
     )
@@ -140,7 +140,7 @@ class SteeredDenoiser(nn.Module):
     """A UNet's denoiser and its control networks as one."""
 
     def __init__(self, denoiser: Any, networks: Sequence[Any], own: int) -> None:
-        """`own` is the number of conditions that the denoiser takes itself."""
+        """`own` is the number of inputs that the denoiser takes itself, but for latents and times."""
         super().__init__()
         self.denoiser, self.networks, self.own = denoiser, nn.ModuleList(networks), own
 

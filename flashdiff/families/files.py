@@ -17,6 +17,7 @@ INDEX = "model_index.json"
 _SCHEDULER = "scheduler/scheduler_config.json"
 _TOKENIZER_SUFFIXES = (".json", ".txt", ".model")
 _CURE = "convert the base with diffusers: `DiffusionPipeline.from_pretrained(BASE).save_pretrained(FOLDER)` writes safetensors"
+_CURE_OF_ENCODER = "`CLIPVisionModelWithProjection.from_pretrained(FOLDER).save_pretrained(OTHER)` writes safetensors"
 
 
 def networks_of(index: Mapping[str, Any], family: "ModelFamily") -> list[str]:
@@ -54,10 +55,11 @@ def used_files(
     return used
 
 
-def network_files(folder: Path) -> dict[str, str]:
-    """`used_files` of a folder with one network of diffusers."""
-    names = [path.name for path in folder.iterdir() if path.is_file()]
-    return {"config.json": "config.json"} | _Weights(names, is_diffusers=True).chosen(None, str(folder))
+def network_files(folder: Path, library: str = "diffusers") -> dict[str, str]:
+    """`used_files` of a folder with one network of diffusers, or with an image encoder of transformers."""
+    names, is_diffusers = [path.name for path in folder.iterdir() if path.is_file()], library == "diffusers"
+    cure = _CURE if is_diffusers else _CURE_OF_ENCODER
+    return {"config.json": "config.json"} | _Weights(names, is_diffusers=is_diffusers).chosen(None, str(folder), cure)
 
 
 class _Weights:
@@ -91,7 +93,7 @@ class _Weights:
         shards = {match[0]: match[1] or match[2] for match in map(pattern.fullmatch, self._names) if match}
         return [name for name, own in shards.items() if own == variant] or ([*shards] if variant is None else [])
 
-    def chosen(self, variant: str | None, where: str) -> dict[str, str]:
+    def chosen(self, variant: str | None, where: str, cure: str = _CURE) -> dict[str, str]:
         """The files of the variant asked for, else the plain ones, else those of the only variant."""
         if files := (variant and self.of(variant)) or self.of(None):
             return files
@@ -100,7 +102,7 @@ class _Weights:
         if self.variants:
             raise ModelError(f"{where} has its weights as {', '.join(self.variants)} alone: choose one with --variant")
         if pickles := [name for name in self._names if name.startswith(self._pickle) and name.endswith(".bin")]:
-            raise ModelError(f"{where} has its weights as {pickles[0]}, a pickle, which may run any program; {_CURE}")
+            raise ModelError(f"{where} has its weights as {pickles[0]}, a pickle, which may run any program; {cure}")
         raise ModelError(f"{where} has no weights: {self._stem}.safetensors is missing")
 
 

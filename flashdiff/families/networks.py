@@ -1,7 +1,8 @@
-"""Networks of diffusers that are no part of a base: found as a folder or on the hub."""
+"""Networks that are no part of a base: found as a folder or on the hub."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from flashdiff.errors import ModelError
 from flashdiff.families.files import network_files
@@ -9,10 +10,13 @@ from flashdiff.families.hub import download_part, hub_name, name_of
 from flashdiff.families.views import view
 from flashdiff.files import hash_files
 
-_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors")
+Library = Literal["diffusers", "transformers"]
+"""That a network is a class of."""
+
+_STEMS: dict[Library, str] = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 
 
-def find_network(option: str, name: str, *, what: str, inside: Sequence[str] = ()) -> Path:
+def find_network(option: str, name: str, *, what: str, inside: Sequence[str] = (), library: Library = "diffusers") -> Path:
     """The folder of a network: a path, or owner/name[/folder][@revision] on the hub; or one of the folders `inside` it.
 
     ModelError begins with the `option` that named it, and says `what` is not there.
@@ -22,22 +26,22 @@ def find_network(option: str, name: str, *, what: str, inside: Sequence[str] = (
         on_hub = hub_name(name)
         if on_hub is None:
             raise ModelError(f"{option}: there is no such folder; give one with a config.json, or a hub id (owner/name)")
-        folder = download_part(on_hub, _WEIGHTS)
+        folder = download_part(on_hub, (f"{_STEMS[library]}.safetensors", f"{_STEMS[library]}.fp16.safetensors"))
     if not (folder / "config.json").is_file():
         folder = next((folder / part for part in inside if (folder / part / "config.json").is_file()), folder)
     if not (folder / "config.json").is_file():
-        raise ModelError(f"{option}: it holds no {what} of diffusers: there is no config.json")
-    files = network_files(folder)
+        raise ModelError(f"{option}: it holds no {what} of {library}: there is no config.json")
+    files = network_files(folder, library)
     if all(plain == own for plain, own in files.items()):
         return folder
     return view(name_of(folder), {plain: folder / own for plain, own in files.items()})
 
 
-def files_of_network(folder: Path) -> list[Path]:
+def files_of_network(folder: Path, library: Library = "diffusers") -> list[Path]:
     """The files of a network that are read."""
-    return [folder / file for file in network_files(folder).values()]
+    return [folder / file for file in network_files(folder, library).values()]
 
 
-def hash_of_network(folder: Path) -> str:
+def hash_of_network(folder: Path, library: Library = "diffusers") -> str:
     """Hash of a network's weights and configuration."""
-    return hash_files(folder, files_of_network(folder))
+    return hash_files(folder, files_of_network(folder, library))

@@ -11,6 +11,7 @@ from flashdiff.families.base import ModelFamily, TorchModel
 from flashdiff.families.control import UNET_CONTROLS, as_unet_takes
 from flashdiff.families.entrance import Joined
 from flashdiff.families.guidance import guidance_embedding
+from flashdiff.families.ip_adapter import Reading
 from flashdiff.families.loading import (
     explain_bad_settings,
     load_part,
@@ -51,14 +52,16 @@ class _Denoiser(nn.Module):
         image: Tensor | None = None,
         masked_image: Tensor | None = None,
         residuals: Mapping[str, list[Tensor]] | None = None,
+        reference: Reading | None = None,
     ) -> Tensor:
-        """`image`: one to edit, or a mask together with `masked_image`; `residuals`: of control networks."""
+        """`image`: one to edit, or a mask together with `masked_image`; `residuals`: of control networks; `reference`: what an
+        IP-Adapter made of one."""
         latents = self.join(latents, image, masked_image)
         guidance = None if self.embedding is None else self.embedding.to(latents.dtype).expand(latents.shape[0], -1)
-        steering = as_unet_takes(residuals or {})
-        output: Tensor = self.unet(
-            latents, times, timestep_cond=guidance, return_dict=False, **self.texts(latents, encoder_hidden_states), **steering
-        )[0]
+        texts, steering = self.texts(latents, encoder_hidden_states), as_unet_takes(residuals or {})
+        if reference:
+            texts = reference.next_to(texts)
+        output: Tensor = self.unet(latents, times, timestep_cond=guidance, return_dict=False, **texts, **steering)[0]
         return output
 
     @staticmethod
@@ -99,6 +102,7 @@ FAMILY = ModelFamily(
     feature_tap=lambda unet: unet.mid_block,
     lora_prefix="unet",
     controls=UNET_CONTROLS,
+    references=True,
     size_step=unet_size_step,
     default_guidance=7.5,
     default_steps=50,

@@ -12,6 +12,7 @@ from flashdiff.families.base import ModelFamily, TorchModel
 from flashdiff.families.control import UNET_CONTROLS, as_unet_takes
 from flashdiff.families.entrance import Joined
 from flashdiff.families.guidance import guidance_embedding
+from flashdiff.families.ip_adapter import Reading
 from flashdiff.families.loading import (
     explain_bad_settings,
     load_part,
@@ -55,11 +56,15 @@ class _Denoiser(nn.Module):
         image: Tensor | None = None,
         masked_image: Tensor | None = None,
         residuals: Mapping[str, list[Tensor]] | None = None,
+        reference: Reading | None = None,
     ) -> Tensor:
-        """`image`: one to edit, or a mask together with `masked_image`; `residuals`: of control networks."""
+        """`image`: one to edit, or a mask together with `masked_image`; `residuals`: of control networks; `reference`: what an
+        IP-Adapter made of one."""
         latents = self.join(latents, image, masked_image)
         guidance = None if self.embedding is None else self.embedding.to(latents.dtype).expand(latents.shape[0], -1)
         texts, steering = self.texts(latents, encoder_hidden_states, text_embeds), as_unet_takes(residuals or {})
+        if reference:
+            texts = reference.next_to(texts)
         output: Tensor = self.unet(latents, times, timestep_cond=guidance, return_dict=False, **texts, **steering)[0]
         return output
 
@@ -109,6 +114,7 @@ FAMILY = ModelFamily(
     lora_prefix="unet",
     float32_inputs=("text_embeds",),  # the UNet joins it to sinusoids in float32, and casts both afterwards
     controls=UNET_CONTROLS,
+    references=True,
     size_step=unet_size_step,
     default_guidance=5.0,
     default_steps=50,

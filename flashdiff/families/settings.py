@@ -96,7 +96,7 @@ def check_network(path: str, family: "ModelFamily", part: str, config: Mapping[s
     """`check_settings` of one network's file."""
     classes = family.networks[part]
     if isinstance(classes, str):
-        _check_text_encoder(path, config, classes)
+        check_transformers_config(path, config, classes)
         return
     written = config.get("_class_name", next(iter(classes)))
     if written not in classes:
@@ -107,8 +107,11 @@ def check_network(path: str, family: "ModelFamily", part: str, config: Mapping[s
         _check_scale(path, config)
 
 
-def _check_text_encoder(path: str, config: Mapping[str, Any], kind: str) -> None:
-    """ModelError for a setting that the configuration class, or that of one of its parts such as `text_config`, does not read."""
+def check_transformers_config(path: str, config: Mapping[str, Any], kind: str) -> None:
+    """`check_settings` of the file of a network with this class of configuration of transformers.
+
+    ModelError for a setting that the class, or that of one of its parts such as `text_config`, does not read.
+    """
     import transformers
 
     _check(path, config, _TRANSFORMERS | _OWN | _config_names(kind), {}, {})

@@ -17,6 +17,7 @@ from flashdiff.components import ModelSpec, Size
 from flashdiff.errors import FlashdiffError, ModelError, first_line
 from flashdiff.families.base import ModelFamily, TorchModel
 from flashdiff.noise import image_noise
+from flashdiff.orders import Reference
 from flashdiff.reading import read_json
 from flashdiff.samplers.spacing import chosen_times
 from flashdiff.sampling import Sampler
@@ -60,16 +61,17 @@ def stock_image(
     seed: int,
     steps: int,
     size: Size,
+    reference: Reference | None = None,
 ) -> StockImage:
-    """An image of the stock pipeline of a model, LoRAs included, on the device of `model`.
+    """An image of the stock pipeline of a model, LoRAs and IP-Adapter included, on the device of `model`.
 
     The pipeline reads the base's configuration files, tokenizers and scheduler itself; the weights are those of `model`. `vae` is
     the folder of an autoencoder in the place of the base's own.
     NoStockPipeline where diffusers cannot sample so; ModelError where the pipeline fails.
     """
     spec = model.spec
-    if given := [condition.name for condition in spec.taken_by() if condition.part is None]:
-        raise NoStockPipeline(f"the stock pipeline of a model that takes {', '.join(given)} makes no image without")
+    if needed := [condition.name for condition in spec.taken_by() if condition.part is None]:
+        raise NoStockPipeline(f"the stock pipeline of a model that takes {', '.join(needed)} makes no image without")
     scheduler = stock_scheduler(spec, steps, is_shifted=spec.sampler.schedule != family.read_spec(folder).sampler.schedule)
     noise = _noise(seed, spec.latent_shape(size))
     with warnings.catch_warnings(), torch.no_grad():
@@ -80,6 +82,7 @@ def stock_image(
             kind = getattr(importlib.import_module("diffusers"), scheduler.kind)
             shift = {"shift": config.flow_shift} if "flow_shift" in config else {}  # as Sana's scheduler calls it
             pipeline.scheduler = kind.from_config(config, **{**shift, **scheduler.settings})
+            given = _referred(pipeline, model, reference) if reference else {}
             pack_first, pack = _packing(pipeline)
             takes = inspect.signature(pipeline.__call__).parameters
             wanted = {"height": size.height, "width": size.width, "use_resolution_binning": False, "clean_caption": False}
@@ -91,6 +94,7 @@ def stock_image(
                     **family.stock_call(_guidance(spec.sampler)),
                     **{name: value for name, value in wanted.items() if name in takes},
                     **scheduler.call,
+                    **given,
                 ).images
         except Exception as error:  # the pipelines raise many kinds
             raise ModelError(f"{folder}: the stock {family.pipeline_class} makes no image: {first_line(error)}") from None
@@ -186,6 +190,27 @@ def _pipeline(family: ModelFamily, model: TorchModel, folder: Path, vae: Path | 
     pipeline = kind.from_pretrained(folder, **{**absent, **dict.fromkeys(set(_NOT_NEEDED) & set(index)), **parts})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _referred(pipeline: Any, model: TorchModel, reference: Reference) -> dict[str, Any]:
+    """The arguments of a pipeline for a reference, with the model's IP-Adapter loaded into it by diffusers itself."""
+    import transformers
+    from accelerate import init_empty_weights
+    from PIL import Image
+
+    adapter = model.ip_adapter
+    assert adapter
+    with init_empty_weights(include_buffers=False):
+        encoder: Any = transformers.CLIPVisionModelWithProjection(adapter.encoder.config)
+    encoder.load_state_dict(adapter.encoder.state_dict(), assign=True)
+    side = adapter.encoder.config.image_size
+    processor = transformers.CLIPImageProcessor(size=side, crop_size=side)
+    pipeline.register_modules(image_encoder=encoder.to(model.device).eval(), feature_extractor=processor)
+    pipeline.load_ip_adapter(
+        adapter.file.parent, subfolder="", weight_name=adapter.file.name, image_encoder_folder=None, local_files_only=True
+    )
+    pipeline.set_ip_adapter_scale(reference.scale)
+    return {"ip_adapter_image": Image.fromarray(reference.pixels)}
 
 
 def _stock_part(folder: Path, kind: list[str], ours: torch.nn.Module) -> Any:

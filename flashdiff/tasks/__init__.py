@@ -9,6 +9,7 @@ from flashdiff.errors import RequestError
 from flashdiff.noise import SEED_LIMIT
 from flashdiff.orders import Order, Pixels
 from flashdiff.parts import EDITED_IMAGE, Condition
+from flashdiff.references import ReferenceRequest, check_reference, read_reference
 from flashdiff.tasks import edit, image_to_image, inpainting, text_to_image
 from flashdiff.tasks.base import Parameter, Task
 
@@ -56,6 +57,7 @@ def check_order(
     inputs: Mapping[str, Pixels | Callable[[Size], Pixels]] | None = None,
     parameters: Mapping[str, float] | None = None,
     controls: Sequence[ControlRequest] = (),
+    reference: ReferenceRequest | None = None,
 ) -> Order:
     """An order that this model can fill, with defaults filled in; RequestError names the field, the value and what is allowed.
 
@@ -75,6 +77,7 @@ def check_order(
     task = task_for(spec, inputs)
     numbers = _checked(spec, task, parameters)
     check_controls(spec, controls)
+    check_reference(spec, reference)
     order = Order(
         task=task,
         prompt=prompt,
@@ -87,6 +90,7 @@ def check_order(
         inputs={name: _input(name, given, task.input_size(spec, name, size)) for name, given in inputs.items()},
         parameters=numbers,
         controls={control.name: read_control(control, size) for control in controls},
+        reference=read_reference(spec, reference),
     )
     task.check(spec, order)
     check_steps(order.controls, order.steps_taken)

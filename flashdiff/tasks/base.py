@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from flashdiff.components import ModelSpec, Size, Tensors
 from flashdiff.errors import RequestError
 from flashdiff.orders import Order, Pixels, Preparation, as_float32
+from flashdiff.references import preparations_of
 from flashdiff.text import CutText
 
 GREY = 127.5
@@ -48,6 +49,8 @@ class Branch:
 
     conditions: Tensors
     weight: float
+    has_prompt: bool = True
+    """Whether it reads the prompt, and with it the reference."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +93,7 @@ class Task:
         shape = order.size.height, order.size.width, 3
         stand_ins = {name: Preparation("encoder", np.full(shape, GREY, dtype=np.float32)) for name in _grey(spec)}
         given = {name: Preparation(part, CutText(text) if order.truncate_prompt else text) for name, text in texts.items()}
-        return given | stand_ins
+        return given | stand_ins | preparations_of(order)
 
     def conditions(self, spec: ModelSpec, order: Order, prepared: Prepared, text: Tensors) -> Tensors:
         """The denoiser's conditions of the branch that reads `text`, by name; without B, such as [T, D]."""
@@ -107,7 +110,8 @@ class Task:
             return (Branch(prompt, 1.0),)
         contrast = prepared.get("negative_prompt", unconditional)
         weight = spec.sampler.guidance
-        return Branch(prompt, weight), Branch(self.conditions(spec, order, prepared, contrast), 1 - weight)
+        without = Branch(self.conditions(spec, order, prepared, contrast), 1 - weight, has_prompt=False)
+        return Branch(prompt, weight), without
 
     def start(self, order: Order, prepared: Prepared) -> NDArray[np.float32] | None:
         """The latents [C, h, w] that the first noise is added to; None: pure noise."""

@@ -32,8 +32,8 @@ class _Edit(Task):
         neither = {name: values for name, values in with_image.conditions.items() if name != EDITED_IMAGE}  # zeros stand in
         return (
             Branch(with_text.conditions, weight),
-            Branch(with_image.conditions, image_weight - weight),
-            Branch(neither, 1 - image_weight),
+            Branch(with_image.conditions, image_weight - weight, has_prompt=False),
+            Branch(neither, 1 - image_weight, has_prompt=False),
         )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from flashdiff.controls import controls_of
 from flashdiff.noise import image_seed
+from flashdiff.references import takes_reference
 from flashdiff.server.jobs import Step
 from flashdiff.server.models import Model
 from flashdiff.server.names import ImageFormat
@@ -103,6 +104,7 @@ def write_model(name: str, model: Model, created: int) -> dict[str, Any]:
         "takes_negative_prompt": spec.sampler.evaluations_per_step > 1,
         "tasks": tasks,
         "controls": list(controls_of(spec)),
+        "takes_reference": takes_reference(spec),
     }
     return {"id": name, "object": "model", "created": created, "owned_by": "flashdiff", "flashdiff": extras}
 

@@ -10,14 +10,15 @@ from typing import Any, Literal, get_args
 from flashdiff.components import ModelSpec, Size
 from flashdiff.controls import ControlRequest
 from flashdiff.errors import RequestError
+from flashdiff.references import ReferenceRequest
 from flashdiff.server.http.errors import HttpError
-from flashdiff.server.images import control_request
+from flashdiff.server.images import control_request, reference_request
 from flashdiff.server.names import ImageFormat, Priority
 from flashdiff.server.requests import ImageRequest
 from flashdiff.tasks import MAX_COUNT, input_names, parameters, tasks_of
 
 MAX_PARTIAL_IMAGES = 3
-_Kind = Literal["text", "integer", "number", "flag", "controls"]
+_Kind = Literal["text", "integer", "number", "flag", "controls", "reference"]
 _FORMATS: tuple[ImageFormat, ...] = ("png", "jpeg", "webp")
 _IMAGES = re.compile(r"image(\[\d*\])?")  # one of several is image[]
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
@@ -48,8 +49,10 @@ _FIELDS: dict[str, _Kind] = {
     "truncate_prompt": "flag",
     "priority": "text",
     "controls": "controls",
+    "reference": "reference",
 }
 _OF_CONTROL: dict[str, _Kind] = {"name": "text", "image": "text", "scale": "number", "start": "number", "end": "number"}
+_OF_REFERENCE: dict[str, _Kind] = {"image": "text", "scale": "number"}
 _UNSUPPORTED = ("complexity", "frame_count", "frame_duration_ms", "svg", "markup")  # OpenAI's, for other kinds of images
 
 
@@ -103,6 +106,7 @@ def read_images_request(
         files=files,
         parameters={name: given[name] for name in parameters() if name in given},
         controls=[_control(control) for control in given.get("controls", ())],
+        reference=_reference(given["reference"]) if "reference" in given else None,
         format=image_format,
         quality=_quality(given.get("output_compression"), image_format),
         priority=_choice(given, "priority", get_args(Priority), "normal"),
@@ -145,6 +149,7 @@ _IS_OF_KIND: dict[_Kind, Callable[[Any], bool]] = {
     "number": lambda value: isinstance(value, int | float) and not isinstance(value, bool),
     "flag": lambda value: isinstance(value, bool),
     "controls": lambda value: isinstance(value, list) and all(isinstance(item, dict) for item in value),
+    "reference": lambda value: isinstance(value, dict),
 }
 _A_KIND: dict[_Kind, str] = {
     "text": "a string",
@@ -152,6 +157,7 @@ _A_KIND: dict[_Kind, str] = {
     "number": "a number",
     "flag": "true or false",
     "controls": "a list of objects",
+    "reference": "an object with image and scale",
 }
 
 
@@ -166,7 +172,7 @@ def read_form_value(name: str, text: str) -> Any:
                 return float(text[:80])
             case "flag":
                 return {"true": True, "false": False}[text.lower()]
-            case "controls":
+            case "controls" | "reference":
                 return json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, KeyError, RecursionError):
         pass
@@ -175,19 +181,35 @@ def read_form_value(name: str, text: str) -> Any:
 
 def _control(fields: Mapping[str, Any]) -> ControlRequest:
     """A control, whose image is a file in base64."""
+    given = _members("controls", "a control", fields, _OF_CONTROL)
+    file = _base64_file("controls.image", given.pop("image", ""))
+    return control_request(given.pop("name", ""), file, **given)
+
+
+def _reference(fields: Mapping[str, Any]) -> ReferenceRequest:
+    """A reference, whose image is a file in base64."""
+    given = _members("reference", "a reference", fields, _OF_REFERENCE)
+    return reference_request(_base64_file("reference.image", given.pop("image", "")), **given)
+
+
+def _members(field: str, what: str, fields: Mapping[str, Any], kinds: Mapping[str, _Kind]) -> dict[str, Any]:
+    """The members of an object that are not null; RequestError for one that is unknown or of the wrong type."""
     given = {}
     for name, value in fields.items():
-        if name not in _OF_CONTROL:
-            raise RequestError(f"controls.{name[:80]}", value, f"a control has {', '.join(_OF_CONTROL)}")
+        if name not in kinds:
+            raise RequestError(f"{field}.{name[:80]}", value, f"{what} has {', '.join(kinds)}")
         if value is not None:
-            if not _IS_OF_KIND[_OF_CONTROL[name]](value):
-                raise RequestError(f"controls.{name}", value, f"it must be {_A_KIND[_OF_CONTROL[name]]}")
+            if not _IS_OF_KIND[kinds[name]](value):
+                raise RequestError(f"{field}.{name}", value, f"it must be {_A_KIND[kinds[name]]}")
             given[name] = value
+    return given
+
+
+def _base64_file(field: str, text: str) -> bytes:
     try:
-        file = base64.b64decode(given.pop("image", ""), validate=True)
+        return base64.b64decode(text, validate=True)
     except ValueError:
-        raise RequestError("controls.image", "text", "it must be a file in base64") from None
-    return control_request(given.pop("name", ""), file, **given)
+        raise RequestError(field, "text", "it must be a file in base64") from None
 
 
 def name_files(files: Sequence[tuple[str, bytes]]) -> dict[str, bytes]:

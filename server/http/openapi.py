@@ -6,7 +6,7 @@ from typing import Any
 from starlette.routing import Route
 
 import flashdiff
-from flashdiff.controls import MAX_SCALE
+from flashdiff import controls, references
 from flashdiff.server.http.images_request import MAX_PARTIAL_IMAGES, field_kinds
 from flashdiff.tasks import MAX_COUNT, input_names
 
@@ -22,13 +22,22 @@ _SCHEMAS: dict[str, dict[str, Any]] = {
             "properties": {
                 "name": {"type": "string"},
                 "image": {"type": "string", "format": "byte"},
-                "scale": {"type": "number", "minimum": 0, "maximum": MAX_SCALE},
+                "scale": {"type": "number", "minimum": 0, "maximum": controls.MAX_SCALE},
                 "start": {"type": "number", "minimum": 0, "maximum": 1},
                 "end": {"type": "number", "minimum": 0, "maximum": 1},
             },
             "required": ["name", "image"],
             "additionalProperties": False,
         },
+    },
+    "reference": {
+        "type": "object",
+        "properties": {
+            "image": {"type": "string", "format": "byte"},
+            "scale": {"type": "number", "minimum": 0, "maximum": references.MAX_SCALE},
+        },
+        "required": ["image"],
+        "additionalProperties": False,
     },
 }
 _BOUNDS: dict[str, dict[str, Any]] = {

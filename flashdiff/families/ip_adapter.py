@@ -1,0 +1,368 @@
+"""IP-Adapters (arXiv 2308.06721): found, checked against a base and an image encoder, and added to the denoiser.
+
+The adapter's own weights stay outside the UNet: keys and values of the image's tokens are computed for every cross-attention, and
+handed to the UNet together with the prompt's hidden states.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flashdiff.components import ModelSpec
+from flashdiff.errors import ModelError, first_line
+from flashdiff.families.base import IpAdapter, ModelFamily, TorchModel
+from flashdiff.families.files import base_hash
+from flashdiff.families.hub import HubName, download_file, download_part, hub_name
+from flashdiff.families.loading import load_part, read_config
+from flashdiff.families.networks import Library, files_of_network, find_network, hash_of_network
+from flashdiff.families.settings import check_transformers_config
+from flashdiff.files import hash_file
+from flashdiff.references import referred, takes_reference
+
+ENCODER_FOLDER = "image_encoder"
+"""Where published adapters have their image encoder."""
+
+_MEAN, _DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+"""Of the images that CLIP was trained on, as its image processor has them."""
+_PLAIN_TOKENS = 4  # as published, and fixed in diffusers
+_HEAD = 64
+_MOST_TOKENS = 1024
+_LIBRARY: Library = "transformers"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """An IP-Adapter and its image encoder on this disk."""
+
+    file: Path
+    encoder: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """What an adapter is."""
+
+    name: str
+    """plain, which reads the encoder's embedding, or plus, which reads its last hidden states but one."""
+    tokens: tuple[int, int]
+    """The number of tokens that it makes of an image, and their width."""
+    side: int
+    """Pixels of each side of the images that the encoder reads."""
+
+
+def find_adapter(name: str, encoder: str | None) -> Found:
+    """The file of an adapter, which is a path or owner/name/file[@revision] on the hub, and the folder of its image encoder.
+
+    Without an `encoder` it is the folder `image_encoder` next to the file. ModelError says what is not there.
+    """
+    option = f"--reference {name}"
+    if name.endswith((".bin", ".pt", ".pth", ".ckpt")):
+        raise ModelError(
+            f"{option}: a pickle, which may run any program; take the .safetensors file of the same adapter, which is published "
+            "next to it"
+        )
+    file, on_hub = Path(name), hub_name(name)
+    if not file.exists() and on_hub and on_hub.file:
+        file = download_file(on_hub)
+    elif file.is_dir():
+        raise ModelError(f"{option}: a folder; give the adapter's .safetensors file in it")
+    elif not file.is_file():
+        raise ModelError(f"{option}: there is no such file; give a .safetensors file, or owner/name/file on the hub")
+    if file.suffix != ".safetensors":
+        raise ModelError(f"{option}: an IP-Adapter is a .safetensors file")
+    return Found(file=file, encoder=_find_encoder(option, file, None if Path(name).exists() else on_hub, encoder))
+
+
+def _find_encoder(option: str, file: Path, on_hub: HubName | None, encoder: str | None) -> Path:
+    if encoder is not None:
+        given = f"--reference-encoder {encoder}"
+        try:
+            return find_network(given, encoder, what="image encoder", inside=(ENCODER_FOLDER,), library=_LIBRARY)
+        except ModelError as error:
+            raise error if given in str(error) else ModelError(f"{given}: {error}") from None
+    folder = file.parent / ENCODER_FOLDER
+    if on_hub and on_hub.file:
+        inside = (*on_hub.file.split("/")[:-1], ENCODER_FOLDER)
+        folder = download_part(replace(on_hub, file="/".join(inside)), ("model.safetensors",))
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{option}: there is no {folder}/config.json; name the image encoder's folder with --reference-encoder")
+    return find_network(option, str(folder), what="image encoder", library=_LIBRARY)
+
+
+def encoder_files(folder: Path) -> list[Path]:
+    """The files of an image encoder that are read."""
+    return files_of_network(folder, library=_LIBRARY)
+
+
+def encoder_hash(folder: Path) -> str:
+    """Hash of an image encoder's weights and configuration."""
+    return hash_of_network(folder, library=_LIBRARY)
+
+
+def check_adapter(found: Found, family: ModelFamily, base: Path, spec: ModelSpec) -> Kind:
+    """What an adapter is; ModelError for one that does not fit the base or the encoder, with both shapes."""
+    option = f"--reference {found.file}"
+    if not family.references:
+        raise ModelError(f"{option}: models of the family {family.name} take no IP-Adapter; sd15 and sdxl do")
+    encoder, unet = _read_encoder(found.encoder), _layers(base, family)
+    shapes = _shapes(found.file)
+    projection = {name.removeprefix("image_proj."): shape for name, shape in shapes.items() if name.startswith("image_proj.")}
+    name = _kind_of(option, shapes, projection)
+    width = unet[0].in_features
+    # Every level of the cross-attention reads tokens as wide as the text's.
+    wanted = {
+        f"ip_adapter.{1 + 2 * index}.{which}.weight": ([layer.out_features, layer.in_features], spec.name)
+        for index, layer in enumerate(unet)
+        for which in ("to_k_ip", "to_v_ip")
+    }
+    of_encoder = f"{found.encoder.name} (the image encoder)"
+    if name == "plain":
+        tokens = _PLAIN_TOKENS
+        wanted["image_proj.proj.weight"] = [tokens * width, encoder["projection_dim"]], f"{spec.name} with {of_encoder}"
+    else:
+        tokens, inner = projection["latents"][1], projection["latents"][2]
+        wanted["image_proj.proj_in.weight"] = [inner, encoder["hidden_size"]], of_encoder
+        wanted["image_proj.proj_out.weight"] = [width, inner], spec.name
+    for key, (shape, of) in wanted.items():
+        if shapes.get(key) != shape:
+            own = f"is {shapes[key]}" if key in shapes else "is not there"
+            raise ModelError(
+                f"{option} was made for another base or image encoder: its {key} {own}, {of} needs {shape} "
+                f"(the adapter is {hash_file(found.file)[:12]}, the base {base_hash(base)[:12]}, the image encoder "
+                f"{encoder_hash(found.encoder)[:12]})"
+            )
+    known = {key for key in wanted if key.startswith("ip_adapter.")}
+    if further := sorted(key for key in shapes if key.startswith("ip_adapter.") and key not in known):
+        raise ModelError(f"{option} was made for another base: {spec.name} has no layer for its {further[0]}")
+    return Kind(name=name, tokens=(tokens, width), side=encoder["image_size"])
+
+
+def _shapes(file: Path) -> dict[str, list[int]]:
+    """Of every tensor of a file."""
+    import safetensors
+
+    try:
+        with safetensors.safe_open(file, "pt") as weights:
+            return {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118  # not a mapping
+    except Exception as error:  # whatever a damaged file leads to
+        raise ModelError(f"--reference {file}: damaged, or no safetensors file ({first_line(error)})") from None
+
+
+def _kind_of(option: str, shapes: Mapping[str, list[int]], projection: Mapping[str, list[int]]) -> str:
+    if not projection or not any(name.startswith("ip_adapter.") for name in shapes):
+        example = next(iter(shapes), "no tensor")
+        raise ModelError(f"{option}: no IP-Adapter: it needs tensors image_proj.* and ip_adapter.*, and has {example}")
+    if "proj.weight" in projection:
+        return "plain"
+    if "latents" in projection and "proj_in.weight" in projection:
+        query = projection.get("layers.0.0.to_q.weight", projection.get("layers.0.attn.to_q.weight", []))
+        latents = projection["latents"]
+        fits = len(latents) == 3 and latents[0] == 1 and 1 <= latents[1] <= _MOST_TOKENS
+        if fits and len(query) == 2 and query[0] % _HEAD == 0:
+            return "plus"
+        raise ModelError(
+            f"{option}: its Resampler has latents {latents} and queries {query}; one set of up to {_MOST_TOKENS} latents with "
+            f"heads {_HEAD} wide is supported"
+        )
+    faces = "norm.weight" in projection or any(name.startswith("perceiver_resampler.") for name in projection)
+    what = "a FaceID adapter, which reads a face network's features" if faces else "of a form that is not supported"
+    raise ModelError(f"{option}: it is {what}; the plain form and plus (a Resampler) are supported")
+
+
+def _read_encoder(folder: Path) -> dict[str, Any]:
+    """The settings of an image encoder, defaults filled in; ModelError for another network."""
+    from transformers import CLIPVisionConfig
+
+    config, path = read_config(folder.parent, folder.name), f"{folder}/config.json"
+    if config.get("model_type") != CLIPVisionConfig.model_type:
+        raise ModelError(
+            f"{path}: 'model_type' is {str(config.get('model_type'))!r}; an IP-Adapter's image encoder is a "
+            f"CLIPVisionModelWithProjection, {CLIPVisionConfig.model_type!r}"
+        )
+    check_transformers_config(path, config, "CLIPVisionConfig")
+    try:
+        settings: dict[str, Any] = CLIPVisionConfig(**config).to_dict()
+    except Exception as error:  # the library's own checks
+        raise ModelError(f"{path}: {first_line(error)}") from None
+    for name, most in (("projection_dim", 2**16), ("hidden_size", 2**16), ("image_size", 4096), ("patch_size", 4096)):
+        if not (isinstance(settings[name], int) and 0 < settings[name] <= most):
+            raise ModelError(f"{path}: '{name}' is {settings[name]!r}; it must be a whole number from 1 to {most}")
+    if settings["num_channels"] != 3:
+        raise ModelError(f"{path}: 'num_channels' is {settings['num_channels']!r}; images have 3")
+    return settings
+
+
+def _layers(base: Path, family: ModelFamily) -> list[Any]:
+    """The `to_k` of every cross-attention of a base's UNet, without weights, in the order of an adapter's tensors."""
+    import diffusers
+
+    config = read_config(base, family.lora_prefix)
+    if kind := config.get("encoder_hid_dim_type"):
+        raise ModelError(f"{base}/{family.lora_prefix}/config.json: 'encoder_hid_dim_type' is {kind!r}: no IP-Adapter fits it")
+    with torch.device("meta"):
+        unet = diffusers.UNet2DConditionModel.from_config(config)
+    return [unet.get_submodule(name.removesuffix(".processor")).to_k for name in _cross_attentions(unet)]
+
+
+def _cross_attentions(unet: Any) -> list[str]:
+    """The names of the processors of a UNet's cross-attentions, in the order of an adapter's tensors, 1, 3, 5 and so on."""
+    return [name for name in unet.attn_processors if not name.endswith("attn1.processor")]
+
+
+def with_adapter(model: TorchModel, found: Found | None) -> TorchModel:
+    """The model with an adapter that was checked, or with none."""
+    if found is None:
+        return model
+    import safetensors.torch
+    from transformers import CLIPVisionModelWithProjection
+
+    encoder = load_part(found.encoder.parent, found.encoder.name, CLIPVisionModelWithProjection)
+    try:
+        weights = {name: values.float() for name, values in safetensors.torch.load_file(found.file).items()}
+        layers = _Layers(model.network, weights)
+        of_projection = {n.removeprefix("image_proj."): v for n, v in weights.items() if n.startswith("image_proj.")}
+        projection = model.network._convert_ip_adapter_image_proj_to_diffusers(of_projection, low_cpu_mem_usage=False)
+    except Exception as error:  # a tensor that is not there, or of another shape
+        raise ModelError(f"--reference {found.file}: {first_line(error)}") from None
+    is_plus = "latents" in of_projection
+    reader = _Encoder(encoder, projection.eval().requires_grad_(False), is_plus=is_plus).eval()
+    number, width = reader.empty.shape[1:]
+    spec = model.spec  # a build's has it from the start
+    if not takes_reference(spec):
+        spec = referred(spec, (number, width), encoder.config.image_size)
+    denoiser = ReadingDenoiser(model.denoiser, layers.requires_grad_(False)).eval()
+    return replace(
+        model,
+        spec=spec,
+        denoiser=denoiser,
+        reference_encoder=reader,
+        ip_adapter=IpAdapter(file=found.file, encoder=encoder, without=denoiser.denoiser),
+    )
+
+
+def as_clip_normalizes() -> tuple[Tensor, Tensor]:
+    """A factor and an offset [1, 3, 1, 1]: from images in [-1, 1] to pixels with the mean and deviation of CLIP's training."""
+    mean, deviation = (torch.tensor(values).reshape(1, 3, 1, 1) for values in (_MEAN, _DEVIATION))
+    return 0.5 / deviation, (0.5 - mean) / deviation
+
+
+class _Encoder(nn.Module):
+    """Images [B, 3, S, S] in [-1, 1] to an adapter's tokens [B, T, D], and to those of no image."""
+
+    empty: Tensor
+    factor: Tensor
+    offset: Tensor
+
+    def __init__(self, encoder: Any, projection: Any, *, is_plus: bool) -> None:
+        super().__init__()
+        self.encoder, self.projection, self.is_plus = encoder, projection, is_plus
+        factor, offset = as_clip_normalizes()
+        self.register_buffer("factor", factor)
+        self.register_buffer("offset", offset)
+        side = encoder.config.image_size
+        with torch.no_grad():
+            # As in diffusers' prepare_ip_adapter_image_embeds: for plus what the encoder makes of zeros, else zeros.
+            zeros = torch.zeros(1, 3, side, side)
+            features = self._features(zeros)
+            self.register_buffer("empty", projection(features if is_plus else torch.zeros_like(features)))
+
+    def _features(self, pixels: Tensor) -> Tensor:
+        if self.is_plus:
+            hidden: Tensor = self.encoder(pixels, output_hidden_states=True).hidden_states[-2]
+            return hidden
+        embeds: Tensor = self.encoder(pixels).image_embeds
+        return embeds
+
+    def forward(self, reference_images: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens [B, T, D] of the images and of none."""
+        pixels = reference_images * self.factor.to(reference_images.dtype) + self.offset.to(reference_images.dtype)
+        tokens = self.projection(self._features(pixels))
+        return tokens, self.empty.to(tokens.dtype).expand(tokens.shape[0], -1, -1)
+
+
+class _Layers(nn.Module):
+    """The keys and values of an image's tokens for every cross-attention."""
+
+    def __init__(self, unet: Any, weights: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.keys, self.values = nn.ModuleList(), nn.ModuleList()
+        names = _cross_attentions(unet)
+        for index in range(len(names)):
+            for which, layers in (("to_k_ip", self.keys), ("to_v_ip", self.values)):
+                values = weights[f"ip_adapter.{1 + 2 * index}.{which}.weight"]
+                layer = nn.Linear(values.shape[1], values.shape[0], bias=False)
+                layer.weight.data = values
+                layers.append(layer)
+        readers = {name: _Processor(unet.attn_processors[name], index) for index, name in enumerate(names)}
+        unet.set_attn_processor({**unet.attn_processors, **readers})
+
+    def forward(self, tokens: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        return [layer(tokens) for layer in self.keys], [layer(tokens) for layer in self.values]
+
+
+class ReadingDenoiser(nn.Module):
+    """A UNet's denoiser that reads the tokens of a reference next to the prompt's."""
+
+    def __init__(self, denoiser: Any, layers: nn.Module) -> None:
+        super().__init__()
+        self.denoiser, self.layers = denoiser, layers
+
+    def forward(self, *inputs: Tensor, residuals: Mapping[str, list[Tensor]] | None = None) -> Tensor:
+        """`inputs`: the denoiser's own, then tokens [B, T, D] and their scale [B]; `residuals`: of control networks."""
+        *own, tokens, scale = inputs
+        keys, values = self.layers(tokens)
+        reading = Reading(keys, values, scale[:, None, None])
+        output: Tensor = self.denoiser(*own, residuals=residuals, reference=reading)
+        return output
+
+    def texts(self, latents: Tensor, *own: Tensor) -> dict[str, Any]:
+        """What control networks take of the text: the reference is the UNet's alone."""
+        texts: dict[str, Any] = self.denoiser.texts(latents, *own)
+        return texts
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What cross-attentions read of a reference: keys and values [B, T, C] of each, and a scale [B, 1, 1]."""
+
+    keys: Sequence[Tensor]
+    values: Sequence[Tensor]
+    scale: Tensor
+
+    def next_to(self, texts: Mapping[str, Any]) -> dict[str, Any]:
+        """The UNet's arguments with these in them: its blocks hand the hidden states to the processors as they are."""
+        return {**texts, "encoder_hidden_states": (texts["encoder_hidden_states"], self)}
+
+
+class _Processor:
+    """One cross-attention that reads a reference where there is one. The UNet holds no weights of it."""
+
+    def __init__(self, plain: Any, index: int) -> None:
+        self.plain, self.index = plain, index
+
+    def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Any = None, **options: Any) -> Tensor:
+        if not isinstance(encoder_hidden_states, tuple):
+            output: Tensor = self.plain(attn, hidden_states, encoder_hidden_states, **options)
+            return output
+        text, reading = encoder_hidden_states
+        query = _heads(attn, attn.to_q(hidden_states))
+        found = _attended(query, _heads(attn, attn.to_k(text)), _heads(attn, attn.to_v(text)))
+        keys, values = reading.keys[self.index], reading.values[self.index]
+        found = found + reading.scale * _attended(query, _heads(attn, keys), _heads(attn, values))
+        for layer in attn.to_out:
+            found = layer(found)
+        return found
+
+
+def _heads(attn: Any, values: Tensor) -> Tensor:
+    """[B, N, C] as [B, heads, N, C / heads]."""
+    return values.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+
+
+def _attended(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """[B, N, C] of heads [B, heads, N, C / heads]."""
+    return nn.functional.scaled_dot_product_attention(query, keys, values).transpose(1, 2).flatten(2)
