@@ -11,7 +11,8 @@ from flashdiff.distill.checkpoints import checkpoints
 from flashdiff.distill.config import LoraRecipe
 from flashdiff.errors import ConfigError, LoraError, first_line
 from flashdiff.families.base import ModelFamily, TorchModel
-from flashdiff.lora import ADAPTER, FLASH, WEIGHTS, read_flash_info
+from flashdiff.lora import ADAPTER, read_flash_info
+from flashdiff.lora_files import FLASH, WEIGHTS
 from flashdiff.reading import read_json
 
 _ADVICE = "give a run with the same base, lora.rank, lora.targets and lora.dora"
