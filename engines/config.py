@@ -28,6 +28,10 @@ class BuildRecipe(SamplingOptions):
     """Folder or hub id of an autoencoder in the place of the base's own."""
     controls: tuple[tuple[str, str], ...] = Field((), max_length=8)
     """Name, and folder or hub id, of ControlNets and T2I-adapters that requests may use."""
+    lora_slots: int = 0
+    """How many LoRAs a request may bring."""
+    lora_rank: int | None = None
+    """Up to which rank each; None: the default, where there are slots."""
     backend: BackendName = Field(default_factory=best_backend)
     precision: Precision = defaults.PRECISION
     sizes: tuple[Size, ...] = ()
@@ -44,6 +48,16 @@ class BuildRecipe(SamplingOptions):
             raise ValueError(f"batch_sizes must rise from 1 or more, not {list(self.batch_sizes)}")
         if self.batch_sizes[-1] > MAX_BATCH:
             raise ValueError(f"batch_sizes go up to {MAX_BATCH}, not {self.batch_sizes[-1]}")
+        return self
+
+    @model_validator(mode="after")
+    def _slots_have_a_rank(self) -> Self:
+        if not 0 <= self.lora_slots <= defaults.MAX_LORA_SLOTS:
+            raise ValueError(f"lora_slots {self.lora_slots}: a request may bring 0 to {defaults.MAX_LORA_SLOTS} LoRAs")
+        if self.lora_rank is not None and not self.lora_slots:
+            raise ValueError(f"lora_rank {self.lora_rank}: it is the rank of slots, and there are none without lora_slots")
+        if self.lora_rank is not None and not 1 <= self.lora_rank <= defaults.MAX_LORA_RANK:
+            raise ValueError(f"lora_rank {self.lora_rank}: it must be 1 to {defaults.MAX_LORA_RANK}")
         return self
 
     @model_validator(mode="after")

@@ -23,6 +23,8 @@ def describe(bundle: Path, manifest: Manifest) -> Iterator[str]:
         yield f"LoRA         {lora.name} x {lora.weight:g} ({lora.weights_hash[:12]})"
     for control in manifest.controls:
         yield f"control      {control.name}: {control.source} ({control.kind}, {control.weights_hash[:12]})"
+    if manifest.lora_slots:
+        yield f"LoRA slots   {manifest.lora_slots}, of rank {manifest.lora_rank} each"
     yield f"engine       {manifest.backend}, {manifest.precision}, on {_machine(manifest)}"
     yield f"fits here    {_fit(manifest)}"
     preset = f" ({manifest.sampling.preset})" if manifest.sampling.preset else ""

@@ -13,6 +13,7 @@ from flashdiff.engines.shapes import dimensions_of
 from flashdiff.families.base import ModelFamily, TorchModel
 from flashdiff.parts import Condition, PartSpec
 
+_SMALL = 0.02
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -46,6 +47,7 @@ def parts_of(family: ModelFamily, model: TorchModel) -> list[Part]:
         "images": ("batch", 3, "image_height", "image_width"),
         **{tokenizer.name: ("batch", tokenizer.length) for tokenizer in spec.tokenizers},
         **{c.name: _image_shape(c) for c in spec.conditions if c.channels},
+        **{c.name: ("batch", c.values) for c in spec.conditions if c.values},
         **{c.scale_name: ("batch",) for c in spec.conditions if c.scaled},
     }
     whole = {tokenizer.name for tokenizer in spec.tokenizers} | ({"times"} if spec.sampler.whole_times else set())
@@ -127,9 +129,12 @@ def random_inputs(model: TorchModel, part: Part, batch: int, size: Size, generat
     for condition in spec.conditions:
         if condition.name not in {tensor.name for tensor in part.inputs} or condition.name in known:
             continue
+        if condition.scaled:
+            known[condition.scale_name] = (torch.arange(batch) % 2 == 0).float()  # rows with it and without in turns
         if condition.enters == "residual":
             known[condition.name] = 2 * torch.rand(batch, condition.channels, size.height, size.width, generator=generator) - 1
-            known[condition.scale_name] = (torch.arange(batch) % 2 == 0).float()  # rows with it and without in turns
+        elif condition.values:  # so that each layer's output changes by a few per cent
+            known[condition.name] = _SMALL * torch.randn(batch, condition.values, generator=generator)
         elif condition.part is None:
             known[condition.name] = torch.rand(
                 batch, condition.channels, *known["latents"].shape[2:], generator=generator

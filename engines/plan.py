@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import flashdiff
+from flashdiff import defaults
 from flashdiff.components import ModelSpec
 from flashdiff.controls import steered, unsteered
 from flashdiff.engines.backends import find_backend
 from flashdiff.engines.backends.base import EXPORTERS, Backend, Export, GraphForm
 from flashdiff.engines.bundle import (
     MANIFEST,
+    MAX_ELEMENTS,
     NOT_COMPARED,
     BuildInputs,
     ControlRecord,
@@ -34,6 +36,7 @@ from flashdiff.families.files import base_files, base_hash
 from flashdiff.families.hub import name_of
 from flashdiff.families.loading import size_limits
 from flashdiff.families.networks import files_of_network, hash_of_network
+from flashdiff.families.slots import layers_of_base
 from flashdiff.files import hash_files, shown_bytes
 from flashdiff.lora import (
     check_base,
@@ -45,6 +48,7 @@ from flashdiff.lora import (
     read_metadata,
     touches_text,
 )
+from flashdiff.lora_requests import slots_of, slotted, unslotted
 from flashdiff.reading import Witness, first_change, witness
 from flashdiff.samplers.options import SamplingOptions
 from flashdiff.samplers.recognise import few_step_hint
@@ -130,6 +134,8 @@ def plan_build(options: BuildOptions) -> BuildPlan:
     of_base = check_base(folder, hash_of_base, [lora for lora, _ in loras])
     spec = steered(spec.model_copy(update={"sizes": options.sizes or spec.sizes}), list(controls))
     _check_shapes(options, family, spec, *size_limits(folder, family))
+    rank = (options.lora_rank or defaults.LORA_RANK) if options.lora_slots else 0
+    spec = _with_slots(spec, folder, family, options, rank)
     inputs = BuildInputs(
         base=spec.name,
         base_hash=hash_of_base,
@@ -139,6 +145,8 @@ def plan_build(options: BuildOptions) -> BuildPlan:
             for name, folder in controls.items()
         ),
         loras=tuple(LoraRecord(name=lora_name(lora), weights_hash=lora_hash(lora), weight=weight) for lora, weight in loras),
+        lora_slots=options.lora_slots,
+        lora_rank=rank,
         model=spec,
         guidance=options.guidance,
         sampling=SamplingOptions(**{name: getattr(options, name) for name in SamplingOptions.model_fields if name != "guidance"}),
@@ -186,6 +194,8 @@ def describe(plan: BuildPlan) -> Iterator[str]:
         yield f"autoencoder  {plan.vae} ({inputs.vae.weights_hash[:12]})"
     for control in inputs.controls:
         yield f"control      {control.name}: {plan.controls[control.name]} ({control.kind}, {control.weights_hash[:12]})"
+    if inputs.lora_slots:
+        yield f"LoRA slots   {inputs.lora_slots}, of rank {inputs.lora_rank} each"
     yield f"backend      {plan.machine}"
     yield f"sampler      {describe_sampler(spec)}"
     for warning in plan.warnings:
@@ -222,6 +232,19 @@ def _name_of_vae(vae: Path) -> str:
 def _name_of_control(folder: Path) -> str:
     """A folder `controlnet` lies in one that has the name."""
     return name_of(folder.parent) if folder.name in ("controlnet", "t2iadapter") else name_of(folder)
+
+
+def _with_slots(spec: ModelSpec, folder: Path, family: ModelFamily, options: BuildOptions, rank: int) -> ModelSpec:
+    if not options.lora_slots:
+        return spec
+    values = rank * sum(layer.inputs + layer.outputs for layer in layers_of_base(folder, family))
+    batch = options.batch_sizes[-1]
+    if values * batch > MAX_ELEMENTS:
+        raise BundleError(
+            f"--lora-rank {rank}: at --batch {batch} a slot would have {values * batch} values, and a tensor has at most "
+            f"{MAX_ELEMENTS}; give less of the one or the other"
+        )
+    return slotted(spec, options.lora_slots, values)
 
 
 def _hints(options: BuildOptions, spec: ModelSpec, loras: Sequence[Path]) -> Iterator[str]:
@@ -277,15 +300,16 @@ def _exports(form: GraphForm, family: ModelFamily, inputs: BuildInputs, on_text:
         inputs.model.text_part.name: [lora for lora, is_on_text in zip(loras, on_text, strict=True) if is_on_text],
     }
     # All of the model but what no graph contains: members of two families may share their weights.
-    plain, sampler = unsteered(inputs.model), inputs.model.sampler
+    plain, sampler = unsteered(unslotted(inputs.model)), inputs.model.sampler
     model = plain.model_dump(mode="json", exclude={"name", "sizes", "tasks", "sampler"})
     controls = [[control.name, control.weights_hash] for control in inputs.controls]
-    # A graph without the control networks is that of the model without them.
-    steered_by = {part.name: controls for part in inputs.model.replacements}
+    slots = {slot.name: inputs.lora_rank for slot in slots_of(inputs.model)}
     # Some families' parts hold the guidance that their network takes as an input.
     held = sampler.model_dump(mode="json", include={"schedule", "embedded_guidance"})
     times = {"type": sampler.time_type, "known": sampler.known_times}
     for part in (spec.name for spec in inputs.model.parts):
+        # A graph without control networks or slots is that of the model without them.
+        taken = {condition.enters for condition in inputs.model.conditions if condition.name in inputs.model.part(part).inputs}
         is_fixed = part in denoisers and family.fixed_size
         for size in inputs.sizes if is_fixed else (None,):
             deciding = {
@@ -294,7 +318,8 @@ def _exports(form: GraphForm, family: ModelFamily, inputs: BuildInputs, on_text:
                 "vae": inputs.vae.weights_hash if inputs.vae and family.weights_of(part)[0] == "vae" else None,
                 "model": model | held,
                 "loras": changing.get(part, []),
-                "controls": steered_by.get(part, []),
+                "controls": controls if "residual" in taken else [],
+                "slots": slots if "weights" in taken else {},
                 "form": form.file,
                 "precision": inputs.precision,
                 "example": size or inputs.sizes[0],
@@ -326,6 +351,7 @@ def _code_hash() -> str:
         *(root / "families").glob("*.py"),
         *root.glob("lora*.py"),
         root / "parts.py",
+        root / "tensor_file.py",
         root / "controls.py",
     ]
     return hash_files(root, files)

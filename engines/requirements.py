@@ -67,7 +67,7 @@ def free_bytes(place: Path) -> int:
 def count_parameters(folder: Path, family: ModelFamily, spec: ModelSpec, controls: Iterable[Path] = ()) -> dict[str, int]:
     """Parameters by part, read off the headers of the weights; `controls` are the folders of the control networks."""
     steering = sum(_tensor_elements(file, ("",)) for control in controls for file in files_of_network(control))
-    steered = {part.name for part in spec.replacements}
+    steered = {part.name for part in spec.replacements if any(c.enters == "residual" for c in spec.taken_by(part.name))}
     weights = [file for file in base_files(folder) if file.suffix == ".safetensors"]
 
     def count(pattern: str, prefixes: tuple[str, ...]) -> int:

@@ -45,7 +45,7 @@ def verify(expected: Reference, engine: Engine) -> Findings:
         are_exact = are_exact and is_exact
     for part in engine.spec.replacements:
         name = at_scale_0(part.name)
-        errors[name] = max(_steering_at_zero(case, engine) for case in expected.cases if case.part == part.name)
+        errors[name] = max(_off_at_zero(case, engine) for case in expected.cases if case.part == part.name)
         allowed[name] = PART_ERROR[precision]
     errors["image"] = max(
         float(np.sqrt(np.mean(np.square(image - sample_image(engine, engine.spec, size)))))
@@ -61,10 +61,10 @@ def verify(expected: Reference, engine: Engine) -> Findings:
     return Findings(errors, allowed, are_exact)
 
 
-def _steering_at_zero(case: Case, engine: Engine) -> float:
-    """How far a part whose control networks have the scale 0 is from the one that it replaces."""
+def _off_at_zero(case: Case, engine: Engine) -> float:
+    """How far a part whose control networks and LoRAs have the scale 0 is from the one that it replaces."""
     spec = engine.spec
-    zeros = {c.scale_name: np.zeros(case.batch, dtype=np.float32) for c in spec.conditions if c.enters == "residual"}
+    zeros = {c.scale_name: np.zeros(case.batch, dtype=np.float32) for c in spec.taken_by(case.part) if c.scaled}
     usual = spec.part(spec.part(case.part).replaces or "")
     plain = engine.call(usual.name, {name: case.inputs[name] for name in usual.inputs})
     return difference(engine.call(case.part, {**case.inputs, **zeros}), plain)

@@ -6,6 +6,10 @@ from typing import Final
 PRECISIONS: Final = ("fp32", "fp16", "bf16")
 PRECISION: Final = "fp32"
 BATCH_SIZES: Final = (1, 2, 4, 8)
+LORA_RANK: Final = 16
+"""Of LoRA slots."""
+MAX_LORA_SLOTS: Final = 8
+MAX_LORA_RANK: Final = 256
 
 # --- how a model is sampled ---
 SAMPLERS: Final = ("ode", "lcm", "euler", "euler-ancestral", "ddim", "tcd", "flow-euler", "scm")
@@ -39,3 +43,7 @@ IMAGE_GUIDANCE: Final = 1.5
 """Of an edit, as in diffusers' InstructPix2Pix pipelines."""
 CONTROL_SCALE: Final = 1.0
 """Of a control in a request."""
+MAX_LORA_SCALE: Final = 10.0
+"""Of a LoRA in a request, either way: it may be subtracted."""
+LORA_SCALE: Final = 1.0
+"""Of a LoRA in a request."""

@@ -47,11 +47,14 @@ class Condition(Record):
     """The part that makes it; None: the task makes it from the request's own images."""
     unconditional: Literal["empty_prompt", "zeros"] = "empty_prompt"
     """What a text condition is in the unconditional branch of guidance: that of the empty prompt, or zeros."""
-    enters: Literal["tokens", "concat", "residual", "sequence", "label"] = "tokens"
+    enters: Literal["tokens", "concat", "residual", "sequence", "label", "weights"] = "tokens"
     """How it enters the network: as tokens and vectors that attention and embeddings read, joined to the latents' channels, by
-    another network whose outputs are added to the denoiser's, as a part of the denoised sequence, or as a class."""
+    another network whose outputs are added to the denoiser's, as a part of the denoised sequence, as a class, or as what is
+    added to the network's own weights."""
     channels: int = Field(0, ge=0, le=4096)
     """Of an image: of latent size where it is joined to the latents, of pixel size where another network reads it; else 0."""
+    values: int = Field(0, ge=0, le=2**31)
+    """Of a vector that is added to weights; else 0."""
     scaled: bool = False
     """Whether the network takes a scale [B] with it, which may change from step to step: see `scale_name`."""
     absent: Literal["refused", "zeros", "ones", "grey_image"] = "refused"
@@ -60,8 +63,8 @@ class Condition(Record):
 
     @model_validator(mode="after")
     def _stand_ins_have_a_shape(self) -> Self:
-        if self.absent != "refused" and not self.channels:
-            raise ValueError(f"condition '{self.name}' has no channels, so nothing can stand in for it")
+        if self.absent != "refused" and not (self.channels or self.values):
+            raise ValueError(f"condition '{self.name}' has neither channels nor values, so nothing can stand in for it")
         return self
 
     @property

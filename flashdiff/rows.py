@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flashdiff import controls as of_controls
+from flashdiff import lora_requests as of_loras
 from flashdiff.components import Components, ModelSpec, Size, Tensors
-from flashdiff.controls import images_of, scales_of
 from flashdiff.errors import BackendError, RequestError
 from flashdiff.noise import image_noise, image_seed
 from flashdiff.orders import Order
@@ -104,13 +105,14 @@ def start_rows(
 
     `unconditional` is `generate.unconditional_of` the model. RequestError for an order without a condition that it needs.
     """
-    replacing, controls = replacing_part(spec, order), images_of(order.controls)
+    replacing = replacing_part(spec, order)
+    own = {**of_controls.images_of(order.controls), **of_loras.vectors_of(order.loras)}
     taken = spec.taken_by(replacing)
     branches = tuple(
-        Branch(_complete(spec, taken, order.size, {**branch.conditions, **controls}), branch.weight)
+        Branch(_complete(spec, taken, order.size, {**branch.conditions, **own}), branch.weight)
         for branch in order.task.branches(spec, order, prepared, unconditional)
     )
-    scales = scales_of(order.controls, order.steps_taken)
+    scales = of_controls.scales_of(order.controls, order.steps_taken) | of_loras.scales_of(order.loras, order.steps_taken)
     trajectory = _trajectory(spec, order)
     start, kept = order.task.start(order, prepared), order.task.kept(spec, order, prepared)
     rows = []
@@ -139,8 +141,15 @@ def start_rows(
 
 
 def replacing_part(spec: ModelSpec, order: Order) -> str | None:
-    """The part that takes an order's steps in the place of the usual one; None: the usual one does."""
-    return next((part.name for part in spec.replacements), None) if order.controls else None
+    """The part that takes an order's steps in the place of the usual one, because of what it takes more; None: the usual one."""
+    wanted = {enters for enters, given in (("residual", order.controls), ("weights", order.loras)) if given}
+    if not wanted:
+        return None
+    usual = {condition.name for condition in spec.taken_by()}
+    for part in spec.replacements:
+        if {c.enters for c in spec.taken_by(part.name) if c.name not in usual} == wanted:
+            return part.name
+    raise AssertionError(f"no part takes {wanted}")  # `check_order` knows what the model takes
 
 
 def _complete(spec: ModelSpec, taken: Sequence[Condition], size: Size, given: Tensors) -> Tensors:
@@ -155,8 +164,10 @@ def _complete(spec: ModelSpec, taken: Sequence[Condition], size: Size, given: Te
     return {**given, **stand_ins}
 
 
-def _shape_of(spec: ModelSpec, condition: Condition, size: Size) -> tuple[int, int, int]:
-    """[C, H, W] of an image that may be absent."""
+def _shape_of(spec: ModelSpec, condition: Condition, size: Size) -> tuple[int, ...]:
+    """[C, H, W] of an image, or [values] of a vector, that may be absent."""
+    if condition.values:
+        return (condition.values,)
     if condition.enters == "residual":
         return condition.channels, size.height, size.width
     _, height, width = spec.latent_shape(size)

@@ -10,7 +10,7 @@ from flashdiff.errors import ConfigError
 
 _VALUES = (
     "revision", "variant", "config", "vae", "backend", "precision", "size", "batch", "guidance", "preset", "sampler",
-    "spacing", "timesteps", "eta", "shift", "prediction", "steps",
+    "spacing", "timesteps", "eta", "shift", "prediction", "steps", "lora-slots", "lora-rank",
 )  # fmt: skip
 """Options with a value, but for --lora, which may be repeated."""
 OF_REQUESTS = frozenset({"size", "steps", "control"})
@@ -44,6 +44,15 @@ def add_build_arguments(
             help="a ControlNet or T2I-adapter that requests may name so: a folder, or owner/name[/folder][@revision] on the hub; "
             "may be repeated",
         )
+    to.add_argument(
+        "--lora-slots",
+        type=int,
+        metavar="N",
+        help=f"let each request bring up to N LoRAs, 1 to {defaults.MAX_LORA_SLOTS}, which are not fused; default: none",
+    )
+    to.add_argument(
+        "--lora-rank", type=int, metavar="R", help=f"of these slots, 1 to {defaults.MAX_LORA_RANK}; default: {defaults.LORA_RANK}"
+    )
     to.add_argument(
         "--backend", choices=tuple(BACKENDS), help="default: the fastest that runs here - torch on an NVIDIA GPU, else openvino"
     )
@@ -95,7 +104,7 @@ def build_command(options: argparse.Namespace, *, without: frozenset[str] = froz
     """The `build-engine` command line, but for --out, that builds what these options say."""
     command = ["build-engine", options.base, *(f"--lora={lora}" for lora in options.lora)]
     command += [f"--control={control}" for control in _controls(options, without)]
-    command += [f"--{name}={getattr(options, name)}" for name in _given(options, without)]
+    command += [f"--{name}={_value(options, name)}" for name in _given(options, without)]
     if options.version_compatible:
         command.append("--version-compatible")
     if options.compare_stock is not None:
@@ -123,4 +132,8 @@ def _controls(options: argparse.Namespace, without: frozenset[str]) -> list[str]
 
 
 def _given(options: argparse.Namespace, without: frozenset[str]) -> list[str]:
-    return [name for name in _VALUES if name not in without and getattr(options, name) is not None]
+    return [name for name in _VALUES if name not in without and _value(options, name) is not None]
+
+
+def _value(options: argparse.Namespace, name: str) -> object:
+    return getattr(options, name.replace("-", "_"))

@@ -1,7 +1,8 @@
 """`flashdiff generate`."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -13,6 +14,8 @@ from flashdiff.errors import ConfigError
 
 if TYPE_CHECKING:
     from flashdiff.controls import ControlRequest
+    from flashdiff.engines.runtime.engine import Engine
+    from flashdiff.lora_requests import LoraRequest
 
 T = TypeVar("T")
 _NUMBERS = ("scale", "start", "end")
@@ -84,6 +87,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="an image that steers the steps, for a bundle that was built with controls; its scale is 0 to 2, default "
         f"{defaults.CONTROL_SCALE:g}; it counts from START to END, shares of the steps",
     )
+    parser.add_argument(
+        "--with-lora",
+        dest="with_loras",
+        action="append",
+        default=[],
+        metavar="FILE[:SCALE]",
+        help="a LoRA for this request alone, a .safetensors file or a folder, for a bundle that was built with --lora-slots; its "
+        f"scale is up to {defaults.MAX_LORA_SCALE:g} either way, default {defaults.LORA_SCALE:g}; may be repeated",
+    )
     building = parser.add_argument_group("a model that is no bundle yet", "built into the cache, when it is not up to date there")
     building.add_argument(
         "--base",
@@ -146,6 +158,7 @@ def run(options: argparse.Namespace) -> None:
     size = parse_sizes(options.size)[0] if options.size else None
     inputs = readers({name: read_file(path, MAX_BYTES) for name, path in options.inputs})
     controls = [_control(text) for text in options.controls]
+    files = [_lora_file(text) for text in options.with_loras]
     bundle, prompt = _bundle_and_prompt(options)
     engine = open_bundle(bundle)
     order = check_order(
@@ -159,6 +172,7 @@ def run(options: argparse.Namespace) -> None:
         inputs=inputs,
         parameters=dict(options.parameters),
         controls=controls,
+        loras=_loras(engine, files),
     )
     for index, pixels in enumerate(generate(engine, [order])[0]):
         path = options.out if order.count == 1 else options.out.with_stem(f"{options.out.stem}-{index}")
@@ -186,6 +200,40 @@ def _control(text: str) -> "ControlRequest":
     return control_request(name, read_file(Path(value), MAX_BYTES), **dict(zip(_NUMBERS, numbers, strict=False)))
 
 
+def _lora_file(text: str) -> tuple[Path, float]:
+    """Reads `FILE[:SCALE]`: the file with the tensors, and the scale."""
+    from flashdiff.lora_slots import find_weights
+
+    place, scale, most = text, defaults.LORA_SCALE, defaults.MAX_LORA_SCALE
+    if not Path(text).exists():
+        place, _, number = text.rpartition(":")
+        try:
+            scale = float(number)
+        except ValueError:
+            place = ""
+    file = find_weights(Path(place)) if place else None
+    if file is None:
+        raise ConfigError(f"--with-lora '{text}': give a .safetensors file or a folder with a LoRA, then :SCALE if any")
+    if not abs(scale) <= most:
+        raise ConfigError(f"--with-lora '{text}': the scale after ':' must be between {-most:g} and {most:g}")
+    return file, scale
+
+
+def _loras(engine: "Engine", files: Sequence[tuple[Path, float]]) -> "list[LoraRequest]":
+    """The LoRAs of a request, by their numbers; RequestError or LoraError for those that the bundle does not take."""
+    from flashdiff.lora_requests import LoraRequest, check_loras
+    from flashdiff.lora_slots import read_slot_lora
+
+    given = [LoraRequest(name=str(index + 1), scale=scale) for index, (_, scale) in enumerate(files)]
+    check_loras(engine.spec, given)
+    if engine.slots is None:
+        return []
+    return [
+        replace(lora, values=read_slot_lora(file, engine.slots, f"--with-lora {file}").values)
+        for lora, (file, _) in zip(given, files, strict=True)
+    ]
+
+
 def _bundle_and_prompt(options: argparse.Namespace) -> tuple[Path, str]:
     if options.base is None:
         refuse_without_base(options, without=OF_REQUESTS)
@@ -196,4 +244,6 @@ def _bundle_and_prompt(options: argparse.Namespace) -> tuple[Path, str]:
         raise ConfigError(
             f"--base {options.base}: it is built without controls; build a bundle with build-engine --control first"
         )
+    if options.with_loras and not (options.lora_slots or options.base.endswith(".toml")):
+        raise ConfigError(f"--base {options.base}: it is built without LoRA slots; give --lora-slots too, or fuse with --lora")
     return bundle_of_base(options, without=frozenset({"steps", "control"})), options.bundle

@@ -6,6 +6,7 @@ from flashdiff import defaults
 from flashdiff.components import ModelSpec, Size
 from flashdiff.controls import ControlRequest, check_controls, check_steps, read_control
 from flashdiff.errors import RequestError
+from flashdiff.lora_requests import LoraRequest, check_loras, read_loras
 from flashdiff.noise import SEED_LIMIT
 from flashdiff.orders import Order, Pixels
 from flashdiff.parts import EDITED_IMAGE, Condition
@@ -56,6 +57,7 @@ def check_order(
     inputs: Mapping[str, Pixels | Callable[[Size], Pixels]] | None = None,
     parameters: Mapping[str, float] | None = None,
     controls: Sequence[ControlRequest] = (),
+    loras: Sequence[LoraRequest] = (),
 ) -> Order:
     """An order that this model can fill, with defaults filled in; RequestError names the field, the value and what is allowed.
 
@@ -75,6 +77,7 @@ def check_order(
     task = task_for(spec, inputs)
     numbers = _checked(spec, task, parameters)
     check_controls(spec, controls)
+    check_loras(spec, loras)
     order = Order(
         task=task,
         prompt=prompt,
@@ -87,6 +90,7 @@ def check_order(
         inputs={name: _input(name, given, task.input_size(spec, name, size)) for name, given in inputs.items()},
         parameters=numbers,
         controls={control.name: read_control(control, size) for control in controls},
+        loras=read_loras(spec, loras),
     )
     task.check(spec, order)
     check_steps(order.controls, order.steps_taken)
