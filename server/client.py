@@ -25,6 +25,7 @@ from flashdiff.server.names import LOOPBACK, ImageFormat, Priority
 from flashdiff.server.replies import (
     Control,
     Estimate,
+    Lora,
     Preview,
     Result,
     read_estimate,
@@ -65,6 +66,8 @@ class Options(TypedDict, total=False):
     """The task's other numbers, by name."""
     controls: Sequence[Control]
     """Images that steer the steps, for a model that was built with controls."""
+    loras: Sequence[Lora]
+    """LoRAs of the server's folder, for a model that was built with LoRA slots."""
 
 
 _SERVICE = image_pb2.DESCRIPTOR.services_by_name["ImageService"].full_name

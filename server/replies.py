@@ -64,6 +64,14 @@ class Control:
     end: float = 1.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """A LoRA of the server's folder, for one request, as the client sends it."""
+
+    name: str
+    scale: float = defaults.LORA_SCALE
+
+
 def write_request(
     prompt: str,
     *,
@@ -82,6 +90,7 @@ def write_request(
     inputs: Mapping[str, bytes] | None = None,
     parameters: Mapping[str, float] | None = None,
     controls: Sequence[Control] = (),
+    loras: Sequence[Lora] = (),
 ) -> pb.GenerateRequest:
     """The message; RequestError for a value that it cannot carry. The server checks what the model allows."""
     for name, value, least in (("seed", seed, 0), ("steps", steps, 1), ("count", count, 1), ("quality", quality, 1)):
@@ -92,7 +101,8 @@ def write_request(
     if image_format not in FORMAT_NUMBERS:
         raise RequestError("format", image_format, f"it must be one of {', '.join(FORMAT_NUMBERS)}")
     shares = {f"controls.{c.name}.{name}": getattr(c, name) for c in controls for name in ("scale", "start", "end")}
-    for name, number in {"strength": strength, **(parameters or {}), **shares}.items():
+    scales = {f"loras.{lora.name}.scale": lora.scale for lora in loras}
+    for name, number in {"strength": strength, **(parameters or {}), **shares, **scales}.items():
         if number is not None and not isinstance(number, SupportsFloat):
             raise RequestError(name, number, "it must be a number")
     of_controls = {f"controls.{control.name}.image": control.image for control in controls}
@@ -122,6 +132,7 @@ def write_request(
         inputs=inputs or {},
         parameters=parameters or {},
         controls=[pb.Control(**vars(control)) for control in controls],
+        loras=[pb.Lora(**vars(lora)) for lora in loras],
     )
 
 

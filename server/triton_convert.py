@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flashdiff import defaults
 from flashdiff.components import ModelSpec, Size
 from flashdiff.controls import ControlRequest, controls_of
 from flashdiff.errors import RequestError, TensorError
+from flashdiff.lora_requests import LoraRequest, slots_of
 from flashdiff.noise import image_seed
 from flashdiff.proto.v1 import triton_pb2 as pb
 from flashdiff.server.images import control_request
@@ -49,6 +51,7 @@ _FILE = Tensor("BYTES", pb.TYPE_STRING, (1,), is_file=True)
 _NUMBER = Tensor("FP32", pb.TYPE_FP32, (1,))
 _CONTROL = Tensor("BYTES", pb.TYPE_STRING, (1,), is_file=True)
 _OF_CONTROL = Tensor("FP32", pb.TYPE_FP32, (1,))
+_LORA, _LORA_SCALE = Tensor("BYTES", pb.TYPE_STRING, (1,)), Tensor("FP32", pb.TYPE_FP32, (1,))
 OUTPUTS = {
     "IMAGES": Tensor("UINT8", pb.TYPE_UINT8, (-1, -1, -1, 3)),  # [count, height, width, RGB]
     "ENCODED": Tensor("BYTES", pb.TYPE_STRING, (-1,)),  # [count] files of FORMAT
@@ -62,14 +65,16 @@ _FORMATS: tuple[ImageFormat, ...] = ("png", "jpeg", "webp")
 
 def inputs_of(spec: ModelSpec) -> dict[str, Tensor]:
     """The inputs of a model by name: those of all models, such as PROMPT [1], the files and numbers of its tasks, and those of
-    its controls."""
+    its controls and LoRA slots."""
     tasks = tasks_of(spec)
     files = {name.upper(): _FILE for task in tasks for name in task.inputs}
     numbers = {parameter.name.upper(): _NUMBER for task in tasks for parameter in task.parameters}
     names = [name.upper() for name in controls_of(spec)]
     controls = {f"CONTROL_{name}": _CONTROL for name in names}
     shares = {f"{share}_{name}": _OF_CONTROL for name in names for share in ("SCALE", "START", "END")}
-    return {**_INPUTS, **files, **numbers, **controls, **shares}
+    slots = range(1, len(slots_of(spec)) + 1)
+    loras = {f"LORA_{slot}": _LORA for slot in slots} | {f"LORA_SCALE_{slot}": _LORA_SCALE for slot in slots}
+    return {**_INPUTS, **files, **numbers, **controls, **shares, **loras}
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,7 @@ def read_request(
         files={name.lower(): values[name] for name, tensor in inputs.items() if tensor is _FILE and name in values},
         parameters={name.lower(): values[name] for name, tensor in inputs.items() if tensor is _NUMBER and name in values},
         controls=_controls(spec, values),
+        loras=_loras(spec, values),
         format=image_format,
         priority=_priority(parameters),
         timeout_s=_timeout_s(parameters, remaining_s),
@@ -146,6 +152,18 @@ def _controls(spec: ModelSpec, values: Mapping[str, Any]) -> list[ControlRequest
         numbers = {share: values.get(f"{share.upper()}_{name.upper()}") for share in ("scale", "start", "end")}
         if file is not None or any(number is not None for number in numbers.values()):
             found.append(control_request(name, file or b"", **numbers))
+    return found
+
+
+def _loras(spec: ModelSpec, values: Mapping[str, Any]) -> list[LoraRequest]:
+    """The LoRAs of the slots that any input names."""
+    found = []
+    for slot in range(1, len(slots_of(spec)) + 1):
+        name, scale = values.get(f"LORA_{slot}"), values.get(f"LORA_SCALE_{slot}")
+        if name is not None:
+            found.append(LoraRequest(name=name, scale=defaults.LORA_SCALE if scale is None else scale))
+        elif scale is not None:
+            raise RequestError(f"LORA_SCALE_{slot}", scale, f"it needs a LORA_{slot}")
     return found
 
 

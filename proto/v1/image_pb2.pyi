@@ -30,7 +30,7 @@ PRIORITY_HIGH: Priority
 PRIORITY_LOW: Priority
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("prompt", "seed", "steps", "width", "height", "count", "format", "model", "negative_prompt", "quality", "priority", "image", "strength", "inputs", "parameters", "truncate_prompt", "controls")
+    __slots__ = ("prompt", "seed", "steps", "width", "height", "count", "format", "model", "negative_prompt", "quality", "priority", "image", "strength", "inputs", "parameters", "truncate_prompt", "controls", "loras")
     class InputsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -62,6 +62,7 @@ class GenerateRequest(_message.Message):
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     TRUNCATE_PROMPT_FIELD_NUMBER: _ClassVar[int]
     CONTROLS_FIELD_NUMBER: _ClassVar[int]
+    LORAS_FIELD_NUMBER: _ClassVar[int]
     prompt: str
     seed: int
     steps: int
@@ -79,7 +80,8 @@ class GenerateRequest(_message.Message):
     parameters: _containers.ScalarMap[str, float]
     truncate_prompt: bool
     controls: _containers.RepeatedCompositeFieldContainer[Control]
-    def __init__(self, prompt: _Optional[str] = ..., seed: _Optional[int] = ..., steps: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., count: _Optional[int] = ..., format: _Optional[_Union[ImageFormat, str]] = ..., model: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., quality: _Optional[int] = ..., priority: _Optional[_Union[Priority, str]] = ..., image: _Optional[bytes] = ..., strength: _Optional[float] = ..., inputs: _Optional[_Mapping[str, bytes]] = ..., parameters: _Optional[_Mapping[str, float]] = ..., truncate_prompt: _Optional[bool] = ..., controls: _Optional[_Iterable[_Union[Control, _Mapping]]] = ...) -> None: ...
+    loras: _containers.RepeatedCompositeFieldContainer[Lora]
+    def __init__(self, prompt: _Optional[str] = ..., seed: _Optional[int] = ..., steps: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., count: _Optional[int] = ..., format: _Optional[_Union[ImageFormat, str]] = ..., model: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., quality: _Optional[int] = ..., priority: _Optional[_Union[Priority, str]] = ..., image: _Optional[bytes] = ..., strength: _Optional[float] = ..., inputs: _Optional[_Mapping[str, bytes]] = ..., parameters: _Optional[_Mapping[str, float]] = ..., truncate_prompt: _Optional[bool] = ..., controls: _Optional[_Iterable[_Union[Control, _Mapping]]] = ..., loras: _Optional[_Iterable[_Union[Lora, _Mapping]]] = ...) -> None: ...
 
 class Control(_message.Message):
     __slots__ = ("name", "image", "scale", "start", "end")
@@ -94,6 +96,14 @@ class Control(_message.Message):
     start: float
     end: float
     def __init__(self, name: _Optional[str] = ..., image: _Optional[bytes] = ..., scale: _Optional[float] = ..., start: _Optional[float] = ..., end: _Optional[float] = ...) -> None: ...
+
+class Lora(_message.Message):
+    __slots__ = ("name", "scale")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SCALE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    scale: float
+    def __init__(self, name: _Optional[str] = ..., scale: _Optional[float] = ...) -> None: ...
 
 class GenerateUpdate(_message.Message):
     __slots__ = ("preview", "result")
@@ -130,7 +140,7 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[ServedModel, _Mapping]]] = ...) -> None: ...
 
 class ServedModel(_message.Message):
-    __slots__ = ("name", "model", "sizes", "default_steps", "max_steps", "max_prompt_tokens", "takes_negative_prompt", "tasks", "devices", "controls")
+    __slots__ = ("name", "model", "sizes", "default_steps", "max_steps", "max_prompt_tokens", "takes_negative_prompt", "tasks", "devices", "controls", "loras", "max_loras")
     NAME_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     SIZES_FIELD_NUMBER: _ClassVar[int]
@@ -141,6 +151,8 @@ class ServedModel(_message.Message):
     TASKS_FIELD_NUMBER: _ClassVar[int]
     DEVICES_FIELD_NUMBER: _ClassVar[int]
     CONTROLS_FIELD_NUMBER: _ClassVar[int]
+    LORAS_FIELD_NUMBER: _ClassVar[int]
+    MAX_LORAS_FIELD_NUMBER: _ClassVar[int]
     name: str
     model: Model
     sizes: _containers.RepeatedCompositeFieldContainer[Size]
@@ -151,7 +163,9 @@ class ServedModel(_message.Message):
     tasks: _containers.RepeatedScalarFieldContainer[str]
     devices: _containers.RepeatedCompositeFieldContainer[Device]
     controls: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, name: _Optional[str] = ..., model: _Optional[_Union[Model, _Mapping]] = ..., sizes: _Optional[_Iterable[_Union[Size, _Mapping]]] = ..., default_steps: _Optional[int] = ..., max_steps: _Optional[int] = ..., max_prompt_tokens: _Optional[int] = ..., takes_negative_prompt: _Optional[bool] = ..., tasks: _Optional[_Iterable[str]] = ..., devices: _Optional[_Iterable[_Union[Device, _Mapping]]] = ..., controls: _Optional[_Iterable[str]] = ...) -> None: ...
+    loras: _containers.RepeatedScalarFieldContainer[str]
+    max_loras: int
+    def __init__(self, name: _Optional[str] = ..., model: _Optional[_Union[Model, _Mapping]] = ..., sizes: _Optional[_Iterable[_Union[Size, _Mapping]]] = ..., default_steps: _Optional[int] = ..., max_steps: _Optional[int] = ..., max_prompt_tokens: _Optional[int] = ..., takes_negative_prompt: _Optional[bool] = ..., tasks: _Optional[_Iterable[str]] = ..., devices: _Optional[_Iterable[_Union[Device, _Mapping]]] = ..., controls: _Optional[_Iterable[str]] = ..., loras: _Optional[_Iterable[str]] = ..., max_loras: _Optional[int] = ...) -> None: ...
 
 class Device(_message.Message):
     __slots__ = ("name", "failure")

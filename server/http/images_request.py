@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from flashdiff.components import ModelSpec, Size
 from flashdiff.controls import ControlRequest
 from flashdiff.errors import RequestError
+from flashdiff.lora_requests import LoraRequest
 from flashdiff.server.http.errors import HttpError
 from flashdiff.server.images import control_request
 from flashdiff.server.names import ImageFormat, Priority
@@ -17,7 +18,7 @@ from flashdiff.server.requests import ImageRequest
 from flashdiff.tasks import MAX_COUNT, input_names, parameters, tasks_of
 
 MAX_PARTIAL_IMAGES = 3
-_Kind = Literal["text", "integer", "number", "flag", "controls"]
+_Kind = Literal["text", "integer", "number", "flag", "controls", "loras"]
 _FORMATS: tuple[ImageFormat, ...] = ("png", "jpeg", "webp")
 _IMAGES = re.compile(r"image(\[\d*\])?")  # one of several is image[]
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
@@ -48,8 +49,10 @@ _FIELDS: dict[str, _Kind] = {
     "truncate_prompt": "flag",
     "priority": "text",
     "controls": "controls",
+    "loras": "loras",
 }
 _OF_CONTROL: dict[str, _Kind] = {"name": "text", "image": "text", "scale": "number", "start": "number", "end": "number"}
+_OF_LORA: dict[str, _Kind] = {"name": "text", "scale": "number"}
 _UNSUPPORTED = ("complexity", "frame_count", "frame_duration_ms", "svg", "markup")  # OpenAI's, for other kinds of images
 
 
@@ -103,6 +106,7 @@ def read_images_request(
         files=files,
         parameters={name: given[name] for name in parameters() if name in given},
         controls=[_control(control) for control in given.get("controls", ())],
+        loras=[_lora(lora) for lora in given.get("loras", ())],
         format=image_format,
         quality=_quality(given.get("output_compression"), image_format),
         priority=_choice(given, "priority", get_args(Priority), "normal"),
@@ -144,7 +148,9 @@ _IS_OF_KIND: dict[_Kind, Callable[[Any], bool]] = {
     "integer": lambda value: isinstance(value, int) and not isinstance(value, bool),
     "number": lambda value: isinstance(value, int | float) and not isinstance(value, bool),
     "flag": lambda value: isinstance(value, bool),
-    "controls": lambda value: isinstance(value, list) and all(isinstance(item, dict) for item in value),
+    **dict.fromkeys(
+        ("controls", "loras"), lambda value: isinstance(value, list) and all(isinstance(item, dict) for item in value)
+    ),
 }
 _A_KIND: dict[_Kind, str] = {
     "text": "a string",
@@ -152,6 +158,7 @@ _A_KIND: dict[_Kind, str] = {
     "number": "a number",
     "flag": "true or false",
     "controls": "a list of objects",
+    "loras": "a list of objects",
 }
 
 
@@ -166,7 +173,7 @@ def read_form_value(name: str, text: str) -> Any:
                 return float(text[:80])
             case "flag":
                 return {"true": True, "false": False}[text.lower()]
-            case "controls":
+            case "controls" | "loras":
                 return json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, KeyError, RecursionError):
         pass
@@ -175,19 +182,29 @@ def read_form_value(name: str, text: str) -> Any:
 
 def _control(fields: Mapping[str, Any]) -> ControlRequest:
     """A control, whose image is a file in base64."""
-    given = {}
-    for name, value in fields.items():
-        if name not in _OF_CONTROL:
-            raise RequestError(f"controls.{name[:80]}", value, f"a control has {', '.join(_OF_CONTROL)}")
-        if value is not None:
-            if not _IS_OF_KIND[_OF_CONTROL[name]](value):
-                raise RequestError(f"controls.{name}", value, f"it must be {_A_KIND[_OF_CONTROL[name]]}")
-            given[name] = value
+    given = _typed_item(fields, "controls", "a control", _OF_CONTROL)
     try:
         file = base64.b64decode(given.pop("image", ""), validate=True)
     except ValueError:
         raise RequestError("controls.image", "text", "it must be a file in base64") from None
     return control_request(given.pop("name", ""), file, **given)
+
+
+def _lora(fields: Mapping[str, Any]) -> LoraRequest:
+    return LoraRequest(**{"name": "", **_typed_item(fields, "loras", "a LoRA", _OF_LORA)})
+
+
+def _typed_item(fields: Mapping[str, Any], of: str, what: str, kinds: Mapping[str, _Kind]) -> dict[str, Any]:
+    """The fields of an item of a list that are not null; RequestError for one that is unknown or of the wrong type."""
+    given = {}
+    for name, value in fields.items():
+        if name not in kinds:
+            raise RequestError(f"{of}.{name[:80]}", value, f"{what} has {', '.join(kinds)}")
+        if value is not None:
+            if not _IS_OF_KIND[kinds[name]](value):
+                raise RequestError(f"{of}.{name}", value, f"it must be {_A_KIND[kinds[name]]}")
+            given[name] = value
+    return given
 
 
 def name_files(files: Sequence[tuple[str, bytes]]) -> dict[str, bytes]:

@@ -6,6 +6,7 @@ from typing import Any
 from starlette.routing import Route
 
 import flashdiff
+from flashdiff import defaults
 from flashdiff.controls import MAX_SCALE
 from flashdiff.server.http.images_request import MAX_PARTIAL_IMAGES, field_kinds
 from flashdiff.tasks import MAX_COUNT, input_names
@@ -27,6 +28,18 @@ _SCHEMAS: dict[str, dict[str, Any]] = {
                 "end": {"type": "number", "minimum": 0, "maximum": 1},
             },
             "required": ["name", "image"],
+            "additionalProperties": False,
+        },
+    },
+    "loras": {
+        "type": "array",
+        "items": {
+            "type": "object",
+            "properties": {
+                "name": {"type": "string"},
+                "scale": {"type": "number", "minimum": -defaults.MAX_LORA_SCALE, "maximum": defaults.MAX_LORA_SCALE},
+            },
+            "required": ["name"],
             "additionalProperties": False,
         },
     },
