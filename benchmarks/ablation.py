@@ -52,7 +52,8 @@ from flashdiff.evaluation.images import WORLD, WORLD_SIZE, read_prompts, read_re
 from flashdiff.families import find_base
 from flashdiff.families.files import base_hash
 from flashdiff.files import write_whole
-from flashdiff.lora import FLASH, load_fused, read_flash_info
+from flashdiff.lora import load_fused, read_flash_info
+from flashdiff.lora_files import FLASH
 from flashdiff.samplers.options import SamplingOptions
 
 TEACHER = "teacher"

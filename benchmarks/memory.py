@@ -23,7 +23,7 @@ from benchmarks.environment import read_environment
 from benchmarks.measurements import Measurement
 from benchmarks.real_size.base import make_base
 from benchmarks.real_size.measured_command import GIB, run_measured
-from flashdiff.lora import FLASH
+from flashdiff.lora_files import FLASH
 
 _LORA_COPIES = 5  # weights, gradients, average, and AdamW's two moments
 

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from flashdiff.components import ModelSpec
-from flashdiff.lora import KOHYA
+from flashdiff.lora_files import KOHYA
 
 WORKFLOW = "comfyui.json"
 _EMPTY_LATENTS = {"sd15": "EmptyLatentImage", "sdxl": "EmptyLatentImage", "sd3": "EmptySD3LatentImage"}

@@ -14,7 +14,8 @@ from flashdiff.errors import ConfigError, LoraError, first_line
 from flashdiff.families.base import ModelFamily, TorchModel
 from flashdiff.families.files import hash_of_all
 from flashdiff.families.prints import shared_precision
-from flashdiff.lora import ADAPTER, FLASH, WEIGHTS, read_flash_info
+from flashdiff.lora import ADAPTER, read_flash_info
+from flashdiff.lora_files import FLASH, WEIGHTS
 from flashdiff.reading import read_json
 
 _log = logging.getLogger(__name__)

@@ -36,7 +36,8 @@ from flashdiff.families.base import TorchModel
 from flashdiff.families.files import base_files
 from flashdiff.files import sweep_parts, write_whole
 from flashdiff.locks import sole_user
-from flashdiff.lora import FLASH, read_flash_info
+from flashdiff.lora import read_flash_info
+from flashdiff.lora_files import FLASH
 from flashdiff.reading import first_change, read_json, witness
 from flashdiff.sampling import Sampler, flash_student
 

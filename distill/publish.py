@@ -10,7 +10,8 @@ from flashdiff.errors import TrainingError, first_line
 from flashdiff.families.base import GUIDANCE, ModelFamily, TorchModel
 from flashdiff.families.hub import hub_name
 from flashdiff.files import write_whole
-from flashdiff.lora import WEIGHTS, FlashInfo, save_flash_lora
+from flashdiff.lora import FlashInfo, save_flash_lora
+from flashdiff.lora_files import WEIGHTS
 from flashdiff.reading import parse_json, read_text
 from flashdiff.schedule import FlowSchedule
 

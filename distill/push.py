@@ -5,7 +5,7 @@ from pathlib import Path
 from flashdiff.distill.comfyui import WORKFLOW
 from flashdiff.errors import ConfigError, TrainingError, first_line
 from flashdiff.families.hub import HubName, hub_name
-from flashdiff.lora import FLASH, KOHYA, WEIGHTS
+from flashdiff.lora_files import FLASH, KOHYA, WEIGHTS
 
 _FILES = (WEIGHTS, KOHYA, FLASH, WORKFLOW, "README.md")
 _TOKEN = "set HF_TOKEN, or run `hf auth login`, with a token that may write there"

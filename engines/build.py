@@ -12,6 +12,7 @@ from flashdiff.engines.backends.base import Export, GraphForm
 from flashdiff.engines.bundle import (
     NOT_COMPARED,
     SCHEMA_VERSION,
+    SLOTS,
     LatentCodec,
     Manifest,
     PartFile,
@@ -38,8 +39,10 @@ from flashdiff.families.base import TorchModel
 from flashdiff.families.codec import shift_of
 from flashdiff.families.control import with_controls
 from flashdiff.families.ip_adapter import with_adapter
+from flashdiff.families.slots import table_of, with_slots
 from flashdiff.files import hash_file, new_folder, write_whole
 from flashdiff.lora import fuse
+from flashdiff.lora_requests import slots_of
 
 __all__ = ["BuildOptions", "build_engine", "parse_batches", "parse_sizes"]
 
@@ -127,6 +130,9 @@ def _from_torch(plan: BuildPlan, folder: Path, watch: "_Stopwatch") -> tuple[Man
     if plan.vae:
         model = with_vae(model, plan.vae)
     model = with_controls(with_adapter(model, plan.adapter), plan.controls)
+    model = with_slots(model, plan.family, plan.inputs.lora_slots, plan.inputs.lora_rank)
+    if slots_of(model.spec) != slots_of(plan.spec):
+        raise BundleError(f"{plan.folder}: its network has other layers than the headers of its weights say")
     fuse(model, plan.family, plan.loras)
     watch.lap(
         "fuse",
@@ -156,6 +162,8 @@ def _from_torch(plan: BuildPlan, folder: Path, watch: "_Stopwatch") -> tuple[Man
         watch.lap("save", "the fused weights")
     for tokenizer in model.spec.tokenizers:
         write_whole(folder / tokenizer_file(tokenizer), model.tokenizer.texts[tokenizer.name])
+    if plan.inputs.lora_slots:
+        write_whole(folder / SLOTS, table_of(model, plan.family, plan.inputs.lora_rank).model_dump_json() + "\n")
     plan.check_sources()
     return _manifest(plan, model, parts, files), _Torch(reference=expected, stock=stock, samples=samples)
 

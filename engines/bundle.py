@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from pydantic_core import PydanticKnownError
 
+from flashdiff import defaults
 from flashdiff.components import ModelSpec, Size
 from flashdiff.config import Record
 from flashdiff.engines.backends import BACKENDS
@@ -20,6 +21,8 @@ from flashdiff.text import TokenizerSpec
 
 SCHEMA_VERSION = 9
 MANIFEST = "manifest.json"
+SLOTS = "lora_slots.json"
+"""What reads LoRA files for a bundle's slots, where it has any: see `flashdiff.lora_slots.SlotTable`."""
 
 MAX_BATCH = 64
 
@@ -31,9 +34,9 @@ Precision = Literal["fp32", "fp16", "bf16", "int8"]
 Batch = Annotated[int, Field(ge=1, le=MAX_BATCH)]
 FileName = Annotated[str, Field(pattern=r"^[^\x00-\x1f]+$", max_length=1000)]
 """Of a file in the bundle, relative to it."""
-Dimension = Annotated[int, Field(ge=1, le=2**20)] | Literal["batch", "height", "width", "image_height", "image_width"]
+Dimension = Annotated[int, Field(ge=1, le=2**31)] | Literal["batch", "height", "width", "image_height", "image_width"]
 
-_MAX_ELEMENTS = 2**31
+MAX_ELEMENTS = 2**31
 """Of one tensor, at the largest batch and size."""
 _REBUILD = "build it again with `flashdiff build-engine`"
 _TRIES = 3
@@ -51,7 +54,7 @@ BackendName = Annotated[str, BeforeValidator(_check_backend_name)]
 
 
 def at_scale_0(part: str) -> str:
-    """The name, among a manifest's errors, of a part whose control networks, or whose reference, have the scale 0."""
+    """The name, among a manifest's errors, of a part whose control networks, reference and LoRAs have the scale 0."""
     return f"{part} at scale 0"
 
 
@@ -235,6 +238,10 @@ class BuildInputs(Record):
     reference: ReferenceRecord | None = None
     """What reads the reference of a request."""
     loras: tuple[LoraRecord, ...]
+    lora_slots: int = Field(0, ge=0, le=defaults.MAX_LORA_SLOTS)
+    """How many LoRAs a request may bring."""
+    lora_rank: int = Field(0, ge=0, le=defaults.MAX_LORA_RANK)
+    """Up to which rank each; 0 without slots."""
     model: ModelSpec
     """What is served, as the base's configuration, a LoRA's flash.json (its grid) and the options make it."""
     guidance: float | None
@@ -313,8 +320,8 @@ class Manifest(BuildInputs):
             if not part.is_spatial and named - {"batch"}:
                 raise ValueError(f"{name} has outputs of the image's size, and no input that has it")
             for tensor in (*part.inputs, *part.outputs):
-                if math.prod(tensor.shape_for(largest)) > _MAX_ELEMENTS:
-                    raise ValueError(f"{name}: {tensor.name} would have more than {_MAX_ELEMENTS} elements")
+                if math.prod(tensor.shape_for(largest)) > MAX_ELEMENTS:
+                    raise ValueError(f"{name}: {tensor.name} would have more than {MAX_ELEMENTS} elements")
         return self
 
     @property
@@ -408,8 +415,10 @@ def _check_files(bundle: Path, manifest: Manifest, hash_of: Callable[[Path, str]
             raise BundleError(f"{error.filename or path}: {error.strerror or error}") from None
         if found != expected:
             raise BundleError(f"{bundle} is damaged: {name} has changed since it was built; {_REBUILD}")
-    parts = manifest.parts.values()
-    for name in (*map(tokenizer_file, manifest.model.tokenizers), *(file.file for part in parts for file in part.files)):
+    needed = [tokenizer_file(tokenizer) for tokenizer in manifest.model.tokenizers]
+    needed += [file.file for part in manifest.parts.values() for file in part.files]
+    needed += [SLOTS] if manifest.lora_slots else []
+    for name in needed:
         if name not in manifest.files:
             raise BundleError(f"{bundle}/{MANIFEST} is damaged: {name} is not among its files; {_REBUILD}")
     for path in bundle.rglob("*"):  # a server must not seem to run what it does not

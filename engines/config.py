@@ -36,6 +36,10 @@ class BuildRecipe(SamplingOptions):
     """File, or owner/name/file on the hub, of an IP-Adapter, with which requests may bring a reference."""
     reference_encoder: str | None = None
     """Folder or hub id of its image encoder; None: the folder `image_encoder` next to the file."""
+    lora_slots: int = 0
+    """How many LoRAs a request may bring."""
+    lora_rank: int | None = None
+    """Up to which rank each; None: the default, where there are slots."""
     backend: BackendName = Field(default_factory=best_backend)
     precision: PrecisionChoice = defaults.PRECISION
     calibration_prompts: Path | None = None
@@ -62,6 +66,16 @@ class BuildRecipe(SamplingOptions):
             raise ValueError(
                 f"calibration_prompts '{self.calibration_prompts}' is for the precisions int8 and auto, not {self.precision}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _slots_have_a_rank(self) -> Self:
+        if not 0 <= self.lora_slots <= defaults.MAX_LORA_SLOTS:
+            raise ValueError(f"lora_slots {self.lora_slots}: a request may bring 0 to {defaults.MAX_LORA_SLOTS} LoRAs")
+        if self.lora_rank is not None and not self.lora_slots:
+            raise ValueError(f"lora_rank {self.lora_rank}: it is the rank of slots, and there are none without lora_slots")
+        if self.lora_rank is not None and not 1 <= self.lora_rank <= defaults.MAX_LORA_RANK:
+            raise ValueError(f"lora_rank {self.lora_rank}: it must be 1 to {defaults.MAX_LORA_RANK}")
         return self
 
     @model_validator(mode="after")

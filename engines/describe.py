@@ -26,6 +26,8 @@ def describe(bundle: Path, manifest: Manifest) -> Iterator[str]:
     if reference := manifest.reference:
         yield f"reference    {reference.name} ({reference.kind} IP-Adapter, {reference.weights_hash[:12]})"
         yield f"             read by {reference.encoder} ({reference.encoder_hash[:12]})"
+    if manifest.lora_slots:
+        yield f"LoRA slots   {manifest.lora_slots}, of rank {manifest.lora_rank} each"
     yield f"engine       {manifest.backend}, {manifest.precision}, on {_machine(manifest)}"
     yield f"fits here    {_fit(manifest)}"
     preset = f" ({manifest.sampling.preset})" if manifest.sampling.preset else ""

@@ -28,7 +28,7 @@ def differences(old: BuildInputs, new: BuildInputs) -> Iterator[str]:
             yield f"LoRA {name} was trained anew: {before[name].weights_hash[:12]} -> {after[name].weights_hash[:12]}"
         elif before[name].weight != after[name].weight:
             yield f"LoRA {name}: weight {before[name].weight:g} -> {after[name].weight:g}"
-    for field in ("guidance", "backend", "precision", "sizes", "batch_sizes", "version_compatible"):
+    for field in ("guidance", "backend", "precision", "sizes", "batch_sizes", "lora_slots", "lora_rank", "version_compatible"):
         then, now = getattr(old, field), getattr(new, field)
         if then != now:
             yield f"{field.replace('_', ' ')}: {_words(then)} -> {_words(now)}"
@@ -36,12 +36,7 @@ def differences(old: BuildInputs, new: BuildInputs) -> Iterator[str]:
         then, now = getattr(old.sampling, field), getattr(new.sampling, field)
         if then != now:
             yield f"{field}: {_words(then)} -> {_words(now)}"
-    names = [[control.name for control in inputs.controls] for inputs in (old, new)]
-    asked = [
-        (inputs.loras, inputs.guidance, inputs.sampling, inputs.reference, of)
-        for inputs, of in zip((old, new), names, strict=True)
-    ]
-    if old.base_hash == new.base_hash and asked[0] == asked[1]:
+    if old.base_hash == new.base_hash and _asked(old) == _asked(new):
         # The weights are the same, so a configuration file next to them changed.
         for field in ("prediction", "sampler", "tokenizers", "parts", "conditions", "tasks"):
             if getattr(old.model, field) != getattr(new.model, field):
@@ -54,6 +49,12 @@ def differences(old: BuildInputs, new: BuildInputs) -> Iterator[str]:
         yield "flashdiff's own code changed"
     if old.machine != new.machine:
         yield f"another machine: {old.machine.processor} -> {new.machine.processor}"
+
+
+def _asked(inputs: BuildInputs) -> tuple[object, ...]:
+    """What of a build's options decides the model's spec."""
+    names = [control.name for control in inputs.controls]
+    return inputs.loras, inputs.lora_slots, inputs.lora_rank, inputs.reference, inputs.guidance, inputs.sampling, names
 
 
 def _controls(old: BuildInputs, new: BuildInputs) -> Iterator[str]:

@@ -13,6 +13,7 @@ from flashdiff.engines.shapes import dimensions_of
 from flashdiff.families.base import ModelFamily, TorchModel
 from flashdiff.parts import Condition, PartSpec
 
+_SMALL = 0.02
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -48,6 +49,7 @@ def parts_of(family: ModelFamily, model: TorchModel) -> list[Part]:
         **{c.name: _image_shape(c) for c in spec.conditions if c.channels},
         **{c.name: ("batch", *c.tokens) for c in spec.conditions if c.tokens},
         **{name: ("batch", 3, part.side, part.side) for part in spec.parts if part.side for name in part.inputs},
+        **{c.name: ("batch", c.values) for c in spec.conditions if c.values},
         **{c.scale_name: ("batch",) for c in spec.conditions if c.scaled},
     }
     whole = {tokenizer.name for tokenizer in spec.tokenizers} | ({"times"} if spec.sampler.whole_times else set())
@@ -133,6 +135,8 @@ def random_inputs(model: TorchModel, part: Part, batch: int, size: Size, generat
             continue
         if condition.enters == "residual":
             known[condition.name] = 2 * torch.rand(batch, condition.channels, size.height, size.width, generator=generator) - 1
+        elif condition.values:  # so that each layer's output changes by a few per cent
+            known[condition.name] = _SMALL * torch.randn(batch, condition.values, generator=generator)
         elif condition.part is None:
             known[condition.name] = torch.rand(
                 batch, condition.channels, *known["latents"].shape[2:], generator=generator

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import flashdiff
+from flashdiff import defaults
 from flashdiff.components import ModelSpec
 from flashdiff.controls import steered, unsteered
 from flashdiff.engines.backends import find_backend
 from flashdiff.engines.backends.base import EXPORTERS, Backend, Export, GraphForm
 from flashdiff.engines.bundle import (
     MANIFEST,
+    MAX_ELEMENTS,
     NOT_COMPARED,
     BuildInputs,
     Calibration,
@@ -40,6 +42,7 @@ from flashdiff.families.hub import name_of
 from flashdiff.families.ip_adapter import ENCODER_FOLDER, Found, check_adapter, encoder_files, encoder_hash, find_adapter
 from flashdiff.families.loading import size_limits
 from flashdiff.families.networks import files_of_network, hash_of_network
+from flashdiff.families.slots import layers_of_base
 from flashdiff.files import hash_file, hash_files, shown_bytes
 from flashdiff.lora import (
     check_base,
@@ -51,6 +54,7 @@ from flashdiff.lora import (
     read_metadata,
     touches_text,
 )
+from flashdiff.lora_requests import slots_of, slotted, unslotted
 from flashdiff.reading import Witness, first_change, witness
 from flashdiff.references import ENCODER, referred, unreferred
 from flashdiff.samplers.options import SamplingOptions
@@ -152,6 +156,8 @@ def plan_build(options: BuildOptions, *, with_quality: bool = False) -> BuildPla
     if precision == "int8" or with_quality:
         is_world = hash_of_base == base_hash(find_base(_EMBEDDED))
         calibration, prompts = find_prompts(options.calibration_prompts, is_world=is_world)
+    rank = (options.lora_rank or defaults.LORA_RANK) if options.lora_slots else 0
+    spec = _with_slots(spec, folder, family, options, rank)
     inputs = BuildInputs(
         base=spec.name,
         base_hash=hash_of_base,
@@ -162,6 +168,8 @@ def plan_build(options: BuildOptions, *, with_quality: bool = False) -> BuildPla
         ),
         reference=_reference_record(adapter, kind.name) if adapter and kind else None,
         loras=tuple(LoraRecord(name=lora_name(lora), weights_hash=lora_hash(lora), weight=weight) for lora, weight in loras),
+        lora_slots=options.lora_slots,
+        lora_rank=rank,
         model=spec,
         guidance=options.guidance,
         sampling=SamplingOptions(**{name: getattr(options, name) for name in SamplingOptions.model_fields if name != "guidance"}),
@@ -228,6 +236,8 @@ def describe(plan: BuildPlan) -> Iterator[str]:
     if plan.adapter and inputs.reference:
         yield f"reference    {plan.adapter.file} ({inputs.reference.kind}, {inputs.reference.weights_hash[:12]})"
         yield f"             read by {plan.adapter.encoder} ({inputs.reference.encoder_hash[:12]})"
+    if inputs.lora_slots:
+        yield f"LoRA slots   {inputs.lora_slots}, of rank {inputs.lora_rank} each"
     yield f"backend      {plan.machine}"
     yield f"sampler      {describe_sampler(spec)}"
     if inputs.calibration:
@@ -286,6 +296,19 @@ def _reference_record(adapter: Found, kind: str) -> ReferenceRecord:
     )
 
 
+def _with_slots(spec: ModelSpec, folder: Path, family: ModelFamily, options: BuildOptions, rank: int) -> ModelSpec:
+    if not options.lora_slots:
+        return spec
+    values = rank * sum(layer.inputs + layer.outputs for layer in layers_of_base(folder, family))
+    batch = options.batch_sizes[-1]
+    if values * batch > MAX_ELEMENTS:
+        raise BundleError(
+            f"--lora-rank {rank}: at --batch {batch} a slot would have {values * batch} values, and a tensor has at most "
+            f"{MAX_ELEMENTS}; give less of the one or the other"
+        )
+    return slotted(spec, options.lora_slots, values)
+
+
 def _hints(options: BuildOptions, spec: ModelSpec, loras: Sequence[Path]) -> Iterator[str]:
     """One for a few-step student, by its name or its file's metadata, that would be sampled by dozens of steps."""
     if options.names_sampler or spec.sampler.kind in _FEW_STEP_KINDS:
@@ -341,18 +364,19 @@ def _exports(form: GraphForm, family: ModelFamily, inputs: BuildInputs, on_text:
         inputs.model.text_part.name: [lora for lora, is_on_text in zip(loras, on_text, strict=True) if is_on_text],
     }
     # All of the model but what no graph contains: members of two families may share their weights.
-    plain, sampler = unreferred(unsteered(inputs.model)), inputs.model.sampler
+    # All of the model but what no graph contains: members of two families may share their weights.
+    plain, sampler = unreferred(unsteered(unslotted(inputs.model))), inputs.model.sampler
     model = plain.model_dump(mode="json", exclude={"name", "sizes", "tasks", "sampler"})
     controls = [[control.name, control.weights_hash] for control in inputs.controls]
-    # A graph without the control networks is that of the model without them.
-    steered_by = {part.name: controls for part in inputs.model.replacements}
-    # Likewise without the IP-Adapter.
     adapter = inputs.reference and [inputs.reference.weights_hash, inputs.reference.encoder_hash]
     reading = dict.fromkeys([*denoisers, ENCODER], adapter)
+    slots = {slot.name: inputs.lora_rank for slot in slots_of(inputs.model)}
     # Some families' parts hold the guidance that their network takes as an input.
     held = sampler.model_dump(mode="json", include={"schedule", "embedded_guidance"})
     times = {"type": sampler.time_type, "known": sampler.known_times}
     for part in (spec.name for spec in inputs.model.parts):
+        # A graph without control networks, an IP-Adapter or slots is that of the model without them.
+        taken = {condition.enters for condition in inputs.model.conditions if condition.name in inputs.model.part(part).inputs}
         is_fixed = part in denoisers and family.fixed_size
         for size in inputs.sizes if is_fixed else (None,):
             deciding = {
@@ -361,8 +385,9 @@ def _exports(form: GraphForm, family: ModelFamily, inputs: BuildInputs, on_text:
                 "vae": inputs.vae.weights_hash if inputs.vae and family.weights_of(part)[0] == "vae" else None,
                 "model": model | held,
                 "loras": changing.get(part, []),
-                "controls": steered_by.get(part, []),
+                "controls": controls if "residual" in taken else [],
                 "reference": reading.get(part),
+                "slots": slots if "weights" in taken else {},
                 "form": form.file,
                 "precision": form.precision_of(inputs.precision),
                 "example": size or inputs.sizes[0],
@@ -394,6 +419,7 @@ def _code_hash() -> str:
         *(root / "families").glob("*.py"),
         *root.glob("lora*.py"),
         root / "parts.py",
+        root / "tensor_file.py",
         root / "controls.py",
         root / "references.py",
     ]

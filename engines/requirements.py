@@ -77,7 +77,7 @@ def count_parameters(
         reading = {part.name: layers for part in spec.denoisers}
         reading[ENCODER] = encoder + _tensor_elements(adapter.file, ("image_proj.",))
     steering = sum(_tensor_elements(file, ("",)) for control in controls for file in files_of_network(control))
-    steered = {part.name for part in spec.replacements}
+    steered = {part.name for part in spec.replacements if any(c.enters == "residual" for c in spec.taken_by(part.name))}
     weights = [file for file in base_files(folder) if file.suffix == ".safetensors"]
 
     def count(pattern: str, prefixes: tuple[str, ...]) -> int:

@@ -70,7 +70,7 @@ def measure_errors(expected: Reference, engine: Engine) -> Findings:
         allowed[name] = PART_ERROR[precision]
     for part in engine.spec.replacements:
         name = at_scale_0(part.name)
-        errors[name] = max(_steering_at_zero(case, engine) for case in expected.cases if case.part == part.name)
+        errors[name] = max(_off_at_zero(case, engine) for case in expected.cases if case.part == part.name)
         allowed[name] = PART_ERROR[precision]  # in int8 that of the part that it replaces
     errors["image"] = max(
         float(np.sqrt(np.mean(np.square(image - sample_image(engine, engine.spec, size)))))
@@ -92,10 +92,10 @@ def _unread(case: Case) -> dict[str, NDArray[Any]]:
     return {**case.inputs, **zeros}
 
 
-def _steering_at_zero(case: Case, engine: Engine) -> float:
-    """How far a part whose control networks have the scale 0 is from the one that it replaces."""
+def _off_at_zero(case: Case, engine: Engine) -> float:
+    """How far a part whose control networks and LoRAs have the scale 0 is from the one that it replaces."""
     spec = engine.spec
-    zeros = {c.scale_name: np.zeros(case.batch, dtype=np.float32) for c in spec.conditions if c.enters == "residual"}
+    zeros = {c.scale_name: np.zeros(case.batch, dtype=np.float32) for c in spec.taken_by(case.part) if c.scaled}
     usual = spec.part(spec.part(case.part).replaces or "")
     plain = engine.call(usual.name, {name: case.inputs[name] for name in usual.inputs})
     return difference(engine.call(case.part, {**case.inputs, **zeros}), plain)

@@ -7,6 +7,10 @@ PRECISIONS: Final = ("fp32", "fp16", "bf16", "int8", "fp8", "auto")
 """Those that a build may be asked for; no backend has fp8 yet, and `auto` chooses among those of the machine."""
 PRECISION: Final = "fp32"
 BATCH_SIZES: Final = (1, 2, 4, 8)
+LORA_RANK: Final = 16
+"""Of LoRA slots."""
+MAX_LORA_SLOTS: Final = 8
+MAX_LORA_RANK: Final = 256
 
 # --- how a model is sampled ---
 SAMPLERS: Final = ("ode", "lcm", "euler", "euler-ancestral", "ddim", "tcd", "flow-euler", "scm")
@@ -42,3 +46,7 @@ CONTROL_SCALE: Final = 1.0
 """Of a control in a request."""
 REFERENCE_SCALE: Final = 1.0
 """Of a reference in a request, as in diffusers' IP-Adapters."""
+MAX_LORA_SCALE: Final = 10.0
+"""Of a LoRA in a request, either way: it may be subtracted."""
+LORA_SCALE: Final = 1.0
+"""Of a LoRA in a request."""

@@ -9,7 +9,7 @@ import logging
 import struct
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,22 @@ from flashdiff.families.hub import download_lora, hub_name, name_of
 from flashdiff.families.prints import shared_precision
 from flashdiff.files import hash_file, hash_files, write_whole
 from flashdiff.kohya import to_kohya
-from flashdiff.lora_formulas import DECOMPOSED, Layer, Scaling, bias_change, check_layer, decomposed, weight_change
-from flashdiff.lora_names import LayerNames, changes_text
+from flashdiff.lora_files import (
+    FLASH,
+    FLASH_KEY,
+    KOHYA,
+    PEFT_CONFIG,
+    PEFT_WEIGHTS,
+    SETTINGS_KEY,
+    WEIGHTS,
+    check_peft_settings,
+    flash_file,
+    peft_settings,
+    weights_file,
+)
+from flashdiff.lora_formulas import Layer, bias_change, check_rank, decomposed, weight_change
+from flashdiff.lora_kinds import DECOMPOSED, Scaling, check_layer, scaling_of
+from flashdiff.lora_names import LayerNames, aliases_of, changes_text, comfyui_names
 from flashdiff.lora_original_names import FUSED
 from flashdiff.reading import open_file, parse_json, read_file, read_json
 from flashdiff.samplers.options import SamplingOptions, sampled_as
@@ -41,20 +55,6 @@ from flashdiff.schedule import Grid
 
 _log = logging.getLogger(__name__)
 
-WEIGHTS = "pytorch_lora_weights.safetensors"
-FLASH = "flash.json"
-KOHYA = "kohya.safetensors"
-"""The same weights in the naming that ComfyUI and similar tools read."""
-PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-"""The files of a LoRA that peft saved: the scale stands in the second."""
-_METADATA = "flashdiff"
-"""The key of the file's metadata under which flash.json stands again."""
-_CHANGING_STARTS = ("olora", "corda", "loftq", "lora_ga")
-_CHANGING_SETTINGS = (
-    "use_qalora", "use_bdlora", "kasa_config", "monteclora_config", "arrow_config", "layer_replication",
-    "alora_invocation_tokens",
-)  # fmt: skip
-"""peft's settings of adapters that do not add B A to a weight, or not always."""
 _MAX_HEADER_BYTES = 100_000_000  # as safetensors has it
 ADAPTER = "student"
 """The trained adapter's name within peft."""
@@ -132,7 +132,7 @@ def save_flash_lora(folder: Path, model: TorchModel, family: ModelFamily, info: 
             content = (Path(place) / WEIGHTS).read_bytes()
     except Exception as error:  # safetensors has its own errors for a full disk
         raise LoraError(f"{folder}: cannot write the LoRA: {first_line(error)}") from None
-    note = {_METADATA: info.model_dump_json()}
+    note = {FLASH_KEY: info.model_dump_json()}
     whole = {f"{prefix}.{key}": value.contiguous() for key, value in weights.items()}
     kohya = safetensors.torch.save(to_kohya(whole, prefix, config["lora_alpha"]))
     write_whole(folder / WEIGHTS, with_ordered_header(content, **note))
@@ -145,13 +145,13 @@ def read_flash_info(lora: Path) -> FlashInfo | None:
 
     LoraError when it cannot be read.
     """
-    file = _flash_file(lora)
+    file = flash_file(lora)
     source = str(file)
     try:
         if file.exists():
             values = read_json(file)
-        elif _weights_file(lora).is_file() and (found := read_metadata(lora).get(_METADATA)) is not None:
-            source, values = f"{_weights_file(lora)}: its metadata '{_METADATA}'", parse_json(found)
+        elif weights_file(lora).is_file() and (found := read_metadata(lora).get(FLASH_KEY)) is not None:
+            source, values = f"{weights_file(lora)}: its metadata '{FLASH_KEY}'", parse_json(found)
         else:
             return None
         return parse_record(values, FlashInfo, source=source)
@@ -172,7 +172,7 @@ def touches_text(lora: Path) -> bool:
 
 
 def _read_header(lora: Path) -> dict[str, Any]:
-    file = _weights_file(lora)
+    file = weights_file(lora)
     try:
         with open_file(file) as opened:
             (length,) = struct.unpack("<Q", opened.read(8))
@@ -210,24 +210,16 @@ def lora_name(lora: Path) -> str:
     return name_of(lora.parent) if lora.name in (WEIGHTS, PEFT_WEIGHTS) else lora.name
 
 
-def _weights_file(lora: Path) -> Path:
-    return lora if lora.is_file() else lora / WEIGHTS
-
-
-def _flash_file(lora: Path) -> Path:
-    return (lora.parent if lora.name in (WEIGHTS, KOHYA) else lora) / FLASH
-
-
 def lora_files(lora: Path) -> list[Path]:
     """The files of a LoRA that are read."""
-    return [_weights_file(lora), _flash_file(lora), *([lora.parent / PEFT_CONFIG] if lora.name == PEFT_WEIGHTS else [])]
+    return [weights_file(lora), flash_file(lora), *([lora.parent / PEFT_CONFIG] if lora.name == PEFT_WEIGHTS else [])]
 
 
 def lora_hash(lora: Path) -> str:
     """Hash of the LoRA's weights, and of the file that holds their scale where peft saved them."""
     if lora.name == PEFT_WEIGHTS and (lora.parent / PEFT_CONFIG).is_file():
         return hash_files(lora.parent, [lora, lora.parent / PEFT_CONFIG])
-    return hash_file(_weights_file(lora))
+    return hash_file(weights_file(lora))
 
 
 def load_fused(
@@ -388,38 +380,27 @@ class LoraFile:
 
     def scaling(self, part: str, module: str) -> Scaling:
         """What the metadata says of a layer's scale; TypeError or ValueError where it makes no sense."""
-        own = {key.removeprefix(f"{part}."): value for key, value in self.settings.items() if key.startswith(f"{part}.")}
-        if not own:
-            return Scaling()
-        from peft.utils.other import get_pattern_key
-
-        alphas, ranks = own.get("alpha_pattern") or {}, own.get("rank_pattern") or {}
-        alpha = alphas.get(get_pattern_key(list(alphas), module), own.get("lora_alpha", own.get("alpha")))
-        rank = ranks.get(get_pattern_key(list(ranks), module), own.get("r"))
-        return Scaling(
-            alpha=None if alpha is None else float(alpha),
-            rank=None if rank is None else int(rank),
-            by_root=bool(own.get("use_rslora")),
-        )
+        return scaling_of(self.settings, part, module)
 
 
 def read_lora(lora: Path, model: TorchModel, family: ModelFamily) -> LoraFile:
     """A LoRA's tensors, each with its place in this model; LoraError for the first that has none."""
-    file = _weights_file(lora)
+    file = weights_file(lora)
     try:
         content = read_file(file)
         weights = _tensors(content)
-        settings = parse_json(_metadata(content).get("lora_adapter_metadata", "{}")) or {}
+        settings = parse_json(_metadata(content).get(SETTINGS_KEY, "{}")) or {}
         settings = {str(key): value for key, value in settings.items()}
     except Exception as error:  # safetensors' errors for a damaged file
         raise LoraError(f"{file} is damaged: {first_line(error)}") from None
     if not weights:
         raise LoraError(f"{file} holds no layer")
     if file.name == PEFT_WEIGHTS:
-        settings = {f"{family.lora_prefix}.{key}": value for key, value in _peft_settings(file.parent / PEFT_CONFIG).items()}
-    _check_peft_settings(file.parent / PEFT_CONFIG if file.name == PEFT_WEIGHTS else file, settings)
+        settings = {f"{family.lora_prefix}.{key}": value for key, value in peft_settings(file.parent / PEFT_CONFIG).items()}
+    check_peft_settings(file.parent / PEFT_CONFIG if file.name == PEFT_WEIGHTS else file, settings)
     parts = {name: part for name, part in model.weights.items() if name.startswith(("text_encoder", family.lora_prefix))}
-    names = LayerNames(parts, family.lora_prefix)
+    modules = {name: aliases_of(part, is_denoiser=name == family.lora_prefix) for name, part in parts.items()}
+    names = LayerNames(modules, family.lora_prefix, comfyui_names(parts))
     layers: dict[tuple[str, str], dict[str, Tensor]] = {}
     keys: dict[tuple[str, str], str] = {}
     for key, value in weights.items():
@@ -434,7 +415,7 @@ def read_lora(lora: Path, model: TorchModel, family: ModelFamily) -> LoraFile:
         layer[place.role] = value.float()
         keys.setdefault((place.part, place.module), key)
     for at, layer in layers.items():
-        if problem := check_layer(layer):
+        if problem := check_layer(layer) or check_rank(layer):
             raise LoraError(f"{file}: '{keys[at]}': {problem}")
     return LoraFile(path=file, layers=layers, keys=keys, settings=settings)
 
@@ -445,32 +426,6 @@ def _tensors(content: bytes) -> dict[str, Tensor]:
         return safetensors.torch.load(content)
     except KeyError as error:
         raise ValueError(f"it holds tensors of the type {error.args[0]}, which are not read") from None
-
-
-def _peft_settings(file: Path) -> dict[str, Any]:
-    """peft's settings of an adapter, or LoraError for one whose file does not hold all that it does."""
-    try:
-        settings: dict[str, Any] = dict(read_json(file))
-    except FileNotFoundError:
-        raise LoraError(f"{file} is missing: it holds the scale of {PEFT_WEIGHTS}; download both") from None
-    except (OSError, ValueError, TypeError) as error:
-        raise LoraError(f"{file} cannot be read: {first_line(error)}") from None
-    if settings.get("peft_type") != "LORA":
-        raise LoraError(f"{file}: its peft_type is {settings.get('peft_type')!r}; of peft's adapters only LORA can be fused")
-    return settings
-
-
-def _check_peft_settings(file: Path, settings: Mapping[str, Any]) -> None:
-    """LoraError for settings, each with the folder before it, of an adapter that is no ordinary LoRA."""
-    for key, value in settings.items():
-        name = key.rpartition(".")[2]
-        if name == "init_lora_weights" and str(value).lower().startswith((*_CHANGING_STARTS, "pissa")):
-            raise LoraError(
-                f"{file}: {name} is {value!r}, which changed the base's own weights; save the adapter with peft's "
-                "`path_initial_model_for_weight_conversion`, which makes it an ordinary LoRA"
-            )
-        if name in _CHANGING_SETTINGS and value:
-            raise LoraError(f"{file}: {name} is {str(value)[:60]!r}; such an adapter is no LoRA that can be fused")
 
 
 # --- safetensors' header ---------------------------------------------------------------------------------------------

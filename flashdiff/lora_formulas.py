@@ -5,72 +5,20 @@ As peft and LyCORIS have them: arXiv 2106.09685 (LoRA), 2402.09353 (DoRA), 2108.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from flashdiff.lora_kinds import Scaling
+
 Layer = Mapping[str, Tensor]
 """The tensors of one layer by their roles, in float32."""
 
-DECOMPOSED = ("magnitude", "dora_scale")
-"""The roles of DoRA's magnitudes: peft's, one an output, and that of LyCORIS, which knows two forms."""
 
-_KINDS: dict[str, tuple[frozenset[str], ...]] = {
-    # The first role decides the kind; then what it needs, and what it may have.
-    "down": (frozenset({"down", "up"}), frozenset({"mid", "alpha", *DECOMPOSED, "up_bias", "diff_b"})),
-    "hada_w1_a": (
-        frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}),
-        frozenset({"hada_t1", "hada_t2", "alpha", *DECOMPOSED, "diff_b"}),
-    ),
-    "lokr": (
-        frozenset(),
-        frozenset({f"lokr_{factor}" for factor in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")})
-        | {"alpha", *DECOMPOSED, "diff_b"},
-    ),
-    "diff": (frozenset({"diff"}), frozenset({"diff_b"})),
-    "diff_b": (frozenset({"diff_b"}), frozenset()),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scaling:
-    """How a file scales its LoRA layers, where its metadata says so; else each layer has its own alpha, or the rank is taken."""
-
-    alpha: float | None = None
-    rank: int | None = None
-    by_root: bool = False
-    """Divide by the root of the rank (rsLoRA, arXiv 2312.03732)."""
-
-
-def check_layer(layer: Layer) -> str | None:
-    """Why these tensors do not make a layer; None where they do."""
-    roles = set(layer)
-    kind = next((kind for kind in _KINDS if any(role.startswith(kind) for role in roles)), None)
-    if roles == {"diff_b"}:
-        kind = "diff_b"
-    if "diff" in roles and kind != "diff":
-        return "a full difference and another kind of change are for the same layer"
-    if kind is None:
-        return f"no weights come with its {', '.join(sorted(roles))}"
-    needed, possible = _KINDS[kind]
-    if missing := needed - roles:
-        return f"its {', '.join(sorted(missing))} is missing"
-    if alien := roles - needed - possible:
-        return f"{', '.join(sorted(alien))} belongs to another kind of change than {', '.join(sorted(roles - alien))}"
-    if roles.issuperset(DECOMPOSED):
-        return f"of {' and '.join(DECOMPOSED)} it may have one"
-    if any(role.startswith(("down", "up", "hada", "lokr")) and not value.numel() for role, value in layer.items()):
-        return "its rank is 0"
-    if kind == "hada_w1_a" and ("hada_t1" in roles) != ("hada_t2" in roles):
-        return "of hada_t1 and hada_t2 one is missing"
-    if kind == "lokr":
-        for factor in ("lokr_w1", "lokr_w2"):
-            if not (factor in roles) ^ ({f"{factor}_a", f"{factor}_b"} <= roles):
-                return f"{factor}, or the pair {factor}_a and {factor}_b, is missing"
-        if "lokr_t2" in roles and "lokr_w2" in roles:
-            return "lokr_t2 needs lokr_w2_a and lokr_w2_b"
-    return None
+def check_rank(layer: Layer) -> str | None:
+    """Why the factors of a layer make no change; None where they do."""
+    is_empty = any(role.startswith(("down", "up", "hada", "lokr")) and not value.numel() for role, value in layer.items())
+    return "its rank is 0" if is_empty else None
 
 
 def weight_change(layer: Layer, shape: torch.Size, weight: float, scaling: Scaling) -> Tensor | None:
@@ -117,14 +65,7 @@ def decomposed(current: Tensor, change: Tensor, layer: Layer, original: Tensor) 
 
 
 def _scale(layer: Layer, rank: int, weight: float, scaling: Scaling) -> float:
-    alpha = float(layer["alpha"]) if "alpha" in layer else scaling.alpha
-    if scaling.alpha not in (None, alpha):
-        raise ValueError(f"its alpha is {alpha:g}, the metadata says {scaling.alpha:g}")
-    if scaling.rank is not None and scaling.rank != rank:
-        raise ValueError(f"the metadata says rank {scaling.rank}, the tensors have {rank}")
-    if alpha is None:
-        return weight
-    return weight * alpha / (rank**0.5 if scaling.by_root else rank)
+    return scaling.factor(float(layer["alpha"]) if "alpha" in layer else None, rank, weight)
 
 
 def _kronecker_scale(layer: Layer, weight: float, scaling: Scaling) -> float:

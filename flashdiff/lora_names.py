@@ -8,12 +8,13 @@ LyCORIS writes `lycoris_...`, ComfyUI `diffusion_model....` and `text_encoders.c
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from flashdiff.errors import LoraError
 from flashdiff.lora_original_names import BARE, original_names
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _ROLES = {
     "down": ("lora_A.weight", "lora_down.weight", "lora.down.weight", "lora_linear_layer.down.weight"),
@@ -68,23 +69,23 @@ class Place:
 class LayerNames:
     """Every name under which a LoRA file may speak of a layer of these models."""
 
-    def __init__(self, models: Mapping[str, Any], denoiser: str) -> None:
-        """`models` are those that LoRAs may change, by their folders; `denoiser` is one of them."""
+    def __init__(self, modules: Mapping[str, Mapping[str, str]], denoiser: str, comfyui: Mapping[str, str] | None = None) -> None:
+        """`modules` are the `aliases_of` the models that LoRAs may change, by their folders; `denoiser` is one of them.
+
+        `comfyui` are their `comfyui_names`.
+        """
         self._denoiser = denoiser
-        encoders = [name for name in models if name != denoiser]
+        encoders = [name for name in modules if name != denoiser]
         numbered = {"lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2"}
         # kohya numbers FLUX's T5 as SD3's, though it is the second encoder.
         numbered["lora_te3_"] = "text_encoder_3" if "text_encoder_3" in encoders else "text_encoder_2"
-        numbered |= {f"text_encoders.{name}.transformer.": part for name, part in _comfyui_names(models).items()}
+        numbered |= {f"text_encoders.{name}.transformer.": part for name, part in (comfyui or {}).items()}
         self._prefixes = {
-            **{f"{name}.": name for name in models},
+            **{f"{name}.": name for name in modules},
             **dict.fromkeys((f"lora_{denoiser}_", "lora_unet_", "lycoris_", "diffusion_model.", "base_model.model."), denoiser),
             **{prefix: name for prefix, name in numbered.items() if name in encoders},
         }
-        self._modules: dict[str, dict[str, str]] = {}
-        for name, model in models.items():
-            aliases = _aliases(model, is_denoiser=name == denoiser)
-            self._modules[name] = {alias.replace(".", "_"): module for alias, module in aliases}
+        self._modules = modules
 
     def find(self, key: str, file: str) -> Place:
         """The place of a tensor; LoraError where its ending, its prefix or its layer is unknown."""
@@ -105,7 +106,7 @@ class LayerNames:
         return Place(part=part, module=module, role=role)
 
 
-def _comfyui_names(models: Mapping[str, Any]) -> dict[str, str]:
+def comfyui_names(models: Mapping[str, Any]) -> dict[str, str]:
     """The text encoders among these models by the names that ComfyUI has for them."""
     encoders = {name: type(model).__name__ for name, model in models.items() if name.startswith("text_encoder")}
     clips = [name for name, kind in encoders.items() if kind.startswith("CLIP")]
@@ -113,6 +114,11 @@ def _comfyui_names(models: Mapping[str, Any]) -> dict[str, str]:
     # OpenCLIP's large model, of SD2, is the only one there where it is there.
     names = [*zip(("clip_l", "clip_g"), clips, strict=False), *zip(("t5xxl",), t5s, strict=False)]
     return dict([*names, ("clip_h", clips[0])] if len(clips) == 1 else names)
+
+
+def aliases_of(model: "nn.Module", *, is_denoiser: bool) -> dict[str, str]:
+    """Every name of a model's layers, with underscores for dots, and the module or modules (by `FUSED`) that it means."""
+    return {alias.replace(".", "_"): module for alias, module in _aliases(model, is_denoiser=is_denoiser)}
 
 
 def changes_text(keys: Iterable[str]) -> bool:
@@ -130,7 +136,7 @@ def _split(key: str) -> tuple[str, str | None]:
     return key, None
 
 
-def _aliases(model: nn.Module, *, is_denoiser: bool) -> Iterator[tuple[str, str]]:
+def _aliases(model: "nn.Module", *, is_denoiser: bool) -> Iterator[tuple[str, str]]:
     """All names of a model's layers in diffusers' dots, each with the layer's own name; own names come last, and so win."""
     own = [name for name, module in model.named_modules() if getattr(module, "weight", None) is not None]
     for name in own:

@@ -48,6 +48,15 @@ class Reference:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Lora:
+    """What is added to the denoiser's weights for an order's images: see `flashdiff.lora_requests`."""
+
+    values: NDArray[np.float32] = field(repr=False)
+    """Of a slot. Orders share them."""
+    scale: float
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Order:
     """A request that its model can fill: see `flashdiff.tasks.check_order`."""
 
@@ -68,6 +77,8 @@ class Order:
     controls: Mapping[str, Control] = field(default_factory=dict)
     """By the names that the model's build gave them."""
     reference: Reference | None = None
+    loras: Mapping[str, Lora] = field(default_factory=dict)
+    """By name, in the order of the slots that they take."""
 
     @property
     def steps_taken(self) -> int:

@@ -50,13 +50,16 @@ class Condition(Record):
     unconditional: Literal["empty_prompt", "zeros", "empty_image"] = "empty_prompt"
     """What it is in the branches of guidance without the prompt: of a text that of the empty prompt, or zeros; of an image that
     goes with the prompt what the part makes of none."""
-    enters: Literal["tokens", "concat", "residual", "sequence", "label"] = "tokens"
+    enters: Literal["tokens", "concat", "residual", "sequence", "label", "weights"] = "tokens"
     """How it enters the network: as tokens and vectors that attention and embeddings read, joined to the latents' channels, by
-    another network whose outputs are added to the denoiser's, as a part of the denoised sequence, or as a class."""
+    another network whose outputs are added to the denoiser's, as a part of the denoised sequence, as a class, or as what is
+    added to the network's own weights."""
     channels: int = Field(0, ge=0, le=4096)
     """Of an image: of latent size where it is joined to the latents, of pixel size where another network reads it; else 0."""
     tokens: tuple[Annotated[int, Field(ge=1, le=2**16)], Annotated[int, Field(ge=1, le=2**16)]] | None = None
     """Of tokens that may be absent: their number, and the width of each."""
+    values: int = Field(0, ge=0, le=2**31)
+    """Of a vector that is added to weights; else 0."""
     scaled: bool = False
     """Whether the network takes a scale [B] with it, which may change from step to step: see `scale_name`."""
     absent: Literal["refused", "zeros", "ones", "grey_image"] = "refused"
@@ -65,8 +68,8 @@ class Condition(Record):
 
     @model_validator(mode="after")
     def _stand_ins_have_a_shape(self) -> Self:
-        if self.absent != "refused" and not self.channels and self.tokens is None:
-            raise ValueError(f"condition '{self.name}' has neither channels nor tokens, so nothing can stand in for it")
+        if self.absent != "refused" and not (self.channels or self.values or self.tokens):
+            raise ValueError(f"condition '{self.name}' has neither channels, tokens nor values, so nothing can stand in for it")
         return self
 
     @property

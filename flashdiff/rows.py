@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flashdiff import controls, references
+from flashdiff import controls as of_controls
+from flashdiff import lora_requests as of_loras
+from flashdiff import references
 from flashdiff.components import Components, ModelSpec, Size, Tensors
 from flashdiff.errors import BackendError, RequestError
 from flashdiff.noise import image_noise, image_seed
@@ -104,14 +106,19 @@ def start_rows(
 
     `unconditional` is `generate.unconditional_of` the model. RequestError for an order without a condition that it needs.
     """
-    replacing, images = replacing_part(spec, order), controls.images_of(order.controls)
+    replacing = replacing_part(spec, order)
+    own = {**of_controls.images_of(order.controls), **of_loras.vectors_of(order.loras)}
     taken = spec.taken_by(replacing)
     branches = tuple(
-        replace(branch, conditions=_complete(spec, taken, order.size, {**branch.conditions, **images, **tokens}))
+        replace(branch, conditions=_complete(spec, taken, order.size, {**branch.conditions, **own, **tokens}))
         for branch in order.task.branches(spec, order, prepared, unconditional)
         for tokens in [references.tokens_of(prepared, has_prompt=branch.has_prompt)]
     )
-    scales = {**controls.scales_of(order.controls, order.steps_taken), **references.scales_of(order)}
+    scales = {
+        **of_controls.scales_of(order.controls, order.steps_taken),
+        **of_loras.scales_of(order.loras, order.steps_taken),
+        **references.scales_of(order),
+    }
     trajectory = _trajectory(spec, order)
     start, kept = order.task.start(order, prepared), order.task.kept(spec, order, prepared)
     rows = []
@@ -140,8 +147,15 @@ def start_rows(
 
 
 def replacing_part(spec: ModelSpec, order: Order) -> str | None:
-    """The part that takes an order's steps in the place of the usual one; None: the usual one does."""
-    return next((part.name for part in spec.replacements), None) if order.controls else None
+    """The part that takes an order's steps in the place of the usual one, because of what it takes more; None: the usual one."""
+    wanted = {enters for enters, given in (("residual", order.controls), ("weights", order.loras)) if given}
+    if not wanted:
+        return None
+    usual = {condition.name for condition in spec.taken_by()}
+    for part in spec.replacements:
+        if {c.enters for c in spec.taken_by(part.name) if c.name not in usual} == wanted:
+            return part.name
+    raise AssertionError(f"no part takes {wanted}")  # `check_order` knows what the model takes
 
 
 def _complete(spec: ModelSpec, taken: Sequence[Condition], size: Size, given: Tensors) -> Tensors:
@@ -157,9 +171,11 @@ def _complete(spec: ModelSpec, taken: Sequence[Condition], size: Size, given: Te
 
 
 def _shape_of(spec: ModelSpec, condition: Condition, size: Size) -> tuple[int, ...]:
-    """[C, H, W] of an image that may be absent, [T, D] of tokens."""
+    """[C, H, W] of an image, [T, D] of tokens, or [values] of a vector, that may be absent."""
     if condition.tokens:
         return condition.tokens
+    if condition.values:
+        return (condition.values,)
     if condition.enters == "residual":
         return condition.channels, size.height, size.width
     _, height, width = spec.latent_shape(size)

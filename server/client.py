@@ -25,6 +25,7 @@ from flashdiff.server.names import LOOPBACK, ImageFormat, Priority
 from flashdiff.server.replies import (
     Control,
     Estimate,
+    Lora,
     Preview,
     Reference,
     Result,
@@ -68,6 +69,8 @@ class Options(TypedDict, total=False):
     """Images that steer the steps, for a model that was built with controls."""
     reference: Reference | None
     """An image that goes with the prompt, for a model that was built with an IP-Adapter."""
+    loras: Sequence[Lora]
+    """LoRAs of the server's folder, for a model that was built with LoRA slots."""
 
 
 _SERVICE = image_pb2.DESCRIPTOR.services_by_name["ImageService"].full_name

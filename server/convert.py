@@ -3,9 +3,11 @@
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
+from flashdiff import defaults
 from flashdiff.components import Size
 from flashdiff.controls import ControlRequest, controls_of
 from flashdiff.errors import RequestError
+from flashdiff.lora_requests import LoraRequest, slots_of
 from flashdiff.noise import image_seed
 from flashdiff.proto.v1 import image_pb2 as pb
 from flashdiff.references import ReferenceRequest, takes_reference
@@ -48,6 +50,7 @@ def read_request(
         parameters=parameters,
         controls=[_read_control(control) for control in message.controls],
         reference=_read_reference(message.reference) if message.HasField("reference") else None,
+        loras=[_read_lora(lora) for lora in message.loras],
         format=image_format,
         quality=message.quality or None,
         priority=PRIORITIES[message.priority],
@@ -68,6 +71,10 @@ def _read_control(control: pb.Control) -> ControlRequest:
 
 def _read_reference(reference: pb.Reference) -> ReferenceRequest:
     return reference_request(reference.image, scale=reference.scale if reference.HasField("scale") else None)
+
+
+def _read_lora(lora: pb.Lora) -> LoraRequest:
+    return LoraRequest(name=lora.name, scale=lora.scale if lora.HasField("scale") else defaults.LORA_SCALE)
 
 
 def _add(given: dict[str, _Value], name: str, value: _Value) -> None:
@@ -121,13 +128,14 @@ def write_result(response: pb.GenerateResponse, stated_limit: int | None = None)
         yield pb.GenerateUpdate(result=part)
 
 
-def write_models(served: dict[str, Model], devices: Sequence[DeviceState]) -> pb.ListModelsResponse:
-    """The message of all served models and the state of the devices that serve them."""
-    return pb.ListModelsResponse(models=[_served(name, model, devices) for name, model in served.items()])
+def write_models(served: dict[str, Model], devices: Sequence[DeviceState], loras: Sequence[str]) -> pb.ListModelsResponse:
+    """The message of all served models, the state of the devices that serve them, and the names of the server's LoRAs."""
+    return pb.ListModelsResponse(models=[_served(name, model, devices, loras) for name, model in served.items()])
 
 
-def _served(name: str, model: Model, devices: Sequence[DeviceState]) -> pb.ServedModel:
+def _served(name: str, model: Model, devices: Sequence[DeviceState], loras: Sequence[str]) -> pb.ServedModel:
     spec = model.components.spec
+    slots = len(slots_of(spec))
     return pb.ServedModel(
         name=name,
         model=pb.Model(**vars(model.identity)),
@@ -139,6 +147,8 @@ def _served(name: str, model: Model, devices: Sequence[DeviceState]) -> pb.Serve
         tasks=spec.tasks,
         controls=controls_of(spec),
         takes_reference=takes_reference(spec),
+        loras=loras if slots else (),
+        max_loras=slots,
         devices=[pb.Device(name=device.name, failure=device.failure) for device in devices],
     )
 

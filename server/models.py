@@ -13,9 +13,11 @@ from flashdiff.engines.runtime.device import DEFAULT_DEVICE, Device
 from flashdiff.errors import BundleError, NotFoundError, OverloadedError, RepositoryError
 from flashdiff.files import shown_bytes
 from flashdiff.generate import unconditional_of
+from flashdiff.lora_slots import SlotTable
 from flashdiff.parts import Phase
 from flashdiff.preview import fit_preview
 from flashdiff.server.costs import CostTable
+from flashdiff.server.loras import LoraFolder
 from flashdiff.server.names import ModelIdentity
 
 _EMBEDDING_BYTES = 64 * 1024**2
@@ -74,8 +76,10 @@ class Model:
         measured: Costs,
         device: Device = DEFAULT_DEVICE,
         others: "Sequence[Model]" = (),
+        slots: SlotTable | None = None,
     ) -> None:
-        self.identity, self.components, self.device = identity, components, device
+        """`slots` reads LoRA files, for a model that takes any."""
+        self.identity, self.components, self.device, self.slots = identity, components, device, slots
         self._others = {other.device: other for other in others}
         spec, names = components.spec, {Phase.PREPARE: "input_image", Phase.STEP: "denoise", Phase.FINISH: "decode"}
         self.stages = {part.name: names[part.phase] for part in spec.parts} | {spec.text_part.name: "text"}
@@ -106,9 +110,10 @@ class Models:
         opener: Callable[[Path], Model] | None = None,
         identify: Callable[[Path], str] | None = None,
         devices: Sequence[Device] = (DEFAULT_DEVICE,),
+        loras: LoraFolder | None = None,
     ) -> None:
-        """Each model is open on all of the `devices`, and `opener` opens the others so."""
-        self.devices = tuple(devices)
+        """Each model is open on all of the `devices`, and `opener` opens the others so; `loras` are those of requests."""
+        self.devices, self.loras = tuple(devices), loras
         self._served = dict(served)
         self._default = next(iter(self._served), "")
         self._repository, self._opener, self._identify = repository, opener, identify

@@ -13,6 +13,7 @@ from flashdiff.engines.runtime.device import DEFAULT_DEVICE, Device
 from flashdiff.engines.runtime.engine import Engine
 from flashdiff.engines.runtime.snapshot import Snapshot
 from flashdiff.errors import BundleError, ConfigError
+from flashdiff.server.loras import LoraFolder
 from flashdiff.server.models import Model, Models
 from flashdiff.server.names import ModelIdentity
 
@@ -51,6 +52,7 @@ def open_models(
     repository: Path | None,
     devices: Sequence[Device] = (DEFAULT_DEVICE,),
     expected: ExpectedBundles | None = None,
+    loras: LoraFolder | None = None,
 ) -> Models:
     """The bundles, each under its folder's name, the first as the default; ConfigError when two have the same name.
 
@@ -75,6 +77,7 @@ def open_models(
         opener=lambda bundle: open_expected(bundle, models.devices),
         identify=lambda bundle: parse_manifest(bundle)[1].bundle_hash,
         devices=devices,
+        loras=loras,
     )
     return models
 
@@ -110,7 +113,7 @@ def _open_on(device: Device, snapshot: Snapshot, bundle: Path, others: Sequence[
     engine, costs = device.run(open_engine)
     on = f" on {device.name}" if device.name else ""
     _log.info("%s is ready%s: %d buckets after %.1f s", identity.name, on, engine.bucket_count, time.monotonic() - started)
-    return Model(identity, engine, costs, device, others)
+    return Model(identity, engine, costs, device, others, slots=engine.slots)
 
 
 def _log_buckets(name: str, total: int) -> Callable[[], None]:

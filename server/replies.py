@@ -73,6 +73,14 @@ class Reference:
     scale: float = defaults.REFERENCE_SCALE
 
 
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """A LoRA of the server's folder, for one request, as the client sends it."""
+
+    name: str
+    scale: float = defaults.LORA_SCALE
+
+
 def write_request(
     prompt: str,
     *,
@@ -92,6 +100,7 @@ def write_request(
     parameters: Mapping[str, float] | None = None,
     controls: Sequence[Control] = (),
     reference: Reference | None = None,
+    loras: Sequence[Lora] = (),
 ) -> pb.GenerateRequest:
     """The message; RequestError for a value that it cannot carry. The server checks what the model allows."""
     for name, value, least in (("seed", seed, 0), ("steps", steps, 1), ("count", count, 1), ("quality", quality, 1)):
@@ -102,9 +111,10 @@ def write_request(
     if image_format not in FORMAT_NUMBERS:
         raise RequestError("format", image_format, f"it must be one of {', '.join(FORMAT_NUMBERS)}")
     shares = {f"controls.{c.name}.{name}": getattr(c, name) for c in controls for name in ("scale", "start", "end")}
+    scales = {f"loras.{lora.name}.scale": lora.scale for lora in loras}
     if reference:
-        shares["reference.scale"] = reference.scale
-    for name, number in {"strength": strength, **(parameters or {}), **shares}.items():
+        scales["reference.scale"] = reference.scale
+    for name, number in {"strength": strength, **(parameters or {}), **shares, **scales}.items():
         if number is not None and not isinstance(number, SupportsFloat):
             raise RequestError(name, number, "it must be a number")
     of_controls = {f"controls.{control.name}.image": control.image for control in controls}
@@ -139,6 +149,7 @@ def write_request(
         parameters=parameters or {},
         controls=[pb.Control(**vars(control)) for control in controls],
         reference=pb.Reference(**vars(reference)) if reference else None,
+        loras=[pb.Lora(**vars(lora)) for lora in loras],
     )
 
 

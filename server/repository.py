@@ -32,7 +32,7 @@ class Repository:
     async def available(self) -> list[str]:
         """The names in it; RepositoryError when it cannot be read, or not in time. Callers share one reading."""
         if self._reading is None or self._reading.done():
-            self._reading = _in_thread(self._models.available)
+            self._reading = in_thread(self._models.available)
         try:
             async with asyncio.timeout(_READ_S):
                 return await asyncio.shield(self._reading)
@@ -55,7 +55,7 @@ class Repository:
             if self._hung >= _MOST_HUNG:
                 raise OverloadedError(f"{self._hung} loads hang already: restart the server")
             given_up = threading.Event()
-            loading = _in_thread(partial(self._models.load, name, given_up.is_set))
+            loading = in_thread(partial(self._models.load, name, given_up.is_set))
             try:
                 async with asyncio.timeout(_LOAD_S):
                     await asyncio.shield(loading)
@@ -70,7 +70,7 @@ class Repository:
         self._hung -= 1
 
 
-def _in_thread(function: Callable[[], _Made]) -> "asyncio.Future[_Made]":
+def in_thread(function: Callable[[], _Made]) -> "asyncio.Future[_Made]":
     """The function's result, from a thread that the process does not wait for when it ends."""
     loop = asyncio.get_running_loop()
     made: asyncio.Future[_Made] = loop.create_future()

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field, replace
 from flashdiff.components import Size
 from flashdiff.controls import ControlRequest
 from flashdiff.errors import DeadlineError
+from flashdiff.lora_requests import LoraRequest
 from flashdiff.orders import Order, Pixels
 from flashdiff.references import ReferenceRequest
 from flashdiff.server.image_threads import ImageThreads
 from flashdiff.server.images import readers
 from flashdiff.server.jobs import Finished, Step, Timings, pixel_bytes
+from flashdiff.server.lora_reads import LoraReads
 from flashdiff.server.models import Model, Models
 from flashdiff.server.names import ImageFormat, Priority
 from flashdiff.server.reply_size import ReplyLimit
@@ -48,6 +50,8 @@ class ImageRequest:
     """The task's numbers, by name."""
     controls: Sequence[ControlRequest] = ()
     reference: ReferenceRequest | None = None
+    loras: Sequence[LoraRequest] = ()
+    """Without their values, which the server reads."""
     format: ImageFormat = "png"
     quality: int | None = None
     priority: Priority = "normal"
@@ -63,6 +67,11 @@ class ImageRequest:
     def has_images(self) -> bool:
         """Whether the request brings images, which take a while to read."""
         return bool(self.files or self.controls or self.reference)
+
+    @property
+    def has_files(self) -> bool:
+        """Whether anything is to be read for it."""
+        return self.has_images or bool(self.loras)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +107,7 @@ class Requests:
     def __init__(self, worker: Submitter, models: Models) -> None:
         self._worker, self._clock = worker, worker.clock
         self.models = models
-        self.threads = ImageThreads(worker.clock)
+        self.threads, self.loras = ImageThreads(worker.clock), LoraReads(models.loras)
 
     async def serve(
         self, model: Model, request: ImageRequest, client: str, on_unread: Callable[[], None] | None = None
@@ -112,7 +121,7 @@ class Requests:
         note_model(model.identity.name)
         started = self._clock()
         order = await self._order(model, request, client)
-        reading_s = self._clock() - started if request.has_images else 0.0
+        reading_s = self._clock() - started if request.has_files else 0.0
         worker, loop = self._worker, asyncio.get_running_loop()
         steps: asyncio.Queue[Step | None] = asyncio.Queue()
         unread: asyncio.TimerHandle | None = None
@@ -164,13 +173,17 @@ class Requests:
         return Estimate(own_ms + 1000 * self._files_s(order, request), self._worker.pending_images)
 
     async def _order(self, model: Model, request: ImageRequest, client: str) -> Order:
-        if not request.has_images:
+        if not request.has_files:
             return _read_order(model, request)
         try:
             async with asyncio.timeout(request.timeout_s):
+                if request.loras:
+                    request = replace(request, loras=await self.loras.read(model, request.loras))
+                if not request.has_images:
+                    return _read_order(model, request)
                 return await self.threads.read(client, _read_order, model, request)
         except TimeoutError:
-            raise DeadlineError("the deadline passed while the images were being read") from None
+            raise DeadlineError("the deadline passed while the request's files were being read") from None
 
     def _files_s(self, order: Order, request: ImageRequest) -> float:
         return self.threads.expected_s(order, request.format, request.quality) if request.wants_files else 0.0
@@ -213,6 +226,7 @@ def _read_order(model: Model, request: ImageRequest) -> Order:
         parameters=request.parameters,
         controls=request.controls,
         reference=request.reference,
+        loras=request.loras,
     )
     if request.limit:
         request.limit.check(order, request.quality)

@@ -58,7 +58,11 @@ class ImageService(image_pb2_grpc.ImageServiceServicer):
             await abort(context, error)
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
-        return write_models(self._requests.models.served, self._requests.devices)
+        try:
+            loras = await self._requests.loras.names()
+        except FlashdiffError as error:
+            await abort(context, error)
+        return write_models(self._requests.models.served, self._requests.devices, loras)
 
     async def Estimate(self, request: pb.GenerateRequest, context: Any) -> pb.EstimateResponse:
         client = client_of(context)

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flashdiff import defaults
 from flashdiff.components import ModelSpec, Size
 from flashdiff.controls import ControlRequest, controls_of
 from flashdiff.errors import RequestError, TensorError
+from flashdiff.lora_requests import LoraRequest, slots_of
 from flashdiff.noise import image_seed
 from flashdiff.proto.v1 import triton_pb2 as pb
 from flashdiff.references import ReferenceRequest, takes_reference
@@ -52,6 +54,7 @@ _CONTROL = Tensor("BYTES", pb.TYPE_STRING, (1,), is_file=True)
 _OF_CONTROL = Tensor("FP32", pb.TYPE_FP32, (1,))
 _REFERENCE = Tensor("BYTES", pb.TYPE_STRING, (1,), is_file=True)
 _OF_REFERENCE = Tensor("FP32", pb.TYPE_FP32, (1,))
+_LORA, _LORA_SCALE = Tensor("BYTES", pb.TYPE_STRING, (1,)), Tensor("FP32", pb.TYPE_FP32, (1,))
 OUTPUTS = {
     "IMAGES": Tensor("UINT8", pb.TYPE_UINT8, (-1, -1, -1, 3)),  # [count, height, width, RGB]
     "ENCODED": Tensor("BYTES", pb.TYPE_STRING, (-1,)),  # [count] files of FORMAT
@@ -65,7 +68,7 @@ _FORMATS: tuple[ImageFormat, ...] = ("png", "jpeg", "webp")
 
 def inputs_of(spec: ModelSpec) -> dict[str, Tensor]:
     """The inputs of a model by name: those of all models, such as PROMPT [1], the files and numbers of its tasks, and those of
-    its controls and of its reference."""
+    its controls, reference and LoRA slots."""
     tasks = tasks_of(spec)
     files = {name.upper(): _FILE for task in tasks for name in task.inputs}
     numbers = {parameter.name.upper(): _NUMBER for task in tasks for parameter in task.parameters}
@@ -73,7 +76,9 @@ def inputs_of(spec: ModelSpec) -> dict[str, Tensor]:
     controls = {f"CONTROL_{name}": _CONTROL for name in names}
     shares = {f"{share}_{name}": _OF_CONTROL for name in names for share in ("SCALE", "START", "END")}
     reference = {"REFERENCE": _REFERENCE, "REFERENCE_SCALE": _OF_REFERENCE} if takes_reference(spec) else {}
-    return {**_INPUTS, **files, **numbers, **controls, **shares, **reference}
+    slots = range(1, len(slots_of(spec)) + 1)
+    loras = {f"LORA_{slot}": _LORA for slot in slots} | {f"LORA_SCALE_{slot}": _LORA_SCALE for slot in slots}
+    return {**_INPUTS, **files, **numbers, **controls, **shares, **reference, **loras}
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,7 @@ def read_request(
         parameters={name.lower(): values[name] for name, tensor in inputs.items() if tensor is _NUMBER and name in values},
         controls=_controls(spec, values),
         reference=_reference(values),
+        loras=_loras(spec, values),
         format=image_format,
         priority=_priority(parameters),
         timeout_s=_timeout_s(parameters, remaining_s),
@@ -158,6 +164,18 @@ def _reference(values: Mapping[str, Any]) -> ReferenceRequest | None:
     if not {"REFERENCE", "REFERENCE_SCALE"} & values.keys():
         return None
     return reference_request(values.get("REFERENCE", b""), scale=values.get("REFERENCE_SCALE"))
+
+
+def _loras(spec: ModelSpec, values: Mapping[str, Any]) -> list[LoraRequest]:
+    """The LoRAs of the slots that any input names."""
+    found = []
+    for slot in range(1, len(slots_of(spec)) + 1):
+        name, scale = values.get(f"LORA_{slot}"), values.get(f"LORA_SCALE_{slot}")
+        if name is not None:
+            found.append(LoraRequest(name=name, scale=defaults.LORA_SCALE if scale is None else scale))
+        elif scale is not None:
+            raise RequestError(f"LORA_SCALE_{slot}", scale, f"it needs a LORA_{slot}")
+    return found
 
 
 def _read_inputs(request: pb.ModelInferRequest, inputs: Mapping[str, Tensor], regions: Regions | None) -> dict[str, Any]:

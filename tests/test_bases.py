@@ -13,7 +13,8 @@ from flashdiff.errors import LoraError, ModelError
 from flashdiff.families import find_base, load_base
 from flashdiff.families.files import base_files, base_hash, used_files
 from flashdiff.families.prints import prints_of
-from flashdiff.lora import FLASH, check_base, read_flash_info
+from flashdiff.lora import check_base, read_flash_info
+from flashdiff.lora_files import FLASH
 
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 

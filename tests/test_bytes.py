@@ -6,7 +6,8 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from flashdiff.lora import WEIGHTS, with_ordered_header
+from flashdiff.lora import with_ordered_header
+from flashdiff.lora_files import WEIGHTS
 
 
 def test_the_metadata_of_a_lora_file_is_in_one_order(flash_lora: Path) -> None:

@@ -18,7 +18,8 @@ from flashdiff.families import find_base
 from flashdiff.families.autoencoders import find_vae
 from flashdiff.families.files import base_files
 from flashdiff.families.hub import HubName, hub_name
-from flashdiff.lora import FLASH, KOHYA, WEIGHTS, find_lora, lora_name, read_flash_info
+from flashdiff.lora import find_lora, lora_name, read_flash_info
+from flashdiff.lora_files import FLASH, KOHYA, WEIGHTS
 
 
 @pytest.fixture(scope="module")

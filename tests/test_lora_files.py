@@ -19,7 +19,7 @@ from flashdiff.engines.runtime.engine import open_bundle
 from flashdiff.errors import LoraError
 from flashdiff.generate import decode_rows, generate_rows
 from flashdiff.lora import load_fused
-from flashdiff.lora_names import LayerNames, changes_text
+from flashdiff.lora_names import LayerNames, aliases_of, changes_text
 from flashdiff.noise import image_noise
 from flashdiff.samplers.options import SamplingOptions
 from flashdiff.schedule import FlowSchedule
@@ -198,7 +198,7 @@ def test_the_blocks_of_sdxl_have_their_known_ldm_names() -> None:
             addition_time_embed_dim=256,
             projection_class_embeddings_input_dim=2816,
         )
-    names = LayerNames({"unet": unet}, "unet")
+    names = LayerNames({"unet": aliases_of(unet, is_denoiser=True)}, "unet")
     attention = "transformer_blocks_0_attn1_to_q"
     for ldm, module in {
         f"input_blocks_4_1_{attention}": "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",

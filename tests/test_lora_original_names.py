@@ -14,7 +14,7 @@ from torch import Tensor
 from flashdiff.errors import LoraError
 from flashdiff.families import load_base
 from flashdiff.lora import fuse
-from flashdiff.lora_names import LayerNames
+from flashdiff.lora_names import LayerNames, aliases_of
 from flashdiff.lora_original_names import FUSED, original_names
 
 Fused = dict[str, Tensor]
@@ -242,7 +242,8 @@ def test_an_unknown_key_of_any_part_of_any_family_is_refused(bases: dict[str, Pa
     """A list of keys a family: those of its layers, in every naming, and no others."""
     kind, model = load_base(str(bases[family]))
     parts = {name: part for name, part in model.weights.items() if name.startswith(("text_encoder", kind.lora_prefix))}
-    names = LayerNames(parts, kind.lora_prefix)
+    modules = {name: aliases_of(part, is_denoiser=name == kind.lora_prefix) for name, part in parts.items()}
+    names = LayerNames(modules, kind.lora_prefix)
     for part, weights in parts.items():
         layers = [name for name, module in weights.named_modules() if getattr(module, "weight", None) is not None]
         for layer in layers:

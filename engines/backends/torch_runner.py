@@ -22,11 +22,13 @@ from flashdiff.engines.shapes import bucket_shapes
 from flashdiff.families import load_base
 from flashdiff.families.control import with_controls
 from flashdiff.families.ip_adapter import Found, with_adapter
+from flashdiff.families.slots import with_slots
 
 _WARM_UP_RUNS = 3
-_CHANNELS_LAST = ("denoiser", "denoiser_control")
-"""Parts whose convolutions are in NHWC, tensor cores' own layout. On an H200 SD1.5's UNet takes 7.5 ms in place of 10.0, but its
-decoder 25 in place of 20: torch's group norm wants the other layout, and turning large images over costs more than that gains."""
+_CHANNELS_LAST = "denoiser"
+"""The first letters of parts whose convolutions are in NHWC, tensor cores' own layout. On an H200 SD1.5's UNet takes 7.5 ms in
+place of 10.0, but its decoder 25 in place of 20: torch's group norm wants the other layout, and turning large images over costs
+more than that gains."""
 
 
 def open_parts(folder: Path, manifest: Manifest, on: Device) -> CompilePart:
@@ -38,12 +40,13 @@ def open_parts(folder: Path, manifest: Manifest, on: Device) -> CompilePart:
         place = folder / MODEL / REFERENCE
         model = with_adapter(model, Found(file=place / ADAPTER, encoder=place / ENCODER_FOLDER))
     model = with_controls(model, {control.name: folder / MODEL / CONTROLS / control.name for control in manifest.controls})
+    model = with_slots(model, family, manifest.lora_slots, manifest.lora_rank)
     is_cpu = manifest.machine.device == "cpu"
     device = torch.device("cpu") if is_cpu else torch.device("cuda", on.gpu_index)
     runners = {}
     for part in parts_of(family, model):
         module = (part.module if manifest.precision == "fp32" else AtPrecision(part, manifest.precision)).to(device)
-        if not is_cpu and part.name in _CHANNELS_LAST:
+        if not is_cpu and part.name.startswith(_CHANNELS_LAST):
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         runners[part.name] = _Eager(module, cpu_threads() if on.cores else None) if is_cpu else _Graphs(module, part.name, device)
 

@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from flashdiff.components import Costs, ModelSpec, Size
 from flashdiff.engines.backends import find_backend
 from flashdiff.engines.backends.base import Backend, CompiledPart
-from flashdiff.engines.bundle import BucketCost, Manifest, PartRecord, tokenizer_file
+from flashdiff.engines.bundle import SLOTS, BucketCost, Manifest, PartRecord, tokenizer_file
 from flashdiff.engines.runtime.device import DEFAULT_DEVICE, Device
 from flashdiff.engines.runtime.snapshot import Snapshot
 from flashdiff.engines.shapes import bucket_shapes, dimensions_of
 from flashdiff.errors import BackendError, OutOfMemoryError, first_line
+from flashdiff.lora_slots import SlotTable
 from flashdiff.text import PromptTokenizer
 
 # How the libraries say that memory is short, in lower case: they have no class in common for it, and torch on CPUs, OpenVINO and
@@ -53,6 +54,8 @@ class Engine:
         self.parallel_decode = manifest.machine.device == "cuda" and backend.parallel_decode_on_gpu
         texts = {tokenizer.name: (folder / tokenizer_file(tokenizer)).read_text("utf-8") for tokenizer in self.spec.tokenizers}
         self._tokenizer = PromptTokenizer(texts, self.spec.tokenizers)
+        self.slots = SlotTable.model_validate_json((folder / SLOTS).read_bytes()) if manifest.lora_slots else None
+        """What reads LoRA files for its slots, where it has any."""
         self._compile = _open_parts(folder, manifest, backend, device)
         self._compiled: dict[tuple[str, Size | None, int], CompiledPart] = {}
         self._size_axes = {part: _size_axes(record, self.spec.latent_factor) for part, record in manifest.parts.items()}

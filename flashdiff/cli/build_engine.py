@@ -32,6 +32,8 @@ def run(options: argparse.Namespace) -> None:
     given = {
         "loras": tuple(parse_lora(text) for text in options.lora),
         "controls": tuple(parse_control(text) for text in options.controls),
+        "lora_slots": options.lora_slots,
+        "lora_rank": options.lora_rank,
         "variant": options.variant,
         "config": options.config,
         "vae": options.vae,

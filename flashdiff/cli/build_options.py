@@ -9,8 +9,9 @@ from flashdiff.engines.backends import BACKENDS
 from flashdiff.errors import ConfigError
 
 _VALUES = (
-    "revision", "variant", "config", "vae", "reference", "reference-encoder", "backend", "precision", "calibration-prompts",
-    "size", "batch", "guidance", "preset", "sampler", "spacing", "timesteps", "eta", "shift", "prediction", "steps",
+    "revision", "variant", "config", "vae", "reference", "reference-encoder", "lora-slots", "lora-rank", "backend", "precision",
+    "calibration-prompts", "size", "batch", "guidance", "preset", "sampler", "spacing", "timesteps", "eta", "shift", "prediction",
+    "steps",
 )  # fmt: skip
 """Options with a value, but for --lora, which may be repeated."""
 OF_REQUESTS = frozenset({"size", "steps", "control", "reference", "reference-encoder"})
@@ -57,6 +58,15 @@ def add_build_arguments(
             help="the adapter's CLIP image encoder: a folder, or owner/name[/folder][@revision] on the hub; default: the folder "
             "image_encoder next to the adapter",
         )
+    to.add_argument(
+        "--lora-slots",
+        type=int,
+        metavar="N",
+        help=f"let each request bring up to N LoRAs, 1 to {defaults.MAX_LORA_SLOTS}, which are not fused; default: none",
+    )
+    to.add_argument(
+        "--lora-rank", type=int, metavar="R", help=f"of these slots, 1 to {defaults.MAX_LORA_RANK}; default: {defaults.LORA_RANK}"
+    )
     to.add_argument(
         "--backend", choices=tuple(BACKENDS), help="default: the fastest that runs here - torch on an NVIDIA GPU, else openvino"
     )

@@ -1,7 +1,8 @@
 """`flashdiff generate`."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -13,6 +14,8 @@ from flashdiff.errors import ConfigError
 
 if TYPE_CHECKING:
     from flashdiff.controls import ControlRequest
+    from flashdiff.engines.runtime.engine import Engine
+    from flashdiff.lora_requests import LoraRequest
     from flashdiff.references import ReferenceRequest
 
 T = TypeVar("T")
@@ -91,6 +94,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="an image that goes with the prompt, for a bundle that was built with an IP-Adapter; its scale is 0 to 2, default "
         f"{defaults.REFERENCE_SCALE:g}",
     )
+    parser.add_argument(
+        "--with-lora",
+        dest="with_loras",
+        action="append",
+        default=[],
+        metavar="FILE[:SCALE]",
+        help="a LoRA for this request alone, a .safetensors file or a folder, for a bundle that was built with --lora-slots; its "
+        f"scale is up to {defaults.MAX_LORA_SCALE:g} either way, default {defaults.LORA_SCALE:g}; may be repeated",
+    )
     building = parser.add_argument_group("a model that is no bundle yet", "built into the cache, when it is not up to date there")
     building.add_argument(
         "--base",
@@ -154,6 +166,7 @@ def run(options: argparse.Namespace) -> None:
     inputs = readers({name: read_file(path, MAX_BYTES) for name, path in options.inputs})
     controls = [_control(text) for text in options.controls]
     reference = _reference(options.reference) if options.reference is not None else None
+    files = [_lora_file(text) for text in options.with_loras]
     bundle, prompt = _bundle_and_prompt(options)
     engine = open_bundle(bundle)
     order = check_order(
@@ -168,6 +181,7 @@ def run(options: argparse.Namespace) -> None:
         parameters=dict(options.parameters),
         controls=controls,
         reference=reference,
+        loras=_loras(engine, files),
     )
     for index, pixels in enumerate(generate(engine, [order])[0]):
         path = options.out if order.count == 1 else options.out.with_stem(f"{options.out.stem}-{index}")
@@ -212,6 +226,40 @@ def _file_and_numbers(text: str, most: int) -> tuple[Path, list[float]]:
     return Path(text), numbers
 
 
+def _lora_file(text: str) -> tuple[Path, float]:
+    """Reads `FILE[:SCALE]`: the file with the tensors, and the scale."""
+    from flashdiff.lora_slots import find_weights
+
+    place, scale, most = text, defaults.LORA_SCALE, defaults.MAX_LORA_SCALE
+    if not Path(text).exists():
+        place, _, number = text.rpartition(":")
+        try:
+            scale = float(number)
+        except ValueError:
+            place = ""
+    file = find_weights(Path(place)) if place else None
+    if file is None:
+        raise ConfigError(f"--with-lora '{text}': give a .safetensors file or a folder with a LoRA, then :SCALE if any")
+    if not abs(scale) <= most:
+        raise ConfigError(f"--with-lora '{text}': the scale after ':' must be between {-most:g} and {most:g}")
+    return file, scale
+
+
+def _loras(engine: "Engine", files: Sequence[tuple[Path, float]]) -> "list[LoraRequest]":
+    """The LoRAs of a request, by their numbers; RequestError or LoraError for those that the bundle does not take."""
+    from flashdiff.lora_requests import LoraRequest, check_loras
+    from flashdiff.lora_slots import read_slot_lora
+
+    given = [LoraRequest(name=str(index + 1), scale=scale) for index, (_, scale) in enumerate(files)]
+    check_loras(engine.spec, given)
+    if engine.slots is None:
+        return []
+    return [
+        replace(lora, values=read_slot_lora(file, engine.slots, f"--with-lora {file}").values)
+        for lora, (file, _) in zip(given, files, strict=True)
+    ]
+
+
 def _bundle_and_prompt(options: argparse.Namespace) -> tuple[Path, str]:
     if options.base is None:
         refuse_without_base(options, without=OF_REQUESTS)
@@ -226,4 +274,6 @@ def _bundle_and_prompt(options: argparse.Namespace) -> tuple[Path, str]:
         raise ConfigError(
             f"--base {options.base}: it is built without an IP-Adapter; build a bundle with build-engine --reference first"
         )
+    if options.with_loras and not (options.lora_slots or options.base.endswith(".toml")):
+        raise ConfigError(f"--base {options.base}: it is built without LoRA slots; give --lora-slots too, or fuse with --lora")
     return bundle_of_base(options, without=OF_REQUESTS - {"size"}), options.bundle

@@ -24,6 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--repository", type=Path, metavar="FOLDER", help="folder of bundles that clients may load by name while the server runs"
     )
     parser.add_argument(
+        "--loras",
+        type=Path,
+        metavar="FOLDER",
+        help="LoRAs that requests may name, for bundles with --lora-slots: NAME.safetensors, or folders; read when first used",
+    )
+    parser.add_argument(
         "--expect-bundle",
         action="append",
         default=[],
@@ -124,10 +130,13 @@ def run(options: argparse.Namespace) -> None:
             raise ConfigError("give a BUNDLE, a --base to build one from, or a --repository to load some from")
     if options.repository and not options.repository.is_dir():
         raise ConfigError(f"--repository {options.repository}: there is no such folder")
+    if options.loras and not options.loras.is_dir():
+        raise ConfigError(f"--loras {options.loras}: there is no such folder")
     from flashdiff.engines.backends import best_backend
     from flashdiff.engines.runtime.device import DEFAULT_DEVICE, parse_devices
     from flashdiff.server.app import Listen, check_listen
     from flashdiff.server.json_log import write_json
+    from flashdiff.server.loras import LoraFolder
     from flashdiff.server.opening import ExpectedBundles, open_models
     from flashdiff.server.process import run_server
 
@@ -161,7 +170,8 @@ def run(options: argparse.Namespace) -> None:
         bundles.append(bundle_of_base(options))
     for bundle in bundles:
         expected.check(bundle)
-    run_server(lambda: open_models(bundles, options.repository, devices, expected), listen)
+    loras = LoraFolder(options.loras) if options.loras else None
+    run_server(lambda: open_models(bundles, options.repository, devices, expected, loras), listen)
 
 
 def _parse_alias(text: str) -> tuple[str, str]:

@@ -37,6 +37,8 @@ class ModelFamily:
     """Names of the text encoder's outputs, which are the denoiser's inputs after latents and times."""
     lora_targets: tuple[str, ...]
     """Module names (suffixes) in the denoiser that take LoRA layers."""
+    slot_blocks: tuple[str, ...] = ()
+    """Names of modules whose linear layers and 1x1 convolutions take LoRAs at run time, as `lora_targets` do."""
     feature_tap: Callable[[Any], nn.Module]
     """The module of the network whose output the discriminator looks at."""
     feature_blocks: Callable[[Any], Sequence[nn.Module]] = lambda _: ()
@@ -128,6 +130,8 @@ class TorchModel:
     reference_encoder: nn.Module | None = None
     """Makes tokens of a reference, where the denoiser reads one."""
     ip_adapter: IpAdapter | None = None
+    slotted: Mapping[str, nn.Module] = field(default_factory=dict)
+    """The denoisers that take LoRAs at run time, by their parts' names."""
     max_batch: int = 8
     parallel_decode: bool = False
 
@@ -148,7 +152,7 @@ class TorchModel:
 
     def module(self, part: str) -> nn.Module:
         """The module of a part."""
-        module: nn.Module = getattr(self, part)
+        module: nn.Module = self.slotted[part] if part in self.slotted else getattr(self, part)
         return module
 
     def tokenize(self, prompts: Sequence[str]) -> dict[str, NDArray[np.int64]]:

@@ -19,6 +19,7 @@ from flashdiff.families.files import base_hash
 from flashdiff.families.loading import load_part, read_config
 from flashdiff.families.networks import find_network, hash_of_network
 from flashdiff.families.settings import Fixed, check_config, default_settings
+from flashdiff.lora_requests import unslotted
 
 UNET_CONTROLS = ("ControlNetModel", "T2IAdapter")
 """What Stable Diffusion's UNets can be steered by."""
@@ -129,7 +130,7 @@ def with_controls(model: TorchModel, controls: Mapping[str, Path]) -> TorchModel
     for name, folder in controls.items():
         kind = str(read_config(folder.parent, folder.name).get("_class_name"))
         networks[name] = load_part(folder.parent, folder.name, getattr(diffusers, kind))
-    plain = unsteered(model.spec)  # a build's spec has its controls from the start
+    plain = unsteered(unslotted(model.spec))  # a build's spec has its controls and slots from the start
     spec, own = steered(plain, list(networks)), len(plain.step_parts()[-1].inputs) - 2
     return replace(
         model, spec=spec, controls=networks, denoiser_control=SteeredDenoiser(model.denoiser, list(networks.values()), own).eval()

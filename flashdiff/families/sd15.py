@@ -99,6 +99,7 @@ FAMILY = ModelFamily(
     pipeline_class="StableDiffusionPipeline",
     conditioning=("encoder_hidden_states",),
     lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
+    slot_blocks=("attentions",),  # the projections and feed-forward layers that kohya's scripts train as well
     feature_tap=lambda unet: unet.mid_block,
     lora_prefix="unet",
     controls=UNET_CONTROLS,

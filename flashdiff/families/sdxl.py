@@ -110,6 +110,7 @@ FAMILY = ModelFamily(
     pipeline_class="StableDiffusionXLPipeline",
     conditioning=("encoder_hidden_states", "text_embeds"),
     lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
+    slot_blocks=("attentions",),  # the projections and feed-forward layers that kohya's scripts train as well
     feature_tap=lambda unet: unet.mid_block,
     lora_prefix="unet",
     float32_inputs=("text_embeds",),  # the UNet joins it to sinusoids in float32, and casts both afterwards

@@ -6,6 +6,7 @@ from flashdiff import defaults
 from flashdiff.components import ModelSpec, Size
 from flashdiff.controls import ControlRequest, check_controls, check_steps, read_control
 from flashdiff.errors import RequestError
+from flashdiff.lora_requests import LoraRequest, check_loras, read_loras
 from flashdiff.noise import SEED_LIMIT
 from flashdiff.orders import Order, Pixels
 from flashdiff.parts import EDITED_IMAGE, Condition
@@ -58,6 +59,7 @@ def check_order(
     parameters: Mapping[str, float] | None = None,
     controls: Sequence[ControlRequest] = (),
     reference: ReferenceRequest | None = None,
+    loras: Sequence[LoraRequest] = (),
 ) -> Order:
     """An order that this model can fill, with defaults filled in; RequestError names the field, the value and what is allowed.
 
@@ -78,6 +80,7 @@ def check_order(
     numbers = _checked(spec, task, parameters)
     check_controls(spec, controls)
     check_reference(spec, reference)
+    check_loras(spec, loras)
     order = Order(
         task=task,
         prompt=prompt,
@@ -91,6 +94,7 @@ def check_order(
         parameters=numbers,
         controls={control.name: read_control(control, size) for control in controls},
         reference=read_reference(spec, reference),
+        loras=read_loras(spec, loras),
     )
     task.check(spec, order)
     check_steps(order.controls, order.steps_taken)

@@ -81,12 +81,14 @@ class ImagesApi:
 
     async def _list_models(self, request: Request) -> Response:
         """The models and their aliases."""
-        return JSONResponse(write_models(self._requests.models.served, self._aliases, self._started))
+        return JSONResponse(
+            write_models(self._requests.models.served, self._aliases, self._started, await self._requests.loras.names())
+        )
 
     async def _show_model(self, request: Request) -> Response:
         """One model."""
         name = request.path_params["name"]
-        return JSONResponse(write_model(name, self._model(name), self._started))
+        return JSONResponse(write_model(name, self._model(name), self._started, await self._requests.loras.names()))
 
     def _model(self, name: object) -> Model:
         """The model of a name or alias; the default without one. A name of the wrong type is refused with the other fields."""

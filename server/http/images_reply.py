@@ -2,11 +2,12 @@
 
 import base64
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from flashdiff.controls import controls_of
+from flashdiff.lora_requests import slots_of
 from flashdiff.noise import image_seed
 from flashdiff.references import takes_reference
 from flashdiff.server.jobs import Step
@@ -80,15 +81,16 @@ def partial_steps(steps: int, count: int) -> list[int]:
     return sorted({max(1, round(steps * (index + 1) / (count + 1))) for index in range(count)} - {steps})
 
 
-def write_models(served: Mapping[str, Model], aliases: Mapping[str, str], created: int) -> dict[str, Any]:
-    """The names that requests may give, aliases last."""
+def write_models(served: Mapping[str, Model], aliases: Mapping[str, str], created: int, loras: Sequence[str]) -> dict[str, Any]:
+    """The names that requests may give, aliases last; `loras` are those of the server's folder."""
     named = {**served, **{alias: served[name] for alias, name in aliases.items() if name in served}}
-    return {"object": "list", "data": [write_model(name, model, created) for name, model in named.items()]}
+    return {"object": "list", "data": [write_model(name, model, created, loras) for name, model in named.items()]}
 
 
-def write_model(name: str, model: Model, created: int) -> dict[str, Any]:
+def write_model(name: str, model: Model, created: int, loras: Sequence[str]) -> dict[str, Any]:
     """One model's entry; `created` is in seconds since 1970."""
     spec = model.components.spec
+    slots = len(slots_of(spec))
     tasks = {
         task.name: {
             "inputs": list(task.inputs),
@@ -105,6 +107,8 @@ def write_model(name: str, model: Model, created: int) -> dict[str, Any]:
         "tasks": tasks,
         "controls": list(controls_of(spec)),
         "takes_reference": takes_reference(spec),
+        "loras": list(loras) if slots else [],
+        "max_loras": slots,
     }
     return {"id": name, "object": "model", "created": created, "owned_by": "flashdiff", "flashdiff": extras}
 

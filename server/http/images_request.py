@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from flashdiff.components import ModelSpec, Size
 from flashdiff.controls import ControlRequest
 from flashdiff.errors import RequestError
+from flashdiff.lora_requests import LoraRequest
 from flashdiff.references import ReferenceRequest
 from flashdiff.server.http.errors import HttpError
 from flashdiff.server.images import control_request, reference_request
@@ -18,7 +19,7 @@ from flashdiff.server.requests import ImageRequest
 from flashdiff.tasks import MAX_COUNT, input_names, parameters, tasks_of
 
 MAX_PARTIAL_IMAGES = 3
-_Kind = Literal["text", "integer", "number", "flag", "controls", "reference"]
+_Kind = Literal["text", "integer", "number", "flag", "controls", "reference", "loras"]
 _FORMATS: tuple[ImageFormat, ...] = ("png", "jpeg", "webp")
 _IMAGES = re.compile(r"image(\[\d*\])?")  # one of several is image[]
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
@@ -50,9 +51,11 @@ _FIELDS: dict[str, _Kind] = {
     "priority": "text",
     "controls": "controls",
     "reference": "reference",
+    "loras": "loras",
 }
 _OF_CONTROL: dict[str, _Kind] = {"name": "text", "image": "text", "scale": "number", "start": "number", "end": "number"}
 _OF_REFERENCE: dict[str, _Kind] = {"image": "text", "scale": "number"}
+_OF_LORA: dict[str, _Kind] = {"name": "text", "scale": "number"}
 _UNSUPPORTED = ("complexity", "frame_count", "frame_duration_ms", "svg", "markup")  # OpenAI's, for other kinds of images
 
 
@@ -107,6 +110,7 @@ def read_images_request(
         parameters={name: given[name] for name in parameters() if name in given},
         controls=[_control(control) for control in given.get("controls", ())],
         reference=_reference(given["reference"]) if "reference" in given else None,
+        loras=[_lora(lora) for lora in given.get("loras", ())],
         format=image_format,
         quality=_quality(given.get("output_compression"), image_format),
         priority=_choice(given, "priority", get_args(Priority), "normal"),
@@ -148,7 +152,9 @@ _IS_OF_KIND: dict[_Kind, Callable[[Any], bool]] = {
     "integer": lambda value: isinstance(value, int) and not isinstance(value, bool),
     "number": lambda value: isinstance(value, int | float) and not isinstance(value, bool),
     "flag": lambda value: isinstance(value, bool),
-    "controls": lambda value: isinstance(value, list) and all(isinstance(item, dict) for item in value),
+    **dict.fromkeys(
+        ("controls", "loras"), lambda value: isinstance(value, list) and all(isinstance(item, dict) for item in value)
+    ),
     "reference": lambda value: isinstance(value, dict),
 }
 _A_KIND: dict[_Kind, str] = {
@@ -158,6 +164,7 @@ _A_KIND: dict[_Kind, str] = {
     "flag": "true or false",
     "controls": "a list of objects",
     "reference": "an object with image and scale",
+    "loras": "a list of objects",
 }
 
 
@@ -172,7 +179,7 @@ def read_form_value(name: str, text: str) -> Any:
                 return float(text[:80])
             case "flag":
                 return {"true": True, "false": False}[text.lower()]
-            case "controls" | "reference":
+            case "controls" | "reference" | "loras":
                 return json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, KeyError, RecursionError):
         pass
@@ -210,6 +217,10 @@ def _base64_file(field: str, text: str) -> bytes:
         return base64.b64decode(text, validate=True)
     except ValueError:
         raise RequestError(field, "text", "it must be a file in base64") from None
+
+
+def _lora(fields: Mapping[str, Any]) -> LoraRequest:
+    return LoraRequest(**{"name": "", **_members("loras", "a LoRA", fields, _OF_LORA)})
 
 
 def name_files(files: Sequence[tuple[str, bytes]]) -> dict[str, bytes]:

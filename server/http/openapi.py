@@ -6,7 +6,7 @@ from typing import Any
 from starlette.routing import Route
 
 import flashdiff
-from flashdiff import controls, references
+from flashdiff import controls, defaults, references
 from flashdiff.server.http.images_request import MAX_PARTIAL_IMAGES, field_kinds
 from flashdiff.tasks import MAX_COUNT, input_names
 
@@ -38,6 +38,18 @@ _SCHEMAS: dict[str, dict[str, Any]] = {
         },
         "required": ["image"],
         "additionalProperties": False,
+    },
+    "loras": {
+        "type": "array",
+        "items": {
+            "type": "object",
+            "properties": {
+                "name": {"type": "string"},
+                "scale": {"type": "number", "minimum": -defaults.MAX_LORA_SCALE, "maximum": defaults.MAX_LORA_SCALE},
+            },
+            "required": ["name"],
+            "additionalProperties": False,
+        },
     },
 }
 _BOUNDS: dict[str, dict[str, Any]] = {

@@ -13,7 +13,7 @@ from attack_hostile import HOSTILE, NO_FILES, replace
 from flashdiff import cli
 from flashdiff.engines.bundle import MANIFEST, SCHEMA_VERSION, parse_manifest
 from flashdiff.errors import BundleError, ConfigError
-from flashdiff.lora import FLASH, WEIGHTS
+from flashdiff.lora_files import FLASH, WEIGHTS
 
 # The limit is a guard: a pipe that is opened waits for ever.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]

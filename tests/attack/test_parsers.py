@@ -22,7 +22,8 @@ from flashdiff.distill.config import Recipe, bundled_recipe
 from flashdiff.engines.bundle import MANIFEST, parse_manifest
 from flashdiff.engines.config import BuildRecipe, parse_batches, parse_sizes
 from flashdiff.errors import FlashdiffError
-from flashdiff.lora import FLASH, WEIGHTS, read_flash_info
+from flashdiff.lora import read_flash_info
+from flashdiff.lora_files import FLASH, WEIGHTS
 
 _FUZZ = settings(
     max_examples=int(os.environ.get("FLASHDIFF_FUZZ", "60")),

@@ -20,7 +20,8 @@ from flashdiff.distill.config import Recipe, bundled_recipe
 from flashdiff.distill.loop import distill
 from flashdiff.errors import LoraError, TrainingError
 from flashdiff.families import load_base
-from flashdiff.lora import FLASH, WEIGHTS, FlashInfo, find_lora, fuse
+from flashdiff.lora import FlashInfo, find_lora, fuse
+from flashdiff.lora_files import FLASH, WEIGHTS
 
 
 def test_the_lora_loads_in_stock_diffusers_and_fuses_to_the_same_network(tiny_base: Path, flash_lora: Path) -> None:

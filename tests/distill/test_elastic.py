@@ -13,7 +13,7 @@ import torch
 from recipes import tiny_recipe
 from safetensors.torch import load_file
 
-from flashdiff.lora import WEIGHTS
+from flashdiff.lora_files import WEIGHTS
 
 pytestmark = pytest.mark.slow
 

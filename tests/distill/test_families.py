@@ -15,7 +15,8 @@ from flashdiff.distill import loop
 from flashdiff.distill.loop import distill
 from flashdiff.families import load_base
 from flashdiff.generate import generate
-from flashdiff.lora import KOHYA, WEIGHTS, load_fused
+from flashdiff.lora import load_fused
+from flashdiff.lora_files import KOHYA, WEIGHTS
 from flashdiff.tasks import check_order
 
 pytestmark = pytest.mark.slow

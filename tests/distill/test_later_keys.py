@@ -36,7 +36,8 @@ from flashdiff.errors import ConfigError, TrainingError
 from flashdiff.families import load_base
 from flashdiff.families.base import TorchModel
 from flashdiff.generate import generate
-from flashdiff.lora import FLASH, KOHYA, WEIGHTS, add_adapter, load_fused
+from flashdiff.lora import add_adapter, load_fused
+from flashdiff.lora_files import FLASH, KOHYA, WEIGHTS
 from flashdiff.prediction import rescaled
 from flashdiff.tasks import check_order
 

@@ -24,7 +24,8 @@ from flashdiff.distill.processes import Draws
 from flashdiff.distill.step import student_x0
 from flashdiff.families import load_base
 from flashdiff.families.base import TorchModel
-from flashdiff.lora import ADAPTER, WEIGHTS, add_adapter
+from flashdiff.lora import ADAPTER, add_adapter
+from flashdiff.lora_files import WEIGHTS
 
 ALL = {"updates": 4, "mode_weights": (1, 1, 1, 1), "adversarial": 0.1, "distribution_matching": 0.3}
 BATCH = 2

@@ -18,7 +18,7 @@ from flashdiff.distill.config import Recipe
 from flashdiff.distill.loop import distill
 from flashdiff.distill.processes import Draws
 from flashdiff.errors import ConfigError
-from flashdiff.lora import WEIGHTS
+from flashdiff.lora_files import WEIGHTS
 
 pytestmark = pytest.mark.slow
 

@@ -13,7 +13,8 @@ from flashdiff.distill.comfyui import WORKFLOW, workflow
 from flashdiff.distill.push import open_repository, push
 from flashdiff.errors import ConfigError, TrainingError
 from flashdiff.families import load_base
-from flashdiff.lora import FLASH, KOHYA, WEIGHTS, read_flash_info
+from flashdiff.lora import read_flash_info
+from flashdiff.lora_files import FLASH, KOHYA, WEIGHTS
 
 
 @pytest.fixture

@@ -22,7 +22,8 @@ from flashdiff.distill.student import Student
 from flashdiff.errors import ConfigError, TrainingError
 from flashdiff.families import load_base
 from flashdiff.generate import generate
-from flashdiff.lora import FLASH, add_adapter, load_fused
+from flashdiff.lora import add_adapter, load_fused
+from flashdiff.lora_files import FLASH
 from flashdiff.tasks import check_order
 
 pytestmark = pytest.mark.slow

@@ -19,7 +19,8 @@ from flashdiff.distill.network import levels, predict_x0
 from flashdiff.distill.step import POOL_BATCHES, REUSED_POOL_BATCHES, Solved, make_pool, roll_out, span_at
 from flashdiff.families import load_base
 from flashdiff.families.base import TorchModel
-from flashdiff.lora import WEIGHTS, add_adapter
+from flashdiff.lora import add_adapter
+from flashdiff.lora_files import WEIGHTS
 from flashdiff.prediction import guide
 from flashdiff.sampling import ode_step, renoise
 

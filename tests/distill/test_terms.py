@@ -24,7 +24,7 @@ from flashdiff.distill.loop import distill
 from flashdiff.distill.losses.base import Opponent, Setup, StudentLoss
 from flashdiff.distill.terms import TERMS, Cost, Term
 from flashdiff.errors import ConfigError
-from flashdiff.lora import WEIGHTS
+from flashdiff.lora_files import WEIGHTS
 
 
 class CentringSettings(Record):

@@ -25,7 +25,8 @@ from flashdiff.engines.plan import describe, plan_build
 from flashdiff.engines.runtime.engine import open_bundle
 from flashdiff.errors import BackendError, BundleError, ConfigError, FlashdiffError, LoraError, ModelError
 from flashdiff.files import cache_folder
-from flashdiff.lora import FLASH, WEIGHTS, load_fused
+from flashdiff.lora import load_fused
+from flashdiff.lora_files import FLASH, WEIGHTS
 
 
 @pytest.fixture

@@ -18,7 +18,8 @@ from flashdiff.engines.describe import describe_sampler
 from flashdiff.engines.plan import describe, plan_build
 from flashdiff.errors import ConfigError, LoraError
 from flashdiff.families import family_of
-from flashdiff.lora import FLASH, KOHYA, WEIGHTS, fused_spec, read_flash_info
+from flashdiff.lora import fused_spec, read_flash_info
+from flashdiff.lora_files import FLASH, KOHYA, WEIGHTS
 from flashdiff.presets import PRESETS
 from flashdiff.samplers import SAMPLERS
 from flashdiff.samplers.options import SamplingOptions, sampled_as
