@@ -17,9 +17,9 @@ _ORDER: tuple[Precision, ...] = ("fp32", "bf16", "fp16", "int8")
 """From the most exact one."""
 WORTH = 1.1
 """How many times as fast a precision must be as a more exact one to be chosen over it."""
-LOWEST_PSNR = 28.0
+LOWEST_PSNR = 30.0
 """In decibels from float32's images, below which no speed is worth a precision."""
-MOST_LOST = 0.01
+MOST_LOST = 0.02
 """The largest share of attributes that may be lost, where the embedded world's probe reads them."""
 
 
@@ -131,9 +131,12 @@ def _is_good(quality: Quality) -> bool:
 
 
 def _rule(best: Candidate, candidates: list[Candidate]) -> str:
-    if poor := [candidate.precision for candidate in candidates if not _is_good(candidate.quality)]:
-        return f"the fastest by {WORTH - 1:.0%} or more without {', '.join(poor)}, whose images are too far from float32's"
-    return f"the fastest by {WORTH - 1:.0%} or more" if best is not candidates[0] else f"none is faster by {WORTH - 1:.0%}"
+    """Why the best is the best, in words."""
+    poor = [candidate.precision for candidate in candidates if not _is_good(candidate.quality)]
+    apart = f"; the images of {', '.join(poor)} are too far from float32's" if poor else ""
+    if best is candidates[0]:
+        return f"none is {WORTH:g} times as fast as it{apart}"
+    return f"the fastest that is {WORTH:g} times as fast as a more exact one{apart}"
 
 
 def _given(options: BuildOptions, precision: Precision, out: Path) -> BuildOptions:

@@ -15,8 +15,8 @@ from flashdiff.errors import BundleError
 
 PART_ERROR: dict[Precision, float] = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 2e-1, "int8": 3.0}
 """Largest difference of a part's output to torch that is allowed, in units of that output's root mean square (at least 1)."""
-IMAGE_ERROR: dict[Precision, float] = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 3e-2, "int8": 1e-1}
-"""Largest root mean square difference of a whole image in [-1, 1]: 0.005 is 52 dB, 0.03 is 36 dB, 0.1 is 26 dB."""
+IMAGE_ERROR: dict[Precision, float] = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 3e-2, "int8": 6e-2}
+"""Largest root mean square difference of a whole image in [-1, 1]: 0.005 is 52 dB, 0.03 is 36 dB, 0.06 is 30 dB."""
 
 
 @dataclass(frozen=True)

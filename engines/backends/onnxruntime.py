@@ -61,7 +61,7 @@ RECORDS = (
         uses_gpu=_uses_gpu,
         check_build=_check_build,
         lacks={
-            "int8": "ONNX Runtime's int8 is slower than its float32 on this model; take openvino",
+            "int8": "its int8 takes longer than its float32 for one image and gains little in batches; take openvino",
             "fp8": "no CPU computes in fp8, and ONNX Runtime has no convolutions in it; take fp32, or openvino in bf16 or int8",
         },
         exact_rows_on_cpu=True,

@@ -44,6 +44,9 @@ def test_options_that_name_no_pairs_are_refused_in_one_line() -> None:
         ([], "give --student and --teacher, or --base and --lora"),
         ([*pair, "--teacher-steps", "100,0"], "--teacher-steps '100,0': give whole numbers"),
         ([*pair, "--teacher-steps", "100"], "a: no such bundle"),
+        ([*pair, "--calibration-prompts", "p.txt"], "--calibration-prompts p.txt: it is for --matrix"),
+        ([*pair, "--matrix"], "--matrix is of students: give no --teacher"),
+        (["--matrix"], "--matrix: give --student, or --base and --lora"),
     ):
         run = subprocess.run([sys.executable, str(SCRIPT), *options], capture_output=True, text=True, timeout=600, check=False)
         assert run.returncode == 1

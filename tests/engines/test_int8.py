@@ -38,7 +38,7 @@ def any_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("torch", "int8", "torchao's kernels are not tried"),
         ("torch", "fp8", "torchao's kernels are not tried"),
-        ("onnxruntime", "int8", "ONNX Runtime"),
+        ("onnxruntime", "int8", "takes longer than its float32"),
         ("onnxruntime", "fp8", "no CPU computes in fp8"),
         ("openvino", "fp8", "no CPU computes in fp8"),
         ("tensorrt", "int8", "nvidia-modelopt"),
@@ -134,7 +134,7 @@ def _candidate(precision: Any, ms: float, psnr: float = 40.0, lost: float = 0.0)
         ([_candidate("fp32", 10), _candidate("bf16", 8), _candidate("int8", 7.9)], "bf16"),  # not worth it
         ([_candidate("fp32", 10), _candidate("bf16", 9.5), _candidate("int8", 9.4)], "fp32"),
         ([_candidate("fp32", 10), _candidate("bf16", 8), _candidate("int8", 2, psnr=20)], "bf16"),
-        ([_candidate("fp32", 10), _candidate("int8", 2, lost=0.02)], "fp32"),
+        ([_candidate("fp32", 10), _candidate("int8", 2, lost=0.03)], "fp32"),
     ],
 )
 def test_auto_takes_the_fastest_precision_that_is_good_enough(candidates: list[Candidate], best: str) -> None:
