@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import inspect
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from tiny import (
     make_tiny_controlnet,
     make_tiny_image_encoder,
     make_tiny_ip_adapter,
+    make_tiny_sd15,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -33,6 +35,8 @@ from flashdiff.engines.build import build_engine
 from flashdiff.engines.bundle import read_manifest
 from flashdiff.engines.config import BuildOptions, BuildRecipe
 from flashdiff.engines.describe import describe
+from flashdiff.engines.export import trace
+from flashdiff.engines.parts import parts_of, random_inputs
 from flashdiff.engines.plan import plan_build
 from flashdiff.engines.runtime.engine import open_bundle
 from flashdiff.engines.shapes import bucket_shapes, dimensions_of
@@ -59,6 +63,17 @@ PIPELINES = {
 _random = np.random.default_rng(0)
 FACE, OTHER = (_random.integers(0, 256, (IMAGE_SIDE, IMAGE_SIDE, 3), dtype=np.uint8) for _ in range(2))
 IMAGE = _random.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+
+
+NOISE = torch.from_numpy(image_noise(SEED, 0, (4, 8, 8)))[None]
+
+
+def _use_noise(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a pipeline draw our noise, and take the mean of what its autoencoder gives."""
+    module = inspect.getmodule(type(pipeline))
+    monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: NOISE)
+    take = module.retrieve_latents  # type: ignore[union-attr]
+    monkeypatch.setattr(module, "retrieve_latents", lambda encoded, *_, **__: take(encoded, sample_mode="argmax"))
 
 
 @pytest.fixture(scope="module")
@@ -109,16 +124,13 @@ def stock(bases: dict[str, Path], adapters: dict[str, Path]) -> Callable[..., An
         return pipeline
 
     def made(adapter: str, kind: int, scale: float, guidance: float, monkeypatch: Any, **call: Any) -> Any:
-        pipeline, noise = opened(adapter), torch.from_numpy(image_noise(SEED, 0, (4, 8, 8)))[None]
+        pipeline = opened(adapter)
         if kind:
             pipeline = getattr(diffusers, PIPELINES[adapter.partition("-")[0]][kind])(**pipeline.components)
             pipeline.set_progress_bar_config(disable=True)
-            module = inspect.getmodule(type(pipeline))
-            monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: noise)
-            take = module.retrieve_latents  # type: ignore[union-attr]
-            monkeypatch.setattr(module, "retrieve_latents", lambda encoded, *_, **__: take(encoded, sample_mode="argmax"))
+            _use_noise(pipeline, monkeypatch)
         else:
-            call["latents"] = noise
+            call["latents"] = NOISE
         if kind != 1:
             call |= {"height": 32, "width": 32}
         pipeline.set_ip_adapter_scale(scale)
@@ -201,7 +213,7 @@ def test_a_reference_goes_with_a_control(bases: dict[str, Path], adapters: dict[
     pipeline.set_ip_adapter_scale(0.5)
     expected = pipeline(
         PROMPT, image=Image.fromarray(IMAGE), ip_adapter_image=Image.fromarray(FACE), controlnet_conditioning_scale=0.7,
-        latents=torch.from_numpy(image_noise(SEED, 0, (4, 8, 8)))[None], num_inference_steps=STEPS, guidance_scale=3.0,
+        latents=NOISE, num_inference_steps=STEPS, guidance_scale=3.0,
         height=32, width=32, output_type="latent",
     ).images[0]  # fmt: skip
     control = ControlRequest(name="edges", image=IMAGE, scale=0.7)
@@ -209,6 +221,32 @@ def test_a_reference_goes_with_a_control(bases: dict[str, Path], adapters: dict[
     np.testing.assert_allclose(found, expected.numpy(), atol=1e-4, rtol=0)
     assert np.abs(found - _made(model, FACE, 0.5)[0]).max() > 0.05
     assert np.abs(found - _made(model, controls=[control])[0]).max() > 0.05
+
+
+@pytest.mark.parametrize(("task", "channels"), [("inpainting", 9), ("edit", 8)])
+def test_a_reference_goes_with_the_inputs_of_networks_that_were_trained_for_a_task(
+    adapters: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str, channels: int
+) -> None:
+    base = make_tiny_sd15(tmp_path / "base", in_channels=channels)
+    kind = {"inpainting": "StableDiffusionInpaintPipeline", "edit": "StableDiffusionInstructPix2PixPipeline"}[task]
+    index = json.loads((base / "model_index.json").read_text())
+    (base / "model_index.json").write_text(json.dumps(index | {"_class_name": kind}))
+    pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(base)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
+    pipeline.load_ip_adapter(adapters["sd15"].parent, subfolder="", weight_name="sd15.safetensors")
+    pipeline.set_ip_adapter_scale(0.5)
+    _use_noise(pipeline, monkeypatch)
+    mask = np.zeros((32, 32, 3), dtype=np.uint8)
+    mask[5:27, 9:20] = 255
+    images = {"image": IMAGE, "mask": mask} if task == "inpainting" else {"image": IMAGE}
+    given: dict[str, Any] = {"mask_image": Image.fromarray(mask), "height": 32, "width": 32} if "mask" in images else {}
+    expected = pipeline(
+        PROMPT, image=Image.fromarray(IMAGE), ip_adapter_image=Image.fromarray(FACE), num_inference_steps=STEPS,
+        guidance_scale=3.0, output_type="latent", **given,
+    ).images[0]  # fmt: skip
+    found = _made(_model(base, 3.0, adapters["sd15"]), FACE, 0.5, inputs=images)[0]
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("size", [(16, 16), (40, 31), (31, 40), (7, 9), (16, 300), (700, 16), (33, 33)])
@@ -283,6 +321,11 @@ def test_an_adapter_that_does_not_fit_is_refused_when_the_build_is_planned(
         plan(sd15, edited("short", lambda tensors: tensors.pop("ip_adapter.3.to_v_ip.weight")), encoder)
     with pytest.raises(ModelError, match=r"sd15 has no layer for its ip_adapter.99.to_k_ip.weight"):
         plan(sd15, edited("long", lambda tensors: tensors.update({"ip_adapter.99.to_k_ip.weight": torch.ones(2)})), encoder)
+    deep = edited("deep", lambda tensors: tensors.update({"image_proj.layers.4.1.0.weight": torch.ones(2)}), "sd15-plus")
+    with pytest.raises(ModelError, match=r"its Resampler has 5 blocks; 4 are supported"):
+        plan(sd15, deep, encoder)
+    with pytest.raises(ModelError, match=r"its image_proj.norm.weight is not there, sd15 needs \[32\]"):
+        plan(sd15, edited("bare", lambda tensors: tensors.pop("image_proj.norm.weight")), encoder)
     face = edited("face", lambda tensors: tensors.update({"image_proj.proj.0.weight": tensors.pop("image_proj.proj.weight")}))
     with pytest.raises(ModelError, match=r"a FaceID adapter, which reads a face network's features; the plain form and plus"):
         plan(sd15, face, encoder)
@@ -378,3 +421,19 @@ def test_the_command_line_reads_a_reference(tmp_path: Path, capsys: pytest.Captu
     assert "build a bundle with build-engine --reference first" in capsys.readouterr().err
     assert cli.main(["serve", "avatars", "--reference", "adapter.safetensors"]) == 2
     assert "--reference is settled when a bundle is built" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_table_of_known_times_takes_no_scale_for_a_time(bases: dict[str, Path], adapters: dict[str, Path]) -> None:
+    sampling = SamplingOptions(sampler="lcm", timesteps=(999, 499), guidance=1)
+    family, model = load_fused(str(bases["sd15"]), (), sampling)
+    model = with_adapter(model, find_adapter(str(adapters["sd15"]), None))
+    assert model.spec.sampler.known_times
+    part = next(part for part in parts_of(family, model) if part.name == "denoiser")
+    *own, tokens, scale = random_inputs(model, part, 3, model.spec.sizes[0], torch.Generator().manual_seed(3))
+    traced = trace(model, part, model.spec.sizes[0], "fp32").module()
+    with torch.no_grad():
+        expected = part.module(*own, tokens, scale)
+        for inputs in ((*own, tokens, scale), (*own, tokens.flip(0), scale), (*own, tokens, 1 - scale)):
+            torch.testing.assert_close(traced(*inputs), part.module(*inputs), atol=1e-5, rtol=0)
+        assert (part.module(*own, tokens, 1 - scale) - expected).abs().max() > 1e-3

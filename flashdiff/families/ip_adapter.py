@@ -29,8 +29,9 @@ ENCODER_FOLDER = "image_encoder"
 _MEAN, _DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """Of the images that CLIP was trained on, as its image processor has them."""
 _PLAIN_TOKENS = 4  # as published, and fixed in diffusers
-_HEAD = 64
+_BLOCKS, _HEAD = 4, 64  # of the Resampler, likewise
 _MOST_TOKENS = 1024
+_LONGEST_REASON = 300
 _LIBRARY: Library = "transformers"
 
 
@@ -123,6 +124,7 @@ def check_adapter(found: Found, family: ModelFamily, base: Path, spec: ModelSpec
     if name == "plain":
         tokens = _PLAIN_TOKENS
         wanted["image_proj.proj.weight"] = [tokens * width, encoder["projection_dim"]], f"{spec.name} with {of_encoder}"
+        wanted["image_proj.norm.weight"] = [width], spec.name
     else:
         tokens, inner = projection["latents"][1], projection["latents"][2]
         wanted["image_proj.proj_in.weight"] = [inner, encoder["hidden_size"]], of_encoder
@@ -162,6 +164,9 @@ def _kind_of(option: str, shapes: Mapping[str, list[int]], projection: Mapping[s
         query = projection.get("layers.0.0.to_q.weight", projection.get("layers.0.attn.to_q.weight", []))
         latents = projection["latents"]
         fits = len(latents) == 3 and latents[0] == 1 and 1 <= latents[1] <= _MOST_TOKENS
+        blocks = {name.split(".")[1] for name in projection if name.startswith("layers.")}
+        if len(blocks) != _BLOCKS:
+            raise ModelError(f"{option}: its Resampler has {len(blocks)} blocks; {_BLOCKS} are supported")
         if fits and len(query) == 2 and query[0] % _HEAD == 0:
             return "plus"
         raise ModelError(
@@ -226,8 +231,8 @@ def with_adapter(model: TorchModel, found: Found | None) -> TorchModel:
         layers = _Layers(model.network, weights)
         of_projection = {n.removeprefix("image_proj."): v for n, v in weights.items() if n.startswith("image_proj.")}
         projection = model.network._convert_ip_adapter_image_proj_to_diffusers(of_projection, low_cpu_mem_usage=False)
-    except Exception as error:  # a tensor that is not there, or of another shape
-        raise ModelError(f"--reference {found.file}: {first_line(error)}") from None
+    except Exception as error:  # a tensor that is not there, or of another shape; torch lists them below a heading
+        raise ModelError(f"--reference {found.file}: {' '.join(str(error).split())[:_LONGEST_REASON]}") from None
     is_plus = "latents" in of_projection
     reader = _Encoder(encoder, projection.eval().requires_grad_(False), is_plus=is_plus).eval()
     number, width = reader.empty.shape[1:]
@@ -242,6 +247,16 @@ def with_adapter(model: TorchModel, found: Found | None) -> TorchModel:
         reference_encoder=reader,
         ip_adapter=IpAdapter(file=found.file, encoder=encoder, without=denoiser.denoiser),
     )
+
+
+def _set_apart(encoder: Any) -> None:
+    """Keep the first layer norm from being fused with the addition of the positions before it, by a change of shape in between.
+
+    ONNX Runtime fuses the two for a batch of one alone, where both terms have the same shape: a row would depend on its batch.
+    """
+    norm, tokens = encoder.vision_model.pre_layrnorm, encoder.vision_model.embeddings.num_positions
+    norm.register_forward_pre_hook(lambda _, inputs: inputs[0].flatten(0, 1))
+    norm.register_forward_hook(lambda _, inputs, output: output.unflatten(0, (-1, tokens)))
 
 
 def as_clip_normalizes() -> tuple[Tensor, Tensor]:
@@ -260,6 +275,7 @@ class _Encoder(nn.Module):
     def __init__(self, encoder: Any, projection: Any, *, is_plus: bool) -> None:
         super().__init__()
         self.encoder, self.projection, self.is_plus = encoder, projection, is_plus
+        _set_apart(encoder)
         factor, offset = as_clip_normalizes()
         self.register_buffer("factor", factor)
         self.register_buffer("offset", offset)

@@ -214,12 +214,11 @@ def test_the_images_api_takes_it_as_base64(running_http: Running) -> None:
         ({}, "reference.image: None is not allowed; a reference needs an image"),
         ({"image": "?"}, "reference.image: 'text' is not allowed; it must be a file in base64"),
         ({"image": image, "scale": "1"}, "reference.scale: '1' is not allowed; it must be a number"),
-        ({"image": image, "scale": 1e400}, "the body is not valid JSON"),
+        ({"image": image, "scale": -1}, "reference.scale: -1 is not allowed; it must be between 0 and 2"),
         ({"image": image, "weight": 1}, "reference.weight: 1 is not allowed; a reference has image, scale"),
     ):
-        refused = post(reference) if reference != {"image": image, "scale": 1e400} else None
-        if refused is not None:
-            assert (refused.status_code, message in refused.json()["error"]["message"]) == (400, True), refused.text
+        refused = post(reference)
+        assert (refused.status_code, message in refused.json()["error"]["message"]) == (400, True), refused.text
 
 
 def test_kserves_http_takes_it(running_http: Running) -> None:
