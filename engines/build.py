@@ -93,7 +93,7 @@ def _from_torch(plan: BuildPlan, folder: Path, watch: "_Stopwatch") -> tuple[Man
     model = plan.family.load(plan.folder, plan.spec)
     if plan.vae:
         model = with_vae(model, plan.vae)
-    model = with_controls(model, plan.controls)
+    model = with_controls(plan.family, model, plan.controls)
     fuse(model, plan.family, plan.loras)
     watch.lap(
         "fuse",

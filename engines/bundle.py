@@ -18,7 +18,7 @@ from flashdiff.reading import parse_json, read_text
 from flashdiff.samplers.options import SamplingOptions
 from flashdiff.text import TokenizerSpec
 
-SCHEMA_VERSION = 8
+SCHEMA_VERSION = 9
 MANIFEST = "manifest.json"
 
 MAX_BATCH = 64

@@ -73,7 +73,7 @@ def parts_of(family: ModelFamily, model: TorchModel) -> list[Part]:
 
 
 def _image_shape(condition: Condition) -> tuple[int | str, ...]:
-    if condition.enters == "residual":
+    if condition.is_of_pixel_size:
         return "batch", condition.channels, "image_height", "image_width"
     return "batch", condition.channels, "height", "width"
 
@@ -127,9 +127,12 @@ def random_inputs(model: TorchModel, part: Part, batch: int, size: Size, generat
     for condition in spec.conditions:
         if condition.name not in {tensor.name for tensor in part.inputs} or condition.name in known:
             continue
-        if condition.enters == "residual":
-            known[condition.name] = 2 * torch.rand(batch, condition.channels, size.height, size.width, generator=generator) - 1
+        if condition.scaled:
             known[condition.scale_name] = (torch.arange(batch) % 2 == 0).float()  # rows with it and without in turns
+        if condition.is_of_pixel_size:
+            known[condition.name] = 2 * torch.rand(batch, condition.channels, size.height, size.width, generator=generator) - 1
+        elif condition.encoded:
+            known[condition.name] = torch.randn(known["latents"].shape, generator=generator)
         elif condition.part is None:
             known[condition.name] = torch.rand(
                 batch, condition.channels, *known["latents"].shape[2:], generator=generator

@@ -29,7 +29,7 @@ from flashdiff.errors import BundleError
 from flashdiff.families import family_of, find_base
 from flashdiff.families.autoencoders import check_vae, find_vae
 from flashdiff.families.base import ModelFamily
-from flashdiff.families.control import check_control, find_control
+from flashdiff.families.control import check_control, find_control, reads_latents
 from flashdiff.families.files import base_files, base_hash
 from flashdiff.families.hub import name_of
 from flashdiff.families.loading import size_limits
@@ -128,7 +128,8 @@ def plan_build(options: BuildOptions) -> BuildPlan:
         check_vae(vae, family, spec)
     kinds = {name: check_control(name, place, family, folder, spec) for name, place in controls.items()}
     of_base = check_base(folder, hash_of_base, [lora for lora, _ in loras])
-    spec = steered(spec.model_copy(update={"sizes": options.sizes or spec.sizes}), list(controls))
+    spec = spec.model_copy(update={"sizes": options.sizes or spec.sizes})
+    spec = steered(spec, list(controls), reads_latents(family, kinds))
     _check_shapes(options, family, spec, *size_limits(folder, family))
     inputs = BuildInputs(
         base=spec.name,

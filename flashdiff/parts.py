@@ -51,7 +51,9 @@ class Condition(Record):
     """How it enters the network: as tokens and vectors that attention and embeddings read, joined to the latents' channels, by
     another network whose outputs are added to the denoiser's, as a part of the denoised sequence, or as a class."""
     channels: int = Field(0, ge=0, le=4096)
-    """Of an image: of latent size where it is joined to the latents, of pixel size where another network reads it; else 0."""
+    """Of an image, see `is_of_pixel_size`; else 0."""
+    encoded: bool = False
+    """Whether the other network reads the image's latents, of latent size, in the place of its pixels."""
     scaled: bool = False
     """Whether the network takes a scale [B] with it, which may change from step to step: see `scale_name`."""
     absent: Literal["refused", "zeros", "ones", "grey_image"] = "refused"
@@ -65,9 +67,19 @@ class Condition(Record):
         return self
 
     @property
+    def is_of_pixel_size(self) -> bool:
+        """Whether it is an image of the result's size, and not of that of its latents."""
+        return self.enters == "residual" and not self.encoded
+
+    @property
     def scale_name(self) -> str:
         """The network's input for its scale."""
         return f"scale_of_{self.name}"
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The network's inputs for it: itself, and its scale where it has one."""
+        return (self.name, self.scale_name) if self.scaled else (self.name,)
 
 
 def latent_diffusion(token_inputs: Sequence[str], text_conditions: Sequence[str], *others: str) -> tuple[PartSpec, ...]:

@@ -104,13 +104,15 @@ def start_rows(
 
     `unconditional` is `generate.unconditional_of` the model. RequestError for an order without a condition that it needs.
     """
-    replacing, controls = replacing_part(spec, order), images_of(order.controls)
+    replacing, controls = replacing_part(spec, order), images_of(order.controls, prepared)
     taken = spec.taken_by(replacing)
+    evaluated = order.task.branches(spec, order, prepared, unconditional)
     branches = tuple(
-        Branch(_complete(spec, taken, order.size, {**branch.conditions, **controls}), branch.weight)
-        for branch in order.task.branches(spec, order, prepared, unconditional)
+        Branch(_complete(spec, taken, order.size, {**branch.conditions, **controls}), branch.weight) for branch in evaluated
     )
-    scales = scales_of(order.controls, order.steps_taken)
+    given = {condition.name for condition in taken if condition.scaled and condition.name in evaluated[0].conditions}
+    whole = np.ones(order.steps_taken, dtype=np.float32)
+    scales = {**dict.fromkeys(given, whole), **scales_of(order.controls, order.steps_taken)}
     trajectory = _trajectory(spec, order)
     start, kept = order.task.start(order, prepared), order.task.kept(spec, order, prepared)
     rows = []
@@ -157,7 +159,7 @@ def _complete(spec: ModelSpec, taken: Sequence[Condition], size: Size, given: Te
 
 def _shape_of(spec: ModelSpec, condition: Condition, size: Size) -> tuple[int, int, int]:
     """[C, H, W] of an image that may be absent."""
-    if condition.enters == "residual":
+    if condition.is_of_pixel_size:
         return condition.channels, size.height, size.width
     _, height, width = spec.latent_shape(size)
     return condition.channels, height, width

@@ -33,7 +33,8 @@ def open_parts(folder: Path, manifest: Manifest, on: Device) -> CompilePart:
     transformers.utils.logging.disable_progress_bar()  # it would draw bars between a server's lines
     no_reduced_precision()
     family, model = load_base(str(folder / MODEL))
-    model = with_controls(model, {control.name: folder / MODEL / CONTROLS / control.name for control in manifest.controls})
+    controls = {control.name: folder / MODEL / CONTROLS / control.name for control in manifest.controls}
+    model = with_controls(family, model, controls)
     is_cpu = manifest.machine.device == "cpu"
     device = torch.device("cpu") if is_cpu else torch.device("cuda", on.gpu_index)
     runners = {}
