@@ -77,7 +77,7 @@ def parts_of(family: ModelFamily, model: TorchModel) -> list[Part]:
 
 
 def _image_shape(condition: Condition) -> tuple[int | str, ...]:
-    if condition.enters == "residual":
+    if condition.is_of_pixel_size:
         return "batch", condition.channels, "image_height", "image_width"
     return "batch", condition.channels, "height", "width"
 
@@ -133,8 +133,10 @@ def random_inputs(model: TorchModel, part: Part, batch: int, size: Size, generat
     for condition in spec.conditions:
         if condition.name not in {tensor.name for tensor in part.inputs} or condition.name in known:
             continue
-        if condition.enters == "residual":
+        if condition.is_of_pixel_size:
             known[condition.name] = 2 * torch.rand(batch, condition.channels, size.height, size.width, generator=generator) - 1
+        elif condition.encoded:
+            known[condition.name] = torch.randn(known["latents"].shape, generator=generator)
         elif condition.values:  # so that each layer's output changes by a few per cent
             known[condition.name] = _SMALL * torch.randn(batch, condition.values, generator=generator)
         elif condition.part is None:

@@ -36,7 +36,7 @@ from flashdiff.evaluation.images import Prompt
 from flashdiff.families import family_of, find_base
 from flashdiff.families.autoencoders import check_vae, find_vae
 from flashdiff.families.base import ModelFamily
-from flashdiff.families.control import check_control, find_control
+from flashdiff.families.control import check_control, find_control, reads_latents
 from flashdiff.families.files import base_files, base_hash
 from flashdiff.families.hub import name_of
 from flashdiff.families.ip_adapter import ENCODER_FOLDER, Found, check_adapter, encoder_files, encoder_hash, find_adapter
@@ -149,7 +149,8 @@ def plan_build(options: BuildOptions, *, with_quality: bool = False) -> BuildPla
     kind = check_adapter(adapter, family, folder, spec) if adapter else None
     of_base = check_base(folder, hash_of_base, [lora for lora, _ in loras])
     spec = spec.model_copy(update={"sizes": options.sizes or spec.sizes})
-    spec = steered(referred(spec, kind.tokens, kind.side) if kind else spec, list(controls))
+    spec = referred(spec, kind.tokens, kind.side) if kind else spec
+    spec = steered(spec, list(controls), reads_latents(family, kinds))
     _check_shapes(options, family, spec, *size_limits(folder, family))
     calibration: Calibration | None = None
     prompts: tuple[Prompt, ...] = ()

@@ -14,6 +14,7 @@ from flashdiff.components import Components, ModelSpec, Size
 from flashdiff.engines.parts import Part, no_reduced_precision, random_inputs, run_torch
 from flashdiff.families.base import TorchModel
 from flashdiff.generate import decode_rows, prepare, unconditional_of
+from flashdiff.orders import Pixels
 from flashdiff.references import ENCODER, ReferenceRequest, takes_reference
 from flashdiff.rows import denoise_rows, start_rows
 from flashdiff.tasks import check_order
@@ -103,14 +104,22 @@ def sample_reference(spec: ModelSpec) -> ReferenceRequest | None:
 
 
 def sample_image(
-    components: Components, spec: ModelSpec, size: Size, *, prompt: str = "a picture", seed: int = 1, steps: int | None = None
+    components: Components,
+    spec: ModelSpec,
+    size: Size,
+    *,
+    prompt: str = "a picture",
+    seed: int = 1,
+    steps: int | None = None,
+    inputs: Mapping[str, Pixels] | None = None,
 ) -> NDArray[np.float32]:
     """One image [1, 3, H, W], step for step as a request goes, not clipped; in up to four steps where `steps` is None.
 
-    A model that takes a reference gets `sample_reference`.
+    A model that takes a reference gets `sample_reference`; `inputs` are images of `size`, which choose the task: none of its own
+    asks for text-to-image.
     """
-    steps = steps or min(4, spec.sampler.max_steps)
-    order = check_order(spec, prompt=prompt, seed=seed, steps=steps, size=size, reference=sample_reference(spec))
+    steps, reference = steps or min(4, spec.sampler.max_steps), sample_reference(spec)
+    order = check_order(spec, prompt=prompt, seed=seed, steps=steps, size=size, inputs=inputs, reference=reference)
     preparations = order.task.preparations(spec, order)
     prepared = {name: prepare(components, given.part, [given.value])[0] for name, given in preparations.items()}  # type: ignore[arg-type]
     (row,) = start_rows(spec, order, prepared, unconditional_of(components))

@@ -20,7 +20,9 @@ from flashdiff.engines.verify import IMAGE_ERROR
 from flashdiff.errors import BundleError, ModelError
 from flashdiff.families.base import ModelFamily, TorchModel
 from flashdiff.families.stock import NoStockPipeline, stock_image
+from flashdiff.orders import Pixels
 from flashdiff.references import read_reference
+from flashdiff.tasks import trained_task
 
 STOCK_ERROR = 1e-3
 """Largest root mean square difference of torch's image to the stock pipeline's, both in float32, pixels in [-1, 1]: 66 dB.
@@ -52,7 +54,16 @@ def run_stock(
     try:
         with on_gpu(parts):
             stock = stock_image(
-                family, model, folder, vae, prompt=_PROMPT, seed=_SEED, steps=steps, size=size, reference=reference
+                family,
+                model,
+                folder,
+                vae,
+                prompt=_PROMPT,
+                seed=_SEED,
+                steps=steps,
+                size=size,
+                inputs=_inputs(model.spec, size),
+                reference=reference,
             )
             ours = _image(model, model.spec)
     except NoStockPipeline as reason:
@@ -96,7 +107,20 @@ def _case(spec: ModelSpec) -> tuple[Size, int]:
 def _image(components: Components, spec: ModelSpec) -> NDArray[np.float32]:
     """[3, H, W], clipped as the pipelines clip."""
     size, steps = _case(spec)
-    return np.clip(sample_image(components, spec, size, prompt=_PROMPT, seed=_SEED, steps=steps)[0], -1, 1)
+    image = sample_image(components, spec, size, prompt=_PROMPT, seed=_SEED, steps=steps, inputs=_inputs(spec, size))
+    return np.clip(image[0], -1, 1)
+
+
+def _inputs(spec: ModelSpec, size: Size) -> dict[str, Pixels]:
+    """The images that a model takes which was trained for a task: ramps of color and, as a mask, a slanted half of the image."""
+    task = trained_task(spec)
+    if task is None:
+        return {}
+    rows, columns = (np.arange(side) / side for side in (size.height, size.width))
+    across = rows[:, None] + np.zeros(size.width), columns[None] + np.zeros((size.height, 1))
+    ramps = np.stack([*across, 1 - across[0] * across[1]], axis=-1)
+    mask = np.repeat((across[0] + across[1] / 3 > 0.6)[..., None], 3, axis=-1)
+    return {name: (255 * (mask if name == "mask" else ramps)).astype(np.uint8) for name in task.inputs}
 
 
 def _difference(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:

@@ -5,7 +5,7 @@ A control has a name, which the build gave it, an image, a scale, and the share 
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from flashdiff import defaults
 from flashdiff.components import ModelSpec, Size, Tensors
 from flashdiff.errors import RequestError
-from flashdiff.orders import Control, Pixels, as_float32
+from flashdiff.orders import Control, Pixels, Preparation, as_float32
 from flashdiff.parts import Condition, PartSpec
 
 NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
@@ -39,17 +39,21 @@ class ControlRequest:
     end: float = 1.0
 
 
-def conditions_of(names: Sequence[str]) -> tuple[Condition, ...]:
-    """The denoiser's inputs for controls of these names."""
-    return tuple(Condition(name=_PREFIX + name, enters="residual", channels=3, scaled=True, absent="zeros") for name in names)
+def _condition(spec: ModelSpec, name: str, *, is_encoded: bool) -> Condition:
+    """The denoiser's input for a control."""
+    channels = spec.latent_channels if is_encoded else 3
+    return Condition(name=_PREFIX + name, enters="residual", channels=channels, encoded=is_encoded, scaled=True, absent="zeros")
 
 
-def steered(spec: ModelSpec, names: Sequence[str]) -> ModelSpec:
-    """A model with these controls: a second denoiser in one graph with their networks, for the rows that use any of them."""
+def steered(spec: ModelSpec, names: Sequence[str], latents: Collection[str] = ()) -> ModelSpec:
+    """A model with these controls: a second denoiser in one graph with their networks, for the rows that use any of them.
+
+    `latents` names those whose networks read the latents of an image, and not its pixels.
+    """
     if not names:
         return spec
-    (denoiser,), added = spec.step_parts(), conditions_of(names)
-    tensors = [tensor for condition in added for tensor in (condition.name, condition.scale_name)]
+    (denoiser,), added = spec.step_parts(), tuple(_condition(spec, name, is_encoded=name in latents) for name in names)
+    tensors = [tensor for condition in added for tensor in condition.tensors]
     part = PartSpec(
         name=DENOISER, phase=denoiser.phase, inputs=(*denoiser.inputs, *tensors), outputs=denoiser.outputs, replaces=denoiser.name
     )
@@ -120,10 +124,19 @@ def read_control(control: ControlRequest, size: Size) -> Control:
     return Control(pixels=pixels, scale=scale, start=start, end=end)
 
 
-def images_of(controls: Mapping[str, Control]) -> Tensors:
-    """The networks' images [3, H, W] in [-1, 1], by condition."""
+def preparations_of(spec: ModelSpec, controls: Mapping[str, Control]) -> dict[str, Preparation]:
+    """The images that the encoder has to read, by condition."""
+    encoded = {condition.name for condition in spec.conditions if condition.encoded}
+    given = {_PREFIX + name: control.pixels for name, control in controls.items()}
+    return {name: Preparation("encoder", pixels) for name, pixels in given.items() if name in encoded}
+
+
+def images_of(controls: Mapping[str, Control], prepared: Mapping[str, Tensors]) -> Tensors:
+    """The networks' images, by condition: what was prepared of them [C, h, w], or pixels [3, H, W] in [-1, 1]."""
     return {
-        _PREFIX + name: np.ascontiguousarray(control.pixels.transpose(2, 0, 1), dtype=np.float32) / np.float32(127.5) - 1
+        _PREFIX + name: prepared[_PREFIX + name]["latents"]
+        if _PREFIX + name in prepared
+        else np.ascontiguousarray(control.pixels.transpose(2, 0, 1), dtype=np.float32) / np.float32(127.5) - 1
         for name, control in controls.items()
     }
 

@@ -55,7 +55,9 @@ class Condition(Record):
     another network whose outputs are added to the denoiser's, as a part of the denoised sequence, as a class, or as what is
     added to the network's own weights."""
     channels: int = Field(0, ge=0, le=4096)
-    """Of an image: of latent size where it is joined to the latents, of pixel size where another network reads it; else 0."""
+    """Of an image, see `is_of_pixel_size`; else 0."""
+    encoded: bool = False
+    """Whether the other network reads the image's latents, of latent size, in the place of its pixels."""
     tokens: tuple[Annotated[int, Field(ge=1, le=2**16)], Annotated[int, Field(ge=1, le=2**16)]] | None = None
     """Of tokens that may be absent: their number, and the width of each."""
     values: int = Field(0, ge=0, le=2**31)
@@ -73,9 +75,19 @@ class Condition(Record):
         return self
 
     @property
+    def is_of_pixel_size(self) -> bool:
+        """Whether it is an image of the result's size, and not of that of its latents."""
+        return self.enters == "residual" and not self.encoded
+
+    @property
     def scale_name(self) -> str:
         """The network's input for its scale."""
         return f"scale_of_{self.name}"
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The network's inputs for it: itself, and its scale where it has one."""
+        return (self.name, self.scale_name) if self.scaled else (self.name,)
 
 
 def latent_diffusion(token_inputs: Sequence[str], text_conditions: Sequence[str], *others: str) -> tuple[PartSpec, ...]:

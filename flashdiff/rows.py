@@ -107,14 +107,17 @@ def start_rows(
     `unconditional` is `generate.unconditional_of` the model. RequestError for an order without a condition that it needs.
     """
     replacing = replacing_part(spec, order)
-    own = {**of_controls.images_of(order.controls), **of_loras.vectors_of(order.loras)}
+    own = {**of_controls.images_of(order.controls, prepared), **of_loras.vectors_of(order.loras)}
     taken = spec.taken_by(replacing)
+    evaluated = order.task.branches(spec, order, prepared, unconditional)
     branches = tuple(
         replace(branch, conditions=_complete(spec, taken, order.size, {**branch.conditions, **own, **tokens}))
-        for branch in order.task.branches(spec, order, prepared, unconditional)
+        for branch in evaluated
         for tokens in [references.tokens_of(prepared, has_prompt=branch.has_prompt)]
     )
+    given = {condition.name for condition in taken if condition.scaled and condition.name in evaluated[0].conditions}
     scales = {
+        **dict.fromkeys(given, np.ones(order.steps_taken, dtype=np.float32)),
         **of_controls.scales_of(order.controls, order.steps_taken),
         **of_loras.scales_of(order.loras, order.steps_taken),
         **references.scales_of(order),
@@ -176,7 +179,7 @@ def _shape_of(spec: ModelSpec, condition: Condition, size: Size) -> tuple[int, .
         return condition.tokens
     if condition.values:
         return (condition.values,)
-    if condition.enters == "residual":
+    if condition.is_of_pixel_size:
         return condition.channels, size.height, size.width
     _, height, width = spec.latent_shape(size)
     return condition.channels, height, width

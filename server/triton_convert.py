@@ -71,7 +71,7 @@ def inputs_of(spec: ModelSpec) -> dict[str, Tensor]:
     its controls, reference and LoRA slots."""
     tasks = tasks_of(spec)
     files = {name.upper(): _FILE for task in tasks for name in task.inputs}
-    numbers = {parameter.name.upper(): _NUMBER for task in tasks for parameter in task.parameters}
+    numbers = {parameter.name.upper(): _NUMBER for task in tasks for parameter in task.parameters_of(spec)}
     names = [name.upper() for name in controls_of(spec)]
     controls = {f"CONTROL_{name}": _CONTROL for name in names}
     shares = {f"{share}_{name}": _OF_CONTROL for name in names for share in ("SCALE", "START", "END")}

@@ -90,7 +90,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def _model(base: Path, guidance: float, **controls: Path) -> TorchModel:
-    return with_controls(load_fused(str(base), (), SamplingOptions(sampler="ddim", guidance=guidance))[1], controls)
+    return with_controls(*load_fused(str(base), (), SamplingOptions(sampler="ddim", guidance=guidance)), controls)
 
 
 def _order(model: Components, *controls: ControlRequest, **options: Any) -> Order:
@@ -405,7 +405,7 @@ def test_an_adapter_of_sdxls_own_form_steers_an_engine_at_two_sizes(bases: dict[
 def test_the_table_of_known_times_takes_no_control_image_for_a_time(bases: dict[str, Path]) -> None:
     sampling = SamplingOptions(sampler="lcm", timesteps=(999, 499), guidance=1)
     family, model = load_fused(str(bases["sd15"]), (), sampling)
-    model = with_controls(model, {"edges": bases["sd15-edges"]})
+    model = with_controls(family, model, {"edges": bases["sd15-edges"]})
     assert model.spec.sampler.known_times
     part = next(part for part in parts_of(family, model) if part.name == "denoiser_control")
     inputs = random_inputs(model, part, 3, model.spec.sizes[0], torch.Generator().manual_seed(3))

@@ -15,11 +15,11 @@ import torch
 from diffusers.loaders import single_file_model, single_file_utils
 from original_layout import write_checkpoint
 from safetensors.torch import load_file, save_file
-from tiny import make_tiny_flux, make_tiny_sd3, make_tiny_sd35
+from tiny import make_tiny_flux, make_tiny_flux_fill, make_tiny_flux_kontext, make_tiny_sd3, make_tiny_sd35
 from transformers import CLIPTextModelWithProjection
 
 from flashdiff.errors import ModelError
-from flashdiff.families import find_base, load_base
+from flashdiff.families import family_of, find_base, load_base
 from flashdiff.generate import generate_rows
 from flashdiff.noise import image_noise
 from flashdiff.tasks import check_order
@@ -113,6 +113,16 @@ def test_a_checkpoint_is_what_stock_diffusers_reads(bases: dict[str, Path], tmp_
     image = _image(stock, torch.from_numpy(image_noise(3, 0, spec.latent_shape(spec.sizes[0])))[None])
     np.testing.assert_allclose(ours.astype(float), 255 * image, atol=0.51)
     assert ours.std() > 5
+
+
+@pytest.mark.parametrize(("make", "task"), [(make_tiny_flux_fill, "inpainting"), (make_tiny_flux_kontext, "edit")])
+def test_a_checkpoint_of_fill_or_kontext_keeps_its_pipeline(tmp_path: Path, make: Any, task: str) -> None:
+    base = make(tmp_path / "base")
+    file = write_checkpoint(base, tmp_path / "whole.safetensors")
+    found = find_base(str(file), config=str(_settings(base, tmp_path)))
+    spec = family_of(found).read_spec(found)
+    assert task in spec.tasks
+    assert spec.conditions == family_of(base).read_spec(base).conditions
 
 
 def test_sd3_without_t5_in_the_file_or_its_configuration(bases: dict[str, Path], tmp_path: Path) -> None:

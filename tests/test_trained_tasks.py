@@ -16,7 +16,9 @@ from tiny import make_tiny_sd15, make_tiny_sdxl
 from flashdiff.components import Components
 from flashdiff.engines.build import build_engine
 from flashdiff.engines.config import BuildOptions
+from flashdiff.engines.parts import parts_of
 from flashdiff.engines.runtime.engine import open_bundle
+from flashdiff.engines.stock import StockReference, run_stock
 from flashdiff.errors import BundleError, RequestError, TrainingError
 from flashdiff.families import family_of
 from flashdiff.generate import generate, generate_rows
@@ -109,6 +111,18 @@ def test_edits_are_those_of_the_stock_pipeline(
     ).images[0]  # fmt: skip
     np.testing.assert_allclose(ours, stock, atol=1e-4, rtol=0)
     assert ours.std() > 0.1
+
+
+@pytest.mark.parametrize(("family", "task"), CLASSES)
+def test_the_second_gate_compares_with_the_models_own_pipeline(
+    bases: dict[tuple[str, str], Path], family: str, task: str
+) -> None:
+    base = bases[family, task]
+    found, model = load_fused(str(base), (), SAMPLING)
+    stock = run_stock(found, model, base, parts_of(found, model))
+    assert isinstance(stock, StockReference)
+    assert stock.made_by.startswith(CLASSES[family, task])
+    assert stock.torch_error < 1e-5
 
 
 def test_requests_without_and_with_the_conditions_share_batches(bases: dict[tuple[str, str], Path]) -> None:

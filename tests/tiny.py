@@ -19,6 +19,8 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
+    FluxFillPipeline,
+    FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
     PixArtAlphaPipeline,
@@ -208,8 +210,8 @@ def make_tiny_sd3(folder: Path, *, has_t5: bool = True, **settings: Any) -> Path
     """`settings` are those of the transformer."""
     torch.manual_seed(0)
     transformer = SD3Transformer2DModel(
-        sample_size=8, in_channels=16, num_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=80,
-        caption_projection_dim=32, pooled_projection_dim=2 * _WIDTH, pos_embed_max_size=16, **settings,
+        sample_size=8, in_channels=16, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=80,
+        caption_projection_dim=32, pooled_projection_dim=2 * _WIDTH, pos_embed_max_size=16, **{"num_layers": 2, **settings},
     )  # fmt: skip
     StableDiffusion3Pipeline(
         vae=_vae(16, shift_factor=0.1),
@@ -230,13 +232,15 @@ def make_tiny_sd35(folder: Path) -> Path:
     return make_tiny_sd3(folder, has_t5=False, qk_norm="rms_norm", dual_attention_layers=(0,))
 
 
-def make_tiny_flux(folder: Path, *, guidance_embeds: bool = True) -> Path:
+def make_tiny_flux(folder: Path, *, guidance_embeds: bool = True, pipeline: Any = FluxPipeline, **settings: Any) -> Path:
+    """`settings` are those of the transformer."""
     torch.manual_seed(0)
+    changes = {"in_channels": 64, "num_layers": 2, "num_single_layers": 1, **settings}
     transformer = FluxTransformer2DModel(
-        in_channels=64, num_layers=2, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=_WIDTH, pooled_projection_dim=_WIDTH, guidance_embeds=guidance_embeds, axes_dims_rope=(4, 6, 6),
+        attention_head_dim=16, num_attention_heads=2, joint_attention_dim=_WIDTH, pooled_projection_dim=_WIDTH,
+        guidance_embeds=guidance_embeds, axes_dims_rope=(4, 6, 6), **changes,
     )  # fmt: skip
-    FluxPipeline(
+    pipeline(
         vae=_vae(16, shift_factor=0.1),
         transformer=_varied(transformer),
         text_encoder=CLIPTextModel(_clip_config()),
@@ -246,6 +250,15 @@ def make_tiny_flux(folder: Path, *, guidance_embeds: bool = True) -> Path:
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
     ).save_pretrained(folder)
     return folder
+
+
+def make_tiny_flux_fill(folder: Path) -> Path:
+    """A token holds 4 cells of latents, of masked latents, and of a mask of 4x4 pixels a cell."""
+    return make_tiny_flux(folder, pipeline=FluxFillPipeline, in_channels=4 * (16 + 16 + 16), out_channels=64)
+
+
+def make_tiny_flux_kontext(folder: Path) -> Path:
+    return make_tiny_flux(folder, pipeline=FluxKontextPipeline)
 
 
 def make_tiny_z_image(folder: Path) -> Path:

@@ -39,8 +39,8 @@ def open_parts(folder: Path, manifest: Manifest, on: Device) -> CompilePart:
     if manifest.reference:
         place = folder / MODEL / REFERENCE
         model = with_adapter(model, Found(file=place / ADAPTER, encoder=place / ENCODER_FOLDER))
-    model = with_controls(model, {control.name: folder / MODEL / CONTROLS / control.name for control in manifest.controls})
-    model = with_slots(model, family, manifest.lora_slots, manifest.lora_rank)
+    controls = {control.name: folder / MODEL / CONTROLS / control.name for control in manifest.controls}
+    model = with_slots(with_controls(family, model, controls), family, manifest.lora_slots, manifest.lora_rank)
     is_cpu = manifest.machine.device == "cpu"
     device = torch.device("cpu") if is_cpu else torch.device("cuda", on.gpu_index)
     runners = {}

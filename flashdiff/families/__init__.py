@@ -23,6 +23,8 @@ _FAMILIES = {
     "PixArtSigmaPipeline": "pixart_sigma",
     "StableDiffusion3Pipeline": "sd3",
     "FluxPipeline": "flux",
+    "FluxFillPipeline": "flux",
+    "FluxKontextPipeline": "flux",
     "ZImagePipeline": "z_image",
     "SanaPipeline": "sana",
     "SanaSprintPipeline": "sana_sprint",

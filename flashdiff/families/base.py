@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from flashdiff.components import ModelSpec
 from flashdiff.families.codec import Encoder
+from flashdiff.families.control_kinds import ControlKind
 from flashdiff.families.files import base_hash
 from flashdiff.families.prints import prints_of
 from flashdiff.families.settings import Fixed
@@ -75,7 +76,7 @@ class ModelFamily:
     """Those of the networks that a base may do without, where model_index.json says `[null, null]`."""
     fixed: Mapping[str, Fixed] = field(default_factory=dict)
     """By folder: settings that count only at some values."""
-    controls: tuple[str, ...] = ()
+    controls: Mapping[str, ControlKind] = field(default_factory=dict)
     """The classes of diffusers' networks that its denoiser can be steered by: see `control`."""
     references: bool = False
     """Whether IP-Adapters fit its denoiser: see `ip_adapter`."""

@@ -1,4 +1,7 @@
-"""What enters a network together with the latents: nothing, a mask and the rest of an image, or an image to edit."""
+"""What enters a network together with the latents: nothing, a mask and the rest of an image, or an image to edit.
+
+Data for the families; a mask is one value a latent cell, or one for each of its pixels.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -6,7 +9,7 @@ from torch import Tensor, nn
 from flashdiff.parts import EDITED_IMAGE, MASK, MASKED_IMAGE, Condition
 
 Entrance = tuple[Condition, ...]
-"""Conditions that are joined to the latents' channels."""
+"""Conditions that are joined to the latents' channels, or follow them in the sequence."""
 
 
 def unet_entrances(pipeline_class: str, latent_channels: int) -> tuple[Entrance, ...]:
@@ -19,6 +22,16 @@ def unet_entrances(pipeline_class: str, latent_channels: int) -> tuple[Entrance,
     mask = Condition(name=MASK, enters="concat", channels=1, absent="ones")  # all is replaced
     masked_image = Condition(name=MASKED_IMAGE, enters="concat", channels=latent_channels, absent="grey_image")
     return (), (mask, masked_image)
+
+
+def flux_entrances(pipeline_class: str, latent_channels: int, latent_factor: int) -> tuple[Entrance, ...]:
+    """That of a pipeline class of FLUX."""
+    masked_image = Condition(name=MASKED_IMAGE, enters="concat", channels=latent_channels, absent="grey_image")
+    pixels = Condition(name=MASK, enters="concat", channels=latent_factor**2, absent="ones")
+    # Its scale says whether a row has one: a row without does not attend to its tokens.
+    reference = Condition(name=EDITED_IMAGE, enters="sequence", channels=latent_channels, scaled=True, absent="zeros")
+    by_class: dict[str, Entrance] = {"FluxFillPipeline": (masked_image, pixels), "FluxKontextPipeline": (reference,)}
+    return (by_class.get(pipeline_class, ()),)
 
 
 class Joined(nn.Module):

@@ -1,5 +1,7 @@
 """FLUX: a pooled CLIP vector and a T5, a transformer over packed latents, rectified flow; dev takes guidance as an input."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,13 @@ from torch import Tensor, nn
 from flashdiff.components import ModelSpec
 from flashdiff.families.base import GUIDANCE, ModelFamily, TorchModel
 from flashdiff.families.codec import latent_factor
+from flashdiff.families.control_transformer import FLUX_CONTROLS, spread_in_runs
+from flashdiff.families.entrance import flux_entrances
 from flashdiff.families.loading import (
     explain_bad_settings,
     load_part,
     load_vae,
+    pipeline_class_of,
     read_config,
     scheduler_config,
     spec_of,
@@ -24,7 +29,16 @@ from flashdiff.schedule import FlowSchedule
 
 _T5_TOKENS = 512
 _PIXELS = 1024  # the pipeline's own size, where the autoencoder names none
-_EMBEDDED_GUIDANCE = 3.5  # what the model's own pipeline feeds it
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Kind:
+    """What differs between the pipelines of the family."""
+
+    denoiser: "type[_Denoiser]"
+    guidance: float = 3.5
+    """The embedded scale, where the pipeline's call names none."""
+    steps: int = 28
 
 
 class _TextEncoder(nn.Module):
@@ -48,42 +62,160 @@ class _Denoiser(nn.Module):
         _, sigmas = schedule.levels(list(range(schedule.num_train_timesteps)))
         self.register_buffer("sigmas", torch.from_numpy(sigmas).float())
         self.sigmas: Tensor
-        # The network rounds times and guidance to its own precision before it embeds them: in bfloat16 333 would be 334.
         self._exact: tuple[Tensor, ...] = ()
-        transformer.time_text_embed.register_forward_pre_hook(lambda _, given: (*self._exact, *given[len(self._exact) :]))
+        self.adopt(transformer)
+
+    def adopt(self, network: Any) -> None:
+        """Let `run` give a network the times and the guidance unrounded.
+
+        It rounds them to its own precision before it embeds them: in bfloat16 333 would be 334.
+        """
+        network.time_text_embed.register_forward_pre_hook(lambda _, given: (*self._exact, *given[len(self._exact) :]))
 
     def forward(
-        self, latents: Tensor, times: Tensor, encoder_hidden_states: Tensor, pooled_projections: Tensor, guidance: Tensor
+        self,
+        latents: Tensor,
+        times: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+        guidance: Tensor,
+        residuals: Mapping[str, Any] | None = None,
     ) -> Tensor:
-        batch, channels, height, width = latents.shape
-        rows, columns = height // 2, width // 2
-        tokens = latents.reshape(batch, channels, rows, 2, columns, 2).permute(0, 2, 4, 1, 3, 5)
-        image_ids = torch.zeros(rows, columns, 3, dtype=latents.dtype, device=latents.device)
-        image_ids[..., 1] += torch.arange(rows, device=latents.device)[:, None]
-        image_ids[..., 2] += torch.arange(columns, device=latents.device)[None, :]
-        is_guided = self.transformer.config.guidance_embeds
+        """`residuals`: of control networks."""
+        texts = encoder_hidden_states, pooled_projections, guidance
+        (output,) = self.run(self.transformer, packed(latents), image_ids(latents), times, *texts, **(residuals or {}))
+        return unpacked(output, latents)
+
+    def residuals_of(
+        self, network: Any, latents: Tensor, times: Tensor, conditions: Sequence[Tensor], image: Tensor, scale: Tensor
+    ) -> dict[str, list[Tensor]]:
+        """What a control network adds behind each block, for the latents of an image."""
+        given = {"controlnet_cond": packed(image), "conditioning_scale": scale[:, None, None]}
+        double, single = self.run(network, packed(latents), image_ids(latents), times, *conditions, **given)
+        blocks = {
+            "controlnet_block_samples": (double, len(self.transformer.transformer_blocks)),
+            "controlnet_single_block_samples": (single, len(self.transformer.single_transformer_blocks)),
+        }
+        return {place: spread_in_runs(made, count) for place, (made, count) in blocks.items() if made and count}
+
+    def run(
+        self,
+        network: Any,
+        tokens: Tensor,
+        ids: Tensor,
+        times: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+        guidance: Tensor,
+        **others: Any,
+    ) -> Any:
+        """What a network that was adopted gives for tokens [B, S, ...] at the places `ids` [S, 3]."""
+        is_guided = network.config.guidance_embeds
         sigmas = times / 1000 if times.is_floating_point() else self.sigmas[times]
         self._exact = tuple(1000 * values for values in (sigmas, *([guidance] if is_guided else [])))
-        output = self.transformer(
-            hidden_states=tokens.reshape(batch, rows * columns, 4 * channels),
+        outputs = network(
+            hidden_states=tokens,
             timestep=sigmas,
             guidance=guidance if is_guided else None,
             pooled_projections=pooled_projections,
             encoder_hidden_states=encoder_hidden_states,
-            txt_ids=torch.zeros(encoder_hidden_states.shape[1], 3, dtype=latents.dtype, device=latents.device),
-            img_ids=image_ids.reshape(rows * columns, 3),
+            txt_ids=torch.zeros(encoder_hidden_states.shape[1], 3, dtype=tokens.dtype, device=tokens.device),
+            img_ids=ids,
             return_dict=False,
-        )[0]
+            **others,
+        )
         self._exact = ()
-        unpacked: Tensor = output.reshape(batch, rows, columns, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
-        return unpacked.reshape(batch, channels, height, width)
+        return outputs
+
+
+class _Fill(_Denoiser):
+    """FLUX Fill: the rest of an image and a mask are joined to the channels of every token."""
+
+    def forward(  # type: ignore[override]
+        self,
+        latents: Tensor,
+        times: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+        guidance: Tensor,
+        masked_image: Tensor,
+        mask: Tensor,
+    ) -> Tensor:
+        """`masked_image`: latents [B, C, h, w] of the image without what the mask covers; `mask`: [B, pixels of a cell, h, w]."""
+        texts = encoder_hidden_states, pooled_projections, guidance
+        tokens = packed(torch.cat([latents, masked_image, mask], dim=1))
+        (output,) = self.run(self.transformer, tokens, image_ids(latents), times, *texts)
+        return unpacked(output, latents)
+
+
+class _Kontext(_Denoiser):
+    """FLUX Kontext: the tokens of a reference image follow those of the image; a row without one does not attend to them."""
+
+    def forward(  # type: ignore[override]
+        self,
+        latents: Tensor,
+        times: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+        guidance: Tensor,
+        image: Tensor,
+        is_given: Tensor,
+    ) -> Tensor:
+        """`image`: latents [B, C, h, w] of the reference; `is_given` [B]: 1 for a row that has one, 0 for one without."""
+        own, reference = packed(latents), packed(image)
+        ids = torch.cat([image_ids(latents), image_ids(latents, source=1)])
+        texts = encoder_hidden_states, pooled_projections, guidance
+        always = torch.ones_like(torch.cat([encoder_hidden_states[..., 0], own[..., 0]], dim=1), dtype=torch.bool)
+        seen = torch.cat([always, (is_given > 0.5)[:, None].expand(-1, reference.shape[1])], dim=1)
+        attention = {"attention_mask": seen[:, None, None]}
+        tokens = torch.cat([own, reference], dim=1)
+        (output,) = self.run(self.transformer, tokens, ids, times, *texts, joint_attention_kwargs=attention)
+        return unpacked(output[:, : own.shape[1]], latents)
+
+
+def packed(latents: Tensor) -> Tensor:
+    """[B, C, h, w] as tokens [B, h w / 4, 4 C], one for each patch of 2x2 cells."""
+    batch, channels, height, width = latents.shape
+    rows, columns = height // 2, width // 2
+    tokens = latents.reshape(batch, channels, rows, 2, columns, 2).permute(0, 2, 4, 1, 3, 5)
+    return tokens.reshape(batch, rows * columns, 4 * channels)
+
+
+def unpacked(tokens: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `packed`, for latents of the shape of `like`."""
+    batch, channels, height, width = like.shape
+    latents = tokens.reshape(batch, height // 2, width // 2, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return latents.reshape(batch, channels, height, width)
+
+
+def image_ids(latents: Tensor, source: int = 0) -> Tensor:
+    """Places [S, 3] of the tokens of latents [B, C, h, w]: which image they are of (0: the one that is made), row and column."""
+    rows, columns = latents.shape[2] // 2, latents.shape[3] // 2
+    ids = torch.zeros(rows, columns, 3, dtype=latents.dtype, device=latents.device)
+    if source:
+        ids[..., 0] += source
+    ids[..., 1] += torch.arange(rows, device=latents.device)[:, None]
+    ids[..., 2] += torch.arange(columns, device=latents.device)[None, :]
+    return ids.reshape(rows * columns, 3)
+
+
+_KINDS = {
+    "FluxPipeline": _Kind(denoiser=_Denoiser),
+    "FluxFillPipeline": _Kind(denoiser=_Fill, guidance=30.0, steps=50),
+    "FluxKontextPipeline": _Kind(denoiser=_Kontext),
+}
+
+
+def _kind_of(folder: Path) -> _Kind:
+    return _KINDS[pipeline_class_of(folder)]
 
 
 @explain_bad_settings
 def _read_spec(folder: Path) -> ModelSpec:
     vae, transformer = read_config(folder, "vae"), read_config(folder, "transformer")
+    kind = _kind_of(folder)
     if transformer.get("guidance_embeds"):
-        sampling: dict[str, Any] = {"embedded_guidance": _EMBEDDED_GUIDANCE}
+        sampling: dict[str, Any] = {"embedded_guidance": kind.guidance, "default_steps": kind.steps}
     else:  # schnell
         sampling = {"kind": "flow-euler", "default_steps": 4}
     side = vae.get("sample_size", _PIXELS) // latent_factor(vae)
@@ -97,6 +229,7 @@ def _read_spec(folder: Path) -> ModelSpec:
         network_channels=transformer["in_channels"] // 4,  # a token is a patch of 2x2
         latent_side=side,
         sampling=sampling,
+        entrances=flux_entrances(pipeline_class_of(folder), vae["latent_channels"], latent_factor(vae)),
         tokenizers=(
             tokenizer_spec(folder, "tokenizer", "input_ids"),
             tokenizer_spec(folder, "tokenizer_2", "input_ids_2", _T5_TOKENS),
@@ -112,12 +245,12 @@ def _load(folder: Path, spec: ModelSpec) -> TorchModel:
     transformer = load_part(folder, "transformer", diffusers.FluxTransformer2DModel)
     clip, t5 = load_part(folder, "text_encoder", CLIPTextModel), load_part(folder, "text_encoder_2", T5EncoderModel)
     assert isinstance(spec.sampler.schedule, FlowSchedule)
-    guidance = spec.sampler.embedded_guidance
+    kind, guidance = _kind_of(folder), spec.sampler.embedded_guidance
     return torch_model(
         folder,
         spec,
-        text_encoder=_TextEncoder(clip, t5, _EMBEDDED_GUIDANCE if guidance is None else guidance),
-        denoiser=_Denoiser(transformer, spec.sampler.schedule),
+        text_encoder=_TextEncoder(clip, t5, kind.guidance if guidance is None else guidance),
+        denoiser=kind.denoiser(transformer, spec.sampler.schedule),
         network=transformer,
         weights={"vae": vae, "transformer": transformer, "text_encoder": clip, "text_encoder_2": t5},
     )
@@ -135,6 +268,7 @@ FAMILY = ModelFamily(
     feature_tap=lambda transformer: transformer.transformer_blocks[len(transformer.transformer_blocks) // 2],
     feature_blocks=lambda transformer: (*transformer.transformer_blocks, *transformer.single_transformer_blocks),
     lora_prefix="transformer",
+    controls=FLUX_CONTROLS,
     float32_inputs=(GUIDANCE,),
     size_step=lambda _: 2,  # a token is a patch of 2x2
     default_guidance=1.0,  # none but the embedded one

@@ -49,6 +49,11 @@ def read_config(folder: Path, part: str, name: str = "config.json") -> dict[str,
     return config
 
 
+def pipeline_class_of(folder: Path) -> str:
+    """The pipeline class that model_index.json names."""
+    return str(read_config(folder, ".", "model_index.json").get("_class_name"))
+
+
 def _check_setting(path: Path, key: str, value: Any) -> None:
     """The libraries would try for hours to make a network of a billion layers."""
     if isinstance(value, list):
@@ -99,7 +104,7 @@ def spec_of(
     vae = read_config(folder, "vae")
     factor, channels = latent_factor(vae), vae["latent_channels"] if "latent_channels" in vae else vae["z_dim"]
     conditions = [Condition(name=name, part="text_encoder", unconditional=unconditional) for name in family.conditioning]
-    by_width = {channels + sum(condition.channels for condition in entrance): entrance for entrance in entrances}
+    by_width = {channels + sum(c.channels for c in entrance if c.enters == "concat"): entrance for entrance in entrances}
     entrance = by_width.get(network_channels)
     if entrance is None:
         known = " or ".join(map(str, by_width))
@@ -131,7 +136,9 @@ def spec_of(
         latent_factor=factor,
         sizes=(Size(latent_side * factor, latent_side * factor),),
         tokenizers=tokenizers,
-        parts=latent_diffusion([tokenizer.name for tokenizer in tokenizers], family.conditioning, *(c.name for c in entrance)),
+        parts=latent_diffusion(
+            [tokenizer.name for tokenizer in tokenizers], family.conditioning, *(name for c in entrance for name in c.tensors)
+        ),
         conditions=(*conditions, *entrance),
         tasks=tasks_for(entrance),
     )
@@ -172,9 +179,7 @@ def unet_spec(
         latent_side=unet["sample_size"],
         tokenizers=tokenizers,
         sampling=sampling,
-        entrances=unet_entrances(
-            str(read_config(folder, ".", "model_index.json").get("_class_name")), read_config(folder, "vae")["latent_channels"]
-        ),
+        entrances=unet_entrances(pipeline_class_of(folder), read_config(folder, "vae")["latent_channels"]),
         **settings,
     )
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from flashdiff.components import ModelSpec
 from flashdiff.families.base import ModelFamily, TorchModel
-from flashdiff.families.control import UNET_CONTROLS, as_unet_takes
+from flashdiff.families.control_unet import UNET_CONTROLS, SteerableUnet, as_unet_takes
 from flashdiff.families.entrance import Joined
 from flashdiff.families.guidance import guidance_embedding
 from flashdiff.families.ip_adapter import Reading
@@ -36,7 +36,7 @@ class _TextEncoder(nn.Module):
         return (self.model(input_ids).last_hidden_state,)
 
 
-class _Denoiser(nn.Module):
+class _Denoiser(SteerableUnet, nn.Module):
     def __init__(self, unet: Any, vae: Any, guidance: float | None) -> None:
         super().__init__()
         self.unet, self.join = unet, Joined(vae.config.scaling_factor)
@@ -64,9 +64,7 @@ class _Denoiser(nn.Module):
         output: Tensor = self.unet(latents, times, timestep_cond=guidance, return_dict=False, **texts, **steering)[0]
         return output
 
-    @staticmethod
-    def texts(latents: Tensor, encoder_hidden_states: Tensor, *_: Tensor) -> dict[str, Any]:
-        """What the UNet and its control networks take of the text alike."""
+    def texts(self, latents: Tensor, encoder_hidden_states: Tensor, *_: Tensor) -> dict[str, Any]:  # type: ignore[override]
         return {"encoder_hidden_states": encoder_hidden_states}
 
 

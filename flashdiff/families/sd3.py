@@ -1,5 +1,6 @@
 """Stable Diffusion 3 and 3.5: two CLIP text encoders and a T5 or none, a transformer over text and image, rectified flow."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from flashdiff.components import ModelSpec
 from flashdiff.families.base import ModelFamily, TorchModel
+from flashdiff.families.control_transformer import SD3_CONTROLS, spread_evenly
 from flashdiff.families.loading import (
     explain_bad_settings,
     load_part,
@@ -62,15 +64,47 @@ class _Denoiser(nn.Module):
         self.register_buffer("network_times", torch.from_numpy(1000 * sigmas).float())
         self.network_times: Tensor
 
-    def forward(self, latents: Tensor, times: Tensor, encoder_hidden_states: Tensor, pooled_projections: Tensor) -> Tensor:
+    def forward(
+        self,
+        latents: Tensor,
+        times: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+        residuals: Mapping[str, list[Tensor]] | None = None,
+    ) -> Tensor:
+        """`residuals`: of control networks."""
         output: Tensor = self.transformer(
             hidden_states=latents,
-            timestep=times if times.is_floating_point() else self.network_times[times],
+            timestep=self._times(times),
             encoder_hidden_states=encoder_hidden_states,
             pooled_projections=pooled_projections,
             return_dict=False,
+            **(residuals or {}),
         )[0]
         return output
+
+    def adopt(self, network: Any) -> None:
+        """A control network is used as it is."""
+
+    def residuals_of(
+        self, network: Any, latents: Tensor, times: Tensor, conditions: Sequence[Tensor], image: Tensor, scale: Tensor
+    ) -> dict[str, list[Tensor]]:
+        """What a control network adds behind each block, for the latents of an image."""
+        texts, pooled = conditions
+        made = network(
+            # SD3.5's own have no places of their own: they take the base's.
+            hidden_states=latents if network.config.use_pos_embed else self.transformer.pos_embed(latents),
+            timestep=self._times(times),
+            encoder_hidden_states=None if network.context_embedder is None else texts,
+            pooled_projections=torch.zeros_like(pooled) if network.config.force_zeros_for_pooled_projection else pooled,
+            controlnet_cond=image,
+            conditioning_scale=scale[:, None, None],
+            return_dict=False,
+        )[0]
+        return {"block_controlnet_hidden_states": spread_evenly(made, len(self.transformer.transformer_blocks))}
+
+    def _times(self, times: Tensor) -> Tensor:
+        return times if times.is_floating_point() else self.network_times[times]
 
 
 def _has_t5(folder: Path) -> bool:
@@ -136,6 +170,7 @@ FAMILY = ModelFamily(
     feature_tap=lambda transformer: transformer.transformer_blocks[len(transformer.transformer_blocks) // 2],
     feature_blocks=lambda transformer: transformer.transformer_blocks,
     lora_prefix="transformer",
+    controls=SD3_CONTROLS,
     size_step=lambda transformer: int(transformer["patch_size"]),
     largest_side=lambda transformer: int(transformer["pos_embed_max_size"] * transformer["patch_size"]),
     default_guidance=7.0,

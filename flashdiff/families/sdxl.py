@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from flashdiff.components import ModelSpec
 from flashdiff.families.base import ModelFamily, TorchModel
-from flashdiff.families.control import UNET_CONTROLS, as_unet_takes
+from flashdiff.families.control_unet import UNET_CONTROLS, SteerableUnet, as_unet_takes
 from flashdiff.families.entrance import Joined
 from flashdiff.families.guidance import guidance_embedding
 from flashdiff.families.ip_adapter import Reading
@@ -39,7 +39,7 @@ class _TextEncoder(nn.Module):
         return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds
 
 
-class _Denoiser(nn.Module):
+class _Denoiser(SteerableUnet, nn.Module):
     def __init__(self, unet: Any, vae: Any, factor: int, guidance: float | None) -> None:
         super().__init__()
         self.unet, self.factor, self.join = unet, factor, Joined(vae.config.scaling_factor)
@@ -68,7 +68,9 @@ class _Denoiser(nn.Module):
         output: Tensor = self.unet(latents, times, timestep_cond=guidance, return_dict=False, **texts, **steering)[0]
         return output
 
-    def texts(self, latents: Tensor, encoder_hidden_states: Tensor, text_embeds: Tensor, *_: Tensor) -> dict[str, Any]:
+    def texts(  # type: ignore[override]
+        self, latents: Tensor, encoder_hidden_states: Tensor, text_embeds: Tensor, *_: Tensor
+    ) -> dict[str, Any]:
         """What the UNet and its control networks take of the text, and of the image's size, alike."""
         # The UNet takes original size, crop and target size: those of an uncropped image of the size that it makes.
         # Filled and joined, because an exported torch.tensor would keep the size of the example it was traced with.

@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import importlib.metadata
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -113,6 +114,9 @@ def _convert(
             _check_filled(file, settings, part, getattr(pipeline, part))
         _check_taken(file, settings, sizes, pipeline, prefixes)
         pipeline.save_pretrained(folder)
+        # The class of its configuration: LCM, inpainting, edits, FLUX Fill and Kontext are read with that of their family.
+        written = {**read_index(folder), "_class_name": index["_class_name"]}
+        (folder / INDEX).write_text(json.dumps(written, indent=2) + "\n")
     except FlashdiffError:
         raise
     except Exception as error:  # diffusers has many kinds for weights that do not fit the configuration

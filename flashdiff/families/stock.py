@@ -17,7 +17,7 @@ from flashdiff.components import ModelSpec, Size
 from flashdiff.errors import FlashdiffError, ModelError, first_line
 from flashdiff.families.base import ModelFamily, TorchModel
 from flashdiff.noise import image_noise
-from flashdiff.orders import Reference
+from flashdiff.orders import Pixels, Reference
 from flashdiff.reading import read_json
 from flashdiff.samplers.spacing import chosen_times
 from flashdiff.sampling import Sampler
@@ -26,6 +26,8 @@ from flashdiff.schedule import FlowSchedule
 _NO_BOUNDARY = 1e9
 """LCM's timestep scaling at which c_skip is 0 and c_out 1: a flash student's steps."""
 _NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder")
+_INPUTS = {"image": "image", "mask": "mask_image"}
+"""What pipelines call the images that a request brings."""
 
 
 class NoStockPipeline(FlashdiffError):  # noqa: N818  (a finding, which the caller writes down)
@@ -61,31 +63,45 @@ def stock_image(
     seed: int,
     steps: int,
     size: Size,
+    inputs: Mapping[str, Pixels] | None = None,
     reference: Reference | None = None,
 ) -> StockImage:
     """An image of the stock pipeline of a model, LoRAs and IP-Adapter included, on the device of `model`.
+
+    `inputs`: the images of `size` that a model takes which was trained for a task of its own.
 
     The pipeline reads the base's configuration files, tokenizers and scheduler itself; the weights are those of `model`. `vae` is
     the folder of an autoencoder in the place of the base's own.
     NoStockPipeline where diffusers cannot sample so; ModelError where the pipeline fails.
     """
-    spec = model.spec
-    if needed := [condition.name for condition in spec.taken_by() if condition.part is None]:
-        raise NoStockPipeline(f"the stock pipeline of a model that takes {', '.join(needed)} makes no image without")
+    from PIL import Image
+
+    spec, inputs = model.spec, inputs or {}
+    given = [condition.name for condition in spec.taken_by() if condition.part is None]
+    if given and not inputs:
+        raise NoStockPipeline(f"the stock pipeline of a model that takes {', '.join(given)} makes no image without")
+    name = str(read_json(folder / "model_index.json")["_class_name"]) if inputs else family.pipeline_class
     scheduler = stock_scheduler(spec, steps, is_shifted=spec.sampler.schedule != family.read_spec(folder).sampler.schedule)
     noise = _noise(seed, spec.latent_shape(size))
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # advice for users of diffusers' settings
         try:
-            pipeline = _pipeline(family, model, folder, vae)
+            pipeline = _pipeline(name, model, folder, vae)
             config = pipeline.scheduler.config
             kind = getattr(importlib.import_module("diffusers"), scheduler.kind)
             shift = {"shift": config.flow_shift} if "flow_shift" in config else {}  # as Sana's scheduler calls it
             pipeline.scheduler = kind.from_config(config, **{**shift, **scheduler.settings})
-            given = _referred(pipeline, model, reference) if reference else {}
+            referred = _referred(pipeline, model, reference) if reference else {}
             pack_first, pack = _packing(pipeline)
             takes = inspect.signature(pipeline.__call__).parameters
-            wanted = {"height": size.height, "width": size.width, "use_resolution_binning": False, "clean_caption": False}
+            if unknown := [argument for argument in scheduler.call if argument not in takes]:
+                raise NoStockPipeline(f"diffusers' {name} takes no {unknown[0]}")
+            wanted = {
+                **{"height": size.height, "width": size.width, "use_resolution_binning": False, "clean_caption": False},
+                **{"strength": 1.0},  # SDXL's inpainting starts from a hint of the image
+                **{"max_area": size.height * size.width, "_auto_resize": False},  # FLUX Kontext's, which has sizes of its own
+                **{_INPUTS[name]: Image.fromarray(pixels) for name, pixels in inputs.items()},
+            }
             with _GivenNoise(lambda: pack(next(noise))):
                 images = pipeline(
                     prompt=prompt,
@@ -94,11 +110,13 @@ def stock_image(
                     **family.stock_call(_guidance(spec.sampler)),
                     **{name: value for name, value in wanted.items() if name in takes},
                     **scheduler.call,
-                    **given,
+                    **referred,
                 ).images
+        except NoStockPipeline:
+            raise
         except Exception as error:  # the pipelines raise many kinds
-            raise ModelError(f"{folder}: the stock {family.pipeline_class} makes no image: {first_line(error)}") from None
-    return StockImage(made_by=f"{family.pipeline_class} with {scheduler.kind}", pixels=images[0].float().cpu().numpy())
+            raise ModelError(f"{folder}: the stock {name} makes no image: {first_line(error)}") from None
+    return StockImage(made_by=f"{name} with {scheduler.kind}", pixels=images[0].float().cpu().numpy())
 
 
 def stock_scheduler(spec: ModelSpec, steps: int, *, is_shifted: bool = False) -> StockScheduler:
@@ -177,18 +195,19 @@ def _guidance(sampler: Sampler) -> float:
     return sampler.guidance if sampler.embedded_guidance is None else sampler.embedded_guidance
 
 
-def _pipeline(family: ModelFamily, model: TorchModel, folder: Path, vae: Path | None) -> Any:
-    """The pipeline as its own configuration files say, with our weights and without a second copy of them."""
+def _pipeline(name: str, model: TorchModel, folder: Path, vae: Path | None) -> Any:
+    """The pipeline of this class as its own configuration files say, with our weights and without a second copy of them."""
     diffusers = importlib.import_module("diffusers")
     index = read_json(folder / "model_index.json")
     places = {name: folder / name for name in model.weights} | ({"vae": vae} if vae else {})
     parts = {name: _stock_part(places[name], index[name], weights) for name, weights in model.weights.items()}
     absent: dict[str, Any] = {name: None for name, kind in index.items() if kind == [None, None]}
-    kind = getattr(diffusers, family.pipeline_class)
+    kind = getattr(diffusers, name)
     if "add_watermarker" in inspect.signature(kind.__init__).parameters:
         absent["add_watermarker"] = False
     pipeline = kind.from_pretrained(folder, **{**absent, **dict.fromkeys(set(_NOT_NEEDED) & set(index)), **parts})
     pipeline.set_progress_bar_config(disable=True)
+    _encode_without_noise(pipeline.vae)
     return pipeline
 
 
@@ -211,6 +230,19 @@ def _referred(pipeline: Any, model: TorchModel, reference: Reference) -> dict[st
     )
     pipeline.set_ip_adapter_scale(reference.scale)
     return {"ip_adapter_image": Image.fromarray(reference.pixels)}
+
+
+def _encode_without_noise(vae: Any) -> None:
+    """Give the mean in the place of a draw, as our encoder does."""
+    encode = vae.encode
+
+    def encode_to_mean(*args: Any, **kwargs: Any) -> Any:
+        encoded = encode(*args, **kwargs)
+        if hasattr(encoded, "latent_dist"):
+            encoded.latent_dist.sample = lambda *_, **__: encoded.latent_dist.mode()
+        return encoded
+
+    vae.encode = encode_to_mean
 
 
 def _stock_part(folder: Path, kind: list[str], ours: torch.nn.Module) -> Any:

@@ -35,6 +35,12 @@ def tasks_for(conditions: Collection[Condition]) -> tuple[str, ...]:
     return text_to_image.TASK.name, image_to_image.TASK.name, inpainting.TASK.name
 
 
+def trained_task(spec: ModelSpec) -> Task | None:
+    """The task that makes the conditions which a model takes and its text encoder does not make; None where it takes none."""
+    wanted = {condition.name for condition in spec.taken_by() if condition.part is None}
+    return next((task for task in tasks_of(spec) if wanted and wanted <= {*task.conditions_made}), None)
+
+
 def input_names() -> list[str]:
     """The images that any task takes."""
     return list(dict.fromkeys(name for task in TASKS.values() for name in task.inputs))
@@ -143,7 +149,7 @@ def task_for(spec: ModelSpec, inputs: Collection[str]) -> Task:
 
 def _checked(spec: ModelSpec, task: Task, given: Mapping[str, float]) -> dict[str, float]:
     """Every parameter of the task, defaults filled in."""
-    known = {parameter.name: parameter for parameter in task.parameters}
+    known = {parameter.name: parameter for parameter in task.parameters_of(spec)}
     for name, value in given.items():
         if name not in known:
             raise RequestError(name, value, _remedy(spec, name))
@@ -153,7 +159,7 @@ def _checked(spec: ModelSpec, task: Task, given: Mapping[str, float]) -> dict[st
 def _remedy(spec: ModelSpec, parameter: str) -> str:
     """The inputs that a request needs for its parameter to have a meaning."""
     for task in tasks_of(spec):
-        if parameter in {known.name for known in task.parameters}:
+        if parameter in {known.name for known in task.parameters_of(spec)}:
             needed = " and ".join(f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in task.inputs)
             return f"it needs {needed} ({task.name})"
     return "no task of this model takes it"

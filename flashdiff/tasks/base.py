@@ -10,10 +10,10 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from flashdiff import controls, references
 from flashdiff.components import ModelSpec, Size, Tensors
 from flashdiff.errors import RequestError
 from flashdiff.orders import Order, Pixels, Preparation, as_float32
-from flashdiff.references import preparations_of
 from flashdiff.text import CutText
 
 GREY = 127.5
@@ -73,6 +73,12 @@ class Task:
     inputs: ClassVar[tuple[str, ...]] = ()
     """The images that a request must bring, by name."""
     parameters: ClassVar[tuple[Parameter, ...]] = ()
+    conditions_made: ClassVar[tuple[str, ...]] = ()
+    """The conditions that it makes from these images, for models that were trained for the task."""
+
+    def parameters_of(self, spec: ModelSpec) -> tuple[Parameter, ...]:
+        """Those of its parameters that mean something to a model."""
+        return self.parameters
 
     def input_size(self, spec: ModelSpec, name: str, size: Size) -> Size:
         """The size that an input has to have for a result of `size`."""
@@ -93,7 +99,12 @@ class Task:
         shape = order.size.height, order.size.width, 3
         stand_ins = {name: Preparation("encoder", np.full(shape, GREY, dtype=np.float32)) for name in _grey(spec)}
         given = {name: Preparation(part, CutText(text) if order.truncate_prompt else text) for name, text in texts.items()}
-        return given | stand_ins | preparations_of(order)
+        return {
+            **given,
+            **stand_ins,
+            **controls.preparations_of(spec, order.controls),
+            **references.preparations_of(order),
+        }
 
     def conditions(self, spec: ModelSpec, order: Order, prepared: Prepared, text: Tensors) -> Tensors:
         """The denoiser's conditions of the branch that reads `text`, by name; without B, such as [T, D]."""

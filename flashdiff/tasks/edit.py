@@ -1,4 +1,8 @@
-"""Edits an image by an instruction, with a model that was trained for it: InstructPix2Pix (arXiv 2211.09800)."""
+"""Edits an image by an instruction, with a model that was trained for it.
+
+InstructPix2Pix (arXiv 2211.09800) joins the image to its latents, and is guided by the text and by the image; FLUX Kontext
+(arXiv 2506.15742) reads the image as a part of its sequence, without guidance.
+"""
 
 from flashdiff import defaults
 from flashdiff.components import ModelSpec, Tensors
@@ -12,6 +16,11 @@ class _Edit(Task):
     inputs = ("image",)
     # How closely the result keeps to the image, as the guidance scale does to the instruction.
     parameters = (Parameter(name="image_guidance", default=defaults.IMAGE_GUIDANCE, above=0, at_most=100),)
+    conditions_made = (EDITED_IMAGE,)
+
+    def parameters_of(self, spec: ModelSpec) -> tuple[Parameter, ...]:
+        is_joined = any(condition.name == EDITED_IMAGE and condition.enters == "concat" for condition in spec.conditions)
+        return self.parameters if is_joined else ()
 
     def preparations(self, spec: ModelSpec, order: Order) -> dict[str, Preparation]:
         return {**super().preparations(spec, order), "image": Preparation("encoder", order.inputs["image"])}

@@ -1,8 +1,8 @@
 """Replaces a masked part of an image from a prompt.
 
-Models that were trained for it read the mask, and the image without what it covers, as two conditions. Any other text-to-image
-model does it by RePaint's blending (arXiv 2201.09865): after every step the latents outside the mask become the image's own, at
-the noise level that the step has reached.
+Models that were trained for it read the mask, by latent cells or by pixels (FLUX Fill), and the image without what it covers, as
+two conditions. Any other text-to-image model does it by RePaint's blending (arXiv 2201.09865): after every step the latents
+outside the mask become the image's own, at the noise level that the step has reached.
 """
 
 import numpy as np
@@ -23,11 +23,12 @@ class _Inpainting(Task):
     inputs = ("image", "mask")
     # Below 1 the masked part starts from the image's own content, noised, in place of pure noise.
     parameters = (Parameter(name="strength", default=1.0, above=0, at_most=1),)
+    conditions_made = (MASK, MASKED_IMAGE)
 
     def check(self, spec: ModelSpec, order: Order) -> None:
         if not _masked(order.inputs["mask"]).any():
             raise RequestError("mask", "all black", "it must be white where the image is made anew")
-        if not _masked_cells(spec, order).any():
+        if not _reads_pixels(spec) and not _masked_cells(spec, order).any():
             raise RequestError("mask", "thin lines", f"its white parts must be wider than {spec.latent_factor} pixels")
 
     def steps_taken(self, order: Order) -> int:
@@ -45,7 +46,10 @@ class _Inpainting(Task):
 
     def conditions(self, spec: ModelSpec, order: Order, prepared: Prepared, text: Tensors) -> Tensors:
         given = super().conditions(spec, order, prepared, text)
-        return {**given, MASK: _masked_cells(spec, order)[None].astype(np.float32)} if MASKED_IMAGE in given else given
+        if MASKED_IMAGE not in given:
+            return given
+        mask = _masked_pixels(spec, order) if _reads_pixels(spec) else _masked_cells(spec, order)[None]
+        return {**given, MASK: mask.astype(np.float32)}
 
     def start(self, order: Order, prepared: Prepared) -> NDArray[np.float32] | None:
         return None if order.parameters["strength"] == 1 else prepared["image"]["latents"]
@@ -67,6 +71,18 @@ def _masked(mask: Pixels) -> NDArray[np.bool_]:
 def _masked_cells(spec: ModelSpec, order: Order) -> NDArray[np.bool_]:
     """[h, w] of the latents: the nearest pixel decides, as in diffusers' pipelines."""
     return _masked(order.inputs["mask"])[:: spec.latent_factor, :: spec.latent_factor]
+
+
+def _reads_pixels(spec: ModelSpec) -> bool:
+    """Whether the model was trained on masks of which every pixel counts."""
+    return any(condition.name == MASK and condition.channels > 1 for condition in spec.conditions)
+
+
+def _masked_pixels(spec: ModelSpec, order: Order) -> NDArray[np.bool_]:
+    """[pixels of a cell, h, w]: the pixels of every cell, row by row, as its channels."""
+    factor, (_, height, width) = spec.latent_factor, spec.latent_shape(order.size)
+    pixels = _masked(order.inputs["mask"]).reshape(height, factor, width, factor)
+    return pixels.transpose(1, 3, 0, 2).reshape(factor**2, height, width)
 
 
 TASK = _Inpainting()

@@ -94,7 +94,9 @@ def write_model(name: str, model: Model, created: int, loras: Sequence[str]) -> 
     tasks = {
         task.name: {
             "inputs": list(task.inputs),
-            "parameters": {p.name: {"default": p.default, "above": p.above, "at_most": p.at_most} for p in task.parameters},
+            "parameters": {
+                p.name: {"default": p.default, "above": p.above, "at_most": p.at_most} for p in task.parameters_of(spec)
+            },
         }
         for task in tasks_of(spec)
     }
