@@ -129,7 +129,7 @@ def write_request(
         raise RequestError("priority", priority, f"it must be one of {', '.join(PRIORITY_NUMBERS)}")
     width, height = (0, 0) if size is None else size
     if size is not None and not (0 < width < 2**32 and 0 < height < 2**32):
-        raise RequestError("size", f"{width}x{height}", "its sides must be numbers from 1 on that the wire can carry")
+        raise RequestError("size", f"{width}x{height}", "it must be two sides from 1 on that the wire can carry")
     return pb.GenerateRequest(
         prompt=prompt,
         seed=seed,

@@ -107,7 +107,19 @@ def test_a_long_prompt_is_cut_where_the_request_says_so(running: Running, client
 
 @pytest.mark.parametrize(
     "changes",
-    [{"seed": -1}, {"seed": 2**64}, {"steps": 0}, {"steps": -1}, {"count": 0}, {"image_format": "gif"}, {"strength": 0}],
+    [
+        {"seed": -1},
+        {"seed": 2**64},
+        {"steps": 0},
+        {"steps": -1},
+        {"count": 0},
+        {"image_format": "gif"},
+        {"strength": 0},
+        {"quality": 0},
+        {"size": (0, 0)},
+        {"size": (0, 64)},
+        {"size": (64, -1)},
+    ],
 )
 def test_a_value_that_no_request_can_carry_is_named_by_the_client(client: Client, changes: dict[str, object]) -> None:
     field = next(iter(changes)).removeprefix("image_")
