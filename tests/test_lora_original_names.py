@@ -27,9 +27,12 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def _names(model: Any) -> dict[str, list[str]]:
-    """The modules of each name of the original code."""
+    """The modules of each name of the original code; XLabs' names for the same modules come after these."""
     own = {name for name, module in model.named_modules() if getattr(module, "weight", None) is not None}
-    return {original: name.split(FUSED) for original, name in original_names(model, own)}
+    first: dict[str, str] = {}
+    for original, modules in original_names(model, own):
+        first.setdefault(modules, original)
+    return {original: modules.split(FUSED) for modules, original in first.items()}
 
 
 def _fused(base: Path, file: Path, tensors: dict[str, Tensor], weight: float = 1.0) -> tuple[Fused, Fused]:
