@@ -163,9 +163,8 @@ PREFIXES = ("lora_unet_", "diffusion_model.", "transformer.", "lora_transformer_
 def test_every_fused_layer_is_split_by_the_formula(bases: dict[str, Path], tmp_path: Path, family: str, prefix: str) -> None:
     torch.manual_seed(0)
     _, model = load_base(str(bases[family]))
-    # XLabs' names of FLUX's double blocks are second names of the same places; its `qkv` of a single block is part of `linear1`.
-    names = _names(model.network).items()
-    fused = {original: modules for original, modules in names if len(modules) > 1 and "qkv_lora" not in original}
+    fused = {original: modules for original, modules in _names(model.network).items() if len(modules) > 1}
+    # FLUX: XLabs' `qkv` of a single block is part of `linear1`.
     assert len(fused) == {"sd3": 4, "flux2-klein": 4, "z-image": 4, "flux": 6}.get(family, 5)
     tensors: dict[str, Tensor] = {}
     changes: dict[str, Tensor] = {}
