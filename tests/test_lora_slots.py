@@ -10,16 +10,19 @@ import pytest
 import safetensors.numpy
 import safetensors.torch
 import torch
+from diffusers import ControlNetModel, UNet2DConditionModel
 from numpy.typing import NDArray
 from tiny import FAMILIES
 from torch import Tensor, nn
 
+from flashdiff.controls import ControlRequest
 from flashdiff.engines.parts import parts_of, random_inputs, run_torch
 from flashdiff.errors import LoraError, RequestError
 from flashdiff.families import load_base
 from flashdiff.families.base import ModelFamily, TorchModel
+from flashdiff.families.control import with_controls
 from flashdiff.families.slots import layers_of_base, table_of, with_slots
-from flashdiff.generate import generate
+from flashdiff.generate import generate, generate_rows
 from flashdiff.lora import fuse
 from flashdiff.lora_requests import LoraRequest, slots_of, unslotted
 from flashdiff.lora_slots import SlotLayer, SlotTable, find_weights, read_slot_lora, slot_layers
@@ -337,6 +340,39 @@ def test_rows_with_and_without_loras_share_no_step_and_have_the_pixels_that_they
         np.testing.assert_allclose(pixels.astype(float), generate(model, [each])[0][0].astype(float), atol=1)
     np.testing.assert_allclose(together[4].astype(float), together[0].astype(float), atol=1)
     assert len({pixels.tobytes() for pixels in together[:4]}) == 4
+
+
+def test_controls_and_loras_go_together(tiny_base: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel.from_pretrained(tiny_base / "unet")
+    network = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(16, 16, 32))
+    for parameter in network.parameters():  # none of its outputs is 0
+        nn.init.normal_(parameter, std=0.1)
+    network.save_pretrained(tmp_path / "edges")
+    family, model = load_base(str(tiny_base))
+    model = with_slots(with_controls(model, {"edges": tmp_path / "edges"}), family, 1, 4)
+    assert [part.name for part in model.spec.denoisers] == [
+        "denoiser",
+        "denoiser_control",
+        "denoiser_lora",
+        "denoiser_control_lora",
+    ]
+    table = table_of(model, family, 4)
+    file = _lora(tmp_path / "a.safetensors", model, family, table.layers, 0)
+    values = read_slot_lora(file, table, "a").values
+    _, fused = load_base(str(tiny_base))
+    fuse(fused, family, [(file, 0.7)])
+    fused = with_controls(fused, {"edges": tmp_path / "edges"})
+
+    def latents(of: TorchModel, *loras: LoraRequest) -> NDArray[np.float32]:
+        control = ControlRequest(name="edges", image=np.full((32, 32, 3), 200, dtype=np.uint8), scale=0.5)
+        order = check_order(of.spec, prompt="a red dog", seed=3, steps=2, controls=[control], loras=loras)
+        return generate_rows(of, [order])[0][0][0].latents
+
+    ours, wanted = latents(model, LoraRequest(name="a", scale=0.7, values=values)), latents(fused)
+    scale = float(np.abs(wanted).max())
+    np.testing.assert_allclose(ours / scale, wanted / scale, atol=1e-5)
+    assert np.abs(ours - latents(model)).max() > 0.01 * scale
 
 
 def test_a_model_without_its_slots_is_the_model_before(tiny_base: Path) -> None:

@@ -44,7 +44,7 @@ RED, BLUE = np.array([1, 0, 0], dtype=np.float32), np.array([0, 0, 1], dtype=np.
 
 
 class SlottedFake(FakeComponents):
-    """A model whose LoRAs show as colours in its images, as much as their scale says."""
+    """A model whose LoRAs make its images lighter or darker, as much as their scale says."""
 
     def __init__(self) -> None:
         super().__init__(GUIDED)
@@ -60,8 +60,9 @@ class SlottedFake(FakeComponents):
             return super().call(part, inputs)
         plain = super().call("denoiser", {name: inputs[name] for name in self.spec.part("denoiser").inputs})["output"]
         self.calls[-1] = ("denoiser_lora", len(plain))
-        shift = sum(inputs[f"scale_of_lora_{slot}"][:, None] * inputs[f"lora_{slot}"] for slot in (1, 2))
-        return {"output": plain + np.float32(0.1) * shift[:, :, None, None]}
+        weights = np.array([1, 2, -3], dtype=np.float32)
+        shift = sum(inputs[f"scale_of_lora_{slot}"] * (inputs[f"lora_{slot}"] @ weights) for slot in (1, 2))
+        return {"output": plain + shift[:, None, None, None]}
 
 
 def _write(file: Path, values: NDArray[np.float32], **metadata: str) -> None:
@@ -129,7 +130,7 @@ def test_our_client_sends_loras(running: Running) -> None:
         ([{"name": ".."}], r"loras.name: '\.\.' is not allowed; give up to 100 letters"),
         ([{"name": ""}], "loras.name: '' is not allowed; give up to 100 letters"),
         ([{"name": "red\0"}], "loras.name: 'red.*' is not allowed; give up to 100 letters"),
-        ([{"name": "a" * 101}], "loras.name: 'aaa.*' is not allowed; give up to 100 letters"),
+        ([{"name": "a" * 101}], "loras.name: 'aaa.* is not allowed; give up to 100 letters"),
         ([{}, {}], "loras.name: 'red' is not allowed; it is given twice"),
         ([{}, {"name": "a"}, {"name": "b"}], "loras: '3 LoRAs' is not allowed; this model takes 2 at once"),
         ([{"scale": float("nan")}], "loras.red.scale: nan is not allowed; it must be between -10 and 10"),
