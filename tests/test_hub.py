@@ -18,6 +18,7 @@ from flashdiff.families import find_base
 from flashdiff.families.autoencoders import find_vae
 from flashdiff.families.files import base_files
 from flashdiff.families.hub import HubName, hub_name
+from flashdiff.families.ip_adapter import find_adapter
 from flashdiff.lora import find_lora, lora_name, read_flash_info
 from flashdiff.lora_files import FLASH, KOHYA, WEIGHTS
 
@@ -39,7 +40,12 @@ def hub(tiny_base: Path, flash_lora: Path, tmp_path_factory: pytest.TempPathFact
         shutil.copy(flash_lora / WEIGHTS, styles / f"{name}.safetensors")
     flash = folder / "flash"
     shutil.copytree(flash_lora, flash, ignore=shutil.ignore_patterns("training"))
+    adapters = folder / "adapters"
+    (adapters / "models" / "image_encoder").mkdir(parents=True)
+    for name in ("ip.safetensors", "ip.bin", "image_encoder/config.json", "image_encoder/model.safetensors"):
+        (adapters / "models" / name).write_text("{}")  # which is not read here
     repositories = {"owner/tiny": base, "owner/flash": flash, "owner/styles": styles, "owner/secret": flash, "owner/gated": base}
+    repositories |= {"owner/adapters": adapters}
     with running(Hub(repositories, private="owner/secret", gated="owner/gated")) as served:
         yield served
 
@@ -145,6 +151,12 @@ def test_a_private_repository_needs_its_token(monkeypatch: pytest.MonkeyPatch) -
         (lambda: find_lora("owner/styles"), "several, one.safetensors, other.safetensors among them; give owner/styles/"),
         (lambda: find_lora("owner/styles/third.safetensors"), "owner/styles on the hub has no file third.safetensors"),
         (lambda: find_vae("owner/styles"), "owner/styles on the hub has no config.json"),
+        (lambda: find_adapter("owner/adapters/models/no.safetensors", None), "on the hub has no file models/no.safetensors"),
+        (
+            lambda: find_adapter("owner/adapters/models/ip.bin", None),
+            "a pickle, which may run any program; take the .safetensors",
+        ),
+        (lambda: find_adapter("owner/styles/one.safetensors", None), "owner/styles/image_encoder on the hub has no config.json"),
     ],
 )
 def test_each_refusal_of_the_hub_says_what_to_do(get: Callable[[], object], said: str) -> None:
@@ -165,6 +177,15 @@ def test_without_a_connection_or_permission_the_cache_is_what_there_is(monkeypat
 def test_an_autoencoder_comes_from_a_folder_of_a_repository(hub: Hub) -> None:
     assert find_vae("owner/tiny/vae").name == "vae"
     assert hub.downloaded == ["vae/config.json", "vae/diffusion_pytorch_model.safetensors"]
+
+
+def test_an_ip_adapter_comes_with_the_image_encoder_next_to_it(hub: Hub) -> None:
+    found = find_adapter("owner/adapters/models/ip.safetensors", None)
+    assert (found.file.name, found.encoder.name) == ("ip.safetensors", "image_encoder")
+    encoder = ["models/image_encoder/config.json", "models/image_encoder/model.safetensors"]
+    assert hub.downloaded == [*encoder, "models/ip.safetensors"]
+    again = find_adapter(str(found.file), "owner/adapters/models/image_encoder")
+    assert again.encoder == found.encoder
 
 
 @pytest.mark.slow

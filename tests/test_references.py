@@ -261,6 +261,23 @@ def test_images_are_read_as_clips_image_processor_reads_them(size: tuple[int, in
     np.testing.assert_allclose(images * factor + offset, wanted, atol=atol, rtol=0)
 
 
+def test_no_part_makes_a_tensor_in_a_call(
+    bases: dict[str, Path], adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CUDA graph cannot capture one: it is copied from the host."""
+    model = _model(bases["sd15"], 3.0, adapters["sd15-plus"])
+    parts = [p for p in parts_of(family_of(bases["sd15"]), model) if p.name in ("reference_encoder", "denoiser")]
+    inputs = [random_inputs(model, part, 1, model.spec.sizes[0], torch.Generator().manual_seed(3)) for part in parts]
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a tensor from Python's numbers")
+
+    monkeypatch.setattr(torch, "tensor", refuse)
+    with torch.no_grad():
+        for part, given in zip(parts, inputs, strict=True):
+            part.module(*given)
+
+
 @pytest.mark.parametrize(
     ("reference", "message"),
     [

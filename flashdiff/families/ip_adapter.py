@@ -114,7 +114,6 @@ def check_adapter(found: Found, family: ModelFamily, base: Path, spec: ModelSpec
     projection = {name.removeprefix("image_proj."): shape for name, shape in shapes.items() if name.startswith("image_proj.")}
     name = _kind_of(option, shapes, projection)
     width = unet[0].in_features
-    # Every level of the cross-attention reads tokens as wide as the text's.
     wanted = {
         f"ip_adapter.{1 + 2 * index}.{which}.weight": ([layer.out_features, layer.in_features], spec.name)
         for index, layer in enumerate(unet)
@@ -210,7 +209,12 @@ def _layers(base: Path, family: ModelFamily) -> list[Any]:
         raise ModelError(f"{base}/{family.lora_prefix}/config.json: 'encoder_hid_dim_type' is {kind!r}: no IP-Adapter fits it")
     with torch.device("meta"):
         unet = diffusers.UNet2DConditionModel.from_config(config)
-    return [unet.get_submodule(name.removesuffix(".processor")).to_k for name in _cross_attentions(unet)]
+    layers = [unet.get_submodule(name.removesuffix(".processor")).to_k for name in _cross_attentions(unet)]
+    if not layers:
+        raise ModelError(
+            f"{base}/{family.lora_prefix}/config.json: its blocks have no cross-attention, which an IP-Adapter adds to"
+        )
+    return layers
 
 
 def _cross_attentions(unet: Any) -> list[str]:
