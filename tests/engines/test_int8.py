@@ -1,20 +1,23 @@
 """Quantized engines: what is refused before any work, how a precision is chosen, and an int8 bundle built and run."""
 
 import importlib.util
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from flashdiff import cli
+from flashdiff.engines import choose
 from flashdiff.engines.backends import find_backend
 from flashdiff.engines.build import build_engine
-from flashdiff.engines.bundle import Quality, read_manifest
+from flashdiff.engines.bundle import Manifest, Quality, read_manifest, write_manifest
 from flashdiff.engines.calibration import MAX_PROMPTS, sample
-from flashdiff.engines.choose import Candidate, best_of
+from flashdiff.engines.choose import Candidate, best_of, choose_precision
 from flashdiff.engines.config import BuildOptions
 from flashdiff.engines.plan import plan_build
 from flashdiff.engines.quality import _psnr
@@ -23,6 +26,7 @@ from flashdiff.engines.runtime.engine import open_bundle
 from flashdiff.engines.verify import PART_ERROR
 from flashdiff.errors import BackendError, BundleError
 from flashdiff.evaluation.images import Prompt
+from flashdiff.files import new_folder
 
 _INT8 = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"}
 
@@ -139,6 +143,40 @@ def _candidate(precision: Any, ms: float, psnr: float = 40.0, lost: float = 0.0)
 )
 def test_auto_takes_the_fastest_precision_that_is_good_enough(candidates: list[Candidate], best: str) -> None:
     assert best_of(candidates).precision == best
+
+
+def test_auto_publishes_one_of_those_that_pass_and_then_leaves_it(
+    student_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Builds are stood in for by copies of one bundle."""
+
+    def plan(options: BuildOptions, *, with_quality: bool) -> Any:
+        assert with_quality
+        if options.precision == "fp16":
+            raise BackendError("--precision fp16: not on this processor")
+        return SimpleNamespace(options=options, changes=[])
+
+    def build(plan: Any, _: object) -> Manifest:
+        if plan.options.precision == "bf16":
+            raise BundleError("image differs from torch")
+        with new_folder(plan.options.out, BundleError) as folder:
+            shutil.copytree(student_bundle, folder, dirs_exist_ok=True)
+            quality = Quality(images=2, steps=4, psnr=40.0 if plan.options.precision == "fp32" else 10.0)
+            manifest = read_manifest(student_bundle).model_copy(update={"precision": plan.options.precision, "quality": quality})
+            write_manifest(folder, manifest)
+        return manifest
+
+    monkeypatch.setattr(choose, "plan_build", plan)
+    out, said = tmp_path / "b", list[str]()
+    options = BuildOptions(base="x", precision="auto", out=out)
+    chosen = choose_precision(options, build, said.append)
+    assert {"auto: without fp16: not on this processor", "auto: without bf16: image differs from torch"} <= {*said}
+    assert chosen.precision == "fp32"  # int8 is too far from it
+    assert "the images of int8 are too far from float32's" in chosen.chosen
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+    assert read_manifest(out) == chosen
+    assert choose_precision(options, build, said.append) == chosen
+    assert "chosen before from the same inputs; nothing to do" in said[-1]
 
 
 def test_the_distance_of_images_is_that_of_all_their_pixels() -> None:
