@@ -1,7 +1,9 @@
 """FLUX Fill and Kontext on tiny random weights: their own diffusers pipelines against ours, and the engines against torch."""
 
 import functools
+import importlib.util
 import inspect
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,13 @@ from tiny import make_tiny_flux_fill, make_tiny_flux_kontext
 
 from flashdiff import rows
 from flashdiff.components import Components, Size
+from flashdiff.engines.backends.tensorrt_builder import build_plan
 from flashdiff.engines.build import build_engine
-from flashdiff.engines.bundle import StockComparison
+from flashdiff.engines.bundle import BackendName, StockComparison, read_manifest
 from flashdiff.engines.config import BuildOptions
 from flashdiff.engines.parts import parts_of
 from flashdiff.engines.runtime.engine import open_bundle
+from flashdiff.engines.shapes import bucket_shapes, dimensions_of
 from flashdiff.engines.stock import StockReference, run_stock
 from flashdiff.errors import BundleError, ModelError, RequestError, TrainingError
 from flashdiff.families import family_of
@@ -238,16 +242,41 @@ def test_the_second_gate_compares_with_an_image_and_finds_what_is_wrong(
         run_stock(family, model, bases[name], parts_of(family, model))
 
 
+@pytest.fixture(scope="module")
+def bundle(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, BackendName], Path]:
+    """A bundle of a base for a backend, at two sizes, built once."""
+
+    @functools.cache
+    def build(name: str, backend: BackendName) -> Path:
+        out = tmp_path_factory.mktemp("bundles") / "bundle"
+        options = {"base": str(bases[name]), "out": out, "backend": backend, "batch_sizes": (1, 3), "sampler": "flow-euler"}
+        build_engine(BuildOptions.model_validate({**options, "sizes": (Size(32, 32), WIDE)}), print)
+        return out
+
+    return build
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "backend"), [("fill", "openvino"), ("kontext", "onnxruntime"), ("kontext", "openvino")])
-def test_engines_give_torchs_latents(bases: dict[str, Path], tmp_path: Path, name: str, backend: str) -> None:
-    sizes = (Size(32, 32), WIDE)
-    options = BuildOptions(
-        base=str(bases[name]), out=tmp_path / "out", backend=backend, batch_sizes=(1, 3), sizes=sizes, sampler="flow-euler"
-    )
-    manifest = build_engine(options, print)
-    assert isinstance(manifest.stock, StockComparison)
-    assert manifest.stock.made_by.startswith("FluxFillPipeline" if name == "fill" else "FluxKontextPipeline")
-    model, engine = _model(bases[name]), open_bundle(tmp_path / "out")
+@pytest.mark.parametrize(("name", "backend"), [("fill", "onnxruntime"), ("kontext", "onnxruntime"), ("kontext", "openvino")])
+def test_engines_give_torchs_latents(
+    bases: dict[str, Path], bundle: Callable[[str, BackendName], Path], name: str, backend: BackendName
+) -> None:
+    model, engine = _model(bases[name]), open_bundle(bundle(name, backend))
+    assert isinstance(engine.manifest.stock, StockComparison)
+    assert engine.manifest.stock.made_by.startswith("FluxFillPipeline" if name == "fill" else "FluxKontextPipeline")
     for task in ("inpainting" if name == "fill" else "edit", "text_to_image"):
         np.testing.assert_allclose(_latents(engine, task, WIDE), _latents(model, task, WIDE), atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("tensorrt_rtx"), reason="tensorrt_rtx is not installed: pip install -e '.[dev]'")
+@pytest.mark.parametrize("name", MAKE)
+def test_the_denoiser_becomes_a_tensorrt_plan(bundle: Callable[[str, BackendName], Path], name: str, tmp_path: Path) -> None:
+    folder = bundle(name, "onnxruntime")
+    manifest = read_manifest(folder)
+    part, size = manifest.parts["denoiser"], manifest.sizes[0]
+    shapes = bucket_shapes(part.inputs, dimensions_of(manifest.model, size, 2))
+    plan, timings = tmp_path / "denoiser.plan", tmp_path / "timings"
+    graph = folder / part.file_for(size, 2)
+    build_plan("tensorrt-rtx", graph, shapes, plan, timings=timings, version_compatible=False, report=print)
+    assert plan.stat().st_size > 100_000
