@@ -7,9 +7,9 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import ConfigDict, Field, create_model, model_validator
 
 from flashdiff.config import Name, Record
-from flashdiff.distill.grown import GrownRecord
 from flashdiff.distill.losses.settings import Share
 from flashdiff.distill.terms import TERMS, Term
+from flashdiff.grown import GrownRecord
 from flashdiff.schedule import Grid
 
 Weight = Annotated[float, Field(ge=0, le=1e6)]

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from flashdiff.config import Record
-from flashdiff.distill.grown import GrownRecord
+from flashdiff.grown import GrownRecord
 
 Share = Annotated[float, Field(ge=0, le=1)]
 LatentDistance = Literal["l2", "pseudo_huber"]

@@ -33,10 +33,22 @@ def make_unet(recipe: ZooRecipe) -> Any:
         # Attention only inside: on the largest map it would cost more than all the rest.
         down_block_types=("DownBlock2D", *("CrossAttnDownBlock2D",) * inner),
         up_block_types=(*("CrossAttnUpBlock2D",) * inner, "UpBlock2D"),
-        layers_per_block=1,
+        layers_per_block=denoiser.layers_per_block,
         cross_attention_dim=recipe.text.width,
         attention_head_dim=4,
     )
+
+
+def channel_weights(latents: Tensor) -> Tensor:
+    """Weights [C, 1, 1] that divide by the variance of each channel of latents [N, C, h, w]; their mean is 1."""
+    weights = 1 / latents.var((0, 2, 3))
+    return (weights / weights.mean())[:, None, None]
+
+
+def place_weights(details: Tensor, weight: float) -> Tensor:
+    """Weights [N, 1, h, w] of places, those of details [N, h, w] `weight` times the others; their mean is 1."""
+    weights = 1 + (weight - 1) * details.float()
+    return (weights / weights.mean())[:, None]
 
 
 def train_unet(
@@ -46,14 +58,18 @@ def train_unet(
     latents: Tensor,
     scale: float,
     scenes: Sequence[Scene],
+    details: Tensor,
     recipe: ZooRecipe,
     out: Path,
 ) -> None:
     """Train on v-prediction (Salimans & Ho 2022, eq. 9) of text-conditioned latents, in place; the EMA's weights remain.
 
-    `latents` [N, C, h, w] are those of the scenes, and `scale` is the factor that gives them unit variance.
+    `latents` [N, C, h, w] are those of the scenes, `scale` is the factor that gives them unit variance, and `details` [N, h, w]
+    says where `detail_weight` counts.
     """
     stage = recipe.denoiser
+    of_channels = channel_weights(latents) if stage.channel_weights == "whitened" else torch.ones(1)
+    of_places = place_weights(details, stage.detail_weight)
     alphas, sigmas = (torch.from_numpy(values).float() for values in SCHEDULE.levels(list(range(SCHEDULE.num_train_timesteps))))
 
     def loss_of(step: int) -> Tensor:
@@ -63,12 +79,13 @@ def train_unet(
         texts = ["" if words.random() < stage.caption_dropout else caption(scenes[index], words) for index in chosen]
         hidden = text_encoder(token_ids(tokenizer, texts)).last_hidden_state
 
-        x0 = latents[torch.from_numpy(chosen)] * scale
+        rows = torch.from_numpy(chosen)
+        x0 = latents[rows] * scale
         noise = torch.randn(x0.shape, generator=generator)
         t = torch.randint(0, len(alphas), (len(chosen),), generator=generator)
         alpha, sigma = alphas[t][:, None, None, None], sigmas[t][:, None, None, None]
         x_t, v = alpha * x0 + sigma * noise, alpha * noise - sigma * x0
         x_t = x_t.contiguous(memory_format=torch.channels_last)
-        return torch.nn.functional.mse_loss(unet(x_t, t, hidden).sample, v)
+        return (of_channels * of_places[rows] * (unet(x_t, t, hidden).sample - v).square()).mean()
 
     fit("denoiser", unet, loss_of, stage, out, ema_decay=stage.ema_decay, report=lambda: "")

@@ -1,10 +1,11 @@
 """The recipe of the embedded model, a table a stage: `avatars.toml` is the one that ships."""
 
-from typing import Annotated, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
 from flashdiff.config import Record
+from flashdiff.grown import GrownRecord
 from flashdiff.zoo.fit import StageRecipe
 from flashdiff.zoo.world import KINDS
 
@@ -48,8 +49,18 @@ class TextRecipe(StageRecipe):
     vocabulary: int = Field(1000, ge=600, le=10**6)
 
 
-class DenoiserRecipe(StageRecipe):
+class DenoiserRecipe(StageRecipe, GrownRecord):
+    LATER: ClassVar[frozenset[str]] = frozenset({"init_from", "layers_per_block", "channel_weights", "detail_weight"})
+
     block_out_channels: tuple[Width, ...] = Field(min_length=1, max_length=8)
+    layers_per_block: int = Field(1, ge=1, le=8)
+    init_from: str | None = Field(None, min_length=1)
+    """A model of this recipe's widths, `avatars` or a directory: its denoiser, grown to `layers_per_block`, is where training
+    starts, and its autoencoder and text encoder are kept, so the tables of those only say how they were made."""
+    channel_weights: Literal["equal", "whitened"] = "equal"
+    """`whitened` divides the squared errors of a latent channel by its variance, so that faint channels count as much."""
+    detail_weight: float = Field(1, ge=1, le=1000)
+    """How much more errors count where an image shows, or could show, a pattern, a surface, a ring or a beard."""
     caption_dropout: float = Field(0.1, ge=0, le=1)
     ema_decay: float = Field(0.999, ge=0, lt=1)
 

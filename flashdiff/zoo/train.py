@@ -2,15 +2,20 @@
 
     python -m flashdiff.zoo.train flashdiff/zoo/avatars.toml --out runs/avatars
 
+With `denoiser.init_from`, training starts from that model's denoiser, and its other parts are kept.
 The same command resumes a killed run. The random numbers of an update depend on the
 seed and the update alone, so a resumed run equals an uninterrupted one.
 """
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from flashdiff.checkpoint import load_state, save_state
 from flashdiff.config import load_recipe
@@ -19,10 +24,13 @@ from flashdiff.files import new_folder, write_whole
 from flashdiff.locks import sole_user
 from flashdiff.reading import read_json
 from flashdiff.zoo.denoiser import SCHEDULE, make_unet, train_unet
+from flashdiff.zoo.details import detail_places
 from flashdiff.zoo.images import rendered
+from flashdiff.zoo.initial import Parts, initial_parts
 from flashdiff.zoo.recipe import ZooRecipe
 from flashdiff.zoo.text_encoder import make_text_encoder, make_tokenizer, train_text_encoder
 from flashdiff.zoo.vae import encode_all, make_vae, reconstruction_psnr, train_vae
+from flashdiff.zoo.world import Scene
 
 _VALIDATION_IMAGES = 2000
 _VALIDATION_SEED = 10_000_000  # far beyond any training seed
@@ -48,31 +56,44 @@ def _check_recipe(resolved: Path, recipe: ZooRecipe) -> None:
 
 def _run_stages(recipe: ZooRecipe, out: Path) -> None:
     world = recipe.world
-    cache = out / "renders"
-    images, scenes = rendered(cache, world.kinds, 0, world.train_images, world.image_size)
-    held_back, _ = rendered(cache, world.kinds, _VALIDATION_SEED, _VALIDATION_IMAGES, world.image_size)
+    images, scenes = rendered(out / "renders", world.kinds, 0, world.train_images, world.image_size)
     write_whole(out / "recipe.json", recipe.model_dump_json(indent=2) + "\n")
 
+    parts = initial_parts(recipe) if recipe.denoiser.init_from else _new_parts(recipe, images, scenes, out)
+    latents = _kept(out / "latents.pt", lambda: encode_all(parts.vae, images))
+    cells = latents.shape[-1]
+    if recipe.denoiser.detail_weight > 1:
+        details = _kept(out / "details.pt", lambda: torch.from_numpy(detail_places(images, scenes, cells)))
+    else:
+        details = torch.zeros(len(images), cells, cells)
+    scale = parts.vae.config.scaling_factor if recipe.denoiser.init_from else 1.0 / float(latents.std())
+    train_unet(parts.unet, parts.text_encoder, parts.tokenizer, latents, scale, scenes, details, recipe, out)
+    parts.vae.register_to_config(scaling_factor=scale)
+    export(out / "model", *parts)
+
+
+def _kept(file: Path, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """What `make` makes, or made before a restart."""
+    if not file.exists():
+        save_state(file, {file.stem: make()})
+    tensor: torch.Tensor = load_state(file)[file.stem]
+    return tensor
+
+
+def _new_parts(recipe: ZooRecipe, images: NDArray[np.uint8], scenes: Sequence[Scene], out: Path) -> Parts:
+    """The trained autoencoder and text encoder, and an untrained denoiser."""
+    held_back, _ = rendered(out / "renders", recipe.world.kinds, _VALIDATION_SEED, _VALIDATION_IMAGES, recipe.world.image_size)
     vae = make_vae(recipe)
     tokenizer = make_tokenizer(scenes, recipe)
     train_vae(vae, images, held_back, recipe, out)
     psnr = reconstruction_psnr(vae, held_back)
     print(f"VAE: {psnr:.2f} dB PSNR on {len(held_back)} held-back renders", flush=True)
-
-    encoded = out / "latents.pt"
-    if not encoded.exists():
-        save_state(encoded, {"latents": encode_all(vae, images)})
-    latents = load_state(encoded)["latents"]
     text_encoder = make_text_encoder(recipe, vocabulary=len(tokenizer))
     train_text_encoder(text_encoder, tokenizer, scenes, recipe, out)
-    unet = make_unet(recipe)
-    scale = 1.0 / float(latents.std())
-    train_unet(unet, text_encoder, tokenizer, latents, scale, scenes, recipe, out)
-    vae.register_to_config(scaling_factor=scale)
-    export(out / "model", vae, unet, text_encoder, tokenizer)
+    return Parts(vae, tokenizer, text_encoder, make_unet(recipe))
 
 
-def export(target: Path, vae: Any, unet: Any, text_encoder: Any, tokenizer: Any) -> None:
+def export(target: Path, vae: Any, tokenizer: Any, text_encoder: Any, unet: Any) -> None:
     """Write the Stable Diffusion directory, weights in half precision."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 

@@ -1,5 +1,6 @@
 """The embedded model's recipe, on a toy scale: the code paths, not the quality."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from flashdiff.config import load_recipe
+from flashdiff.errors import FlashdiffError
 from flashdiff.families import load_base
 from flashdiff.zoo import fit
 from flashdiff.zoo import train as training
@@ -38,34 +40,78 @@ def test_the_shipped_recipe_reads() -> None:
     assert recipe.world.image_size >= 64
 
 
+UNET, VAE, TEXT = "unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"
+
+
 class KilledError(Exception):
     pass
 
 
-def test_a_killed_training_goes_on_and_makes_the_same_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True)
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "_VALIDATION_IMAGES", 8)
     monkeypatch.setattr(fit, "_CHECKPOINT_EVERY", 2)
-    train(RECIPE, tmp_path / "whole")
 
+
+@pytest.fixture
+def first_run(once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    return once("zoo", lambda out: train(RECIPE, out))
+
+
+def _train_killed_once(recipe: ZooRecipe, out: Path, saves: int) -> None:
+    """Killed at the save of that number, and started again."""
     saved, save = [], fit.save_state
 
     def save_until_killed(path: Path, state: dict[str, Any]) -> None:
         save(path, state)
         saved.append(path)
-        if len(saved) == 5:  # in the middle of the second stage
+        if len(saved) == saves:
             raise KilledError
 
-    monkeypatch.setattr(fit, "save_state", save_until_killed)
-    with pytest.raises(KilledError):
-        train(RECIPE, tmp_path / "broken")
-    assert not (tmp_path / "broken" / "model").exists()
-    monkeypatch.setattr(fit, "save_state", save)
-    train(RECIPE, tmp_path / "broken")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fit, "save_state", save_until_killed)
+        with pytest.raises(KilledError):
+            train(recipe, out)
+    assert not (out / "model").exists()
+    train(recipe, out)
 
-    for part in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"):
-        name = f"model/{part}.safetensors"
-        whole, broken = (load_file(tmp_path / run / name) for run in ("whole", "broken"))
-        assert all(torch.equal(whole[key], broken[key]) for key in whole)
-    _, model = load_base(str(tmp_path / "whole" / "model"))
+
+def _weights(run: Path, part: str) -> dict[str, torch.Tensor]:
+    return load_file(run / "model" / f"{part}.safetensors")
+
+
+def _equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_killed_training_goes_on_and_makes_the_same_model(first_run: Path, tmp_path: Path) -> None:
+    _train_killed_once(RECIPE, tmp_path / "broken", saves=5)  # in the middle of the second stage
+    for part in (UNET, VAE, TEXT):
+        assert _equal(_weights(first_run, part), _weights(tmp_path / "broken", part)), part
+    _, model = load_base(str(first_run / "model"))
     assert model.spec.sizes[0] == (32, 32)
     assert model.call("text_encoder", model.tokenize(["a red planet"]))["encoder_hidden_states"].shape == (1, 32, 32)
+
+
+def test_training_goes_on_from_another_models_denoiser(first_run: Path, tmp_path: Path) -> None:
+    keys = {"init_from": str(first_run / "model"), "layers_per_block": 2, "channel_weights": "whitened", "detail_weight": 4.0}
+    recipe = RECIPE.model_copy(update={"denoiser": RECIPE.denoiser.model_copy(update=keys)})
+    train(recipe, tmp_path / "whole")
+    _train_killed_once(recipe, tmp_path / "broken", saves=1)
+    assert _equal(_weights(tmp_path / "whole", UNET), _weights(tmp_path / "broken", UNET))
+    for part in (VAE, TEXT):
+        assert _equal(_weights(tmp_path / "whole", part), _weights(first_run, part)), part
+    assert set(_weights(tmp_path / "whole", UNET)) > set(_weights(first_run, UNET))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"block_out_channels": (32, 64)}, r"denoiser.block_out_channels must be \(32, 64\), and is \(32, 32\) there"),
+        ({"init_from": "nowhere"}, "no base model 'nowhere'"),
+    ],
+)
+def test_a_model_of_another_form_is_refused(keys: dict[str, Any], message: str, first_run: Path, tmp_path: Path) -> None:
+    denoiser = RECIPE.denoiser.model_copy(update={"init_from": str(first_run / "model"), **keys})
+    with pytest.raises(FlashdiffError, match=message):
+        train(RECIPE.model_copy(update={"denoiser": denoiser}), tmp_path)
