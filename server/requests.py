@@ -183,7 +183,8 @@ class Requests:
                     return _read_order(model, request)
                 return await self.threads.read(client, _read_order, model, request)
         except TimeoutError:
-            raise DeadlineError("the deadline passed while the request's files were being read") from None
+            read = "images" if request.has_images else "LoRAs"
+            raise DeadlineError(f"the deadline passed while the {read} were being read") from None
 
     def _files_s(self, order: Order, request: ImageRequest) -> float:
         return self.threads.expected_s(order, request.format, request.quality) if request.wants_files else 0.0
