@@ -64,21 +64,30 @@ def test_wrong_input_of_every_command(
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("name", "arguments"),
     [
-        *[("build-engine", "avatars", "--out", "x", option, "") for option in ("--vae", "--variant", "--revision", "--config")],
-        *[("build-engine", "avatars", "--out", "x", f"{option}=") for option in ("--size", "--batch", "--lora", "--preset")],
-        ("evaluate", "avatars", "--steps", ""),
-        ("generate", "avatars", "a dog", "--out", "x.png", "--size", ""),
-        ("generate", "avatars", "a dog", "--out", "x.png", "--image", ""),
-        ("generate", "", "a dog", "--out", "x.png"),
-        ("plan", "avatars", "--rate", "1", "--size", ""),
-        ("serve", ""),
-        ("inspect", ""),
+        *[
+            (name, ("build-engine", "avatars", "--out", "x", name, ""))
+            for name in ("--vae", "--variant", "--revision", "--config")
+        ],
+        *[(name, ("build-engine", "avatars", "--out", "x", f"{name}=")) for name in ("--size", "--batch", "--lora", "--preset")],
+        ("--steps", ("evaluate", "avatars", "--steps", "")),
+        ("--size", ("generate", "avatars", "a dog", "--out", "x.png", "--size", "")),
+        ("--image", ("generate", "avatars", "a dog", "--out", "x.png", "--image", "")),
+        ("BUNDLE", ("generate", "", "a dog", "--out", "x.png")),
+        ("--size", ("plan", "avatars", "--rate", "1", "--size", "")),
+        ("BUNDLE", ("serve", "")),
+        ("BUNDLE", ("inspect", "")),
     ],
 )
-def test_an_empty_value_is_refused_and_means_no_default(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]) -> None:
-    assert re.search(r"error: \S+ '': give a value, or leave it out$", _run(capsys, *arguments))
+def test_an_empty_value_is_refused_and_means_no_default(
+    capsys: pytest.CaptureFixture[str], name: str, arguments: tuple[str, ...]
+) -> None:
+    assert f"error: {name} '': give a value, or leave it out" in _run(capsys, *arguments)
+
+
+def test_an_empty_prompt_is_refused_as_a_prompt(student_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "prompt: '' is not allowed" in _run(capsys, "generate", student_bundle, "", "-o", tmp_path / "x.png")
 
 
 @pytest.mark.parametrize(("chosen", "seen"), [({}, "1 1"), ({"HF_HUB_DISABLE_TELEMETRY": "", "DO_NOT_TRACK": ""}, "1 1"),
@@ -171,7 +180,6 @@ def test_the_choices_of_an_option_are_those_of_its_record() -> None:
 
 
 def test_version_is_the_changelogs_newest_release(capsys: pytest.CaptureFixture[str]) -> None:
-    import re
 
     with pytest.raises(SystemExit):
         cli.main(["--version"])

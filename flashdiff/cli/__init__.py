@@ -24,7 +24,8 @@ class _Parser(argparse.ArgumentParser):
     """Refuses an empty value, which a script's unset variable leaves: it would mean a default, or the working directory."""
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> object:
-        if not arg_string and action.dest != "prompt":  # that is a text, and a request's own check refuses it
+        is_own = action.nargs != argparse.PARSER  # else the command's parser gets the values
+        if not arg_string and is_own and action.dest != "prompt":  # that is a text, and a request's own check refuses it
             name = action.option_strings[-1] if action.option_strings else action.metavar
             raise ConfigError(f"{name} '': give a value, or leave it out")
         return super()._get_value(action, arg_string)
