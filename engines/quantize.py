@@ -36,9 +36,9 @@ def quantize_denoiser(
         kept = _noisiest(noise, share)
         if flaw:
             report(f"{flaw}: trying again with {len(kept)} of {len(noise)} layers in float32")
-        result = quantize(plain, graph, samples.rows, kept)
-        noise = noise or result.noise
-        quantization = Quantization(part=part, rows=len(samples.rows), layers=len(result.layers), kept=tuple(kept), tries=tries)
+        rounded = quantize(plain, graph, samples.rows, kept)
+        noise = noise or rounded
+        quantization = Quantization(part=part, rows=len(samples.rows), layers=len(rounded), kept=tuple(kept), tries=tries)
         manifest = manifest.model_copy(update={"quantization": quantization})
         findings = measure_errors(expected, Engine(folder, manifest))
         flaw = findings.flaw(manifest.model)
