@@ -45,7 +45,7 @@ def quantize_denoiser(
         if flaw is None:
             shutil.rmtree(plain.parent)
             return manifest, findings
-    raise BundleError(f"{flaw}, with half of its layers in float32 too; the bundle is not published: take bf16 or fp32")
+    raise BundleError(f"{flaw}, with half of its layers in float32 too; the bundle is not published; take another precision")
 
 
 def _moved(graph: Path) -> Path:

@@ -18,7 +18,7 @@ from flashdiff.engines.backends import find_backend
 from flashdiff.engines.build import build_engine
 from flashdiff.engines.bundle import Manifest, Quality, read_manifest, write_manifest
 from flashdiff.engines.calibration import MAX_PROMPTS, find_prompts, sample
-from flashdiff.engines.choose import Candidate, best_of, choose_precision
+from flashdiff.engines.choose import Candidate, best_of, choose_precision, plan_candidates
 from flashdiff.engines.config import BuildOptions
 from flashdiff.engines.plan import plan_build
 from flashdiff.engines.quality import _psnr
@@ -196,6 +196,18 @@ def test_auto_publishes_one_of_those_that_pass_and_then_leaves_it(
     assert read_manifest(out) == chosen
     assert choose_precision(options, build, said.append) == chosen
     assert "chosen before from the same inputs; nothing to do" in said[-1]
+
+
+def test_auto_goes_on_without_a_precision_that_cannot_be_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def plan(options: BuildOptions, **_: bool) -> Any:
+        if options.precision == "int8":
+            raise BundleError("--precision int8: pixart has a network a size, and one is calibrated; give one --size")
+        return options
+
+    monkeypatch.setattr(choose, "plan_build", plan)
+    plans, reasons = plan_candidates(BuildOptions(base="x", precision="auto", out=tmp_path / "b"))
+    assert [*plans] == ["fp32", "bf16", "fp16"]
+    assert reasons == ["without int8: pixart has a network a size, and one is calibrated; give one --size"]
 
 
 def test_the_distance_of_images_is_that_of_all_their_pixels() -> None:
