@@ -15,10 +15,11 @@ from flashdiff.errors import BundleError, RequestError
 from flashdiff.evaluation.images import WORLD, Prompt, read_prompts
 from flashdiff.generate import generate
 from flashdiff.orders import Order, Pixels
-from flashdiff.reading import lines_of, read_text
+from flashdiff.reading import lines_of, read_file
 from flashdiff.tasks import check_order
 
 MAX_PROMPTS = 256
+_MAX_BYTES = 4 << 20  # of the file: far more than so many prompts have
 CALIBRATING = 32
 """How many of the prompts calibrate; the images of all of them measure the quality."""
 _WORLD_PROMPTS, _WORLD_SEED = 128, 50_000_000  # other prompts than those of `flashdiff evaluate`
@@ -60,11 +61,12 @@ def find_prompts(file: Path | None, *, is_world: bool) -> tuple[Calibration, tup
 def _read(file: Path) -> tuple[Prompt, ...]:
     option = f"--calibration-prompts {file}"
     try:
-        lines = lines_of(read_text(file))
-    except OSError as error:
-        raise BundleError(f"{option}: {error.strerror}; give a text file with a prompt a line") from None
-    except ValueError:
+        lines = lines_of(read_file(file, _MAX_BYTES).decode("utf-8-sig"))
+    except UnicodeDecodeError:
         raise BundleError(f"{option}: not UTF-8 text; give a text file with a prompt a line") from None
+    except (OSError, ValueError) as error:  # a NUL in the path is a ValueError
+        reason = (isinstance(error, OSError) and error.strerror) or str(error)
+        raise BundleError(f"{option}: {reason}; give a text file with a prompt a line") from None
     prompts = tuple(Prompt(line) for line in dict.fromkeys(lines) if line)
     if not prompts:
         raise BundleError(f"{option}: the file holds no prompt; give one a line")
@@ -83,18 +85,25 @@ def sample(components: Components, prompts: Sequence[Prompt]) -> Samples:
     try:
         first = generate(recorder, orders[:CALIBRATING])
         rest = generate(components, orders[CALIBRATING:])
-    except RequestError as error:
+    except RequestError as error:  # more tokens than the model takes
         raise BundleError(f"--calibration-prompts: {error}") from None
     images = tuple(image for of_order in (*first, *rest) for image in of_order)
     return Samples(prompts=tuple(prompts), steps=orders[0].steps, rows=tuple(recorder.rows), images=images)
 
 
 def orders_of(spec: ModelSpec, prompts: Sequence[Prompt]) -> list[Order]:
-    """An image of each prompt at the first size, in up to four steps, each from a seed of its own."""
+    """An image of each prompt at the first size, in up to four steps, each from a seed of its own.
+
+    BundleError for a prompt that the model refuses whatever its tokens.
+    """
     steps = min(4, spec.sampler.max_steps)
-    return [
-        check_order(spec, prompt=prompt.text, seed=seed, steps=steps, size=spec.sizes[0]) for seed, prompt in enumerate(prompts)
-    ]
+    try:
+        return [
+            check_order(spec, prompt=prompt.text, seed=seed, steps=steps, size=spec.sizes[0])
+            for seed, prompt in enumerate(prompts)
+        ]
+    except RequestError as error:
+        raise BundleError(f"--calibration-prompts: {error}") from None
 
 
 class _Recorder:

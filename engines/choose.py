@@ -76,13 +76,13 @@ def choose_precision(
 
 
 def plan_candidates(options: BuildOptions) -> tuple[dict[Precision, BuildPlan], list[str]]:
-    """The plan of every precision that the backend has here, and why it lacks the others."""
+    """The plan of every precision that can be built here, and why the others cannot."""
     plans: dict[Precision, BuildPlan] = {}
     reasons = []
     for precision in _ORDER:
         try:
             plans[precision] = plan_build(_given(options, precision, options.out), with_quality=True)
-        except BackendError as error:
+        except (BackendError, BundleError) as error:
             if precision == "fp32":
                 raise
             reasons.append(f"without {precision}: {str(error).removeprefix(f'--precision {precision}: ')}")

@@ -26,7 +26,7 @@ from flashdiff.engines.bundle import (
     read_manifest,
 )
 from flashdiff.engines.cache import is_cached, key_of
-from flashdiff.engines.calibration import find_prompts
+from flashdiff.engines.calibration import find_prompts, orders_of
 from flashdiff.engines.config import BuildOptions
 from flashdiff.engines.describe import describe_sampler
 from flashdiff.engines.differences import differences
@@ -159,6 +159,7 @@ def plan_build(options: BuildOptions, *, with_quality: bool = False) -> BuildPla
         calibration, prompts = find_prompts(options.calibration_prompts, is_world=is_world)
     rank = (options.lora_rank or defaults.LORA_RANK) if options.lora_slots else 0
     spec = _with_slots(spec, folder, family, options, rank)
+    orders_of(spec, prompts)  # so that a prompt that the model refuses is reported now
     inputs = BuildInputs(
         base=spec.name,
         base_hash=hash_of_base,
@@ -364,7 +365,6 @@ def _exports(form: GraphForm, family: ModelFamily, inputs: BuildInputs, on_text:
         **dict.fromkeys(denoisers, loras),
         inputs.model.text_part.name: [lora for lora, is_on_text in zip(loras, on_text, strict=True) if is_on_text],
     }
-    # All of the model but what no graph contains: members of two families may share their weights.
     # All of the model but what no graph contains: members of two families may share their weights.
     plain, sampler = unreferred(unsteered(unslotted(inputs.model))), inputs.model.sampler
     model = plain.model_dump(mode="json", exclude={"name", "sizes", "tasks", "sampler"})

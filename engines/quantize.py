@@ -36,16 +36,16 @@ def quantize_denoiser(
         kept = _noisiest(noise, share)
         if flaw:
             report(f"{flaw}: trying again with {len(kept)} of {len(noise)} layers in float32")
-        result = quantize(plain, graph, samples.rows, kept)
-        noise = noise or result.noise
-        quantization = Quantization(part=part, rows=len(samples.rows), layers=len(result.layers), kept=tuple(kept), tries=tries)
+        rounded = quantize(plain, graph, samples.rows, kept)
+        noise = noise or rounded
+        quantization = Quantization(part=part, rows=len(samples.rows), layers=len(rounded), kept=tuple(kept), tries=tries)
         manifest = manifest.model_copy(update={"quantization": quantization})
         findings = measure_errors(expected, Engine(folder, manifest))
         flaw = findings.flaw(manifest.model)
         if flaw is None:
             shutil.rmtree(plain.parent)
             return manifest, findings
-    raise BundleError(f"{flaw}, with half of its layers in float32 too; the bundle is not published: take bf16 or fp32")
+    raise BundleError(f"{flaw}, with half of its layers in float32 too; the bundle is not published; take another precision")
 
 
 def _moved(graph: Path) -> Path:

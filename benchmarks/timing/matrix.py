@@ -98,7 +98,7 @@ def matrix_table(results: Mapping[str, Any]) -> str:
     quality = {(one["backend"], one["precision"]): one for one in results["quality"]}
     totals = [one for one in rows if one["stage"] == "total"]
     stocks = [*dict.fromkeys(one["model"] for one in totals if one["model"] != "student")]
-    titles = ["model", "backend", "precision", "batch", "a step, ms", f"an image of {totals[0]['steps']} steps, ms"]
+    titles = ["model", "backend", "precision", "batch", "a step of the batch, ms", f"an image of {totals[0]['steps']} steps, ms"]
     titles += [*(f"{name} takes" for name in stocks), "PSNR to float32, dB", "large attributes", "KID x1000"]
     lines = []
     for total in totals:

@@ -4,6 +4,7 @@ Records are cheap to import: a backend's functions import its library when they 
 """
 
 import importlib
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,19 +76,25 @@ CompileGraph = Callable[[PartRecord, Export, BuildInputs, Path, Callable[[str], 
 argument gets a line per phase. BackendError when the backend cannot."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Quantized:
-    """What quantizing a graph did."""
-
-    layers: tuple[str, ...]
-    """Those now in int8."""
-    noise: Mapping[str, float]
-    """How far rounding moves each layer's inputs: root mean square, as a share of the inputs' own."""
-
-
-QuantizeGraph = Callable[[Path, Path, Sequence[Mapping[str, NDArray[Any]]], Collection[str]], Quantized]
+QuantizeGraph = Callable[[Path, Path, Sequence[Mapping[str, NDArray[Any]]], Collection[str]], Mapping[str, float]]
 """Writes a float32 graph in int8 to another path, calibrated on rows of its inputs; the layers named last stay as they are.
+Returns the noise by layer in int8: how far rounding moves what is rounded there, root mean square, as a share of its own.
 BackendError when it cannot."""
+
+NOISE_ROWS = 8
+"""Rows that a quantized graph's noise is measured on."""
+
+_INT8_FEATURES = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp")
+
+
+def check_int8(here: Machine) -> None:
+    """BackendError on a processor without int8 arithmetic, where int8 would be slower, and sums may overflow."""
+    if not {*_INT8_FEATURES} & {*here.features}:
+        raise BackendError(
+            f"--precision int8: this processor has no such arithmetic (none of {', '.join(_INT8_FEATURES)}), int8 would not be "
+            "faster; take fp32"
+        )
+
 
 SaveModel = Callable[["TorchModel", Sequence["Part"], Path, Precision], dict[str, tuple[PartFile, ...]]]
 """Writes a fused model into a folder at a precision, and returns the files of each part, relative to that folder."""
@@ -108,6 +115,8 @@ class Backend:
     """What to install for it: an extra of the project."""
     modules: tuple[str, ...]
     """What it imports to open a bundle."""
+    telemetry: tuple[str, ...] = ()
+    """What these import to report their use to their makers, and do without; `import_modules` keeps it from them."""
     packages: tuple[str, ...] = ()
     """Distributions whose versions count in a bundle's fingerprint, in addition to the exporters'."""
 
@@ -149,7 +158,9 @@ class Backend:
         assert (self.graph is None) != (self.save is None)
 
     def import_modules(self) -> None:
-        """BackendError says what to install when a library is missing."""
+        """Before anything else of the backend's; BackendError says what to install when a library is missing."""
+        for module in self.telemetry:
+            sys.modules.setdefault(module, None)  # type: ignore[arg-type]  # an import of it now fails
         try:
             for module in self.modules:
                 importlib.import_module(module)

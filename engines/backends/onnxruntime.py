@@ -1,17 +1,17 @@
 """ONNX Runtime, one session per static shape: on the CPU, or on the GPU that the bundle was checked on."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flashdiff.engines.backends.base import ONNX, Backend, CompiledPart, CompilePart
+from flashdiff.engines.backends.base import ONNX, Backend, CompiledPart, CompilePart, check_int8
 from flashdiff.engines.bundle import Machine, Manifest, Precision
 from flashdiff.engines.runtime.device import Device
 from flashdiff.engines.runtime.threads import cpu_threads
-from flashdiff.errors import BackendError
+from flashdiff.errors import BackendError, BundleError
 
 
 def _open_parts(folder: Path, manifest: Manifest, device: Device) -> CompilePart:
@@ -45,9 +45,26 @@ def _uses_gpu() -> bool:
     return "CUDAExecutionProvider" in ort.get_available_providers()
 
 
+def _quantize(graph: Path, target: Path, rows: Sequence[Mapping[str, NDArray[Any]]], kept: Collection[str]) -> dict[str, float]:
+    from flashdiff.engines.backends.onnxruntime_quantizer import quantize
+
+    return quantize(graph, target, rows, kept)
+
+
 def _check_build(precision: Precision, here: Machine) -> None:
+    if precision == "int8":
+        if here.device == "cuda":
+            raise BackendError("--precision int8: ONNX Runtime's is for CPUs, and this one runs on the GPU; take fp16 or bf16")
+        check_int8(here)
     if precision == "bf16" and here.device == "cpu":
         raise BackendError("--precision bf16: ONNX Runtime has no bfloat16 convolutions on CPUs; take fp32, or openvino")
+
+
+def _check_bundle(manifest: Manifest, here: Machine) -> None:
+    try:
+        _check_build(manifest.precision, here)
+    except BackendError as error:
+        raise BundleError(f"the bundle does not fit this machine: {error}") from None
 
 
 RECORDS = (
@@ -57,13 +74,16 @@ RECORDS = (
         modules=("onnxruntime",),
         packages=("onnxruntime",),
         graph=ONNX,
+        quantize=_quantize,
         open_parts=_open_parts,
         uses_gpu=_uses_gpu,
         check_build=_check_build,
+        check_bundle=_check_bundle,
         lacks={
-            "int8": "its int8 takes longer than its float32 for one image and gains little in batches; take openvino",
-            "fp8": "no CPU computes in fp8, and ONNX Runtime has no convolutions in it; take fp32, or openvino in bf16 or int8",
+            "fp8": "no CPU computes in fp8, and ONNX Runtime has no convolutions in it; take fp32 or int8, or openvino in bf16"
         },
         exact_rows_on_cpu=True,
+        # int8 is made next to the float32 graph, and a byte then stays.
+        weight_bytes={"fp32": 4, "fp16": 2, "bf16": 2, "int8": 5},
     ),
 )

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashdiff.components import Size
-from flashdiff.engines.backends.base import EXPORTERS, Backend, CompiledPart, CompilePart, GraphForm, Quantized
+from flashdiff.engines.backends.base import EXPORTERS, Backend, CompiledPart, CompilePart, GraphForm, check_int8
 from flashdiff.engines.bundle import Machine, Manifest, Precision
 from flashdiff.engines.runtime.device import Device
 from flashdiff.engines.runtime.threads import cpu_threads
@@ -30,7 +30,6 @@ _CPU_FEATURES: dict[Precision, tuple[str, ...]] = {
     "fp32": (),
     "bf16": ("avx512_bf16", "amx_bf16", "bf16"),
     "fp16": ("avx512_fp16", "amx_fp16", "asimdhp"),
-    "int8": ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp"),
 }
 """A precision needs any of these; without one OpenVINO would silently compute in float32."""
 
@@ -116,7 +115,7 @@ def name_nodes(model: Any) -> None:
             node.set_friendly_name(f"{node.get_type_name()}_{index}")
 
 
-def _quantize(graph: Path, target: Path, rows: Sequence[Mapping[str, NDArray[Any]]], kept: Collection[str]) -> Quantized:
+def _quantize(graph: Path, target: Path, rows: Sequence[Mapping[str, NDArray[Any]]], kept: Collection[str]) -> dict[str, float]:
     from flashdiff.engines.backends.openvino_quantizer import quantize
 
     return quantize(graph, target, rows, kept)
@@ -129,11 +128,12 @@ def _check_build(precision: Precision, here: Machine) -> None:
 
 
 def _check_processor(precision: Precision, here: Machine) -> None:
-    otherwise = "int8 would not be faster" if precision == "int8" else "OpenVINO would compute in float32"
-    if precision != "fp32" and not set(_CPU_FEATURES[precision]) & set(here.features):
+    if precision == "int8":
+        check_int8(here)
+    elif precision != "fp32" and not set(_CPU_FEATURES[precision]) & set(here.features):
         raise BackendError(
             f"--precision {precision}: this processor has no such arithmetic (none of "
-            f"{', '.join(_CPU_FEATURES[precision])}), {otherwise}; take fp32"
+            f"{', '.join(_CPU_FEATURES[precision])}), OpenVINO would compute in float32; take fp32"
         )
 
 
@@ -153,6 +153,7 @@ RECORDS = (
         name="openvino",
         extra="cpu",
         modules=("openvino",),
+        telemetry=("openvino_telemetry",),  # of its converter, and of NNCF
         packages=("openvino",),
         graph=_GRAPH,
         quantize=_quantize,

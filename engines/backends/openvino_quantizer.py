@@ -1,7 +1,6 @@
 """OpenVINO graphs in int8, by NNCF's post-training quantization. Only building needs NNCF; the graphs are plain OpenVINO."""
 
 import io
-import os
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -11,13 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flashdiff.engines.backends.base import Quantized
+from flashdiff.engines.backends.base import NOISE_ROWS
 from flashdiff.errors import BackendError, first_line
 
-_NOISE_ROWS = 8
 
-
-def quantize(graph: Path, target: Path, rows: Sequence[Mapping[str, NDArray[Any]]], kept: Collection[str]) -> Quantized:
+def quantize(graph: Path, target: Path, rows: Sequence[Mapping[str, NDArray[Any]]], kept: Collection[str]) -> dict[str, float]:
     """Write the graph in int8 to `target`, calibrated on rows of its inputs; the layers `kept` stay as they are."""
     import openvino as ov
 
@@ -36,13 +33,12 @@ def quantize(graph: Path, target: Path, rows: Sequence[Mapping[str, NDArray[Any]
                 subset_size=len(rows),
                 ignored_scope=nncf.IgnoredScope(names=sorted(kept)),
             )
-        layers = _layers(model)
-        noise = _noise(model, layers, rows[:: max(1, len(rows) // _NOISE_ROWS)])
+        noise = _noise(model, _layers(model), rows[:: max(1, len(rows) // NOISE_ROWS)])
         name_nodes(model)
         ov.save_model(model, str(target), compress_to_fp16=False)
     except Exception as error:  # of NNCF, of OpenVINO, or a disk that is full
         raise BackendError(f"NNCF cannot quantize {target.parent.name}: {first_line(error)}") from error
-    return Quantized(layers=tuple(layers), noise=noise)
+    return noise
 
 
 def _layers(model: Any) -> dict[str, list[Any]]:
@@ -88,10 +84,9 @@ def _noise(model: Any, layers: Mapping[str, Sequence[Any]], rows: Sequence[Mappi
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without NNCF's progress bars and advice between our own lines, and without what it reports of its use to its makers."""
+    """Without NNCF's progress bars and advice between our own lines."""
     import logging
 
-    os.environ.setdefault("NNCF_CI", "1")  # read when it is imported
     import nncf
 
     nncf.set_log_level(logging.ERROR)

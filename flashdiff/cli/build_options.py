@@ -73,8 +73,8 @@ def add_build_arguments(
     to.add_argument(
         "--precision",
         choices=defaults.PRECISIONS,
-        help=f"default: {defaults.PRECISION}; int8 is for openvino on CPUs, no backend has fp8 yet, and auto builds those that "
-        "run here, measures them and keeps one",
+        help=f"default: {defaults.PRECISION}; int8 is for openvino and onnxruntime on CPUs, no backend has fp8 yet, and auto "
+        "builds those that run here, measures them and keeps one",
     )
     to.add_argument(
         "--calibration-prompts",

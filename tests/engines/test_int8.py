@@ -1,6 +1,7 @@
 """Quantized engines: what is refused before any work, how a precision is chosen, and an int8 bundle built and run."""
 
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -16,8 +17,8 @@ from flashdiff.engines import choose
 from flashdiff.engines.backends import find_backend
 from flashdiff.engines.build import build_engine
 from flashdiff.engines.bundle import Manifest, Quality, read_manifest, write_manifest
-from flashdiff.engines.calibration import MAX_PROMPTS, sample
-from flashdiff.engines.choose import Candidate, best_of, choose_precision
+from flashdiff.engines.calibration import MAX_PROMPTS, find_prompts, sample
+from flashdiff.engines.choose import Candidate, best_of, choose_precision, plan_candidates
 from flashdiff.engines.config import BuildOptions
 from flashdiff.engines.plan import plan_build
 from flashdiff.engines.quality import _psnr
@@ -42,7 +43,6 @@ def any_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("torch", "int8", "torchao's kernels are not tried"),
         ("torch", "fp8", "torchao's kernels are not tried"),
-        ("onnxruntime", "int8", "takes longer than its float32"),
         ("onnxruntime", "fp8", "no CPU computes in fp8"),
         ("openvino", "fp8", "no CPU computes in fp8"),
         ("tensorrt", "int8", "nvidia-modelopt"),
@@ -66,15 +66,25 @@ def test_without_nncf_int8_is_refused_with_the_cure(tiny_base: Path, tmp_path: P
         plan_build(BuildOptions(base=str(tiny_base), backend="openvino", precision="int8", out=tmp_path / "b"))
 
 
-def test_a_processor_without_int8_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["openvino", "onnxruntime"])
+def test_a_processor_without_int8_is_refused(student_bundle: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr("flashdiff.engines.runtime.machine._cpu_info", lambda *_: "avx2")
-    backend = find_backend("openvino")
+    backend = find_backend(name)
     with pytest.raises(BackendError, match="--precision int8: this processor has no such arithmetic"):
         backend.check_build("int8", backend.machine())
+    manifest = read_manifest(student_bundle).model_copy(update={"precision": "int8"})
+    with pytest.raises(BundleError, match="the bundle does not fit this machine: --precision int8: this processor"):
+        backend.check_machine(manifest)
+
+
+def test_onnx_runtime_on_a_gpu_has_no_int8() -> None:
+    backend = find_backend("onnxruntime")
+    on_gpu = backend.machine().model_copy(update={"device": "cuda"})
+    with pytest.raises(BackendError, match="--precision int8: ONNX Runtime's is for CPUs"):
+        backend.check_build("int8", on_gpu)
 
 
 @pytest.mark.usefixtures("any_processor")
-@pytest.mark.skipif(importlib.util.find_spec("nncf") is None, reason="needs nncf")
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -82,6 +92,8 @@ def test_a_processor_without_int8_is_refused(monkeypatch: pytest.MonkeyPatch) ->
         (b"", "the file holds no prompt; give one a line"),
         (b" \n\r\n\t\n", "the file holds no prompt; give one a line"),
         (b"\xff\xfe\x00", "not UTF-8 text"),
+        (b"a dog\n" + b"a" * 4_000_000 * 2, "larger than 4 MiB; give a text file"),
+        (b"a dog\n" + b"a" * 40_000, "--calibration-prompts: prompt: 'aaa.*40000 characters are more than"),
         (b"\n".join(b"a dog %d" % number for number in range(MAX_PROMPTS + 1)), f"holds {MAX_PROMPTS + 1} prompts; give at most"),
     ],
 )
@@ -90,11 +102,18 @@ def test_prompts_that_cannot_calibrate_are_refused(tiny_base: Path, tmp_path: Pa
     if content is not None:
         file.write_bytes(content)
     for precision in ("int8", "auto"):
-        options = {"base": str(tiny_base), "backend": "openvino", "precision": precision, "calibration_prompts": file}
+        options = {"base": str(tiny_base), "backend": "onnxruntime", "precision": precision, "calibration_prompts": file}
         with pytest.raises(BundleError, match=message) as error:
             build_engine(BuildOptions.model_validate({**options, "out": tmp_path / "b"}), print)
         assert "\n" not in str(error.value)
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(("name", "message"), [("", "Is a directory"), ("a\0b", "embedded null"), ("pipe", "a pipe or device")])
+def test_a_path_that_is_no_file_of_prompts_is_refused(tmp_path: Path, name: str, message: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(BundleError, match=f"--calibration-prompts .*{message}.*; give a text file with a prompt a line"):
+        find_prompts(tmp_path / name, is_world=False)
 
 
 @pytest.mark.usefixtures("any_processor")
@@ -179,6 +198,18 @@ def test_auto_publishes_one_of_those_that_pass_and_then_leaves_it(
     assert "chosen before from the same inputs; nothing to do" in said[-1]
 
 
+def test_auto_goes_on_without_a_precision_that_cannot_be_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def plan(options: BuildOptions, **_: bool) -> Any:
+        if options.precision == "int8":
+            raise BundleError("--precision int8: pixart has a network a size, and one is calibrated; give one --size")
+        return options
+
+    monkeypatch.setattr(choose, "plan_build", plan)
+    plans, reasons = plan_candidates(BuildOptions(base="x", precision="auto", out=tmp_path / "b"))
+    assert [*plans] == ["fp32", "bf16", "fp16"]
+    assert reasons == ["without int8: pixart has a network a size, and one is calibrated; give one --size"]
+
+
 def test_the_distance_of_images_is_that_of_all_their_pixels() -> None:
     black = np.zeros((4, 4, 3), dtype=np.uint8)
     assert _psnr([black], [black]) == 99.0
@@ -261,3 +292,86 @@ def test_an_int8_bundle_is_built_searched_and_served_without_nncf(
         build_engine(options, said.append)
     assert sum("trying again with" in line for line in said) == 3
     assert read_manifest(tmp_path / "b") == before
+
+
+@pytest.mark.slow
+def test_onnx_runtime_quantizes_with_its_own_library(tiny_base: Path, flash_lora: Path, tmp_path: Path) -> None:
+    if not _INT8 & {*find_backend("onnxruntime").machine().features}:
+        pytest.skip("this processor has no int8 arithmetic")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a dog\na cat\n")
+    given = {
+        "base": str(tiny_base),
+        "loras": ((str(flash_lora), 1.0),),
+        "backend": "onnxruntime",
+        "batch_sizes": (1, 2),
+        "compare_stock": False,
+    }
+    options = BuildOptions.model_validate({**given, "precision": "int8", "calibration_prompts": prompts, "out": tmp_path / "b"})
+    manifest = build_engine(options, print)
+    done, quality = manifest.quantization, manifest.quality
+    assert done
+    assert quality
+    assert (done.kept, done.tries) == ((), 1)
+    assert done.layers > 10
+    assert 20 < quality.psnr < 99
+    assert manifest.max_error["denoiser"] > 1e-4
+    assert {file.name for file in (tmp_path / "b" / "denoiser").iterdir()} == {"model.onnx", "model.onnx.data"}
+
+    quantize, engine = find_backend("onnxruntime").quantize, open_bundle(tmp_path / "b")
+    assert quantize
+    plain = tmp_path / "plain" / "denoiser" / "model.onnx"
+    build_engine(BuildOptions.model_validate({**given, "out": tmp_path / "plain"}), print)
+    rows = sample(engine, [Prompt("a dog")]).rows
+    target = tmp_path / "again" / "model.onnx"
+    target.parent.mkdir()
+    noise = quantize(plain, target, rows, ())
+    assert len(noise) == done.layers
+    assert 0 < min(noise.values()) < max(noise.values()) < 1
+    graph, weights = target.read_bytes(), (target.parent / "model.onnx.data").read_bytes()
+
+    # Layers that stay in float32 are larger, and the same again gives the same bytes in the place of those before.
+    kept = _noisiest(noise, 0.5)
+    assert {*quantize(plain, target, rows, kept)} == {*noise} - {*kept}
+    assert (target.parent / "model.onnx.data").stat().st_size > len(weights)
+    quantize(plain, target, rows, ())
+    assert target.read_bytes() == graph
+    assert (target.parent / "model.onnx.data").read_bytes() == weights
+    assert len([*target.parent.iterdir()]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("nncf") is None, reason="needs nncf")
+def test_a_build_from_python_sends_nothing_over_the_network(tiny_base: Path, tmp_path: Path) -> None:
+    """The command line has a test of its own; here the backend alone keeps OpenVINO and NNCF from reporting their use."""
+    if not _INT8 & {*find_backend("openvino").machine().features}:
+        pytest.skip("this processor has no int8 arithmetic")
+    (tmp_path / "prompts.txt").write_text("a dog\n")
+    code = f"""
+import os, socket, sys
+from pathlib import Path
+
+def watch(event, arguments):  # forked processes inherit it
+    if event == "socket.getaddrinfo" or (event == "socket.connect" and arguments[0].family != socket.AF_UNIX):
+        with open({str(tmp_path / "requests")!r}, "a") as file:
+            print(event, arguments, file=file)
+        raise OSError("no network here")
+
+sys.addaudithook(watch)
+from flashdiff.engines.build import BuildOptions, build_engine
+
+build_engine(
+    BuildOptions(
+        base={str(tiny_base)!r}, backend="openvino", precision="int8", batch_sizes=(1,), compare_stock=False,
+        calibration_prompts=Path({str(tmp_path / "prompts.txt")!r}), out=Path({str(tmp_path / "b")!r}),
+    ),
+    print,
+)
+assert "nncf" in sys.modules
+"""
+    unset = ("CI", "TF_BUILD", "JENKINS_URL", "NNCF_CI", "NNCF_DEV")  # with these the libraries are silent anyway
+    environment = {name: value for name, value in os.environ.items() if name not in unset} | {"HOME": str(tmp_path / "home")}
+    (tmp_path / "home").mkdir()
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    assert not (tmp_path / "requests").exists()
+    assert not (tmp_path / "home" / "intel").exists()  # where they keep the number by which they know their user

@@ -23,7 +23,9 @@ def test_a_line_has_time_ratios_and_quality() -> None:
         {"backend": "openvino", "precision": "bf16"},
     ]
     head, _, int8, bf16, diffusers = matrix_table({"rows": rows, "quality": quality}).splitlines()
-    assert head.startswith("| model | backend | precision | batch | a step, ms | an image of 4 steps, ms | diffusers takes |")
+    assert head.startswith(
+        "| model | backend | precision | batch | a step of the batch, ms | an image of 4 steps, ms | diffusers takes |"
+    )
     assert int8 == "| student | openvino | int8 | 8 | 2.00 | 2.00 | 4.00x | 30.0 | 94.9% (float32 95.0%) | 1.25 (float32 1.00) |"
     assert bf16 == "| student | openvino | bf16 | 8 |  | 4.00 | 2.00x |  |  |  |"
     assert diffusers == "| diffusers | torch | fp32 | 8 |  | 8.00 | 1.00x |  |  |  |"
