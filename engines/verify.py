@@ -95,8 +95,9 @@ def _unread(case: Case) -> dict[str, NDArray[Any]]:
 def _off_at_zero(case: Case, engine: Engine) -> float:
     """How far a part whose control networks and LoRAs have the scale 0 is from the one that it replaces."""
     spec = engine.spec
-    zeros = {c.scale_name: np.zeros(case.batch, dtype=np.float32) for c in spec.taken_by(case.part) if c.scaled}
     usual = spec.part(spec.part(case.part).replaces or "")
+    added = [c for c in spec.taken_by(case.part) if c.scaled and c.scale_name not in usual.inputs]
+    zeros = {c.scale_name: np.zeros(case.batch, dtype=np.float32) for c in added}
     plain = engine.call(usual.name, {name: case.inputs[name] for name in usual.inputs})
     return difference(engine.call(case.part, {**case.inputs, **zeros}), plain)
 

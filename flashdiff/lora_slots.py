@@ -145,8 +145,7 @@ def read_slot_lora(file: Path, table: SlotTable, source: str) -> SlotLora:
         raise LoraError(f"{source} is damaged: {error}") from None
     digest = hashlib.sha256(content)
     if file.name == PEFT_WEIGHTS:
-        own = peft_settings(file.parent / PEFT_CONFIG)
-        check_peft_settings(file.parent / PEFT_CONFIG, own)
+        own = _peft_settings(file.parent / PEFT_CONFIG, source)
         settings = {f"{table.denoiser}.{key}": value for key, value in own.items()}
         digest.update(repr(sorted(map(str, own.items()))).encode())
     _check_flash(flash, table, source)
@@ -159,6 +158,15 @@ def read_slot_lora(file: Path, table: SlotTable, source: str) -> SlotLora:
         except (ValueError, TypeError, OverflowError, AttributeError) as error:  # senseless settings have several
             raise LoraError(f"{source}: '{keys[modules]}': {error}") from None
     return SlotLora(values=values, rank=rank, layers=len(filled), weights_hash=digest.hexdigest())
+
+
+def _peft_settings(file: Path, source: str) -> dict[str, Any]:
+    try:
+        settings = peft_settings(file)
+        check_peft_settings(file, settings)
+    except LoraError as error:  # a server's clients learn none of its paths
+        raise LoraError(f"{source}: {str(error).replace(f'{file.parent}/', '')}") from None
+    return settings
 
 
 def _flash_info(file: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:

@@ -31,8 +31,11 @@ def open_file(path: Path) -> BufferedReader:
 def read_file(path: Path, limit: int | None = None) -> bytes:
     """The content of a regular file; OSError also for one that is longer than `limit` bytes."""
     with open_file(path) as file:
-        content = file.read() if limit is None else file.read(limit + 1)
-    if limit is not None and len(content) > limit:
+        if limit is None:
+            return file.read()
+        # A file may be sparse, or grow while it is read.
+        content = file.read(limit + 1) if os.fstat(file.fileno()).st_size <= limit else None
+    if content is None or len(content) > limit:
         raise OSError(27, f"larger than {limit >> 20} MiB", str(path))
     return content
 

@@ -20,6 +20,8 @@ def parse_tensors(content: bytes) -> tuple[dict[str, NDArray[np.float32]], dict[
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("its metadata are not texts")
+    if unprintable := next((name for name in header if not name.isprintable()), None):
+        raise ValueError(f"{unprintable[:80]!r} is no name of a tensor")
     return {name: _tensor(name, entry, data) for name, entry in header.items()}, metadata
 
 

@@ -350,7 +350,7 @@ def test_controls_and_loras_go_together(tiny_base: Path, tmp_path: Path) -> None
         nn.init.normal_(parameter, std=0.1)
     network.save_pretrained(tmp_path / "edges")
     family, model = load_base(str(tiny_base))
-    model = with_slots(with_controls(model, {"edges": tmp_path / "edges"}), family, 1, 4)
+    model = with_slots(with_controls(family, model, {"edges": tmp_path / "edges"}), family, 1, 4)
     assert [part.name for part in model.spec.denoisers] == [
         "denoiser",
         "denoiser_control",
@@ -362,7 +362,7 @@ def test_controls_and_loras_go_together(tiny_base: Path, tmp_path: Path) -> None
     values = read_slot_lora(file, table, "a").values
     _, fused = load_base(str(tiny_base))
     fuse(fused, family, [(file, 0.7)])
-    fused = with_controls(fused, {"edges": tmp_path / "edges"})
+    fused = with_controls(family, fused, {"edges": tmp_path / "edges"})
 
     def latents(of: TorchModel, *loras: LoraRequest) -> NDArray[np.float32]:
         control = ControlRequest(name="edges", image=np.full((32, 32, 3), 200, dtype=np.uint8), scale=0.5)

@@ -203,7 +203,7 @@ def test_rows_with_and_without_a_reference_share_steps_and_have_the_pixels_that_
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_reference_goes_with_a_control(bases: dict[str, Path], adapters: dict[str, Path], once: Once, family: str) -> None:
     edges = once(f"edges-{family}", lambda folder: make_tiny_controlnet(folder, bases[family]))
-    model = with_controls(_model(bases[family], 3.0, adapters[family]), {"edges": edges})
+    model = with_controls(family_of(bases[family]), _model(bases[family], 3.0, adapters[family]), {"edges": edges})
     network = diffusers.ControlNetModel.from_pretrained(edges)
     kind = {"sd15": "StableDiffusionControlNetPipeline", "sdxl": "StableDiffusionXLControlNetPipeline"}[family]
     pipeline: Any = getattr(diffusers, kind).from_pretrained(bases[family], controlnet=network)

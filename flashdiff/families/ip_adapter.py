@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from flashdiff.components import ModelSpec
 from flashdiff.errors import ModelError, first_line
 from flashdiff.families.base import IpAdapter, ModelFamily, TorchModel
+from flashdiff.families.control_unet import SteerableUnet
 from flashdiff.families.files import base_hash
 from flashdiff.families.hub import HubName, download_file, download_part, hub_name
 from flashdiff.families.loading import load_part, read_config
@@ -324,7 +325,7 @@ class _Layers(nn.Module):
         return [layer(tokens) for layer in self.keys], [layer(tokens) for layer in self.values]
 
 
-class ReadingDenoiser(nn.Module):
+class ReadingDenoiser(SteerableUnet, nn.Module):
     """A UNet's denoiser that reads the tokens of a reference next to the prompt's."""
 
     def __init__(self, denoiser: Any, layers: nn.Module) -> None:

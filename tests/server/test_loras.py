@@ -1,6 +1,8 @@
 """LoRAs of requests through every protocol, against a live server whose model is a fake with two slots."""
 
 import io
+import os
+import resource
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +20,7 @@ from safetensors.numpy import save_file
 from served import MODEL, Running, serving
 
 from flashdiff.engines.runtime.fake import GUIDED, FakeComponents
-from flashdiff.errors import RequestError
+from flashdiff.errors import OverloadedError, RequestError
 from flashdiff.generate import generate
 from flashdiff.lora_requests import LoraRequest, slotted
 from flashdiff.lora_slots import SlotLayer, SlotTable
@@ -274,6 +276,65 @@ def test_those_used_longest_ago_are_dropped_and_equal_files_kept_once(folder: Pa
     assert reads[-1] == "blue"
     tiny = LoraFolder(folder, max_bytes=1)
     assert tiny.read("red", TABLE) is tiny.read("red", TABLE)
+
+
+def test_a_lora_that_a_request_still_has_is_not_read_again(folder: Path, reads: list[str]) -> None:
+    loras = LoraFolder(folder, max_bytes=1)
+    red = loras.read("red", TABLE)
+    loras.read("blue", TABLE)
+    assert loras.read("red", TABLE) is red
+    assert (reads, loras.bytes) == (["red", "blue"], RED.nbytes)
+
+
+def test_all_loras_together_take_bounded_memory(folder: Path, reads: list[str]) -> None:
+    """The limit is eight of these; what no request has makes room."""
+    for index in range(10):
+        _write(folder / f"{index}.safetensors", index * RED)
+    loras = LoraFolder(folder, most_bytes=1)
+    held = [loras.read(str(index), TABLE) for index in range(2, 9)]
+    assert loras.read("blue", TABLE) is not None
+    held.append(loras.read("9", TABLE))  # in the place of blue
+    with pytest.raises(OverloadedError, match="the LoRAs of pending requests take 0 MiB, and all may take 0 MiB") as caught:
+        loras.read("blue", TABLE)
+    assert caught.value.retry_after_s
+    assert loras.read("5", TABLE) is held[3]
+    del held[0], caught
+    np.testing.assert_array_equal(loras.read("blue", TABLE), BLUE)
+    assert reads == [*"2345678", "blue", "9", "blue"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("red.safetensors", "this server has "),
+        ("pipe", "this server has "),
+        ("folder", "this server has "),
+        ("loop", "this server has "),
+        ("sparse", "cannot be read: larger than 2048 MiB"),
+        ("zero", "zero is damaged: it is too short"),
+        ("lines", r"lines is damaged: .* is no name of a tensor"),
+        ("peft", "adapter_config.json is missing: it holds the scale"),
+        ("piped", "adapter_config.json cannot be read: "),
+    ],
+)
+def test_odd_files_are_refused_in_one_line_that_names_no_path(folder: Path, name: str, message: str) -> None:
+    os.mkfifo(folder / "pipe.safetensors")
+    (folder / "folder.safetensors").mkdir()
+    (folder / "loop.safetensors").symlink_to(folder / "loop.safetensors")
+    with open(folder / "sparse.safetensors", "wb") as sparse:
+        sparse.truncate(5 << 30)
+    (folder / "zero.safetensors").touch()
+    save_file({"unet.\nx": RED}, folder / "lines.safetensors")
+    for kind in ("peft", "piped"):
+        (folder / kind).mkdir()
+        _write(folder / kind / "adapter_model.safetensors", RED)
+    os.mkfifo(folder / "piped" / "adapter_config.json")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(RequestError, match=rf"loras\.name: '{name}' is not allowed; {message}") as caught:
+        LoraFolder(folder).read(name, TABLE)
+    assert "\n" not in str(caught.value)
+    assert str(folder) not in str(caught.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KiB: nothing of a large file is read
 
 
 def test_a_lora_is_read_for_each_table(folder: Path) -> None:
