@@ -56,7 +56,7 @@ def original_transformer(base: Path, prefix: str) -> dict[str, Tensor]:
     for original, modules in original_names(model, {name.rpartition(".")[0] for name in weights}):
         for ending in ("weight", "bias"):
             names = [f"{module}.{ending}" for module in modules.split(FUSED)]
-            if names[0] in weights:
+            if names[0] in left:  # XLabs' names are second ones of the same layers
                 left -= {*names}
                 is_scale = is_flux and original.endswith("_norm")
                 tensors[f"{original}.{'scale' if is_scale else ending}"] = torch.cat([weights[name] for name in names])

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from flashdiff.components import ModelSpec
 from flashdiff.controls import steered, unsteered
-from flashdiff.errors import ModelError
+from flashdiff.errors import ModelError, first_line
 from flashdiff.families.base import ModelFamily, TorchModel
 from flashdiff.families.codec import shift_of
+from flashdiff.families.control_kinds import ControlKind
 from flashdiff.families.files import base_hash
 from flashdiff.families.loading import load_part, read_config
 from flashdiff.families.networks import find_network, hash_of_network
-from flashdiff.families.settings import check_config, default_settings
+from flashdiff.families.settings import check_config, check_types, default_settings
 from flashdiff.lora_requests import unslotted
 
 
@@ -39,20 +40,35 @@ def check_control(name: str, folder: Path, family: ModelFamily, base: Path, spec
     if not family.controls:
         raise ModelError(f"{option}: models of the family {family.name} are not steered by control networks")
     config = read_config(folder.parent, folder.name)
-    kind = str(config.get("_class_name"))
-    if kind not in family.controls:
-        raise ModelError(f"{option}: it is a {kind}; {spec.name} can be steered by {' and '.join(family.controls)}")
+    class_name = str(config.get("_class_name"))
+    kind = family.controls.get(class_name)
+    if kind is None:
+        raise ModelError(f"{option}: it is a {class_name}; {spec.name} can be steered by {' and '.join(family.controls)}")
     if sequence := [condition.name for condition in spec.conditions if condition.enters == "sequence"]:
         raise ModelError(f"{option}: {spec.name} reads {sequence[0]} in its sequence, where a control network has no part")
-    check_config(f"{folder}/config.json", config, kind, family.controls[kind].fixed)
-    settings = {**default_settings(kind), **config}
-    denoiser_class = next(iter(family.networks[family.lora_prefix]))
-    denoiser = {**default_settings(denoiser_class), **read_config(base, family.lora_prefix)}
-    for setting, (own, wanted) in family.controls[kind].needs(settings, denoiser, spec).items():
+    path, settings = f"{folder}/config.json", {**default_settings(class_name), **config}
+    check_config(path, config, class_name, kind.fixed)
+    check_types(path, config, class_name, kind.nullable)
+    if kind.layers and not any(settings[name] > 0 for name in kind.layers):
+        counts = " and ".join(f"'{name}' is {settings[name]}" for name in kind.layers)
+        raise ModelError(f"{path}: {counts}; one block at least must give residuals")
+    for setting, (own, wanted) in _needs(kind, settings, family, base, spec).items():
         if _plain(own) != _plain(wanted):
             hashes = f"the control is {hash_of_network(folder)[:12]}, the base {base_hash(base)[:12]}"
             raise ModelError(f"{option} was made for another base: its {setting} is {own}, {spec.name} needs {wanted} ({hashes})")
-    return kind
+    return class_name
+
+
+def _needs(
+    kind: ControlKind, settings: Mapping[str, Any], family: ModelFamily, base: Path, spec: ModelSpec
+) -> dict[str, tuple[Any, Any]]:
+    """What has to be equal, by name; ModelError where the base's own settings make no sense."""
+    config = read_config(base, family.lora_prefix)
+    denoiser = {**default_settings(next(iter(family.networks[family.lora_prefix]))), **config}
+    try:
+        return kind.needs(settings, denoiser, spec)
+    except Exception as error:  # the network's settings were checked: whatever the base's say
+        raise ModelError(f"{base}/{family.lora_prefix}/config.json lacks or misstates {first_line(error)}") from None
 
 
 def _plain(value: Any) -> Any:

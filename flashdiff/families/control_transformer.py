@@ -42,6 +42,8 @@ def _of_flux(own: Mapping[str, Any], base: Mapping[str, Any], _: ModelSpec) -> d
 SD3_CONTROLS: Mapping[str, ControlKind] = {
     "SD3ControlNetModel": ControlKind(
         fixed={"extra_conditioning_channels": (0,)},
+        nullable=("joint_attention_dim",),
+        layers=("num_layers",),
         needs=_of_sd3,
         reads_latents=True,
         # As the pipeline decides: InstantX's networks were trained without both.
@@ -51,6 +53,7 @@ SD3_CONTROLS: Mapping[str, ControlKind] = {
 FLUX_CONTROLS: Mapping[str, ControlKind] = {
     "FluxControlNetModel": ControlKind(
         fixed={"num_mode": (None,), "conditioning_embedding_channels": (None,), "patch_size": (1,)},
+        layers=("num_layers", "num_single_layers"),
         needs=_of_flux,
         reads_latents=True,
     )

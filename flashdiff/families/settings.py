@@ -9,7 +9,8 @@ import inspect
 import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
 from flashdiff.errors import ModelError
 
@@ -69,6 +70,10 @@ _UNUSED_COMPONENTS = {"safety_checker", "feature_extractor", "image_encoder"}
 _PIPELINE_SETTINGS = {"requires_safety_checker", "add_watermarker", "force_zeros_for_empty_prompt", "is_distilled"}
 _PIPELINE_FIXED: Fixed = {"requires_aesthetics_score": (False, None)}
 
+_LISTS = (list, tuple)
+_TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", NoneType: "null"}
+"""Of the settings of diffusers' classes."""
+
 _TRANSFORMERS = {
     "torch_dtype", "dropout", "attn_implementation", "gradient_checkpointing", "n_positions", "output_past", "tokenizer_class",
     "task_specific_params", "decoder_start_token_id", "use_return_dict", "torchscript", "use_bfloat16", "pruned_heads",
@@ -123,6 +128,41 @@ def check_transformers_config(path: str, config: Mapping[str, Any], kind: str) -
 def check_config(path: str, config: Mapping[str, Any], kind: str, fixed: Fixed) -> None:
     """`check_settings` of the file of a network of this class of diffusers."""
     _check(path, config, _OWN | default_settings(kind).keys(), fixed, default_settings(kind))
+
+
+def check_types(path: str, config: Mapping[str, Any], kind: str, nullable: Collection[str] = ()) -> None:
+    """ModelError for a setting whose value is not of the type in the signature of this class of diffusers.
+
+    null stands for false and for a default of None as well; the `nullable` settings take it whatever the signature says.
+    """
+    import diffusers
+
+    defaults = default_settings(kind)
+    for name, hint in get_type_hints(getattr(diffusers, kind).__init__).items():
+        wanted = hint | None if name in nullable or defaults.get(name, hint) is None else hint
+        if name in config and not _is_of(config[name], wanted):
+            raise ModelError(f"{path}: '{name}' is {_shown(config[name])}; it must be {_type_in_words(wanted)}")
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    """Whether a value of a JSON file is of a type; a tuple's hint does not count its items, which some classes misstate."""
+    choices = _choices(hint)
+    if isinstance(value, list):
+        return any(all(_is_of(item, get_args(one)[0]) for item in value) for one in choices if get_origin(one) in _LISTS)
+    if value is None:
+        return bool in choices or NoneType in choices
+    return type(value) in choices or (type(value) is int and float in choices)
+
+
+def _type_in_words(hint: Any) -> str:
+    return " or ".join(
+        f"a list, each item {_type_in_words(get_args(one)[0])}" if get_origin(one) in _LISTS else _TYPES[one]
+        for one in _choices(hint)
+    )
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
 
 def _check_scale(path: str, config: Mapping[str, Any]) -> None:
