@@ -365,7 +365,6 @@ def _exports(form: GraphForm, family: ModelFamily, inputs: BuildInputs, on_text:
         inputs.model.text_part.name: [lora for lora, is_on_text in zip(loras, on_text, strict=True) if is_on_text],
     }
     # All of the model but what no graph contains: members of two families may share their weights.
-    # All of the model but what no graph contains: members of two families may share their weights.
     plain, sampler = unreferred(unsteered(unslotted(inputs.model))), inputs.model.sampler
     model = plain.model_dump(mode="json", exclude={"name", "sizes", "tasks", "sampler"})
     controls = [[control.name, control.weights_hash] for control in inputs.controls]
