@@ -112,7 +112,7 @@ def _image(components: Components, spec: ModelSpec) -> NDArray[np.float32]:
 
 
 def _inputs(spec: ModelSpec, size: Size) -> dict[str, Pixels]:
-    """The images that a model takes which was trained for a task: ramps of color and, as a mask, a slanted half of the image."""
+    """The images for a model that was trained for a task: ramps of color and, as a mask, a slanted half of the image."""
     task = trained_task(spec)
     if task is None:
         return {}

@@ -57,13 +57,13 @@ def _case(kind: str, setting: str, value: Any, wanted: str) -> Any:
 @pytest.mark.parametrize(
     ("kind", "setting", "value", "wanted"),
     [
-        _case("ControlNetModel", "conditioning_embedding_out_channels", 16, "a list, each item a whole number or null"),
-        _case("ControlNetModel", "block_out_channels", None, "a list, each item a whole number"),
-        _case("ControlNetModel", "block_out_channels", [32, "64"], "a list, each item a whole number"),
+        _case("ControlNetModel", "conditioning_embedding_out_channels", 16, "a list of whole numbers or null"),
+        _case("ControlNetModel", "block_out_channels", None, "a list of whole numbers"),
+        _case("ControlNetModel", "block_out_channels", [32, "64"], "a list of whole numbers"),
         _case("ControlNetModel", "cross_attention_dim", "32", "a whole number"),
-        _case("ControlNetModel", "transformer_layers_per_block", {}, "a whole number or a list, each item a whole number"),
-        _case("T2IAdapter", "channels", None, "a list, each item a whole number"),
-        _case("T2IAdapter", "channels", 32, "a list, each item a whole number"),
+        _case("ControlNetModel", "transformer_layers_per_block", {}, "a whole number or a list of whole numbers"),
+        _case("T2IAdapter", "channels", None, "a list of whole numbers"),
+        _case("T2IAdapter", "channels", 32, "a list of whole numbers"),
         _case("T2IAdapter", "downscale_factor", "4", "a whole number"),
         _case("T2IAdapter", "downscale_factor", [4], "a whole number"),
         _case("T2IAdapter", "adapter_type", ["full_adapter"], "text"),
@@ -75,7 +75,7 @@ def _case(kind: str, setting: str, value: Any, wanted: str) -> Any:
         _case("FluxControlNetModel", "attention_head_dim", [16], "a whole number"),
         _case("FluxControlNetModel", "num_attention_heads", True, "a whole number"),
         _case("FluxControlNetModel", "num_single_layers", None, "a whole number"),
-        _case("FluxControlNetModel", "axes_dims_rope", "4, 6, 6", "a list, each item a whole number"),
+        _case("FluxControlNetModel", "axes_dims_rope", "4, 6, 6", "a list of whole numbers"),
     ],
 )
 def test_a_setting_of_the_wrong_type_is_refused(check: CHECK, kind: str, setting: str, value: Any, wanted: str) -> None:

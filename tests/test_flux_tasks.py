@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import diffusers
@@ -20,15 +21,16 @@ from flashdiff import rows
 from flashdiff.components import Components, Size
 from flashdiff.engines.backends.tensorrt_builder import build_plan
 from flashdiff.engines.build import build_engine
-from flashdiff.engines.bundle import BackendName, StockComparison, read_manifest
+from flashdiff.engines.bundle import StockComparison
 from flashdiff.engines.config import BuildOptions
-from flashdiff.engines.parts import parts_of
+from flashdiff.engines.export import export_onnx
+from flashdiff.engines.parts import Part, parts_of
 from flashdiff.engines.runtime.engine import open_bundle
 from flashdiff.engines.shapes import bucket_shapes, dimensions_of
 from flashdiff.engines.stock import StockReference, run_stock
 from flashdiff.errors import BundleError, ModelError, RequestError, TrainingError
 from flashdiff.families import family_of
-from flashdiff.families.base import TorchModel
+from flashdiff.families.base import ModelFamily, TorchModel
 from flashdiff.generate import generate, generate_rows
 from flashdiff.lora import load_fused
 from flashdiff.noise import image_noise
@@ -60,8 +62,9 @@ def _inputs(task: str, size: Size) -> dict[str, Pixels]:
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One block of each kind: the ONNX exporter's time grows with the blocks."""
     folder = tmp_path_factory.mktemp("bases")
-    return {name: make(folder / name) for name, make in MAKE.items()}
+    return {name: make(folder / name, num_layers=1) for name, make in MAKE.items()}
 
 
 @functools.cache
@@ -114,6 +117,19 @@ def test_fill_without_a_mask_replaces_all_of_a_grey_image(bases: dict[str, Path]
     white, grey = (torch.full((1, channels, 32, 32), level) for channels, level in ((1, 1.0), (3, 0.5)))
     stock = _stock(bases["fill"], monkeypatch, size, image=grey, mask_image=white)
     np.testing.assert_allclose(_latents(model, "text_to_image", size), stock, atol=1e-4, rtol=0)
+
+
+def test_fill_with_an_image_and_no_mask_replaces_all_of_it(bases: dict[str, Path]) -> None:
+    model, size = _model(bases["fill"]), Size(32, 32)
+    image = _image(size)
+    given = {"image": image}, {"image": image, "mask": np.full_like(image, 255)}
+    orders = [
+        check_order(model.spec, prompt=PROMPT, seed=SEED, steps=STEPS, inputs=inputs, parameters={"strength": 0.5})
+        for inputs in given
+    ]
+    assert [order.task.name for order in orders] == ["image_to_image", "inpainting"]
+    without, white = (made[0][0].latents for made in generate_rows(model, orders))
+    np.testing.assert_allclose(without, white, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("task", ["edit", "text_to_image"])
@@ -208,8 +224,6 @@ def test_training_on_such_a_base_is_refused(bases: dict[str, Path]) -> None:
 
 
 def test_a_network_of_another_width_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
-    from shutil import copytree
-
     base = copytree(bases["kontext"], tmp_path / "base")
     index = base / "model_index.json"
     index.write_text(index.read_text().replace("FluxKontextPipeline", "FluxFillPipeline"))
@@ -243,40 +257,70 @@ def test_the_second_gate_compares_with_an_image_and_finds_what_is_wrong(
 
 
 @pytest.fixture(scope="module")
-def bundle(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, BackendName], Path]:
-    """A bundle of a base for a backend, at two sizes, built once."""
+def graph(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The ONNX graph of a base's denoiser, exported once."""
 
     @functools.cache
-    def build(name: str, backend: BackendName) -> Path:
-        out = tmp_path_factory.mktemp("bundles") / "bundle"
-        options = {"base": str(bases[name]), "out": out, "backend": backend, "batch_sizes": (1, 3), "sampler": "flow-euler"}
-        build_engine(BuildOptions.model_validate({**options, "sizes": (Size(32, 32), WIDE)}), print)
-        return out
+    def export(name: str) -> Path:
+        family, folder = family_of(bases[name]), tmp_path_factory.mktemp("graphs")
+        model = _model(bases[name])
+        export_onnx(model, _denoiser(family, model), folder, size=WIDE)
+        return folder / "model.onnx"
 
-    return build
+    return export
+
+
+def _denoiser(family: ModelFamily, model: TorchModel) -> Part:
+    return next(part for part in parts_of(family, model) if part.name == "denoiser")
+
+
+def _rows(components: Components, name: str) -> list[NDArray[np.float32]]:
+    """The latents of a row with the images and of a row without, in one batch."""
+    orders = [
+        check_order(components.spec, prompt=PROMPT, seed=SEED, steps=2, size=WIDE, inputs=_inputs(task, WIDE))
+        for task in ("inpainting" if name == "fill" else "edit", "text_to_image")
+    ]
+    return [rows[0][0].latents for rows in generate_rows(components, orders)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "backend"), [("fill", "onnxruntime"), ("kontext", "onnxruntime"), ("kontext", "openvino")])
-def test_engines_give_torchs_latents(
-    bases: dict[str, Path], bundle: Callable[[str, BackendName], Path], name: str, backend: BackendName
+@pytest.mark.parametrize("name", MAKE)
+def test_the_denoisers_onnx_graph_gives_torchs_latents(
+    bases: dict[str, Path], graph: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    model, engine = _model(bases[name]), open_bundle(bundle(name, backend))
-    assert isinstance(engine.manifest.stock, StockComparison)
-    assert engine.manifest.stock.made_by.startswith("FluxFillPipeline" if name == "fill" else "FluxKontextPipeline")
-    for task in ("inpainting" if name == "fill" else "edit", "text_to_image"):
-        np.testing.assert_allclose(_latents(engine, task, WIDE), _latents(model, task, WIDE), atol=1e-4, rtol=0)
+    import onnxruntime
+
+    model = _model(bases[name])
+    expected, call = _rows(model, name), model.call
+    session = onnxruntime.InferenceSession(str(graph(name)), providers=["CPUExecutionProvider"])
+    monkeypatch.setattr(
+        model, "call", lambda part, given: {"output": session.run(None, given)[0]} if part == "denoiser" else call(part, given)
+    )
+    made = _rows(model, name)
+    np.testing.assert_allclose(made, expected, atol=1e-4, rtol=0)
+    assert np.abs(made[0] - made[1]).max() > 0.02
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MAKE)
+def test_a_bundle_gives_torchs_latents(bases: dict[str, Path], tmp_path: Path, name: str) -> None:
+    options = {"base": str(bases[name]), "out": tmp_path / "out", "backend": "openvino", "batch_sizes": (2,), "sizes": (WIDE,)}
+    manifest = build_engine(BuildOptions.model_validate({**options, "sampler": "flow-euler"}), print)
+    assert isinstance(manifest.stock, StockComparison)
+    assert manifest.stock.made_by.startswith("FluxFillPipeline" if name == "fill" else "FluxKontextPipeline")
+    engine, model = open_bundle(tmp_path / "out"), _model(bases[name])
+    np.testing.assert_allclose(_rows(engine, name), _rows(model, name), atol=1e-4, rtol=0)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("tensorrt_rtx"), reason="tensorrt_rtx is not installed: pip install -e '.[dev]'")
 @pytest.mark.parametrize("name", MAKE)
-def test_the_denoiser_becomes_a_tensorrt_plan(bundle: Callable[[str, BackendName], Path], name: str, tmp_path: Path) -> None:
-    folder = bundle(name, "onnxruntime")
-    manifest = read_manifest(folder)
-    part, size = manifest.parts["denoiser"], manifest.sizes[0]
-    shapes = bucket_shapes(part.inputs, dimensions_of(manifest.model, size, 2))
+def test_the_denoiser_becomes_a_tensorrt_plan(
+    bases: dict[str, Path], graph: Callable[[str], Path], name: str, tmp_path: Path
+) -> None:
+    model = _model(bases[name])
+    part = _denoiser(family_of(bases[name]), model)
+    shapes = bucket_shapes(part.inputs, dimensions_of(model.spec, WIDE, 2))
     plan, timings = tmp_path / "denoiser.plan", tmp_path / "timings"
-    graph = folder / part.file_for(size, 2)
-    build_plan("tensorrt-rtx", graph, shapes, plan, timings=timings, version_compatible=False, report=print)
+    build_plan("tensorrt-rtx", graph(name), shapes, plan, timings=timings, version_compatible=False, report=print)
     assert plan.stat().st_size > 100_000

@@ -22,6 +22,8 @@ from flashdiff.components import Components, Size
 from flashdiff.controls import ControlRequest
 from flashdiff.engines.build import build_engine
 from flashdiff.engines.config import BuildOptions
+from flashdiff.engines.export import export_onnx
+from flashdiff.engines.parts import parts_of, random_inputs
 from flashdiff.engines.plan import plan_build
 from flashdiff.engines.runtime.engine import open_bundle
 from flashdiff.errors import ModelError, RequestError
@@ -244,18 +246,33 @@ def test_a_control_of_another_base_is_refused_at_build(bases: dict[str, Path], t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "backend"), [("sd3", "openvino"), ("flux", "onnxruntime")])
-def test_engines_steer_as_torch_does(bases: dict[str, Path], tmp_path: Path, family: str, backend: str) -> None:
-    places = {"edges": f"{family}-edges", "pose": {"sd3": "sd3-plain", "flux": "flux-pose"}[family]}
+def test_a_bundle_steers_as_torch_does(bases: dict[str, Path], tmp_path: Path) -> None:
+    places = {"edges": "sd3-edges", "pose": "sd3-plain"}
     options = BuildOptions(
-        base=str(bases[family]), out=tmp_path / "out", backend=backend, batch_sizes=(1, 4), sampler="flow-euler",
-        sizes=(Size(32, 32), SIZE), guidance=3 if family == "sd3" else None,
-        controls=tuple((name, str(bases[place])) for name, place in places.items()),
+        base=str(bases["sd3"]), out=tmp_path / "out", backend="openvino", batch_sizes=(2,), sizes=(SIZE,), sampler="flow-euler",
+        guidance=3, controls=tuple((name, str(bases[place])) for name, place in places.items()),
     )  # fmt: skip
     manifest = build_engine(options, print)
     assert manifest.max_error["denoiser_control"] <= 1e-4
     assert manifest.max_error["denoiser_control at scale 0"] <= 1e-4
     assert plan_build(options).changes == []
-    engine, model = open_bundle(tmp_path / "out"), _model(bases, family, **places)
+    engine, model = open_bundle(tmp_path / "out"), _model(bases, "sd3", **places)
     controls = ControlRequest(name="edges", image=EDGES, scale=0.7), ControlRequest(name="pose", image=POSE, end=0.5)
-    np.testing.assert_allclose(_made(engine, *controls), _made(model, *controls), atol=1e-4, rtol=0)
+    made, expected = (_made(components, *controls, steps=2) for components in (engine, model))
+    np.testing.assert_allclose(made, expected, atol=1e-4, rtol=0)
+    assert np.abs(made - _made(model, steps=2)).max() > 0.02
+
+
+@pytest.mark.slow
+def test_the_onnx_graph_with_a_network_gives_torchs_output(bases: dict[str, Path], tmp_path: Path) -> None:
+    import onnxruntime
+
+    base = make_tiny_flux(tmp_path / "flux")  # of fewer blocks: the exporter's time grows with them
+    model = _model({**bases, "flux": base}, "flux", edges="flux-double")
+    part = next(part for part in parts_of(_plain(base)[0], model) if part.name == "denoiser_control")
+    export_onnx(model, part, tmp_path, size=SIZE)
+    inputs = random_inputs(model, part, 3, model.spec.sizes[0], torch.Generator().manual_seed(3))
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    (made,) = session.run(None, {tensor.name: values.numpy() for tensor, values in zip(part.inputs, inputs, strict=True)})
+    with torch.no_grad():
+        np.testing.assert_allclose(made, part.module(*inputs).numpy(), atol=1e-4, rtol=0)

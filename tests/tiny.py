@@ -252,13 +252,13 @@ def make_tiny_flux(folder: Path, *, guidance_embeds: bool = True, pipeline: Any 
     return folder
 
 
-def make_tiny_flux_fill(folder: Path) -> Path:
+def make_tiny_flux_fill(folder: Path, **settings: Any) -> Path:
     """A token holds 4 cells of latents, of masked latents, and of a mask of 4x4 pixels a cell."""
-    return make_tiny_flux(folder, pipeline=FluxFillPipeline, in_channels=4 * (16 + 16 + 16), out_channels=64)
+    return make_tiny_flux(folder, pipeline=FluxFillPipeline, in_channels=4 * (16 + 16 + 16), out_channels=64, **settings)
 
 
-def make_tiny_flux_kontext(folder: Path) -> Path:
-    return make_tiny_flux(folder, pipeline=FluxKontextPipeline)
+def make_tiny_flux_kontext(folder: Path, **settings: Any) -> Path:
+    return make_tiny_flux(folder, pipeline=FluxKontextPipeline, **settings)
 
 
 def make_tiny_z_image(folder: Path) -> Path:

@@ -81,24 +81,23 @@ def with_controls(family: ModelFamily, model: TorchModel, controls: Mapping[str,
         return model
     import diffusers
 
-    networks, offsets, latents = {}, [], []
-    vae = model.weights["vae"].config
+    networks, kinds, offsets = {}, {}, []
+    vae = model.weights["vae"]
     for name, folder in controls.items():
-        config = read_config(folder.parent, folder.name)
-        kind = family.controls[str(config.get("_class_name"))]
+        kinds[name] = str(read_config(folder.parent, folder.name).get("_class_name"))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # diffusers warns about its own code
-            networks[name] = load_part(folder.parent, folder.name, getattr(diffusers, str(config.get("_class_name"))))
-        offsets.append(shift_of(model.weights["vae"]) * vae.scaling_factor if kind.is_unshifted(networks[name].config) else 0.0)
-        latents += [name] if kind.reads_latents else []
+            networks[name] = load_part(folder.parent, folder.name, getattr(diffusers, kinds[name]))
+        is_unshifted = family.controls[kinds[name]].is_unshifted(networks[name].config)
+        offsets.append(shift_of(vae) * vae.config.scaling_factor if is_unshifted else 0.0)
     plain = unsteered(unslotted(model.spec))  # a build's spec has its controls and slots from the start
-    spec, own = steered(plain, list(networks), latents), len(plain.step_parts()[-1].inputs) - 2
+    spec, own = steered(plain, list(networks), reads_latents(family, kinds)), len(plain.step_parts()[-1].inputs) - 2
     denoiser = SteeredDenoiser(model.denoiser, list(networks.values()), own, offsets).eval()
     return replace(model, spec=spec, controls=networks, denoiser_control=denoiser)
 
 
 def reads_latents(family: ModelFamily, kinds: Mapping[str, str]) -> list[str]:
-    """Those of the controls, given by name with their classes, whose networks read the latents of an image."""
+    """The names of the controls whose networks read the latents of their image; `kinds` are the classes, by name."""
     return [name for name, kind in kinds.items() if family.controls[kind].reads_latents]
 
 
@@ -106,10 +105,7 @@ class SteeredDenoiser(nn.Module):
     """A denoiser and its control networks as one."""
 
     def __init__(self, denoiser: Any, networks: Sequence[Any], own: int, offsets: Sequence[float]) -> None:
-        """`own` is the number of inputs that the denoiser takes itself, but for latents and times.
-
-        `offsets` are added to the networks' images.
-        """
+        """`own`: the number of the denoiser's own inputs after latents and times; `offsets` are added to the networks' images."""
         super().__init__()
         self.denoiser, self.networks, self.own, self.offsets = denoiser, nn.ModuleList(networks), own, offsets
         for network in networks:

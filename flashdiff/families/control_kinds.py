@@ -1,4 +1,4 @@
-"""What differs between the classes of control networks, as one record each, which a family lists."""
+"""What differs between the classes of control networks: a record for each, which families list."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ class ControlKind:
     layers: tuple[str, ...] = ()
     """Settings that count the blocks which give residuals: one of them is above 0. Empty: the class always has some."""
     needs: Callable[[Mapping[str, Any], Mapping[str, Any], ModelSpec], dict[str, tuple[Any, Any]]]
-    """What has to be equal, by name: the network's and the base's, of the network's settings and the denoiser's."""
+    """Of the network's settings and the denoiser's: pairs of values that must be equal, the network's first, by name."""
     reads_latents: bool = False
-    """Whether it reads the latents of an image, in the place of its pixels."""
+    """Whether it reads the latents of its image, and not the pixels."""
     is_unshifted: Callable[[Mapping[str, Any]], bool] = lambda _: False
-    """Whether the latents are scaled, but not shifted, of the network's settings."""
+    """Of the network's settings: whether it was trained on latents that are scaled but not shifted."""

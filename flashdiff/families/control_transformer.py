@@ -1,4 +1,4 @@
-"""ControlNets of SD3 and FLUX: they read the latents of an image, and their residuals are spread over the base's blocks."""
+"""ControlNets of SD3 and FLUX: they read the latents of their image, and each residual serves several of the base's blocks."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,12 +11,12 @@ from flashdiff.families.control_kinds import ControlKind
 
 
 def spread_evenly(residuals: Sequence[Tensor], blocks: int) -> list[Tensor]:
-    """One residual a block, of fewer of them: SD3's way, in which each serves as many blocks as any other, or one more."""
+    """A residual for every block, as in SD3's transformer: each serves the same number of blocks, or one more."""
     return [residuals[int(block / (blocks / len(residuals)))] for block in range(blocks)]
 
 
 def spread_in_runs(residuals: Sequence[Tensor], blocks: int) -> list[Tensor]:
-    """FLUX's way: each serves a run of as many blocks, but for the last, which may serve fewer."""
+    """A residual for every block, as in FLUX's transformer: runs of blocks of one length, the last of which may be shorter."""
     return [residuals[block // math.ceil(blocks / len(residuals))] for block in range(blocks)]
 
 
@@ -29,7 +29,7 @@ def _of_sd3(own: Mapping[str, Any], base: Mapping[str, Any], _: ModelSpec) -> di
     needs = _needs(own, base, "in_channels", "patch_size", "pooled_projection_dim")
     if own["joint_attention_dim"] is not None:  # SD3.5's own ControlNets do not read the text
         needs["joint_attention_dim"] = own["joint_attention_dim"], base["joint_attention_dim"]
-    if own["use_pos_embed"]:  # its places have to reach as far as the base's
+    if own["use_pos_embed"]:  # its positions must reach as far as the base's
         most, wanted = own["pos_embed_max_size"], base["pos_embed_max_size"]
         needs["pos_embed_max_size"] = most, wanted if most < wanted else most
     return needs

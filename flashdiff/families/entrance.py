@@ -13,11 +13,10 @@ Entrance = tuple[Condition, ...]
 
 
 def unet_entrances(pipeline_class: str, latent_channels: int) -> tuple[Entrance, ...]:
-    """Those of Stable Diffusion's UNets: of a pipeline class, the number of channels says which."""
+    """The entrances that Stable Diffusion's UNets of a pipeline class may have; a UNet's number of channels says which it has."""
     if "InstructPix2Pix" in pipeline_class:
-        image = Condition(
-            name=EDITED_IMAGE, enters="concat", channels=latent_channels, absent="zeros"
-        )  # as it was dropped in training
+        # Training dropped the image: it put zeros in its place.
+        image = Condition(name=EDITED_IMAGE, enters="concat", channels=latent_channels, absent="zeros")
         return ((image,),)
     mask = Condition(name=MASK, enters="concat", channels=1, absent="ones")  # all is replaced
     masked_image = Condition(name=MASKED_IMAGE, enters="concat", channels=latent_channels, absent="grey_image")
@@ -25,7 +24,7 @@ def unet_entrances(pipeline_class: str, latent_channels: int) -> tuple[Entrance,
 
 
 def flux_entrances(pipeline_class: str, latent_channels: int, latent_factor: int) -> tuple[Entrance, ...]:
-    """That of a pipeline class of FLUX."""
+    """The only entrance that a transformer of a pipeline class of FLUX may have."""
     masked_image = Condition(name=MASKED_IMAGE, enters="concat", channels=latent_channels, absent="grey_image")
     pixels = Condition(name=MASK, enters="concat", channels=latent_factor**2, absent="ones")
     # Its scale says whether a row has one: a row without does not attend to its tokens.

@@ -71,8 +71,14 @@ _PIPELINE_SETTINGS = {"requires_safety_checker", "add_watermarker", "force_zeros
 _PIPELINE_FIXED: Fixed = {"requires_aesthetics_score": (False, None)}
 
 _LISTS = (list, tuple)
-_TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", NoneType: "null"}
-"""Of the settings of diffusers' classes."""
+_TYPES = {
+    bool: ("true or false", "true and false"),
+    int: ("a whole number", "whole numbers"),
+    float: ("a number", "numbers"),
+    str: ("text", "text"),
+    NoneType: ("null", "null"),
+}
+"""Of the settings of diffusers' classes: what one value is, and what several are."""
 
 _TRANSFORMERS = {
     "torch_dtype", "dropout", "attn_implementation", "gradient_checkpointing", "n_positions", "output_past", "tokenizer_class",
@@ -156,8 +162,7 @@ def _is_of(value: Any, hint: Any) -> bool:
 
 def _type_in_words(hint: Any) -> str:
     return " or ".join(
-        f"a list, each item {_type_in_words(get_args(one)[0])}" if get_origin(one) in _LISTS else _TYPES[one]
-        for one in _choices(hint)
+        f"a list of {_TYPES[get_args(one)[0]][1]}" if get_origin(one) in _LISTS else _TYPES[one][0] for one in _choices(hint)
     )
 
 

@@ -68,7 +68,7 @@ def stock_image(
 ) -> StockImage:
     """An image of the stock pipeline of a model, LoRAs and IP-Adapter included, on the device of `model`.
 
-    `inputs`: the images of `size` that a model takes which was trained for a task of its own.
+    `inputs`: the images of `size` that the task takes, for a model that was trained for one.
 
     The pipeline reads the base's configuration files, tokenizers and scheduler itself; the weights are those of `model`. `vae` is
     the folder of an autoencoder in the place of the base's own.

@@ -61,6 +61,11 @@ class Kept:
     cells: NDArray[np.bool_]  # [1, h, w]
 
 
+def steps_from(strength: float, steps: int) -> int:
+    """How many of the steps an image that is noised to `strength` takes: the last ones, at least one."""
+    return max(1, int(strength * steps + 1e-4))  # 1e-4: a strength came as float32
+
+
 def _grey(spec: ModelSpec) -> list[str]:
     """The conditions that are latents of a grey image where a request does not give them."""
     return [condition.name for condition in spec.conditions if condition.absent == "grey_image"]

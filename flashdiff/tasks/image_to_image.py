@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from flashdiff import defaults
 from flashdiff.components import ModelSpec
 from flashdiff.orders import Order, Preparation
-from flashdiff.tasks.base import Parameter, Prepared, Task
+from flashdiff.tasks.base import Parameter, Prepared, Task, steps_from
 
 
 class _ImageToImage(Task):
@@ -16,7 +16,7 @@ class _ImageToImage(Task):
     parameters = (Parameter(name="strength", default=defaults.STRENGTH, above=0, at_most=1),)
 
     def steps_taken(self, order: Order) -> int:
-        return max(1, int(order.parameters["strength"] * order.steps + 1e-4))  # 1e-4: a strength came as float32
+        return steps_from(order.parameters["strength"], order.steps)
 
     def preparations(self, spec: ModelSpec, order: Order) -> dict[str, Preparation]:
         return {**super().preparations(spec, order), "image": Preparation("encoder", order.inputs["image"])}

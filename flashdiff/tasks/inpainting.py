@@ -12,7 +12,7 @@ from flashdiff.components import ModelSpec, Tensors
 from flashdiff.errors import RequestError
 from flashdiff.orders import Order, Pixels, Preparation
 from flashdiff.parts import MASK, MASKED_IMAGE
-from flashdiff.tasks.base import GREY, Kept, Parameter, Prepared, Task
+from flashdiff.tasks.base import GREY, Kept, Parameter, Prepared, Task, steps_from
 
 _LUMA = np.array([0.299, 0.587, 0.114])
 """Of red, green and blue, as Pillow turns color into grey (ITU-R 601)."""
@@ -32,7 +32,7 @@ class _Inpainting(Task):
             raise RequestError("mask", "thin lines", f"its white parts must be wider than {spec.latent_factor} pixels")
 
     def steps_taken(self, order: Order) -> int:
-        return max(1, int(order.parameters["strength"] * order.steps + 1e-4))  # 1e-4: a strength came as float32
+        return steps_from(order.parameters["strength"], order.steps)
 
     def preparations(self, spec: ModelSpec, order: Order) -> dict[str, Preparation]:
         image, given = order.inputs["image"], super().preparations(spec, order)
