@@ -1,5 +1,5 @@
 # Everything a newcomer needs: `make demo` and `make test`. Both install into .venv first.
-.PHONY: audit coverage docs release lock sbom demo test test-fast test-slow attack check stubs conformance bench-peers install clean
+.PHONY: audit coverage docs release lock sbom demo test test-fast test-slow test-long attack check stubs conformance bench-peers install clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -21,6 +21,10 @@ test-fast: $(VENV)/.installed
 # What `make test` leaves out, because it builds many engines or trains for a while; CI runs both.
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest $(PARALLEL) -rs -m "slow and not gpu"
+
+# Builds of further backends and families, half an hour and more; not in CI, run it before a release and after a change of engines.
+test-long: $(VENV)/.installed
+	$(BIN)/python -m pytest $(PARALLEL) -rs -m "long and not gpu"
 
 # The lines and branches that `make test` runs, those of the processes it starts included; the folders behind the links count too.
 COVERED ?= tests

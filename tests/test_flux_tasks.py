@@ -283,7 +283,7 @@ def _rows(components: Components, name: str) -> list[NDArray[np.float32]]:
     return [rows[0][0].latents for rows in generate_rows(components, orders)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", MAKE)
 def test_the_denoisers_onnx_graph_gives_torchs_latents(
     bases: dict[str, Path], graph: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, name: str
@@ -301,8 +301,9 @@ def test_the_denoisers_onnx_graph_gives_torchs_latents(
     assert np.abs(made[0] - made[1]).max() > 0.02
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=getattr(pytest.mark, "slow" if name == "fill" else "long")) for name in MAKE]
+)
 def test_a_bundle_gives_torchs_latents(bases: dict[str, Path], tmp_path: Path, name: str) -> None:
     options = {"base": str(bases[name]), "out": tmp_path / "out", "backend": "openvino", "batch_sizes": (2,), "sizes": (WIDE,)}
     manifest = build_engine(BuildOptions.model_validate({**options, "sampler": "flow-euler"}), print)
@@ -312,7 +313,7 @@ def test_a_bundle_gives_torchs_latents(bases: dict[str, Path], tmp_path: Path, n
     np.testing.assert_allclose(_rows(engine, name), _rows(model, name), atol=1e-4, rtol=0)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not importlib.util.find_spec("tensorrt_rtx"), reason="tensorrt_rtx is not installed: pip install -e '.[dev]'")
 @pytest.mark.parametrize("name", MAKE)
 def test_the_denoiser_becomes_a_tensorrt_plan(

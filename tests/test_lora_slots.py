@@ -259,8 +259,8 @@ def test_slots_reach_targets_and_all_of_a_block() -> None:
 
 # --- networks ---------------------------------------------------------------------------------------------------------
 
-SLOW = pytest.mark.slow
-TRIED = [name if name in ("sd15", "sdxl", "flux") else pytest.param(name, marks=SLOW) for name in FAMILIES]
+LONG = pytest.mark.long
+TRIED = [name if name in ("sd15", "sdxl", "flux") else pytest.param(name, marks=LONG) for name in FAMILIES]
 
 
 def _lora(file: Path, model: TorchModel, family: ModelFamily, layers: tuple[SlotLayer, ...], seed: int) -> Path:

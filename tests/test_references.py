@@ -375,8 +375,14 @@ def test_an_image_encoder_without_an_adapter_is_refused() -> None:
         parse_record({"base": "b", "reference_encoder": "folder"}, BuildRecipe, source="build-engine")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("adapter", "backend"), [("sd15", "openvino"), ("sdxl-plus", "onnxruntime"), ("sd15-plus", "torch")])
+@pytest.mark.parametrize(
+    ("adapter", "backend"),
+    [
+        pytest.param("sd15", "openvino", marks=pytest.mark.long),
+        pytest.param("sdxl-plus", "onnxruntime", marks=pytest.mark.long),
+        pytest.param("sd15-plus", "torch", marks=pytest.mark.slow),
+    ],
+)
 def test_engines_read_a_reference_as_torch_does(
     bases: dict[str, Path], adapters: dict[str, Path], tmp_path: Path, adapter: str, backend: str
 ) -> None:

@@ -263,7 +263,7 @@ def test_a_bundle_steers_as_torch_does(bases: dict[str, Path], tmp_path: Path) -
     assert np.abs(made - _made(model, steps=2)).max() > 0.02
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_onnx_graph_with_a_network_gives_torchs_output(bases: dict[str, Path], tmp_path: Path) -> None:
     import onnxruntime
 

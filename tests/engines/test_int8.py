@@ -294,7 +294,7 @@ def test_an_int8_bundle_is_built_searched_and_served_without_nncf(
     assert read_manifest(tmp_path / "b") == before
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_onnx_runtime_quantizes_with_its_own_library(tiny_base: Path, flash_lora: Path, tmp_path: Path) -> None:
     if not _INT8 & {*find_backend("onnxruntime").machine().features}:
         pytest.skip("this processor has no int8 arithmetic")
@@ -340,7 +340,7 @@ def test_onnx_runtime_quantizes_with_its_own_library(tiny_base: Path, flash_lora
     assert len([*target.parent.iterdir()]) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(importlib.util.find_spec("nncf") is None, reason="needs nncf")
 def test_a_build_from_python_sends_nothing_over_the_network(tiny_base: Path, tmp_path: Path) -> None:
     """The command line has a test of its own; here the backend alone keeps OpenVINO and NNCF from reporting their use."""

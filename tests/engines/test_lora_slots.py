@@ -142,7 +142,6 @@ def test_a_bundle_with_slots_makes_the_images_of_one_with_the_loras_fused(
         (f"{first}:nan", "the scale after ':' must be between -10 and 10"),
         (f"{first}:11", "the scale after ':' must be between -10 and 10"),
         (f"{first}:", "give a .safetensors file or a folder with a LoRA"),
-        ("", "give a .safetensors file or a folder with a LoRA"),
         (str(tmp_path / "empty"), "give a .safetensors file or a folder with a LoRA"),
         (str(tmp_path / "none.safetensors"), "give a .safetensors file or a folder with a LoRA"),
     ):
@@ -155,7 +154,7 @@ def test_a_bundle_with_slots_makes_the_images_of_one_with_the_loras_fused(
         open_bundle(out)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
 def test_other_backends_take_slots_too(tiny_base: Path, tmp_path: Path, flash_lora: Path, backend: str) -> None:
     """On top of a student's LoRA, which is fused."""
