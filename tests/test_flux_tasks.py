@@ -301,9 +301,8 @@ def test_the_denoisers_onnx_graph_gives_torchs_latents(
     assert np.abs(made[0] - made[1]).max() > 0.02
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=getattr(pytest.mark, "slow" if name == "fill" else "long")) for name in MAKE]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("name", MAKE)
 def test_a_bundle_gives_torchs_latents(bases: dict[str, Path], tmp_path: Path, name: str) -> None:
     options = {"base": str(bases[name]), "out": tmp_path / "out", "backend": "openvino", "batch_sizes": (2,), "sizes": (WIDE,)}
     manifest = build_engine(BuildOptions.model_validate({**options, "sampler": "flow-euler"}), print)

@@ -245,7 +245,7 @@ def test_a_control_of_another_base_is_refused_at_build(bases: dict[str, Path], t
     refused(kontext, bases["flux-edges"], "kontext reads image_latents in its sequence, where a control network has no part")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_bundle_steers_as_torch_does(bases: dict[str, Path], tmp_path: Path) -> None:
     places = {"edges": "sd3-edges", "pose": "sd3-plain"}
     options = BuildOptions(
