@@ -138,5 +138,5 @@ def test_a_spec_whose_parts_do_not_make_what_the_denoiser_takes_is_no_spec(tiny_
     conditions = (*spec.conditions, Condition(name="mask", part="encoder"))
     with pytest.raises(ValueError, match="part 'encoder' does not make the condition 'mask'"):
         ModelSpec.model_validate({**dict(spec), "conditions": conditions})
-    with pytest.raises(ValueError, match="condition 'mask' has no channels, so nothing can stand in for it"):
+    with pytest.raises(ValueError, match="condition 'mask' has neither channels, tokens nor values, so nothing can stand"):
         Condition(name="mask", absent="zeros")

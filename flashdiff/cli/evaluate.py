@@ -71,7 +71,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--scores",
-        default="",
         metavar="NAME[,NAME...]",
         help="further columns of --protocol, where their packages are installed: pickscore, image-reward, hpsv2",
     )
@@ -121,7 +120,7 @@ def run(options: argparse.Namespace) -> None:
             text=options.text,
             json_file=options.json,
             protocol=options.protocol,
-            scores=tuple(name for name in options.scores.split(",") if name),
+            scores=tuple(name for name in (options.scores or "").split(",") if name),
             out=options.out,
         ),
         open_bundle=opened,
