@@ -171,12 +171,12 @@ def _peft_settings(file: Path, source: str) -> dict[str, Any]:
 
 def _flash_info(file: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
     """flash.json, from next to the file or out of its metadata; ValueError where it is neither."""
-    beside = flash_file(file)
-    if beside.is_file():
+    own = flash_file(file)
+    if own.is_file():
         try:
-            return dict(parse_json(read_file(beside, 1 << 20)))
+            return dict(parse_json(read_file(own, 1 << 20)))
         except OSError as error:
-            raise ValueError(f"{beside.name} cannot be read: {error.strerror}") from None
+            raise ValueError(f"{own.name} cannot be read: {error.strerror}") from None
     return dict(parse_json(metadata[FLASH_KEY])) if FLASH_KEY in metadata else None
 
 

@@ -193,3 +193,12 @@ def test_parallel_decoding_lets_the_next_step_begin() -> None:
     assert in_turn == pytest.approx([0.03, 0.05])
     both = 0.01 / OVERLAP_SPEED
     assert parallel == pytest.approx([0.02 + both, 0.02 + both + 0.01])
+
+
+@pytest.mark.parametrize(("timeout_s", "latencies"), [(None, [40, 40, 40, 40]), (0.055, [30, 50, 50, 50])])
+def test_a_finished_row_waits_for_company_unless_its_deadline_is_near(timeout_s: float | None, latencies: list[float]) -> None:
+    fake, flat = FakeComponents(), {1: 10.0, 4: 10.0}  # a call takes 10 ms, whatever its batch: a text, each step, decoding
+    orders = [check_order(fake.spec, prompt=f"prompt {steps}", steps=steps) for steps in (1, 2, 2, 2)]
+    arrivals = [Arrival(at=0.0, order=order, timeout_s=timeout_s if order.steps == 1 else None) for order in orders]
+    fates = simulated(fake, costs_of(fake, flat, flat), arrivals)
+    assert [1000 * (fate.latency_s or 0.0) for fate in fates] == pytest.approx(latencies)
