@@ -3,7 +3,6 @@
 A control has a name, which the build gave it, an image, a scale, and the share of the steps in which it counts.
 """
 
-import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from flashdiff import defaults
 from flashdiff.components import ModelSpec, Size, Tensors
 from flashdiff.errors import RequestError
-from flashdiff.orders import Control, Pixels, Preparation, as_float32
+from flashdiff.orders import Control, Pixels, Preparation, as_float32, checked_scale
 from flashdiff.parts import Condition, PartSpec
 
 NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
@@ -99,11 +98,8 @@ def _numbers(control: ControlRequest) -> tuple[float, float, float]:
 
 def _check(control: ControlRequest) -> None:
     field_name = f"controls.{control.name}"
-    scale, start, end = _numbers(control)
-    if not (math.isfinite(scale) and 0 <= scale <= MAX_SCALE):
-        raise RequestError(
-            f"{field_name}.scale", control.scale if math.isfinite(scale) else scale, f"it must be between 0 and {MAX_SCALE:g}"
-        )
+    checked_scale(f"{field_name}.scale", control.scale, 0, MAX_SCALE)
+    _, start, end = _numbers(control)
     for name, share in (("start", start), ("end", end)):
         if not 0 <= share <= 1:
             raise RequestError(f"{field_name}.{name}", share, "it must be between 0 and 1")

@@ -1,6 +1,5 @@
 """LoRAs of requests: names and scales, for models that a build gave slots; what the denoiser takes of them."""
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from numpy.typing import NDArray
 from flashdiff import defaults
 from flashdiff.components import ModelSpec, Tensors
 from flashdiff.errors import RequestError
-from flashdiff.orders import Lora, as_float32
+from flashdiff.orders import Lora, as_float32, checked_scale
 from flashdiff.parts import Condition, PartSpec
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -88,13 +87,7 @@ def check_loras(spec: ModelSpec, given: Sequence[LoraRequest]) -> None:
         if lora.name in taken:
             raise RequestError("loras.name", lora.name, "it is given twice")
         taken.add(lora.name)
-        scale = as_float32(lora.scale)
-        if not abs(scale) <= defaults.MAX_LORA_SCALE:
-            raise RequestError(
-                f"loras.{lora.name}.scale",
-                lora.scale if math.isfinite(scale) else scale,
-                f"it must be between {-defaults.MAX_LORA_SCALE:g} and {defaults.MAX_LORA_SCALE:g}",
-            )
+        checked_scale(f"loras.{lora.name}.scale", lora.scale, -defaults.MAX_LORA_SCALE, defaults.MAX_LORA_SCALE)
 
 
 def read_loras(spec: ModelSpec, given: Sequence[LoraRequest]) -> dict[str, Lora]:

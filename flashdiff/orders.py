@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashdiff.components import Size
+from flashdiff.errors import RequestError
 
 if TYPE_CHECKING:
     from flashdiff.tasks.base import Task
@@ -24,6 +25,15 @@ def as_float32(value: float) -> float:
             return float(np.float32(value))
     except OverflowError:
         return math.inf if value > 0 else -math.inf
+
+
+def checked_scale(field_name: str, scale: float, least: float, most: float) -> float:
+    """A request's scale as the protocols carry it; RequestError for one that is not finite, or not between the bounds."""
+    carried = as_float32(scale)
+    if not least <= carried <= most:
+        shown = scale if math.isfinite(carried) else carried
+        raise RequestError(field_name, shown, f"it must be between {least:g} and {most:g}")
+    return carried
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -5,7 +5,6 @@ scale. At scale 0 nothing is added, so requests with a reference and without sha
 """
 
 import hashlib
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from flashdiff import defaults
 from flashdiff.components import ModelSpec, Size, Tensors
 from flashdiff.errors import RequestError
-from flashdiff.orders import Order, Pixels, Preparation, Reference, as_float32
+from flashdiff.orders import Order, Pixels, Preparation, Reference, as_float32, checked_scale
 from flashdiff.parts import Condition, PartSpec, Phase
 
 MAX_SCALE = 2.0
@@ -70,11 +69,7 @@ def check_reference(spec: ModelSpec, given: ReferenceRequest | None) -> None:
         return
     if not takes_reference(spec):
         raise RequestError("reference", "an image", "this model takes none: build-engine --reference adds an IP-Adapter")
-    scale = as_float32(given.scale)
-    if not (math.isfinite(scale) and 0 <= scale <= MAX_SCALE):
-        raise RequestError(
-            "reference.scale", given.scale if math.isfinite(scale) else scale, f"it must be between 0 and {MAX_SCALE:g}"
-        )
+    checked_scale("reference.scale", given.scale, 0, MAX_SCALE)
     if given.image is None:
         raise RequestError("reference.image", None, "a reference needs an image")
 
