@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from flashdiff.components import Size
@@ -27,6 +28,18 @@ SIZE = Size(64, 64)
 _IMAGES, _TRITON = "flashdiff.v1.ImageService", "inference.GRPCInferenceService"
 METHODS = (f"{_IMAGES}/Generate", f"{_IMAGES}/GenerateStream", f"{_TRITON}/ModelInfer", f"{_TRITON}/ModelStreamInfer")
 """All that make images."""
+
+
+def triton_image(client: Any, **values: Any) -> Any:
+    """The first image that a stock Triton client gets for these inputs; prompt, seed and steps have values of their own."""
+    import tritonclient.grpc as triton
+
+    given = []
+    for name, value in {"PROMPT": b"x", "SEED": np.uint64(7), "STEPS": np.int32(3), **values}.items():
+        kind = {bytes: "BYTES", np.uint64: "UINT64", np.int32: "INT32", np.float32: "FP32"}[type(value)]
+        given.append(triton.InferInput(name, [1], kind))
+        given[-1].set_data_from_numpy(np.array([value], dtype=np.object_ if kind == "BYTES" else None))
+    return client.infer(MODEL.name, given).as_numpy("IMAGES")[0]
 
 
 def message(method: str, prompt: str = "x") -> bytes:

@@ -4,6 +4,7 @@ import base64
 import io
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import grpc
@@ -13,7 +14,7 @@ import pytest
 import tritonclient.grpc as triton
 from numpy.typing import NDArray
 from PIL import Image
-from served import Running, serving
+from served import Running, serving, triton_image
 
 from flashdiff.controls import ControlRequest, steered
 from flashdiff.engines.runtime.fake import GUIDED, FakeComponents
@@ -132,14 +133,7 @@ def test_the_stock_triton_client_finds_and_sends_them(running: Running) -> None:
     listed = {tensor.name: tensor.datatype for tensor in client.get_model_metadata("fake").inputs}
     assert {"CONTROL_EDGES": "BYTES", "SCALE_EDGES": "FP32", "START_POSE": "FP32", "END_POSE": "FP32"}.items() <= listed.items()
 
-    def infer(**values: Any) -> Any:
-        given = []
-        for name, value in {"PROMPT": b"x", "SEED": np.uint64(7), "STEPS": np.int32(3), **values}.items():
-            kind = {bytes: "BYTES", np.uint64: "UINT64", np.int32: "INT32", np.float32: "FP32"}[type(value)]
-            given.append(triton.InferInput(name, [1], kind))
-            given[-1].set_data_from_numpy(np.array([value], dtype=np.object_ if kind == "BYTES" else None))
-        return client.infer("fake", given).as_numpy("IMAGES")[0]
-
+    infer = partial(triton_image, client)
     made = infer(CONTROL_EDGES=_file(EDGES), SCALE_EDGES=np.float32(0.5), END_EDGES=np.float32(0.7))
     np.testing.assert_array_equal(made, _expected(ControlRequest(name="edges", image=EDGES, **EXPECTED)))
     message = r"controls.pose.image: None is not allowed; a control needs an image"

@@ -6,6 +6,7 @@ import resource
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import tritonclient.grpc as triton
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.numpy import save_file
-from served import MODEL, Running, serving
+from served import MODEL, Running, serving, triton_image
 
 from flashdiff.engines.runtime.fake import GUIDED, FakeComponents
 from flashdiff.errors import OverloadedError, RequestError
@@ -180,14 +181,7 @@ def test_the_stock_triton_client_finds_and_sends_them(running: Running) -> None:
     listed = {tensor.name: tensor.datatype for tensor in client.get_model_metadata("fake").inputs}
     assert {"LORA_1": "BYTES", "LORA_SCALE_1": "FP32", "LORA_2": "BYTES", "LORA_SCALE_2": "FP32"}.items() <= listed.items()
 
-    def infer(**values: Any) -> Any:
-        given = []
-        for name, value in {"PROMPT": b"x", "SEED": np.uint64(7), "STEPS": np.int32(3), **values}.items():
-            kind = {bytes: "BYTES", np.uint64: "UINT64", np.int32: "INT32", np.float32: "FP32"}[type(value)]
-            given.append(triton.InferInput(name, [1], kind))
-            given[-1].set_data_from_numpy(np.array([value], dtype=np.object_ if kind == "BYTES" else None))
-        return client.infer("fake", given).as_numpy("IMAGES")[0]
-
+    infer = partial(triton_image, client)
     made = infer(LORA_1=b"red", LORA_SCALE_1=np.float32(-0.5), LORA_2=b"blue")
     np.testing.assert_array_equal(made, _expected((RED, -0.5), (BLUE, 1.0)))
     np.testing.assert_array_equal(infer(LORA_2=b"blue"), _expected((BLUE, 1.0)))

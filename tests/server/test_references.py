@@ -5,6 +5,7 @@ import io
 import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import grpc
@@ -14,7 +15,7 @@ import pytest
 import tritonclient.grpc as triton
 from numpy.typing import NDArray
 from PIL import Image
-from served import Running, model_of, serving
+from served import Running, model_of, serving, triton_image
 
 from flashdiff.engines.runtime.fake import GUIDED, FakeComponents
 from flashdiff.generate import generate
@@ -179,14 +180,7 @@ def test_the_stock_triton_client_finds_and_sends_one(running: Running) -> None:
     listed = {tensor.name: tensor.datatype for tensor in client.get_model_metadata("fake").inputs}
     assert {"REFERENCE": "BYTES", "REFERENCE_SCALE": "FP32"}.items() <= listed.items()
 
-    def infer(**values: Any) -> Any:
-        given = []
-        for name, value in {"PROMPT": b"x", "SEED": np.uint64(7), "STEPS": np.int32(3), **values}.items():
-            kind = {bytes: "BYTES", np.uint64: "UINT64", np.int32: "INT32", np.float32: "FP32"}[type(value)]
-            given.append(triton.InferInput(name, [1], kind))
-            given[-1].set_data_from_numpy(np.array([value], dtype=np.object_ if kind == "BYTES" else None))
-        return client.infer("fake", given).as_numpy("IMAGES")[0]
-
+    infer = partial(triton_image, client)
     np.testing.assert_array_equal(infer(REFERENCE=_file(FACE), REFERENCE_SCALE=np.float32(0.5)), _expected(FACE, 0.5))
     np.testing.assert_array_equal(infer(REFERENCE=_file(FACE)), _expected(FACE))
     for values in ({"REFERENCE_SCALE": np.float32(1)}, {"REFERENCE": b""}):
