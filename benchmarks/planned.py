@@ -30,13 +30,14 @@ from benchmarks.measurements import Measurement, MeasurementLog
 from benchmarks.stats import median_and_range, rounded_percentile
 from benchmarks.traffic.calls import Outcome, connect_flashdiff, open_loop, use_client
 from benchmarks.traffic.server_process import start_server
+from benchmarks.traffic.sleeping import let_sleep
 from benchmarks.traffic.workload import DEADLINE_S, STEPS
 from flashdiff.components import Costs
 from flashdiff.engines.bundle import read_manifest
 from flashdiff.engines.runtime.device import Device, parse_devices
 from flashdiff.errors import ConfigError
 from flashdiff.server.client import AsyncClient
-from flashdiff.server.planning.measuring import Measured, measure
+from flashdiff.server.planning.measuring import Measured, measure, open_together
 from flashdiff.server.planning.plan import Demand, forecast, full_batches_s
 
 _PERCENTS = (50, 95, 99)
@@ -80,12 +81,17 @@ def run(
 
 
 def _compare(bundle: Path, devices: Sequence[Device], load: float, seconds: float, *, sleep: bool) -> Measurement:
-    measured = measure(bundle, devices, None, "png")
     shares = {steps: 1 / len(STEPS) for steps in STEPS}
+    model = open_together(bundle, devices)
+    alone = [own.costs.learned for own in map(model.on, devices) if own]
+    if sleep:
+        let_sleep(model, alone, devices)
+    measured = measure(model, devices, shares, None, "png")
+    del model  # its memory is the server's
     demand = Demand(rate=1.0, p99_s=DEADLINE_S, mix=shares, size=measured.size, timeout_s=DEADLINE_S, files_s=measured.files_s)
     rate = load * sum(1 / full_batches_s(measured.components, of, demand) for of in measured.costs)
-    demand = Demand(**{**vars(demand), "rate": rate})
-    with start_server(bundle, devices=devices, sleep_for=measured.costs if sleep else ()) as server:
+    demand = demand.at(rate)
+    with start_server(bundle, devices=devices, sleep_for=alone if sleep else ()) as server:
         outcome, server_ms = _real_load(server.address, rate, seconds)
         learned = server.counts().costs
     return {

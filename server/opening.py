@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flashdiff.components import Costs
-from flashdiff.engines.bundle import parse_manifest
+from flashdiff.engines.bundle import Manifest, parse_manifest
 from flashdiff.engines.runtime.device import DEFAULT_DEVICE, Device
 from flashdiff.engines.runtime.engine import Engine
 from flashdiff.engines.runtime.snapshot import Snapshot
@@ -96,15 +96,20 @@ def open_model(bundle: Path, devices: Sequence[Device] = (DEFAULT_DEVICE,)) -> M
     return model
 
 
-def _open_on(device: Device, snapshot: Snapshot, bundle: Path, others: Sequence[Model] = ()) -> Model:
-    started, manifest = time.monotonic(), snapshot.manifest
-    identity = ModelIdentity(
+def identity_of(bundle: Path, manifest: Manifest) -> ModelIdentity:
+    """How an opened bundle is named."""
+    return ModelIdentity(
         name=bundle.resolve().name,
         bundle_hash=manifest.bundle_hash,
         family=manifest.model.family,
         backend=manifest.backend,
         precision=manifest.precision,
     )
+
+
+def _open_on(device: Device, snapshot: Snapshot, bundle: Path, others: Sequence[Model] = ()) -> Model:
+    started, manifest = time.monotonic(), snapshot.manifest
+    identity = identity_of(bundle, manifest)
 
     def open_engine() -> tuple[Engine, Costs]:
         engine = Engine(snapshot.folder, manifest, device=device)

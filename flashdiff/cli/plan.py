@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> None:
     from flashdiff.engines.bundle import read_manifest
     from flashdiff.engines.config import parse_sizes
     from flashdiff.engines.runtime.device import DEFAULT_DEVICE, parse_devices
-    from flashdiff.server.planning.measuring import measure
+    from flashdiff.server.planning.measuring import measure, open_together
     from flashdiff.server.planning.plan import Demand, plan
     from flashdiff.tasks import check_order
 
@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> None:
             check_order(spec, prompt="p", steps=steps, size=sizes[0])
         except RequestError as error:
             raise ConfigError(f"--{'mix' if error.field == 'steps' else error.field}: {error}") from None
-    measured = measure(bundle, devices, sizes[0], options.format)
+    measured = measure(open_together(bundle, devices), devices, mix, sizes[0], options.format)
     demand = Demand(
         rate=options.rate,
         p99_s=options.p99,

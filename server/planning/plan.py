@@ -4,7 +4,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flashdiff.components import Components, Costs, Size
 from flashdiff.engines.runtime.device import Device
@@ -41,6 +41,10 @@ class Demand:
     """The clients' deadline; None: they set none."""
     files_s: float = 0.0
     """How long writing a request's image file takes."""
+
+    def at(self, rate: float) -> "Demand":
+        """The same requests at another rate."""
+        return replace(self, rate=rate)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from benchmarks.traffic.sleeping import SleepingComponents
 from flashdiff.engines.runtime.device import parse_devices
 from flashdiff.engines.runtime.fake import FakeComponents
 from flashdiff.server.costs import CostTable
+from flashdiff.server.planning import measuring
 from flashdiff.server.planning import plan as planning
 
 CORES = sorted(os.sched_getaffinity(0))
@@ -22,6 +23,7 @@ CORES = sorted(os.sched_getaffinity(0))
 @pytest.mark.parametrize("sleep", [False, True])
 def test_a_load_is_measured_and_planned(student_bundle: Path, monkeypatch: pytest.MonkeyPatch, sleep: bool) -> None:
     monkeypatch.setattr(planning, "REQUESTS", 200)
+    monkeypatch.setattr(measuring, "REHEARSAL_S", 0.5)
     devices = parse_devices(f"cpu:{CORES[0]},cpu:{CORES[1]}")
     results = run(student_bundle, devices, [0.02], 1, 1.0, lambda line: None, sleep=sleep)
     (row,) = results["rows"]

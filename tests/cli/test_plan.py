@@ -8,6 +8,7 @@ import pytest
 from flashdiff.cli import main
 from flashdiff.cli.plan import parse_mix
 from flashdiff.errors import ConfigError
+from flashdiff.server.planning import measuring
 from flashdiff.server.planning import plan as planning
 
 
@@ -61,6 +62,7 @@ def test_steps_and_sizes_that_the_bundle_lacks_are_refused(student_bundle: Path,
 
 def test_the_plan_of_a_bundle(student_bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "REQUESTS", 200)
+    monkeypatch.setattr(measuring, "REHEARSAL_S", 0.5)
     load = [str(student_bundle), "--rate", "0.01", "--p99", "1000", "--mix", "1:0.5,2:0.5", "--format", "jpeg"]
     assert main(["plan", *load, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -72,6 +74,9 @@ def test_the_plan_of_a_bundle(student_bundle: Path, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out.splitlines()[0] == "devices      1"
 
 
-def test_a_p99_that_no_device_can_have_is_refused(student_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_p99_that_no_device_can_have_is_refused(
+    student_bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "REHEARSAL_S", 0.1)
     assert main(["plan", str(student_bundle), "--rate", "1", "--p99", "1e-9"]) == 2
     assert "s on an idle device, so no number of devices has a lower 99th percentile" in capsys.readouterr().err
