@@ -6,7 +6,7 @@ from pathlib import Path
 
 from flashdiff import defaults
 from flashdiff.cli.build_options import add_base_arguments, base_of
-from flashdiff.cli.shared import add_sampling_arguments, given_sampling, listed, need, parse_lora, quiet_libraries
+from flashdiff.cli.shared import add_sampling_arguments, assignment, given_sampling, listed, need, parse_lora, quiet_libraries
 from flashdiff.errors import ConfigError
 
 _MOST_IMAGES = 1_000_000
@@ -74,6 +74,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME[,NAME...]",
         help="further columns of --protocol, where their packages are installed: pickscore, image-reward, hpsv2",
     )
+    parser.add_argument(
+        "--task",
+        metavar="NAME",
+        help="measure what the models make of images: inpainting, image_to_image or edit. The originals are drawn by the "
+        "embedded world's renderer, or come from --images",
+    )
+    parser.add_argument(
+        "--parameter",
+        dest="parameters",
+        type=assignment(float),
+        action="append",
+        default=[],
+        metavar="NAME=NUMBER",
+        help="of --task, as strength=0.5; default: the task's",
+    )
+    parser.add_argument(
+        "--images",
+        metavar="IMAGES",
+        help="of --task: a folder or webdataset shards of images of the models' size; their captions are the prompts",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write report.md, sheets and all images here")
 
@@ -120,6 +140,9 @@ def run(options: argparse.Namespace) -> None:
             text=options.text,
             json_file=options.json,
             protocol=options.protocol,
+            task=options.task,
+            parameters=tuple(dict(options.parameters).items()),
+            images=options.images,
             scores=tuple(name for name in (options.scores or "").split(",") if name),
             out=options.out,
         ),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 from flashdiff import defaults
 from flashdiff.cli.build_options import OF_REQUESTS, add_build_arguments, refuse_without_base
 from flashdiff.cli.bundles import bundle_of_base, find_bundles
-from flashdiff.cli.shared import parse_control
+from flashdiff.cli.shared import assignment, parse_control
 from flashdiff.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--input",
         dest="inputs",
-        type=_assignment(Path),
+        type=assignment(Path),
         action="append",
         metavar="NAME=FILE",
         help="any other image that a task of the model takes",
@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--parameter",
         dest="parameters",
-        type=_assignment(float),
+        type=assignment(float),
         action="append",
         metavar="NAME=NUMBER",
         help="any other number that a task of the model takes",
@@ -131,19 +131,6 @@ def _value_of(name: str, kind: Callable[[str], T]) -> Callable[[str], tuple[str,
         return name, kind(text)
 
     read.__name__ = getattr(kind, "__name__", name)  # what argparse calls a wrong value
-    return read
-
-
-def _assignment(kind: Callable[[str], T]) -> Callable[[str], tuple[str, T]]:
-    """Reads `NAME=VALUE`."""
-
-    def read(text: str) -> tuple[str, T]:
-        name, is_there, value = text.partition("=")
-        if not (name and is_there):
-            raise ValueError(text)
-        return name, kind(value)
-
-    read.__name__ = "NAME=VALUE"
     return read
 
 

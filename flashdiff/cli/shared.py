@@ -2,13 +2,15 @@
 
 import argparse
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 from flashdiff import defaults
 from flashdiff.errors import ConfigError, install
 from flashdiff.presets import PRESETS
+
+T = TypeVar("T")
 
 
 def listed(numbers: Iterable[int]) -> str:
@@ -36,6 +38,19 @@ def parse_control(text: str, what: str = "FOLDER or a hub id") -> tuple[str, str
     if not (name and value):
         raise ConfigError(f"--control '{text}': give NAME={what}")
     return name, value
+
+
+def assignment(kind: Callable[[str], T]) -> Callable[[str], tuple[str, T]]:
+    """Reads an option's `NAME=VALUE`."""
+
+    def read(text: str) -> tuple[str, T]:
+        name, is_there, value = text.partition("=")
+        if not (name and is_there):
+            raise ValueError(text)
+        return name, kind(value)
+
+    read.__name__ = "NAME=VALUE"
+    return read
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, *, with_steps: bool = True) -> None:

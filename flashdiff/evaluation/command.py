@@ -36,6 +36,7 @@ from flashdiff.evaluation.images import (
     write_images,
 )
 from flashdiff.evaluation.protocols import CLIP, Meter, protocol_of, protocol_table, read_coco, run_protocol
+from flashdiff.evaluation.tasks import TaskData, check_task, task_data
 from flashdiff.families.base import TorchModel
 from flashdiff.files import new_folder, write_whole
 from flashdiff.lora import find_lora, fused_spec, load_fused, read_flash_info
@@ -78,14 +79,24 @@ class EvaluateOptions:
     """One of `protocols.PROTOCOLS`: prompts, sizes and scores are then its own."""
     scores: tuple[str, ...] = ()
     """Further text scorers of a protocol."""
+    task: str | None = None
+    """Another one than text to image, with `parameters` and the originals in the folder or shards `images`; without those, the
+    prompts are of the embedded world, and its renderer draws the originals."""
+    parameters: tuple[tuple[str, float], ...] = ()
+    images: str | None = None
 
 
 def evaluate(options: EvaluateOptions, *, open_bundle: Callable[[Path], Components], report: Callable[[str], None]) -> str:
     """Measure and write what the options ask for; the Markdown report."""
+    if options.protocol and options.task:
+        raise ConfigError(
+            f"--task {options.task}: --protocol {options.protocol} measures text to image alone; leave one of them out"
+        )
     if options.protocol:
         return _evaluate_protocol(options, open_bundle=open_bundle, report=report)
     if options.scores:
         raise ConfigError(f"--scores {','.join(options.scores)}: it is for --protocol; give one of them as --text")
+    _check_task_options(options)
     of_world = options.reference == WORLD
     if options.prompts not in (WORLD, HELD_OUT) and of_world:
         raise ConfigError("--prompts names a file: name a --reference too, a folder of real images or webdataset shards")
@@ -94,7 +105,7 @@ def evaluate(options: EvaluateOptions, *, open_bundle: Callable[[Path], Componen
     scorer = text_scorer(scorer_name) if scorer_name else None
     selection = _select(options, open_bundle, report)
     reference = read_reference(options.reference, options.reference_count, WORLD_SIZE)
-    if not selection.is_drawable:
+    if not selection.task and not selection.is_drawable:
         selection.real, reference = _real_part(reference)
     report(f"reference: {options.reference}, {len(reference)} images")
     evaluator = Evaluator(features, scorer, reference)
@@ -172,6 +183,7 @@ class _Selection:
     made: ImageSet | None = None
     models: list[tuple[str, Components, int]] = field(default_factory=list)
     real: ImageSet | None = None
+    task: TaskData | None = None
 
     @property
     def is_drawable(self) -> bool:
@@ -184,6 +196,8 @@ def _select(options: EvaluateOptions, open_bundle: Callable[[Path], Components],
     opened: list[tuple[str, Components, tuple[int, ...]]] = []
     loras: tuple[tuple[Path, float], ...] = ()
     if _holds_images(Path(options.subject)):
+        if options.task:
+            raise ConfigError(f"--task {options.task}: {options.subject} is a folder of images; it is for models")
         if options.loras or options.steps:
             raise ConfigError(f"{options.subject} is a folder of images: --lora and --steps are for models")
         _refuse_base_options(options, "a folder of images")
@@ -191,7 +205,7 @@ def _select(options: EvaluateOptions, open_bundle: Callable[[Path], Components],
         prompts = list(dict.fromkeys(prompt for prompt in made.prompts if prompt))
         selection = _Selection(prompts, len(made) // max(1, len(prompts)), made)
     else:
-        selection = _Selection(read_prompts(options.prompts, options.count), options.seeds)
+        selection = _select_requests(options)
         loras = tuple((find_lora(name), weight) for name, weight in options.loras)
         name = " + ".join([Path(options.subject).resolve().name, *(folder.name for folder, _ in loras)])
         guidance = None if options.teacher else options.guidance
@@ -205,9 +219,12 @@ def _select(options: EvaluateOptions, open_bundle: Callable[[Path], Components],
 
     taken = {REAL, selection.made.name if selection.made else REAL}
     for name, components, steps in opened:
+        if options.task:
+            check_task(options.task, components.spec, name)
         for count in steps or (components.spec.sampler.default_steps,):
+            request = selection.task.requests[0] if selection.task else {}
             for prompt in selection.prompts:
-                check_order(components.spec, prompt=prompt.text, steps=count)
+                check_order(components.spec, prompt=prompt.text, steps=count, **request)
             title = f"{name}, {count} step{'s' if count > 1 else ''}"
             while title in taken:
                 title += " (again)"
@@ -218,14 +235,57 @@ def _select(options: EvaluateOptions, open_bundle: Callable[[Path], Components],
     return selection
 
 
+def _check_task_options(options: EvaluateOptions) -> None:
+    """ConfigError for options of a task without one, and for a task whose originals are not known."""
+    if options.task is None:
+        if options.images or options.parameters:
+            given = f"--images {options.images}" if options.images else "--parameter {}={:g}".format(*options.parameters[0])
+            raise ConfigError(f"{given}: it is for --task; give one")
+    elif options.images:
+        if options.reference == WORLD or options.prompts != defaults.PROMPTS or options.seeds != defaults.IMAGES_PER_PROMPT:
+            raise ConfigError(
+                f"--images {options.images}: its captions are the prompts, an image each; give --reference, a folder of other "
+                "images, and neither --prompts nor --seeds"
+            )
+    elif options.prompts not in (WORLD, HELD_OUT):
+        raise ConfigError(f"--task {options.task}: give --images, a folder of images with captions, in place of --prompts")
+
+
+def _select_requests(options: EvaluateOptions) -> _Selection:
+    """The prompts, and for a task the originals that they describe with the inputs made from them."""
+    if options.images:
+        originals = read_images(Path(options.images), options.count)
+        prompts = [prompt for prompt in originals.prompts if prompt]
+        if len(prompts) < len(originals):
+            raise ConfigError(f"--images {options.images}: {len(originals) - len(prompts)} images have no caption")
+        selection = _Selection(prompts, 1, real=replace(originals, name=REAL))
+    else:
+        selection = _Selection(read_prompts(options.prompts, options.count), options.seeds)
+        if options.task:
+            selection.real = real_images(selection.prompts, selection.seeds, WORLD_SIZE)
+    if options.task and selection.real:
+        selection.task = task_data(options.task, selection.real, dict(options.parameters))
+    return selection
+
+
 def _subjects(selection: _Selection, report: Callable[[str], None]) -> Iterator[Subject]:
     """The real images, then the subject's, then its teacher's."""
     yield Subject(selection.real or real_images(selection.prompts, selection.seeds, WORLD_SIZE))
+    if selection.task:
+        yield Subject(selection.task.unchanged)
     if selection.made:
         name = selection.made.name if selection.made.name != REAL else f"{REAL} (subject)"
         yield Subject(replace(selection.made, name=name))
     for title, components, steps in selection.models:
-        yield make_images(components, selection.prompts, seeds=selection.seeds, steps=steps, name=title, report=report)
+        yield make_images(
+            components,
+            selection.prompts,
+            seeds=selection.seeds,
+            steps=steps,
+            name=title,
+            report=report,
+            task=selection.task,
+        )
 
 
 def _real_part(reference: ImageSet) -> tuple[ImageSet, ImageSet]:

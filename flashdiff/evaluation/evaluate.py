@@ -29,7 +29,9 @@ from flashdiff.evaluation.metrics import (
     spread_within_groups,
     weighted_mean,
 )
-from flashdiff.generate import generate_rows
+from flashdiff.evaluation.tasks import TaskData
+from flashdiff.generate import finish_rows, generate_rows
+from flashdiff.rows import Row
 from flashdiff.tasks import check_order
 
 LARGE = ("kind", "color", "background", "plant", "ring", "top", "outfit", "face")
@@ -61,6 +63,8 @@ class Measurement(Record):
     latent_mean: float | None
     latent_std: float | None
     """Mean and standard deviation of all values of the final latents; compare with the teacher's to see a student drift."""
+    of_task: dict[str, Interval]
+    """What only the task measures: see `TaskData.numbers`."""
 
 
 class Report(Record):
@@ -83,6 +87,7 @@ class Subject:
 
     images: ImageSet
     latents: tuple[float, float] | None = None
+    of_task: dict[str, Interval] = field(default_factory=dict)
 
 
 @dataclass
@@ -101,25 +106,43 @@ class Evaluator:
 
 
 def make_images(
-    components: Components, prompts: Sequence[Prompt], *, seeds: int, steps: int, name: str, report: Callable[[str], None]
+    components: Components,
+    prompts: Sequence[Prompt],
+    *,
+    seeds: int,
+    steps: int,
+    name: str,
+    report: Callable[[str], None],
+    task: TaskData | None = None,
 ) -> Subject:
-    """Every prompt with `seeds` seeds; image i of a prompt has the same noise for every model and number of steps."""
-    prompted = list(enumerate(prompts))
-    pixels, latents, image_seeds = [], [], []
-    for start in range(0, len(prompts), _ORDERS_AT_ONCE):
+    """Every prompt with `seeds` seeds; image i of a prompt has the same noise for every model and number of steps.
+
+    With a task, image i has the task's i-th inputs.
+    """
+    given = task.requests if task else [{}] * (len(prompts) * seeds)
+    prompted = [prompt for prompt in prompts for _ in range(seeds)]
+    rows, pixels = list[Row](), []
+    for start in range(0, len(prompted), _ORDERS_AT_ONCE * seeds):
         orders = [
-            check_order(components.spec, prompt=prompt.text, seed=index * seeds + repeat, steps=steps)
-            for index, prompt in prompted[start : start + _ORDERS_AT_ONCE]
-            for repeat in range(seeds)
+            check_order(components.spec, prompt=prompt.text, seed=start + number, steps=steps, **request)
+            for number, (prompt, request) in enumerate(
+                zip(*(of[start : start + _ORDERS_AT_ONCE * seeds] for of in (prompted, given)), strict=True)
+            )
         ]
         for of_order in generate_rows(components, orders):
             pixels += [image for _, image in of_order]
-            latents += [row.latents for row, _ in of_order]
-            image_seeds += [row.seed for row, _ in of_order]
-        report(f"{name}: {len(pixels)} of {len(prompts) * seeds} images")
-    values = np.stack(latents)
-    images = ImageSet(name, np.stack(pixels), tuple(p for p in prompts for _ in range(seeds)), tuple(image_seeds))
-    return Subject(images, (float(values.mean()), float(values.std())))
+            rows += [row for row, _ in of_order]
+        report(f"{name}: {len(pixels)} of {len(prompted)} images")
+    values = np.stack([row.latents for row in rows])
+    images = ImageSet(name, np.stack(pixels), tuple(prompted), tuple(row.seed for row in rows))
+    of_task = task.numbers(images, lambda: _decoded(components, rows)) if task else {}
+    return Subject(images, (float(values.mean()), float(values.std())), of_task)
+
+
+def _decoded(components: Components, rows: Sequence[Row]) -> NDArray[np.uint8]:
+    """The images [N, H, W, 3] as the decoder gives them, before a task finishes them."""
+    chunks = (rows[start : start + components.max_batch] for start in range(0, len(rows), components.max_batch))
+    return np.stack([image for chunk in chunks for image in finish_rows(components, chunk)])
 
 
 def measure(subject: Subject, evaluator: Evaluator) -> tuple[Measurement, NDArray[np.int64]]:
@@ -144,6 +167,7 @@ def measure(subject: Subject, evaluator: Evaluator) -> tuple[Measurement, NDArra
         attributes=_attributes(images, groups),
         latent_mean=subject.latents[0] if subject.latents else None,
         latent_std=subject.latents[1] if subject.latents else None,
+        of_task=subject.of_task,
     ), which
 
 
@@ -215,10 +239,11 @@ def markdown(report: Report) -> str:
     """The report as tables: one line a subject, then one line an attribute."""
     has_latents = any(m.latent_std is not None for m in report.rows)
     head = ["", "images", "FID", "KID x1000", "text", "(shuffled)", "diversity", "nearest"]
-    lines = [[*head, *(["latents: mean, std"] if has_latents else [])]]
+    own = list(dict.fromkeys(name for m in report.rows for name in m.of_task))
+    lines = [[*head, *own, *(["latents: mean, std"] if has_latents else [])]]
     for m in report.rows:
         shuffled = "-" if m.text_shuffled is None else f"{m.text_shuffled:.1f}"
-        cells = [m.name, str(m.images), m.fid, m.kid, m.text, shuffled, m.diversity, m.nearest]
+        cells = [m.name, str(m.images), m.fid, m.kid, m.text, shuffled, m.diversity, m.nearest, *map(m.of_task.get, own)]
         drift = "-" if m.latent_std is None else f"{m.latent_mean:.3f}, {m.latent_std:.3f}"
         lines.append([_cell(value) for value in (*cells, *([drift] if has_latents else []))])
     text = _table(lines)

@@ -1,0 +1,131 @@
+"""`flashdiff evaluate --task`: what requests bring, what is measured of their images, and what is refused."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flashdiff import cli
+from flashdiff.evaluation.images import ImageSet, Prompt
+from flashdiff.evaluation.tasks import OUTSIDE, SEAM, TaskData, task_data
+
+_PROMPTS = tuple(Prompt(f"prompt {number // 2}") for number in range(6))
+
+
+@pytest.fixture
+def originals() -> ImageSet:
+    """Six pictures of noise, two a prompt."""
+    return ImageSet("real", np.random.default_rng(0).integers(0, 256, (6, 16, 32, 3), dtype=np.uint8), _PROMPTS)
+
+
+def test_masks_take_turns_and_the_input_row_is_grey_under_them(originals: ImageSet) -> None:
+    data = task_data("inpainting", originals, {})
+    masks = [given["mask"][..., 0] > 0 for given in data.inputs]
+    upper, box, rest = masks[:3]
+    assert (upper[:8].all(), upper[8:].any()) == (True, False)
+    assert box.sum() == 8 * 16
+    assert box[4:12, 8:24].all()
+    assert np.array_equal(rest, ~box)
+    for number, mask in enumerate(masks):
+        assert np.array_equal(data.inputs[number]["image"], originals.pixels[number])
+        assert (data.unchanged.pixels[number][mask] == 127).all()
+        assert np.array_equal(data.unchanged.pixels[number][~mask], originals.pixels[number][~mask])
+
+
+def test_images_start_from_those_of_another_prompt(originals: ImageSet) -> None:
+    data = task_data("image_to_image", originals, {"strength": 0.5})
+    assert np.array_equal(data.unchanged.pixels, originals.pixels[[2, 3, 4, 5, 0, 1]])
+    assert data.requests[0]["parameters"] == {"strength": 0.5}
+    assert not data.numbers(originals, lambda: originals.pixels)
+
+
+def test_a_seam_and_changes_outside_the_mask_are_measured() -> None:
+    levels = np.broadcast_to(np.arange(16, dtype=np.uint8)[:, None, None] * 8, (3, 16, 16, 3))  # a ramp: steps of 8 downwards
+    originals = ImageSet("real", np.ascontiguousarray(levels), _PROMPTS[::2])
+    data = task_data("inpainting", originals, {})
+    kept = data.numbers(originals, lambda: originals.pixels)
+    assert kept[OUTSIDE].value > 100
+    assert kept[SEAM].value == 1
+
+    brighter = originals.pixels + np.stack([given["mask"] > 0 for given in data.inputs]).astype(np.uint8) * 40
+    seen = data.numbers(ImageSet("made", brighter, originals.prompts), lambda: originals.pixels + 5)
+    assert seen[OUTSIDE].value == pytest.approx(20 * np.log10(255 / 5))
+    # Downwards the step is 8 - 40 below the mask and 8 + 40 above it, sideways 40 in place of 0.
+    ours, theirs = zip(*(_steps(data, number) for number in range(3)), strict=True)
+    assert seen[SEAM].value == pytest.approx(sum(ours) / sum(theirs))
+
+
+def _steps(data: TaskData, number: int) -> tuple[float, float]:
+    """The mean steps across the edge of a mask, of what it makes brighter by 40 and of the ramp, counted one by one."""
+    mask = data.inputs[number]["mask"][..., 0] > 0
+    ours, theirs = [], []
+    for y in range(16):
+        for x in range(16):
+            for down, right in ((1, 0), (0, 1)):
+                if y + down < 16 and x + right < 16 and mask[y, x] != mask[y + down, x + right]:
+                    theirs.append(8.0 * down)
+                    ours.append(abs(8 * down + 40 * (int(mask[y + down, x + right]) - int(mask[y, x]))))
+    return float(np.mean(ours)), float(np.mean(theirs))
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Four captioned pictures of the tiny model's size."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(4):
+        Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(folder / f"{index}.png")
+        (folder / f"{index}.txt").write_text(f"a dog {index}")
+    return folder
+
+
+def test_a_users_images_are_the_originals(tiny_base: Path, photos: Path, tmp_path: Path) -> None:
+    found = tmp_path / "found.json"
+    command = ["evaluate", str(tiny_base), "--steps", "1", "--images", str(photos), "--reference", str(photos)]
+    options = ["--features", "avatars", "--json", str(found)]
+    assert cli.main([*command, *options, "--task", "inpainting", "--parameter", "strength=1"]) == 0
+    rows = {row["name"]: row for row in json.loads(found.read_text())["rows"]}
+    assert list(rows) == ["real", "input", "tiny, 1 step"]
+    assert [row["images"] for row in rows.values()] == [4, 4, 4]
+    assert rows["real"]["fid"]["value"] < rows["input"]["fid"]["value"]
+    assert set(rows["tiny, 1 step"]["of_task"]) == {OUTSIDE, SEAM}
+    assert not rows["input"]["of_task"]
+
+
+def test_wrong_input_is_one_line(tiny_base: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    for index in range(2):
+        Image.new("RGB", (16, 16)).save(small / f"{index}.png")
+        (small / f"{index}.txt").write_text("a dog")
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for index in range(2):
+        Image.new("RGB", (32, 32)).save(bare / f"{index}.png")
+    own = ["--reference", str(photos), "--features", "avatars", "--images"]
+    cases = [
+        (["--images", str(photos)], f"--images {photos}: it is for --task; give one"),
+        (["--parameter", "strength=0.5"], "--parameter strength=0.5: it is for --task; give one"),
+        (["--task", "super"], "--task super: choose image_to_image, inpainting, edit"),
+        (["--task", "edit", *own, str(photos)], "--task edit: tiny does text_to_image, image_to_image, inpainting"),
+        (["--task", "inpainting", "--images", str(photos)], "give --reference, a folder of other images"),
+        (["--task", "inpainting", *own, str(photos), "--seeds", "3"], "neither --prompts nor --seeds"),
+        (["--task", "inpainting", *own, str(bare)], "2 images have no caption"),
+        (["--task", "inpainting", *own, str(small)], "'16x16' is not allowed; it must have 32x32 pixels"),
+        (["--task", "inpainting", *own, str(photos), "--parameter", "strength=2"], "strength: 2.0 is not allowed"),
+        (["--task", "inpainting", *own, str(photos), "--parameter", "power=1"], "power: 1.0 is not allowed"),
+        (["--task", "inpainting", "--protocol", "coco2017-5k"], "measures text to image alone"),
+        (["--task", "inpainting", "--prompts", "none.txt", "--reference", str(photos)], "give --images"),
+    ]
+    for arguments, said in cases:
+        assert cli.main(["evaluate", str(tiny_base), *arguments]) == 2, arguments
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("flashdiff: error: "), arguments
+        assert said in error, (arguments, error)
+    assert cli.main(["evaluate", str(photos), "--task", "inpainting"]) == 2
+    assert "is a folder of images; it is for models" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", str(tiny_base), "--task", "inpainting", "--parameter", "strength"])
