@@ -148,11 +148,8 @@ def test_a_server_that_leaves_still_answers_until_its_delay_is_over_and_a_second
 def test_a_draining_server_sends_its_clients_elsewhere_and_answers_what_it_accepted() -> None:
     """Its connections take no new calls, so that a client with two addresses uses the other one."""
     held_a_while = HELD.replace("threading.Event().wait()", 'print("held", file=sys.stderr, flush=True); sys.stdin.readline()')
-    # However long the rest takes:
-    held_a_while += (
-        "import flashdiff.server.loop\nflashdiff.server.loop.HANG_S = 3600.0\nlisten = Listen(port=0, drain_s=3600.0)\n"
-    )
-    with ThreadPoolExecutor() as pool, Process(held_a_while, stdin=subprocess.PIPE) as first, Process() as second:
+    patient = "import flashdiff.server.loop as loop\nloop.HANG_S = 3600.0\nlisten = Listen(port=0, drain_s=3600.0)\n"
+    with ThreadPoolExecutor() as pool, Process(held_a_while + patient, stdin=subprocess.PIPE) as first, Process() as second:
         addresses = f"ipv4:{first.address()},{second.address()}"
         answer = _asking(addresses, pool)  # to the first: without a policy, gRPC takes the first address that answers
         first.read_until("held")
