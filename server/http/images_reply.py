@@ -95,7 +95,13 @@ def write_model(name: str, model: Model, created: int, loras: Sequence[str]) -> 
         task.name: {
             "inputs": list(task.inputs),
             "parameters": {
-                p.name: {"default": p.default, "above": p.above, "at_most": p.at_most} for p in task.parameters_of(spec)
+                p.name: {
+                    "default": p.default,
+                    "above": p.above,
+                    "at_most": p.at_most,
+                    **({"is_whole": True} if p.is_whole else {}),
+                }
+                for p in task.parameters_of(spec)
             },
         }
         for task in tasks_of(spec)

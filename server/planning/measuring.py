@@ -17,6 +17,7 @@ from flashdiff.server.images import encode_image
 from flashdiff.server.names import ImageFormat
 from flashdiff.server.planning.devices import SimulatedComponents
 from flashdiff.tasks import check_order, check_size
+from flashdiff.tasks.samples import needed_inputs
 
 _FILES = 9
 
@@ -57,7 +58,8 @@ def _open(snapshot: Snapshot, device: Device, *, ready: bool) -> Engine:
 
 
 def _files_s(engine: Engine, size: Size, image_format: ImageFormat) -> float:
-    (image,) = generate(engine, [check_order(engine.spec, prompt="a photo", steps=1, size=size)])[0]
+    order = check_order(engine.spec, prompt="a photo", steps=1, size=size, inputs=needed_inputs(engine.spec, size))
+    (image,) = generate(engine, [order])[0]
     spent = []
     for _ in range(_FILES):
         started = time.perf_counter()
