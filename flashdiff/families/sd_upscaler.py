@@ -22,7 +22,7 @@ from flashdiff.families.loading import (
     unet_spec,
 )
 from flashdiff.families.sd15 import TextEncoder
-from flashdiff.families.settings import AUTOENCODERS, UNET, UNSHIFTED_VAE
+from flashdiff.families.settings import AUTOENCODERS, UNET, UNSHIFTED_VAE, check_config
 from flashdiff.parts import LOW_RES_IMAGE, NOISE_LEVEL, Condition
 from flashdiff.schedule import NoiseSchedule
 
@@ -58,6 +58,7 @@ def _entrance(folder: Path) -> Entrance:
     config = read_config(folder, _LOW_RES_SCHEDULER, "scheduler_config.json")
     if config.get("_class_name") != "DDPMScheduler":
         raise ModelError(f"{path}: '_class_name' is {config.get('_class_name')!r}; images get their noise from a DDPMScheduler")
+    check_config(path, config, "DDPMScheduler", {})
     schedule = NoiseSchedule.from_scheduler_config(config, source=path)
     most = read_config(folder, ".", "model_index.json").get("max_noise_level", defaults.MAX_NOISE_LEVEL)
     classes = read_config(folder, "unet").get("num_class_embeds")

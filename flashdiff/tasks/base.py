@@ -29,7 +29,9 @@ class Parameter:
 
     name: str
     default: float
-    above: float
+    above: float = 0.0
+    at_least: float | None = None
+    """In the place of `above`."""
     at_most: float
     is_whole: bool = False
 
@@ -38,7 +40,8 @@ class Parameter:
         has to be whole."""
         given = self.default if value is None else value
         carried = as_float32(given)
-        if not self.above < carried <= self.at_most:
+        is_enough = self.above < carried if self.at_least is None else self.at_least <= carried
+        if not (is_enough and carried <= self.at_most):
             raise RequestError(self.name, carried, self._allowed)
         if self.is_whole and given != int(given):
             raise RequestError(self.name, given, self._allowed)
@@ -46,9 +49,9 @@ class Parameter:
 
     @property
     def _allowed(self) -> str:
-        if self.is_whole:
-            return f"it must be a whole number from {self.above + 1:g} to {self.at_most:g}"
-        return f"it must be above {self.above:g} and at most {self.at_most:g}"
+        if self.at_least is None:
+            return f"it must be above {self.above:g} and at most {self.at_most:g}"
+        return f"it must be {'a whole number ' if self.is_whole else ''}between {self.at_least:g} and {self.at_most:g}"
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ from flashdiff.parts import LOW_RES_IMAGE, NOISE_LEVEL
 from flashdiff.sampling import renoise
 from flashdiff.tasks.base import Parameter, Task
 
-_LEVEL = Parameter(name=NOISE_LEVEL, default=defaults.NOISE_LEVEL, above=-1, at_most=defaults.MAX_NOISE_LEVEL, is_whole=True)
+_LEVEL = Parameter(name=NOISE_LEVEL, default=defaults.NOISE_LEVEL, at_least=0, at_most=defaults.MAX_NOISE_LEVEL, is_whole=True)
 
 
 class _SuperResolution(Task):
