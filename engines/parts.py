@@ -50,9 +50,11 @@ def parts_of(family: ModelFamily, model: TorchModel) -> list[Part]:
         **{c.name: ("batch", *c.tokens) for c in spec.conditions if c.tokens},
         **{name: ("batch", 3, part.side, part.side) for part in spec.parts if part.side for name in part.inputs},
         **{c.name: ("batch", c.values) for c in spec.conditions if c.values},
+        **{c.name: ("batch",) for c in spec.conditions if c.classes},
         **{c.scale_name: ("batch",) for c in spec.conditions if c.scaled},
     }
-    whole = {tokenizer.name for tokenizer in spec.tokenizers} | ({"times"} if spec.sampler.whole_times else set())
+    whole = {tokenizer.name for tokenizer in spec.tokenizers} | {c.name for c in spec.conditions if c.classes}
+    whole |= {"times"} if spec.sampler.whole_times else set()
 
     def tensors(names: Iterable[str]) -> tuple[TensorSpec, ...]:
         return tuple(TensorSpec(name=n, dtype="int64" if n in whole else "float32", shape=shapes[n]) for n in names)
@@ -113,7 +115,8 @@ def random_inputs(model: TorchModel, part: Part, batch: int, size: Size, generat
     """Realistic inputs of a part, in its order, [batch, ...] each, with different values in every row.
 
     Token ids end in padding, pixels are uniform in [-1, 1], latents are normal, conditions are made by the parts from such
-    inputs, scales are 1 and 0 in turns, and times go from the clean end to the noisiest; a few-step student's are its own.
+    inputs, scales are 1 and 0 in turns, times go from the clean end to the noisiest, and classes from the first to the last; a
+    few-step student's times are its own.
     """
     spec = model.spec
     known: dict[str, Tensor] = {}
@@ -139,6 +142,10 @@ def random_inputs(model: TorchModel, part: Part, batch: int, size: Size, generat
             known[condition.name] = torch.randn(known["latents"].shape, generator=generator)
         elif condition.values:  # so that each layer's output changes by a few per cent
             known[condition.name] = _SMALL * torch.randn(batch, condition.values, generator=generator)
+        elif condition.classes:
+            known[condition.name] = torch.linspace(0, condition.classes - 1, batch).round().long()
+        elif condition.noised:
+            known[condition.name] = torch.randn(batch, condition.channels, *known["latents"].shape[2:], generator=generator)
         elif condition.part is None:
             known[condition.name] = torch.rand(
                 batch, condition.channels, *known["latents"].shape[2:], generator=generator

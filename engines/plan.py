@@ -60,6 +60,7 @@ from flashdiff.references import ENCODER, referred, unreferred
 from flashdiff.samplers.options import SamplingOptions
 from flashdiff.samplers.recognise import few_step_hint
 from flashdiff.tasks import tasks_of
+from flashdiff.tasks.samples import needed_inputs
 
 _EMBEDDED = "avatars"
 _LONGEST_TITLE = 200
@@ -155,6 +156,11 @@ def plan_build(options: BuildOptions, *, with_quality: bool = False) -> BuildPla
     calibration: Calibration | None = None
     prompts: tuple[Prompt, ...] = ()
     if precision == "int8" or with_quality:
+        if needed := needed_inputs(spec, spec.sizes[0]):
+            raise BundleError(
+                f"--precision int8 and auto calibrate on prompts alone, and {spec.name} makes no image without "
+                f"{', '.join(needed)}; take fp32, fp16 or bf16"
+            )
         is_world = hash_of_base == base_hash(find_base(_EMBEDDED))
         calibration, prompts = find_prompts(options.calibration_prompts, is_world=is_world)
     rank = (options.lora_rank or defaults.LORA_RANK) if options.lora_slots else 0

@@ -18,6 +18,7 @@ from flashdiff.orders import Pixels
 from flashdiff.references import ENCODER, ReferenceRequest, takes_reference
 from flashdiff.rows import denoise_rows, start_rows
 from flashdiff.tasks import check_order
+from flashdiff.tasks.samples import needed_inputs
 
 Outputs = Mapping[str, NDArray[np.float32]]
 
@@ -115,9 +116,10 @@ def sample_image(
 ) -> NDArray[np.float32]:
     """One image [1, 3, H, W], step for step as a request goes, not clipped; in up to four steps where `steps` is None.
 
-    A model that takes a reference gets `sample_reference`; `inputs` are images of `size`, which choose the task: none of its own
-    asks for text-to-image.
+    A model that takes a reference gets `sample_reference`; `inputs` are images for `size`, which choose the task: none are those
+    that the model needs, so most make an image of the prompt alone.
     """
+    inputs = inputs or needed_inputs(spec, size)
     steps, reference = steps or min(4, spec.sampler.max_steps), sample_reference(spec)
     order = check_order(spec, prompt=prompt, seed=seed, steps=steps, size=size, inputs=inputs, reference=reference)
     preparations = order.task.preparations(spec, order)

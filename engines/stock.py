@@ -23,6 +23,7 @@ from flashdiff.families.stock import NoStockPipeline, stock_image
 from flashdiff.orders import Pixels
 from flashdiff.references import read_reference
 from flashdiff.tasks import trained_task
+from flashdiff.tasks.samples import sample_inputs
 
 STOCK_ERROR = 1e-3
 """Largest root mean square difference of torch's image to the stock pipeline's, both in float32, pixels in [-1, 1]: 66 dB.
@@ -112,15 +113,9 @@ def _image(components: Components, spec: ModelSpec) -> NDArray[np.float32]:
 
 
 def _inputs(spec: ModelSpec, size: Size) -> dict[str, Pixels]:
-    """The images for a model that was trained for a task: ramps of color and, as a mask, a slanted half of the image."""
+    """The images for a model that was trained for a task; none for others."""
     task = trained_task(spec)
-    if task is None:
-        return {}
-    rows, columns = (np.arange(side) / side for side in (size.height, size.width))
-    across = rows[:, None] + np.zeros(size.width), columns[None] + np.zeros((size.height, 1))
-    ramps = np.stack([*across, 1 - across[0] * across[1]], axis=-1)
-    mask = np.repeat((across[0] + across[1] / 3 > 0.6)[..., None], 3, axis=-1)
-    return {name: (255 * (mask if name == "mask" else ramps)).astype(np.uint8) for name in task.inputs}
+    return sample_inputs(spec, task, size) if task else {}
 
 
 def _difference(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:

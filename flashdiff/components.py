@@ -90,6 +90,10 @@ class ModelSpec(Record):
             raise ValueError(f"there is no part '{name}'")
         return found
 
+    def condition(self, name: str) -> Condition:
+        """The condition of that name, which there is."""
+        return next(condition for condition in self.conditions if condition.name == name)
+
     def parts_in(self, phase: Phase) -> tuple[PartSpec, ...]:
         """The parts of a phase, in the order in which they run."""
         return tuple(part for part in self.parts if part.phase == phase)

@@ -42,6 +42,10 @@ STRENGTH: Final = 0.8
 """Of a request with an image, as in diffusers' Stable Diffusion pipeline."""
 IMAGE_GUIDANCE: Final = 1.5
 """Of an edit, as in diffusers' InstructPix2Pix pipelines."""
+NOISE_LEVEL: Final = 20
+"""Of an image to upscale, as in diffusers' StableDiffusionUpscalePipeline."""
+MAX_NOISE_LEVEL: Final = 350
+"""Where a model says nothing else, as in the same pipeline."""
 CONTROL_SCALE: Final = 1.0
 """Of a control in a request."""
 REFERENCE_SCALE: Final = 1.0

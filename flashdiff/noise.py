@@ -7,6 +7,8 @@ from numpy.random.bit_generator import ISeedSequence
 from numpy.typing import NDArray
 
 SEED_LIMIT = 2**64
+_LOW_RES_STREAM = 2**32
+"""In the place of a step: no sampler takes so many."""
 
 
 class _Key(ISeedSequence):
@@ -24,6 +26,14 @@ def image_noise(seed: int, step: int, shape: Sequence[int]) -> NDArray[np.float3
     # Philox is counter-based: the key (seed, step) names a stream, so no draw depends on an earlier one.
     stream = np.random.Generator(np.random.Philox(_Key(seed, step)))  # type: ignore[arg-type]  # numpy's types forget ISeedSequence
     return stream.standard_normal(tuple(shape), dtype=np.float32)
+
+
+def low_res_noise(seed: int, shape: Sequence[int]) -> NDArray[np.float32]:
+    """Standard normal noise of `shape`, [C, h, w] without B, for the low-resolution image that one image is made from.
+
+    It is a stream of its own, so it has nothing in common with the noise of the latents.
+    """
+    return image_noise(seed, _LOW_RES_STREAM, shape)
 
 
 def image_seed(seed: int, index: int) -> int:

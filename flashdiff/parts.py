@@ -2,14 +2,18 @@
 
 from collections.abc import Sequence
 from enum import StrEnum
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from flashdiff.config import Record
+from flashdiff.grown import GrownRecord
+from flashdiff.schedule import NoiseSchedule
 
 MASK, MASKED_IMAGE, EDITED_IMAGE = "mask", "masked_image_latents", "image_latents"
 """The conditions of networks for inpainting and for edits, as their pipelines name them."""
+LOW_RES_IMAGE, NOISE_LEVEL = "low_res_image", "noise_level"
+"""The conditions of networks for super-resolution: a small image with noise, and how much of it, as a class."""
 
 
 class Phase(StrEnum):
@@ -41,8 +45,10 @@ class PartSpec(Record):
     """The part of a step in whose place it runs, for rows with a condition that only this one takes."""
 
 
-class Condition(Record):
+class Condition(GrownRecord):
     """An input of the denoiser other than latents and times."""
+
+    LATER: ClassVar[frozenset[str]] = frozenset({"classes", "noised"})
 
     name: str
     part: str | None = None
@@ -62,6 +68,10 @@ class Condition(Record):
     """Of tokens that may be absent: their number, and the width of each."""
     values: int = Field(0, ge=0, le=2**31)
     """Of a vector that is added to weights; else 0."""
+    classes: int = Field(0, ge=0, le=2**31)
+    """Of a label, which is a whole number from 0 on, how many there are; else 0."""
+    noised: NoiseSchedule | None = None
+    """Where its image gets noise before it enters: the schedule of which the noise level is a time."""
     scaled: bool = False
     """Whether the network takes a scale [B] with it, which may change from step to step: see `scale_name`."""
     absent: Literal["refused", "zeros", "ones", "grey_image"] = "refused"

@@ -7,6 +7,7 @@ from flashdiff.components import Components
 from flashdiff.generate import generate_rows
 from flashdiff.orders import Pixels
 from flashdiff.tasks import check_order
+from flashdiff.tasks.samples import needed_inputs
 
 _PROMPTS = ("red", "green", "blue", "yellow", "purple", "black", "white", "a photo")  # any model makes many colours of these
 _STEPS = 2
@@ -19,7 +20,8 @@ def fit_preview(components: Components) -> NDArray[np.float32]:
     """
     spec = components.spec
     steps, size = min(_STEPS, spec.sampler.max_steps), spec.sizes[0]
-    orders = [check_order(spec, prompt=prompt, seed=seed, steps=steps) for seed, prompt in enumerate(_PROMPTS)]
+    inputs = needed_inputs(spec, size)
+    orders = [check_order(spec, prompt=prompt, seed=seed, steps=steps, inputs=inputs) for seed, prompt in enumerate(_PROMPTS)]
     made = [row_and_image for (row_and_image,) in generate_rows(components, orders)]
     channels, height, width = spec.latent_shape(size)
     cells = np.stack([row.latents for row, _ in made]).transpose(0, 2, 3, 1).reshape(-1, channels)

@@ -110,8 +110,10 @@ def start_rows(
     own = {**of_controls.images_of(order.controls, prepared), **of_loras.vectors_of(order.loras)}
     taken = spec.taken_by(replacing)
     evaluated = order.task.branches(spec, order, prepared, unconditional)
+    drawn = [order.task.drawn(spec, order, image_seed(order.seed, index)) for index in range(order.count)]
+    shared = [condition for condition in taken if condition.name not in drawn[0]]
     branches = tuple(
-        replace(branch, conditions=_complete(spec, taken, order.size, {**branch.conditions, **own, **tokens}))
+        replace(branch, conditions=_complete(spec, shared, order.size, {**branch.conditions, **own, **tokens}))
         for branch in evaluated
         for tokens in [references.tokens_of(prepared, has_prompt=branch.has_prompt)]
     )
@@ -137,7 +139,7 @@ def start_rows(
                 seed,
                 order.size,
                 trajectory,
-                branches,
+                _with_drawn(branches, drawn[index]),
                 latents,
                 first_noise=first,
                 later_noises=later,
@@ -161,7 +163,16 @@ def replacing_part(spec: ModelSpec, order: Order) -> str | None:
     raise AssertionError(f"no part takes {wanted}")  # `check_order` knows what the model takes
 
 
-def _complete(spec: ModelSpec, taken: Sequence[Condition], size: Size, given: Tensors) -> Tensors:
+def _with_drawn(branches: tuple[Branch, ...], drawn: Mapping[str, NDArray[Any]]) -> tuple[Branch, ...]:
+    """Branches that images share, with the conditions that one of them drew."""
+    if not drawn:
+        return branches
+    return tuple(replace(branch, conditions={**branch.conditions, **drawn}) for branch in branches)
+
+
+def _complete(
+    spec: ModelSpec, taken: Sequence[Condition], size: Size, given: Mapping[str, NDArray[Any]]
+) -> Mapping[str, NDArray[Any]]:
     """All of the conditions that are taken: zeros or ones for those that may be absent."""
     missing = [condition for condition in taken if condition.name not in given]
     if not missing:

@@ -61,6 +61,8 @@ class Options(TypedDict, total=False):
     priority: Priority
     image: bytes
     strength: float | None
+    noise_level: float | None
+    """A whole number, for a model that upscales the image."""
     inputs: Mapping[str, bytes]
     """Files of other inputs that a task of the model takes, by name."""
     parameters: Mapping[str, float]

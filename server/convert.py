@@ -4,11 +4,12 @@ from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 from flashdiff import defaults
-from flashdiff.components import Size
+from flashdiff.components import ModelSpec, Size
 from flashdiff.controls import ControlRequest, controls_of
 from flashdiff.errors import RequestError
 from flashdiff.lora_requests import LoraRequest, slots_of
 from flashdiff.noise import image_seed
+from flashdiff.parts import NOISE_LEVEL
 from flashdiff.proto.v1 import image_pb2 as pb
 from flashdiff.references import ReferenceRequest, takes_reference
 from flashdiff.server.images import control_request, reference_request
@@ -18,6 +19,7 @@ from flashdiff.server.reply_size import MAX_MESSAGE_BYTES, MESSAGE_EXTRA_BYTES, 
 from flashdiff.server.requests import Estimate, ImageRequest, Reply
 from flashdiff.server.submitter import DeviceState
 from flashdiff.server.wire import FORMAT_NUMBERS, FORMATS, PRIORITIES
+from flashdiff.tasks import tasks_of
 
 _Value = TypeVar("_Value")
 
@@ -38,6 +40,8 @@ def read_request(
         _add(files, "image", message.image)
     if message.strength:
         _add(parameters, "strength", message.strength)
+    if message.HasField("noise_level"):
+        _add(parameters, NOISE_LEVEL, message.noise_level)
     return ImageRequest(
         prompt=message.prompt,
         negative_prompt=message.negative_prompt,
@@ -149,8 +153,15 @@ def _served(name: str, model: Model, devices: Sequence[DeviceState], loras: Sequ
         takes_reference=takes_reference(spec),
         loras=loras if slots else (),
         max_loras=slots,
+        max_noise_level=_max_noise_level(spec),
         devices=[pb.Device(name=device.name, failure=device.failure) for device in devices],
     )
+
+
+def _max_noise_level(spec: ModelSpec) -> int | None:
+    """None for a model that takes no noise level."""
+    numbers = {parameter.name: parameter for task in tasks_of(spec) for parameter in task.parameters_of(spec)}
+    return int(numbers[NOISE_LEVEL].at_most) if NOISE_LEVEL in numbers else None
 
 
 def write_estimate(estimate: Estimate) -> pb.EstimateResponse:

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from numpy.typing import NDArray
-from tiny import FAMILIES
+from tiny import FAMILIES, make_tiny_upscaler
 from torch import Tensor, nn
 
 from flashdiff.controls import ControlRequest
@@ -260,7 +260,8 @@ def test_slots_reach_targets_and_all_of_a_block() -> None:
 # --- networks ---------------------------------------------------------------------------------------------------------
 
 LONG = pytest.mark.long
-TRIED = [name if name in ("sd15", "sdxl", "flux") else pytest.param(name, marks=LONG) for name in FAMILIES]
+BASES = {**FAMILIES, "sd-upscaler": make_tiny_upscaler}
+TRIED = [name if name in ("sd15", "sdxl", "flux", "sd-upscaler") else pytest.param(name, marks=LONG) for name in BASES]
 
 
 def _lora(file: Path, model: TorchModel, family: ModelFamily, layers: tuple[SlotLayer, ...], seed: int) -> Path:
@@ -278,7 +279,7 @@ def _lora(file: Path, model: TorchModel, family: ModelFamily, layers: tuple[Slot
 @pytest.mark.parametrize("name", TRIED)
 def test_rows_with_loras_of_their_own_equal_networks_that_have_them_fused(tmp_path: Path, name: str) -> None:
     """Two slots in two rows, each with other scales, in one batch."""
-    base = FAMILIES[name](tmp_path / name)
+    base = BASES[name](tmp_path / name)
     family, model = load_base(str(base))
     layers = layers_of_base(model.folder, family)
     model = with_slots(model, family, 2, 4)

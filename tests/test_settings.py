@@ -8,7 +8,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from tiny import FAMILIES, STUDENTS
+from tiny import FAMILIES, STUDENTS, make_tiny_upscaler
 
 from flashdiff.components import ModelSpec, Size
 from flashdiff.errors import FlashdiffError, ModelError
@@ -20,6 +20,7 @@ from flashdiff.tasks import check_order
 
 FILES = {
     "sd15": ["unet", "vae", "text_encoder"],
+    "sd-upscaler": ["unet", "vae", "text_encoder"],
     "sdxl": ["unet", "vae", "text_encoder", "text_encoder_2"],
     "pixart": ["transformer", "vae", "text_encoder"],
     "sd3": ["transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"],
@@ -41,7 +42,7 @@ PATHS = [
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("bases")
-    return {name: make(folder / name) for name, make in {**FAMILIES, **STUDENTS}.items()}
+    return {name: make(folder / name) for name, make in {**FAMILIES, **STUDENTS, "sd-upscaler": make_tiny_upscaler}.items()}
 
 
 def _spec_with(base: Path, path: str, **settings: Any) -> ModelSpec:

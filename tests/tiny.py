@@ -15,6 +15,7 @@ from diffusers import (
     AutoencoderKLQwenImage,
     ControlNetModel,
     DDIMScheduler,
+    DDPMScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
@@ -35,6 +36,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionUpscalePipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
     ZImagePipeline,
@@ -96,6 +98,20 @@ def make_tiny_sd2(folder: Path) -> Path:
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+def make_tiny_upscaler(folder: Path, **unet: Any) -> Path:
+    """As the x4 upscaler: 4 + 3 channels, a class a noise level, velocities; 8x8 pixels become 32x32."""
+    torch.manual_seed(0)
+    StableDiffusionUpscalePipeline(
+        vae=_vae(4, scaling_factor=0.08333),
+        unet=_unet(**{"in_channels": 7, "num_class_embeds": 1000, "only_cross_attention": (True, False), **unet}),
+        text_encoder=CLIPTextModel(_clip_config(hidden_act="gelu")),
+        tokenizer=_clip_tokenizer(pad_token="!"),
+        low_res_scheduler=DDPMScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="scaled_linear"),
+        scheduler=_diffusion_scheduler("v_prediction"),
     ).save_pretrained(folder)
     return folder
 
@@ -414,8 +430,7 @@ def _vae(latent_channels: int, **changes: Any) -> AutoencoderKL:
         latent_channels=latent_channels,
         norm_num_groups=4,
         sample_size=32,
-        scaling_factor=0.5,
-        **changes,
+        **{"scaling_factor": 0.5, **changes},
     )
 
 

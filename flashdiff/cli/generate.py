@@ -64,6 +64,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"default: {defaults.STRENGTH}, with --mask 1",
     )
     parser.add_argument(
+        "--noise-level",
+        dest="parameters",
+        type=_value_of("noise_level", float),
+        action="append",
+        metavar="LEVEL",
+        help="with --image, for a model that upscales it: a whole number, how much noise the image gets before the model reads "
+        f"it; default: {defaults.NOISE_LEVEL}",
+    )
+    parser.add_argument(
         "--input",
         dest="inputs",
         type=assignment(Path),

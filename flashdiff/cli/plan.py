@@ -57,7 +57,8 @@ def run(options: argparse.Namespace) -> None:
     from flashdiff.engines.runtime.device import DEFAULT_DEVICE, parse_devices
     from flashdiff.server.planning.measuring import measure, open_together
     from flashdiff.server.planning.plan import Demand, plan
-    from flashdiff.tasks import check_order
+    from flashdiff.tasks import check_order, check_size
+    from flashdiff.tasks.samples import needed_inputs
 
     if options.json:
         logging.getLogger("flashdiff").setLevel(logging.WARNING)
@@ -70,7 +71,8 @@ def run(options: argparse.Namespace) -> None:
     mix = mix or {spec.sampler.default_steps: 1.0}
     for steps in mix:
         try:
-            check_order(spec, prompt="p", steps=steps, size=sizes[0])
+            size = check_size(spec, sizes[0])
+            check_order(spec, prompt="p", steps=steps, size=size, inputs=needed_inputs(spec, size))
         except RequestError as error:
             raise ConfigError(f"--{'mix' if error.field == 'steps' else error.field}: {error}") from None
     measured = measure(open_together(bundle, devices), devices, mix, sizes[0], options.format)

@@ -16,6 +16,7 @@ _FAMILIES = {
     "LatentConsistencyModelPipeline": "sd15",
     "StableDiffusionInpaintPipeline": "sd15",
     "StableDiffusionInstructPix2PixPipeline": "sd15",
+    "StableDiffusionUpscalePipeline": "sd_upscaler",
     "StableDiffusionXLPipeline": "sdxl",
     "StableDiffusionXLInpaintPipeline": "sdxl",
     "StableDiffusionXLInstructPix2PixPipeline": "sdxl",

@@ -74,6 +74,10 @@ class ModelFamily:
     that it may name the one that is loaded."""
     optional: tuple[str, ...] = ()
     """Those of the networks that a base may do without, where model_index.json says `[null, null]`."""
+    further_files: tuple[str, ...] = ()
+    """Configuration files that are read next to those of networks, tokenizers and scheduler."""
+    pipeline_settings: tuple[str, ...] = ()
+    """Settings in model_index.json that `read_spec` reads."""
     fixed: Mapping[str, Fixed] = field(default_factory=dict)
     """By folder: settings that count only at some values."""
     controls: Mapping[str, ControlKind] = field(default_factory=dict)

@@ -44,7 +44,7 @@ def used_files(
     if variant and not any(weights.of(variant) for weights in found.values()):
         others = sorted({other for weights in found.values() for other in weights.variants})
         raise ModelError(f"--variant {variant}: {source} has no such weights; it has {', '.join(others) or 'no variants'}")
-    used = {name: name for name in (INDEX, _SCHEDULER) if name in names}
+    used = {name: name for name in (INDEX, _SCHEDULER, *family.further_files) if name in names}
     for part, weights in found.items():
         chosen = {"config.json": "config.json"} | weights.chosen(variant, f"{source}: {part}")
         used |= {f"{part}/{name}": f"{part}/{file}" for name, file in chosen.items()}

@@ -150,12 +150,13 @@ def unet_spec(
     tokenizers: tuple[TokenizerSpec, ...],
     *,
     guidance: float | None = None,
+    entrances: Sequence[Entrance] | None = None,
     **settings: Any,
 ) -> ModelSpec:
     """`spec_of` a Stable Diffusion 1.x or XL: its scheduler says what the UNet predicts, and sometimes how it is sampled.
 
-    `guidance` is the scale that a UNet with a guidance input receives; None: the family's default. ModelError or ConfigError for
-    a scheduler that flashdiff cannot follow.
+    `guidance` is the scale that a UNet with a guidance input receives; None: the family's default. `entrances` are those of its
+    pipeline class where nothing else is given. ModelError or ConfigError for a scheduler that flashdiff cannot follow.
     """
     source = f"{folder}/scheduler"
     unet, scheduler = read_config(folder, "unet"), scheduler_config(folder)
@@ -179,7 +180,7 @@ def unet_spec(
         latent_side=unet["sample_size"],
         tokenizers=tokenizers,
         sampling=sampling,
-        entrances=unet_entrances(pipeline_class_of(folder), read_config(folder, "vae")["latent_channels"]),
+        entrances=entrances or unet_entrances(pipeline_class_of(folder), read_config(folder, "vae")["latent_channels"]),
         **settings,
     )
 

@@ -27,7 +27,9 @@ from flashdiff.families.settings import AUTOENCODERS, UNET, UNSHIFTED_VAE
 _LCM_GUIDANCE = 8.5  # what LatentConsistencyModelPipeline feeds its UNet
 
 
-class _TextEncoder(nn.Module):
+class TextEncoder(nn.Module):
+    """The last states of a CLIP text model [B, T, D]."""
+
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
@@ -85,7 +87,7 @@ def _load(folder: Path, spec: ModelSpec) -> TorchModel:
     return torch_model(
         folder,
         spec,
-        text_encoder=_TextEncoder(clip),
+        text_encoder=TextEncoder(clip),
         denoiser=_Denoiser(unet, vae, spec.sampler.embedded_guidance),
         network=unet,
         weights={"vae": vae, "unet": unet, "text_encoder": clip},

@@ -112,8 +112,10 @@ def check_network(path: str, family: "ModelFamily", part: str, config: Mapping[s
     written = config.get("_class_name", next(iter(classes)))
     if written not in classes:
         raise ModelError(f"{path}: '_class_name' is {written!r}; the family {family.name} reads {', '.join(classes)}")
+    fixed, defaults = family.fixed.get(part, {}), default_settings(written)
     known = _OWN | default_settings(classes[written]).keys() | _DERIVED.get(written, set())
-    _check(path, config, known, family.fixed.get(part, {}), default_settings(written))
+    implied = {name: defaults[name] for name in fixed if name in defaults}
+    _check(path, {**implied, **config}, known, fixed, defaults)
     if part == "vae":
         _check_scale(path, config)
 
@@ -205,9 +207,11 @@ def _check_scheduler(path: str, config: Mapping[str, Any], *, is_flow: bool) -> 
 
 def _check_pipeline(path: str, family: "ModelFamily", config: Mapping[str, Any]) -> None:
     tokenizers = {part.replace("text_encoder", "tokenizer") for part in family.networks}
-    components = {"scheduler", *tokenizers, *family.networks, *_UNUSED_COMPONENTS}
+    further = {file.partition("/")[0] for file in family.further_files}
+    components = {"scheduler", *tokenizers, *further, *family.networks, *_UNUSED_COMPONENTS}
     absent = {name for name, value in config.items() if value in ([None, None], None)}
-    _check(path, config, components | _OWN | _PIPELINE_SETTINGS | absent, _PIPELINE_FIXED, {})
+    known = components | _OWN | _PIPELINE_SETTINGS | {*family.pipeline_settings} | absent
+    _check(path, config, known, _PIPELINE_FIXED, {})
     for part, classes in family.networks.items():
         if part in config and part not in absent:
             _check_class(path, family, part, classes, config[part])

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,8 +17,9 @@ from torch.overrides import TorchFunctionMode
 from flashdiff.components import ModelSpec, Size
 from flashdiff.errors import FlashdiffError, ModelError, first_line
 from flashdiff.families.base import ModelFamily, TorchModel
-from flashdiff.noise import image_noise
+from flashdiff.noise import image_noise, low_res_noise
 from flashdiff.orders import Pixels, Reference
+from flashdiff.parts import LOW_RES_IMAGE
 from flashdiff.reading import read_json
 from flashdiff.samplers.spacing import chosen_times
 from flashdiff.sampling import Sampler
@@ -68,7 +70,7 @@ def stock_image(
 ) -> StockImage:
     """An image of the stock pipeline of a model, LoRAs and IP-Adapter included, on the device of `model`.
 
-    `inputs`: the images of `size` that the task takes, for a model that was trained for one.
+    `inputs`: the images that the task takes for a result of `size`, for a model that was trained for one.
 
     The pipeline reads the base's configuration files, tokenizers and scheduler itself; the weights are those of `model`. `vae` is
     the folder of an autoencoder in the place of the base's own.
@@ -83,6 +85,7 @@ def stock_image(
     name = str(read_json(folder / "model_index.json")["_class_name"]) if inputs else family.pipeline_class
     scheduler = stock_scheduler(spec, steps, is_shifted=spec.sampler.schedule != family.read_spec(folder).sampler.schedule)
     noise = _noise(seed, spec.latent_shape(size))
+    drawn = itertools.chain(_noise_of_image(spec, seed, size), noise)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # advice for users of diffusers' settings
         try:
@@ -102,7 +105,7 @@ def stock_image(
                 **{"max_area": size.height * size.width, "_auto_resize": False},  # FLUX Kontext's, which has sizes of its own
                 **{_INPUTS[name]: Image.fromarray(pixels) for name, pixels in inputs.items()},
             }
-            with _GivenNoise(lambda: pack(next(noise))):
+            with _GivenNoise(lambda: pack(next(drawn))):
                 images = pipeline(
                     prompt=prompt,
                     latents=pack_first(next(noise)).to(model.device),
@@ -275,6 +278,12 @@ def _noise(seed: int, shape: tuple[int, ...]) -> Iterator[torch.Tensor]:
     """The noise [1, C, h, w] of an image's steps, from the first on."""
     for step in range(1000):
         yield torch.from_numpy(image_noise(seed, step, shape))[None]
+
+
+def _noise_of_image(spec: ModelSpec, seed: int, size: Size) -> list[torch.Tensor]:
+    """What a pipeline draws before the noise of its steps: the noise [1, 3, h, w] of an image that it upscales."""
+    channels = [condition.channels for condition in spec.conditions if condition.name == LOW_RES_IMAGE]
+    return [torch.from_numpy(low_res_noise(seed, (count, *spec.latent_shape(size)[1:])))[None] for count in channels]
 
 
 class _GivenNoise(TorchFunctionMode):

@@ -9,12 +9,14 @@ from flashdiff.errors import RequestError
 from flashdiff.lora_requests import LoraRequest, check_loras, read_loras
 from flashdiff.noise import SEED_LIMIT
 from flashdiff.orders import Order, Pixels
-from flashdiff.parts import EDITED_IMAGE, Condition
+from flashdiff.parts import EDITED_IMAGE, LOW_RES_IMAGE, Condition
 from flashdiff.references import ReferenceRequest, check_reference, read_reference
-from flashdiff.tasks import edit, image_to_image, inpainting, text_to_image
+from flashdiff.tasks import edit, image_to_image, inpainting, super_resolution, text_to_image
 from flashdiff.tasks.base import Parameter, Task
 
-TASKS: dict[str, Task] = {module.TASK.name: module.TASK for module in (text_to_image, image_to_image, inpainting, edit)}
+TASKS: dict[str, Task] = {
+    module.TASK.name: module.TASK for module in (text_to_image, image_to_image, inpainting, edit, super_resolution)
+}
 
 MAX_COUNT = 16
 """Images per request."""
@@ -30,7 +32,10 @@ def tasks_of(spec: ModelSpec) -> list[Task]:
 
 def tasks_for(conditions: Collection[Condition]) -> tuple[str, ...]:
     """The names of what a model can do whose network takes these conditions together with the latents."""
-    if any(condition.name == EDITED_IMAGE for condition in conditions):
+    names = {condition.name for condition in conditions}
+    if LOW_RES_IMAGE in names:
+        return (super_resolution.TASK.name,)
+    if EDITED_IMAGE in names:
         return text_to_image.TASK.name, edit.TASK.name
     return text_to_image.TASK.name, image_to_image.TASK.name, inpainting.TASK.name
 
@@ -143,6 +148,9 @@ def task_for(spec: ModelSpec, inputs: Collection[str]) -> Task:
     for task in tasks_of(spec):
         if set(task.inputs) == set(inputs):
             return task
+    if not inputs:
+        task = tasks_of(spec)[0]
+        raise RequestError(task.inputs[0], None, f"this model makes no image without it ({task.name})")
     taken = "; ".join(f"{task.name} takes {', '.join(task.inputs) or 'none'}" for task in tasks_of(spec))
     raise RequestError("inputs", ", ".join(inputs), f"of the images a request may bring, {taken}")
 

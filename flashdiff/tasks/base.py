@@ -5,7 +5,7 @@ The base class has what all tasks share, and makes images from a prompt; a subcl
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,15 +29,29 @@ class Parameter:
 
     name: str
     default: float
-    above: float
+    above: float = 0.0
+    at_least: float | None = None
+    """In the place of `above`."""
     at_most: float
+    is_whole: bool = False
 
     def check(self, value: float | None) -> float:
-        """The value, or the default for None, rounded to float32; RequestError outside the bounds."""
-        value = as_float32(self.default if value is None else value)
-        if not self.above < value <= self.at_most:
-            raise RequestError(self.name, value, f"it must be above {self.above:g} and at most {self.at_most:g}")
-        return value
+        """The value, or the default for None, rounded to float32; RequestError outside the bounds, or for a fraction of one that
+        has to be whole."""
+        given = self.default if value is None else value
+        carried = as_float32(given)
+        is_enough = self.above < carried if self.at_least is None else self.at_least <= carried
+        if not (is_enough and carried <= self.at_most):
+            raise RequestError(self.name, carried, self._allowed)
+        if self.is_whole and given != int(given):
+            raise RequestError(self.name, given, self._allowed)
+        return carried
+
+    @property
+    def _allowed(self) -> str:
+        if self.at_least is None:
+            return f"it must be above {self.above:g} and at most {self.at_most:g}"
+        return f"it must be {'a whole number ' if self.is_whole else ''}between {self.at_least:g} and {self.at_most:g}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +61,7 @@ class Branch:
     The weights of a row's branches add up to 1. Classifier-free guidance at scale w is (prompt, w), (unconditional, 1 - w).
     """
 
-    conditions: Tensors
+    conditions: Mapping[str, NDArray[Any]]
     weight: float
     has_prompt: bool = True
     """Whether it reads the prompt, and with it the reference."""
@@ -128,6 +142,10 @@ class Task:
         weight = spec.sampler.guidance
         without = Branch(self.conditions(spec, order, prepared, contrast), 1 - weight, has_prompt=False)
         return Branch(prompt, weight), without
+
+    def drawn(self, spec: ModelSpec, order: Order, seed: int) -> Mapping[str, NDArray[Any]]:
+        """The conditions that one image of an order draws from its seed, by name, without B; all its branches have them."""
+        return {}
 
     def start(self, order: Order, prepared: Prepared) -> NDArray[np.float32] | None:
         """The latents [C, h, w] that the first noise is added to; None: pure noise."""

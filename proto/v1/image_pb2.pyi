@@ -30,7 +30,7 @@ PRIORITY_HIGH: Priority
 PRIORITY_LOW: Priority
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("prompt", "seed", "steps", "width", "height", "count", "format", "model", "negative_prompt", "quality", "priority", "image", "strength", "inputs", "parameters", "truncate_prompt", "controls", "reference", "loras")
+    __slots__ = ("prompt", "seed", "steps", "width", "height", "count", "format", "model", "negative_prompt", "quality", "priority", "image", "strength", "inputs", "parameters", "truncate_prompt", "controls", "reference", "noise_level", "loras")
     class InputsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -63,6 +63,7 @@ class GenerateRequest(_message.Message):
     TRUNCATE_PROMPT_FIELD_NUMBER: _ClassVar[int]
     CONTROLS_FIELD_NUMBER: _ClassVar[int]
     REFERENCE_FIELD_NUMBER: _ClassVar[int]
+    NOISE_LEVEL_FIELD_NUMBER: _ClassVar[int]
     LORAS_FIELD_NUMBER: _ClassVar[int]
     prompt: str
     seed: int
@@ -82,8 +83,9 @@ class GenerateRequest(_message.Message):
     truncate_prompt: bool
     controls: _containers.RepeatedCompositeFieldContainer[Control]
     reference: Reference
+    noise_level: float
     loras: _containers.RepeatedCompositeFieldContainer[Lora]
-    def __init__(self, prompt: _Optional[str] = ..., seed: _Optional[int] = ..., steps: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., count: _Optional[int] = ..., format: _Optional[_Union[ImageFormat, str]] = ..., model: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., quality: _Optional[int] = ..., priority: _Optional[_Union[Priority, str]] = ..., image: _Optional[bytes] = ..., strength: _Optional[float] = ..., inputs: _Optional[_Mapping[str, bytes]] = ..., parameters: _Optional[_Mapping[str, float]] = ..., truncate_prompt: _Optional[bool] = ..., controls: _Optional[_Iterable[_Union[Control, _Mapping]]] = ..., reference: _Optional[_Union[Reference, _Mapping]] = ..., loras: _Optional[_Iterable[_Union[Lora, _Mapping]]] = ...) -> None: ...
+    def __init__(self, prompt: _Optional[str] = ..., seed: _Optional[int] = ..., steps: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., count: _Optional[int] = ..., format: _Optional[_Union[ImageFormat, str]] = ..., model: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., quality: _Optional[int] = ..., priority: _Optional[_Union[Priority, str]] = ..., image: _Optional[bytes] = ..., strength: _Optional[float] = ..., inputs: _Optional[_Mapping[str, bytes]] = ..., parameters: _Optional[_Mapping[str, float]] = ..., truncate_prompt: _Optional[bool] = ..., controls: _Optional[_Iterable[_Union[Control, _Mapping]]] = ..., reference: _Optional[_Union[Reference, _Mapping]] = ..., noise_level: _Optional[float] = ..., loras: _Optional[_Iterable[_Union[Lora, _Mapping]]] = ...) -> None: ...
 
 class Reference(_message.Message):
     __slots__ = ("image", "scale")
@@ -150,7 +152,7 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[ServedModel, _Mapping]]] = ...) -> None: ...
 
 class ServedModel(_message.Message):
-    __slots__ = ("name", "model", "sizes", "default_steps", "max_steps", "max_prompt_tokens", "takes_negative_prompt", "tasks", "devices", "controls", "takes_reference", "loras", "max_loras")
+    __slots__ = ("name", "model", "sizes", "default_steps", "max_steps", "max_prompt_tokens", "takes_negative_prompt", "tasks", "devices", "controls", "takes_reference", "loras", "max_loras", "max_noise_level")
     NAME_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     SIZES_FIELD_NUMBER: _ClassVar[int]
@@ -164,6 +166,7 @@ class ServedModel(_message.Message):
     TAKES_REFERENCE_FIELD_NUMBER: _ClassVar[int]
     LORAS_FIELD_NUMBER: _ClassVar[int]
     MAX_LORAS_FIELD_NUMBER: _ClassVar[int]
+    MAX_NOISE_LEVEL_FIELD_NUMBER: _ClassVar[int]
     name: str
     model: Model
     sizes: _containers.RepeatedCompositeFieldContainer[Size]
@@ -177,7 +180,8 @@ class ServedModel(_message.Message):
     takes_reference: bool
     loras: _containers.RepeatedScalarFieldContainer[str]
     max_loras: int
-    def __init__(self, name: _Optional[str] = ..., model: _Optional[_Union[Model, _Mapping]] = ..., sizes: _Optional[_Iterable[_Union[Size, _Mapping]]] = ..., default_steps: _Optional[int] = ..., max_steps: _Optional[int] = ..., max_prompt_tokens: _Optional[int] = ..., takes_negative_prompt: _Optional[bool] = ..., tasks: _Optional[_Iterable[str]] = ..., devices: _Optional[_Iterable[_Union[Device, _Mapping]]] = ..., controls: _Optional[_Iterable[str]] = ..., takes_reference: _Optional[bool] = ..., loras: _Optional[_Iterable[str]] = ..., max_loras: _Optional[int] = ...) -> None: ...
+    max_noise_level: int
+    def __init__(self, name: _Optional[str] = ..., model: _Optional[_Union[Model, _Mapping]] = ..., sizes: _Optional[_Iterable[_Union[Size, _Mapping]]] = ..., default_steps: _Optional[int] = ..., max_steps: _Optional[int] = ..., max_prompt_tokens: _Optional[int] = ..., takes_negative_prompt: _Optional[bool] = ..., tasks: _Optional[_Iterable[str]] = ..., devices: _Optional[_Iterable[_Union[Device, _Mapping]]] = ..., controls: _Optional[_Iterable[str]] = ..., takes_reference: _Optional[bool] = ..., loras: _Optional[_Iterable[str]] = ..., max_loras: _Optional[int] = ..., max_noise_level: _Optional[int] = ...) -> None: ...
 
 class Device(_message.Message):
     __slots__ = ("name", "failure")

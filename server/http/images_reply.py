@@ -15,6 +15,7 @@ from flashdiff.server.models import Model
 from flashdiff.server.names import ImageFormat
 from flashdiff.server.requests import Reply
 from flashdiff.tasks import tasks_of
+from flashdiff.tasks.base import Parameter
 
 _NO_USAGE = {
     "input_tokens": 0,
@@ -94,9 +95,7 @@ def write_model(name: str, model: Model, created: int, loras: Sequence[str]) -> 
     tasks = {
         task.name: {
             "inputs": list(task.inputs),
-            "parameters": {
-                p.name: {"default": p.default, "above": p.above, "at_most": p.at_most} for p in task.parameters_of(spec)
-            },
+            "parameters": {p.name: {"default": p.default, **_least(p), "at_most": p.at_most} for p in task.parameters_of(spec)},
         }
         for task in tasks_of(spec)
     }
@@ -113,6 +112,12 @@ def write_model(name: str, model: Model, created: int, loras: Sequence[str]) -> 
         "max_loras": slots,
     }
     return {"id": name, "object": "model", "created": created, "owned_by": "flashdiff", "flashdiff": extras}
+
+
+def _least(parameter: Parameter) -> dict[str, Any]:
+    """Where a parameter begins; of a whole one also that it is whole."""
+    least = {"above": parameter.above} if parameter.at_least is None else {"at_least": parameter.at_least}
+    return {**least, "is_whole": True} if parameter.is_whole else least
 
 
 def _image(file: bytes, size: str, image_format: ImageFormat, created: int) -> dict[str, Any]:

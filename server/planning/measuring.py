@@ -24,6 +24,7 @@ from flashdiff.server.opening import identity_of
 from flashdiff.server.planning.devices import SimulatedComponents
 from flashdiff.server.planning.plan import Demand, arrivals_of, full_batches_s
 from flashdiff.tasks import check_order, check_size
+from flashdiff.tasks.samples import needed_inputs
 
 REHEARSAL_S = 10.0
 REHEARSAL_LOAD = 0.6
@@ -87,7 +88,8 @@ def _open(snapshot: Snapshot, device: Device, *, ready: bool) -> Engine:
 
 
 def _files_s(components: Components, size: Size, image_format: ImageFormat) -> float:
-    (image,) = generate(components, [check_order(components.spec, prompt="a photo", steps=1, size=size)])[0]
+    order = check_order(components.spec, prompt="a photo", steps=1, size=size, inputs=needed_inputs(components.spec, size))
+    (image,) = generate(components, [order])[0]
     spent = []
     for _ in range(_FILES):
         started = time.perf_counter()

@@ -16,6 +16,7 @@ from flashdiff.server.planning.devices import SimulatedModel, SimulatedWorker, s
 from flashdiff.server.planning.simulation import Arrival, Fate, simulate
 from flashdiff.server.planning.timeline import Timeline
 from flashdiff.tasks import check_order
+from flashdiff.tasks.samples import needed_inputs
 
 MAX_DEVICES = 1000
 IN_TIME = 0.99
@@ -225,4 +226,5 @@ def _first(is_enough: Callable[[int], bool], fewest: int, demand: Demand) -> int
 
 
 def _order(components: Components, demand: Demand, steps: int, number: int = 0) -> Order:
-    return check_order(components.spec, prompt=f"prompt {number}", seed=number, steps=steps, size=demand.size)
+    spec, inputs = components.spec, needed_inputs(components.spec, demand.size)
+    return check_order(spec, prompt=f"prompt {number}", seed=number, steps=steps, size=demand.size, inputs=inputs)
