@@ -61,6 +61,8 @@ class Options(TypedDict, total=False):
     priority: Priority
     image: bytes
     strength: float | None
+    upscale: float | None
+    """How many times as wide and as high as `image` the result is, which the model makes in tiles of `size`."""
     inputs: Mapping[str, bytes]
     """Files of other inputs that a task of the model takes, by name."""
     parameters: Mapping[str, float]

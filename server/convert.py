@@ -18,6 +18,7 @@ from flashdiff.server.reply_size import MAX_MESSAGE_BYTES, MESSAGE_EXTRA_BYTES, 
 from flashdiff.server.requests import Estimate, ImageRequest, Reply
 from flashdiff.server.submitter import DeviceState
 from flashdiff.server.wire import FORMAT_NUMBERS, FORMATS, PRIORITIES
+from flashdiff.tasks import tasks_of
 
 _Value = TypeVar("_Value")
 
@@ -38,6 +39,8 @@ def read_request(
         _add(files, "image", message.image)
     if message.strength:
         _add(parameters, "strength", message.strength)
+    if message.HasField("upscale"):
+        _add(parameters, "upscale", message.upscale)
     return ImageRequest(
         prompt=message.prompt,
         negative_prompt=message.negative_prompt,
@@ -90,8 +93,8 @@ def write_response(reply: Reply) -> pb.GenerateResponse:
     return pb.GenerateResponse(
         images=[pb.Image(data=data, seed=image_seed(order.seed, index)) for index, data in enumerate(reply.files)],
         steps=order.steps,
-        width=order.size.width,
-        height=order.size.height,
+        width=order.whole_size.width,
+        height=order.whole_size.height,
         format=FORMAT_NUMBERS[reply.format],
         timings=pb.Timings(
             queue_ms=timings.queue,
@@ -144,7 +147,7 @@ def _served(name: str, model: Model, devices: Sequence[DeviceState], loras: Sequ
         max_steps=spec.sampler.max_steps,
         max_prompt_tokens=spec.prompt_tokens,
         takes_negative_prompt=spec.sampler.evaluations_per_step > 1,
-        tasks=spec.tasks,
+        tasks=[task.name for task in tasks_of(spec)],
         controls=controls_of(spec),
         takes_reference=takes_reference(spec),
         loras=loras if slots else (),

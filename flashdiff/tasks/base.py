@@ -3,6 +3,7 @@
 The base class has what all tasks share, and makes images from a prompt; a subclass overrides what differs.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -28,16 +29,25 @@ class Parameter:
     """A number that a request may give."""
 
     name: str
-    default: float
-    above: float
+    default: float | None
+    """None: a request for this task gives it, which tells the task from another one that takes the same images."""
+    above: float = 0.0
+    at_least: float | None = None
+    """In the place of `above`."""
     at_most: float
 
     def check(self, value: float | None) -> float:
         """The value, or the default for None, rounded to float32; RequestError outside the bounds."""
-        value = as_float32(self.default if value is None else value)
-        if not self.above < value <= self.at_most:
-            raise RequestError(self.name, value, f"it must be above {self.above:g} and at most {self.at_most:g}")
-        return value
+        given = self.default if value is None else value
+        assert given is not None  # or it would be another task
+        number = as_float32(given)
+        if self.at_least is None:
+            is_allowed, allowed = self.above < number <= self.at_most, f"above {self.above:g} and at most {self.at_most:g}"
+        else:
+            is_allowed, allowed = self.at_least <= number <= self.at_most, f"between {self.at_least:g} and {self.at_most:g}"
+        if not is_allowed:
+            raise RequestError(self.name, float(given) if math.isfinite(number) else number, f"it must be {allowed}")
+        return number
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,16 +91,25 @@ class Task:
     conditions_made: ClassVar[tuple[str, ...]] = ()
     """The conditions that it makes from these images, for models that were trained for the task."""
 
+    @property
+    def telling(self) -> set[str]:
+        """Its parameters that a request must give."""
+        return {parameter.name for parameter in self.parameters if parameter.default is None}
+
     def parameters_of(self, spec: ModelSpec) -> tuple[Parameter, ...]:
         """Those of its parameters that mean something to a model."""
         return self.parameters
 
-    def input_size(self, spec: ModelSpec, name: str, size: Size) -> Size:
-        """The size that an input has to have for a result of `size`."""
+    def input_size(self, spec: ModelSpec, name: str, size: Size) -> Size | None:
+        """The size that an input has to have for a result of `size`; None: it may have any."""
         return size
 
     def check(self, spec: ModelSpec, order: Order) -> None:
         """RequestError for an order that passed all general checks and still cannot be filled."""
+
+    def laid_out(self, spec: ModelSpec, order: Order) -> Order:
+        """The order as its rows will make it; RequestError where they cannot."""
+        return order
 
     def steps_taken(self, order: Order) -> int:
         """How many of the order's steps are taken: the last ones, at least one."""
@@ -133,10 +152,18 @@ class Task:
         """The latents [C, h, w] that the first noise is added to; None: pure noise."""
         return None
 
+    def starts(self, order: Order, prepared: Prepared) -> list[NDArray[np.float32] | None]:
+        """`start` of each row of an image."""
+        return [self.start(order, prepared)]
+
     def kept(self, spec: ModelSpec, order: Order, prepared: Prepared) -> Kept | None:
         """What of the latents no step changes; None: nothing."""
         return None
 
     def finish(self, order: Order, pixels: Pixels) -> Pixels:
         """What a decoded image [H, W, 3] becomes."""
+        return pixels
+
+    def whole_images(self, order: Order, pixels: list[Pixels]) -> list[Pixels]:
+        """The images [H, W, 3] that an order's finished rows make; those of tiles take a while."""
         return pixels

@@ -15,6 +15,7 @@ from flashdiff.server.models import Model
 from flashdiff.server.names import ImageFormat
 from flashdiff.server.requests import Reply
 from flashdiff.tasks import tasks_of
+from flashdiff.tasks.base import Parameter
 
 _NO_USAGE = {
     "input_tokens": 0,
@@ -48,7 +49,7 @@ def write_images(reply: Reply, created: int) -> bytes:
             "data": images,
             "background": "opaque",
             "output_format": reply.format,
-            "size": str(reply.order.size),
+            "size": str(reply.order.whole_size),
             "usage": _NO_USAGE,
             "flashdiff": _made_by(reply),
         }
@@ -58,7 +59,11 @@ def write_images(reply: Reply, created: int) -> bytes:
 def write_completed(reply: Reply, index: int, created: int, names: EventNames) -> bytes:
     """The event of a finished image."""
     extras = {"image": index, "seed": image_seed(reply.order.seed, index), **_made_by(reply)}
-    event = {**_image(reply.files[index], str(reply.order.size), reply.format, created), "usage": _NO_USAGE, "flashdiff": extras}
+    event = {
+        **_image(reply.files[index], str(reply.order.whole_size), reply.format, created),
+        "usage": _NO_USAGE,
+        "flashdiff": extras,
+    }
     return write_event(names.completed, event)
 
 
@@ -94,9 +99,7 @@ def write_model(name: str, model: Model, created: int, loras: Sequence[str]) -> 
     tasks = {
         task.name: {
             "inputs": list(task.inputs),
-            "parameters": {
-                p.name: {"default": p.default, "above": p.above, "at_most": p.at_most} for p in task.parameters_of(spec)
-            },
+            "parameters": {p.name: {"default": p.default, **_least(p), "at_most": p.at_most} for p in task.parameters_of(spec)},
         }
         for task in tasks_of(spec)
     }
@@ -113,6 +116,10 @@ def write_model(name: str, model: Model, created: int, loras: Sequence[str]) -> 
         "max_loras": slots,
     }
     return {"id": name, "object": "model", "created": created, "owned_by": "flashdiff", "flashdiff": extras}
+
+
+def _least(parameter: Parameter) -> dict[str, float]:
+    return {"above": parameter.above} if parameter.at_least is None else {"at_least": parameter.at_least}
 
 
 def _image(file: bytes, size: str, image_format: ImageFormat, created: int) -> dict[str, Any]:
