@@ -40,6 +40,8 @@ SEED: Final = 0
 COUNT: Final = 1
 STRENGTH: Final = 0.8
 """Of a request with an image, as in diffusers' Stable Diffusion pipeline."""
+UPSCALE_STRENGTH: Final = 0.3
+"""Of a request that enlarges its image: what is added is detail, and the image remains."""
 IMAGE_GUIDANCE: Final = 1.5
 """Of an edit, as in diffusers' InstructPix2Pix pipelines."""
 NOISE_LEVEL: Final = 20

@@ -71,13 +71,14 @@ def to_pixels(images: NDArray[np.float32]) -> list[Pixels]:
 
 def generate(components: Components, orders: Sequence[Order], on_step: Callable[[], None] | None = None) -> list[list[Pixels]]:
     """The images [H, W, 3] of each order, in order; `on_step` is called after each step of a batch. Errors as in `prepare`."""
-    return [[image for _, image in of_order] for of_order in generate_rows(components, orders, on_step)]
+    made = generate_rows(components, orders, on_step)
+    return [order.task.whole_images(order, [image for _, image in rows]) for order, rows in zip(orders, made, strict=True)]
 
 
 def generate_rows(
     components: Components, orders: Sequence[Order], on_step: Callable[[], None] | None = None
 ) -> list[list[tuple[Row, Pixels]]]:
-    """`generate`, with the finished row of each image: its latents [C, h, w] are what the decoder was given."""
+    """Each row of the orders, finished, with its image: its latents [C, h, w] are what the decoder was given."""
     unconditional = unconditional_of(components)
     texts: dict[tuple[str, str], Tensors] = {}
     wanted = [order.task.preparations(components.spec, order) for order in orders]

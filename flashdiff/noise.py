@@ -6,6 +6,8 @@ import numpy as np
 from numpy.random.bit_generator import ISeedSequence
 from numpy.typing import NDArray
 
+from flashdiff.tiles import ORIGIN, Place
+
 SEED_LIMIT = 2**64
 _LOW_RES_STREAM = 2**32
 """In the place of a step: no sampler takes so many."""
@@ -23,9 +25,34 @@ class _Key(ISeedSequence):
 
 def image_noise(seed: int, step: int, shape: Sequence[int]) -> NDArray[np.float32]:
     """Standard normal noise of `shape`, [C, h, w] without B, for one image before its denoise step `step` (0: the start)."""
-    # Philox is counter-based: the key (seed, step) names a stream, so no draw depends on an earlier one.
-    stream = np.random.Generator(np.random.Philox(_Key(seed, step)))  # type: ignore[arg-type]  # numpy's types forget ISeedSequence
-    return stream.standard_normal(tuple(shape), dtype=np.float32)
+    return _block(seed, step, shape, ORIGIN)
+
+
+def tile_noise(seed: int, step: int, shape: tuple[int, int, int], place: Place) -> NDArray[np.float32]:
+    """The part [C, h, w] of an image's plane of noise where a tile lies; tiles that overlap share it there.
+
+    The plane consists of blocks of a tile's shape, each a stream of its own, so a tile needs those alone that it touches. The
+    first block is `image_noise`.
+    """
+    if place == ORIGIN:
+        return image_noise(seed, step, shape)
+    _, height, width = shape
+    (row, top), (column, left) = divmod(place.top, height), divmod(place.left, width)
+    blocks = [
+        [_block(seed, step, shape, Place(y, x)) for x in range(column, column + 1 + (left > 0))]
+        for y in range(row, row + 1 + (top > 0))
+    ]
+    return np.block(blocks)[:, top : top + height, left : left + width]
+
+
+def _block(seed: int, step: int, shape: Sequence[int], place: Place) -> NDArray[np.float32]:
+    """A block of a plane of noise; the place counts blocks."""
+    # Philox is counter-based: the key (seed, step) names a stream, so no draw depends on an earlier one. A block starts so far
+    # into it that no other one gets there.
+    philox = np.random.Philox(_Key(seed, step))  # type: ignore[arg-type]  # numpy's types forget ISeedSequence
+    if place != ORIGIN:
+        philox.advance(((place.top << 32) + place.left) << 128)
+    return np.random.Generator(philox).standard_normal(tuple(shape), dtype=np.float32)
 
 
 def low_res_noise(seed: int, shape: Sequence[int]) -> NDArray[np.float32]:

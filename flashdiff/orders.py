@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from flashdiff.components import Size
 from flashdiff.errors import RequestError
+from flashdiff.tiles import ORIGIN, Place, Tiling
 
 if TYPE_CHECKING:
     from flashdiff.tasks.base import Task
@@ -89,6 +90,23 @@ class Order:
     reference: Reference | None = None
     loras: Mapping[str, Lora] = field(default_factory=dict)
     """By name, in the order of the slots that they take."""
+    tiling: Tiling | None = None
+    """How each of its images is made of tiles of `size`, a row each; None: a row makes a whole image."""
+
+    @property
+    def whole_size(self) -> Size:
+        """Of its images; `size` is that of a row."""
+        return self.tiling.size if self.tiling else self.size
+
+    @property
+    def places(self) -> list[Place]:
+        """Where the rows of each image lie in it."""
+        return self.tiling.places if self.tiling else [ORIGIN]
+
+    @property
+    def rows(self) -> int:
+        """How many rows make its images: those of the first image, then those of the next."""
+        return self.count * len(self.places)
 
     @property
     def steps_taken(self) -> int:

@@ -1,4 +1,4 @@
-"""A row is one image in progress: its noise, its start, one step."""
+"""A row is one image, or one tile of it, in progress: its noise, its start, one step."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,13 +13,14 @@ from flashdiff import lora_requests as of_loras
 from flashdiff import references
 from flashdiff.components import Components, ModelSpec, Size, Tensors
 from flashdiff.errors import BackendError, RequestError
-from flashdiff.noise import image_noise, image_seed
+from flashdiff.noise import image_seed, tile_noise
 from flashdiff.orders import Order
 from flashdiff.parts import Condition
 from flashdiff.prediction import to_x0, with_norm_of
 from flashdiff.samplers.base import Walk
 from flashdiff.sampling import extrapolate, ode_step, ode_weights, renoise
 from flashdiff.tasks.base import Branch, Kept, Prepared
+from flashdiff.tiles import ORIGIN, Place
 
 _EARLY_VALUES = 1 << 16
 """Latents of so many values get the noise of all their steps at the start; for larger ones that would delay the first step."""
@@ -55,6 +56,7 @@ class Row:
     latents: NDArray[np.float32]  # [C, h, w]
     first_noise: NDArray[np.float32] = field(repr=False)  # [C, h, w]
     later_noises: list[NDArray[np.float32]] = field(repr=False)  # of the steps from 1 on, where they are drawn early
+    place: Place = ORIGIN
     kept: Kept | None = None
     scales: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     """Of conditions that have scales, at each step [steps], by condition; 0 where it is absent."""
@@ -80,17 +82,22 @@ class Row:
 
 
 def draw_noise(spec: ModelSpec, order: Order) -> list[list[NDArray[np.float32]]]:
-    """For each image of the order the noise [C, h, w] of its first time, and of later steps where latents are small.
+    """For each row of the order the noise [C, h, w] of its first time, and of later steps where latents are small.
 
     It does not depend on the prompt: a server draws it while the device encodes texts.
     """
-    return [_noise_of(spec, order, index) for index in range(order.count)]
+    return [_noise_of(spec, order, seed, place) for seed, place in _seeds_and_places(order)]
 
 
-def _noise_of(spec: ModelSpec, order: Order, index: int) -> list[NDArray[np.float32]]:
-    seed, shape = image_seed(order.seed, index), spec.latent_shape(order.size)
-    are_early = spec.sampler.is_stochastic and math.prod(shape) <= _EARLY_VALUES
-    return [image_noise(seed, step, shape) for step in range(order.steps_taken if are_early else 1)]
+def _seeds_and_places(order: Order) -> list[tuple[int, Place]]:
+    """Of each of its rows."""
+    return [(image_seed(order.seed, index), place) for index in range(order.count) for place in order.places]
+
+
+def _noise_of(spec: ModelSpec, order: Order, seed: int, place: Place) -> list[NDArray[np.float32]]:
+    shape = spec.latent_shape(order.size)
+    are_early = spec.sampler.is_stochastic and order.tiling is None and math.prod(shape) <= _EARLY_VALUES
+    return [tile_noise(seed, step, shape, place) for step in range(order.steps_taken if are_early else 1)]
 
 
 def start_rows(
@@ -100,7 +107,7 @@ def start_rows(
     unconditional: Tensors | None,
     noise: Sequence[Sequence[NDArray[np.float32]]] = (),
 ) -> list[Row]:
-    """A row, with latents [C, h, w], for each image of an order whose inputs are prepared.
+    """A row, with latents [C, h, w], for each image of an order whose inputs are prepared, or for each of its tiles.
 
     `noise` is the result of `draw_noise` where it was drawn before.
 
@@ -125,15 +132,15 @@ def start_rows(
         **references.scales_of(order),
     }
     trajectory = _trajectory(spec, order)
-    start, kept = order.task.start(order, prepared), order.task.kept(spec, order, prepared)
+    starts, kept = order.task.starts(order, prepared), order.task.kept(spec, order, prepared)
     rows = []
-    for index in range(order.count):
-        first, *later = noise[index] if noise else _noise_of(spec, order, index)
+    for index, (seed, place) in enumerate(_seeds_and_places(order)):
+        first, *later = noise[index] if noise else _noise_of(spec, order, seed, place)
+        start = starts[index % len(starts)]
         if start is None:
             latents = first if trajectory.walk is None else np.float32(trajectory.walk.start) * first
         else:
             latents = renoise(start, first, trajectory.alphas[0], trajectory.sigmas[0])
-        seed = image_seed(order.seed, index)
         rows.append(
             Row(
                 seed,
@@ -143,6 +150,7 @@ def start_rows(
                 latents,
                 first_noise=first,
                 later_noises=later,
+                place=place,
                 kept=kept,
                 scales=scales,
                 replacing=replacing,
@@ -294,4 +302,7 @@ def _advance(spec: ModelSpec, row: Row, output: NDArray[np.float32]) -> None:
 def _step_noise(row: Row) -> NDArray[np.float32]:
     """What the step that ends at `row.step` adds."""
     drawn = row.step - 1
-    return row.later_noises[drawn] if drawn < len(row.later_noises) else image_noise(row.seed, row.step, row.latents.shape)
+    if drawn < len(row.later_noises):
+        return row.later_noises[drawn]
+    channels, height, width = row.latents.shape
+    return tile_noise(row.seed, row.step, (channels, height, width), row.place)

@@ -173,9 +173,9 @@ class Admission:
 
     @property
     def pending_images(self) -> int:
-        """Images accepted and not yet answered."""
+        """Images accepted and not yet answered, a tile counted as one."""
         with self._lock:
-            return sum(job.order.count for job in self._jobs if not job.answer.done())
+            return sum(job.order.rows for job in self._jobs if not job.answer.done())
 
     @property
     def pending_s(self) -> float:
@@ -212,10 +212,10 @@ class Admission:
 
     def _check_room(self, order: Order, jobs: Sequence[Job], share: float, whose: str) -> None:
         """OverloadedError when an order does not fit with these jobs into their share of the queue and of its bytes."""
-        images = sum(job.order.count for job in jobs if not job.answer.done())
+        images = sum(job.order.rows for job in jobs if not job.answer.done())
         limit = int(share * self._max_pending_images)
         pixels = sum(pixel_bytes(job.order) for job in jobs)
-        too_many = images + order.count > limit
+        too_many = images + order.rows > limit
         too_large = bool(jobs) and pixels + pixel_bytes(order) > share * MAX_PENDING_BYTES
         if (too_many or too_large) and (jobs or not whose):
             retry_s = max(_SHORTEST_RETRY_S, self._pending_s())
@@ -316,4 +316,4 @@ def work_of(model: Model, order: Order, preparations: Mapping[str, Preparation])
     slots = order.task.evaluations_per_step(model.components.spec)
     step = step_call(replacing_part(model.components.spec, order))
     bucket = id(model), order.size, slots, step
-    return Work((order.steps_taken,) * order.count, slots, prepare, model.costs.current[order.size], bucket, step)
+    return Work((order.steps_taken,) * order.rows, slots, prepare, model.costs.current[order.size], bucket, step)

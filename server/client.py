@@ -63,6 +63,8 @@ class Options(TypedDict, total=False):
     strength: float | None
     noise_level: float | None
     """A whole number, for a model that upscales the image."""
+    upscale: float | None
+    """How many times as wide and as high as `image` the result is, which the model makes in tiles of `size`."""
     inputs: Mapping[str, bytes]
     """Files of other inputs that a task of the model takes, by name."""
     parameters: Mapping[str, float]

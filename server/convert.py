@@ -42,6 +42,8 @@ def read_request(
         _add(parameters, "strength", message.strength)
     if message.HasField("noise_level"):
         _add(parameters, NOISE_LEVEL, message.noise_level)
+    if message.HasField("upscale"):
+        _add(parameters, "upscale", message.upscale)
     return ImageRequest(
         prompt=message.prompt,
         negative_prompt=message.negative_prompt,
@@ -94,8 +96,8 @@ def write_response(reply: Reply) -> pb.GenerateResponse:
     return pb.GenerateResponse(
         images=[pb.Image(data=data, seed=image_seed(order.seed, index)) for index, data in enumerate(reply.files)],
         steps=order.steps,
-        width=order.size.width,
-        height=order.size.height,
+        width=order.whole_size.width,
+        height=order.whole_size.height,
         format=FORMAT_NUMBERS[reply.format],
         timings=pb.Timings(
             queue_ms=timings.queue,
@@ -148,7 +150,7 @@ def _served(name: str, model: Model, devices: Sequence[DeviceState], loras: Sequ
         max_steps=spec.sampler.max_steps,
         max_prompt_tokens=spec.prompt_tokens,
         takes_negative_prompt=spec.sampler.evaluations_per_step > 1,
-        tasks=spec.tasks,
+        tasks=[task.name for task in tasks_of(spec)],
         controls=controls_of(spec),
         takes_reference=takes_reference(spec),
         loras=loras if slots else (),

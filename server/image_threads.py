@@ -138,7 +138,7 @@ class ImageThreads:
 
     def expected_s(self, order: Order, image_format: ImageFormat, quality: int | None = None) -> float:
         """How long `encode` will take for the order's images, by what it took in the last seconds."""
-        return order.count * order.size.width * order.size.height * self._s_per_pixel(image_format, quality)
+        return order.count * order.whole_size.width * order.whole_size.height * self._s_per_pixel(image_format, quality)
 
     async def encode_preview(self, picture: Pixels) -> bytes:
         """A preview [h, w, 3] as a PNG file."""

@@ -1,7 +1,7 @@
 """RGB pixels to the bytes of an image file, and back."""
 
 import io
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
@@ -17,6 +17,7 @@ from flashdiff.picture_files import UnreadableError
 from flashdiff.pictures import as_clip_reads, opened, size_of, to_rgb
 from flashdiff.references import ReferenceRequest
 from flashdiff.server.names import ImageFormat
+from flashdiff.tasks import Reader
 
 FORMAT_OF_SUFFIX: dict[str, ImageFormat] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 
@@ -52,18 +53,19 @@ def enlarge(picture: Pixels, factor: int) -> Pixels:
     return np.array(Image.fromarray(picture).resize((factor * width, factor * height), Image.Resampling.BICUBIC))
 
 
-def decode_image(file: bytes, size: Size, name: str = "image") -> Pixels:
+def decode_image(file: bytes, size: Size | None, name: str = "image") -> Pixels:
     """The RGB picture [H, W, 3] of a PNG, JPEG or WebP file, scaled to fill `size` (Lanczos) and cropped at the centre.
 
+    Without a size it stays as it is.
     RequestError for any other file, by the `name` that the request gives it.
     """
     with _refused(file, name), opened(file, MAX_PIXELS) as image:
         rgb = to_rgb(image)
-    return np.array(ImageOps.fit(rgb, size, Image.Resampling.LANCZOS))
+    return np.array(ImageOps.fit(rgb, size, Image.Resampling.LANCZOS) if size else rgb)
 
 
-def readers(files: Mapping[str, bytes]) -> dict[str, Callable[[Size], Pixels]]:
-    """`decode_image` of each file, as `check_order` takes it: a function from a size to pixels [H, W, 3].
+def readers(files: Mapping[str, bytes]) -> dict[str, Reader]:
+    """`decode_image` of each file, as `check_order` takes it.
 
     RequestError when a mask and the image that it belongs to have different sizes: scaled and cropped, they would not fit.
     """

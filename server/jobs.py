@@ -42,6 +42,7 @@ class Finished:
     """A job's answer."""
 
     images: list[Pixels]
+    """Of its rows."""
     timings: Timings
     batches: list[int]
     """Slots of each denoise call that the job took part in."""
@@ -175,7 +176,7 @@ class Running:
 
     @property
     def is_done(self) -> bool:
-        return len(self.images) == self.job.order.count
+        return len(self.images) == self.job.order.rows
 
 
 class Target(NamedTuple):
@@ -256,6 +257,9 @@ def progress_of(running: Running) -> Progress:
 
 
 def pixel_bytes(order: Order) -> int:
-    """Of its images, of those it starts from, and of its controls, which the device thread keeps as float32 as well."""
+    """Of its images and tiles, of those it starts from, and of its controls, which the device thread keeps as float32 as well."""
     pixels = order.size.width * order.size.height
-    return 3 * (order.count * pixels + order.input_pixels + 4 * len(order.controls) * pixels)
+    made = order.rows * pixels
+    if order.tiling:
+        made += order.count * order.whole_size.width * order.whole_size.height
+    return 3 * (made + order.input_pixels + 4 * len(order.controls) * pixels)

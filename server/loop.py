@@ -325,7 +325,7 @@ class DeviceLoop:
             self._learn(job, kept=now <= job.deadline)
             if self._observer:
                 self._observer.answered(job.model.identity.name, timings, None)
-            images = [running.images[row] for row in range(job.order.count)]
+            images = [running.images[row] for row in range(job.order.rows)]
             job.answer.set_result(Finished(images, timings, running.batches, job.model.device.name))
 
     def _fail(self, job: Job, error: FlashdiffError) -> None:

@@ -97,6 +97,7 @@ def write_request(
     image: bytes = b"",
     strength: float | None = None,
     noise_level: float | None = None,
+    upscale: float | None = None,
     inputs: Mapping[str, bytes] | None = None,
     parameters: Mapping[str, float] | None = None,
     controls: Sequence[Control] = (),
@@ -115,7 +116,14 @@ def write_request(
     scales = {f"loras.{lora.name}.scale": lora.scale for lora in loras}
     if reference:
         scales["reference.scale"] = reference.scale
-    for name, number in {"strength": strength, "noise_level": noise_level, **(parameters or {}), **shares, **scales}.items():
+    for name, number in {
+        "strength": strength,
+        "noise_level": noise_level,
+        "upscale": upscale,
+        **(parameters or {}),
+        **shares,
+        **scales,
+    }.items():
         if number is not None and not isinstance(number, SupportsFloat):
             raise RequestError(name, number, "it must be a number")
     of_controls = {f"controls.{control.name}.image": control.image for control in controls}
@@ -147,6 +155,7 @@ def write_request(
         image=image,
         strength=strength or 0.0,
         noise_level=noise_level,
+        upscale=upscale,
         inputs=inputs or {},
         parameters=parameters or {},
         controls=[pb.Control(**vars(control)) for control in controls],

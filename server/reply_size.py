@@ -35,10 +35,10 @@ class ReplyLimit:
     def check(self, order: Order, quality: int | None) -> None:
         """RequestError when a message of the reply may become too large."""
         count = 1 if self.in_parts else order.count
-        largest = MESSAGE_EXTRA_BYTES + count * sum(_largest_file(order.size, name, quality) for name in self.formats)
+        largest = MESSAGE_EXTRA_BYTES + count * sum(_largest_file(order.whole_size, name, quality) for name in self.formats)
         if largest <= self.max_bytes:
             return
-        images = f"{count} image{'s' if count > 1 else ''} of {order.size} as {' and '.join(self.formats)}"
+        images = f"{count} image{'s' if count > 1 else ''} of {order.whole_size} as {' and '.join(self.formats)}"
         remedy = "ask for fewer or smaller images"
         if self.max_bytes < MAX_MESSAGE_BYTES:
             remedy += f" or for JPEG, or raise the client's limit, and {LIMIT_KEY} with it"

@@ -61,7 +61,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="SHARE",
         help="with --image: share of the steps to take, up to 1; a lower share keeps more of the image; "
-        f"default: {defaults.STRENGTH}, with --mask 1",
+        f"default: {defaults.STRENGTH}, with --mask 1, with --upscale {defaults.UPSCALE_STRENGTH}",
+    )
+    parser.add_argument(
+        "--upscale",
+        dest="parameters",
+        type=_value_of("upscale", float),
+        action="append",
+        metavar="SCALE",
+        help="with --image, of any size: make it 1 to 8 times as wide and as high, in tiles of --size",
     )
     parser.add_argument(
         "--noise-level",
@@ -185,7 +193,7 @@ def run(options: argparse.Namespace) -> None:
             path.write_bytes(encode_image(pixels, image_format))
         except OSError as error:
             raise ConfigError(f"{path}: cannot write: {error.strerror or error}") from None
-        print(f"{path}  {order.size}  steps {order.steps}  seed {order.seed + index}")
+        print(f"{path}  {order.whole_size}  steps {order.steps}  seed {order.seed + index}")
 
 
 def _control(text: str) -> "ControlRequest":

@@ -11,23 +11,27 @@ from flashdiff.noise import SEED_LIMIT
 from flashdiff.orders import Order, Pixels
 from flashdiff.parts import EDITED_IMAGE, LOW_RES_IMAGE, Condition
 from flashdiff.references import ReferenceRequest, check_reference, read_reference
-from flashdiff.tasks import edit, image_to_image, inpainting, super_resolution, text_to_image
+from flashdiff.tasks import edit, image_to_image, inpainting, super_resolution, text_to_image, upscaling
 from flashdiff.tasks.base import Parameter, Task
 
 TASKS: dict[str, Task] = {
-    module.TASK.name: module.TASK for module in (text_to_image, image_to_image, inpainting, edit, super_resolution)
+    module.TASK.name: module.TASK for module in (text_to_image, image_to_image, inpainting, edit, super_resolution, upscaling)
 }
 
 MAX_COUNT = 16
 """Images per request."""
+
+Reader = Callable[[Size | None], Pixels]
+"""Reads an image [H, W, 3] of a size; None: of its own."""
 
 _CHARACTERS_PER_TOKEN = 64  # no word of a tokenizer is longer
 _MOST_CUT = 1 << 16  # characters of a prompt that may be cut: a tokenizer reads all of it first
 
 
 def tasks_of(spec: ModelSpec) -> list[Task]:
-    """What a model can do."""
-    return [TASKS[name] for name in spec.tasks]
+    """What a model can do: what its spec names, and to enlarge images where it can start from one."""
+    named = [TASKS[name] for name in spec.tasks]
+    return [*named, upscaling.TASK] if image_to_image.TASK in named else named
 
 
 def tasks_for(conditions: Collection[Condition]) -> tuple[str, ...]:
@@ -66,7 +70,7 @@ def check_order(
     count: int = defaults.COUNT,
     negative_prompt: str = "",
     truncate_prompt: bool = False,
-    inputs: Mapping[str, Pixels | Callable[[Size], Pixels]] | None = None,
+    inputs: Mapping[str, Pixels | Reader] | None = None,
     parameters: Mapping[str, float] | None = None,
     controls: Sequence[ControlRequest] = (),
     reference: ReferenceRequest | None = None,
@@ -74,8 +78,9 @@ def check_order(
 ) -> Order:
     """An order that this model can fill, with defaults filled in; RequestError names the field, the value and what is allowed.
 
-    The inputs are images [H, W, 3], or functions that read an image of the size that the task needs; these are called last, after
-    all other checks. The names of the inputs choose the task, which says what its parameters mean and their bounds.
+    The inputs are images [H, W, 3], or functions that read an image of the size that the task needs: these are called last, after
+    all other checks. The names of the inputs choose the task, which says what its parameters mean and their bounds; of tasks with
+    the same inputs, a parameter that only one of them takes.
     """
     inputs, parameters = inputs or {}, parameters or {}
     _check_text(spec, prompt, negative_prompt, truncate_prompt)
@@ -87,8 +92,8 @@ def check_order(
     size = check_size(spec, size)
     if not 1 <= count <= MAX_COUNT:
         raise RequestError("count", count, f"it must be between 1 and {MAX_COUNT}")
-    task = task_for(spec, inputs)
-    numbers = _checked(spec, task, parameters)
+    task = task_for(spec, inputs, parameters)
+    numbers = _checked(spec, task, inputs, parameters)
     check_controls(spec, controls)
     check_reference(spec, reference)
     check_loras(spec, loras)
@@ -109,13 +114,13 @@ def check_order(
     )
     task.check(spec, order)
     check_steps(order.controls, order.steps_taken)
-    return order
+    return task.laid_out(spec, order)
 
 
-def _input(name: str, given: Pixels | Callable[[Size], Pixels], size: Size) -> Pixels:
+def _input(name: str, given: Pixels | Reader, size: Size | None) -> Pixels:
     pixels = given(size) if callable(given) else given
     height, width, _ = pixels.shape
-    if (width, height) != size:
+    if size and (width, height) != size:
         raise RequestError(name, f"{width}x{height}", f"it must have {size} pixels")
     return pixels
 
@@ -143,11 +148,11 @@ def _check_text(spec: ModelSpec, prompt: str, negative_prompt: str, truncate: bo
         raise RequestError("negative_prompt", negative_prompt, "this model runs without guidance, it must be empty")
 
 
-def task_for(spec: ModelSpec, inputs: Collection[str]) -> Task:
-    """The model's task that takes just these inputs; RequestError when there is none."""
-    for task in tasks_of(spec):
-        if set(task.inputs) == set(inputs):
-            return task
+def task_for(spec: ModelSpec, inputs: Collection[str], parameters: Collection[str] = ()) -> Task:
+    """The model's task that takes just these inputs, and that these parameters tell from others; RequestError without one."""
+    fitting = [task for task in tasks_of(spec) if set(task.inputs) == set(inputs) and task.telling <= {*parameters}]
+    if fitting:
+        return max(fitting, key=lambda task: len(task.telling))
     if not inputs:
         task = tasks_of(spec)[0]
         raise RequestError(task.inputs[0], None, f"this model makes no image without it ({task.name})")
@@ -155,19 +160,19 @@ def task_for(spec: ModelSpec, inputs: Collection[str]) -> Task:
     raise RequestError("inputs", ", ".join(inputs), f"of the images a request may bring, {taken}")
 
 
-def _checked(spec: ModelSpec, task: Task, given: Mapping[str, float]) -> dict[str, float]:
+def _checked(spec: ModelSpec, task: Task, inputs: Collection[str], given: Mapping[str, float]) -> dict[str, float]:
     """Every parameter of the task, defaults filled in."""
     known = {parameter.name: parameter for parameter in task.parameters_of(spec)}
     for name, value in given.items():
         if name not in known:
-            raise RequestError(name, value, _remedy(spec, name))
+            raise RequestError(name, value, _remedy(spec, name, inputs))
     return {name: parameter.check(given.get(name)) for name, parameter in known.items()}
 
 
-def _remedy(spec: ModelSpec, parameter: str) -> str:
-    """The inputs that a request needs for its parameter to have a meaning."""
+def _remedy(spec: ModelSpec, parameter: str, inputs: Collection[str]) -> str:
+    """The inputs that a request with these ones needs for its parameter to have a meaning."""
     for task in tasks_of(spec):
         if parameter in {known.name for known in task.parameters_of(spec)}:
             needed = " and ".join(f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in task.inputs)
-            return f"it needs {needed} ({task.name})"
+            return f"it needs {needed}{' alone' if set(inputs) > set(task.inputs) else ''} ({task.name})"
     return "no task of this model takes it"

@@ -3,6 +3,7 @@
 The base class has what all tasks share, and makes images from a prompt; a subclass overrides what differs.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -28,7 +29,8 @@ class Parameter:
     """A number that a request may give."""
 
     name: str
-    default: float
+    default: float | None
+    """None: a request for this task gives it, which tells the task from another one that takes the same images."""
     above: float = 0.0
     at_least: float | None = None
     """In the place of `above`."""
@@ -39,12 +41,11 @@ class Parameter:
         """The value, or the default for None, rounded to float32; RequestError outside the bounds, or for a fraction of one that
         has to be whole."""
         given = self.default if value is None else value
+        assert given is not None  # or it would be another task
         carried = as_float32(given)
         is_enough = self.above < carried if self.at_least is None else self.at_least <= carried
-        if not (is_enough and carried <= self.at_most):
-            raise RequestError(self.name, carried, self._allowed)
-        if self.is_whole and given != int(given):
-            raise RequestError(self.name, given, self._allowed)
+        if not (is_enough and carried <= self.at_most) or (self.is_whole and given != int(given)):
+            raise RequestError(self.name, float(given) if math.isfinite(carried) else carried, self._allowed)
         return carried
 
     @property
@@ -95,16 +96,25 @@ class Task:
     conditions_made: ClassVar[tuple[str, ...]] = ()
     """The conditions that it makes from these images, for models that were trained for the task."""
 
+    @property
+    def telling(self) -> set[str]:
+        """Its parameters that a request must give."""
+        return {parameter.name for parameter in self.parameters if parameter.default is None}
+
     def parameters_of(self, spec: ModelSpec) -> tuple[Parameter, ...]:
         """Those of its parameters that mean something to a model."""
         return self.parameters
 
-    def input_size(self, spec: ModelSpec, name: str, size: Size) -> Size:
-        """The size that an input has to have for a result of `size`."""
+    def input_size(self, spec: ModelSpec, name: str, size: Size) -> Size | None:
+        """The size that an input has to have for a result of `size`; None: it may have any."""
         return size
 
     def check(self, spec: ModelSpec, order: Order) -> None:
         """RequestError for an order that passed all general checks and still cannot be filled."""
+
+    def laid_out(self, spec: ModelSpec, order: Order) -> Order:
+        """The order as its rows will make it; RequestError where they cannot."""
+        return order
 
     def steps_taken(self, order: Order) -> int:
         """How many of the order's steps are taken: the last ones, at least one."""
@@ -151,10 +161,18 @@ class Task:
         """The latents [C, h, w] that the first noise is added to; None: pure noise."""
         return None
 
+    def starts(self, order: Order, prepared: Prepared) -> list[NDArray[np.float32] | None]:
+        """`start` of each row of an image."""
+        return [self.start(order, prepared)]
+
     def kept(self, spec: ModelSpec, order: Order, prepared: Prepared) -> Kept | None:
         """What of the latents no step changes; None: nothing."""
         return None
 
     def finish(self, order: Order, pixels: Pixels) -> Pixels:
         """What a decoded image [H, W, 3] becomes."""
+        return pixels
+
+    def whole_images(self, order: Order, pixels: list[Pixels]) -> list[Pixels]:
+        """The images [H, W, 3] that an order's finished rows make; those of tiles take a while."""
         return pixels

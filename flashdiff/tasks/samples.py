@@ -10,7 +10,7 @@ from flashdiff.tasks.base import Task
 
 def sample_inputs(spec: ModelSpec, task: Task, size: Size) -> dict[str, Pixels]:
     """The images that a task takes for a result of `size`: ramps of color and, as a mask, a slanted half of the image."""
-    return {name: _sample(name, task.input_size(spec, name, size)) for name in task.inputs}
+    return {name: _sample(name, task.input_size(spec, name, size) or size) for name in task.inputs}
 
 
 def needed_inputs(spec: ModelSpec, size: Size) -> dict[str, Pixels]:

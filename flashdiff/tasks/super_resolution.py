@@ -30,7 +30,7 @@ class _SuperResolution(Task):
 
     def parameters_of(self, spec: ModelSpec) -> tuple[Parameter, ...]:
         most = spec.condition(NOISE_LEVEL).classes - 1
-        return (replace(_LEVEL, default=min(_LEVEL.default, most), at_most=most),)
+        return (replace(_LEVEL, default=min(defaults.NOISE_LEVEL, most), at_most=most),)
 
     def input_size(self, spec: ModelSpec, name: str, size: Size) -> Size:
         _, height, width = spec.latent_shape(size)

@@ -49,7 +49,7 @@ def write_images(reply: Reply, created: int) -> bytes:
             "data": images,
             "background": "opaque",
             "output_format": reply.format,
-            "size": str(reply.order.size),
+            "size": str(reply.order.whole_size),
             "usage": _NO_USAGE,
             "flashdiff": _made_by(reply),
         }
@@ -59,7 +59,11 @@ def write_images(reply: Reply, created: int) -> bytes:
 def write_completed(reply: Reply, index: int, created: int, names: EventNames) -> bytes:
     """The event of a finished image."""
     extras = {"image": index, "seed": image_seed(reply.order.seed, index), **_made_by(reply)}
-    event = {**_image(reply.files[index], str(reply.order.size), reply.format, created), "usage": _NO_USAGE, "flashdiff": extras}
+    event = {
+        **_image(reply.files[index], str(reply.order.whole_size), reply.format, created),
+        "usage": _NO_USAGE,
+        "flashdiff": extras,
+    }
     return write_event(names.completed, event)
 
 

@@ -78,7 +78,7 @@ class SimulatedWorker(Worker):
 
     def _draw(self, spec: ModelSpec, order: Order) -> Future[Noise]:
         drawn: Future[Noise] = Future()
-        drawn.set_result([[_NOTHING]] * order.count)
+        drawn.set_result([[_NOTHING]] * order.rows)
         return drawn
 
     def _post(self, message: Message) -> None:

@@ -16,7 +16,7 @@ from flashdiff.distill.config import Recipe, bundled_recipe
 from flashdiff.engines.build import BuildOptions, build_engine
 from flashdiff.engines.runtime.engine import Engine, open_bundle
 from flashdiff.families import find_base
-from flashdiff.generate import generate
+from flashdiff.generate import generate, generate_rows
 from flashdiff.lora import find_lora, read_flash_info
 from flashdiff.orders import Pixels
 from flashdiff.tasks import check_order
@@ -66,6 +66,28 @@ def test_an_image_to_start_from_stays_or_takes_the_prompts_color_as_its_strength
         image = generate(student, [from_image(red, green, strength)])[0][0]
         votes = [_nearest(OBJECT_COLORS, pixel) for pixel in image[48:60:4, 24:44:4].reshape(-1, 3)]
         assert max(votes, key=votes.count) == color
+
+
+def test_an_image_enlarged_in_tiles_has_no_seams(student: Engine) -> None:
+    robot = generate(student, [check_order(student.spec, prompt="a red robot on a blue background", seed=1)])[0][0]
+    order = check_order(
+        student.spec, prompt="a red robot on a blue background", seed=9, inputs={"image": robot}, parameters={"upscale": 2.75}
+    )
+    tiles = [image for _, image in generate_rows(student, [order])[0]]
+    pasted = np.zeros((176, 176, 3), dtype=np.uint8)
+    for place, tile in zip(order.places, tiles, strict=True):
+        top, left = 4 * place.top, 4 * place.left
+        pasted[top : top + 64, left : left + 64] = tile
+    blended = order.task.whole_images(order, tiles)[0]
+    borders = np.isin(np.arange(175) + 1, [56, 64, 112, 120])
+
+    def at_borders(picture: Pixels) -> float:
+        """The mean difference of neighbours there, as a multiple of that elsewhere."""
+        steps = [np.abs(np.diff(picture.astype(int), axis=axis)).mean((1 - axis, 2)) for axis in (0, 1)]
+        return float(np.mean([line[borders].mean() / line[~borders].mean() for line in steps]))
+
+    assert at_borders(blended) < 1.5
+    assert at_borders(pasted) > 3
 
 
 def test_stock_diffusers_loads_and_runs_the_teacher_and_its_flash_lora() -> None:
