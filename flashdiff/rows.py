@@ -146,7 +146,7 @@ def start_rows(
                 seed,
                 order.size,
                 trajectory,
-                _with_drawn(branches, drawn[index]),
+                _with_drawn(branches, drawn[index // len(starts)]),
                 latents,
                 first_noise=first,
                 later_noises=later,

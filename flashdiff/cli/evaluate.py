@@ -77,8 +77,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--task",
         metavar="NAME",
-        help="measure what the models make of images: inpainting, image_to_image or edit. The originals are drawn by the "
-        "embedded world's renderer, or come from --images",
+        help="measure what the models make of images: inpainting, image_to_image, edit, upscaling or super_resolution. The "
+        "originals are drawn by the embedded world's renderer, or come from --images",
     )
     parser.add_argument(
         "--parameter",

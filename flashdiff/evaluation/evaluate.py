@@ -129,12 +129,12 @@ def make_images(
                 zip(*(of[start : start + _ORDERS_AT_ONCE * seeds] for of in (prompted, given)), strict=True)
             )
         ]
-        for of_order in generate_rows(components, orders):
-            pixels += [image for _, image in of_order]
+        for order, of_order in zip(orders, generate_rows(components, orders), strict=True):
+            pixels += order.task.whole_images(order, [image for _, image in of_order])
             rows += [row for row, _ in of_order]
         report(f"{name}: {len(pixels)} of {len(prompted)} images")
     values = np.stack([row.latents for row in rows])
-    images = ImageSet(name, np.stack(pixels), tuple(prompted), tuple(row.seed for row in rows))
+    images = ImageSet(name, np.stack(pixels), tuple(prompted), tuple(range(len(prompted))))
     of_task = task.numbers(images, lambda: _decoded(components, rows)) if task else {}
     return Subject(images, (float(values.mean()), float(values.std())), of_task)
 

@@ -10,18 +10,23 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from flashdiff.components import ModelSpec, Size
 from flashdiff.errors import ConfigError
 from flashdiff.evaluation.images import ImageSet
 from flashdiff.evaluation.metrics import Interval, bootstrap, weighted_mean
 from flashdiff.orders import Pixels
-from flashdiff.tasks import TASKS
+from flashdiff.tasks import TASKS, tasks_of, upscaling
 from flashdiff.tasks.base import GREY
 
 INPUT = "input"
 """The name of the row of images that no model changed."""
-OUTSIDE, SEAM = "outside, dB", "seam"
+OUTSIDE, SEAM, PSNR = "outside, dB", "seam", "PSNR, dB"
+_SCALE = 2.0
+"""Of an upscale, unless its parameter is given."""
+_X4 = 4
+"""Of the models that were trained for super-resolution."""
 
 _Inputs = Mapping[str, Pixels]
 
@@ -34,6 +39,12 @@ class TaskData:
     inputs: Sequence[_Inputs]
     unchanged: ImageSet
     parameters: Mapping[str, float]
+    is_enlarged: bool = False
+
+    @property
+    def numbers_of_input(self) -> dict[str, Interval]:
+        """The same of the images that no model changed, where that says something."""
+        return {PSNR: self._psnr(self.unchanged)} if self.is_enlarged else {}
 
     @property
     def requests(self) -> list[dict[str, Any]]:
@@ -43,9 +54,12 @@ class TaskData:
     def numbers(self, made: ImageSet, decode: Callable[[], NDArray[np.uint8]]) -> dict[str, Interval]:
         """What only this task measures, by name, of the images; `decode` gives the same [N, H, W, 3] as they left the decoder.
 
-        With a mask: the PSNR outside it before the original's pixels were put back, and the seam: the mean step of level across
-        the mask's edge, divided by that of the originals in the same places.
+        Where the task is to make a small image large: the PSNR to the original. With a mask: the PSNR outside it before the
+        original's pixels were put back, and the seam: the mean step of level across the mask's edge, divided by that of the
+        originals in the same places.
         """
+        if self.is_enlarged:
+            return {PSNR: self._psnr(made)}
         if "mask" not in self.inputs[0]:
             return {}
         masks = np.stack([given["mask"][..., 0] > 0 for given in self.inputs])
@@ -61,27 +75,36 @@ class TaskData:
             SEAM: bootstrap(lambda weights: weighted_mean(ours, weights) / weighted_mean(theirs, weights), groups),
         }
 
+    def _psnr(self, made: ImageSet) -> Interval:
+        pairs = zip(made.pixels.astype(np.float64), self.originals.pixels, strict=True)
+        each = np.array([_psnr((ours - original) ** 2) for ours, original in pairs])
+        return bootstrap(lambda weights: weighted_mean(each, weights), made.groups)
+
 
 def task_data(name: str, originals: ImageSet, parameters: Mapping[str, float]) -> TaskData:
     """The inputs of the task for every original; ConfigError for a task whose inputs cannot be made from one."""
     if name not in _MAKERS:
         raise ConfigError(f"--task {name}: choose {', '.join(_MAKERS)}")
-    inputs, unchanged = _MAKERS[name](originals)
+    if name == upscaling.TASK.name:
+        parameters = {"upscale": _SCALE, **parameters}
+    inputs, unchanged = _MAKERS[name](originals, parameters)
     assert set(inputs[0]) == set(TASKS[name].inputs)
     of_input = ImageSet(INPUT, np.stack(unchanged), originals.prompts)
-    return TaskData(originals=originals, inputs=inputs, unchanged=of_input, parameters=parameters)
+    is_enlarged = inputs[0]["image"].shape != unchanged[0].shape
+    return TaskData(originals=originals, inputs=inputs, unchanged=of_input, parameters=parameters, is_enlarged=is_enlarged)
 
 
 def check_task(name: str, spec: ModelSpec, title: str) -> None:
     """ConfigError for a model that does not do the task."""
-    if name not in spec.tasks:
-        raise ConfigError(f"--task {name}: {title} does {', '.join(spec.tasks)}")
+    known = [task.name for task in tasks_of(spec)]
+    if name not in known:
+        raise ConfigError(f"--task {name}: {title} does {', '.join(known)}")
 
 
 _Made = tuple[list[_Inputs], list[Pixels]]
 
 
-def _masked(originals: ImageSet) -> _Made:
+def _masked(originals: ImageSet, _: Mapping[str, float]) -> _Made:
     """In turn the upper half, a box in the middle, and all but that box are made anew."""
     _, height, width, _ = originals.pixels.shape
     inputs: list[_Inputs] = []
@@ -93,17 +116,42 @@ def _masked(originals: ImageSet) -> _Made:
     return inputs, unchanged
 
 
-def _of_another_prompt(originals: ImageSet) -> _Made:
+def _of_another_prompt(originals: ImageSet, _: Mapping[str, float]) -> _Made:
     """Every image starts from the original of the next prompt."""
     groups = originals.groups
     others = np.roll(originals.pixels, -int((groups == groups[0]).sum()), axis=0)
     return [{"image": image} for image in others], list(others)
 
 
-_MAKERS: dict[str, Callable[[ImageSet], _Made]] = {
+def _upscaled(originals: ImageSet, parameters: Mapping[str, float]) -> _Made:
+    return _small(originals, parameters["upscale"], "upscale")
+
+
+def _x4(originals: ImageSet, _: Mapping[str, float]) -> _Made:
+    return _small(originals, _X4, "task")
+
+
+def _small(originals: ImageSet, scale: float, option: str) -> _Made:
+    """The originals made smaller; without a model they are enlarged by PIL's bicubic filter."""
+    _, height, width, _ = originals.pixels.shape
+    side = Size(round(width / scale), round(height / scale))
+    if (side.width * scale, side.height * scale) != (width, height):
+        raise ConfigError(f"--{option}: originals of {width}x{height} cannot be made {scale:g} times smaller; use another size")
+    inputs: list[_Inputs] = []
+    unchanged: list[Pixels] = []
+    for image in originals.pixels:
+        small = Image.fromarray(image).resize(side, Image.Resampling.LANCZOS)
+        inputs.append({"image": np.asarray(small)})
+        unchanged.append(np.asarray(small.resize((width, height), Image.Resampling.BICUBIC)))
+    return inputs, unchanged
+
+
+_MAKERS: dict[str, Callable[[ImageSet, Mapping[str, float]], _Made]] = {
     "image_to_image": _of_another_prompt,
     "inpainting": _masked,
     "edit": _of_another_prompt,
+    "upscaling": _upscaled,
+    "super_resolution": _x4,
 }
 
 

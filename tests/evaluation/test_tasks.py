@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 from flashdiff import cli
+from flashdiff.errors import ConfigError
 from flashdiff.evaluation.images import ImageSet, Prompt
-from flashdiff.evaluation.tasks import OUTSIDE, SEAM, TaskData, task_data
+from flashdiff.evaluation.tasks import OUTSIDE, PSNR, SEAM, TaskData, task_data
 
 _PROMPTS = tuple(Prompt(f"prompt {number // 2}") for number in range(6))
 
@@ -109,8 +110,8 @@ def test_wrong_input_is_one_line(tiny_base: Path, photos: Path, tmp_path: Path, 
     cases = [
         (["--images", str(photos)], f"--images {photos}: it is for --task; give one"),
         (["--parameter", "strength=0.5"], "--parameter strength=0.5: it is for --task; give one"),
-        (["--task", "super"], "--task super: choose image_to_image, inpainting, edit"),
-        (["--task", "edit", *own, str(photos)], "--task edit: tiny does text_to_image, image_to_image, inpainting"),
+        (["--task", "super"], "--task super: choose image_to_image, inpainting, edit, upscaling, super_resolution"),
+        (["--task", "edit", *own, str(photos)], "--task edit: tiny does text_to_image, image_to_image, inpainting, upscaling"),
         (["--task", "inpainting", "--images", str(photos)], "give --reference, a folder of other images"),
         (["--task", "inpainting", *own, str(photos), "--seeds", "3"], "neither --prompts nor --seeds"),
         (["--task", "inpainting", *own, str(bare)], "2 images have no caption"),
@@ -129,3 +130,17 @@ def test_wrong_input_is_one_line(tiny_base: Path, photos: Path, tmp_path: Path, 
     assert "is a folder of images; it is for models" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(["evaluate", str(tiny_base), "--task", "inpainting", "--parameter", "strength"])
+
+
+def test_small_images_are_enlarged_and_compared_with_their_originals(originals: ImageSet) -> None:
+    for name, scale, parameters in (("upscaling", 2, {"upscale": 2.0}), ("super_resolution", 4, {})):
+        data = task_data(name, originals, {})
+        assert data.requests[0]["parameters"] == parameters
+        assert data.inputs[0]["image"].shape == (16 // scale, 32 // scale, 3)
+        assert data.unchanged.pixels.shape == originals.pixels.shape
+        exact, input_row = data.numbers(originals, lambda: originals.pixels), data.numbers_of_input
+        assert exact[PSNR].value > 100 > input_row[PSNR].value
+    off_by_five = ImageSet("made", np.where(originals.pixels < 128, originals.pixels + 5, originals.pixels - 5), _PROMPTS)
+    assert data.numbers(off_by_five, lambda: off_by_five.pixels)[PSNR].value == pytest.approx(20 * np.log10(255 / 5))
+    with pytest.raises(ConfigError, match=r"--upscale: originals of 32x16 cannot be made 3 times smaller"):
+        task_data("upscaling", originals, {"upscale": 3.0})
