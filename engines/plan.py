@@ -156,10 +156,10 @@ def plan_build(options: BuildOptions, *, with_quality: bool = False) -> BuildPla
     calibration: Calibration | None = None
     prompts: tuple[Prompt, ...] = ()
     if precision == "int8" or with_quality:
-        if needed := needed_inputs(spec, spec.sizes[0]):
+        if needed_inputs(spec, spec.sizes[0]):
             raise BundleError(
-                f"--precision int8 and auto calibrate on prompts alone, and {spec.name} makes no image without "
-                f"{', '.join(needed)}; take fp32, fp16 or bf16"
+                f"--precision int8 and auto calibrate on prompts, and {spec.name} makes no image of a prompt alone; "
+                "take fp32, fp16 or bf16"
             )
         is_world = hash_of_base == base_hash(find_base(_EMBEDDED))
         calibration, prompts = find_prompts(options.calibration_prompts, is_world=is_world)

@@ -124,8 +124,8 @@ def write_request(
         **shares,
         **scales,
     }.items():
-        if number is not None and not isinstance(number, SupportsFloat):
-            raise RequestError(name, number, "it must be a number")
+        if number is not None:
+            _check_number(name, number)
     of_controls = {f"controls.{control.name}.image": control.image for control in controls}
     if reference:
         of_controls["reference.image"] = reference.image
@@ -162,6 +162,15 @@ def write_request(
         reference=pb.Reference(**vars(reference)) if reference else None,
         loras=[pb.Lora(**vars(lora)) for lora in loras],
     )
+
+
+def _check_number(name: str, number: object) -> None:
+    if not isinstance(number, SupportsFloat):
+        raise RequestError(name, number, "it must be a number")
+    try:
+        float(number)
+    except OverflowError:
+        raise RequestError(name, number, "it must be a number that the wire can carry") from None
 
 
 def read_response(response: pb.GenerateResponse) -> Result:

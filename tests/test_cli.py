@@ -55,6 +55,7 @@ def test_wrong_input_of_every_command(
         (("generate", student_bundle, "x", "-o", tmp_path / "no" / "x.png"), "there is no folder"),
         (("generate", student_bundle, "x", "-o", tmp_path / "x.png", "--steps", 9), "this model takes 1 to 4"),
         (("generate", student_bundle, "x", "-o", tmp_path / "x.png", "--strength", 0.5), "it needs an image (image_to_image)"),
+        (("generate", student_bundle, "x", "-o", tmp_path / "x.png", "--noise-level", 20), "noise_level: 20.0 is not allowed"),
         (("generate", student_bundle, "x", "-o", tmp_path / "x.png", "--image", tmp_path / "none.png"), "No such file"),
     ]
     for arguments, message in cases:

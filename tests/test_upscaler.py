@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tiny import make_tiny_upscaler
 
+from flashdiff import cli
 from flashdiff.components import Components, ModelSpec, Size
 from flashdiff.engines.build import build_engine
 from flashdiff.engines.config import BuildOptions
@@ -28,7 +29,7 @@ from flashdiff.generate import generate, generate_rows
 from flashdiff.lora import load_fused
 from flashdiff.noise import image_noise, low_res_noise
 from flashdiff.orders import Order, Pixels
-from flashdiff.parts import LOW_RES_IMAGE, NOISE_LEVEL
+from flashdiff.parts import LOW_RES_IMAGE, NOISE_LEVEL, Condition
 from flashdiff.samplers.options import SamplingOptions
 from flashdiff.tasks import check_order
 
@@ -156,6 +157,21 @@ def test_engines_give_torchs_latents(base: Path, tmp_path: Path, backend: Any) -
         np.testing.assert_array_equal(together[1], _made(engine, _order(engine.spec, noise_level=20))[0][0])
     wide = check_order(engine.spec, prompt=PROMPT, steps=2, size=sizes[1], inputs={"image": np.resize(IMAGE, (8, 12, 3))})
     assert generate(engine, [wide])[0][0].shape == (32, 48, 3)
+    Image.fromarray(IMAGE).save(tmp_path / "small.png")
+    arguments = [
+        "--image",
+        tmp_path / "small.png",
+        "--noise-level",
+        350,
+        "--steps",
+        STEPS,
+        "--seed",
+        SEED,
+        "-o",
+        tmp_path / "large.png",
+    ]
+    assert cli.main(["generate", *map(str, (tmp_path / "out", PROMPT, *arguments))]) == 0
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "large.png")), _made(engine, levels[350])[0][1])
 
 
 @pytest.mark.parametrize(
@@ -258,10 +274,17 @@ def test_what_is_not_made_for_it_is_refused_in_one_line(base: Path, tmp_path: Pa
         check_conditions(spec)
     options = BuildOptions(base=str(base), out=tmp_path / "out", batch_sizes=(2,))
     for changes, message in (
-        ({"precision": "int8"}, "--precision int8 and auto calibrate on prompts alone, and tiny makes no image without image"),
-        ({"precision": "auto"}, "--precision int8 and auto calibrate on prompts alone, and tiny makes no image without image"),
+        ({"precision": "int8"}, "--precision int8 and auto calibrate on prompts, and tiny makes no image of a prompt alone"),
+        ({"precision": "auto"}, "--precision int8 and auto calibrate on prompts, and tiny makes no image of a prompt alone"),
         ({"sizes": (Size(36, 32),)}, "--size 36x32: sd-upscaler needs width and height in multiples of 8"),
         ({"batch_sizes": (1,)}, "--batch must reach 2: guidance evaluates the network twice a step"),
     ):
         with pytest.raises(BundleError, match=message):
             build_engine(options.model_copy(update=changes), print)
+
+
+def test_conditions_of_other_models_are_written_as_before() -> None:
+    """Their bundles' checksums are those of manifests that knew neither classes nor noise."""
+    assert not {"classes", "noised"} & Condition(name="mask", channels=1, absent="ones").model_dump().keys()
+    label = Condition(name=NOISE_LEVEL, enters="label", classes=351)
+    assert label.model_dump()["classes"] == 351

@@ -115,6 +115,8 @@ def test_a_long_prompt_is_cut_where_the_request_says_so(running: Running, client
         {"count": 0},
         {"image_format": "gif"},
         {"strength": 0},
+        {"noise_level": "20"},
+        {"noise_level": 10**400},
         {"quality": 0},
         {"size": (0, 0)},
         {"size": (0, 64)},
