@@ -106,22 +106,8 @@ def start_rows(
 
     `unconditional` is `generate.unconditional_of` the model. RequestError for an order without a condition that it needs.
     """
+    branches, scales = branches_of(spec, order, prepared, unconditional)
     replacing = replacing_part(spec, order)
-    own = {**of_controls.images_of(order.controls, prepared), **of_loras.vectors_of(order.loras)}
-    taken = spec.taken_by(replacing)
-    evaluated = order.task.branches(spec, order, prepared, unconditional)
-    branches = tuple(
-        replace(branch, conditions=_complete(spec, taken, order.size, {**branch.conditions, **own, **tokens}))
-        for branch in evaluated
-        for tokens in [references.tokens_of(prepared, has_prompt=branch.has_prompt)]
-    )
-    given = {condition.name for condition in taken if condition.scaled and condition.name in evaluated[0].conditions}
-    scales = {
-        **dict.fromkeys(given, np.ones(order.steps_taken, dtype=np.float32)),
-        **of_controls.scales_of(order.controls, order.steps_taken),
-        **of_loras.scales_of(order.loras, order.steps_taken),
-        **references.scales_of(order),
-    }
     trajectory = _trajectory(spec, order)
     start, kept = order.task.start(order, prepared), order.task.kept(spec, order, prepared)
     rows = []
@@ -149,6 +135,31 @@ def start_rows(
     return rows
 
 
+def branches_of(
+    spec: ModelSpec, order: Order, prepared: Prepared, unconditional: Tensors | None
+) -> tuple[tuple[Branch, ...], dict[str, NDArray[np.float32]]]:
+    """The branches of an order's steps, with all that the denoiser takes, and the scales at each step [steps], by condition.
+
+    The arguments and errors are those of `start_rows`.
+    """
+    own = {**of_controls.images_of(order.controls, prepared), **of_loras.vectors_of(order.loras)}
+    taken = spec.taken_by(replacing_part(spec, order))
+    evaluated = order.task.branches(spec, order, prepared, unconditional)
+    branches = tuple(
+        replace(branch, conditions=_complete(spec, taken, order.size, {**branch.conditions, **own, **tokens}))
+        for branch in evaluated
+        for tokens in [references.tokens_of(prepared, has_prompt=branch.has_prompt)]
+    )
+    given = {condition.name for condition in taken if condition.scaled and condition.name in evaluated[0].conditions}
+    scales = {
+        **dict.fromkeys(given, np.ones(order.steps_taken, dtype=np.float32)),
+        **of_controls.scales_of(order.controls, order.steps_taken),
+        **of_loras.scales_of(order.loras, order.steps_taken),
+        **references.scales_of(order),
+    }
+    return branches, scales
+
+
 def replacing_part(spec: ModelSpec, order: Order) -> str | None:
     """The part that takes an order's steps in the place of the usual one, because of what it takes more; None: the usual one."""
     wanted = {enters for enters, given in (("residual", order.controls), ("weights", order.loras)) if given}
@@ -169,11 +180,11 @@ def _complete(spec: ModelSpec, taken: Sequence[Condition], size: Size, given: Te
     for condition in missing:
         if condition.absent not in _STAND_INS:
             raise RequestError(condition.name, None, "this model needs it")
-    stand_ins = {c.name: _STAND_INS[c.absent](_shape_of(spec, c, size), dtype=np.float32) for c in missing}
+    stand_ins = {c.name: _STAND_INS[c.absent](shape_of(spec, c, size), dtype=np.float32) for c in missing}
     return {**given, **stand_ins}
 
 
-def _shape_of(spec: ModelSpec, condition: Condition, size: Size) -> tuple[int, ...]:
+def shape_of(spec: ModelSpec, condition: Condition, size: Size) -> tuple[int, ...]:
     """[C, H, W] of an image, [T, D] of tokens, or [values] of a vector, that may be absent."""
     if condition.tokens:
         return condition.tokens
