@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flashdiff import defaults
+from flashdiff import defaults, parts
 from flashdiff.components import ModelSpec, Size, Tensors
 from flashdiff.controls import ControlRequest, controls_of
 from flashdiff.distill.branches import Branches
@@ -30,6 +30,8 @@ from flashdiff.rows import branches_of
 from flashdiff.tasks import TASKS, check_order, trained_task
 from flashdiff.tasks.base import Task
 
+_MADE = (parts.MASK, parts.MASKED_IMAGE, parts.EDITED_IMAGE)
+"""The conditions that training makes for its tasks."""
 _IMAGE_GUIDANCE = "image_guidance"
 
 
@@ -43,18 +45,24 @@ class WantedImage:
     """Pixels of each side, as an image encoder reads it; None: it has the sample's size."""
 
 
+def check_conditions(spec: ModelSpec) -> None:
+    """TrainingError for a base whose network reads what is not made of a sample's images here."""
+    given = [c.name for c in spec.conditions if c.part is None and c.enters != "residual" and c.name not in _MADE]
+    if given:
+        raise TrainingError(
+            f"'{spec.name}' takes {', '.join(given)}, which training samples do not have; it can be served as it is"
+        )
+
+
 class ImageConditions:
     """The conditions of a run that are made of images; none of a base that reads texts alone."""
 
     def __init__(self, model: TorchModel, recipe: Recipe) -> None:
-        """ConfigError for keys that mean nothing to this base; TrainingError for a base whose conditions no task makes."""
+        """ConfigError for keys that mean nothing to this base; TrainingError as in `check_conditions`."""
         self._model, self._recipe = model, recipe
         spec = model.spec
-        task = trained_task(spec)
-        made = {*(task.conditions_made if task else ()), *(c.name for c in spec.conditions if c.enters == "residual")}
-        if unmade := [c.name for c in spec.conditions if c.part is None and c.name not in made]:
-            raise TrainingError(f"'{spec.name}' takes {', '.join(unmade)}, which no task makes of a sample's images")
-        self.task: Task = task or TASKS["text_to_image"]
+        check_conditions(spec)
+        self.task: Task = trained_task(spec) or TASKS["text_to_image"]
         self._texts: Tensors = dict.fromkeys(spec.text_part.outputs, np.zeros(0, dtype=np.float32))
         self._controls = {control.name: control.scale for control in recipe.controls}
         assert set(self._controls) == set(controls_of(spec))

@@ -15,7 +15,8 @@ from flashdiff.distill.terms import TRAINED_PASS
 def cost(recipe: Recipe, *, branches: int = 2) -> float:
     """Forward passes of the whole run for one sample of a batch: the sum of `target_cost` and `update_cost` over all updates."""
     return sum(
-        phase.updates * (target_cost(recipe, phase, branches=branches) + update_cost(recipe, phase)) for phase in recipe.phases
+        phase.updates * (target_cost(recipe, phase, branches=branches) + update_cost(recipe, phase, branches=branches))
+        for phase in recipe.phases
     )
 
 
@@ -106,12 +107,12 @@ def target_cost(recipe: Recipe, phase: Phase, *, branches: int = 2) -> float:
     return teacher_evaluations(recipe, phase, branches=branches) + student / recipe.target_uses
 
 
-def update_cost(recipe: Recipe, phase: Phase) -> float:
+def update_cost(recipe: Recipe, phase: Phase, *, branches: int = 2) -> float:
     """Forward passes per sample that an update itself costs: the student's, and those of the losses and their opponents."""
     weights, count = phase.weights, float(TRAINED_PASS)
     for term in recipe.terms():
         passes = term.cost(recipe.loss.settings(term.name))
-        count += passes.throughout + (passes.in_use if weights[term.name] else 0)
+        count += passes.throughout + (passes.in_use + branches * passes.guided if weights[term.name] else 0)
     return count
 
 

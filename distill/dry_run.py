@@ -46,7 +46,8 @@ def dry_run(recipe: Recipe) -> Iterator[str]:
     start = 0
     for phase in recipe.phases:
         teacher = teacher_evaluations(recipe, phase, branches=objective.branches.count)
-        others = target_cost(recipe, phase) - teacher_evaluations(recipe, phase) + update_cost(recipe, phase)
+        others = target_cost(recipe, phase) - teacher_evaluations(recipe, phase)
+        others += update_cost(recipe, phase, branches=objective.branches.count)
         weights = ", ".join(f"{t.title} {phase.weights[t.name]:g}" for t in recipe.terms() if phase.weights[t.name])
         yield (
             f"updates  {start:,} to {start + phase.updates:,}: {weights}; per sample and update {teacher:.1f} evaluations of the "

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Once
-from diffusers import T2IAdapter
+from diffusers import FluxControlNetModel, T2IAdapter
 from numpy.typing import NDArray
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
@@ -20,6 +21,7 @@ from recipes import CAPTIONS, paired_folder, tiny_recipe
 from safetensors.torch import load_file
 from tiny import (
     make_tiny_controlnet,
+    make_tiny_flux,
     make_tiny_flux_fill,
     make_tiny_flux_kontext,
     make_tiny_image_encoder,
@@ -35,7 +37,7 @@ from flashdiff.distill import loop, network, previews, step
 from flashdiff.distill.bases import load_trained_base
 from flashdiff.distill.batch import MicroBatch
 from flashdiff.distill.branches import Branches
-from flashdiff.distill.conditions import ImageConditions
+from flashdiff.distill.conditions import ImageConditions, check_conditions
 from flashdiff.distill.config import Recipe
 from flashdiff.distill.data import load_dataset
 from flashdiff.distill.dry_run import dry_run
@@ -52,6 +54,7 @@ from flashdiff.families.base import TorchModel
 from flashdiff.generate import generate, prepare, unconditional_of
 from flashdiff.lora import add_adapter, load_fused
 from flashdiff.lora_files import WEIGHTS
+from flashdiff.parts import Condition
 from flashdiff.prediction import to_x0
 from flashdiff.rows import denoise_rows, start_rows
 from flashdiff.tasks import check_order
@@ -64,7 +67,7 @@ CLASSES = {
     "edit-sdxl": ("StableDiffusionXLInstructPix2PixPipeline", make_tiny_sdxl, 8),
 }
 CASES = (*CLASSES, "fill", "kontext", "controlnet", "adapter", "reference", "steered-inpainting")
-GUIDED_BY_INPUT = ("fill", "kontext")
+GUIDED_BY_INPUT = ("fill", "kontext", "flux-control")
 STOCK = {
     **{name: pipeline for name, (pipeline, _, _) in CLASSES.items()},
     "fill": "FluxFillPipeline",
@@ -91,6 +94,18 @@ def _make_all(folder: Path) -> None:
     make_tiny_controlnet(folder / "canny", plain)
     torch.manual_seed(3)
     T2IAdapter(3, [32, 64], num_res_blocks=1, downscale_factor=4, adapter_type="full_adapter").save_pretrained(folder / "t2i")
+    make_tiny_flux(folder / "flux")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # diffusers warns about its own code
+        network = FluxControlNetModel(
+            in_channels=64, joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 6, 6), num_layers=2,
+            num_single_layers=1, guidance_embeds=True, attention_head_dim=16, num_attention_heads=2,
+        )  # fmt: skip
+    for part, module in network.named_modules():
+        if part.startswith("controlnet_"):
+            for parameter in module.parameters(recurse=False):
+                torch.nn.init.normal_(parameter, std=0.1)
+    network.save_pretrained(folder / "flux-edges")
     make_tiny_image_encoder(folder / "ip" / "image_encoder")
     make_tiny_ip_adapter(folder / "ip" / "ip.safetensors", plain)
     paired_folder(folder / "paired")
@@ -107,9 +122,11 @@ def _recipe(bases: Path, name: str, **changes: Any) -> Recipe:
         "controlnet": {"controls": [{**canny, "network": str(bases / "canny")}]},
         "adapter": {"controls": [{**canny, "network": str(bases / "t2i")}]},
         "steered-inpainting": {"controls": [{**canny, "network": str(bases / "t2i")}]},
+        "flux-control": {"controls": [{**canny, "network": str(bases / "flux-edges")}]},
         "reference": {"reference": {"adapter": str(bases / "ip" / "ip.safetensors"), "scale": 0.7, "image": "further"}},
     }
-    places = {"steered-inpainting": "inpainting", "controlnet": "plain", "adapter": "plain", "reference": "plain"}
+    places = {"steered-inpainting": "inpainting", "flux-control": "flux"}
+    places |= dict.fromkeys(("controlnet", "adapter", "reference"), "plain")
     settings = {
         "data": {"source": str(bases / "paired")},
         "phases": [ALL],
@@ -129,7 +146,7 @@ def _loaded(recipe: Recipe) -> tuple[TorchModel, ImageConditions]:
 # --- training and serving give the network the same ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, "flux-control"])
 def test_the_teachers_guided_output_is_that_of_a_served_step(bases: Path, name: str) -> None:
     """Of the same images, prompt, latents and time: what enters the network, its branches and their weights."""
     recipe = _recipe(bases, name)
@@ -605,6 +622,14 @@ def test_aspect_buckets_have_conditions_of_their_size(bases: Path, tmp_path: Pat
     (solved,) = pool.solved
     assert solved.images["image_latents"].shape[1:] == solved.z0.shape[1:]
     assert torch.isfinite(solved.x0).all()
+
+
+def test_a_base_that_reads_something_else_is_refused(bases: Path) -> None:
+    model, _ = _loaded(_recipe(bases, "inpainting"))
+    other = Condition(name="low_res_image", enters="concat", channels=3)
+    spec = model.spec.model_copy(update={"conditions": (*model.spec.conditions, other)})
+    with pytest.raises(TrainingError, match="'inpainting' takes low_res_image, which training samples do not have; it can be"):
+        check_conditions(spec)
 
 
 def test_plain_bases_have_no_conditions_of_images(tiny_base: Path) -> None:
