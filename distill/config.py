@@ -6,18 +6,26 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, create_model, model_validator
 
+from flashdiff import defaults
 from flashdiff.config import Name, Record
+from flashdiff.controls import MAX_SCALE as MAX_CONTROL_SCALE
+from flashdiff.controls import NAME as CONTROL_NAME
 from flashdiff.distill.losses.settings import Share
 from flashdiff.distill.terms import TERMS, Term
 from flashdiff.grown import GrownRecord
+from flashdiff.references import MAX_SCALE as MAX_REFERENCE_SCALE
 from flashdiff.schedule import Grid
+
+IMAGE, MASK, SOURCE, REFERENCE = "image", "mask", "source", "reference"
+"""What a sample's images are called: its own, the mask that is drawn for it, the one that was edited, and a reference."""
+RESERVED = (IMAGE, MASK, SOURCE, REFERENCE)
 
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 Updates = Annotated[int, Field(ge=1, le=10**9)]
 
 
 class DataRecipe(GrownRecord):
-    LATER: ClassVar[frozenset[str]] = frozenset({"image_column", "caption_column"})
+    LATER: ClassVar[frozenset[str]] = frozenset({"image_column", "caption_column", "further_images"})
 
     source: Name
     """`avatars` for renders of the embedded world; a folder of images with captions in .txt or .json files or metadata.jsonl;
@@ -28,6 +36,9 @@ class DataRecipe(GrownRecord):
     caption_column: Name | None = None
     """Column or key that holds the captions, or a field within it (`json.caption`, `captions.0`); None: `text`, `caption` or
     `prompt`."""
+    further_images: Mapping[Name, Name] = {}
+    """What the data call a sample's further images, by what they are: `source`, `reference`, or a control's name. It is a table's
+    column, or the word before a file's ending (`x.source.png`); by default each is called what it is."""
     images: int = Field(4000, ge=1, le=10**9)
     """How many images or prompts to use at most."""
     buckets: bool = False
@@ -45,6 +56,56 @@ class LoraRecipe(GrownRecord):
     in PixArt most linear layers; `["all"]`: every linear layer and convolution."""
     dora: bool = False
     """Train each layer's magnitudes as well (DoRA, 2402.09353): slower, and closer to training all weights."""
+
+
+class MaskRecipe(Record):
+    """How often each kind of mask is drawn; the shares need not sum to one."""
+
+    box: Weight = 0.25
+    """Up to four boxes."""
+    ellipse: Weight = 0.2
+    strokes: Weight = 0.25
+    """Of a brush."""
+    half: Weight = 0.2
+    """All beyond a line: the image is continued."""
+    full: Weight = 0.1
+    """All of the image: it is made from the prompt alone."""
+
+    @model_validator(mode="after")
+    def _has_a_kind(self) -> Self:
+        if not any(self.model_dump().values()):
+            raise ValueError(f"masks needs a kind that is drawn: {', '.join(self.model_dump())} are all 0")
+        return self
+
+
+class ControlRecipe(Record):
+    """A frozen ControlNet or T2I-adapter that steers teacher and student alike."""
+
+    name: Annotated[str, Field(pattern=f"^{CONTROL_NAME.pattern}$")]
+    """Also the name of its images in the data: `x.canny.png` next to `x.png`."""
+    network: Name
+    """Its folder, or a hub id."""
+    scale: float = Field(defaults.CONTROL_SCALE, gt=0, le=MAX_CONTROL_SCALE)
+    """The same in teacher, student, fake score and discriminator; the paper has 0.8."""
+
+    @model_validator(mode="after")
+    def _has_a_name_of_its_own(self) -> Self:
+        if self.name in RESERVED:
+            raise ValueError(f"controls.name '{self.name}' is what data call other images; take another name")
+        return self
+
+
+class ReferenceRecipe(Record):
+    """A frozen IP-Adapter, through which teacher and student read an image that goes with the prompt."""
+
+    adapter: Name
+    """Its .safetensors file, or `owner/name/file` on the hub."""
+    encoder: Name | None = None
+    """The folder of its image encoder; None: `image_encoder` next to the file."""
+    scale: float = Field(defaults.REFERENCE_SCALE, gt=0, le=MAX_REFERENCE_SCALE)
+    """The same in teacher, student, fake score and discriminator."""
+    image: Literal["own", "further"] = "own"
+    """Which image is read: the sample's own, or a further one, `x.reference.png`."""
 
 
 class LossKeys(Record):
@@ -124,6 +185,7 @@ class LossRecipe(LossKeys):
 class Recipe(GrownRecord):
     LATER: ClassVar[frozenset[str]] = frozenset(
         {"negative_prompt", "guidance_rescale", "pool_batches", "target_batch", "learning_rate_decay", "skip_limit", "init_from"}
+        | {"image_guidance", "masks", "controls", "reference"}
     )
 
     base: Name
@@ -143,6 +205,14 @@ class Recipe(GrownRecord):
     guidance_rescale: Share = 0.0
     """How far the teacher's guided output is brought back to the deviation of the unguided one (2305.08891, section 3.4; 0.7
     there): less contrast at high scales, and a target that varies less with the scale. 0: not."""
+    image_guidance: float | None = Field(None, gt=0, le=100)
+    """The teacher's guidance by the image, of a base that edits one and is guided by it; None: 1.5."""
+    masks: MaskRecipe | None = None
+    """What a base for inpainting trains on; None: the default mixture."""
+    controls: tuple[ControlRecipe, ...] = Field((), max_length=16)
+    """Networks that steer the base by an image of each sample."""
+    reference: ReferenceRecipe | None = None
+    """An IP-Adapter."""
     negative_prompt: str = Field("", max_length=10_000)
     """What the teacher's guidance contrasts prompts with, in place of the empty prompt."""
     target: Literal["solution", "consistency"] = "solution"
@@ -200,6 +270,9 @@ class Recipe(GrownRecord):
         low, high = self.guidance
         if not 0 <= low <= high <= 100:
             raise ValueError(f"guidance must be two rising positive numbers up to 100 (up to 1: none), not {self.guidance}")
+        names = [control.name for control in self.controls]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"controls.name '{twice}' is given twice")
         return self
 
     @property

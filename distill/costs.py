@@ -12,10 +12,10 @@ from flashdiff.distill.step import PoolSpan, span_at
 from flashdiff.distill.terms import TRAINED_PASS
 
 
-def cost(recipe: Recipe, *, guided_twice: bool = True) -> float:
+def cost(recipe: Recipe, *, branches: int = 2) -> float:
     """Forward passes of the whole run for one sample of a batch: the sum of `target_cost` and `update_cost` over all updates."""
     return sum(
-        phase.updates * (target_cost(recipe, phase, guided_twice=guided_twice) + update_cost(recipe, phase))
+        phase.updates * (target_cost(recipe, phase, branches=branches) + update_cost(recipe, phase, branches=branches))
         for phase in recipe.phases
     )
 
@@ -88,32 +88,31 @@ def remaining_s(recipe: Recipe, update: int, *, target_s: float, update_s: float
     return seconds
 
 
-def teacher_evaluations(recipe: Recipe, phase: Phase, *, guided_twice: bool = True) -> float:
+def teacher_evaluations(recipe: Recipe, phase: Phase, *, branches: int = 2) -> float:
     """Expected evaluations of the network in the teacher's ODE, per sample and update.
 
-    That is sum_i pi(i) (K - i), twice for guidance, divided by how often a target is used.
+    That is sum_i pi(i) (K - i), times the `branches` of guidance, divided by how often a target is used.
     """
     probabilities = start_probabilities(recipe.grid, phase.mode_weights)
     taken = recipe.grid.solver_steps - np.arange(recipe.grid.solver_steps)
     steps = 1.0 if recipe.target == "consistency" else float(probabilities @ taken)
-    is_guided = guided_twice and recipe.guidance[1] > 1
-    return (2 if is_guided else 1) * steps / recipe.target_uses
+    return (branches if recipe.guidance[1] > 1 else 1) * steps / recipe.target_uses
 
 
-def target_cost(recipe: Recipe, phase: Phase, *, guided_twice: bool = True) -> float:
+def target_cost(recipe: Recipe, phase: Phase, *, branches: int = 2) -> float:
     """Forward passes per sample and update for its input and target: the teacher's, and the student's where they draw on it."""
     student = float(recipe.target == "consistency")
     if phase.backward_simulation:  # the first step, and half of the later ones before the start
         student += phase.backward_simulation * _roll_out(recipe, phase)
-    return teacher_evaluations(recipe, phase, guided_twice=guided_twice) + student / recipe.target_uses
+    return teacher_evaluations(recipe, phase, branches=branches) + student / recipe.target_uses
 
 
-def update_cost(recipe: Recipe, phase: Phase) -> float:
+def update_cost(recipe: Recipe, phase: Phase, *, branches: int = 2) -> float:
     """Forward passes per sample that an update itself costs: the student's, and those of the losses and their opponents."""
     weights, count = phase.weights, float(TRAINED_PASS)
     for term in recipe.terms():
         passes = term.cost(recipe.loss.settings(term.name))
-        count += passes.throughout + (passes.in_use if weights[term.name] else 0)
+        count += passes.throughout + (passes.in_use + branches * passes.guided if weights[term.name] else 0)
     return count
 
 

@@ -3,9 +3,11 @@
 import hashlib
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import safetensors
@@ -16,13 +18,16 @@ from torch import Tensor
 
 from flashdiff.components import Size
 from flashdiff.distill import processes
+from flashdiff.distill.conditions import WantedImage
 from flashdiff.distill.config import DataRecipe
 from flashdiff.distill.progress import Stage
-from flashdiff.distill.sources import Damage, Sample, decoded, image_size, read_samples
+from flashdiff.distill.sources import Damage, Sample, decoded, image_size, opened_rgb, read_samples
 from flashdiff.errors import TrainingError, first_line
 from flashdiff.evaluation.images import DAMAGED_IMAGE
 from flashdiff.families.base import TorchModel
 from flashdiff.files import cache_folder, hash_files, write_whole
+from flashdiff.orders import Pixels
+from flashdiff.pictures import as_clip_reads
 
 _log = logging.getLogger(__name__)
 
@@ -36,6 +41,8 @@ class Item:
 
     prompt: Path
     latents: Path | None  # None: a prompt without an image
+    pixels: Mapping[str, Path] = field(default_factory=dict)
+    """Of the images that the base reads, by name."""
 
 
 class Dataset:
@@ -64,6 +71,10 @@ class Dataset:
         """The sizes of the images, each once."""
         return list(self._of_size)
 
+    def of_size(self, size: Size) -> list[int]:
+        """The indices of the items whose images have this size."""
+        return [int(index) for index in self._of_size.get(size, ())]
+
     @property
     def batches_per_epoch(self) -> int:
         """Batches that show every item at least once; each size fills its own."""
@@ -89,14 +100,23 @@ class Dataset:
         paths = [self.items[index].latents for index in chosen]
         return torch.stack([_read(path)["latents"] for path in paths if path]).float()
 
+    def pixels(self, index: int) -> dict[str, Pixels]:
+        """The images [H, W, 3] of an item that the base reads, by name."""
+        return {name: _read(path)["pixels"].numpy() for name, path in self.items[index].pixels.items()}
+
     def conditioning(self, chosen: Sequence[int] | NDArray[np.int64]) -> dict[str, Tensor]:
         """Conditioning tensors [len(chosen), ...] of the items' prompts."""
         rows = [_read(self.items[index].prompt) for index in chosen]
         return {name: torch.stack([row[name] for row in rows]).float() for name in rows[0]}
 
 
-def load_dataset(recipe: DataRecipe, model: TorchModel, *, batch_size: int, seed: int) -> Dataset:
+def load_dataset(
+    recipe: DataRecipe, model: TorchModel, *, batch_size: int, seed: int, wanted: Mapping[str, WantedImage] = MappingProxyType({})
+) -> Dataset:
     """The samples that the recipe names, encoded into the cache unless they are there already; each process encodes its share.
+
+    `wanted` are the images of a sample that the base reads; their pixels are cached too, because a shard is read but once and in
+    its order, while a sample's images are needed whenever it comes into a pool.
 
     A few damaged samples are skipped and counted. TrainingError when there is nothing to train on or too much is damaged.
     """
@@ -105,16 +125,28 @@ def load_dataset(recipe: DataRecipe, model: TorchModel, *, batch_size: int, seed
     sizes = aspect_sizes(default, model.spec.latent_factor) if recipe.buckets else [default]
     items: dict[int, tuple[Size, Item]] = {}
     bad: dict[int, str] = {}
-    samples = read_samples(recipe, default, seed, damage)
+    further = tuple(dict.fromkeys(image.further for image in wanted.values() if image.further))
+    samples = read_samples(recipe, default, seed, damage, further)
     with Stage("encode", "samples") as stage:
         for number, sample in enumerate(samples):
             stage.advance()
             is_mine = number % processes.count() == processes.index()
+            if sample.image is None and wanted:
+                raise TrainingError(
+                    f"data.source '{recipe.source}' holds prompts alone, and '{model.spec.name}' reads images "
+                    f"({', '.join(wanted)}): give images with captions"
+                )
             try:
+                _check_sizes(sample, wanted)
                 size = default if sample.image is None else nearest_size(sizes, *image_size(sample.image))
-                item = cache.item(sample, size)
-                wanted = is_mine and item.latents is not None and not _is_whole(item.latents)
-                pixels = decoded(sample.image, size) if wanted and sample.image is not None else None
+                item = cache.item(sample, size, wanted)
+                is_missing = is_mine and item.latents is not None and not _is_whole(item.latents)
+                pixels = decoded(sample.image, size) if is_missing and sample.image is not None else None
+                if is_mine:
+                    cache.put_pixels(item, sample, size, wanted)
+            except _FurtherError as error:
+                bad[number] = str(error)
+                continue
             except DAMAGED_IMAGE as error:
                 bad[number] = f"{sample.where} is not a readable image ({first_line(error)})"
                 continue
@@ -174,15 +206,30 @@ class _Cache:
 
         self.folder, self._model = cache_folder() / "distill", model
         self._latents = self.folder / f"latents-{_FORMAT}-{parts('vae')}"
+        self._pixels = self.folder / f"pixels-{_FORMAT}"
         # Embeddings are large, so they are stored in the precision that text encoders (t*) run in.
         precision = str(processes.precision()).removeprefix("torch.")
         self._prompts = self.folder / f"prompts-{_FORMAT}-{model.spec.family}-{precision}-{parts('t[eo]*')}"
 
-    def item(self, sample: Sample, size: Size) -> Item:
+    def item(self, sample: Sample, size: Size, wanted: Mapping[str, WantedImage]) -> Item:
         """The paths of the sample's tensors, whether or not they exist yet."""
-        image = sample.image.tobytes() if isinstance(sample.image, np.ndarray) else sample.image
+        image = _bytes_of(sample.image)
         latents = None if image is None else _named(self._latents, image, str(size))
-        return Item(_named(self._prompts, sample.caption.encode()), latents)
+        pixels = {
+            name: _named(self._pixels, _bytes_of(_file_of(sample, kind)) or b"", str(kind.side or size))
+            for name, kind in wanted.items()
+        }
+        return Item(_named(self._prompts, sample.caption.encode()), latents, pixels)
+
+    def put_pixels(self, item: Item, sample: Sample, size: Size, wanted: Mapping[str, WantedImage]) -> None:
+        """Save the images that the base reads, cropped as it does, unless they are there; _FurtherError for a damaged one."""
+        for name, kind in wanted.items():
+            image = _file_of(sample, kind)
+            if image is None or _is_whole(item.pixels[name]):
+                continue
+            with _about(sample, kind):
+                pixels = as_clip_reads(opened_rgb(image), kind.side) if kind.side else decoded(image, size)
+            _write(item.pixels[name], {"pixels": torch.from_numpy(pixels)})
 
     def put_image(self, item: Item, pixels: NDArray[np.uint8]) -> None:
         """Encode an image [H, W, 3]. A variational autoencoder is sampled once, with a seed from the file's name."""
@@ -196,6 +243,44 @@ class _Cache:
         """Encode a caption, cut to the tokenizers' length."""
         rows = self._model.encode_ids(self._model.tokenizer([caption], truncate=True))
         _write(item.prompt, {name: values[0].to(processes.precision()) for name, values in rows.items()})
+
+
+def _file_of(sample: Sample, kind: WantedImage) -> bytes | NDArray[np.uint8] | None:
+    """The image of a sample that is wanted, as it was read."""
+    return sample.further.get(kind.further) if kind.further else sample.image
+
+
+def _bytes_of(image: bytes | NDArray[np.uint8] | None) -> bytes | None:
+    return image.tobytes() if isinstance(image, np.ndarray) else image
+
+
+class _FurtherError(Exception):
+    """A further image of a sample cannot be read, or does not fit the sample's own."""
+
+
+@contextmanager
+def _about(sample: Sample, kind: WantedImage) -> Iterator[None]:
+    """Turn the errors of a damaged image into a _FurtherError, where it is a further one."""
+    try:
+        yield
+    except DAMAGED_IMAGE as error:
+        if kind.further is None:
+            raise
+        raise _FurtherError(f"{sample.where}: its {kind.further} image is not readable ({first_line(error)})") from None
+
+
+def _check_sizes(sample: Sample, wanted: Mapping[str, WantedImage]) -> None:
+    """_FurtherError where an image that belongs to the sample's own pixel for pixel has another size; else as `image_size`."""
+    for kind in wanted.values():
+        image = _file_of(sample, kind)
+        if kind.further is None or kind.side or image is None or sample.image is None:
+            continue
+        own = image_size(sample.image)
+        with _about(sample, kind):
+            size = image_size(image)
+        if size != own:
+            sizes = f"{size[0]}x{size[1]} pixels, the sample's own {own[0]}x{own[1]}"
+            raise _FurtherError(f"{sample.where}: its {kind.further} image has {sizes}; they must have one size")
 
 
 def _named(folder: Path, *content: bytes | str) -> Path:

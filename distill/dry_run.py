@@ -8,12 +8,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from flashdiff.distill import processes
+from flashdiff.distill.bases import load_trained_base
+from flashdiff.distill.conditions import ImageConditions
 from flashdiff.distill.config import Recipe
 from flashdiff.distill.costs import target_cost, teacher_evaluations, update_cost
 from flashdiff.distill.initial import first_weights
-from flashdiff.distill.network import add_lora, check_conditions, checkpoint_gradients, run_network
+from flashdiff.distill.network import add_lora, blank_conditioning, checkpoint_gradients, run_network
 from flashdiff.distill.objective import Objective
-from flashdiff.families import load_base
 from flashdiff.families.base import TorchModel
 from flashdiff.lora import ADAPTER
 
@@ -23,17 +24,20 @@ _GIB = 2**30
 def dry_run(recipe: Recipe) -> Iterator[str]:
     """Describe the run in lines, from the loaded base; nothing is trained or written. ConfigError when it could not start."""
     processes.check_split(recipe.batch_size, recipe.accumulate, shard_base=recipe.shard_base)
-    family, model = load_base(recipe.base)
-    check_conditions(model.spec)
+    family, model = load_trained_base(recipe)
+    images = ImageConditions(model, recipe)
     add_lora(model, family, recipe.lora, seed=recipe.seed)
     if recipe.init_from:
         first_weights(recipe.init_from, model, family, recipe.lora)
-    objective = Objective(model, family, recipe.model_copy(update={"shard_base": False}))  # described whole, wherever it runs
+    whole = recipe.model_copy(update={"shard_base": False})  # described whole, wherever it runs
+    objective = Objective(model, family, whole, images)
     network = {name: p.numel() for name, p in model.network.named_parameters()}
     base = sum(count for name, count in network.items() if ".lora_" not in name)
     lora = sum(count for name, count in network.items() if f".{ADAPTER}." in name)
     yield f"base     {recipe.base} ({family.name}), denoiser {base:,} parameters, frozen"
     yield f"student  LoRA rank {recipe.lora.rank}: {lora:,} parameters, {100 * lora / base:.1f} % of the denoiser"
+    if read := images.described():
+        yield f"reads    of every sample {read}"
     opponents = [f"{opponent.description} {opponent.parameter_count:,} parameters" for opponent in objective.opponents]
     if opponents:
         yield f"also     {', '.join(opponents)}: trained, not published"
@@ -41,8 +45,9 @@ def dry_run(recipe: Recipe) -> Iterator[str]:
     yield f"grid     K = {grid.solver_steps} solver steps; trained for {grid.modes}: {grid.inference_times(grid.modes)}"
     start = 0
     for phase in recipe.phases:
-        teacher = teacher_evaluations(recipe, phase, guided_twice=model.guides_twice)
-        others = target_cost(recipe, phase) - teacher_evaluations(recipe, phase) + update_cost(recipe, phase)
+        teacher = teacher_evaluations(recipe, phase, branches=objective.branches.count)
+        others = target_cost(recipe, phase) - teacher_evaluations(recipe, phase)
+        others += update_cost(recipe, phase, branches=objective.branches.count)
         weights = ", ".join(f"{t.title} {phase.weights[t.name]:g}" for t in recipe.terms() if phase.weights[t.name])
         yield (
             f"updates  {start:,} to {start + phase.updates:,}: {weights}; per sample and update {teacher:.1f} evaluations of the "
@@ -50,7 +55,8 @@ def dry_run(recipe: Recipe) -> Iterator[str]:
         )
         start += phase.updates
     # Weights of every part, and for what is trained its gradient, average and AdamW's two moments.
-    parts = (model.text_encoder, model.denoiser, model.decoder)
+    added = (model.reference_encoder, *model.controls.values())
+    parts = (model.text_encoder, model.denoiser, model.decoder, *(part for part in added if part is not None))
     weights_bytes = 4 * sum(p.numel() for part in parts for p in part.parameters())
     trained = sum(network.values()) - base
     samples = recipe.batch_size // (processes.count() * recipe.accumulate)
@@ -71,7 +77,7 @@ def activation_bytes(model: TorchModel, *, checkpointing: bool) -> int:
     """
     if checkpointing:
         checkpoint_gradients(model)
-    conditioning = model.encode_ids(model.tokenizer([""]))
+    conditioning = blank_conditioning(model)
 
     def kept(samples: int) -> int:
         found: dict[int, Tensor] = {}

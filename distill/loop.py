@@ -7,20 +7,25 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from flashdiff.checkpoint import load_state, save_state, step_generator
+from flashdiff.components import Size
 from flashdiff.distill import processes
+from flashdiff.distill.bases import load_trained_base
 from flashdiff.distill.batch import MicroBatch, Targets
 from flashdiff.distill.checkpoints import checkpoint_path, checkpoints
+from flashdiff.distill.conditions import ImageConditions
 from flashdiff.distill.config import Recipe
 from flashdiff.distill.costs import RemainingTime
 from flashdiff.distill.curriculum import phase_at
 from flashdiff.distill.data import Dataset, load_dataset
 from flashdiff.distill.initial import first_weights
-from flashdiff.distill.network import add_lora, check_conditions, checkpoint_gradients, place
+from flashdiff.distill.network import add_lora, checkpoint_gradients, place
 from flashdiff.distill.objective import Objective
 from flashdiff.distill.previews import preview, preview_steps, save_image
 from flashdiff.distill.processes import Draws
@@ -31,7 +36,7 @@ from flashdiff.distill.step import Pool, PoolSpan, make_pool, shared_pool, span_
 from flashdiff.distill.student import Student
 from flashdiff.distill.trackers import Tracker, open_tracker
 from flashdiff.errors import NotFiniteError, TrainingError, first_line
-from flashdiff.families import find_base, load_base
+from flashdiff.families import find_base
 from flashdiff.families.base import TorchModel
 from flashdiff.families.files import base_files
 from flashdiff.files import sweep_parts, write_whole
@@ -84,8 +89,8 @@ def _run(recipe: Recipe, out: Path, work: Path, pools: Path | None) -> None:
     with _explained_out_of_memory(recipe):
         base = find_base(recipe.base)
         files = witness(base_files(base))
-        family, model = load_base(recipe.base)
-        check_conditions(model.spec)
+        family, model = load_trained_base(recipe)
+        images = ImageConditions(model, recipe)
         if model.spec.prediction == "trigflow":
             raise TrainingError(f"{recipe.base} is a consistency student already, and no teacher; distil the base it comes from")
         trained = model.spec.sampler.schedule.num_train_timesteps
@@ -95,7 +100,7 @@ def _run(recipe: Recipe, out: Path, work: Path, pools: Path | None) -> None:
             )
         place(model, whole=not recipe.shard_base)
         _log.info("reading up to %d samples of '%s'", recipe.data.images, recipe.data.source)
-        data = load_dataset(recipe.data, model, batch_size=recipe.batch_size, seed=recipe.seed)
+        data = load_dataset(recipe.data, model, batch_size=recipe.batch_size, seed=recipe.seed, wanted=images.wanted)
         prints = ", ".join(f"{name[:12]} in {precision}" for precision, name in model.base_prints.items())
         _log.info("the base '%s' has the hash %s (%s)", recipe.base, model.base_hash[:12], prints)
         if changed := first_change(files, witness(base_files(base))):
@@ -105,7 +110,7 @@ def _run(recipe: Recipe, out: Path, work: Path, pools: Path | None) -> None:
         if processes.is_main():  # now that base and data are known to be good: a recipe with a mistyped name can be mended
             _save_recipe(work, recipe)
         add_lora(model, family, recipe.lora, seed=recipe.seed)
-        objective = Objective(model, family, recipe)
+        objective = Objective(model, family, recipe, images)
         student = Student(model, recipe)
         if recipe.gradient_checkpointing:
             checkpoint_gradients(model)
@@ -115,14 +120,15 @@ def _run(recipe: Recipe, out: Path, work: Path, pools: Path | None) -> None:
         _log.info("training %d LoRA parameters from update %d of %d", student.parameter_count, student.update, recipe.updates)
         tracker = open_tracker(recipe, work, student.update) if processes.is_main() else None
         try:
-            _train(model, student, objective, data, recipe, work, tracker, pools)
+            _train(model, student, objective, data, images, recipe, work, tracker, pools)
         finally:
             if tracker:
                 tracker.close()
 
     if processes.is_main():
         with student.holding(student.average):
-            publish(out, model, family, recipe, student.parameter_count, work / _LOG)
+            parameters, branches = student.parameter_count, objective.branches.count
+            publish(out, model, family, recipe, parameters, work / _LOG, images=images, branches=branches)
     processes.wait()
 
 
@@ -136,6 +142,7 @@ def _train(
     student: Student,
     objective: Objective,
     data: Dataset,
+    images: ImageConditions,
     recipe: Recipe,
     work: Path,
     tracker: Tracker | None,
@@ -157,7 +164,7 @@ def _train(
                 span = span_at(recipe, update)
                 if pool is None or update == span.first:
                     started = time.monotonic()
-                    pool = _new_pool(model, student, objective, data, recipe, span, pools)
+                    pool = _new_pool(model, student, objective, data, images, recipe, span, pools)
                     took = time.monotonic() - started
                     time_left.solved(span, took)
                     speed.took("targets", took)
@@ -181,7 +188,7 @@ def _train(
                     tracker.numbers(update, line)
                 if student.update % recipe.checkpoint_every == 0 or student.update == recipe.updates:
                     started = time.monotonic()
-                    _save_progress(model, student, objective, recipe, work, tracker)
+                    _save_progress(model, student, objective, data, images, recipe, work, tracker)
                     took = time.monotonic() - started
                     time_left.previewed(took)
                     speed.took("checkpoints", took)
@@ -228,6 +235,7 @@ def _new_pool(
     student: Student,
     objective: Objective,
     data: Dataset,
+    images: ImageConditions,
     recipe: Recipe,
     span: PoolSpan,
     pools: Path | None,
@@ -237,7 +245,7 @@ def _new_pool(
     def make() -> Pool:
         name = f"targets of updates {span.first} to {span.end - 1}"
         with Stage(name, "samples", span.batches * recipe.batch_size, nested=True) as stage:
-            return make_pool(model, objective.unconditional, data, recipe, span, on_solved=stage.advance)
+            return make_pool(model, objective.branches, data, recipe, span, images=images, on_solved=stage.advance)
 
     if not (span.phase.backward_simulation or recipe.target == "consistency" or not data.has_images):
         return shared_pool(pools, model, recipe, span, make) if pools and processes.count() == 1 else make()
@@ -283,7 +291,14 @@ def _moments(batch: MicroBatch) -> dict[str, Tensor]:
 
 
 def _save_progress(
-    model: TorchModel, student: Student, objective: Objective, recipe: Recipe, work: Path, tracker: Tracker | None
+    model: TorchModel,
+    student: Student,
+    objective: Objective,
+    data: Dataset,
+    images: ImageConditions,
+    recipe: Recipe,
+    work: Path,
+    tracker: Tracker | None,
 ) -> None:
     """Save a checkpoint and a preview of the averaged student next to the teacher; only the main process writes them."""
     if tracker:
@@ -299,14 +314,26 @@ def _save_progress(
         for old in checkpoints(work)[: -recipe.checkpoints_keep]:
             old.unlink()
     if recipe.preview_prompts and (tracker or recipe.shard_base):
-        sampler, prompts = flash_sampler(model, recipe), recipe.preview_prompts
-        steps = preview_steps(model, sampler, prompts)
+        sampler, requests = flash_sampler(model, recipe), _preview_requests(data, images, recipe, model.spec.sizes[0])
+        steps = preview_steps(model, sampler, requests, branches=objective.branches.count)
         with student.holding(student.average), Stage("preview", "steps", steps, nested=True) as stage:
-            sheet = preview(model, sampler, sum(recipe.guidance) / 2, prompts, stage.advance)
+            sheet = preview(model, sampler, sum(recipe.guidance) / 2, requests, stage.advance)
         if tracker:
             save_image(sheet, work / "previews" / f"{student.update:06d}.png")
             tracker.image(student.update, sheet)
     processes.wait()
+
+
+def _preview_requests(data: Dataset, images: ImageConditions, recipe: Recipe, size: Size) -> list[dict[str, Any]]:
+    """The prompts of previews, each with the images of a sample of this size, where the base reads images and there is one."""
+    prompts = [{"prompt": prompt} for prompt in recipe.preview_prompts]
+    samples = data.of_size(size) if images.wanted else []
+    if not len(samples):
+        return prompts
+    return [
+        {**prompt, **images.request(data.pixels(samples[number % len(samples)]), size, np.random.default_rng(number))}
+        for number, prompt in enumerate(prompts)
+    ]
 
 
 def _resume(work: Path, student: Student, objective: Objective) -> bool:

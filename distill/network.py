@@ -13,21 +13,13 @@ from torch.utils.checkpoint import checkpoint
 from flashdiff.components import ModelSpec
 from flashdiff.distill import processes
 from flashdiff.distill.config import LoraRecipe
-from flashdiff.errors import ConfigError, TrainingError
+from flashdiff.errors import ConfigError
 from flashdiff.families.base import GUIDANCE, ModelFamily, TorchModel
 from flashdiff.lora import ADAPTER, add_adapter
+from flashdiff.parts import PartSpec
 from flashdiff.prediction import to_x0
+from flashdiff.rows import shape_of
 from flashdiff.schedule import Schedule
-
-
-def check_conditions(spec: ModelSpec) -> None:
-    """TrainingError for a base whose network reads images of the request: training samples have texts alone."""
-    given = [condition.name for condition in spec.conditions if condition.part is None]
-    if given:
-        raise TrainingError(
-            f"'{spec.name}' takes {', '.join(given)}, which training samples do not have; it can be served as it is"
-        )
-
 
 # --- its LoRAs ------------------------------------------------------------------------------------------------------
 
@@ -58,8 +50,26 @@ def guided(conditioning: Mapping[str, Tensor], guidance: Tensor) -> Mapping[str,
 
 def run_network(model: TorchModel, latents: Tensor, times: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
     """The denoiser's raw output [B, C, h, w] for latents [B, C, h, w] at `times` [B], with the adapters that are active."""
-    output: Tensor = model.denoiser(latents, times, *(conditioning[name] for name in model.conditioning))
+    part = trained_part(model.spec)
+    output: Tensor = model.module(part.name)(latents, times, *(conditioning[name] for name in part.inputs[2:]))
     return output
+
+
+def trained_part(spec: ModelSpec) -> PartSpec:
+    """The denoiser that teacher and student run: the one with control networks, where the model has any."""
+    return spec.denoisers[-1]
+
+
+def blank_conditioning(model: TorchModel) -> dict[str, Tensor]:
+    """All that the denoiser takes of one sample [1, ...], for the shapes alone: the empty prompt, and zeros of images."""
+    spec = model.spec
+    found = model.encode_ids(model.tokenizer([""]))
+    for condition in spec.conditions:
+        if condition.name not in found:
+            found[condition.name] = torch.zeros(1, *shape_of(spec, condition, spec.sizes[0]), device=model.device)
+        if condition.scaled:
+            found[condition.scale_name] = torch.zeros(1, device=model.device)
+    return found
 
 
 def predict_x0(model: TorchModel, latents: Tensor, times: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
@@ -138,7 +148,8 @@ class Tap:
         finally:
             for handle in handles:
                 handle.remove()
-        return [_as_map(features, latents).float() for features in caught]
+        followed = 1 + sum(condition.enters == "sequence" for condition in self._model.spec.conditions)
+        return [_as_map(features, latents, images=followed).float() for features in caught]
 
 
 class _TappedError(Exception):
@@ -149,10 +160,14 @@ class _TappedError(Exception):
         self.output = output
 
 
-def _as_map(features: Tensor, latents: Tensor) -> Tensor:
-    """A transformer's tokens [B, N, C] as a map, in rows as long as the image is wide; a map as it is."""
+def _as_map(features: Tensor, latents: Tensor, *, images: int) -> Tensor:
+    """A transformer's tokens [B, N, C] as a map, in rows as long as the image is wide; a map as it is.
+
+    The tokens are those of so many `images` of one size, the denoised one first, which alone is kept.
+    """
     if features.ndim != 3:
         return features
+    features = features[:, : features.shape[1] // images]
     rows = round((features.shape[1] * latents.shape[2] / latents.shape[3]) ** 0.5)
     return features.transpose(1, 2).unflatten(2, (rows, -1))
 
@@ -168,14 +183,27 @@ def place(model: TorchModel, *, whole: bool = True) -> None:
     device, precision = processes.device(), processes.precision()
     model.text_encoder.to(device, precision)
     model.decoder.to(device)
-    if whole:
-        model.denoiser.to(device)
-    for name, buffer in list(model.denoiser.named_buffers(recurse=False)):
-        setattr(model.denoiser, name, buffer.to(device))
+    if model.reference_encoder is not None:
+        model.reference_encoder.to(device)
+    denoisers = {part.name: model.module(part.name) for part in model.spec.denoisers}
+    inside = {id(module) for module in model.network.modules()}
+    for module in (module for denoiser in denoisers.values() for module in denoiser.modules()):
+        if whole or id(module) not in inside:
+            _move(module, device)
     if precision != torch.float32:
-        for parameter in model.network.parameters():  # buffers keep their precision: some hold noise levels
-            parameter.data = parameter.data.to(precision)
-        model.denoiser = _InPrecision(model.denoiser, precision)
+        for network in (model.network, *model.controls.values()):
+            for parameter in network.parameters():  # buffers keep their precision: some hold noise levels
+                parameter.data = parameter.data.to(precision)
+        for name, denoiser in denoisers.items():
+            setattr(model, name, _InPrecision(denoiser, precision))
+
+
+def _move(module: nn.Module, device: torch.device) -> None:
+    """Move a module's own parameters and buffers, and not those of the modules in it."""
+    for parameter in module.parameters(recurse=False):
+        parameter.data = parameter.data.to(device)
+    for name, buffer in module.named_buffers(recurse=False):
+        setattr(module, name, buffer.to(device))
 
 
 class _InPrecision(nn.Module):

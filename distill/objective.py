@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from flashdiff.distill import processes
 from flashdiff.distill.batch import MicroBatch
+from flashdiff.distill.conditions import ImageConditions
 from flashdiff.distill.config import Phase, Recipe
 from flashdiff.distill.losses.base import Opponent, Setup, StudentLoss
 from flashdiff.distill.network import Tap, add_lora, shard_base
@@ -24,10 +24,12 @@ from flashdiff.lora import ADAPTER
 class Objective:
     """The losses of a recipe; those that no phase uses are not built."""
 
-    def __init__(self, model: TorchModel, family: ModelFamily, recipe: Recipe) -> None:
+    def __init__(self, model: TorchModel, family: ModelFamily, recipe: Recipe, images: ImageConditions | None = None) -> None:
+        """`images` is what the base reads of them; None: as the recipe says."""
         self.model, self.recipe = model, recipe
         device = processes.device() if recipe.shard_base else model.device
-        self.unconditional = _unconditional(model, recipe, device)
+        images = images or ImageConditions(model, recipe)
+        self.branches = images.branches(_unconditional(model, recipe), device)
 
         def add(name: str, seed: int) -> list[nn.Parameter]:
             add_lora(model, family, recipe.lora, seed=seed, name=name)
@@ -39,10 +41,9 @@ class Objective:
             device=device,
             family=family,
             tap=partial(Tap, model, family, runs_whole=recipe.shard_base),
-            unconditional=self.unconditional,
+            branches=self.branches,
             num_train_timesteps=recipe.grid.num_train_timesteps,
             guidance=recipe.guidance,
-            guidance_rescale=recipe.guidance_rescale,
             seed=recipe.seed,
             add_adapter=add,
         )
@@ -79,7 +80,7 @@ class Objective:
             loss.load_state_dict(state)
 
 
-def _unconditional(model: TorchModel, recipe: Recipe, device: torch.device) -> dict[str, Tensor] | None:
+def _unconditional(model: TorchModel, recipe: Recipe) -> dict[str, Tensor] | None:
     """What guidance contrasts prompts with; ConfigError for keys of the recipe that say how and cannot act on this network."""
     for key, is_given in (("negative_prompt", recipe.negative_prompt), ("guidance_rescale", recipe.guidance_rescale)):
         if is_given and not model.guides_twice:
@@ -90,10 +91,9 @@ def _unconditional(model: TorchModel, recipe: Recipe, device: torch.device) -> d
             "leave it out"
         )
     try:
-        found = model.unconditional(recipe.negative_prompt)
+        return model.unconditional(recipe.negative_prompt)
     except RequestError as error:
         if not recipe.negative_prompt:
             raise
         why = str(error).removesuffix("; truncate_prompt cuts it")  # which is for requests
         raise ConfigError(f"negative_{why}; shorten it") from None
-    return found and {name: values.to(device) for name, values in found.items()}

@@ -1,8 +1,9 @@
 """Preview sheets: the teacher and the student at few steps, with the same prompts and seeds."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -17,17 +18,20 @@ from flashdiff.tasks import check_order
 TEACHER_STEPS = 50
 
 
-def preview_steps(model: TorchModel, student: Sampler, prompts: Sequence[str]) -> int:
-    """How often `preview` calls `on_step`, for as many prompts."""
-    teacher_rows = model.max_batch // (2 if model.guides_twice else 1)
-    teacher, few = (-(-len(prompts) // rows) for rows in (teacher_rows, model.max_batch))
+Request = Mapping[str, Any]
+"""A prompt with what else a request brings, as `check_order` takes them."""
+
+
+def preview_steps(model: TorchModel, student: Sampler, requests: Sequence[Request], *, branches: int) -> int:
+    """How often `preview` calls `on_step`, for as many requests, where a step of the teacher has so many branches."""
+    teacher, few = (-(-len(requests) // rows) for rows in (max(1, model.max_batch // branches), model.max_batch))
     return TEACHER_STEPS * teacher + sum(_student_steps(student)) * few
 
 
 def preview(
-    model: TorchModel, student: Sampler, guidance: float, prompts: Sequence[str], on_step: Callable[[], None] | None = None
+    model: TorchModel, student: Sampler, guidance: float, requests: Sequence[Request], on_step: Callable[[], None] | None = None
 ) -> Pixels:
-    """A sheet [H, W, 3] with a column per prompt. Rows from the top: the teacher at 50 steps, the student at its most, 2 and 1.
+    """A sheet [H, W, 3] with a column per request. Rows from the top: the teacher at 50 steps, the student at its most, 2 and 1.
 
     `guidance` is the teacher's scale; `on_step` is called after each step of a batch of images.
     """
@@ -35,10 +39,10 @@ def preview(
     teacher = model  # a network that takes its guidance as an input has its own scale
     if model.guides_twice:
         teacher = replace(model, spec=_sampled_by(model, model.spec.sampler.model_copy(update={"guidance": guidance})))
-    rows = [_images(teacher, prompts, TEACHER_STEPS, on_step)]
+    rows = [_images(teacher, requests, TEACHER_STEPS, on_step)]
     model.network.enable_adapters()
     flash = replace(model, spec=_sampled_by(model, student))
-    rows += [_images(flash, prompts, steps, on_step) for steps in _student_steps(student)]
+    rows += [_images(flash, requests, steps, on_step) for steps in _student_steps(student)]
     return np.concatenate([np.concatenate(row, axis=1) for row in rows])
 
 
@@ -56,6 +60,6 @@ def _student_steps(student: Sampler) -> list[int]:
     return sorted({student.max_steps, min(2, student.max_steps), 1}, reverse=True)
 
 
-def _images(model: TorchModel, prompts: Sequence[str], steps: int, on_step: Callable[[], None] | None) -> list[Pixels]:
-    orders = [check_order(model.spec, prompt=prompt, seed=seed, steps=steps) for seed, prompt in enumerate(prompts)]
+def _images(model: TorchModel, requests: Sequence[Request], steps: int, on_step: Callable[[], None] | None) -> list[Pixels]:
+    orders = [check_order(model.spec, seed=seed, steps=steps, **request) for seed, request in enumerate(requests)]
     return [images[0] for images in generate(model, orders, on_step)]

@@ -1,26 +1,44 @@
 """The finished LoRA folder: weights, flash.json and a card that says how to use them."""
 
+import inspect
 import statistics
 from pathlib import Path
 
 from flashdiff.distill.comfyui import WORKFLOW, workflow
-from flashdiff.distill.config import Recipe
+from flashdiff.distill.conditions import ImageConditions
+from flashdiff.distill.config import IMAGE, MASK, Recipe
 from flashdiff.distill.costs import cost
 from flashdiff.errors import TrainingError, first_line
 from flashdiff.families.base import GUIDANCE, ModelFamily, TorchModel
 from flashdiff.families.hub import hub_name
+from flashdiff.families.loading import pipeline_class_of
 from flashdiff.files import write_whole
 from flashdiff.lora import FlashInfo, save_flash_lora
 from flashdiff.lora_files import WEIGHTS
 from flashdiff.reading import parse_json, read_text
 from flashdiff.schedule import FlowSchedule
+from flashdiff.tasks.base import Task
 
+_ARGUMENTS = {IMAGE: "image", MASK: "mask_image"}
+"""What the pipelines of diffusers call a request's images."""
 _LAST = 100
 """Updates over which the card averages losses."""
 
 
-def publish(out: Path, model: TorchModel, family: ModelFamily, recipe: Recipe, lora_parameters: int, log: Path) -> None:
+def publish(
+    out: Path,
+    model: TorchModel,
+    family: ModelFamily,
+    recipe: Recipe,
+    lora_parameters: int,
+    log: Path,
+    *,
+    images: ImageConditions,
+    branches: int,
+) -> None:
     """Write the student's present weights in `model`, with a card; the run's `log` has a line of JSON per update.
+
+    `images` is what it reads of images; a guided step of its teacher had so many `branches`.
 
     flash.json is written last: a folder that has it is complete.
     """
@@ -37,13 +55,14 @@ def publish(out: Path, model: TorchModel, family: ModelFamily, recipe: Recipe, l
         network_parameters=sum(p.numel() for name, p in model.network.named_parameters() if ".lora_" not in name),
         inference={str(steps): recipe.grid.inference_times(steps) for steps in range(1, recipe.grid.modes + 1)},
     )
-    write_whole(out / "README.md", _card(info, recipe, _run(recipe, model, log), _usage(info, model, family, recipe)))
-    if nodes := workflow(model.spec, recipe.grid.modes):
+    ran, usage = _run(recipe, log, branches), _usage(info, model, family, recipe, images.task)
+    write_whole(out / "README.md", _card(info, recipe, images, ran, usage))
+    if not images.wanted and (nodes := workflow(model.spec, recipe.grid.modes)):
         write_whole(out / WORKFLOW, nodes)
     save_flash_lora(out, model, family, info)
 
 
-def _usage(info: FlashInfo, model: TorchModel, family: ModelFamily, recipe: Recipe) -> str:
+def _usage(info: FlashInfo, model: TorchModel, family: ModelFamily, recipe: Recipe, task: Task) -> str:
     """How to run the LoRA with stock diffusers, at its exact times."""
     times = info.inference[str(min(4, recipe.grid.modes))]
     if family.lora_writer:
@@ -52,26 +71,38 @@ def _usage(info: FlashInfo, model: TorchModel, family: ModelFamily, recipe: Reci
     if isinstance(model.spec.sampler.schedule, FlowSchedule):
         # These sigmas are before the shift, which the scheduler applies itself.
         scheduler, setting = "FlowMatchLCMScheduler", f"sigmas={[(t + 1) / recipe.grid.num_train_timesteps for t in times]}"
+    pipeline_class = pipeline_class_of(model.folder) if task.inputs else family.pipeline_class
+    call, why = setting, "the scheduler's own choice of times differs"
+    if not _takes(pipeline_class, setting.split("=")[0]):
+        call, why = f"num_inference_steps={len(times)}", f"near {times}: its call takes no times"
+    call += "".join(f", {_ARGUMENTS[name]}={name}" for name in task.inputs)
     guidance = 3.5 if GUIDANCE in family.conditioning else 0
     where, found = f'"{info.base}"', ""
     if "/" not in info.base and not Path(info.base).is_dir():  # the embedded model, whose name only flashdiff knows
         where, found = f'find_base("{info.base}")', "\nfrom flashdiff.families import find_base\n"
     return f"""```python
 # run it in this folder
-from diffusers import {scheduler}, {family.pipeline_class}
+from diffusers import {scheduler}, {pipeline_class}
 {found}
-pipeline = {family.pipeline_class}.from_pretrained({where})
+pipeline = {pipeline_class}.from_pretrained({where})
 pipeline.load_lora_weights(".", weight_name="{WEIGHTS}")
 pipeline.scheduler = {scheduler}.from_config(pipeline.scheduler.config)
-image = pipeline("a prompt", {setting}, guidance_scale={guidance}).images[0]  # the scheduler's own choice of times differs
+image = pipeline("a prompt", {call}, guidance_scale={guidance}).images[0]  # {why}
 image.save("image.png")
 ```
 """
 
 
-def _run(recipe: Recipe, model: TorchModel, log: Path) -> str:
+def _takes(pipeline_class: str, argument: str) -> bool:
+    """Whether the call of a class of diffusers has an argument."""
+    import diffusers
+
+    return argument in inspect.signature(getattr(diffusers, pipeline_class).__call__).parameters
+
+
+def _run(recipe: Recipe, log: Path, branches: int) -> str:
     """The run's cost, and its losses at the end."""
-    passes = float(f"{cost(recipe, guided_twice=model.guides_twice) * recipe.batch_size:.2g}")
+    passes = float(f"{cost(recipe, branches=branches) * recipe.batch_size:.2g}")
     try:
         lines = [parse_json(line) for line in read_text(log).splitlines()[-_LAST:]]
         names = dict.fromkeys(name for line in lines for name in line if name not in ("update", "loss", "skipped"))
@@ -85,16 +116,28 @@ def _run(recipe: Recipe, model: TorchModel, log: Path) -> str:
     )
 
 
-def _card(info: FlashInfo, recipe: Recipe, run: str, usage: str) -> str:
+def _options(recipe: Recipe) -> str:
+    """Those of `build-engine` for the networks that a recipe adds to its base."""
+    added = [f" --control {control.name}={control.network}" for control in recipe.controls]
+    if given := recipe.reference:
+        added.append(f" --reference {given.adapter}" + (f" --reference-encoder {given.encoder}" if given.encoder else ""))
+    return "".join(added)
+
+
+def _card(info: FlashInfo, recipe: Recipe, images: ImageConditions, run: str, usage: str) -> str:
     share = 100 * info.lora_parameters / info.network_parameters
     losses = ", ".join(term.title for term in recipe.terms())
     guidance = " to ".join(f"{scale:g}" for scale in dict.fromkeys(info.guidance))
     grids = "; ".join(f"{count}: {times}" for count, times in info.inference.items())
+    read = f"Of every sample, teacher and student read {images.described()}.\n" if images.wanted else ""
+    if options := _options(recipe):
+        usage += "\nThis runs without the networks that it was trained with; the pipelines that take them load the LoRA alike.\n"
+    build = f"flashdiff build-engine {info.base} --lora THIS_FOLDER{options} --out BUNDLE"
     on_hub = hub_name(info.base) if not Path(info.base).exists() else None
     base_model = f"base_model: {on_hub.repository}\n" if on_hub else ""
     return f"""---
 {base_model}library_name: diffusers
-tags: [text-to-image, lora, flash-diffusion, flashdiff]
+tags: [{images.task.name.replace("_", "-")}, lora, flash-diffusion, flashdiff]
 ---
 
 # Flash LoRA for {info.base}
@@ -102,7 +145,7 @@ tags: [text-to-image, lora, flash-diffusion, flashdiff]
 {info.lora_parameters:,} parameters, {share:.1f} % of the denoiser's {info.network_parameters:,}, trained with
 Flash Diffusion (arXiv 2406.02347; losses: {losses}) for {info.updates:,} updates of {recipe.batch_size} samples: the
 teacher takes {recipe.grid.solver_steps} solver steps with guidance {guidance}.
-Recipe hash {info.recipe_hash[:12]}, base hash {info.base_hash[:12]}.
+{read}Recipe hash {info.recipe_hash[:12]}, base hash {info.base_hash[:12]}.
 
 {run}
 To measure its quality: `flashdiff evaluate BUNDLE --steps 4,2 --teacher TEACHER_BUNDLE`.
@@ -110,7 +153,7 @@ To measure its quality: `flashdiff evaluate BUNDLE --steps 4,2 --teacher TEACHER
 Made for 1 to {recipe.grid.modes} steps, **guidance off**, at these timesteps:
 {grids}.
 
-With flashdiff: `flashdiff build-engine {info.base} --lora THIS_FOLDER --out BUNDLE`. `kohya.safetensors` is the same LoRA for
+With flashdiff: `{build}`. `kohya.safetensors` is the same LoRA for
 ComfyUI and similar tools, not tried there: cfg 1, sampler lcm, scheduler simple, whose times are these; `comfyui.json`, where
 there is one, is such a workflow. With diffusers:
 

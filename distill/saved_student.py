@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from flashdiff.config import parse_record
+from flashdiff.distill.bases import load_trained_base
 from flashdiff.distill.config import Recipe
 from flashdiff.distill.initial import first_weights
 from flashdiff.distill.network import add_lora
 from flashdiff.errors import TrainingError
-from flashdiff.families import load_base
 from flashdiff.families.base import TorchModel
 from flashdiff.reading import read_json
 from flashdiff.sampling import flash_student
@@ -26,7 +26,7 @@ def open_checkpoint(checkpoint: Path) -> TorchModel:
         raise TrainingError(f"{checkpoint}: its run's recipe is not in {resolved}") from None
     values.pop("hash", None)
     recipe = parse_record(values, Recipe, source=str(resolved))
-    family, model = load_base(recipe.base)
+    family, model = load_trained_base(recipe)
     add_lora(model, family, recipe.lora, seed=recipe.seed)
     parameters = dict(model.network.named_parameters())
     for name, value in first_weights(str(checkpoint), model, family, recipe.lora, label="").items():

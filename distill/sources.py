@@ -3,9 +3,9 @@
 import logging
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,8 @@ class Sample:
     """The file, and the row or member in it, for messages."""
     caption: str
     image: bytes | NDArray[np.uint8] | None  # an image file, or pixels [H, W, 3]
+    further: Mapping[str, bytes] = field(default_factory=dict)
+    """Image files that go with it, by what they are."""
 
 
 class Damage:
@@ -66,13 +68,16 @@ class Damage:
                 )
 
 
-def read_samples(recipe: DataRecipe, size: Size, seed: int, damage: Damage) -> Iterator[Sample]:
+def read_samples(recipe: DataRecipe, size: Size, seed: int, damage: Damage, further: Sequence[str] = ()) -> Iterator[Sample]:
     """Up to `recipe.images` samples in a fixed order; `damage` counts those that cannot be used. `size` is that of renders.
 
-    TrainingError when the source is of no known kind.
+    Every sample has the images `further`. TrainingError when the source is of no known kind, or of one that has none of these.
     """
-    source, columns = Path(recipe.source), Columns(image=recipe.image_column, caption=recipe.caption_column)
+    called = {name: recipe.further_images.get(name, name) for name in further}
+    source, columns = Path(recipe.source), Columns(image=recipe.image_column, caption=recipe.caption_column, further=called)
     if recipe.source == WORLD:
+        if further:
+            raise TrainingError(f"data.source '{WORLD}' has no {further[0]} images: give a folder, shards or a table with them")
         samples = _renders(recipe.images, size, seed)
     elif is_remote(recipe.source):
         samples = _files(remote_shards(recipe.source), columns, damage)
@@ -103,8 +108,12 @@ def image_size(image: bytes | NDArray[np.uint8]) -> tuple[int, int]:
 
 def decoded(image: bytes | NDArray[np.uint8], size: Size) -> NDArray[np.uint8]:
     """RGB pixels [H, W, 3] of `size`, the image centre-cropped to its proportions. Raises as `image_size` does."""
-    picture = Image.fromarray(image) if isinstance(image, np.ndarray) else read_rgb(image)
-    return np.array(ImageOps.fit(picture, size, Image.Resampling.LANCZOS))
+    return np.array(ImageOps.fit(opened_rgb(image), size, Image.Resampling.LANCZOS))
+
+
+def opened_rgb(image: bytes | NDArray[np.uint8]) -> Image.Image:
+    """The picture of an image file or of pixels [H, W, 3], in RGB. Raises as `image_size` does."""
+    return Image.fromarray(image) if isinstance(image, np.ndarray) else read_rgb(image)
 
 
 def _renders(count: int, size: Size, seed: int) -> Iterator[Sample]:
@@ -128,6 +137,7 @@ def _folder(folder: Path, columns: Columns, damage: Damage) -> Iterator[Sample]:
         raise TrainingError(str(error)) from None
     listing = next((name for name in METADATA if (folder / name).is_file()), "its folder's metadata")
     there = {path.relative_to(folder).as_posix(): path for path in visible(folder, *SUFFIXES)}
+    there, others = _apart(there, columns.further, known)
     for name, path in there.items():
         prompt, _ = known.get(name, (None, 0))
         text, record = path.with_suffix(".txt"), path.with_suffix(".json")
@@ -135,6 +145,7 @@ def _folder(folder: Path, columns: Columns, damage: Damage) -> Iterator[Sample]:
             beside = {file.name: read_file(file) for file in (text, record) if file.is_file()}
             caption = prompt.text.encode() if prompt else caption_of(beside, columns.caption)
             image = read_file(path)
+            further = {kind: read_file(place) for kind, place in others.get(name.removesuffix(path.suffix), {}).items()}
         except ValueError as error:  # of the .json file
             damage.count("samples")
             damage.skip("samples", f"{path}: {error}")
@@ -144,10 +155,38 @@ def _folder(folder: Path, columns: Columns, damage: Damage) -> Iterator[Sample]:
             damage.skip("samples", f"{error.filename} cannot be read: {error.strerror}")
             continue
         missing = f"no line in {listing} names it" if known else f"{text.name} is missing, and so is {record.name}"
-        yield from _checked(str(path), image, caption, missing, damage)
+        yield from _checked(str(path), image, caption, missing, damage, further, columns)
     for name in sorted(known.keys() - there.keys()):
         damage.count("samples")
         damage.skip("samples", f"{folder}: its metadata names {name}, which is no visible image there")
+
+
+def _apart(
+    there: Mapping[str, Path], called: Mapping[str, str], known: Collection[str]
+) -> tuple[dict[str, Path], dict[str, dict[str, Path]]]:
+    """The images of a folder that are samples, and those that go with one: `a/x.source.png` under `a/x` and `source`.
+
+    Such images of other kinds, without a caption of their own, are left out.
+    """
+    kinds = {word: kind for kind, word in called.items()}
+    stems = {name: name.removesuffix(path.suffix) for name, path in there.items()}
+    taken = set(stems.values())
+    samples: dict[str, Path] = {}
+    others: dict[str, dict[str, Path]] = {}
+    unread: list[str] = []
+    for name, path in there.items():
+        stem, _, word = stems[name].rpartition(".")
+        if stem not in taken:
+            samples[name] = path
+        elif word in kinds:
+            others.setdefault(stem, {}).setdefault(kinds[word], path)
+        elif name in known or any(path.with_suffix(ending).is_file() for ending in (".txt", ".json")):
+            samples[name] = path
+        else:
+            unread.append(name)
+    if unread:
+        _log.info("%d images such as %s go with a sample, and this run does not read them", len(unread), unread[0])
+    return samples, others
 
 
 def _files(files: Sequence[Path | str], columns: Columns, damage: Damage) -> Iterator[Sample]:
@@ -166,7 +205,8 @@ def _shard(path: Path, where: str, columns: Columns, damage: Damage) -> Iterator
     """Webdataset: members that share a name are one sample, its caption in the .txt or .json member."""
     for members in shard_samples(path):
         try:
-            name = image_of(members)
+            further = _further_of(members, columns.further)
+            name = image_of({member: content for member, content in members.items() if member not in further.values()})
             if name is None:
                 continue  # not an image: an index, a set of features
             caption = caption_of(members, columns.caption)
@@ -174,14 +214,29 @@ def _shard(path: Path, where: str, columns: Columns, damage: Damage) -> Iterator
             damage.count("samples")
             damage.skip("samples", f"{where}/{next(iter(members)).split('.')[0]}: {error}")
             continue
-        yield from _checked(f"{where}/{name}", members[name], caption, "it has no .txt or .json member", damage)
+        missing = "it has no .txt or .json member"
+        images = {kind: members[member] for kind, member in further.items()}
+        yield from _checked(f"{where}/{name}", members[name], caption, missing, damage, images, columns)
+
+
+def _further_of(members: Mapping[str, bytes], called: Mapping[str, str]) -> dict[str, str]:
+    """The members of a sample that hold its further images, by what they are: NAME.source.png."""
+    kinds = {word.lower(): kind for kind, word in called.items()}  # as endings of members are
+    found: dict[str, str] = {}
+    for member in members:
+        _, *words = member.split(".")
+        if len(words) == 2 and words[0] in kinds and f".{words[1]}" in SUFFIXES:
+            if kinds[words[0]] in found:
+                raise ValueError(f"it has several {kinds[words[0]]} images: {found[kinds[words[0]]]}, {member}")
+            found[kinds[words[0]]] = member
+    return found
 
 
 def _table(path: Path, where: str, columns: Columns, damage: Damage) -> Iterator[Sample]:
     """Rows in the layout of Hugging Face data sets."""
-    for number, (image, text, column) in enumerate(table_rows(path, where, columns), start=1):
-        missing = f"column '{column}' is empty"
-        yield from _checked(f"{where}, row {number}", image, text.encode() if text else None, missing, damage)
+    for number, row in enumerate(table_rows(path, where, columns), start=1):
+        missing, caption = f"column '{row.column}' is empty", row.caption.encode() if row.caption else None
+        yield from _checked(f"{where}, row {number}", row.image, caption, missing, damage, row.further, columns)
 
 
 def _prompts(path: Path) -> Iterator[Sample]:
@@ -192,8 +247,18 @@ def _prompts(path: Path) -> Iterator[Sample]:
     yield from (Sample(f"{path}:{number}", line.strip(), None) for number, line in enumerate(lines, start=1) if line.strip())
 
 
-def _checked(where: str, image: bytes | None, caption: bytes | None, missing: str, damage: Damage) -> Iterator[Sample]:
-    """The sample, unless it has no image or no caption. The image is not decoded yet."""
+def _checked(
+    where: str,
+    image: bytes | None,
+    caption: bytes | None,
+    missing: str,
+    damage: Damage,
+    further: Mapping[str, bytes | None],
+    columns: Columns,
+) -> Iterator[Sample]:
+    """The sample, unless it has no image, no caption or not all further images. No image is decoded yet."""
+    there = {kind: content for kind, content in further.items() if content}
+    lacking = next((kind for kind in columns.further if kind not in there), None)
     damage.count("samples")
     try:
         text = caption.decode("utf-8-sig").strip() if caption is not None else ""
@@ -204,5 +269,8 @@ def _checked(where: str, image: bytes | None, caption: bytes | None, missing: st
         damage.skip("samples", f"{where} has no caption: {missing if caption is None else 'it is empty'}")
     elif not image:
         damage.skip("samples", f"{where} has no image: it holds no bytes")
+    elif lacking:
+        called = columns.further[lacking]
+        damage.skip("samples", f"{where} has no {lacking} image: nothing is called '{called}' there, or it holds no bytes")
     else:
-        yield Sample(where, text, image)
+        yield Sample(where, text, image, there)

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -12,8 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flashdiff.checkpoint import load_state, save_state, step_generator
+from flashdiff.components import Size
 from flashdiff.distill import processes
 from flashdiff.distill.batch import Targets
+from flashdiff.distill.branches import Branches
+from flashdiff.distill.conditions import ImageConditions
 from flashdiff.distill.config import Phase, Recipe
 from flashdiff.distill.curriculum import start_probabilities
 from flashdiff.distill.data import Dataset
@@ -25,7 +28,9 @@ from flashdiff.sampling import renoise
 POOL_BATCHES = 16
 """Targets are solved for this many batches at a time."""
 
-_FIXED = {"seed", "data", "grid", "guidance", "guidance_rescale", "negative_prompt", "batch_size"}
+_FIXED = {"seed", "data", "grid", "guidance", "guidance_rescale", "negative_prompt", "batch_size"} | {
+    "image_guidance", "masks", "controls", "reference"
+}  # fmt: skip
 """Keys of a recipe that targets depend on which do not draw on the student."""
 
 REUSED_POOL_BATCHES = 256
@@ -64,7 +69,8 @@ def span_at(recipe: Recipe, update: int) -> PoolSpan:
 
 @dataclass(frozen=True)
 class Solved:
-    """The samples of a pool that share an image size, on the CPU, in every process. Their conditioning stays in the data set.
+    """The samples of a pool that share an image size, on the CPU, in every process. What is made of their prompts stays in the
+    data set.
 
     The tensors are those of `Targets`.
     """
@@ -74,14 +80,27 @@ class Solved:
     x_t: Tensor  # [N, C, h, w]
     times: Tensor  # [N]
     x0: Tensor  # [N, C, h, w]
+    images: Mapping[str, Tensor] = field(default_factory=dict)
+    """The conditioning that is made of their images [N, ...]; pixels as bytes."""
 
     def targets(self, chosen: Tensor, data: Dataset, device: torch.device, variance: Tensor) -> Targets:
         """The samples `chosen` [n], indices into these, on `device`; `variance` is that of their pool."""
         z0, x_t, times, x0 = (values[chosen].to(device) for values in (self.z0, self.x_t, self.times, self.x0))
-        conditioning = data.conditioning(self.items[chosen.numpy()])
+        of_images = {name: _as_values(values[chosen]) for name, values in self.images.items()}
+        conditioning = {**data.conditioning(self.items[chosen.numpy()]), **of_images}
         return Targets(
             z0, x_t, times, {name: values.to(device) for name, values in conditioning.items()}, x0, variance.to(device)
         )
+
+
+def _as_bytes(values: Tensor) -> Tensor:
+    """Pixels [...] in [-1, 1] that were bytes, as these again: a pool would take four times the memory."""
+    return ((values + 1) * 127.5).round().to(torch.uint8)
+
+
+def _as_values(values: Tensor) -> Tensor:
+    """The same values as before `_as_bytes`; others as they are."""
+    return values.float() / 127.5 - 1 if values.dtype == torch.uint8 else values
 
 
 class Pool:
@@ -126,18 +145,19 @@ def shared_pool(folder: Path, model: TorchModel, recipe: Recipe, span: PoolSpan,
 @torch.no_grad()
 def make_pool(
     model: TorchModel,
-    unconditional: Mapping[str, Tensor] | None,
+    branches: Branches,
     data: Dataset,
     recipe: Recipe,
     span: PoolSpan,
     *,
+    images: ImageConditions | None = None,
     on_solved: Callable[[int], None] = lambda _: None,
 ) -> Pool:
     """The pool of a span: each sample with its own item, start time, guidance and noise, solved by the teacher.
 
     It is a function of the seed, the span and, where the pool draws on the student, the student's weights in `model`. The
-    processes share the work, and each gets the whole pool. `unconditional` holds the conditioning [1, ...] that guidance
-    contrasts prompts with. `on_solved` gets a number of samples whenever so many more are solved.
+    processes share the work, and each gets the whole pool. `branches` are those of the teacher's guidance, `images` what the base
+    reads of images, if any. `on_solved` gets a number of samples whenever so many more are solved.
     """
     grid, phase = recipe.grid, span.phase
     rng, generator = step_generator(recipe.seed, span.index)
@@ -152,12 +172,10 @@ def make_pool(
 
     teacher = Teacher(
         network=lambda latents, times, conditioning: run_network(model, latents, times, conditioning),
-        unconditional=unconditional,
+        branches=branches,
         grid=grid,
         schedule=model.spec.sampler.schedule,
         prediction=model.spec.prediction,
-        keeps_norm=model.spec.sampler.keeps_norm,
-        rescale=recipe.guidance_rescale,
         lockstep=recipe.shard_base,
     )
     solved = []
@@ -166,7 +184,7 @@ def make_pool(
         samples = torch.arange(count).view(len(batches), -1)[members].flatten()
         solved.append(
             _solved(
-                model, teacher, data, recipe,
+                model, teacher, data, recipe, images, size,
                 items=np.concatenate([batches[number][1] for number in members]),
                 starts=starts[samples], guidance=guidance[samples], simulated=simulated[samples], visits=visits[samples],
                 noise=torch.cat([noise[number] for number in members]),
@@ -181,6 +199,8 @@ def _solved(
     teacher: Teacher,
     data: Dataset,
     recipe: Recipe,
+    images: ImageConditions | None,
+    size: Size,
     *,
     items: NDArray[np.int64],  # [N]
     starts: Tensor,  # [N] indices into the solver's times
@@ -200,10 +220,17 @@ def _solved(
     )
     solver_times = torch.tensor(recipe.grid.solver_times())
     found: dict[str, list[Tensor]] = {"z0": [], "x_t": [], "x0": []}
+    of_images: dict[str, list[Tensor]] = {}
     # In pieces, by default of a micro-batch's size, so that memory does not depend on the size of the pool.
     at_once = recipe.target_batch or recipe.batch_size // (processes.count() * recipe.accumulate)
     for piece in torch.arange(len(items))[mine].split(at_once):
         conditioning = {name: values.to(device) for name, values in data.conditioning(items[piece.numpy()]).items()}
+        if images and images.wanted:
+            made = [images.of(data.pixels(items[row]), size, (seed, row)) for row in piece.tolist()]
+            stacked = {name: torch.stack([row[name] for row in made]) for name in images.names}
+            conditioning |= {name: values.to(device) for name, values in stacked.items()}
+            for name, values in stacked.items():
+                of_images.setdefault(name, []).append(_as_bytes(values) if name in images.of_pixels else values)
         eps = noise[piece].to(device)
         z0 = data.latents(items[piece.numpy()]).to(device) if data.has_images else torch.zeros_like(eps)
         image = z0
@@ -219,7 +246,8 @@ def _solved(
             found[name].append(values)
         on_solved(len(piece) * processes.count())
     z0, x_t, x0 = (processes.gather(torch.cat(values)) for values in found.values())
-    return Solved(items, z0, x_t, solver_times[starts], x0)
+    conditions = {name: processes.gather(torch.cat(values).to(device)) for name, values in of_images.items()}
+    return Solved(items, z0, x_t, solver_times[starts], x0, conditions)
 
 
 def roll_out(

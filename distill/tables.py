@@ -1,7 +1,7 @@
 """Rows of tables with images and captions: parquet files, and the folders that `datasets` writes with `save_to_disk`."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,18 @@ class Columns:
 
     image: str | None = None
     caption: str | None = None
+    further: Mapping[str, str] = field(default_factory=dict)
+    """The columns of images that go with these, by what they are; in shards and folders, the words in their files' names."""
 
 
-TableRow = tuple[bytes | None, str | None, str]
-"""An image file, its caption, and the column of that."""
+@dataclass(frozen=True, kw_only=True)
+class TableRow:
+    """An image file with its caption, the column of that, and the image files that go with it, by what they are."""
+
+    image: bytes | None
+    caption: str | None
+    column: str
+    further: Mapping[str, bytes | None]
 
 
 def saved_files(folder: Path) -> list[Path] | None:
@@ -68,9 +76,12 @@ def table_rows(path: Path, where: str, columns: Columns) -> Iterator[TableRow]:
         else:
             schema, batches = _arrow(pyarrow, path)
         image, caption = _chosen(where, schema, columns)
-        for batch in batches(_columns(schema, image, caption)):
+        for batch in batches(_columns(schema, image, caption, *columns.further.values())):
             for values in batch.to_pylist():
-                yield _image(path, values, image), _value(values, caption), caption
+                further = {kind: _image(path, values, column) for kind, column in columns.further.items()}
+                yield TableRow(
+                    image=_image(path, values, image), caption=_value(values, caption), column=caption, further=further
+                )
     except TrainingError:
         raise
     except Exception as error:  # the library has many kinds for a damaged file
@@ -103,7 +114,8 @@ def _columns(schema: Any, *places: str) -> list[str]:
 def _chosen(where: str, schema: Any, columns: Columns) -> tuple[str, str]:
     """The columns of images and captions; TrainingError where one is missing or of another type."""
     names = list(schema.names)
-    image = columns.image or next((name for name in _IMAGES if name in names), None)
+    taken = columns.further.values()
+    image = columns.image or next((name for name in _IMAGES if name in names and name not in taken), None)
     caption = columns.caption or next((name for name in CAPTIONS if name in names), None) or _nested_caption(schema)
     for option, place in (("image_column", columns.image), ("caption_column", columns.caption)):
         if place and _type_at(schema, place) is None:
@@ -113,9 +125,15 @@ def _chosen(where: str, schema: Any, columns: Columns) -> tuple[str, str]:
             f"{where} has columns {', '.join(names)}; it needs 'image' and one of {', '.join(CAPTIONS)}: name them in "
             "data.image_column and data.caption_column"
         )
-    of_image, of_caption = _type_at(schema, image), _type_at(schema, caption)
-    if not _holds_files(of_image):
-        raise TrainingError(f"{where}: column '{image}' holds {of_image}, where image files are needed (bytes, or {{bytes}})")
+    for kind, place in columns.further.items():
+        if _type_at(schema, place) is None:
+            raise TrainingError(
+                f"{where}: there is no column '{place}' with {kind} images: {', '.join(names)}; name it in data.further_images"
+            )
+    of_caption = _type_at(schema, caption)
+    for place in (image, *columns.further.values()):
+        if not _holds_files(of_image := _type_at(schema, place)):
+            raise TrainingError(f"{where}: column '{place}' holds {of_image}, where image files are needed (bytes, or {{bytes}})")
     if not _holds_text(of_caption):
         first = f'; data.caption_column = "{caption}.0" takes the first' if _is_list(of_caption) else ""
         raise TrainingError(f"{where}: column '{caption}' holds {of_caption}, where text is needed{first}")

@@ -30,6 +30,8 @@ class Cost:
     """In phases that give the loss a weight."""
     throughout: float = 0
     """In every phase of a run that uses the loss in any, in addition."""
+    guided: float = 0
+    """Guided evaluations of the teacher in phases that give the loss a weight; each takes a pass for every branch of guidance."""
     kept_passes: int = 0
     """How many passes keep their activations for the student's backward pass."""
 
@@ -81,7 +83,7 @@ def _build_adversarial(setup: "Setup", settings: AdversarialSettings) -> "Studen
 
 def _distribution_matching_cost(settings: DistributionMatchingSettings) -> Cost:
     critic = TRAINED_PASS * settings.critic_updates if settings.fake_score == "lora" else 0
-    return Cost(in_use=3 + 2 * settings.decoupled, throughout=critic)
+    return Cost(in_use=1, guided=1 + settings.decoupled, throughout=critic)  # the fake score, and the teacher's
 
 
 def _build_distribution_matching(setup: "Setup", settings: DistributionMatchingSettings) -> "StudentLoss":

@@ -1,5 +1,6 @@
 """What a network predicts, turned into one meaning: the clean image x_0. Works on numpy arrays and torch tensors alike."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, assert_never
 
 if TYPE_CHECKING:
@@ -42,22 +43,19 @@ def with_norm_of(values: Array, reference: Array) -> Array:
 
 
 def guided_output(
-    conditional: "Tensor", unconditional: "Tensor", scale: "Tensor | float", *, keeps_norm: bool, rescale: float = 0.0
+    outputs: "Sequence[Tensor]", weights: "Sequence[Tensor]", *, keeps_norm: bool, rescale: float = 0.0
 ) -> "Tensor":
-    """The teacher's guided output; see `Sampler` for `keeps_norm`, which settles lengths whatever `rescale`, and `rescaled`."""
-    output = guide(conditional, unconditional, scale)
+    """The sum of branches' outputs [B, C, h, w] by their weights [B, 1, 1, 1], the first being that with all conditions.
+
+    See `Sampler` for `keeps_norm`, which settles lengths whatever `rescale`, and `rescaled`.
+    """
+    conditional = outputs[0]
+    output = weights[0] * conditional
+    for weight, values in zip(weights[1:], outputs[1:], strict=True):
+        output = output + weight * values
     if rescale:
         output = rescaled(output, conditional, rescale)
     return with_norm_of(output, conditional) if keeps_norm else output
-
-
-def guide(conditional: Array, unconditional: Array, scale: "Array | float") -> Array:
-    """Classifier-free guidance, the one convention of this project: w cond + (1 - w) uncond (w = 1 is no guidance).
-
-    Ho & Salimans 2022 with w = their w + 1. Network outputs and x_0 [B, C, h, w] may be guided alike, both being linear in the
-    other; `scale` is a number or [B, 1, 1, 1].
-    """
-    return scale * conditional + (1 - scale) * unconditional
 
 
 def rescaled(guided: "Tensor", conditional: "Tensor", share: float) -> "Tensor":

@@ -113,30 +113,17 @@ def start_rows(
 
     `unconditional` is `generate.unconditional_of` the model. RequestError for an order without a condition that it needs.
     """
-    replacing = replacing_part(spec, order)
-    own = {**of_controls.images_of(order.controls, prepared), **of_loras.vectors_of(order.loras)}
-    taken = spec.taken_by(replacing)
-    evaluated = order.task.branches(spec, order, prepared, unconditional)
     drawn = [order.task.drawn(spec, order, image_seed(order.seed, index)) for index in range(order.count)]
-    shared = [condition for condition in taken if condition.name not in drawn[0]]
-    branches = tuple(
-        replace(branch, conditions=_complete(spec, shared, order.size, {**branch.conditions, **own, **tokens}))
-        for branch in evaluated
-        for tokens in [references.tokens_of(prepared, has_prompt=branch.has_prompt)]
-    )
-    given = {condition.name for condition in taken if condition.scaled and condition.name in evaluated[0].conditions}
-    scales = {
-        **dict.fromkeys(given, np.ones(order.steps_taken, dtype=np.float32)),
-        **of_controls.scales_of(order.controls, order.steps_taken),
-        **of_loras.scales_of(order.loras, order.steps_taken),
-        **references.scales_of(order),
-    }
+    shared = branches_of(spec, order, prepared, unconditional, drawn[0])
+    evaluated = [shared, *(branches_of(spec, order, prepared, unconditional, own) if own else shared for own in drawn[1:])]
+    replacing = replacing_part(spec, order)
     trajectory = _trajectory(spec, order)
     starts, kept = order.task.starts(order, prepared), order.task.kept(spec, order, prepared)
     rows = []
     for index, (seed, place) in enumerate(_seeds_and_places(order)):
         first, *later = noise[index] if noise else _noise_of(spec, order, seed, place)
         start = starts[index % len(starts)]
+        branches, scales = evaluated[index // len(starts)]
         if start is None:
             latents = first if trajectory.walk is None else np.float32(trajectory.walk.start) * first
         else:
@@ -146,7 +133,7 @@ def start_rows(
                 seed,
                 order.size,
                 trajectory,
-                _with_drawn(branches, drawn[index // len(starts)]),
+                branches,
                 latents,
                 first_noise=first,
                 later_noises=later,
@@ -157,6 +144,35 @@ def start_rows(
             )
         )
     return rows
+
+
+def branches_of(
+    spec: ModelSpec,
+    order: Order,
+    prepared: Prepared,
+    unconditional: Tensors | None,
+    drawn: Mapping[str, NDArray[Any]],
+) -> tuple[tuple[Branch, ...], dict[str, NDArray[np.float32]]]:
+    """The branches of an order's steps, with all that the denoiser takes, and the scales at each step [steps], by condition.
+
+    `drawn` is what the image drew: `Task.drawn`. The other arguments, and the errors, are those of `start_rows`.
+    """
+    own = {**of_controls.images_of(order.controls, prepared), **of_loras.vectors_of(order.loras)}
+    taken = spec.taken_by(replacing_part(spec, order))
+    evaluated = order.task.branches(spec, order, prepared, unconditional)
+    branches = tuple(
+        replace(branch, conditions=_complete(spec, taken, order.size, {**branch.conditions, **own, **tokens, **drawn}))
+        for branch in evaluated
+        for tokens in [references.tokens_of(prepared, has_prompt=branch.has_prompt)]
+    )
+    given = {condition.name for condition in taken if condition.scaled and condition.name in evaluated[0].conditions}
+    scales = {
+        **dict.fromkeys(given, np.ones(order.steps_taken, dtype=np.float32)),
+        **of_controls.scales_of(order.controls, order.steps_taken),
+        **of_loras.scales_of(order.loras, order.steps_taken),
+        **references.scales_of(order),
+    }
+    return branches, scales
 
 
 def replacing_part(spec: ModelSpec, order: Order) -> str | None:
@@ -171,13 +187,6 @@ def replacing_part(spec: ModelSpec, order: Order) -> str | None:
     raise AssertionError(f"no part takes {wanted}")  # `check_order` knows what the model takes
 
 
-def _with_drawn(branches: tuple[Branch, ...], drawn: Mapping[str, NDArray[Any]]) -> tuple[Branch, ...]:
-    """Branches that images share, with the conditions that one of them drew."""
-    if not drawn:
-        return branches
-    return tuple(replace(branch, conditions={**branch.conditions, **drawn}) for branch in branches)
-
-
 def _complete(
     spec: ModelSpec, taken: Sequence[Condition], size: Size, given: Mapping[str, NDArray[Any]]
 ) -> Mapping[str, NDArray[Any]]:
@@ -188,11 +197,11 @@ def _complete(
     for condition in missing:
         if condition.absent not in _STAND_INS:
             raise RequestError(condition.name, None, "this model needs it")
-    stand_ins = {c.name: _STAND_INS[c.absent](_shape_of(spec, c, size), dtype=np.float32) for c in missing}
+    stand_ins = {c.name: _STAND_INS[c.absent](shape_of(spec, c, size), dtype=np.float32) for c in missing}
     return {**given, **stand_ins}
 
 
-def _shape_of(spec: ModelSpec, condition: Condition, size: Size) -> tuple[int, ...]:
+def shape_of(spec: ModelSpec, condition: Condition, size: Size) -> tuple[int, ...]:
     """[C, H, W] of an image, [T, D] of tokens, or [values] of a vector, that may be absent."""
     if condition.tokens:
         return condition.tokens

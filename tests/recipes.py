@@ -34,3 +34,23 @@ def image_folder(folder: Path) -> Path:
             Image.new("RGB", (50, 40), (40 * index, 255 - 40 * index, 128)).save(folder / f"{index}.png")
             (folder / f"{index}.txt").write_text(caption)
     return folder
+
+
+FURTHER = ("source", "canny", "reference")
+
+
+def paired_folder(folder: Path) -> Path:
+    """Six samples of noise, each with the further images that models may read: of its size, and a reference of another."""
+    import numpy as np
+    from PIL import Image
+
+    if not folder.exists():
+        folder.mkdir()
+        rng = np.random.default_rng(0)
+        for index, caption in enumerate(CAPTIONS):
+            for name in ("", *(f".{name}" for name in FURTHER)):
+                height, width = (30, 30) if name == ".reference" else (40, 50)
+                pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{index}{name}.png")
+            (folder / f"{index}.txt").write_text(caption)
+    return folder

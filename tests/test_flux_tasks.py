@@ -28,7 +28,7 @@ from flashdiff.engines.parts import Part, parts_of
 from flashdiff.engines.runtime.engine import open_bundle
 from flashdiff.engines.shapes import bucket_shapes, dimensions_of
 from flashdiff.engines.stock import StockReference, run_stock
-from flashdiff.errors import BundleError, ModelError, RequestError, TrainingError
+from flashdiff.errors import BundleError, ModelError, RequestError
 from flashdiff.families import family_of
 from flashdiff.families.base import ModelFamily, TorchModel
 from flashdiff.generate import generate, generate_rows
@@ -213,14 +213,6 @@ def test_a_line_of_white_pixels_is_a_mask_for_fill(bases: dict[str, Path]) -> No
     assert made.shape == (16, 8, 8)
     np.testing.assert_array_equal(made[4:8, 1], np.ones((4, 8)))
     assert made.sum() == 32
-
-
-def test_training_on_such_a_base_is_refused(bases: dict[str, Path]) -> None:
-    from flashdiff.distill.network import check_conditions
-
-    for name, taken in (("fill", "masked_image_latents, mask"), ("kontext", "image_latents")):
-        with pytest.raises(TrainingError, match=f"'{name}' takes {taken}, which training samples do not"):
-            check_conditions(family_of(bases[name]).read_spec(bases[name]))
 
 
 def test_a_network_of_another_width_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from flashdiff.prediction import Prediction, guide, to_x0, with_norm_of
+from flashdiff.prediction import Prediction, to_x0, with_norm_of
 from flashdiff.sampling import Sampler, extrapolate, ode_step, ode_weights, renoise
 from flashdiff.schedule import NoiseSchedule, trailing_times
+from flashdiff.tasks import TASKS
 
 SCHEDULE = NoiseSchedule(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 DATA_STD = 0.5
@@ -51,9 +52,18 @@ def test_x0_comes_back_from_every_prediction(prediction: Prediction) -> None:
 
 
 def test_guidance_one_is_the_conditional_and_more_goes_beyond_it() -> None:
-    conditional, unconditional = np.array([2.0]), np.array([1.0])
-    assert guide(conditional, unconditional, 1.0) == 2.0
-    assert guide(conditional, unconditional, 3.0) == 4.0
+    conditional, unconditional = 2.0, 1.0
+    for scale, wanted in ((1.0, 2.0), (3.0, 4.0)):
+        weights = TASKS["text_to_image"].weights(scale, {})
+        assert weights[0] * conditional + weights[1] * unconditional == wanted
+
+
+def test_an_edits_three_weights_are_those_of_the_papers_nested_sums() -> None:
+    both, image, neither = 2.0, 5.0, 1.0
+    weights = TASKS["edit"].weights(7.5, {"image_guidance": 1.5})
+    found = sum(weight * output for weight, output in zip(weights, (both, image, neither), strict=True))
+    assert found == neither + 1.5 * (image - neither) + 7.5 * (both - image)
+    assert sum(weights) == 1
 
 
 def test_guided_outputs_take_the_lengths_of_others_patch_by_patch() -> None:

@@ -19,7 +19,7 @@ from flashdiff.engines.config import BuildOptions
 from flashdiff.engines.parts import parts_of
 from flashdiff.engines.runtime.engine import open_bundle
 from flashdiff.engines.stock import StockReference, run_stock
-from flashdiff.errors import BundleError, RequestError, TrainingError
+from flashdiff.errors import BundleError, RequestError
 from flashdiff.families import family_of
 from flashdiff.generate import generate, generate_rows
 from flashdiff.lora import load_fused
@@ -177,11 +177,3 @@ def test_what_such_a_model_cannot_do_is_refused(bases: dict[tuple[str, str], Pat
         check_order(spec, prompt=PROMPT, inputs=_inputs("edit"), parameters={"strength": 0.5})
     with pytest.raises(BundleError, match="--batch must reach 3: guidance evaluates the network three times a step"):
         build_engine(BuildOptions(base=str(bases["sd15", "edit"]), out=tmp_path / "out", batch_sizes=(1, 2)), print)
-
-
-def test_training_on_such_a_base_is_refused(bases: dict[tuple[str, str], Path]) -> None:
-    from flashdiff.distill.network import check_conditions
-
-    spec = family_of(bases["sd15", "inpainting"]).read_spec(bases["sd15", "inpainting"])
-    with pytest.raises(TrainingError, match="'sd15-inpainting' takes mask, masked_image_latents, which training samples do not"):
-        check_conditions(spec)

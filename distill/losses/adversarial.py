@@ -11,7 +11,7 @@ from flashdiff.distill import processes
 from flashdiff.distill.batch import MicroBatch
 from flashdiff.distill.losses.base import Opponent, Setup, StudentLoss, renoise_alike
 from flashdiff.distill.losses.settings import AdversarialKind, AdversarialSettings
-from flashdiff.distill.network import Tap, as_teacher
+from flashdiff.distill.network import Tap, as_teacher, blank_conditioning
 from flashdiff.distill.processes import Draws
 from flashdiff.families.base import TorchModel
 
@@ -74,9 +74,8 @@ class Discriminator(nn.Module):
         self._tap = tap
         torch.manual_seed(seed)
         latents = torch.zeros(1, *model.spec.latent_shape(model.spec.sizes[0]), device=model.device)
-        conditioning = model.encode_ids(model.tokenizer([""]))
         with torch.no_grad():
-            maps = tap(latents, torch.zeros(1, dtype=torch.int64, device=model.device), conditioning)
+            maps = tap(latents, torch.zeros(1, dtype=torch.int64, device=model.device), blank_conditioning(model))
         self.heads = nn.ModuleList(
             nn.Sequential(
                 nn.Conv2d(features.shape[1], 64, 3, padding=1), nn.SiLU(),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from flashdiff.distill import processes
 from flashdiff.distill.batch import MicroBatch
+from flashdiff.distill.branches import Branches
 from flashdiff.distill.network import Tap, levels
 from flashdiff.distill.processes import Draws
 from flashdiff.errors import NotFiniteError
@@ -28,13 +29,11 @@ class Setup:
     family: ModelFamily
     tap: Callable[..., Tap]
     """(shares=...) -> the taps at these blocks of the network; without, the family's own."""
-    unconditional: Mapping[str, Tensor] | None
-    """Conditioning [1, ...] that guidance contrasts prompts with; None where the network takes its guidance as an input."""
+    branches: Branches
+    """Of the teacher's guidance."""
     num_train_timesteps: int
     guidance: tuple[float, float]
     """Range of the teacher's guidance scale."""
-    guidance_rescale: float
-    """See `rescaled`."""
     seed: int
     add_adapter: Callable[[str, int], list[nn.Parameter]]
     """(name, seed) -> the parameters of another LoRA in the network, of the student's shape. Only while a loss is built."""

@@ -1,6 +1,7 @@
 """Distribution matching (arXiv 2406.02347, section 3.4): the teacher's score against that of the student's distribution."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from flashdiff.distill.losses.settings import DistributionMatchingSettings
 from flashdiff.distill.network import as_adapter, as_teacher, guided, levels, predict_x0, run_network
 from flashdiff.errors import ConfigError
 from flashdiff.lora import ADAPTER
-from flashdiff.prediction import guided_output, to_x0
+from flashdiff.prediction import to_x0
 from flashdiff.sampling import renoise
 
 FAKE_SCORE = "fake_score"
@@ -40,7 +41,7 @@ class DistributionMatching(StudentLoss):
     """
 
     def __init__(self, setup: Setup, settings: DistributionMatchingSettings) -> None:
-        if settings.decoupled and setup.unconditional is None:
+        if settings.decoupled and setup.branches.are_an_input:
             raise ConfigError("loss.distribution_matching.decoupled: this network takes its guidance as an input; leave it out")
         self._setup, self._settings = setup, settings
         has_critic = settings.fake_score == "lora"
@@ -59,28 +60,24 @@ class DistributionMatching(StudentLoss):
         setup, settings, model = self._setup, self._settings, self._setup.model
         x0, conditioning = batch.x0, batch.targets.conditioning
         low, high = settings.guidance or setup.guidance
-        guidance = (low + (high - low) * batch.draws.uniform()).view(-1, 1, 1, 1)
-        if setup.unconditional is not None:
-            guidance = guidance.clamp(min=1)  # up to 1 means none
+        guidance = low + (high - low) * batch.draws.uniform()
         first, last = (round(share * (setup.num_train_timesteps - 1)) for share in settings.times)
         tau = batch.draws.integers(first, last + 1)
         noise = batch.draws.normal(x0.shape[1:])
         with torch.no_grad():
             x_tau = renoise(x0, noise, *levels(model, tau))
             with as_teacher(model):
-                if setup.unconditional is None:
-                    teacher = predict_x0(model, x_tau, tau, guided(conditioning, guidance.flatten()))
+                if setup.branches.are_an_input:
+                    teacher = predict_x0(model, x_tau, tau, guided(conditioning, guidance))
                 elif settings.decoupled:
-                    conditional, _ = self._conditional_and_guided(setup.unconditional, x_tau, tau, conditioning, guidance)
+                    conditional, _ = self._conditional_and_guided(x_tau, tau, conditioning, guidance)
                     # Guidance is compared where there is less noise than the student started from.
                     tau_guidance = (batch.draws.uniform() * batch.targets.times).long().clamp(min=first)
                     x_guidance = renoise(x0, noise, *levels(model, tau_guidance))
-                    plain, led = self._conditional_and_guided(
-                        setup.unconditional, x_guidance, tau_guidance, conditioning, guidance
-                    )
+                    plain, led = self._conditional_and_guided(x_guidance, tau_guidance, conditioning, guidance)
                     teacher = conditional + (led - plain)
                 else:
-                    _, teacher = self._conditional_and_guided(setup.unconditional, x_tau, tau, conditioning, guidance)
+                    _, teacher = self._conditional_and_guided(x_tau, tau, conditioning, guidance)
             with as_adapter(model, FAKE_SCORE if self._critic else ADAPTER):
                 fake = predict_x0(model, x_tau, tau, conditioning)
         if settings.first_step:
@@ -90,22 +87,14 @@ class DistributionMatching(StudentLoss):
         return distribution_matching_loss(x0, torch.where(later, fake, teacher), teacher)
 
     def _conditional_and_guided(
-        self,
-        unconditional: Mapping[str, Tensor],
-        x_t: Tensor,
-        times: Tensor,
-        conditioning: Mapping[str, Tensor],
-        guidance: Tensor,  # [B, 1, 1, 1]
+        self, x_t: Tensor, times: Tensor, conditioning: Mapping[str, Tensor], guidance: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Both x_0 [B, C, h, w] of the teacher, in one evaluation of twice the batch; guided as its ODE is."""
-        model = self._setup.model
-        spec, (alpha, sigma) = model.spec, levels(model, times)
-        both = {name: torch.cat([values, unconditional[name].expand_as(values)]) for name, values in conditioning.items()}
-        conditional, contrast = run_network(model, x_t.repeat(2, 1, 1, 1), times.repeat(2), both).chunk(2)
-        led = guided_output(
-            conditional, contrast, guidance, keeps_norm=spec.sampler.keeps_norm, rescale=self._setup.guidance_rescale
-        )
-        plain_x0, led_x0 = (to_x0(spec.prediction, output, x_t, alpha, sigma) for output in (conditional, led))
+        """Both x_0 [B, C, h, w] of the teacher at the scales [B], in one evaluation of all branches; guided as its ODE is."""
+        model, branches = self._setup.model, self._setup.branches
+        alpha, sigma = levels(model, times)
+        outputs = branches.outputs(partial(run_network, model), x_t, times, conditioning)
+        guided_too = (outputs[0], branches.joined(outputs, guidance))
+        plain_x0, led_x0 = (to_x0(model.spec.prediction, output, x_t, alpha, sigma) for output in guided_too)
         return plain_x0, led_x0
 
     def train_opponent(self, batches: Sequence[MicroBatch]) -> dict[str, float]:

@@ -6,7 +6,7 @@ The base class has what all tasks share, and makes images from a prompt; a subcl
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,11 @@ from flashdiff.components import ModelSpec, Size, Tensors
 from flashdiff.errors import RequestError
 from flashdiff.orders import Order, Pixels, Preparation, as_float32
 from flashdiff.text import CutText
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Number = TypeVar("Number", float, "Tensor")
 
 GREY = 127.5
 """The level in the middle: 0 in the encoder's range of -1 to 1."""
@@ -143,14 +148,22 @@ class Task:
         """How many branches each step has."""
         return spec.sampler.evaluations_per_step
 
+    def weights(self, guidance: Number, parameters: Mapping[str, float]) -> tuple[Number, ...]:
+        """The weights of a guided step's branches at the guidance scale of the prompt, in their order; they add up to 1.
+
+        Classifier-free guidance as this project has it: w cond + (1 - w) uncond, where w = 1 is none (Ho & Salimans 2022 with
+        w = their w + 1). Network outputs and x_0 may be guided alike, both being linear in the other.
+        """
+        return guidance, 1 - guidance
+
     def branches(self, spec: ModelSpec, order: Order, prepared: Prepared, unconditional: Tensors | None) -> tuple[Branch, ...]:
         """A step's evaluations, weighted; `unconditional` [T, D] is `generate.unconditional_of`: None without guidance."""
         prompt = self.conditions(spec, order, prepared, prepared["prompt"])
         if unconditional is None:
             return (Branch(prompt, 1.0),)
         contrast = prepared.get("negative_prompt", unconditional)
-        weight = spec.sampler.guidance
-        without = Branch(self.conditions(spec, order, prepared, contrast), 1 - weight, has_prompt=False)
+        weight, weight_without, *_ = self.weights(spec.sampler.guidance, order.parameters)
+        without = Branch(self.conditions(spec, order, prepared, contrast), weight_without, has_prompt=False)
         return Branch(prompt, weight), without
 
     def drawn(self, spec: ModelSpec, order: Order, seed: int) -> Mapping[str, NDArray[Any]]:

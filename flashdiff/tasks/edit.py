@@ -4,11 +4,13 @@ InstructPix2Pix (arXiv 2211.09800) joins the image to its latents, and is guided
 (arXiv 2506.15742) reads the image as a part of its sequence, without guidance.
 """
 
+from collections.abc import Mapping
+
 from flashdiff import defaults
 from flashdiff.components import ModelSpec, Tensors
 from flashdiff.orders import Order, Preparation
 from flashdiff.parts import EDITED_IMAGE
-from flashdiff.tasks.base import Branch, Parameter, Prepared, Task
+from flashdiff.tasks.base import Branch, Number, Parameter, Prepared, Task
 
 
 class _Edit(Task):
@@ -31,19 +33,19 @@ class _Edit(Task):
     def evaluations_per_step(self, spec: ModelSpec) -> int:
         return 3 if spec.sampler.evaluations_per_step == 2 else 1
 
+    def weights(self, guidance: Number, parameters: Mapping[str, float]) -> tuple[Number, ...]:
+        """Of text and image, of the image alone, and of neither: w_T, w_I - w_T and 1 - w_I of equation 3."""
+        image_guidance = parameters["image_guidance"]
+        return guidance, image_guidance - guidance, 0 * guidance + (1 - image_guidance)
+
     def branches(self, spec: ModelSpec, order: Order, prepared: Prepared, unconditional: Tensors | None) -> tuple[Branch, ...]:
-        """Text and image, the image alone, and neither: (w_T), (w_I - w_T), (1 - w_I) of equation 3."""
+        """Text and image, the image alone, and neither."""
         branches = super().branches(spec, order, prepared, unconditional)
         if len(branches) == 1:
             return branches
-        with_text, with_image = branches
-        weight, image_weight = spec.sampler.guidance, order.parameters["image_guidance"]
-        neither = {name: values for name, values in with_image.conditions.items() if name != EDITED_IMAGE}  # zeros stand in
-        return (
-            Branch(with_text.conditions, weight),
-            Branch(with_image.conditions, image_weight - weight, has_prompt=False),
-            Branch(neither, 1 - image_weight, has_prompt=False),
-        )
+        *_, weight_of_neither = self.weights(spec.sampler.guidance, order.parameters)
+        neither = {name: values for name, values in branches[-1].conditions.items() if name != EDITED_IMAGE}  # zeros stand in
+        return *branches, Branch(neither, weight_of_neither, has_prompt=False)
 
 
 TASK = _Edit()

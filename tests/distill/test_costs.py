@@ -21,7 +21,7 @@ def test_the_papers_phases_cost_the_solver_steps_they_are_known_to(
 
 def test_a_network_that_takes_its_guidance_as_an_input_costs_the_teacher_half(tiny_base: Path) -> None:
     recipe = tiny_recipe(tiny_base)  # four updates, 2.5 solver steps each on average, and 3 for the student both ways
-    assert (cost(recipe), cost(recipe, guided_twice=False)) == pytest.approx((4 * (5 + 3), 4 * (2.5 + 3)))
+    assert (cost(recipe), cost(recipe, branches=1)) == pytest.approx((4 * (5 + 3), 4 * (2.5 + 3)))
     assert cost(tiny_recipe(tiny_base, guidance=(0.0, 1.0))) == pytest.approx(4 * (2.5 + 3))  # as does no guidance
 
 

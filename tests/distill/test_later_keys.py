@@ -306,8 +306,8 @@ def test_what_guides_and_decodes_is_where_a_sharded_base_will_compute(
     settings = {"kind": "decoded", "decoder": str(tiny_base / "vae")}
     recipe = tiny_recipe(tiny_base, phases=ONE, shard_base=True, loss={"distillation": settings})
     built = Objective(model, load_base(str(tiny_base))[0], recipe)
-    assert built.unconditional
-    assert {values.device.type for values in built.unconditional.values()} == {"meta"}
+    (contrast,) = built.branches.contrasts
+    assert {values.device.type for values in contrast.values()} == {"meta"}
     decode = built._losses["distillation"]._decode  # type: ignore[attr-defined]
     assert {p.device.type for p in decode._decoder.parameters()} == {"meta"}
 

@@ -12,6 +12,7 @@ import torch
 from ports import reserved_ports
 from recipes import tiny_recipe
 from safetensors.torch import load_file
+from tiny import make_tiny_sd15
 
 from flashdiff.distill import processes
 from flashdiff.distill.config import Recipe
@@ -66,17 +67,27 @@ def alone(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dic
     return _told(out)
 
 
+@pytest.fixture
+def inpainting(tmp_path: Path) -> Recipe:
+    """Of a base that reads masks, which are drawn, and images, whose conditions the processes share."""
+    base = make_tiny_sd15(tmp_path / "base", in_channels=9)
+    index = base / "model_index.json"
+    index.write_text(index.read_text().replace("StableDiffusionPipeline", "StableDiffusionInpaintPipeline"))
+    return _recipe(base)
+
+
 def test_two_processes_tell_the_same_losses_as_one_with_and_without_a_sharded_base(
-    tiny_base: Path, tmp_path: Path, alone: list[dict[str, float]]
+    tiny_base: Path, tmp_path: Path, alone: list[dict[str, float]], inpainting: Recipe
 ) -> None:
     runs = {"whole": {}, "sharded": {"shard_base": True, "gradient_checkpointing": True}}
-    for name, changes in runs.items():
-        (tmp_path / f"{name}.json").write_text(_recipe(tiny_base, **changes).model_dump_json())
+    recipes = {name: _recipe(tiny_base, **changes) for name, changes in runs.items()}
+    for name, recipe in {**recipes, "inpainting": inpainting}.items():
+        (tmp_path / f"{name}.json").write_text(recipe.model_dump_json())
     with reserved_ports(1) as (port,):
         shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         started = [
             subprocess.Popen(
-                [sys.executable, "-c", RUN, *(str(tmp_path / f"{name}.json") for name in runs)],
+                [sys.executable, "-c", RUN, *(str(tmp_path / f"{name}.json") for name in (*runs, "inpainting"))],
                 env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -90,6 +101,8 @@ def test_two_processes_tell_the_same_losses_as_one_with_and_without_a_sharded_ba
     for name in runs:
         assert (tmp_path / name / "flash.json").exists()
         _assert_alike(_told(tmp_path / name), alone)
+    distill(inpainting, tmp_path / "inpainting alone")
+    _assert_alike(_told(tmp_path / "inpainting"), _told(tmp_path / "inpainting alone"))
 
 
 @pytest.mark.parametrize("changes", [{"accumulate": 2}, {"gradient_checkpointing": True}], ids=str)

@@ -463,3 +463,69 @@ def test_shards_and_tables_of_an_s3_bucket(tmp_path: Path, monkeypatch: pytest.M
 )
 def test_remote_sources_that_cannot_be_read(source: str, why: str) -> None:
     assert why in _refused(source)
+
+
+# --- images that go with a sample's own ------------------------------------------------------------------------------
+
+
+def _with_sources(source: Path, called: str = "source", **changes: Any) -> list[tuple[str, int, int]]:
+    """Caption, and the numbers of the image and of its source, of every sample."""
+    numbers, damage = {_png(index): index for index in range(6)}, Damage(str(source))
+    recipe = DataRecipe.model_validate({"source": str(source), "further_images": {"source": called}, **changes})
+    samples = list(read_samples(recipe, Size(8, 8), 0, damage, ["source"]))
+    damage.check()
+    return [(s.caption, numbers[bytes(s.image or b"")], numbers[s.further["source"]]) for s in samples]
+
+
+def test_further_images_of_a_folder_lie_next_to_the_samples(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "a").mkdir()
+    for index, name in enumerate(("0.png", "0.source.png", "a/1.png", "a/1.source.JPG", "a/1.depth.png", "a/2.old.png")):
+        (tmp_path / name).write_bytes(_png(index))
+    (tmp_path / "0.txt").write_text("zero")
+    (tmp_path / "a" / "1.json").write_text('{"caption": "one"}')
+    (tmp_path / "a" / "2.old.txt").write_text("a sample whose name has a dot")
+    with pytest.raises(TrainingError, match=r"2\.old\.png has no source image: nothing is called 'source' there"):
+        _with_sources(tmp_path)
+    (tmp_path / "a" / "2.old.png").unlink()
+    with caplog.at_level("INFO"):
+        assert _with_sources(tmp_path) == [("zero", 0, 1), ("one", 2, 3)]
+    assert "1 images such as a/1.depth.png go with a sample, and this run does not read them" in caplog.text
+    assert [sample.caption for sample in _read(tmp_path)] == ["zero", "one"]  # a run that reads none of them
+    _jsonl(tmp_path / "metadata", [{"file_name": "0.png", "text": "told"}])
+    assert _with_sources(tmp_path)[0] == ("told", 0, 1)
+
+
+def test_further_images_of_a_shard_are_members_of_the_sample(tmp_path: Path) -> None:
+    plain = {"0.png": _png(0), "0.source.png": _png(1), "0.depth.png": _png(2), "0.txt": b"zero"}
+    assert _with_sources(_tar(tmp_path / "0.tar", plain)) == [("zero", 0, 1)]
+    # As published: neither of the images is plain.
+    both = {"0.Before.png": _png(1), "0.after.png": _png(0), "0.json": b'{"prompt": "zero"}'}
+    assert _with_sources(_tar(tmp_path / "0.tar", both), "Before") == [("zero", 0, 1)]
+    for members, why in (
+        ({"0.png": _png(0), "0.txt": b"zero"}, "0.png has no source image: nothing is called 'source' there"),
+        ({**plain, "0.source.jpg": _png(3)}, "it has several source images: 0.source.png, 0.source.jpg"),
+    ):
+        with pytest.raises(TrainingError, match=why):
+            _with_sources(_tar(tmp_path / "0.tar", members))
+
+
+def test_further_images_of_a_table_have_columns_of_their_own(tmp_path: Path) -> None:
+    rows = [{"image": {"bytes": _png(0)}, "source": {"bytes": _png(1)}, "text": "zero"}]
+    _parquet(tmp_path / "0", rows)
+    assert _with_sources(tmp_path / "0.parquet") == [("zero", 0, 1)]
+    published = [{"input_image": _png(1), "edited_image": _png(0), "edit_prompt": "zero"}]
+    _parquet(tmp_path / "0", published)
+    columns = {"image_column": "edited_image", "caption_column": "edit_prompt"}
+    assert _with_sources(tmp_path / "0.parquet", "input_image", **columns) == [("zero", 0, 1)]
+    for bad, why in (
+        (
+            [{"image": _png(0), "text": "zero"}],
+            "no column 'source' with source images: image, text; name it in",
+        ),
+        ([{"image": _png(0), "source": "x", "text": "zero"}], "column 'source' holds string, where image files are needed"),
+        ([{"image": _png(0), "source": None, "text": "a"}] * 2, "column 'source' holds null, where image files are needed"),
+        ([{**rows[0], "source": {"bytes": None}}], "row 1 has no source image: nothing is called 'source' there, or it holds no"),
+    ):
+        _parquet(tmp_path / "0", bad)
+        with pytest.raises(TrainingError, match=why):
+            _with_sources(tmp_path / "0.parquet")

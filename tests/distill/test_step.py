@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flashdiff.distill import loop
+from flashdiff.distill.branches import Branches
 from flashdiff.distill.config import Recipe
 from flashdiff.distill.data import Dataset, load_dataset
 from flashdiff.distill.loop import distill
@@ -21,7 +22,6 @@ from flashdiff.families import load_base
 from flashdiff.families.base import TorchModel
 from flashdiff.lora import add_adapter
 from flashdiff.lora_files import WEIGHTS
-from flashdiff.prediction import guide
 from flashdiff.sampling import ode_step, renoise
 
 
@@ -44,7 +44,8 @@ def _prompts(tmp_path: Path) -> Path:
 
 def _solved(model: TorchModel, recipe: Recipe, tmp_path: Path) -> tuple[Dataset, Solved]:
     data = load_dataset(recipe.data, model, batch_size=recipe.batch_size, seed=0)
-    pool = make_pool(model, model.unconditional(), data, recipe, span_at(recipe, 0))
+    branches = Branches(contrasts=(model.unconditional() or {},))
+    pool = make_pool(model, branches, data, recipe, span_at(recipe, 0))
     solved, _ = pool.batch(0, seed=0)
     return data, solved
 
@@ -145,7 +146,7 @@ def test_a_consistency_target_is_the_students_answer_one_step_of_the_teacher_fur
         own = {name: values[sample : sample + 1] for name, values in conditional.items()}
         with torch.no_grad():
             model.network.disable_adapters()
-            x0 = guide(predict_x0(model, x_t, time, own), predict_x0(model, x_t, time, empty), 2.0)
+            x0 = 2 * predict_x0(model, x_t, time, own) - predict_x0(model, x_t, time, empty)
             model.network.enable_adapters()
             wanted = ode_step(x_t, x0, alphas[index], sigmas[index], alphas[index + 1], sigmas[index + 1])
             if index + 1 < recipe.grid.solver_steps:

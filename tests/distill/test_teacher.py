@@ -5,7 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from flashdiff.distill.teacher import Network, Teacher
+from flashdiff.distill.branches import Branches, Network
+from flashdiff.distill.teacher import Teacher
 from flashdiff.schedule import Grid, NoiseSchedule
 
 GRID = Grid(solver_steps=8)
@@ -23,7 +24,8 @@ def _network(calls: list[int]) -> Network:
 
 
 def _teacher(network: Network, grid: Grid, unconditional: Tensor) -> Teacher:
-    return Teacher(network=network, unconditional={"c": unconditional}, grid=grid, schedule=SCHEDULE, prediction="epsilon")
+    branches = Branches(contrasts=({"c": unconditional},))
+    return Teacher(network=network, branches=branches, grid=grid, schedule=SCHEDULE, prediction="epsilon")
 
 
 def _solve(x_t: Tensor, starts: list[int], guidance: list[float], color: Tensor, calls: list[int]) -> Tensor:
