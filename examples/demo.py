@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from io import BytesIO
@@ -28,6 +28,7 @@ from flashdiff.engines.bundle import read_manifest
 from flashdiff.engines.runtime.engine import open_bundle
 from flashdiff.generate import generate
 from flashdiff.server.client import Client
+from flashdiff.server.replies import Result
 from flashdiff.tasks import check_order
 
 OUT = Path("demo")
@@ -55,10 +56,14 @@ def main() -> None:
     say("2/5 Build the teacher's engine: the same model without it, guided")
     flashdiff("build-engine", "avatars", "--guidance", str(TEACHER_GUIDANCE), "--out", str(TEACHER))
 
-    say(f"3/5 Serve the student and request {len(PROMPTS)} images over gRPC, all at once, at 4 and at 2 steps")
+    say(f"3/5 Serve the student and request {len(PROMPTS)} images over gRPC, all at once, at 4 and at 2 steps, and from images")
     with server(STUDENT) as address, Client(address) as client:
         client.wait_until_ready(30)
         four, two = ask(client, steps=4), ask(client, steps=2)
+        files = [png(image) for image in four]
+        anew = ask(client, steps=4, seed=100, inputs=[{"image": file, "mask": png(middle(four[0].size))} for file in files])
+        others = ask(client, steps=4, inputs=[{"image": file} for file in files[-1:] + files[:-1]])
+        twice = ask(client, steps=4, inputs=[{"image": file} for file in files], upscale=2.0)
 
     say(f"4/5 The teacher's images: {TEACHER_STEPS} steps with guidance {TEACHER_GUIDANCE:g}, same prompts and seeds")
     began = time.monotonic()
@@ -67,6 +72,11 @@ def main() -> None:
     fifty = [Image.fromarray(images[0]) for images in generate(engine, orders)]
     print(f"{len(fifty)} images in {time.monotonic() - began:.1f} s")
     rows = [(f"teacher\n{TEACHER_STEPS} steps", fifty), ("student\n4 steps", four), ("student\n2 steps", two)]
+    rows += [
+        ("4 steps, the\nmiddle anew", anew),
+        ("4 steps from\nthe image on\nits left", others),
+        ("4 steps, twice\nas large", twice),
+    ]
     sheet(rows).save(OUT / "images.png")
 
     say("5/5 Latency, one image at a time: student at 1, 2, 4 steps against the teacher at 50, interleaved")
@@ -108,16 +118,38 @@ def server(bundle: Path) -> Iterator[str]:
         sys.exit(f"the server ended with status {status}")
 
 
-def ask(client: Client, steps: int) -> list[Image.Image]:
-    """All prompts at once, as eight clients would."""
+def ask(
+    client: Client, steps: int, *, seed: int = 0, inputs: Sequence[Mapping[str, bytes]] = (), upscale: float | None = None
+) -> list[Image.Image]:
+    """All prompts at once, as eight clients would, each with its images."""
+
+    def generate(number: int) -> Result:
+        given = inputs[number] if inputs else {}
+        return client.generate(PROMPTS[number], seed=seed + number, steps=steps, inputs=given, upscale=upscale)
+
     with ThreadPoolExecutor(len(PROMPTS)) as pool:
-        results = list(pool.map(lambda item: client.generate(item[1], seed=item[0], steps=steps), enumerate(PROMPTS)))
+        results = list(pool.map(generate, range(len(PROMPTS))))
     for prompt, result in zip(PROMPTS, results, strict=True):
         print(f"{steps} steps {result.timings['total']:6.1f} ms (queue {result.timings['queue']:5.1f})  {prompt}")
     return [Image.open(BytesIO(result.images[0])) for result in results]
 
 
-def sheet(rows: list[tuple[str, list[Image.Image]]], scale: int = 2, margin: int = 96) -> Image.Image:
+def png(image: Image.Image) -> bytes:
+    """The image as a file."""
+    file = BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def middle(size: tuple[int, int]) -> Image.Image:
+    """A mask of the middle half of an image's width and height."""
+    width, height = size
+    mask = Image.new("RGB", size)
+    ImageDraw.Draw(mask).rectangle((width // 4, height // 4, 3 * width // 4 - 1, 3 * height // 4 - 1), fill="white")
+    return mask
+
+
+def sheet(rows: list[tuple[str, list[Image.Image]]], scale: int = 2, margin: int = 120) -> Image.Image:
     """Labelled rows of images, one column a prompt."""
     width, height = (scale * side for side in rows[0][1][0].size)
     canvas = Image.new("RGB", (margin + width * len(rows[0][1]), height * len(rows)), "white")
@@ -138,7 +170,8 @@ def markdown(report: dict[str, Any], table: str) -> str:
     errors = ", ".join(f"{name} {error:.1e}" for name, error in manifest.max_error.items())
     return f"""# flashdiff demo
 
-![Teacher at {TEACHER_STEPS} steps above, student at 4 and 2 steps below; same prompts and seeds](images.png)
+![Teacher at {TEACHER_STEPS} steps above, student at 4 and 2 steps below; same prompts and seeds. Then the student's images of 4
+steps: their middle made anew, by the prompt of the next column, and twice as large](images.png)
 
 Columns, from the left:
 

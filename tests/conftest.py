@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
@@ -22,6 +23,8 @@ from tiny import make_tiny_sd15
 # No clock decides a test: hypothesis would fail one whose examples are slow to make or to run.
 settings.register_profile("any-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any-machine")
+# httpx gives up after five seconds, unless a call says otherwise.
+vars(httpx2._config.DEFAULT_TIMEOUT_CONFIG).update(dict.fromkeys(("connect", "read", "write", "pool"), 600.0))
 
 Once = Callable[[str, Callable[[Path], object]], Path]
 

@@ -264,7 +264,7 @@ def test_the_schedule_of_the_small_image_is_part_of_the_base(base: Path, spec: M
 
 
 def test_what_is_not_made_for_it_is_refused_in_one_line(base: Path, tmp_path: Path) -> None:
-    from flashdiff.distill.network import check_conditions
+    from flashdiff.distill.conditions import check_conditions
     from flashdiff.families.control import check_control
 
     family, spec = family_of(base), family_of(base).read_spec(base)
