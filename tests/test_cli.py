@@ -161,7 +161,7 @@ def test_the_served_pixels_are_those_of_generate_and_sigterm_ends_the_server_wel
         process = subprocess.Popen([sys.executable, "-m", "flashdiff", "serve", str(student_bundle), *ports])
         try:
             with Client(f"127.0.0.1:{port}") as client:
-                client.wait_until_ready(60)
+                client.wait_until_ready(600)
                 served = client.generate("a dog", seed=5, image_format="raw").images[0]
             url = f"http://127.0.0.1:{http_port}/v1/images/generations"
             answer = httpx2.post(url, json={"prompt": "a dog", "seed": 5}, timeout=60).json()

@@ -16,5 +16,5 @@ def running() -> Iterator[Running]:
 @pytest.fixture
 def client(running: Running) -> Iterator[Client]:
     with Client(running.address) as client:
-        client.wait_until_ready(10)
+        client.wait_until_ready(600)
         yield client

@@ -39,7 +39,7 @@ def _asking(address: str, pool: ThreadPoolExecutor) -> "Future[Result]":
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_drains_and_the_status_is_0(number: signal.Signals) -> None:
     with Process() as server, Client(server.address()) as client:
-        client.wait_until_ready(60)
+        client.wait_until_ready(600)
         assert client.generate("x", timeout_s=60).images
         server.signal(number)
         assert server.status() == 0
@@ -104,7 +104,7 @@ def test_a_hangup_reads_the_tokens_again_and_kills_nothing(tmp_path: Path) -> No
     with Process(f"listen = Listen(port=0, tokens=Path({str(tokens)!r}))") as server:
         address = server.address()
         with Client(address, token=old) as client:
-            client.wait_until_ready(60)
+            client.wait_until_ready(600)
             assert client.generate("x", timeout_s=60).images
         tokens.write_text(f"bob {new}\n")
         os.utime(tokens, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
@@ -119,7 +119,7 @@ def test_a_hangup_reads_the_tokens_again_and_kills_nothing(tmp_path: Path) -> No
 def test_a_hangup_without_tokens_is_no_reason_to_end() -> None:
     with Process() as server, Client(server.address()) as client:
         server.signal(signal.SIGHUP)
-        client.wait_until_ready(60)
+        client.wait_until_ready(600)
         assert client.generate("x", timeout_s=60).images
         server.signal(signal.SIGTERM)
         assert server.status() == 0
@@ -136,7 +136,7 @@ def test_a_log_that_nothing_reads_holds_up_no_call_and_no_exit() -> None:
 
 def test_a_server_that_leaves_still_answers_until_its_delay_is_over_and_a_second_signal_cuts_it_short() -> None:
     with Process("listen = Listen(port=0, drain_delay_s=3600.0)") as server, Client(server.address(), retries=False) as client:
-        client.wait_until_ready(60)
+        client.wait_until_ready(600)
         server.signal(signal.SIGTERM)
         server.read_until("leaving")
         assert client.generate("x", timeout_s=60).images
@@ -154,7 +154,7 @@ def test_a_draining_server_sends_its_clients_elsewhere_and_answers_what_it_accep
         answer = _asking(addresses, pool)  # to the first: without a policy, gRPC takes the first address that answers
         first.read_until("held")
         with Client(addresses) as client:  # whose retries, over in some seconds, a connection that stayed would outlast
-            client.wait_until_ready(60)
+            client.wait_until_ready(600)
             first.signal(signal.SIGTERM)
             first.read_until("draining")
             assert client.generate("y", timeout_s=600).images

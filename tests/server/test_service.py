@@ -311,7 +311,7 @@ def test_models_are_listed_and_an_estimate_is_what_admission_would_say(running: 
 def test_the_asyncio_client_does_the_same(running: Running, client: Client) -> None:
     async def scenario() -> None:
         async with AsyncClient(running.address) as other:
-            await other.wait_until_ready(10)
+            await other.wait_until_ready(600)
             assert await other.models() == client.models()
             result = await other.generate("x", seed=5)
             assert result.images == client.generate("x", seed=5).images
