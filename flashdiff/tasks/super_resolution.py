@@ -42,7 +42,7 @@ class _SuperResolution(Task):
         alphas, sigmas = (values.astype(np.float32) for values in schedule.levels([level]))
         pixels = order.inputs["image"].transpose(2, 0, 1).astype(np.float32) / np.float32(127.5) - 1
         noisy = renoise(pixels, low_res_noise(seed, pixels.shape), alphas[0], sigmas[0])
-        return {LOW_RES_IMAGE: noisy, NOISE_LEVEL: np.array(level)}
+        return {LOW_RES_IMAGE: noisy, NOISE_LEVEL: np.array(level, dtype=np.int64)}
 
 
 TASK = _SuperResolution()
