@@ -46,6 +46,8 @@ class BuildRecipe(SamplingOptions):
     """For int8 and auto: a text file with a prompt a line; None: the embedded world's, where the base is the embedded model."""
     sizes: tuple[Size, ...] = ()
     """Empty: the size the base was trained at."""
+    decode_tile: int | None = None
+    """Pixels of the longest side that is decoded at once; None: any."""
     batch_sizes: tuple[int, ...] = defaults.BATCH_SIZES
     version_compatible: bool = False
     """TensorRT plans that run on later versions too, more slowly."""

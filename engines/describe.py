@@ -35,6 +35,8 @@ def describe(bundle: Path, manifest: Manifest) -> Iterator[str]:
     scaled = "each channel scaled on its own" if codec.scale is None else f"(z - {codec.shift:g}) x {codec.scale:g}"
     yield f"latents      {codec.channels} channels, {codec.factor} pixels a cell, {scaled}"
     yield f"buckets      batch {', '.join(map(str, manifest.batch_sizes))} at {', '.join(map(str, model.sizes))}"
+    if model.decode_tile:
+        yield f"decoded      in tiles of at most {model.decode_tile} pixels a side"
     exact = "the same bits in every batch" if manifest.rows_are_exact else "not bit-equal across batch sizes"
     yield f"rows         {exact}"
     width = max(12, *map(len, (*manifest.max_error, *manifest.parts)))
@@ -49,7 +51,7 @@ def describe(bundle: Path, manifest: Manifest) -> Iterator[str]:
         yield f"chosen       {manifest.chosen}"
     yield f"off stock    {describe_stock(manifest.stock, width)}"
     for part in manifest.parts:
-        for size in model.sizes if manifest.parts[part].is_spatial else (None,):
+        for size in model.sizes_of(part) if manifest.parts[part].is_spatial else (None,):
             costs = [f"{c.batch}: {c.ms:.1f}" for c in manifest.step_costs if c.part == part and c.size == size]
             yield f"ms by batch  {part:{width}} {str(size) + '  ' if size else ''}{', '.join(costs)}"
     for name in sorted(manifest.files):

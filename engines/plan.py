@@ -64,6 +64,7 @@ from flashdiff.tasks.samples import needed_inputs
 
 _EMBEDDED = "avatars"
 _LONGEST_TITLE = 200
+_LEAST_TILE = 8  # latent cells of a side that is decoded at once
 _FEW_STEP_KINDS = ("flash", "lcm", "tcd", "flow-euler")
 
 
@@ -149,7 +150,7 @@ def plan_build(options: BuildOptions, *, with_quality: bool = False) -> BuildPla
     kinds = {name: check_control(name, place, family, folder, spec) for name, place in controls.items()}
     kind = check_adapter(adapter, family, folder, spec) if adapter else None
     of_base = check_base(folder, hash_of_base, [lora for lora, _ in loras])
-    spec = spec.model_copy(update={"sizes": options.sizes or spec.sizes})
+    spec = spec.model_copy(update={"sizes": options.sizes or spec.sizes, "decode_tile": options.decode_tile})
     spec = referred(spec, kind.tokens, kind.side) if kind else spec
     spec = steered(spec, list(controls), reads_latents(family, kinds))
     _check_shapes(options, family, spec, *size_limits(folder, family))
@@ -258,6 +259,8 @@ def describe(plan: BuildPlan) -> Iterator[str]:
     sizes = ", ".join(map(str, inputs.sizes))
     shape = " x ".join(map(str, spec.latent_shape(spec.sizes[0])))
     yield f"buckets      batch {', '.join(map(str, inputs.batch_sizes))} at {sizes}; latents {shape} at {spec.sizes[0]}"
+    if spec.decode_tile:
+        yield f"decoded      in tiles of at most {spec.decode_tile} pixels a side"
     for place, size in needed.disk_bytes.items():
         yield f"disk         {shown_bytes(size)} at most in {place} ({shown_bytes(free_bytes(place))} free)"
     yield f"memory       about {shown_bytes(needed.memory_bytes)} at the peak (an estimate from the number of parameters)"
@@ -355,6 +358,14 @@ def _check_shapes(options: BuildOptions, family: ModelFamily, spec: ModelSpec, s
             raise BundleError(f"--size {size}: {family.name} needs width and height in multiples of {step}")
         if largest and max(size) > largest * spec.latent_factor:
             raise BundleError(f"--size {size}: this base has positions for at most {largest * spec.latent_factor} pixels a side")
+    if (tile := options.decode_tile) is not None:
+        if tile % step or tile < _LEAST_TILE * spec.latent_factor:
+            raise BundleError(
+                f"--decode-tile {tile}: give a multiple of {step} pixels for {family.name}, at least "
+                f"{_LEAST_TILE * spec.latent_factor}"
+            )
+        if tile >= (most := max(map(max, spec.sizes))):
+            raise BundleError(f"--decode-tile {tile}: no image has a longer side than {most}; leave it out")
     if options.precision == "int8" and family.fixed_size and len(spec.sizes) > 1:
         raise BundleError(f"--precision int8: {family.name} has a network a size, and one is calibrated; give one --size")
     if options.batch_sizes[-1] < (slots := max(task.evaluations_per_step(spec) for task in tasks_of(spec))):
@@ -373,7 +384,7 @@ def _exports(form: GraphForm, family: ModelFamily, inputs: BuildInputs, on_text:
     }
     # All of the model but what no graph contains: members of two families may share their weights.
     plain, sampler = unreferred(unsteered(unslotted(inputs.model))), inputs.model.sampler
-    model = plain.model_dump(mode="json", exclude={"name", "sizes", "tasks", "sampler"})
+    model = plain.model_dump(mode="json", exclude={"name", "sizes", "decode_tile", "tasks", "sampler"})
     controls = [[control.name, control.weights_hash] for control in inputs.controls]
     adapter = inputs.reference and [inputs.reference.weights_hash, inputs.reference.encoder_hash]
     reading = dict.fromkeys([*denoisers, ENCODER], adapter)

@@ -55,7 +55,7 @@ def run_reference(model: TorchModel, parts: Sequence[Part], batch_sizes: Sequenc
     cases, plain = list[Case](), list[Case]()
     with on_gpu(parts):
         for part in parts:
-            for size in model.spec.sizes if part.is_spatial else model.spec.sizes[:1]:
+            for size in model.spec.sizes_of(part.name) if part.is_spatial else model.spec.sizes[:1]:
                 for batch in batch_sizes:
                     inputs = [values.cpu() for values in random_inputs(model, part, batch, size, generator)]
                     named = {tensor.name: values.numpy() for tensor, values in zip(part.inputs, inputs, strict=True)}

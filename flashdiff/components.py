@@ -58,6 +58,8 @@ class ModelSpec(Record):
     tokenizers: tuple[TokenizerSpec, ...] = Field(min_length=1, max_length=16)
     parts: tuple[PartSpec, ...] = Field(min_length=1, max_length=64)
     conditions: tuple[Condition, ...] = Field(max_length=64)
+    decode_tile: int | None = Field(None, ge=1, le=MAX_SIDE)
+    """Pixels of the longest side that is decoded at once; None: any. A larger image is decoded in tiles."""
     tasks: tuple[str, ...] = ("text_to_image", "image_to_image", "inpainting")
     """Names of the tasks it can do; of two that take the same inputs the first is meant."""
 
@@ -74,6 +76,8 @@ class ModelSpec(Record):
             if part.replaces is not None and part.replaces not in {other.name for other in self.parts_in(Phase.STEP)}:
                 raise ValueError(f"part '{part.name}' replaces '{part.replaces}', which is no part of a step")
             made |= set(part.outputs)
+        if self.decode_tile is not None and self.decode_tile % self.latent_factor:
+            raise ValueError(f"decode_tile {self.decode_tile} is no multiple of the {self.latent_factor} pixels of a latent cell")
         tokens = tuple(tokenizer.name for tokenizer in self.tokenizers)
         if not any(part.inputs == tokens for part in self.parts_in(Phase.PREPARE)):
             raise ValueError(f"no part that prepares takes {', '.join(tokens)}")
@@ -137,6 +141,17 @@ class ModelSpec(Record):
         """What a transformer sees of an image: patches of 2x2 latent cells."""
         _, height, width = self.latent_shape(size)
         return (height // 2) * (width // 2)
+
+    def decode_size(self, size: Size) -> Size:
+        """What is decoded at once of an image of `size`."""
+        most = self.decode_tile or MAX_SIDE
+        return Size(min(size.width, most), min(size.height, most))
+
+    def sizes_of(self, part: str) -> tuple[Size, ...]:
+        """At which a part is called, of those whose tensors depend on the size."""
+        if self.part(part).phase != Phase.FINISH:
+            return self.sizes
+        return tuple(dict.fromkeys(self.decode_size(size) for size in self.sizes))
 
     def latent_shape(self, size: Size) -> tuple[int, int, int]:
         """[C, h, w] of an image of `size`."""

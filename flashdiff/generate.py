@@ -11,6 +11,7 @@ from flashdiff.errors import BackendError
 from flashdiff.orders import Order, Pixels, Preparation
 from flashdiff.parts import Phase
 from flashdiff.rows import Row, denoise_rows, stacked, start_rows
+from flashdiff.tiles import decode_tiling
 
 
 def prepare(components: Components, part: str, values: Sequence[str] | Sequence[NDArray[Any]]) -> list[Tensors]:
@@ -46,8 +47,22 @@ def unconditional_of(components: Components) -> Tensors | None:
 
 
 def decode_rows(components: Components, rows: Sequence[Row]) -> NDArray[np.float32]:
-    """Images [B, 3, H, W] in [-1, 1] (not clipped) of finished rows of one size; at most `max_batch` rows."""
-    values = {"latents": stacked([row.latents for row in rows])}
+    """Images [B, 3, H, W] in [-1, 1] (not clipped) of finished rows of one size; at most `max_batch` rows.
+
+    Where the model decodes in tiles, these are cut from the latents, and the results are blended.
+    """
+    tiling = decode_tiling(components.spec, rows[0].size)
+    if tiling is None:
+        return _decoded(components, [row.latents for row in rows])
+    latents = [tile for row in rows for tile in tiling.cut_latents(row.latents)]
+    chunks = [latents[start : start + components.max_batch] for start in range(0, len(latents), components.max_batch)]
+    tiles = [tile for chunk in chunks for tile in _decoded(components, chunk)]
+    count = len(tiling.places)
+    return np.stack([tiling.blend(tiles[start : start + count], first_axis=1) for start in range(0, len(tiles), count)])
+
+
+def _decoded(components: Components, latents: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+    values = {"latents": stacked(latents)}
     for part in components.spec.parts_in(Phase.FINISH):
         values |= components.call(part.name, {name: values[name] for name in part.inputs})
     return values["images"]

@@ -50,6 +50,13 @@ def test_there_are_as_few_tiles_as_overlap_enough(length: int, count: int) -> No
     assert len(Tiling(size=Size(length, 10), tile=Size(64, 64), factor=1).places) == count
 
 
+def test_tiles_of_one_cell_lie_next_to_each_other() -> None:
+    picture = _picture(Size(40, 20))
+    tiling = Tiling(size=Size(40, 20), tile=Size(8, 8), factor=8)
+    assert len(tiling.places) == 15
+    np.testing.assert_array_equal(tiling.blend(tiling.cut(picture)), picture)
+
+
 def test_one_tile_turns_evenly_into_the_next() -> None:
     tiling = Tiling(size=Size(112, 64), tile=Size(64, 64), factor=8)
     first, second = (np.full((64, 64, 3), level, dtype=np.uint8) for level in (0, 255))
@@ -89,3 +96,14 @@ def test_a_plane_of_noise_is_standard_normal_and_has_no_pattern() -> None:
     correlation = np.corrcoef(blocks) - np.eye(16)
     assert np.abs(correlation).max() < 0.08
     assert (tile_noise(0, 1, (4, 32, 32), ORIGIN) != tile_noise(1, 1, (4, 32, 32), ORIGIN)).all()
+
+
+@given(tilings())
+def test_tiles_of_floats_that_agree_are_the_picture_again(tiling: Tiling) -> None:
+    height, width = (-(-side // tiling.factor) * tiling.factor for side in (tiling.size.height, tiling.size.width))
+    picture = np.random.default_rng(0).standard_normal((3, height, width), dtype=np.float32)
+    padded = np.pad(picture, ((0, 0), (0, max(0, tiling.tile.height - height)), (0, max(0, tiling.tile.width - width))))
+    corners = [(tiling.factor * place.top, tiling.factor * place.left) for place in tiling.places]
+    tiles = [padded[:, top : top + tiling.tile.height, left : left + tiling.tile.width] for top, left in corners]
+    expected = picture[:, : tiling.size.height, : tiling.size.width]
+    np.testing.assert_allclose(tiling.blend(tiles, first_axis=1), expected, atol=1e-6)

@@ -31,7 +31,7 @@ def compile_graph(
 
 
 def _sizes(part: PartRecord, export: Export, inputs: BuildInputs) -> tuple[Size | None, ...]:
-    return (None,) if not part.is_spatial else (export.size,) if export.size else inputs.sizes
+    return (None,) if not part.is_spatial else (export.size,) if export.size else inputs.model.sizes_of(export.part)
 
 
 def _plan(

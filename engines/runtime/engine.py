@@ -18,7 +18,9 @@ from flashdiff.engines.runtime.snapshot import Snapshot
 from flashdiff.engines.shapes import bucket_shapes, dimensions_of
 from flashdiff.errors import BackendError, OutOfMemoryError, first_line
 from flashdiff.lora_slots import SlotTable
+from flashdiff.parts import Phase
 from flashdiff.text import PromptTokenizer
+from flashdiff.tiles import decode_tiling
 
 # How the libraries say that memory is short, in lower case: they have no class in common for it, and torch on CPUs, OpenVINO and
 # ONNX Runtime none at all.
@@ -63,7 +65,8 @@ class Engine:
     @property
     def bucket_count(self) -> int:
         """How many buckets `measure_buckets` makes ready."""
-        places = sum(len(self.spec.sizes) if part.is_spatial else 1 for part in self.manifest.parts.values())
+        parts = self.manifest.parts.items()
+        places = sum(len(self.spec.sizes_of(name)) if part.is_spatial else 1 for name, part in parts)
         return places * len(self.manifest.batch_sizes)
 
     def measure_buckets(self, on_ready: Callable[[], None] = lambda: None) -> tuple[BucketCost, ...]:
@@ -73,7 +76,7 @@ class Engine:
         """
         costs = []
         for part, spec in self.manifest.parts.items():
-            for size in self.spec.sizes if spec.is_spatial else (None,):
+            for size in self.spec.sizes_of(part) if spec.is_spatial else (None,):
                 runs = {batch: self._trial(part, size, batch, on_ready) for batch in self.manifest.batch_sizes}
                 for batch, ms in usual_ms(runs).items():
                     costs.append(BucketCost(part=part, size=size, batch=batch, ms=round(ms, 4)))
@@ -97,6 +100,10 @@ class Engine:
         costs: Costs = {}
         for cost in self.measure_buckets(on_ready):
             costs.setdefault((cost.part, cost.size), {})[cost.batch] = cost.ms
+        for size in self.spec.sizes:
+            if tiling := decode_tiling(self.spec, size):
+                for part in self.spec.parts_in(Phase.FINISH):
+                    costs[part.name, size] = _cost_of_tiles(costs[part.name, tiling.tile], len(tiling.places))
         return costs
 
     def tokenize(self, prompts: Sequence[str]) -> dict[str, NDArray[np.int64]]:
@@ -127,6 +134,17 @@ class Engine:
         if key not in self._compiled:
             self._compiled[key] = self._compile(part, size, batch)
         return self._compiled[key]
+
+
+def _cost_of_tiles(by_batch: Mapping[int, float], tiles: int) -> dict[int, float]:
+    """What batches of images take, by their size, that consist of so many tiles."""
+    largest = max(by_batch)
+
+    def cost(count: int) -> float:
+        full, rest = divmod(count, largest)
+        return full * by_batch[largest] + (min(ms for batch, ms in by_batch.items() if batch >= rest) if rest else 0.0)
+
+    return {batch: cost(batch * tiles) for batch in by_batch}
 
 
 def usual_ms(runs: Mapping[K, Callable[[], object]]) -> dict[K, float]:

@@ -34,6 +34,7 @@ def run(options: argparse.Namespace) -> None:
         "controls": tuple(parse_control(text) for text in options.controls),
         "lora_slots": options.lora_slots,
         "lora_rank": options.lora_rank,
+        "decode_tile": options.decode_tile,
         "variant": options.variant,
         "config": options.config,
         "vae": options.vae,

@@ -9,9 +9,9 @@ from flashdiff.engines.backends import BACKENDS
 from flashdiff.errors import ConfigError
 
 _VALUES = (
-    "revision", "variant", "config", "vae", "reference", "reference-encoder", "lora-slots", "lora-rank", "backend", "precision",
-    "calibration-prompts", "size", "batch", "guidance", "preset", "sampler", "spacing", "timesteps", "eta", "shift", "prediction",
-    "steps",
+    "revision", "variant", "config", "vae", "reference", "reference-encoder", "lora-slots", "lora-rank", "backend",
+    "precision", "calibration-prompts", "size", "decode-tile", "batch", "guidance", "preset", "sampler", "spacing",
+    "timesteps", "eta", "shift", "prediction", "steps",
 )  # fmt: skip
 """Options with a value, but for --lora, which may be repeated."""
 OF_REQUESTS = frozenset({"size", "steps", "control", "reference", "reference-encoder"})
@@ -84,6 +84,12 @@ def add_build_arguments(
     )
     if "size" not in without:
         to.add_argument("--size", metavar="WxH[,WxH...]", help="image sizes; default: the size the base was trained at")
+    to.add_argument(
+        "--decode-tile",
+        type=int,
+        metavar="PIXELS",
+        help="decode images with a longer side than this in tiles of it, which takes less memory; default: decode them at once",
+    )
     to.add_argument("--batch", metavar="N[,N...]", help=f"batch sizes; default: {listed(defaults.BATCH_SIZES)}")
     to.add_argument(
         "--version-compatible", action="store_true", help="TensorRT plans that run on later versions too, more slowly"
