@@ -44,6 +44,13 @@ class DataRecipe(GrownRecord):
     buckets: bool = False
     """Train each image at the nearest of several aspect ratios, one per batch, instead of cropping all to the base's size."""
 
+    @model_validator(mode="after")
+    def _calls_images_apart(self) -> Self:
+        called = list(self.further_images.values())
+        if twice := next((word for word in called if called.count(word) > 1), None):
+            raise ValueError(f"data.further_images calls two images '{twice}'; give each a name of its own")
+        return self
+
 
 class LoraRecipe(GrownRecord):
     LATER: ClassVar[frozenset[str]] = frozenset({"dora"})

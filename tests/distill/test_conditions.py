@@ -535,6 +535,10 @@ def test_networks_that_are_not_there_or_do_not_fit_are_refused_by_the_recipes_ke
         ({"controls": 2 * [{"name": "canny", "network": "x"}]}, "controls.name 'canny' is given twice"),
         ({"controls": [{"name": "canny", "network": "x", "scale": 3}]}, "'controls.0.scale' = 3: input should be less than"),
         ({"controls": [{"name": "canny"}]}, "'controls.0.network' is missing"),
+        (
+            {"data": {"source": "x", "further_images": {"source": "a", "canny": "a"}}},
+            "data.further_images calls two images 'a'; give each a name of its own",
+        ),
         ({"reference": {"adapter": ""}}, "'reference.adapter' = '': string should have at least 1 character"),
         ({"reference": {"adapter": "x", "image": "other"}}, "'reference.image' = 'other': input should be 'own' or 'further'"),
     ],
