@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from flashdiff.prediction import guided_output
-from flashdiff.tasks import TASKS
+from flashdiff.tasks.base import Task
 
 Network = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
 """(latents [B, C, h, w], times [B], conditioning) -> raw output."""
 
 
 def _of_text(guidance: Tensor) -> tuple[Tensor, ...]:
-    return TASKS["text_to_image"].weights(guidance, {})
+    return Task().weights(guidance, {})
 
 
 @dataclass(frozen=True, kw_only=True)

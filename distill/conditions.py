@@ -27,7 +27,7 @@ from flashdiff.generate import prepare
 from flashdiff.orders import Order, Pixels
 from flashdiff.references import ENCODER, ReferenceRequest, takes_reference
 from flashdiff.rows import branches_of
-from flashdiff.tasks import TASKS, check_order, trained_task
+from flashdiff.tasks import check_order, task_for, trained_task
 from flashdiff.tasks.base import Task
 
 _MADE = (parts.MASK, parts.MASKED_IMAGE, parts.EDITED_IMAGE)
@@ -62,7 +62,7 @@ class ImageConditions:
         self._model, self._recipe = model, recipe
         spec = model.spec
         check_conditions(spec)
-        self.task: Task = trained_task(spec) or TASKS["text_to_image"]
+        self.task: Task = trained_task(spec) or task_for(spec, ())
         self._texts: Tensors = dict.fromkeys(spec.text_part.outputs, np.zeros(0, dtype=np.float32))
         self._controls = {control.name: control.scale for control in recipe.controls}
         assert set(self._controls) == set(controls_of(spec))
