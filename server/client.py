@@ -142,7 +142,11 @@ def _channel_arguments(
     address: str, token: str | None, tls: Tls | None, *, retries: bool, round_robin: bool
 ) -> tuple[Any, list[tuple[str, Any]]]:
     """Credentials (None: plain) and options of a channel."""
-    options: list[tuple[str, Any]] = [("grpc.max_receive_message_length", 256 * 1024 * 1024)]
+    options: list[tuple[str, Any]] = [
+        ("grpc.max_receive_message_length", 256 * 1024 * 1024),
+        # gRPC's own pauses grow to two minutes: a client would find a server long after its start.
+        ("grpc.max_reconnect_backoff_ms", 2000),
+    ]
     if address.startswith("unix:") or address.rpartition(":")[0].strip("[]") in LOOPBACK:
         options.append(("grpc.enable_http_proxy", 0))  # a proxy cannot reach this machine's own servers
     config: dict[str, Any] = {}
