@@ -6,13 +6,13 @@ implementation never writes to them again.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, NamedTuple, Protocol, Self
+from typing import Annotated, Any, ClassVar, NamedTuple, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from flashdiff.config import Record
+from flashdiff.grown import GrownRecord
 from flashdiff.parts import Condition, PartSpec, Phase
 from flashdiff.prediction import Prediction
 from flashdiff.sampling import Sampler
@@ -42,8 +42,10 @@ Costs = dict[tuple[str, Size | None], dict[int, float]]
 """Milliseconds of a call by part and image size (None for parts whose tensors do not depend on it), then by batch size."""
 
 
-class ModelSpec(Record):
+class ModelSpec(GrownRecord):
     """The description of a model, without its weights."""
+
+    LATER: ClassVar[frozenset[str]] = frozenset({"decode_tile"})
 
     name: str
     family: str

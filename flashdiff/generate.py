@@ -11,7 +11,7 @@ from flashdiff.errors import BackendError
 from flashdiff.orders import Order, Pixels, Preparation
 from flashdiff.parts import Phase
 from flashdiff.rows import Row, denoise_rows, stacked, start_rows
-from flashdiff.tiles import decode_tiling
+from flashdiff.tiles import decode_tiling, tiles_at_once
 
 
 def prepare(components: Components, part: str, values: Sequence[str] | Sequence[NDArray[Any]]) -> list[Tensors]:
@@ -55,7 +55,8 @@ def decode_rows(components: Components, rows: Sequence[Row]) -> NDArray[np.float
     if tiling is None:
         return _decoded(components, [row.latents for row in rows])
     latents = [tile for row in rows for tile in tiling.cut_latents(row.latents)]
-    chunks = [latents[start : start + components.max_batch] for start in range(0, len(latents), components.max_batch)]
+    most = tiles_at_once(tiling, len(rows), components.max_batch)
+    chunks = [latents[start : start + most] for start in range(0, len(latents), most)]
     tiles = [tile for chunk in chunks for tile in _decoded(components, chunk)]
     count = len(tiling.places)
     return np.stack([tiling.blend(tiles[start : start + count], first_axis=1) for start in range(0, len(tiles), count)])

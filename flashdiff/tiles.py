@@ -113,3 +113,10 @@ def _faded(before: _Pixels, after: _Pixels) -> _Pixels:
     mixed = (256 - weights) * before + weights * after
     faded: _Pixels = ((mixed + 128) >> 8).astype(np.uint8) if is_whole else mixed / np.float32(256)
     return faded
+
+
+def tiles_at_once(tiling: Tiling, images: int, max_batch: int) -> int:
+    """How many tiles of so many images are decoded in a call: never more pixels than the images have, or tiles would save no
+    memory."""
+    (tile_width, tile_height), (width, height) = tiling.tile, tiling.size
+    return max(1, min(max_batch, images * width * height // (tile_width * tile_height)))

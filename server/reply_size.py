@@ -42,8 +42,9 @@ class ReplyLimit:
         remedy = "ask for fewer or smaller images"
         if self.max_bytes < MAX_MESSAGE_BYTES:
             remedy += f" or for JPEG, or raise the client's limit, and {LIMIT_KEY} with it"
+        name, value = ("upscale", order.parameters["upscale"]) if order.tiling else ("count", order.count)
         raise RequestError(
-            "count", order.count, f"{images} may take {largest} bytes, and a message has at most {self.max_bytes}: {remedy}"
+            name, value, f"{images} may take {largest} bytes, and a message has at most {self.max_bytes}: {remedy}"
         )
 
 

@@ -24,7 +24,7 @@ from flashdiff.tasks import check_order
 
 _SENDING_S = 30.0  # how long a reply that the client does not read keeps its room,
 _SENDING_BYTES_PER_S = 1e6  # and a second more for so many bytes
-_JOINING_S = 5e-8  # what a pixel of an image takes that is joined from tiles, on a busy core
+_JOINING_S = 1e-7  # what a pixel of an image takes that is joined from tiles, on a busy core
 
 
 def sending_s(size: int) -> float:

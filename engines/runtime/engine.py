@@ -20,7 +20,7 @@ from flashdiff.errors import BackendError, OutOfMemoryError, first_line
 from flashdiff.lora_slots import SlotTable
 from flashdiff.parts import Phase
 from flashdiff.text import PromptTokenizer
-from flashdiff.tiles import decode_tiling
+from flashdiff.tiles import Tiling, decode_tiling, tiles_at_once
 
 # How the libraries say that memory is short, in lower case: they have no class in common for it, and torch on CPUs, OpenVINO and
 # ONNX Runtime none at all.
@@ -103,7 +103,7 @@ class Engine:
         for size in self.spec.sizes:
             if tiling := decode_tiling(self.spec, size):
                 for part in self.spec.parts_in(Phase.FINISH):
-                    costs[part.name, size] = _cost_of_tiles(costs[part.name, tiling.tile], len(tiling.places))
+                    costs[part.name, size] = _cost_of_tiles(costs[part.name, tiling.tile], tiling)
         return costs
 
     def tokenize(self, prompts: Sequence[str]) -> dict[str, NDArray[np.int64]]:
@@ -136,15 +136,18 @@ class Engine:
         return self._compiled[key]
 
 
-def _cost_of_tiles(by_batch: Mapping[int, float], tiles: int) -> dict[int, float]:
-    """What batches of images take, by their size, that consist of so many tiles."""
-    largest = max(by_batch)
+def _cost_of_tiles(by_batch: Mapping[int, float], tiling: Tiling) -> dict[int, float]:
+    """What batches of images take, by their size, that are decoded in tiles, as `generate.decode_rows` does."""
 
-    def cost(count: int) -> float:
-        full, rest = divmod(count, largest)
-        return full * by_batch[largest] + (min(ms for batch, ms in by_batch.items() if batch >= rest) if rest else 0.0)
+    def call(tiles: int) -> float:
+        return min(ms for batch, ms in by_batch.items() if batch >= tiles) if tiles else 0.0
 
-    return {batch: cost(batch * tiles) for batch in by_batch}
+    def cost(images: int) -> float:
+        most = tiles_at_once(tiling, images, max(by_batch))
+        full, rest = divmod(images * len(tiling.places), most)
+        return full * call(most) + call(rest)
+
+    return {images: cost(images) for images in by_batch}
 
 
 def usual_ms(runs: Mapping[K, Callable[[], object]]) -> dict[K, float]:

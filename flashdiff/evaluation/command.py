@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from flashdiff import defaults
-from flashdiff.components import Components
-from flashdiff.errors import ConfigError, EvaluationError, first_line
+from flashdiff.components import Components, ModelSpec
+from flashdiff.errors import ConfigError, EvaluationError, RequestError, first_line
 from flashdiff.evaluation.evaluate import (
     Evaluator,
     Report,
@@ -88,15 +88,11 @@ class EvaluateOptions:
 
 def evaluate(options: EvaluateOptions, *, open_bundle: Callable[[Path], Components], report: Callable[[str], None]) -> str:
     """Measure and write what the options ask for; the Markdown report."""
-    if options.protocol and options.task:
-        raise ConfigError(
-            f"--task {options.task}: --protocol {options.protocol} measures text to image alone; leave one of them out"
-        )
+    _check_task_options(options)
     if options.protocol:
         return _evaluate_protocol(options, open_bundle=open_bundle, report=report)
     if options.scores:
         raise ConfigError(f"--scores {','.join(options.scores)}: it is for --protocol; give one of them as --text")
-    _check_task_options(options)
     of_world = options.reference == WORLD
     if options.prompts not in (WORLD, HELD_OUT) and of_world:
         raise ConfigError("--prompts names a file: name a --reference too, a folder of real images or webdataset shards")
@@ -222,9 +218,8 @@ def _select(options: EvaluateOptions, open_bundle: Callable[[Path], Components],
         if options.task:
             check_task(options.task, components.spec, name)
         for count in steps or (components.spec.sampler.default_steps,):
-            request = selection.task.requests[0] if selection.task else {}
             for prompt in selection.prompts:
-                check_order(components.spec, prompt=prompt.text, steps=count, **request)
+                _check_request(components.spec, prompt, count, selection.task)
             title = f"{name}, {count} step{'s' if count > 1 else ''}"
             while title in taken:
                 title += " (again)"
@@ -235,8 +230,25 @@ def _select(options: EvaluateOptions, open_bundle: Callable[[Path], Components],
     return selection
 
 
+def _check_request(spec: ModelSpec, prompt: Prompt, steps: int, task: TaskData | None) -> None:
+    """RequestError for what the model cannot do; of a task's images ConfigError, which says whose they are."""
+    if task is None:
+        check_order(spec, prompt=prompt.text, steps=steps)
+        return
+    try:
+        check_order(spec, prompt=prompt.text, steps=steps, **task.requests[0])
+    except RequestError as error:
+        if error.field not in task.inputs[0]:
+            raise
+        raise ConfigError(f"--task: {error}; the images are made of --images, or drawn with {WORLD_SIZE} pixels") from None
+
+
 def _check_task_options(options: EvaluateOptions) -> None:
     """ConfigError for options of a task without one, and for a task whose originals are not known."""
+    if options.protocol and options.task:
+        raise ConfigError(
+            f"--task {options.task}: --protocol {options.protocol} measures text to image alone; leave one of them out"
+        )
     if options.task is None:
         if options.images or options.parameters:
             given = f"--images {options.images}" if options.images else "--parameter {}={:g}".format(*options.parameters[0])
@@ -255,7 +267,7 @@ def _select_requests(options: EvaluateOptions) -> _Selection:
     """The prompts, and for a task the originals that they describe with the inputs made from them."""
     if options.images:
         originals = read_images(Path(options.images), options.count)
-        prompts = [prompt for prompt in originals.prompts if prompt]
+        prompts = [prompt for prompt in originals.prompts if prompt and prompt.text.strip()]
         if len(prompts) < len(originals):
             raise ConfigError(f"--images {options.images}: {len(originals) - len(prompts)} images have no caption")
         selection = _Selection(prompts, 1, real=replace(originals, name=REAL))

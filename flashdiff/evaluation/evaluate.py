@@ -31,7 +31,7 @@ from flashdiff.evaluation.metrics import (
 )
 from flashdiff.evaluation.tasks import TaskData
 from flashdiff.generate import finish_rows, generate_rows
-from flashdiff.rows import Row
+from flashdiff.orders import Pixels
 from flashdiff.tasks import check_order
 
 LARGE = ("kind", "color", "background", "plant", "ring", "top", "outfit", "face")
@@ -121,7 +121,7 @@ def make_images(
     """
     given = task.requests if task else [{}] * (len(prompts) * seeds)
     prompted = [prompt for prompt in prompts for _ in range(seeds)]
-    rows, pixels = list[Row](), []
+    latents, pixels, of_images = [], list[Pixels](), list[dict[str, float]]()
     for start in range(0, len(prompted), _ORDERS_AT_ONCE * seeds):
         orders = [
             check_order(components.spec, prompt=prompt.text, seed=start + number, steps=steps, **request)
@@ -130,19 +130,17 @@ def make_images(
             )
         ]
         for order, of_order in zip(orders, generate_rows(components, orders), strict=True):
-            pixels += order.task.whole_images(order, [image for _, image in of_order])
-            rows += [row for row, _ in of_order]
+            rows = [row for row, _ in of_order]
+            latents += [row.latents for row in rows]
+            (image,) = order.task.whole_images(order, [image for _, image in of_order])
+            if task:
+                of_images.append(task.of_image(len(pixels), image, lambda: finish_rows(components, rows)[0]))  # noqa: B023
+            pixels.append(image)
         report(f"{name}: {len(pixels)} of {len(prompted)} images")
-    values = np.stack([row.latents for row in rows])
+    values = np.stack(latents)
     images = ImageSet(name, np.stack(pixels), tuple(prompted), tuple(range(len(prompted))))
-    of_task = task.numbers(images, lambda: _decoded(components, rows)) if task else {}
+    of_task = task.numbers(of_images, images.groups) if task else {}
     return Subject(images, (float(values.mean()), float(values.std())), of_task)
-
-
-def _decoded(components: Components, rows: Sequence[Row]) -> NDArray[np.uint8]:
-    """The images [N, H, W, 3] as the decoder gives them, before a task finishes them."""
-    chunks = (rows[start : start + components.max_batch] for start in range(0, len(rows), components.max_batch))
-    return np.stack([image for chunk in chunks for image in finish_rows(components, chunk)])
 
 
 def measure(subject: Subject, evaluator: Evaluator) -> tuple[Measurement, NDArray[np.int64]]:

@@ -6,6 +6,7 @@ images that the request brings, and what a model would return that changes nothi
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from flashdiff.errors import ConfigError
 from flashdiff.evaluation.images import ImageSet
 from flashdiff.evaluation.metrics import Interval, bootstrap, weighted_mean
 from flashdiff.orders import Pixels
-from flashdiff.tasks import TASKS, tasks_of, upscaling
+from flashdiff.tasks import TASKS, edit, image_to_image, super_resolution, tasks_of, upscaling
 from flashdiff.tasks.base import GREY
 
 INPUT = "input"
@@ -27,6 +28,9 @@ _SCALE = 2.0
 """Of an upscale, unless its parameter is given."""
 _X4 = 4
 """Of the models that were trained for super-resolution."""
+_STEP, _STEP_OF_ORIGINAL = "step", "step of the original"
+_FROM_ANOTHER = (image_to_image.TASK.name, edit.TASK.name)
+_ENLARGED = (upscaling.TASK.name, super_resolution.TASK.name)
 
 _Inputs = Mapping[str, Pixels]
 
@@ -42,56 +46,61 @@ class TaskData:
     is_enlarged: bool = False
 
     @property
-    def numbers_of_input(self) -> dict[str, Interval]:
-        """The same of the images that no model changed, where that says something."""
-        return {PSNR: self._psnr(self.unchanged)} if self.is_enlarged else {}
-
-    @property
     def requests(self) -> list[dict[str, Any]]:
         """What each request brings, as `check_order` takes it."""
         return [{"inputs": given, "parameters": self.parameters} for given in self.inputs]
 
-    def numbers(self, made: ImageSet, decode: Callable[[], NDArray[np.uint8]]) -> dict[str, Interval]:
-        """What only this task measures, by name, of the images; `decode` gives the same [N, H, W, 3] as they left the decoder.
+    def of_image(self, number: int, image: Pixels, decode: Callable[[], Pixels]) -> dict[str, float]:
+        """What `numbers` reads of image `number` [H, W, 3]; `decode` gives it as it left the decoder."""
+        original = self.originals.pixels[number]
+        if self.is_enlarged:
+            return {PSNR: _psnr(image, original)}
+        if "mask" not in self.inputs[number]:
+            return {}
+        mask = self.inputs[number]["mask"][..., 0] > 0
+        return {
+            OUTSIDE: _psnr(decode()[~mask], original[~mask]),
+            _STEP: _step_across(image, mask),
+            _STEP_OF_ORIGINAL: _step_across(original, mask),
+        }
+
+    def numbers(self, of_images: Sequence[Mapping[str, float]], groups: NDArray[np.int64]) -> dict[str, Interval]:
+        """What only this task measures, by name, of the results of `of_image` [N] and the images' groups [N].
 
         Where the task is to make a small image large: the PSNR to the original. With a mask: the PSNR outside it before the
         original's pixels were put back, and the seam: the mean step of level across the mask's edge, divided by that of the
-        originals in the same places.
+        originals in the same places; no seam where these have no step.
         """
-        if self.is_enlarged:
-            return {PSNR: self._psnr(made)}
-        if "mask" not in self.inputs[0]:
-            return {}
-        masks = np.stack([given["mask"][..., 0] > 0 for given in self.inputs])
-        originals = self.originals.pixels.astype(np.float64)
-        errors = ((decode() - originals) ** 2).mean(3)
-        outside = np.array([_psnr(error[~mask]) for error, mask in zip(errors, masks, strict=True)])
-        ours, theirs = (
-            np.array([_step_across(*pair) for pair in zip(of, masks, strict=True)]) for of in (made.pixels, originals)
-        )
-        groups = made.groups
-        return {
-            OUTSIDE: bootstrap(lambda weights: weighted_mean(outside, weights), groups),
-            SEAM: bootstrap(lambda weights: weighted_mean(ours, weights) / weighted_mean(theirs, weights), groups),
-        }
+        values = {name: np.array([of[name] for of in of_images]) for name in of_images[0]}
+        found = {name: bootstrap(partial(weighted_mean, values[name]), groups) for name in (PSNR, OUTSIDE) if name in values}
+        if _STEP in values and values[_STEP_OF_ORIGINAL].all():
+            ours, theirs = values[_STEP], values[_STEP_OF_ORIGINAL]
+            found[SEAM] = bootstrap(lambda weights: weighted_mean(ours, weights) / weighted_mean(theirs, weights), groups)
+        return found
 
-    def _psnr(self, made: ImageSet) -> Interval:
-        pairs = zip(made.pixels.astype(np.float64), self.originals.pixels, strict=True)
-        each = np.array([_psnr((ours - original) ** 2) for ours, original in pairs])
-        return bootstrap(lambda weights: weighted_mean(each, weights), made.groups)
+    @property
+    def numbers_of_input(self) -> dict[str, Interval]:
+        """The PSNR of the images that no model changed, where the task is to make them large."""
+        if not self.is_enlarged:
+            return {}
+        of_images = [self.of_image(number, image, image.copy) for number, image in enumerate(self.unchanged.pixels)]
+        return self.numbers(of_images, self.unchanged.groups)
 
 
 def task_data(name: str, originals: ImageSet, parameters: Mapping[str, float]) -> TaskData:
     """The inputs of the task for every original; ConfigError for a task whose inputs cannot be made from one."""
     if name not in _MAKERS:
         raise ConfigError(f"--task {name}: choose {', '.join(_MAKERS)}")
+    known = {parameter.name: parameter for parameter in TASKS[name].parameters}
+    parameters = {key: known[key].check(value) if key in known else value for key, value in parameters.items()}
     if name == upscaling.TASK.name:
         parameters = {"upscale": _SCALE, **parameters}
+    if name in _FROM_ANOTHER and not originals.groups.any():
+        raise ConfigError(f"--task {name}: an image starts from that of another prompt; give two prompts at least")
     inputs, unchanged = _MAKERS[name](originals, parameters)
     assert set(inputs[0]) == set(TASKS[name].inputs)
     of_input = ImageSet(INPUT, np.stack(unchanged), originals.prompts)
-    is_enlarged = inputs[0]["image"].shape != unchanged[0].shape
-    return TaskData(originals=originals, inputs=inputs, unchanged=of_input, parameters=parameters, is_enlarged=is_enlarged)
+    return TaskData(originals=originals, inputs=inputs, unchanged=of_input, parameters=parameters, is_enlarged=name in _ENLARGED)
 
 
 def check_task(name: str, spec: ModelSpec, title: str) -> None:
@@ -124,11 +133,12 @@ def _of_another_prompt(originals: ImageSet, _: Mapping[str, float]) -> _Made:
 
 
 def _upscaled(originals: ImageSet, parameters: Mapping[str, float]) -> _Made:
-    return _small(originals, parameters["upscale"], "upscale")
+    scale = parameters["upscale"]
+    return _small(originals, scale, f"--parameter upscale={scale:g}")
 
 
 def _x4(originals: ImageSet, _: Mapping[str, float]) -> _Made:
-    return _small(originals, _X4, "task")
+    return _small(originals, _X4, f"--task {super_resolution.TASK.name}")
 
 
 def _small(originals: ImageSet, scale: float, option: str) -> _Made:
@@ -136,7 +146,7 @@ def _small(originals: ImageSet, scale: float, option: str) -> _Made:
     _, height, width, _ = originals.pixels.shape
     side = Size(round(width / scale), round(height / scale))
     if (side.width * scale, side.height * scale) != (width, height):
-        raise ConfigError(f"--{option}: originals of {width}x{height} cannot be made {scale:g} times smaller; use another size")
+        raise ConfigError(f"{option}: originals of {width}x{height} cannot be made {scale:g} times smaller; use another size")
     inputs: list[_Inputs] = []
     unchanged: list[Pixels] = []
     for image in originals.pixels:
@@ -168,11 +178,12 @@ def _box(size: Size) -> NDArray[np.bool_]:
 _MASKS: tuple[Callable[[Size], NDArray[np.bool_]], ...] = (_upper_half, _box, lambda size: ~_box(size))
 
 
-def _psnr(squared_errors: NDArray[np.float64]) -> float:
-    return float(10 * np.log10(255**2 / max(1e-9, squared_errors.mean())))
+def _psnr(ours: Pixels, theirs: Pixels) -> float:
+    """In dB, of levels 0 to 255; at most 138."""
+    return float(10 * np.log10(255**2 / max(1e-9, ((ours.astype(np.float64) - theirs) ** 2).mean())))
 
 
-def _step_across(image: NDArray[np.floating] | Pixels, mask: NDArray[np.bool_]) -> float:
+def _step_across(image: Pixels, mask: NDArray[np.bool_]) -> float:
     """The mean difference of level, over the channels, of neighbours of which one is masked."""
     levels = image.astype(np.float64)
     steps = [abs(np.diff(levels, axis=axis)).mean(2)[np.diff(mask, axis=axis)] for axis in (0, 1)]

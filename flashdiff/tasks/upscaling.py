@@ -40,7 +40,8 @@ class _Upscaling(Task):
         if order.controls:
             raise RequestError("controls", ", ".join(order.controls), "an upscale takes none")
         scale, picture = order.parameters["upscale"], Image.fromarray(order.inputs["image"])
-        size = Size(*(int(scale * side + 0.501) for side in picture.size))  # halves up, although the scale came as float32
+        # Halves up, also of a scale that float32 made a little smaller.
+        size = Size(*(int(scale * side * (1 + 2**-23) + 0.5) for side in picture.size))
         becomes = f"{picture.width}x{picture.height} would become {size}"
         if size.width * size.height > MAX_PIXELS or max(size) > _MAX_SIDE:
             raise RequestError("upscale", scale, f"{becomes}; at most {MAX_PIXELS} pixels are made, and {_MAX_SIDE} a side")

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from flashdiff.components import Components, Costs, Size
@@ -115,11 +116,14 @@ def _rehearse(model: Model, devices: Sequence[Device], demand: Demand, image_for
         written.append(threads.submit(write, job))
 
     with ThreadPoolExecutor(THREADS) as threads:
+        arrivals = arrivals_of(model.components, demand.at(rate), _MAX_REQUESTS, seed=0)
+        first = next(arrivals)  # it comes at once, however slow the model is
         started = time.monotonic()
-        for arrival in arrivals_of(model.components, demand.at(rate), _MAX_REQUESTS, seed=0):
-            if arrival.at > REHEARSAL_S:
+        for arrival in chain([first], arrivals):
+            waited = arrival.at - first.at
+            if waited > REHEARSAL_S:
                 break
-            time.sleep(max(0.0, started + arrival.at - time.monotonic()))
+            time.sleep(max(0.0, started + waited - time.monotonic()))
             try:
                 job = fleet.submit(model, arrival.order)
             except (OverloadedError, DeadlineError):  # the machine has become slower than it was measured

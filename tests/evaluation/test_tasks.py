@@ -2,14 +2,16 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from flashdiff import cli
-from flashdiff.errors import ConfigError
+from flashdiff.errors import ConfigError, RequestError
 from flashdiff.evaluation.images import ImageSet, Prompt
+from flashdiff.evaluation.metrics import Interval
 from flashdiff.evaluation.tasks import OUTSIDE, PSNR, SEAM, TaskData, task_data
 
 _PROMPTS = tuple(Prompt(f"prompt {number // 2}") for number in range(6))
@@ -39,23 +41,35 @@ def test_images_start_from_those_of_another_prompt(originals: ImageSet) -> None:
     data = task_data("image_to_image", originals, {"strength": 0.5})
     assert np.array_equal(data.unchanged.pixels, originals.pixels[[2, 3, 4, 5, 0, 1]])
     assert data.requests[0]["parameters"] == {"strength": 0.5}
-    assert not data.numbers(originals, lambda: originals.pixels)
+    assert data.of_image(0, originals.pixels[0], originals.pixels[0].copy) == {}
+    with pytest.raises(ConfigError, match="give two prompts at least"):
+        task_data("image_to_image", originals.part(np.arange(2), "one prompt"), {})
 
 
 def test_a_seam_and_changes_outside_the_mask_are_measured() -> None:
     levels = np.broadcast_to(np.arange(16, dtype=np.uint8)[:, None, None] * 8, (3, 16, 16, 3))  # a ramp: steps of 8 downwards
     originals = ImageSet("real", np.ascontiguousarray(levels), _PROMPTS[::2])
     data = task_data("inpainting", originals, {})
-    kept = data.numbers(originals, lambda: originals.pixels)
+    kept = _numbers(data, originals.pixels, originals.pixels)
     assert kept[OUTSIDE].value > 100
     assert kept[SEAM].value == 1
 
     brighter = originals.pixels + np.stack([given["mask"] > 0 for given in data.inputs]).astype(np.uint8) * 40
-    seen = data.numbers(ImageSet("made", brighter, originals.prompts), lambda: originals.pixels + 5)
+    seen = _numbers(data, brighter, originals.pixels + 5)
     assert seen[OUTSIDE].value == pytest.approx(20 * np.log10(255 / 5))
     # Downwards the step is 8 - 40 below the mask and 8 + 40 above it, sideways 40 in place of 0.
     ours, theirs = zip(*(_steps(data, number) for number in range(3)), strict=True)
     assert seen[SEAM].value == pytest.approx(sum(ours) / sum(theirs))
+
+
+def test_flat_originals_have_no_seam() -> None:
+    flat = ImageSet("real", np.full((3, 16, 16, 3), 90, dtype=np.uint8), _PROMPTS[::2])
+    assert set(_numbers(task_data("inpainting", flat, {}), flat.pixels, flat.pixels)) == {OUTSIDE}
+
+
+def _numbers(data: TaskData, made: Any, decoded: Any) -> dict[str, Interval]:
+    of_images = [data.of_image(number, made[number], decoded[number].copy) for number in range(len(made))]
+    return data.numbers(of_images, data.originals.groups)
 
 
 def _steps(data: TaskData, number: int) -> tuple[float, float]:
@@ -115,9 +129,13 @@ def test_wrong_input_is_one_line(tiny_base: Path, photos: Path, tmp_path: Path, 
         (["--task", "inpainting", "--images", str(photos)], "give --reference, a folder of other images"),
         (["--task", "inpainting", *own, str(photos), "--seeds", "3"], "neither --prompts nor --seeds"),
         (["--task", "inpainting", *own, str(bare)], "2 images have no caption"),
-        (["--task", "inpainting", *own, str(small)], "'16x16' is not allowed; it must have 32x32 pixels"),
+        (
+            ["--task", "inpainting", *own, str(small)],
+            "'16x16' is not allowed; it must have 32x32 pixels; the images",
+        ),
         (["--task", "inpainting", *own, str(photos), "--parameter", "strength=2"], "strength: 2.0 is not allowed"),
         (["--task", "inpainting", *own, str(photos), "--parameter", "power=1"], "power: 1.0 is not allowed"),
+        (["--images", str(photos), "--protocol", "coco2017-5k"], "it is for --task; give one"),
         (["--task", "inpainting", "--protocol", "coco2017-5k"], "measures text to image alone"),
         (["--task", "inpainting", "--prompts", "none.txt", "--reference", str(photos)], "give --images"),
     ]
@@ -138,9 +156,13 @@ def test_small_images_are_enlarged_and_compared_with_their_originals(originals: 
         assert data.requests[0]["parameters"] == parameters
         assert data.inputs[0]["image"].shape == (16 // scale, 32 // scale, 3)
         assert data.unchanged.pixels.shape == originals.pixels.shape
-        exact, input_row = data.numbers(originals, lambda: originals.pixels), data.numbers_of_input
+        exact, input_row = _numbers(data, originals.pixels, originals.pixels), data.numbers_of_input
         assert exact[PSNR].value > 100 > input_row[PSNR].value
-    off_by_five = ImageSet("made", np.where(originals.pixels < 128, originals.pixels + 5, originals.pixels - 5), _PROMPTS)
-    assert data.numbers(off_by_five, lambda: off_by_five.pixels)[PSNR].value == pytest.approx(20 * np.log10(255 / 5))
-    with pytest.raises(ConfigError, match=r"--upscale: originals of 32x16 cannot be made 3 times smaller"):
+    off_by_five = np.where(originals.pixels < 128, originals.pixels + 5, originals.pixels - 5)
+    assert _numbers(data, off_by_five, off_by_five)[PSNR].value == pytest.approx(20 * np.log10(255 / 5))
+    assert task_data("upscaling", originals, {"upscale": 1.0}).numbers_of_input[PSNR].value > 100
+    for wrong in (0.0, -2.0, float("nan")):
+        with pytest.raises(RequestError, match=r"upscale: .* it must be between 1 and 8"):
+            task_data("upscaling", originals, {"upscale": wrong})
+    with pytest.raises(ConfigError, match=r"--parameter upscale=3: originals of 32x16 cannot be made 3 times smaller"):
         task_data("upscaling", originals, {"upscale": 3.0})
