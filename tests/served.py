@@ -29,6 +29,9 @@ _IMAGES, _TRITON = "flashdiff.v1.ImageService", "inference.GRPCInferenceService"
 METHODS = (f"{_IMAGES}/Generate", f"{_IMAGES}/GenerateStream", f"{_TRITON}/ModelInfer", f"{_TRITON}/ModelStreamInfer")
 """All that make images."""
 
+PATIENCE_S = 600.0
+"""How long a busy machine may take for what takes a moment."""
+
 
 def triton_image(client: Any, **values: Any) -> Any:
     """The first image that a stock Triton client gets for these inputs; prompt, seed and steps have values of their own."""
@@ -107,7 +110,7 @@ class Gate:
                 self._after -= 1
                 if self._after < 0:
                     self.entered.set()
-                    assert self._open.wait(60)
+                    assert self._open.wait(PATIENCE_S)
             called(name, rows)
 
         fake._called = gated  # type: ignore[method-assign]
@@ -131,7 +134,7 @@ class Running:
         return f"http://127.0.0.1:{self.server.http_port}"
 
     def stop(self, grace_s: float = 60.0) -> None:
-        asyncio.run_coroutine_threadsafe(self.server.stop(grace_s), self.loop).result(90)
+        asyncio.run_coroutine_threadsafe(self.server.stop(grace_s), self.loop).result(PATIENCE_S)
 
 
 @contextmanager
@@ -141,14 +144,14 @@ def serving(fake: FakeComponents, listen: Listen = Listen(port=0), models: Model
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
     try:
-        server = asyncio.run_coroutine_threadsafe(start(models, listen), loop).result(10)
+        server = asyncio.run_coroutine_threadsafe(start(models, listen), loop).result(PATIENCE_S)
         running = Running(fake, loop, server)
         yield running
         running.stop(0.0)
     finally:
-        asyncio.run_coroutine_threadsafe(_cancel_what_is_left(), loop).result(10)
+        asyncio.run_coroutine_threadsafe(_cancel_what_is_left(), loop).result(PATIENCE_S)
         loop.call_soon_threadsafe(loop.stop)
-        thread.join(10)
+        thread.join(PATIENCE_S)
         loop.close()
 
 
@@ -202,15 +205,15 @@ run_server(lambda: opener(), listen)
     def status(self) -> int:
         """The exit status; what was logged until then is in `lines`."""
         if self.process.stderr:
-            self.lines += self.process.communicate(timeout=60)[1].splitlines(keepends=True)
-        return self.process.wait(60)
+            self.lines += self.process.communicate(timeout=PATIENCE_S)[1].splitlines(keepends=True)
+        return self.process.wait(PATIENCE_S)
 
     def __enter__(self) -> "Process":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.process.kill()
-        self.process.wait(60)
+        self.process.wait(PATIENCE_S)
         if self.process.stderr:
             self.process.stderr.close()
 
