@@ -88,4 +88,4 @@ class Load:
     def __exit__(self, *_: object) -> None:
         self._is_over.set()
         for thread in self._threads:
-            thread.join(90)
+            thread.join(600)

@@ -225,10 +225,10 @@ def test_tiles_count_as_images_and_share_batches(running: Running) -> None:
     gate = Gate(running.fake)
     with Client(running.address) as client:
         call = client._stub.Generate.future(_message(seed=7))
-        assert gate.entered.wait(60)
+        assert gate.entered.wait(600)
         until(lambda: running.server.worker.pending_images == 6)
         gate.open()
-        assert call.result(60).width == 140
+        assert call.result(600).width == 140
     assert max(rows for part, rows in running.fake.calls if part == "encoder") == 4
 
 

@@ -44,7 +44,7 @@ def _calls(running: Running) -> int:
     async def count() -> int:
         return sum(task.get_name() == "rpc_task" for task in asyncio.all_tasks())
 
-    return asyncio.run_coroutine_threadsafe(count(), running.loop).result(60)
+    return asyncio.run_coroutine_threadsafe(count(), running.loop).result(600)
 
 
 @pytest.mark.parametrize("method", [*METHODS, "flashdiff.v1.ImageService/ListModels", CHECK])

@@ -183,7 +183,7 @@ def _cancelled(client: triton.InferenceServerClient) -> Any:
     answers: queue.Queue[Any] = queue.Queue()
     call = client.async_infer("fake", [_prompt()], callback=lambda result, error: answers.put(error and error.status()))
     call.cancel()
-    return answers.get(timeout=30)
+    return answers.get(timeout=600)
 
 
 def _streamed(client: triton.InferenceServerClient, model: str) -> Any:
@@ -192,7 +192,7 @@ def _streamed(client: triton.InferenceServerClient, model: str) -> Any:
     client.start_stream(lambda result, error: answers.put("an error in the stream" if error else result))
     wanted = [triton.InferRequestedOutput(name) for name in ("IMAGES", "SEEDS")]
     client.async_stream_infer(model, [_prompt(), _tensor("SEED", 5)], outputs=wanted, request_id="mine")
-    answer = answers.get(timeout=30)
+    answer = answers.get(timeout=600)
     client.stop_stream()
     return answer
 
@@ -266,7 +266,7 @@ def main() -> None:
         http_oracle.close()
     finally:
         oracle_process.terminate()
-        oracle_process.wait(30)
+        oracle_process.wait(600)
         Path(f"/dev/shm{_KEY}").unlink(missing_ok=True)
     print(f"{len(TABLE)} requests over gRPC, {len(http_table.TABLE)} over HTTP, {unexplained} unexplained differences")
     sys.exit(bool(unexplained))

@@ -65,7 +65,7 @@ def _balanced(name: str, folder: Path, replicas: list[Replica]) -> Iterator[str]
             yield f"127.0.0.1:{port}"
         finally:
             process.terminate()
-            process.wait(30)
+            process.wait(600)
 
 
 @pytest.mark.parametrize("name", _BALANCERS)

@@ -136,9 +136,9 @@ def _running(serve: Path, grpc_port: int, http_port: int) -> Iterator[Cluster]:
     finally:
         process.send_signal(signal.SIGINT)
         with suppress(subprocess.TimeoutExpired):
-            process.wait(30)
+            process.wait(600)
         until(lambda: not _kill(mark))
-        process.wait(30)
+        process.wait(600)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -217,7 +217,7 @@ def _the_client_waits_as_long_as_a_full_queue_says_and_tries_again(cluster: Clus
         try:
             with Client(cluster.address) as client:
                 client.models(timeout_s=60)  # it is connected
-                start.wait(60)
+                start.wait(600)
                 results.append(list(client.stream("x", **options))[-1] if streams else client.generate("x", **options))  # type: ignore[arg-type]
         except (ServerError, threading.BrokenBarrierError) as error:
             results.append(error)

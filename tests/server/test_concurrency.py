@@ -146,7 +146,7 @@ def test_every_write_is_by_the_thread_that_the_page_names(recorder: Recorder, is
         if seed % 7 == 0:
             worker.release(job)
         with suppress(FlashdiffError):
-            job.answer.result(10)
+            job.answer.result(600)
         worker.estimate_ms(model, order)
         worker.release(job)
         assert worker.pending_images >= 0
@@ -158,7 +158,7 @@ def test_every_write_is_by_the_thread_that_the_page_names(recorder: Recorder, is
     hang = fake.call
 
     def hanging(part: str, inputs: Any) -> Any:
-        gate.wait(10)
+        gate.wait(600)
         return hang(part, inputs)
 
     fake.call = hanging  # type: ignore[method-assign]
@@ -169,7 +169,7 @@ def test_every_write_is_by_the_thread_that_the_page_names(recorder: Recorder, is
     worker.check_alive()
     assert stuck.answer.exception(0)
     gate.set()
-    assert worker.join(10)
+    assert worker.join(600)
     _lose_a_device(pair, fakes)
 
     table, found = _table(), recorder.writes
@@ -197,7 +197,7 @@ def _lose_a_device(model: Model, fakes: list[FakeComponents]) -> None:
         with suppress(OverloadedError):
             job = fleet.submit(model, order, client=f"client {seed % 4}", on_step=(None, lambda step: None)[seed % 2])
             with suppress(FlashdiffError):
-                job.answer.result(10)
+                job.answer.result(600)
             fleet.estimate_ms(model, order)
             fleet.release(job)
 
@@ -206,7 +206,7 @@ def _lose_a_device(model: Model, fakes: list[FakeComponents]) -> None:
     assert fleet.workers[0].failure
     fleet.check_alive()
     fleet.drain()
-    assert fleet.join(10)
+    assert fleet.join(600)
     assert fleet.pending_images == 0
 
 
@@ -226,7 +226,7 @@ def test_concurrent_callers_never_get_more_room_than_there_is_and_each_job_is_an
 
     def ask(thread: int) -> None:
         nonlocal most
-        together.wait(10)
+        together.wait(600)
         for number in range(30):
             try:
                 job = worker.submit(model, check_order(fake.spec, prompt=f"p {thread}", seed=number, count=1 + number % 3))
@@ -244,7 +244,7 @@ def test_concurrent_callers_never_get_more_room_than_there_is_and_each_job_is_an
     with ThreadPoolExecutor(16) as callers:
         list(callers.map(ask, range(16)))
     worker.drain()
-    assert worker.join(10)
+    assert worker.join(600)
     assert most <= 6
     assert len(accepted) >= 16
     assert sorted(job.arrival for job in accepted) == list(range(1, len(accepted) + 1))

@@ -46,7 +46,7 @@ class Asking:
         return self.fleet.submit(self.model, self.order(seed, steps=steps, count=count), timeout_s, **options)  # type: ignore[arg-type]
 
     def devices_of(self, jobs: list[Job]) -> Counter[str]:
-        return Counter(job.answer.result(10).device for job in jobs)
+        return Counter(job.answer.result(600).device for job in jobs)
 
     def counted(self, name: str, **labels: str) -> float:
         self.metrics.count()
@@ -54,7 +54,7 @@ class Asking:
 
     def finish(self) -> None:
         self.fleet.drain()
-        assert self.fleet.join(10)
+        assert self.fleet.join(600)
         assert self.fleet.pending_images == 0
         assert not self.fleet._placed
 
@@ -67,7 +67,7 @@ def two() -> Iterator[Asking]:
 
 
 def _same_pixels(job: Job) -> None:
-    np.testing.assert_array_equal(job.answer.result(10).images, generate(FakeComponents(), [job.order])[0])
+    np.testing.assert_array_equal(job.answer.result(600).images, generate(FakeComponents(), [job.order])[0])
 
 
 def _release(asking: Asking, jobs: list[Job]) -> None:
@@ -149,7 +149,7 @@ def test_what_a_lost_device_had_accepted_is_answered_once_by_the_other_with_the_
     jobs = [two.submit(seed, steps=1 + seed % 4) for seed in range(10)]
     for job in jobs:
         job.answer.add_done_callback(lambda _, job=job: answers.update([job]))
-    assert gate.entered.wait(10)
+    assert gate.entered.wait(600)
     if how == "crash":
         intercept(two.fakes[0], "denoiser", lambda call, inputs: 1 / 0)
         gate.open()
@@ -184,13 +184,13 @@ def test_a_request_whose_steps_were_sent_is_failed_and_one_that_sent_none_is_mov
     begun = two.submit(1, steps=4, on_step=seen["begun"].append)
     other_gate = Gate(two.fakes[1], "decoder")
     blocking = two.submit(2, steps=4)  # on the second device
-    assert gate.entered.wait(10)
+    assert gate.entered.wait(600)
     waiting = two.submit(3, steps=3, on_step=seen["waiting"].append)
     moved = two.fleet._placed[waiting.answer].worker is two.fleet.workers[0]
     intercept(two.fakes[0], "denoiser", lambda call, inputs: 1 / 0)
     gate.open()
     with pytest.raises(BackendError, match="the device thread has stopped"):
-        begun.answer.result(10)
+        begun.answer.result(600)
     other_gate.open()
     _release(two, [begun, blocking, waiting])
     assert moved
@@ -208,7 +208,7 @@ def test_an_order_that_a_device_fails_is_tried_once_elsewhere(two: Asking) -> No
     two.fakes[1].fail_on = "denoiser"
     bad = two.submit(1)
     with pytest.raises(BackendError, match="the fake denoiser failed, as asked"):
-        bad.answer.result(10)
+        bad.answer.result(600)
     two.fleet.release(bad)
     assert two.fleet.failure is None
     assert all(not worker.failure for worker in two.fleet.workers)  # one request is no reason to lose a device
@@ -258,7 +258,7 @@ def test_a_request_without_memory_is_not_moved(two: Asking) -> None:
 def test_a_client_that_has_left_is_answered_by_no_other_device(two: Asking) -> None:
     gate = Gate(two.fakes[0])
     job = two.submit()
-    assert gate.entered.wait(10)
+    assert gate.entered.wait(600)
     two.fleet.release(job)
     intercept(two.fakes[0], "text_encoder", lambda call, inputs: 1 / 0)
     gate.open()
@@ -338,7 +338,7 @@ def test_under_load_with_one_device_killed_every_accepted_order_is_answered_once
     for thread in threads:
         thread.join()
     asking.fleet.drain()
-    assert asking.fleet.join(10)
+    assert asking.fleet.join(600)
     assert asking.fleet.workers[1].failure
     assert answers == dict.fromkeys(jobs, 1)
     for job in jobs:

@@ -75,7 +75,7 @@ def test_a_draining_server_is_alive_but_not_ready_and_still_answers() -> None:
         async def leave() -> None:
             running.server.leave()
 
-        asyncio.run_coroutine_threadsafe(leave(), running.loop).result(10)
+        asyncio.run_coroutine_threadsafe(leave(), running.loop).result(600)
         assert (_probe(running, "/healthz"), _probe(running, "/readyz")) == (200, 503)
         assert client.generate("x", timeout_s=30).images
         with pytest.raises(urllib.error.HTTPError, match="503"):
@@ -97,10 +97,10 @@ def test_a_connection_of_the_age_is_closed_and_its_calls_end_well() -> None:
         stub = image_pb2_grpc.ImageServiceStub(channel)
         held = Gate(fake)
         call = stub.Generate.future(image_pb2.GenerateRequest(prompt="x"), timeout=60)
-        assert held.entered.wait(60)
+        assert held.entered.wait(600)
         until(
             lambda: grpc.ChannelConnectivity.IDLE in states
         )  # the server has closed the connection, so that the client connects again
         held.open()
-        assert call.result(60).images
+        assert call.result(600).images
         assert stub.Generate(image_pb2.GenerateRequest(prompt="y"), timeout=60).images

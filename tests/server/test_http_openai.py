@@ -157,7 +157,7 @@ def test_a_client_that_leaves_frees_its_place_at_the_next_step(running: Running,
                 response.read()
 
         asking = threads.submit(ask)
-        assert gate.entered.wait(60)
+        assert gate.entered.wait(600)
         _close_connections(client)
         until(lambda: bool(running.server.worker.admission._released))
         gate.open()

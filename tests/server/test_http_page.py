@@ -156,7 +156,7 @@ def test_a_preview_is_shown_after_each_step_until_the_request_is_cancelled(runni
     page = open_page()
     gate = Gate(running.fake, "denoiser", after=2)
     _generate(page)
-    assert gate.entered.wait(60)
+    assert gate.entered.wait(600)
     _wait(page, "#images .badge", "step 2 of 4")
     assert page.locator("#images img").get_attribute("alt") == "Preview after step 2 of 4"
     page.keyboard.press("Escape")
@@ -329,7 +329,7 @@ def test_all_of_it_works_by_keyboard(running: Running, open_page: Open) -> None:
     gate = Gate(running.fake)
     page.locator("#generate").focus()
     page.keyboard.press("Enter")
-    assert gate.entered.wait(60)
+    assert gate.entered.wait(600)
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.id") == "cancel"
     page.keyboard.press("Space")

@@ -342,7 +342,7 @@ def test_values_cannot_be_changed_by_a_request_and_threads_may_read_at_once(fold
     loras, together = LoraFolder(folder), threading.Barrier(8)
 
     def read(_: int) -> NDArray[np.float32]:
-        together.wait(10)
+        together.wait(600)
         return loras.read("red", TABLE)
 
     with ThreadPoolExecutor(8) as pool:

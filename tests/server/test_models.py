@@ -131,7 +131,7 @@ def test_switching_a_model_under_fire_loses_no_request(tmp_path: Path) -> None:
             stock.load_model("m")
         assert len(opened) == 11
         for thread in asking:
-            thread.join(30)
+            thread.join(600)
         assert failures == []
 
         stock.unload_model("m")

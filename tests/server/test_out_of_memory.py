@@ -64,13 +64,13 @@ def test_a_batch_that_does_not_fit_is_tried_again_one_job_at_a_time(part: str) -
     model, worker = model_of(FakeComponents()), Worker()
     model.components = fake
     first = worker.submit(model, check_order(fake.spec, prompt="first", steps=1))
-    assert gate.entered.wait(60)
+    assert gate.entered.wait(600)
     others = [worker.submit(model, check_order(fake.spec, prompt=f"{number}", steps=1)) for number in range(2)]
     gate.open()
-    assert all(job.answer.result(60).images for job in (first, *others))
+    assert all(job.answer.result(600).images for job in (first, *others))
     assert worker.failure is None
     worker.drain()
-    assert worker.join(60)
+    assert worker.join(600)
 
 
 @pytest.mark.parametrize("where", ["noise", "rows", "outputs"])
@@ -86,9 +86,9 @@ def test_memory_that_lacks_outside_an_engine_fails_one_job(where: str, monkeypat
         patch.setattr(module, name, short)
         failed = worker.submit(model, check_order(fake.spec, prompt="x", steps=1))
         assert isinstance(failed.answer.exception(60), OutOfMemoryError)
-    assert worker.submit(model, check_order(fake.spec, prompt="y", steps=1)).answer.result(60).images
+    assert worker.submit(model, check_order(fake.spec, prompt="y", steps=1)).answer.result(600).images
     worker.drain()
-    assert worker.join(60)
+    assert worker.join(600)
 
 
 def test_a_failed_parallel_decode_fails_one_job_too() -> None:
@@ -103,9 +103,9 @@ def test_a_failed_parallel_decode_fails_one_job_too() -> None:
     failed = worker.submit(model, check_order(fake.spec, prompt="x", steps=1))
     assert isinstance(failed.answer.exception(60), OutOfMemoryError)
     fake.call = decode  # type: ignore[method-assign]
-    assert worker.submit(model, check_order(fake.spec, prompt="x", steps=1)).answer.result(60).images
+    assert worker.submit(model, check_order(fake.spec, prompt="x", steps=1)).answer.result(600).images
     worker.drain()
-    assert worker.join(60)
+    assert worker.join(600)
 
 
 @pytest.fixture

@@ -104,7 +104,7 @@ def test_a_disk_that_hangs_delays_no_other_call_and_takes_one_thread(tmp_path: P
     disk, iterdir = threading.Event(), Path.iterdir
 
     def hang(path: Path) -> Iterator[Path]:
-        assert disk.wait(60)
+        assert disk.wait(600)
         return iterdir(path)
 
     with _serving(_folder(tmp_path, "v1")) as (running, stock), Client(running.address) as client:
@@ -129,7 +129,7 @@ class Engine:
 
     def open(self, folder: Path) -> Model:
         if folder.name.startswith("hung"):
-            assert self.comes_back.wait(60)
+            assert self.comes_back.wait(600)
         self.opened.append(folder.name)
         return _open(folder)
 

@@ -44,7 +44,7 @@ def asking() -> Iterator[Asking]:
     asking = Asking()
     yield asking
     asking.worker.drain()
-    assert asking.worker.join(10)
+    assert asking.worker.join(600)
 
 
 def test_what_files_take_counts_against_the_deadline_while_it_is_known(asking: Asking, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +91,7 @@ def test_a_deadline_that_passes_while_images_are_read_ends_the_request(asking: A
     go = threading.Event()
 
     def held(file: bytes, size: object, name: str) -> Pixels:
-        assert go.wait(60)
+        assert go.wait(600)
         return np.zeros((64, 64, 3), dtype=np.uint8)
 
     monkeypatch.setattr("flashdiff.server.images.decode_image", held)

@@ -175,7 +175,7 @@ def test_a_stream_brings_previews_results_and_errors_and_goes_on(stock: triton.I
     stock.start_stream(lambda result, error: answers.put((result, error)))
     wanted = [triton.InferRequestedOutput("PREVIEW"), triton.InferRequestedOutput("IMAGES")]
     stock.async_stream_infer("fake", inputs(SEED=7, STEPS=3), outputs=wanted, request_id="a", enable_empty_final_response=True)
-    seen = [answers.get(timeout=10)[0] for _ in range(4)]
+    seen = [answers.get(timeout=600)[0] for _ in range(4)]
     assert [r.get_response().parameters["step"].int64_param for r in seen[:3]] == [1, 2, 3]
     assert [r.get_response().parameters["triton_final_response"].bool_param for r in seen] == [False, False, False, True]
     assert seen[0].as_numpy("PREVIEW").shape == (8, 8, 3)
@@ -183,11 +183,11 @@ def test_a_stream_brings_previews_results_and_errors_and_goes_on(stock: triton.I
     assert np.abs(seen[2].as_numpy("PREVIEW").astype(int) - image[::8, ::8]).max() <= 1
 
     stock.async_stream_infer("other", inputs(), request_id="b")
-    result, error = answers.get(timeout=10)
+    result, error = answers.get(timeout=600)
     assert result is None
     assert "model: 'other'" in error.message()
     stock.async_stream_infer("fake", inputs(SEED=7, STEPS=3), outputs=wanted[1:], request_id="c")
-    np.testing.assert_array_equal(answers.get(timeout=10)[0].as_numpy("IMAGES")[0], image)
+    np.testing.assert_array_equal(answers.get(timeout=600)[0].as_numpy("IMAGES")[0], image)
     stock.stop_stream()
 
 
@@ -229,7 +229,7 @@ def test_a_cancelled_stream_frees_its_rows(running: Running, stock: triton.Infer
     answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
     stock.start_stream(lambda result, error: answers.put((result, error)))
     stock.async_stream_infer("fake", inputs(STEPS=4, COUNT=4))
-    answers.get(timeout=60)
+    answers.get(timeout=600)
     stock.stop_stream(cancel_requests=True)
     until(lambda: bool(running.server.worker.admission._released))
     gate.open()

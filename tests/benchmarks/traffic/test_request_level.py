@@ -15,11 +15,11 @@ def test_batch_has_as_many_requests_as_fill_it() -> None:
     fake.calls.clear()
     gate = Gate(fake)
     worker.submit(model, check_order(fake.spec, prompt="of another size", size=fake.spec.sizes[1], steps=1))
-    assert gate.entered.wait(60)
+    assert gate.entered.wait(600)
     jobs = [worker.submit(model, check_order(fake.spec, prompt=f"x {seed}", steps=2, seed=seed)) for seed in range(3)]
     gate.open()  # all three are there
     for job in jobs:
-        job.answer.result(10)
+        job.answer.result(600)
     worker.drain()
-    assert worker.join(10)
+    assert worker.join(600)
     assert [rows for part, rows in fake.calls if part == "denoiser"] == [1, 2, 2, 1, 1]
