@@ -247,8 +247,15 @@ class Admission:
             return alone_ms, expected_ms, outlook.margin
 
     def _due(self, new: Work, queue: list[_Waiting], now: float, deadline: float, client: str, priority: Priority) -> float:
-        """When new work is due. Without a deadline it goes behind every job whose promise it would break."""
-        backlog_ms = sum(waiting.work.share_ms for waiting in queue if client and waiting.job.client == client)
+        """When new work is due. Without a deadline it goes behind every job whose promise it would break.
+
+        A named client's backlog is what it has pending, and of the new work all rows but one, images of an order and tiles
+        alike, as if each had come as a request of its own.
+        """
+        backlog_ms = 0.0
+        if client:
+            pending_ms = sum(waiting.work.share_ms for waiting in queue if waiting.job.client == client)
+            backlog_ms = pending_ms + new.share_ms * (1 - 1 / len(new.steps))
         due_at = due(now, priority, deadline, backlog_ms / 1000)
         if deadline == math.inf and any(waiting.job.deadline < math.inf for waiting in queue):
             while behind := [job.due for job in _made_late(_forecast(new, due_at, queue), now) if job.due > due_at]:
