@@ -21,8 +21,8 @@ PATIENCE_S: dict[Priority, float] = {"high": 1.0, "normal": 10.0, "low": 100.0}
 def due(arrived: float, priority: Priority, deadline: float, own_backlog_s: float) -> float:
     """When a request should be done: the order in which the device takes requests.
 
-    This and `arrived`, `deadline` are seconds on the caller's clock. A client's own backlog, its pending work and the rows of
-    this request after the first, postpones the time, so that a client with a hundred requests, or with one of a hundred rows,
+    This and `arrived`, `deadline` are seconds on the caller's clock. A client's own backlog, its pending work and the many rows
+    of this request, postpones the time, so that a client with a hundred requests, or with one of a hundred rows,
     does not go before a client with one (start-time fair queueing, Goyal et al. 1996, with time on the device as the share).
     """
     return min(deadline, arrived + PATIENCE_S[priority] + own_backlog_s)
