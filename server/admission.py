@@ -23,6 +23,7 @@ MAX_PENDING_BYTES = 512 * 1024**2
 """Of their pixels and of those still being sent, likewise: large images need more room than small ones."""
 
 _SHORTEST_RETRY_S = 0.1  # when all that fills the queue is being sent
+_UNCOUNTED_ROWS = 16  # of an order, the most images that it can have: they do not postpone it
 _CLIENT_SHARE = 0.75  # of the queue, for one client, so that others always have room
 
 
@@ -247,8 +248,15 @@ class Admission:
             return alone_ms, expected_ms, outlook.margin
 
     def _due(self, new: Work, queue: list[_Waiting], now: float, deadline: float, client: str, priority: Priority) -> float:
-        """When new work is due. Without a deadline it goes behind every job whose promise it would break."""
-        backlog_ms = sum(waiting.work.share_ms for waiting in queue if client and waiting.job.client == client)
+        """When new work is due. Without a deadline it goes behind every job whose promise it would break.
+
+        A named client's backlog is what it has pending, and of the new work the rows beyond `_UNCOUNTED_ROWS`: an order's
+        images come as one, and the tiles of an upscale are not to go before others' images.
+        """
+        backlog_ms = 0.0
+        if client:
+            pending_ms = sum(waiting.work.share_ms for waiting in queue if waiting.job.client == client)
+            backlog_ms = pending_ms + new.share_ms * max(0.0, 1 - _UNCOUNTED_ROWS / len(new.steps))
         due_at = due(now, priority, deadline, backlog_ms / 1000)
         if deadline == math.inf and any(waiting.job.deadline < math.inf for waiting in queue):
             while behind := [job.due for job in _made_late(_forecast(new, due_at, queue), now) if job.due > due_at]:

@@ -39,7 +39,7 @@ from flashdiff.server.jobs import (
     progress_of,
     targets_of,
 )
-from flashdiff.server.scheduler import LEAST_MARGIN, Ready, choose, next_margin
+from flashdiff.server.scheduler import LEAST_MARGIN, Ready, choose, joins, next_margin
 
 HANG_S = 60.0
 """A device call that takes this long, and 20 times its usual cost, counts as hung."""
@@ -191,6 +191,7 @@ class DeviceLoop:
             costs.current[size][target.call],
             left=target.steps_left,
             may_wait=target.phase == Phase.FINISH and self._may_wait(job, now),
+            joins=target.phase != Phase.PREPARE or joins(self._progress[job].prepare, costs.current[size]),
         )
 
     def _may_wait(self, job: Job, now: float) -> bool:

@@ -21,9 +21,9 @@ PATIENCE_S: dict[Priority, float] = {"high": 1.0, "normal": 10.0, "low": 100.0}
 def due(arrived: float, priority: Priority, deadline: float, own_backlog_s: float) -> float:
     """When a request should be done: the order in which the device takes requests.
 
-    This and `arrived`, `deadline` are seconds on the caller's clock. A client's own pending work postpones the time, so that a
-    client with a hundred requests does not go before a client with one (start-time fair queueing, Goyal et al. 1996, with time on
-    the device as the share).
+    This and `arrived`, `deadline` are seconds on the caller's clock. A client's own backlog, its pending work and the many rows
+    of this request, postpones the time, so that a client with a hundred requests, or with one of a hundred rows,
+    does not go before a client with one (start-time fair queueing, Goyal et al. 1996, with time on the device as the share).
     """
     return min(deadline, arrived + PATIENCE_S[priority] + own_backlog_s)
 
@@ -45,6 +45,7 @@ class Ready(NamedTuple):
     costs: Mapping[int, float]  # ms of a call, by slots of the batch
     left: int = 0  # steps until it is finished
     may_wait: bool = False  # a row to finish, for others to be finished with it
+    joins: bool = True  # an input to prepare, whose request lacks no more of any part than one call prepares
 
     @property
     def bucket(self) -> tuple[str, Hashable, Size | None, int]:
@@ -57,8 +58,10 @@ def choose(ready: Iterable[Ready]) -> list[Ready]:
     Rows that only have to finish go first, since that answers a request, unless it pays to finish them with others
     (`_waits_for_company`). Then inputs are prepared, so that they join the very
     next step, unless they would not make it larger and all its rows are no less urgent: they would wait anyway, and are
-    prepared together with those to come. Then one step. Within a phase, the most urgent item (due, then arrival) picks part,
-    model and size, so none blocks another; the next in urgency follow, of rows to step as many as `best_batch` says.
+    prepared together with those to come. Inputs of a request that needs several calls of one part, as the tiles of an upscale
+    do, join no step soon, so they are prepared first only if they are more urgent than all rows of the step. Then one step.
+    Within a phase, the most urgent item (due, then arrival) picks part, model and size, so none blocks another; the next in
+    urgency follow, of rows to step as many as `best_batch` says.
     """
     urgent = sorted(ready)
     if len(urgent) == 1:
@@ -70,13 +73,12 @@ def choose(ready: Iterable[Ready]) -> list[Ready]:
     if finish and not _waits_for_company(finish, step, len(urgent)):
         return finish[: max(finish[0].costs)]
     if given:
-        joined = (
-            _step_size([*rows, *(item for item in given if item.model == rows[0].model and item.size in (None, rows[0].size))])
-            if rows
-            else 1
-        )
-        if joined > len(step) or given[0] < step[-1]:
-            return given[: max(given[0].costs)]
+        call = given[: max(given[0].costs)]
+        if not step or call[0] < (step[-1] if call[0].joins else step[0]):
+            return call
+        joining = [item for item in call if item.joins and item.model == rows[0].model and item.size in (None, rows[0].size)]
+        if _step_size([*rows, *joining]) > len(step):
+            return call
     return step
 
 
@@ -140,6 +142,11 @@ class Work:
             slots * by_batch[max(by_batch)] / max(by_batch) for part, slots in calls.items() for by_batch in [self.costs[part]]
         )
 
+    @cached_property
+    def joins(self) -> bool:
+        """Whether its rows may join the next step of others: one call of each part prepares all that they lack."""
+        return joins(self.prepare, self.costs)
+
     @property
     def prepare_ms(self) -> float:
         """Of all its preparations, alone in their calls."""
@@ -151,11 +158,17 @@ class Work:
         return finish_times([self])[0]
 
 
+def joins(prepare: Mapping[str, int], costs: Mapping[str, Mapping[int, float]]) -> bool:
+    """Whether one call of each part prepares these inputs of a request, by part; `costs` are those of `Work`."""
+    return all(count <= max(costs[part]) for part, count in prepare.items())
+
+
 def finish_times(works: Sequence[Work]) -> list[float]:
     """When each is done, in ms from now, if nothing comes in between; the works in order of urgency.
 
     This is `choose`, played through from one row's end to the next. It leaves out that inputs of several requests share a
-    call, and that some are prepared before they are needed.
+    call, and that some are prepared before they are needed. Rows whose inputs take several calls join no batch of more urgent
+    ones: they are prepared when they are the most urgent.
     """
     lines: dict[Hashable, list[tuple[int, int]]] = {}  # by bucket: a row's work and its steps left
     for index, work in enumerate(works):
@@ -167,11 +180,14 @@ def finish_times(works: Sequence[Work]) -> list[float]:
         rows = lines[bucket]
         work = works[rows[0][0]]
         costs = work.costs[work.step]
-        key = bucket, min(len(rows), max(costs))  # more than fit change nothing
+        able, unable = list[tuple[int, int]](), list[tuple[int, int]]()
+        for row in rows:
+            (able if row[0] == rows[0][0] or row[0] in read or works[row[0]].joins else unable).append(row)
+        key = bucket, min(len(able), max(costs))  # more than fit change nothing
         if key not in counts:
             counts[key] = best_batch(costs, work.slots, key[1])
         count = counts[key]
-        batch, waiting = rows[:count], rows[count:]
+        batch, waiting = able[:count], able[count:]
         for index in {index for index, _ in batch} - read:
             read.add(index)
             clock += works[index].prepare_ms
@@ -181,7 +197,8 @@ def finish_times(works: Sequence[Work]) -> list[float]:
         clock += _cost(work.costs[Phase.FINISH], len(done))
         for index in done:
             ends[index] = clock
-        lines[bucket] = [(index, left - steps) for index, left in batch if left > steps] + waiting
+        left_over = [(index, left - steps) for index, left in batch if left > steps] + waiting
+        lines[bucket] = sorted(left_over + unable, key=lambda row: row[0]) if unable else left_over
     return ends
 
 

@@ -49,10 +49,11 @@ def _ready(
     arrival: int | None = None,
     left: int = 1,
     may_wait: bool = False,
+    joins: bool = True,
 ) -> Ready:
     """Each of a request of its own unless `arrival` says whose; unless `costs` are given, a full batch costs as much as one."""
     arrived, by_batch = index if arrival is None else arrival, costs or {1: 10.0, most: 10.0}
-    return Ready(due, arrived, index, PHASES[part], part, model, size, slots, by_batch, left, may_wait)
+    return Ready(due, arrived, index, PHASES[part], part, model, size, slots, by_batch, left, may_wait, joins)
 
 
 def test_nothing_ready_is_an_empty_batch() -> None:
@@ -88,6 +89,21 @@ def test_an_image_of_another_size_does_not_hold_up_a_step_that_it_cannot_join() 
     row = _ready("denoiser", 0, due=2)
     assert [item.call for item in choose([row, _ready("encoder", 1, due=3)])] == ["encoder"]
     assert [item.call for item in choose([row, _ready("encoder", 1, size=LARGE, due=3)])] == ["denoiser"]
+
+
+def test_inputs_that_take_several_calls_wait_for_all_rows_that_are_more_urgent() -> None:
+    """Those of an upscale: no call but the last lets its rows join a step."""
+
+    def next_call(*rows_due: float, joins: bool, many: int = 9) -> str:
+        rows = [_ready("denoiser", index, due=due) for index, due in enumerate(rows_due)]
+        tiles = [_ready("encoder", 10 + index, due=5, arrival=10, joins=joins) for index in range(many)]
+        return choose([*rows, *tiles])[0].call
+
+    assert [next_call(*rows, joins=False) for rows in ((), (1,), (9,), (1, 9))] == ["encoder", "denoiser", "encoder", "denoiser"]
+    assert [next_call(*rows, joins=True, many=3) for rows in ((), (1,), (9,), (1, 9))] == 4 * ["encoder"]
+    behind = _ready("encoder", 30, due=7)  # its rows would join, but not after this call
+    tiles = [_ready("encoder", 10 + index, due=5, arrival=10, joins=False) for index in range(4)]
+    assert choose([_ready("denoiser", 0, due=1), *tiles, behind])[0].call == "denoiser"
 
 
 def test_texts_wait_for_room_in_the_step_unless_they_are_more_urgent() -> None:
@@ -258,6 +274,17 @@ def test_a_request_alone_takes_its_stages_and_with_others_waits_for_places() -> 
     elsewhere = replace(sharing, bucket="another size")
     assert finish_times([elsewhere, new]) == [3 * 20 + 8, 3 * 20 + 8 + 45]
     assert finish_times([replace(new, steps=(0, 2))]) == [1 + 4 + 2 * 10 + 4]  # the first row is only to be decoded
+
+
+def test_rows_whose_inputs_take_several_calls_do_not_join_more_urgent_ones() -> None:
+    urgent = Work(steps=(2,), slots=1, prepare={}, costs=COSTS)
+    upscale = Work(steps=5 * (1,), slots=1, prepare={"encoder": 5}, costs=COSTS)
+    alone = 2 * 10 + 4
+    assert finish_times([urgent, upscale]) == [alone, alone + (6 + 3) + (20 + 8) + (10 + 4)]
+    small = replace(upscale, steps=3 * (1,), prepare={"encoder": 3})  # all prepared by one call
+    assert finish_times([urgent, small]) == [6 + (20 + 8) + (10 + 4), 6 + (20 + 8)]
+    later = replace(urgent, steps=(1,))  # joins the urgent one past the upscale
+    assert finish_times([urgent, upscale, later]) == [24 + 10 + 4, 38 + (6 + 3) + (20 + 8) + (10 + 4), 20 + 4]
 
 
 def test_a_promise_leaves_a_margin_for_waiting_alone() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import Any
 
+import numpy as np
 import pytest
 from served import MODEL, Clock
 from simulated import RISING, costs_of
@@ -15,6 +16,7 @@ from flashdiff.components import Costs, Size
 from flashdiff.engines.runtime.device import DEFAULT_DEVICE, Device
 from flashdiff.engines.runtime.fake import FLASH, GUIDED, FakeComponents
 from flashdiff.errors import FlashdiffError
+from flashdiff.orders import Order
 from flashdiff.rows import draw_noise
 from flashdiff.sampling import Sampler
 from flashdiff.server.admission import Admission
@@ -22,6 +24,7 @@ from flashdiff.server.fleet import Fleet
 from flashdiff.server.jobs import Job, Message
 from flashdiff.server.loop import DeviceLoop, Noise
 from flashdiff.server.models import Model
+from flashdiff.server.names import Priority
 from flashdiff.server.planning.devices import SimulatedWorker, simulated_model
 from flashdiff.server.planning.processor import OVERLAP_SPEED, Processor
 from flashdiff.server.planning.simulation import Arrival, Fate, simulate
@@ -202,3 +205,28 @@ def test_a_finished_row_waits_for_company_unless_its_deadline_is_near(timeout_s:
     arrivals = [Arrival(at=0.0, order=order, timeout_s=timeout_s if order.steps == 1 else None) for order in orders]
     fates = simulated(fake, costs_of(fake, flat, flat), arrivals)
     assert [1000 * (fate.latency_s or 0.0) for fate in fates] == pytest.approx(latencies)
+
+
+@pytest.mark.parametrize("timeout_s", [None, 0.06])
+@pytest.mark.parametrize(("of_many", "of_one"), [("low", "high"), ("normal", "normal")])
+def test_a_request_does_not_wait_for_an_upscale_of_another_client(
+    of_many: Priority, of_one: Priority, timeout_s: float | None
+) -> None:
+    fake, flat, timeline = FakeComponents(), {1: 10.0, 4: 10.0}, Timeline()
+    worker, model = SimulatedWorker(clock=timeline), simulated_model(fake, [costs_of(fake, flat, flat)], [DEFAULT_DEVICE])
+    picture = np.zeros((256, 256, 3), dtype=np.uint8)
+    upscale = check_order(fake.spec, prompt="many", inputs={"image": picture}, parameters={"upscale": 2})
+    assert upscale.rows == 81
+    ends: dict[str, float] = {}
+
+    def submit(client: str, order: Order, priority: Priority, timeout_s: float | None) -> None:
+        job = worker.submit(model, order, timeout_s, client=client, priority=priority)
+        job.answer.add_done_callback(lambda done: ends.update({client: timeline.now} if done.result() else {}))
+
+    timeline.schedule(0.0, lambda: submit("many", upscale, of_many, None))
+    one = check_order(fake.spec, prompt="one", steps=1)
+    timeline.schedule(0.015, lambda: submit("one", one, of_one, timeout_s))
+    timeline.run()
+    assert ends["one"] == pytest.approx(0.05)  # after the call under way: its text, its step and its decoding
+    steps = upscale.steps_taken
+    assert ends["many"] == pytest.approx(0.03 + 0.01 * (1 + 21 + (steps + 1) * 21))  # 21 calls for 81 tiles
