@@ -39,7 +39,7 @@ if __package__ in (None, ""):  # run as a file: imports start from the repositor
 from benchmarks.command import command_parser, run_command, write_results
 from benchmarks.environment import read_environment
 from benchmarks.markdown_table import markdown_table
-from benchmarks.variants import GROUPS, VARIANTS, make_variant
+from benchmarks.variants import BY_TEXT, GROUPS, VARIANTS, make_variant
 from flashdiff.components import Components
 from flashdiff.config import load_recipe
 from flashdiff.distill.config import Recipe, bundled_recipe
@@ -110,7 +110,7 @@ def run(recipe: Recipe, out: Path, meter: Meter, steps: Sequence[int]) -> None:
         distill(recipe, out, pools=out.parent / "pools")
     _, student = load_fused(recipe.base, [(out, 1.0)], None)
     metrics = meter.measure_model(student, out.name, steps)
-    found = {"seed": recipe.seed, "updates": recipe.updates, "cost": round(cost(recipe)), "rows": metrics}
+    found = {"seed": recipe.seed, "updates": recipe.updates, "cost": round(cost(recipe, BY_TEXT)), "rows": metrics}
     write_results(result, found, indent=2)
 
 

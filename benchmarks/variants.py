@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+from flashdiff.distill.branches import Branches
 from flashdiff.distill.config import Recipe
 from flashdiff.distill.costs import cost
+from flashdiff.tasks.base import Task
 
 _PAPER = {"adversarial": {"kind": "lsgan", "r1_weight": 0.0}, "distribution_matching": {"times": (0.0, 1.0)}}
 
@@ -44,6 +46,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 """Changes of the recipe by variant. Under `phases` are values by phase; the last one holds for all later phases."""
 
 
+BY_TEXT = Branches(contrasts=({},), weights=lambda guidance: Task().weights(guidance, {}))
+"""The teacher's guidance in all variants, for their cost."""
+
 GROUPS: dict[str, tuple[str, ...]] = {
     "all": tuple(VARIANTS),
     "audit": ("ours", "ours+k16", "ours+constant", "ours+fresh", "ours+whitened", "ours+roles", "ours+roles-critic"),
@@ -53,9 +58,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
 
 def make_variant(recipe: Recipe, name: str, seed: int, scale: float) -> Recipe:
     """The recipe with the changes of variant `name`, as long as the budget allows: `scale` times the cost of `distillation`."""
-    budget = scale * cost(_changed(recipe, VARIANTS["distillation"]))
+    budget = scale * cost(_changed(recipe, VARIANTS["distillation"]), BY_TEXT)
     changed = _changed(recipe, {**VARIANTS[name], "seed": seed})
-    share = budget / cost(changed)
+    share = budget / cost(changed, BY_TEXT)
     phases = [{**phase.model_dump(), "updates": max(1, round(phase.updates * share))} for phase in changed.phases]
     settings = {
         "phases": phases,

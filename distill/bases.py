@@ -4,6 +4,8 @@ from flashdiff.distill.config import Recipe
 from flashdiff.errors import ConfigError, ModelError
 from flashdiff.families import load_base
 from flashdiff.families.base import ModelFamily, TorchModel
+from flashdiff.families.networks import hash_of_network
+from flashdiff.files import hash_file
 
 
 def load_trained_base(recipe: Recipe) -> tuple[ModelFamily, TorchModel]:
@@ -34,6 +36,21 @@ def _with_networks(family: ModelFamily, model: TorchModel, recipe: Recipe) -> To
         for network in model.controls.values():
             network.requires_grad_(False)
     return model
+
+
+def hashes_of_networks(recipe: Recipe) -> list[str]:
+    """Of the files of the networks that the recipe adds to its base; empty where it adds none."""
+    found: list[str] = []
+    if given := recipe.reference:
+        from flashdiff.families.ip_adapter import encoder_hash, find_adapter
+
+        adapter = find_adapter(given.adapter, given.encoder)
+        found += [hash_file(adapter.file), encoder_hash(adapter.encoder)]
+    if recipe.controls:
+        from flashdiff.families.control import find_control
+
+        found += [hash_of_network(find_control(control.name, control.network)) for control in recipe.controls]
+    return found
 
 
 _KEYS = {

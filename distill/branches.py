@@ -7,14 +7,9 @@ import torch
 from torch import Tensor
 
 from flashdiff.prediction import guided_output
-from flashdiff.tasks.base import Task
 
 Network = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
 """(latents [B, C, h, w], times [B], conditioning) -> raw output."""
-
-
-def _of_text(guidance: Tensor) -> tuple[Tensor, ...]:
-    return Task().weights(guidance, {})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +18,8 @@ class Branches:
 
     contrasts: tuple[Mapping[str, Tensor], ...]
     """Of each further branch what stands in the place of the sample's own [1, ...], by name: at most as large as these, and
-    repeated. None: the network takes its guidance as an input."""
-    weights: Callable[[Tensor], tuple[Tensor, ...]] = _of_text
+    repeated. Empty: the network takes its guidance as an input."""
+    weights: Callable[[Tensor], tuple[Tensor, ...]]
     """The weights of all branches at guidance scales."""
     keeps_norm: bool = False
     """See `Sampler`."""
@@ -33,7 +28,7 @@ class Branches:
 
     @property
     def count(self) -> int:
-        """Evaluations of a guided step."""
+        """How many there are."""
         return 1 + len(self.contrasts)
 
     @property
@@ -41,11 +36,15 @@ class Branches:
         """Whether the network takes the guidance scale as an input, so that one evaluation is guided."""
         return not self.contrasts
 
+    def evaluations(self, guidance: float) -> int:
+        """Evaluations of a step at a guidance scale: one where no branch but the first has a weight."""
+        return self.count if self._are_needed(torch.tensor([guidance])) else 1
+
     def output(
         self, network: Network, latents: Tensor, times: Tensor, conditioning: Mapping[str, Tensor], guidance: Tensor
     ) -> Tensor:
         """The network's output [B, C, h, w], guided at the scales `guidance` [B]; one evaluation where no sample needs others."""
-        if self.are_an_input or not any(weight.any() for weight in self._weights(guidance)[1:]):
+        if not self._are_needed(guidance):
             return network(latents, times, conditioning)
         return self.joined(self.outputs(network, latents, times, conditioning), guidance)
 
@@ -60,6 +59,10 @@ class Branches:
     def joined(self, outputs: list[Tensor], guidance: Tensor) -> Tensor:
         """The guided output of those of all branches [B, C, h, w], at the scales [B]."""
         return guided_output(outputs, self._weights(guidance), keeps_norm=self.keeps_norm, rescale=self.rescale)
+
+    def _are_needed(self, guidance: Tensor) -> bool:
+        """Whether some sample's scale gives a weight to a branch after the first."""
+        return not self.are_an_input and any(bool(weight.any()) for weight in self._weights(guidance)[1:])
 
     def _weights(self, guidance: Tensor) -> tuple[Tensor, ...]:
         """Of every branch [B, 1, 1, 1]; scales up to 1 mean no guidance by the prompt."""

@@ -1,7 +1,7 @@
 """What a base reads of a sample's images: which images these are, and the denoiser's inputs that are made of them.
 
-The road is that of a request: an order with these images, the task's preparations, the model's parts, the branches of a step. So
-training and serving cannot disagree.
+Images go through the same steps as a request's: an order, the task's preparations, the model's parts, the branches of a step.
+So training and serving cannot disagree.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,11 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flashdiff import defaults, parts
+from flashdiff import defaults
 from flashdiff.components import ModelSpec, Size, Tensors
 from flashdiff.controls import ControlRequest, controls_of
 from flashdiff.distill.branches import Branches
-from flashdiff.distill.config import IMAGE, MASK, REFERENCE, SOURCE, MaskRecipe, Recipe
+from flashdiff.distill.config import IMAGE, MASK, REFERENCE, SOURCE, MaskRecipe, Recipe, called_twice
 from flashdiff.distill.masks import draw_mask
 from flashdiff.distill.network import trained_part
 from flashdiff.errors import ConfigError, TrainingError
@@ -27,11 +27,11 @@ from flashdiff.generate import prepare
 from flashdiff.orders import Order, Pixels
 from flashdiff.references import ENCODER, ReferenceRequest, takes_reference
 from flashdiff.rows import branches_of
-from flashdiff.tasks import check_order, task_for, trained_task
+from flashdiff.tasks import check_order, edit, inpainting, task_for, trained_task
 from flashdiff.tasks.base import Task
 
-_MADE = (parts.MASK, parts.MASKED_IMAGE, parts.EDITED_IMAGE)
-"""The conditions that training makes for its tasks."""
+_MADE = (*inpainting.TASK.conditions_made, *edit.TASK.conditions_made)
+"""The conditions that training makes of a sample's images."""
 _IMAGE_GUIDANCE = "image_guidance"
 
 
@@ -106,6 +106,9 @@ class ImageConditions:
         if unread := [name for name in self._recipe.data.further_images if name not in further]:
             read = f"it reads {', '.join(further)}" if further else "it reads none"
             raise ConfigError(f"data.further_images: this run reads no further image '{unread[0]}'; {read}")
+        called = self._recipe.data.further_images
+        if twice := called_twice(called.get(name, name) for name in further):
+            raise ConfigError(f"{twice} (this run reads {' and '.join(further)})")
         return wanted
 
     def described(self) -> str:
@@ -169,13 +172,14 @@ class ImageConditions:
     def branches(self, unconditional: Mapping[str, Tensor] | None, device: torch.device) -> Branches:
         """The branches of the teacher's guidance; `unconditional` [1, ...] is what it contrasts prompts with, and None where the
         network takes its guidance as an input."""
+        weights = partial(self.task.weights, parameters=self._parameters())
         if unconditional is None:
-            return Branches(contrasts=())
+            return Branches(contrasts=(), weights=weights)
         without_prompt = {name: values.to(device) for name, values in unconditional.items()}
         contrasts = [{**without_prompt, **images} for images in self._contrasts(device)]
         return Branches(
             contrasts=tuple(contrasts),
-            weights=partial(self.task.weights, parameters=self._parameters()),
+            weights=weights,
             keeps_norm=self._model.spec.sampler.keeps_norm,
             rescale=self._recipe.guidance_rescale,
         )

@@ -1,6 +1,6 @@
 """The recipe of a distillation run."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -46,10 +46,17 @@ class DataRecipe(GrownRecord):
 
     @model_validator(mode="after")
     def _calls_images_apart(self) -> Self:
-        called = list(self.further_images.values())
-        if twice := next((word for word in called if called.count(word) > 1), None):
-            raise ValueError(f"data.further_images calls two images '{twice}'; give each a name of its own")
+        if twice := called_twice(self.further_images.values()):
+            raise ValueError(twice)
         return self
+
+
+def called_twice(words: Iterable[str]) -> str | None:
+    """What is wrong where two further images are called alike; case does not count, as in the names of files. None: nothing."""
+    called = [word.lower() for word in words]
+    if twice := next((word for word in called if called.count(word) > 1), None):
+        return f"data.further_images calls two images '{twice}'; give each a name of its own"
+    return None
 
 
 class LoraRecipe(GrownRecord):

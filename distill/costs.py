@@ -5,6 +5,7 @@ from collections import deque
 
 import numpy as np
 
+from flashdiff.distill.branches import Branches
 from flashdiff.distill.config import Phase, Recipe
 from flashdiff.distill.curriculum import phase_at, start_probabilities
 from flashdiff.distill.previews import TEACHER_STEPS
@@ -12,11 +13,10 @@ from flashdiff.distill.step import PoolSpan, span_at
 from flashdiff.distill.terms import TRAINED_PASS
 
 
-def cost(recipe: Recipe, *, branches: int = 2) -> float:
+def cost(recipe: Recipe, branches: Branches) -> float:
     """Forward passes of the whole run for one sample of a batch: the sum of `target_cost` and `update_cost` over all updates."""
     return sum(
-        phase.updates * (target_cost(recipe, phase, branches=branches) + update_cost(recipe, phase, branches=branches))
-        for phase in recipe.phases
+        phase.updates * (target_cost(recipe, phase, branches) + update_cost(recipe, phase, branches)) for phase in recipe.phases
     )
 
 
@@ -27,8 +27,9 @@ class RemainingTime:
     each phase then takes corrects the estimate.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
-        self._recipe = recipe
+    def __init__(self, recipe: Recipe, branches: Branches) -> None:
+        """`branches` are those of the teacher's guidance, here and in all functions below."""
+        self._recipe, self._branches = recipe, branches
         self._updates_s = deque[float](maxlen=_RECENT)
         self._phase: Phase | None = None
         self.target_s = 0.0
@@ -56,12 +57,12 @@ class RemainingTime:
 
     def left_s(self, update: int) -> float:
         """Expected seconds from `update`, of the phase that is running, to the end of the run."""
-        recipe, now = self._recipe, self._phase
+        recipe, branches, now = self._recipe, self._branches, self._phase
         assert now
-        training_s = remaining_s(recipe, update, target_s=self.target_s, update_s=self.update_s, measured=now)
+        training_s = remaining_s(recipe, branches, update, target_s=self.target_s, update_s=self.update_s, measured=now)
         preview_s = self._preview_s
         if preview_s is None:  # mostly the teacher's evaluations, at the rate of those in the targets
-            preview_s = self.target_s / target_cost(recipe, now) * preview_cost(recipe) / recipe.batch_size
+            preview_s = self.target_s / target_cost(recipe, now, branches) * preview_cost(recipe, branches) / recipe.batch_size
         return training_s + preview_s * (-(-recipe.updates // recipe.checkpoint_every) - update // recipe.checkpoint_every)
 
 
@@ -69,7 +70,9 @@ _RECENT = 50
 """Updates whose median is the pace of a phase."""
 
 
-def remaining_s(recipe: Recipe, update: int, *, target_s: float, update_s: float, measured: Phase | None = None) -> float:
+def remaining_s(
+    recipe: Recipe, branches: Branches, update: int, *, target_s: float, update_s: float, measured: Phase | None = None
+) -> float:
     """Expected seconds from `update` to the end, without previews.
 
     `update_s` is what an update of the phase `measured` took (default: the phase of `update`), and `target_s` what its targets
@@ -77,48 +80,49 @@ def remaining_s(recipe: Recipe, update: int, *, target_s: float, update_s: float
     """
     now, span = measured or phase_at(recipe.phases, update), span_at(recipe, min(update, recipe.updates - 1))
     pool_end = span.end if span.first < update else update
-    target_rate, update_rate = target_s / target_cost(recipe, now), update_s / update_cost(recipe, now)
+    target_rate, update_rate = target_s / target_cost(recipe, now, branches), update_s / update_cost(recipe, now, branches)
     seconds, start = 0.0, 0
     for phase in recipe.phases:
         end = start + phase.updates
         to_learn, to_solve = (max(0, end - max(start, begin)) for begin in (update, max(update, pool_end)))
         if to_learn:
-            seconds += update_rate * update_cost(recipe, phase) * to_learn + target_rate * target_cost(recipe, phase) * to_solve
+            seconds += update_rate * update_cost(recipe, phase, branches) * to_learn
+            seconds += target_rate * target_cost(recipe, phase, branches) * to_solve
         start = end
     return seconds
 
 
-def teacher_evaluations(recipe: Recipe, phase: Phase, *, branches: int = 2) -> float:
+def teacher_evaluations(recipe: Recipe, phase: Phase, branches: Branches) -> float:
     """Expected evaluations of the network in the teacher's ODE, per sample and update.
 
-    That is sum_i pi(i) (K - i), times the `branches` of guidance, divided by how often a target is used.
+    That is sum_i pi(i) (K - i), times those of a step at the highest guidance, divided by how often a target is used.
     """
     probabilities = start_probabilities(recipe.grid, phase.mode_weights)
     taken = recipe.grid.solver_steps - np.arange(recipe.grid.solver_steps)
     steps = 1.0 if recipe.target == "consistency" else float(probabilities @ taken)
-    return (branches if recipe.guidance[1] > 1 else 1) * steps / recipe.target_uses
+    return branches.evaluations(recipe.guidance[1]) * steps / recipe.target_uses
 
 
-def target_cost(recipe: Recipe, phase: Phase, *, branches: int = 2) -> float:
+def target_cost(recipe: Recipe, phase: Phase, branches: Branches) -> float:
     """Forward passes per sample and update for its input and target: the teacher's, and the student's where they draw on it."""
     student = float(recipe.target == "consistency")
     if phase.backward_simulation:  # the first step, and half of the later ones before the start
         student += phase.backward_simulation * _roll_out(recipe, phase)
-    return teacher_evaluations(recipe, phase, branches=branches) + student / recipe.target_uses
+    return teacher_evaluations(recipe, phase, branches) + student / recipe.target_uses
 
 
-def update_cost(recipe: Recipe, phase: Phase, *, branches: int = 2) -> float:
+def update_cost(recipe: Recipe, phase: Phase, branches: Branches) -> float:
     """Forward passes per sample that an update itself costs: the student's, and those of the losses and their opponents."""
     weights, count = phase.weights, float(TRAINED_PASS)
     for term in recipe.terms():
         passes = term.cost(recipe.loss.settings(term.name))
-        count += passes.throughout + (passes.in_use + branches * passes.guided if weights[term.name] else 0)
+        count += passes.throughout + (passes.in_use + branches.count * passes.guided if weights[term.name] else 0)
     return count
 
 
-def preview_cost(recipe: Recipe) -> float:
+def preview_cost(recipe: Recipe, branches: Branches) -> float:
     """Forward passes of one preview: for each prompt the guided teacher, and the student at its most, 2 and 1 steps."""
-    return len(recipe.preview_prompts) * (2 * TEACHER_STEPS + recipe.grid.modes + 2 + 1)
+    return len(recipe.preview_prompts) * (branches.count * TEACHER_STEPS + recipe.grid.modes + 2 + 1)
 
 
 def _roll_out(recipe: Recipe, phase: Phase) -> float:

@@ -45,9 +45,8 @@ def dry_run(recipe: Recipe) -> Iterator[str]:
     yield f"grid     K = {grid.solver_steps} solver steps; trained for {grid.modes}: {grid.inference_times(grid.modes)}"
     start = 0
     for phase in recipe.phases:
-        teacher = teacher_evaluations(recipe, phase, branches=objective.branches.count)
-        others = target_cost(recipe, phase) - teacher_evaluations(recipe, phase)
-        others += update_cost(recipe, phase, branches=objective.branches.count)
+        teacher = teacher_evaluations(recipe, phase, objective.branches)
+        others = target_cost(recipe, phase, objective.branches) - teacher + update_cost(recipe, phase, objective.branches)
         weights = ", ".join(f"{t.title} {phase.weights[t.name]:g}" for t in recipe.terms() if phase.weights[t.name])
         yield (
             f"updates  {start:,} to {start + phase.updates:,}: {weights}; per sample and update {teacher:.1f} evaluations of the "

@@ -16,7 +16,7 @@ from torch import Tensor
 from flashdiff.checkpoint import load_state, save_state, step_generator
 from flashdiff.components import Size
 from flashdiff.distill import processes
-from flashdiff.distill.bases import load_trained_base
+from flashdiff.distill.bases import hashes_of_networks, load_trained_base
 from flashdiff.distill.batch import MicroBatch, Targets
 from flashdiff.distill.checkpoints import checkpoint_path, checkpoints
 from flashdiff.distill.conditions import ImageConditions
@@ -32,7 +32,7 @@ from flashdiff.distill.processes import Draws
 from flashdiff.distill.progress import Stage, lines_above_bars, shown_time
 from flashdiff.distill.publish import publish
 from flashdiff.distill.speed import Speed
-from flashdiff.distill.step import Pool, PoolSpan, make_pool, shared_pool, span_at, student_x0
+from flashdiff.distill.step import Pool, PoolSpan, SharedPools, make_pool, span_at, student_x0
 from flashdiff.distill.student import Student
 from flashdiff.distill.trackers import Tracker, open_tracker
 from flashdiff.errors import NotFiniteError, TrainingError, first_line
@@ -90,6 +90,9 @@ def _run(recipe: Recipe, out: Path, work: Path, pools: Path | None) -> None:
         base = find_base(recipe.base)
         files = witness(base_files(base))
         family, model = load_trained_base(recipe)
+        shared: SharedPools | None = None
+        if pools and processes.count() == 1:
+            shared = SharedPools(pools, recipe, [model.base_hash, *hashes_of_networks(recipe)])
         images = ImageConditions(model, recipe)
         if model.spec.prediction == "trigflow":
             raise TrainingError(f"{recipe.base} is a consistency student already, and no teacher; distil the base it comes from")
@@ -103,6 +106,9 @@ def _run(recipe: Recipe, out: Path, work: Path, pools: Path | None) -> None:
         data = load_dataset(recipe.data, model, batch_size=recipe.batch_size, seed=recipe.seed, wanted=images.wanted)
         prints = ", ".join(f"{name[:12]} in {precision}" for precision, name in model.base_prints.items())
         _log.info("the base '%s' has the hash %s (%s)", recipe.base, model.base_hash[:12], prints)
+        size = model.spec.sizes[0]
+        if recipe.preview_prompts and images.wanted and not data.of_size(size):
+            _log.warning("previews show prompts alone: no sample has %s, the size that they are drawn at", size)
         if changed := first_change(files, witness(base_files(base))):
             raise TrainingError(f"{changed} changed while the run read it; start again when the base stays as it is")
         if processes.device().type != "cpu":
@@ -120,14 +126,14 @@ def _run(recipe: Recipe, out: Path, work: Path, pools: Path | None) -> None:
         _log.info("training %d LoRA parameters from update %d of %d", student.parameter_count, student.update, recipe.updates)
         tracker = open_tracker(recipe, work, student.update) if processes.is_main() else None
         try:
-            _train(model, student, objective, data, images, recipe, work, tracker, pools)
+            _train(model, student, objective, data, images, recipe, work, tracker, shared)
         finally:
             if tracker:
                 tracker.close()
 
     if processes.is_main():
         with student.holding(student.average):
-            parameters, branches = student.parameter_count, objective.branches.count
+            parameters, branches = student.parameter_count, objective.branches
             publish(out, model, family, recipe, parameters, work / _LOG, images=images, branches=branches)
     processes.wait()
 
@@ -146,12 +152,12 @@ def _train(
     recipe: Recipe,
     work: Path,
     tracker: Tracker | None,
-    pools: Path | None,
+    shared: SharedPools | None,
 ) -> None:
     log = work / _LOG
     if tracker and log.exists():  # drop what a killed run logged after its last checkpoint: those updates are computed again
         write_whole(log, "".join(log.read_text().splitlines(keepends=True)[: student.update]))
-    time_left, speed, count = RemainingTime(recipe), Speed(recipe.batch_size), 0
+    time_left, speed, count = RemainingTime(recipe, objective.branches), Speed(recipe.batch_size), 0
     pool: Pool | None = None
     ends = accumulate(phase.updates for phase in recipe.phases)
     for number, (phase, end) in enumerate(zip(recipe.phases, ends, strict=True), 1):
@@ -164,7 +170,8 @@ def _train(
                 span = span_at(recipe, update)
                 if pool is None or update == span.first:
                     started = time.monotonic()
-                    pool = _new_pool(model, student, objective, data, images, recipe, span, pools)
+                    pool = None  # or both pools would be in memory while the new one is made
+                    pool = _new_pool(model, student, objective, data, images, recipe, span, shared)
                     took = time.monotonic() - started
                     time_left.solved(span, took)
                     speed.took("targets", took)
@@ -238,7 +245,7 @@ def _new_pool(
     images: ImageConditions,
     recipe: Recipe,
     span: PoolSpan,
-    pools: Path | None,
+    shared: SharedPools | None,
 ) -> Pool:
     """The pool of a span; it depends only on seed, span and anchor, so a resumed run makes the same one."""
 
@@ -248,7 +255,7 @@ def _new_pool(
             return make_pool(model, objective.branches, data, recipe, span, images=images, on_solved=stage.advance)
 
     if not (span.phase.backward_simulation or recipe.target == "consistency" or not data.has_images):
-        return shared_pool(pools, model, recipe, span, make) if pools and processes.count() == 1 else make()
+        return shared.pool(span, make) if shared else make()
     if student.update == span.first:
         student.set_anchor()
     with student.holding(student.anchor):

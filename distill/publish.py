@@ -4,6 +4,7 @@ import inspect
 import statistics
 from pathlib import Path
 
+from flashdiff.distill.branches import Branches
 from flashdiff.distill.comfyui import WORKFLOW, workflow
 from flashdiff.distill.conditions import ImageConditions
 from flashdiff.distill.config import IMAGE, MASK, Recipe
@@ -21,6 +22,8 @@ from flashdiff.tasks.base import Task
 
 _ARGUMENTS = {IMAGE: "image", MASK: "mask_image"}
 """What the pipelines of diffusers call a request's images."""
+_FILES = {IMAGE: "photo.png", MASK: "mask.png"}
+"""What the card calls their files."""
 _LAST = 100
 """Updates over which the card averages losses."""
 
@@ -34,11 +37,11 @@ def publish(
     log: Path,
     *,
     images: ImageConditions,
-    branches: int,
+    branches: Branches,
 ) -> None:
     """Write the student's present weights in `model`, with a card; the run's `log` has a line of JSON per update.
 
-    `images` is what it reads of images; a guided step of its teacher had so many `branches`.
+    `images` is what it reads of images, `branches` are those of its teacher's guidance.
 
     flash.json is written last: a folder that has it is complete.
     """
@@ -76,18 +79,22 @@ def _usage(info: FlashInfo, model: TorchModel, family: ModelFamily, recipe: Reci
     if not _takes(pipeline_class, setting.split("=")[0]):
         call, why = f"num_inference_steps={len(times)}", f"near {times}: its call takes no times"
     call += "".join(f", {_ARGUMENTS[name]}={name}" for name in task.inputs)
+    if task.inputs and _takes(pipeline_class, "strength"):  # one of them takes 0.9999 by default, and then skips the first step
+        call += ", strength=1.0"
     guidance = 3.5 if GUIDANCE in family.conditioning else 0
     where, found = f'"{info.base}"', ""
     if "/" not in info.base and not Path(info.base).is_dir():  # the embedded model, whose name only flashdiff knows
         where, found = f'find_base("{info.base}")', "\nfrom flashdiff.families import find_base\n"
+    imported = "from diffusers.utils import load_image\n" if task.inputs else ""
+    loaded = "".join(f'{name} = load_image("{_FILES[name]}")\n' for name in task.inputs)
     return f"""```python
 # run it in this folder
 from diffusers import {scheduler}, {pipeline_class}
-{found}
+{imported}{found}
 pipeline = {pipeline_class}.from_pretrained({where})
 pipeline.load_lora_weights(".", weight_name="{WEIGHTS}")
 pipeline.scheduler = {scheduler}.from_config(pipeline.scheduler.config)
-image = pipeline("a prompt", {call}, guidance_scale={guidance}).images[0]  # {why}
+{loaded}image = pipeline("a prompt", {call}, guidance_scale={guidance}).images[0]  # {why}
 image.save("image.png")
 ```
 """
@@ -100,9 +107,9 @@ def _takes(pipeline_class: str, argument: str) -> bool:
     return argument in inspect.signature(getattr(diffusers, pipeline_class).__call__).parameters
 
 
-def _run(recipe: Recipe, log: Path, branches: int) -> str:
+def _run(recipe: Recipe, log: Path, branches: Branches) -> str:
     """The run's cost, and its losses at the end."""
-    passes = float(f"{cost(recipe, branches=branches) * recipe.batch_size:.2g}")
+    passes = float(f"{cost(recipe, branches) * recipe.batch_size:.2g}")
     try:
         lines = [parse_json(line) for line in read_text(log).splitlines()[-_LAST:]]
         names = dict.fromkeys(name for line in lines for name in line if name not in ("update", "loss", "skipped"))
@@ -132,6 +139,7 @@ def _card(info: FlashInfo, recipe: Recipe, images: ImageConditions, run: str, us
     read = f"Of every sample, teacher and student read {images.described()}.\n" if images.wanted else ""
     if options := _options(recipe):
         usage += "\nThis runs without the networks that it was trained with; the pipelines that take them load the LoRA alike.\n"
+    measured = f" --task {images.task.name}" if images.task.inputs else ""
     build = f"flashdiff build-engine {info.base} --lora THIS_FOLDER{options} --out BUNDLE"
     on_hub = hub_name(info.base) if not Path(info.base).exists() else None
     base_model = f"base_model: {on_hub.repository}\n" if on_hub else ""
@@ -148,7 +156,7 @@ teacher takes {recipe.grid.solver_steps} solver steps with guidance {guidance}.
 {read}Recipe hash {info.recipe_hash[:12]}, base hash {info.base_hash[:12]}.
 
 {run}
-To measure its quality: `flashdiff evaluate BUNDLE --steps 4,2 --teacher TEACHER_BUNDLE`.
+To measure its quality: `flashdiff evaluate BUNDLE{measured} --steps 4,2 --teacher TEACHER_BUNDLE`.
 
 Made for 1 to {recipe.grid.modes} steps, **guidance off**, at these timesteps:
 {grids}.

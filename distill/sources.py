@@ -137,16 +137,17 @@ def _folder(folder: Path, columns: Columns, damage: Damage) -> Iterator[Sample]:
         raise TrainingError(str(error)) from None
     listing = next((name for name in METADATA if (folder / name).is_file()), "its folder's metadata")
     there = {path.relative_to(folder).as_posix(): path for path in visible(folder, *SUFFIXES)}
-    there, others = _apart(there, columns.further, known)
-    for name, path in there.items():
+    samples, others = _apart(there, columns.further, known)
+    for name, path in samples.items():
         prompt, _ = known.get(name, (None, 0))
         text, record = path.with_suffix(".txt"), path.with_suffix(".json")
         try:
             beside = {file.name: read_file(file) for file in (text, record) if file.is_file()}
             caption = prompt.text.encode() if prompt else caption_of(beside, columns.caption)
             image = read_file(path)
-            further = {kind: read_file(place) for kind, place in others.get(name.removesuffix(path.suffix), {}).items()}
-        except ValueError as error:  # of the .json file
+            places = others.get(name.removesuffix(path.suffix), {})
+            further = {kind: read_file(_only(kind, found)) for kind, found in places.items()}
+        except ValueError as error:  # of the .json file, or several images of a kind
             damage.count("samples")
             damage.skip("samples", f"{path}: {error}")
             continue
@@ -163,23 +164,23 @@ def _folder(folder: Path, columns: Columns, damage: Damage) -> Iterator[Sample]:
 
 def _apart(
     there: Mapping[str, Path], called: Mapping[str, str], known: Collection[str]
-) -> tuple[dict[str, Path], dict[str, dict[str, Path]]]:
+) -> tuple[dict[str, Path], dict[str, dict[str, list[Path]]]]:
     """The images of a folder that are samples, and those that go with one: `a/x.source.png` under `a/x` and `source`.
 
     Such images of other kinds, without a caption of their own, are left out.
     """
-    kinds = {word: kind for kind, word in called.items()}
+    kinds = _kinds(called)
     stems = {name: name.removesuffix(path.suffix) for name, path in there.items()}
     taken = set(stems.values())
     samples: dict[str, Path] = {}
-    others: dict[str, dict[str, Path]] = {}
+    others: dict[str, dict[str, list[Path]]] = {}
     unread: list[str] = []
     for name, path in there.items():
         stem, _, word = stems[name].rpartition(".")
         if stem not in taken:
             samples[name] = path
-        elif word in kinds:
-            others.setdefault(stem, {}).setdefault(kinds[word], path)
+        elif word.lower() in kinds:
+            others.setdefault(stem, {}).setdefault(kinds[word.lower()], []).append(path)
         elif name in known or any(path.with_suffix(ending).is_file() for ending in (".txt", ".json")):
             samples[name] = path
         else:
@@ -187,6 +188,22 @@ def _apart(
     if unread:
         _log.info("%d images such as %s go with a sample, and this run does not read them", len(unread), unread[0])
     return samples, others
+
+
+def _only(kind: str, places: Sequence[Path]) -> Path:
+    """The one further image of a kind; ValueError where there are several."""
+    if len(places) > 1:
+        raise ValueError(_several(kind, [place.name for place in places]))
+    return places[0]
+
+
+def _several(kind: str, names: Sequence[str]) -> str:
+    return f"it has several {kind} images: {', '.join(names)}"
+
+
+def _kinds(called: Mapping[str, str]) -> dict[str, str]:
+    """What further images are, by the words in their files' names, which may be written in any case."""
+    return {word.lower(): kind for kind, word in called.items()}
 
 
 def _files(files: Sequence[Path | str], columns: Columns, damage: Damage) -> Iterator[Sample]:
@@ -221,13 +238,13 @@ def _shard(path: Path, where: str, columns: Columns, damage: Damage) -> Iterator
 
 def _further_of(members: Mapping[str, bytes], called: Mapping[str, str]) -> dict[str, str]:
     """The members of a sample that hold its further images, by what they are: NAME.source.png."""
-    kinds = {word.lower(): kind for kind, word in called.items()}  # as endings of members are
+    kinds = _kinds(called)
     found: dict[str, str] = {}
     for member in members:
         _, *words = member.split(".")
         if len(words) == 2 and words[0] in kinds and f".{words[1]}" in SUFFIXES:
             if kinds[words[0]] in found:
-                raise ValueError(f"it has several {kinds[words[0]]} images: {found[kinds[words[0]]]}, {member}")
+                raise ValueError(_several(kinds[words[0]], [found[kinds[words[0]]], member]))
             found[kinds[words[0]]] = member
     return found
 

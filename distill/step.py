@@ -1,7 +1,7 @@
 """What an update starts from: pools of samples with the teacher's targets, and the student's evaluation of a batch."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -126,20 +126,26 @@ class Pool:
         return parts[number]
 
 
-def shared_pool(folder: Path, model: TorchModel, recipe: Recipe, span: PoolSpan, make: Callable[[], Pool]) -> Pool:
-    """The pool from `folder` if another run has saved it there; otherwise the result of `make`, which is saved.
+class SharedPools:
+    """A folder where runs save the pools that do not draw on the student, for each other.
 
-    Only for pools that do not draw on the student: these are functions of the values that name the file.
+    Such a pool is a function of the values that name its file.
     """
-    fixed = recipe.model_dump_json(include=_FIXED)
-    own = f"{span.phase.mode_weights} {span.index} {span.first_batch} {span.batches}"
-    name = hashlib.sha256(f"{model.base_hash} {fixed} {own}".encode()).hexdigest()[:32]
-    path = folder / f"{name}.pt"
-    if path.exists():
-        return Pool([Solved(**{**of, "items": of["items"].numpy()}) for of in load_state(path)["sizes"]], recipe.batch_size)
-    pool = make()
-    save_state(path, {"sizes": [{**vars(solved), "items": torch.from_numpy(solved.items)} for solved in pool.solved]})
-    return pool
+
+    def __init__(self, folder: Path, recipe: Recipe, weights: Sequence[str]) -> None:
+        """`weights` are the hashes of all networks that make a target: the base, and those that the recipe adds."""
+        self._folder, self._batch_size = folder, recipe.batch_size
+        self._fixed = " ".join([*weights, recipe.model_dump_json(include=_FIXED)])
+
+    def pool(self, span: PoolSpan, make: Callable[[], Pool]) -> Pool:
+        """The pool of a span if a run has saved it; otherwise the result of `make`, which is saved."""
+        own = f"{span.phase.mode_weights} {span.index} {span.first_batch} {span.batches}"
+        path = self._folder / f"{hashlib.sha256(f'{self._fixed} {own}'.encode()).hexdigest()[:32]}.pt"
+        if path.exists():
+            return Pool([Solved(**{**of, "items": of["items"].numpy()}) for of in load_state(path)["sizes"]], self._batch_size)
+        pool = make()
+        save_state(path, {"sizes": [{**vars(solved), "items": torch.from_numpy(solved.items)} for solved in pool.solved]})
+        return pool
 
 
 @torch.no_grad()
@@ -246,8 +252,13 @@ def _solved(
             found[name].append(values)
         on_solved(len(piece) * processes.count())
     z0, x_t, x0 = (processes.gather(torch.cat(values)) for values in found.values())
-    conditions = {name: processes.gather(torch.cat(values).to(device)) for name, values in of_images.items()}
+    conditions = {name: _gathered(torch.cat(values), device) for name, values in of_images.items()}
     return Solved(items, z0, x_t, solver_times[starts], x0, conditions)
+
+
+def _gathered(values: Tensor, device: torch.device) -> Tensor:
+    """As `processes.gather`, of values on the CPU: processes exchange what is on their devices, and one alone moves nothing."""
+    return processes.gather(values.to(device)) if processes.count() > 1 else values
 
 
 def roll_out(

@@ -1,9 +1,14 @@
 """A recipe that trains in seconds."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from flashdiff.distill.branches import Branches
 from flashdiff.distill.config import Recipe
+from flashdiff.tasks.base import Task
 
 CAPTIONS = ("a dog", "a cat", "two birds", "a red car", "a tree", "the sea")
 
@@ -22,6 +27,11 @@ def tiny_recipe(base: Path, **changes: Any) -> Recipe:
         "phases": [{"updates": 4, "mode_weights": (1, 1, 1, 1)}],
     }
     return Recipe(**{**values, **changes})
+
+
+def branches_of_text(*contrasts: Mapping[str, Tensor]) -> Branches:
+    """Classifier-free guidance with this contrast; none: the network takes its guidance as an input."""
+    return Branches(contrasts=contrasts, weights=lambda guidance: Task().weights(guidance, {}))
 
 
 def image_folder(folder: Path) -> Path:

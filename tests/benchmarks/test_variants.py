@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.variants import GROUPS, VARIANTS, make_variant
+from benchmarks.variants import BY_TEXT, GROUPS, VARIANTS, make_variant
 from flashdiff.config import load_recipe
 from flashdiff.distill.config import Recipe, bundled_recipe
 from flashdiff.distill.costs import cost
@@ -11,11 +11,11 @@ from flashdiff.distill.costs import cost
 @pytest.mark.parametrize("name", list(VARIANTS))
 def test_every_variant_costs_the_same_budget(name: str) -> None:
     recipe = load_recipe(bundled_recipe("avatars.toml"), Recipe)
-    budget = cost(make_variant(recipe, "distillation", 0, 1.0))
+    budget = cost(make_variant(recipe, "distillation", 0, 1.0), BY_TEXT)
     changed = make_variant(recipe, name, 7, 1.0)
-    assert cost(changed) == pytest.approx(budget, rel=0.01)
+    assert cost(changed, BY_TEXT) == pytest.approx(budget, rel=0.01)
     assert changed.seed == 7
-    assert cost(make_variant(recipe, name, 7, 0.5)) == pytest.approx(budget / 2, rel=0.02)
+    assert cost(make_variant(recipe, name, 7, 0.5), BY_TEXT) == pytest.approx(budget / 2, rel=0.02)
 
 
 def test_variants_differ_in_what_their_names_say() -> None:

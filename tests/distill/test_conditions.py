@@ -34,7 +34,7 @@ from torch import Tensor
 from flashdiff.components import Size
 from flashdiff.config import parse_record
 from flashdiff.distill import loop, network, previews, step
-from flashdiff.distill.bases import load_trained_base
+from flashdiff.distill.bases import hashes_of_networks, load_trained_base
 from flashdiff.distill.batch import MicroBatch
 from flashdiff.distill.branches import Branches
 from flashdiff.distill.conditions import ImageConditions, check_conditions
@@ -45,7 +45,7 @@ from flashdiff.distill.loop import distill
 from flashdiff.distill.network import add_lora, predict_x0, run_network
 from flashdiff.distill.objective import Objective
 from flashdiff.distill.processes import Draws
-from flashdiff.distill.step import make_pool, span_at, student_x0
+from flashdiff.distill.step import Pool, SharedPools, make_pool, span_at, student_x0
 from flashdiff.engines.build import build_engine
 from flashdiff.engines.config import BuildOptions
 from flashdiff.engines.runtime.engine import open_bundle
@@ -228,7 +228,8 @@ def test_without_guidance_by_text_and_image_an_edit_is_one_evaluation(bases: Pat
         branches = images.branches(model.unconditional(), model.device)
         texts = {**(model.unconditional() or {}), "image_latents": torch.ones(1, 4, 8, 8)}
         branches.output(counting, torch.zeros(1, 4, 8, 8), torch.tensor([9]), texts, torch.tensor([1.0]))
-        assert calls.pop() == rows
+        assert calls.pop() == branches.evaluations(1.0) == rows
+        assert branches.evaluations(3.0) == 3
 
 
 # --- every role gets the same conditions -----------------------------------------------------------------------------
@@ -397,6 +398,10 @@ def test_a_base_that_reads_images_trains_resumes_publishes_and_loads(
     card = (tmp_path / "whole" / "README.md").read_text()
     assert STOCK.get(name, "StableDiffusionPipeline") in card
     assert SAID.get(name, "") in card
+    if name == "inpainting":
+        assert 'mask = load_image("mask.png")' in card
+        assert "strength=1.0" in card
+        assert "evaluate BUNDLE --task inpainting --steps" in card
     assert not (tmp_path / "whole" / "comfyui.json").exists()
 
 
@@ -506,6 +511,11 @@ def test_keys_that_mean_nothing_to_the_base_are_refused(bases: Path, tmp_path: P
     said = _refused(bases, "adapter", tmp_path, data=data)
     assert said == "data.further_images: this run reads no further image 'depth'; it reads canny"
     assert "no further image 'depth'; it reads none" in _refused(bases, "inpainting", tmp_path, data=data)
+    canny = {"controls": [{"name": "canny", "network": str(bases / "t2i")}]}
+    said = _refused(bases, "edit", tmp_path, data={**data, "further_images": {"canny": "Source"}}, **canny)
+    assert said.startswith(
+        "data.further_images calls two images 'source'; give each a name of its own (this run reads source and"
+    )
 
 
 def test_networks_that_are_not_there_or_do_not_fit_are_refused_by_the_recipes_keys(bases: Path, tmp_path: Path) -> None:
@@ -539,6 +549,7 @@ def test_networks_that_are_not_there_or_do_not_fit_are_refused_by_the_recipes_ke
             {"data": {"source": "x", "further_images": {"source": "a", "canny": "a"}}},
             "data.further_images calls two images 'a'; give each a name of its own",
         ),
+        ({"data": {"source": "x", "further_images": {"source": "a", "canny": "A"}}}, "data.further_images calls two images 'a'"),
         ({"reference": {"adapter": ""}}, "'reference.adapter' = '': string should have at least 1 character"),
         ({"reference": {"adapter": "x", "image": "other"}}, "'reference.image' = 'other': input should be 'own' or 'further'"),
     ],
@@ -556,6 +567,27 @@ def test_recipes_without_the_keys_keep_their_hash(tiny_base: Path) -> None:
     dumped = tiny_recipe(tiny_base).model_dump(mode="json")
     assert not {"masks", "image_guidance", "controls", "reference"} & set(dumped)
     assert "further_images" not in dumped["data"]
+
+
+def test_targets_are_not_shared_once_a_network_of_the_recipe_has_changed(bases: Path, tmp_path: Path) -> None:
+    network, adapter = shutil.copytree(bases / "t2i", tmp_path / "t2i"), shutil.copytree(bases / "ip", tmp_path / "ip")
+    controls = [{"name": "canny", "network": str(network)}]
+    recipe = _recipe(bases, "reference", controls=controls, reference={"adapter": str(adapter / "ip.safetensors")})
+    made: list[Pool] = []
+
+    def shared() -> None:
+        make = lambda: (made.append(Pool([], 1)), made[-1])[1]  # noqa: E731
+        SharedPools(tmp_path / "pools", recipe, hashes_of_networks(recipe)).pool(span_at(recipe, 0), make)
+
+    for changed in (network / "config.json", adapter / "ip.safetensors", adapter / "image_encoder" / "config.json"):
+        shared()
+        count = len(made)
+        shared()
+        assert len(made) == count
+        changed.write_bytes(changed.read_bytes() + b" ")
+        shared()
+        assert len(made) == count + 1
+    assert hashes_of_networks(_recipe(bases, "edit")) == []
 
 
 def _spoiled(bases: Path, tmp_path: Path, spoil: Callable[[Path], object]) -> str:

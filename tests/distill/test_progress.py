@@ -5,7 +5,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from recipes import tiny_recipe
+from recipes import branches_of_text, tiny_recipe
 
 from flashdiff.distill import progress
 from flashdiff.distill.costs import RemainingTime, target_cost
@@ -44,11 +44,12 @@ def test_the_time_left_counts_previews_and_is_corrected_by_what_a_phase_takes(ti
         checkpoint_every=10,
         preview_prompts=["a dog"],
     )
-    left = RemainingTime(recipe)
+    text = branches_of_text({})
+    left = RemainingTime(recipe, text)
     left.solved(span_at(recipe, 0), 16.0)  # a second an update
     left.updated(recipe.phases[0], 1.0)
     # 19 updates of 3 passes and 20 of 6, 24 more targets, and four previews of 107 evaluations, at the rate of the targets'.
-    preview_s = 107 / (recipe.batch_size * target_cost(recipe, recipe.phases[0]))
+    preview_s = 107 / (recipe.batch_size * target_cost(recipe, recipe.phases[0], text))
     assert left.left_s(1) == pytest.approx(19 * 1 + 20 * 2 + 24 * 1 + 4 * preview_s)
     left.previewed(5.0)
     assert left.left_s(10) == pytest.approx(10 * 1 + 20 * 2 + 24 * 1 + 3 * 5)

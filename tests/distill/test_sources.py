@@ -493,6 +493,14 @@ def test_further_images_of_a_folder_lie_next_to_the_samples(tmp_path: Path, capl
     assert [sample.caption for sample in _read(tmp_path)] == ["zero", "one"]  # a run that reads none of them
     _jsonl(tmp_path / "metadata", [{"file_name": "0.png", "text": "told"}])
     assert _with_sources(tmp_path)[0] == ("told", 0, 1)
+    _jsonl(tmp_path / "metadata", [{"file_name": name, "text": "told"} for name in ("0.png", "0.source.png")])
+    assert _with_sources(tmp_path)[0] == ("told", 0, 1)  # metadata may name the further images too
+    (tmp_path / "0.source.png").rename(tmp_path / "0.Source.png")
+    (tmp_path / "metadata.jsonl").unlink()
+    assert _with_sources(tmp_path)[0] == ("zero", 0, 1)
+    (tmp_path / "0.source.jpg").write_bytes(_png(3))
+    with pytest.raises(TrainingError, match=r"0\.png: it has several source images: 0\.Source\.png, 0\.source\.jpg"):
+        _with_sources(tmp_path)
 
 
 def test_further_images_of_a_shard_are_members_of_the_sample(tmp_path: Path) -> None:

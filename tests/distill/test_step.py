@@ -1,23 +1,24 @@
 """Where the student's inputs and targets come from, apart from the paper's: its own earlier steps, and its own answers."""
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from recipes import CAPTIONS, tiny_recipe
+from recipes import CAPTIONS, branches_of_text, tiny_recipe
 from safetensors.torch import load_file
 from torch import Tensor
 
 from flashdiff.distill import loop
-from flashdiff.distill.branches import Branches
 from flashdiff.distill.config import Recipe
 from flashdiff.distill.data import Dataset, load_dataset
 from flashdiff.distill.loop import distill
 from flashdiff.distill.network import levels, predict_x0
-from flashdiff.distill.step import POOL_BATCHES, REUSED_POOL_BATCHES, Solved, make_pool, roll_out, span_at
+from flashdiff.distill.step import POOL_BATCHES, REUSED_POOL_BATCHES, Pool, Solved, make_pool, roll_out, span_at
 from flashdiff.families import load_base
 from flashdiff.families.base import TorchModel
 from flashdiff.lora import add_adapter
@@ -44,7 +45,7 @@ def _prompts(tmp_path: Path) -> Path:
 
 def _solved(model: TorchModel, recipe: Recipe, tmp_path: Path) -> tuple[Dataset, Solved]:
     data = load_dataset(recipe.data, model, batch_size=recipe.batch_size, seed=0)
-    branches = Branches(contrasts=(model.unconditional() or {},))
+    branches = branches_of_text(model.unconditional() or {})
     pool = make_pool(model, branches, data, recipe, span_at(recipe, 0))
     solved, _ = pool.batch(0, seed=0)
     return data, solved
@@ -164,7 +165,17 @@ def test_a_killed_run_that_draws_on_the_student_goes_on_exactly(
     phases = [{"updates": 21, "mode_weights": (1, 1, 1, 1)}]
     lora = {"rank": 2, "alpha": 4}
     recipe = tiny_recipe(tiny_base, phases=phases, learning_rate=0.01, checkpoint_every=18, batch_size=1, lora=lora, **changes)
+    new_pool, last = loop._new_pool, weakref.WeakSet[Pool]()
+
+    def new_pool_alone(*inputs: Any) -> Pool:
+        gc.collect()
+        assert not last  # the pool before is let go of first
+        last.add(pool := new_pool(*inputs))
+        return pool
+
+    monkeypatch.setattr(loop, "_new_pool", new_pool_alone)
     distill(recipe, tmp_path / "whole")
+    monkeypatch.undo()
     learn = loop.Student.learn
 
     def learn_until_killed(student: loop.Student, loss: float) -> None:

@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 
 import torch
+from recipes import branches_of_text
 from torch import Tensor
 
-from flashdiff.distill.branches import Branches, Network
+from flashdiff.distill.branches import Network
 from flashdiff.distill.teacher import Teacher
 from flashdiff.schedule import Grid, NoiseSchedule
 
@@ -24,7 +25,7 @@ def _network(calls: list[int]) -> Network:
 
 
 def _teacher(network: Network, grid: Grid, unconditional: Tensor) -> Teacher:
-    branches = Branches(contrasts=({"c": unconditional},))
+    branches = branches_of_text({"c": unconditional})
     return Teacher(network=network, branches=branches, grid=grid, schedule=SCHEDULE, prediction="epsilon")
 
 
