@@ -150,6 +150,7 @@ def test_a_torch_bundle_keeps_it_with_its_own_settings(tmp_path: Path, kind: str
     np.testing.assert_allclose(ours.astype(float), generate(with_vae(model, vae), [order])[0][0].astype(float), atol=1)
 
 
+@pytest.mark.slow
 def test_the_bundle_names_it_and_exports_nothing_else_anew(tmp_path: Path) -> None:
     base, vae = FAMILIES["sd15"](tmp_path / "base"), _make(tmp_path / "other-vae", "tiny", 4)
     plain = BuildOptions(base=str(base), out=tmp_path / "out", backend="onnxruntime", batch_sizes=(2,))

@@ -235,7 +235,7 @@ def test_tiles_count_as_images_and_share_batches(running: Running) -> None:
 def test_the_reply_may_be_as_large_as_the_whole_image(running: Running) -> None:
     with Client(running.address) as client, pytest.raises(grpc.RpcError) as caught:
         client._stub.Generate(_message(seed=7), metadata=((LIMIT_KEY, "40000"),))
-    assert caught.value.details().startswith("count: 1 is not allowed; 1 image of 140x90 as png may take")
+    assert caught.value.details().startswith("upscale: 2.0 is not allowed; 1 image of 140x90 as png may take")
 
 
 def _message(**options: Any) -> Any:

@@ -18,7 +18,7 @@ from flashdiff.errors import ConfigError
 from flashdiff.evaluation.images import ImageSet
 from flashdiff.evaluation.metrics import Interval, bootstrap, weighted_mean
 from flashdiff.orders import Pixels
-from flashdiff.tasks import TASKS, edit, image_to_image, super_resolution, tasks_of, upscaling
+from flashdiff.tasks import TASKS, edit, image_to_image, inpainting, super_resolution, tasks_of, upscaling
 from flashdiff.tasks.base import GREY
 
 INPUT = "input"
@@ -157,11 +157,11 @@ def _small(originals: ImageSet, scale: float, option: str) -> _Made:
 
 
 _MAKERS: dict[str, Callable[[ImageSet, Mapping[str, float]], _Made]] = {
-    "image_to_image": _of_another_prompt,
-    "inpainting": _masked,
-    "edit": _of_another_prompt,
-    "upscaling": _upscaled,
-    "super_resolution": _x4,
+    image_to_image.TASK.name: _of_another_prompt,
+    inpainting.TASK.name: _masked,
+    edit.TASK.name: _of_another_prompt,
+    upscaling.TASK.name: _upscaled,
+    super_resolution.TASK.name: _x4,
 }
 
 

@@ -24,6 +24,8 @@ from flashdiff.files import hash_file, new_folder
 from flashdiff.generate import generate
 from flashdiff.tasks import check_order
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def own_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

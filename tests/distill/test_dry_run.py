@@ -66,6 +66,7 @@ def test_a_dry_run_counts_what_other_targets_and_inputs_cost(tiny_base: Path) ->
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))
+@pytest.mark.slow
 def test_activations_are_what_a_real_pass_keeps(name: str, tmp_path: Path) -> None:
     family, model = load_base(str(FAMILIES[name](tmp_path / name)))
     add_adapter(model, family.lora_targets, rank=2, alpha=4, seed=0)
@@ -90,6 +91,7 @@ def test_every_shipped_recipe_is_known_here() -> None:
 
 
 @pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.slow
 def test_every_shipped_recipe_starts_at_one_two_four_and_eight_processes(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

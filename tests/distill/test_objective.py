@@ -242,6 +242,7 @@ def test_a_loss_without_weight_costs_nothing(model: TorchModel, tiny_base: Path,
     assert objective.train_opponents([_micro_batch(batch, batch.x0)]) == {}
 
 
+@pytest.mark.slow
 def test_a_killed_run_with_all_losses_goes_on_and_equals_the_unbroken_one(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -157,6 +157,7 @@ def test_a_consistency_target_is_the_students_answer_one_step_of_the_teacher_fur
 
 
 @pytest.mark.parametrize("changes", [{"target": "consistency"}, {"prompts": True}], ids=lambda changes: next(iter(changes)))
+@pytest.mark.slow
 def test_a_killed_run_that_draws_on_the_student_goes_on_exactly(
     changes: dict[str, Any], tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,8 @@ from flashdiff.samplers.options import SamplingOptions, sampled_as
 from flashdiff.sampling import Sampler, flash_student
 from flashdiff.schedule import FlowSchedule, Grid
 
+pytestmark = pytest.mark.slow
+
 NOISE_SAMPLERS = ("lcm", "euler", "euler-ancestral", "ddim", "tcd")
 
 

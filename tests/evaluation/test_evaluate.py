@@ -61,6 +61,7 @@ def _noisy(deviation: float) -> Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
 
 
 @pytest.mark.parametrize("damage", [(_blurred(0.9), _blurred(1.5), _blurred(3)), (_noisy(25), _noisy(45), _noisy(90))])
+@pytest.mark.slow
 def test_distances_are_lowest_for_real_images_and_grow_with_damage(
     damage: tuple[Callable[[NDArray[np.uint8]], NDArray[np.uint8]], ...], real: ImageSet, floor: Measurement, evaluator: Evaluator
 ) -> None:
@@ -70,6 +71,7 @@ def test_distances_are_lowest_for_real_images_and_grow_with_damage(
     assert measured[-1].attributes["small"].value < measured[0].attributes["small"].value
 
 
+@pytest.mark.slow
 def test_a_narrowed_background_shows_in_the_distances(real: ImageSet, floor: Measurement, evaluator: Evaluator) -> None:
     asked = [attributes_of(prompt)["background"] for prompt in real.prompts if prompt]
     kept = np.flatnonzero([word in ("blue", "navy") for word in asked])
@@ -79,12 +81,14 @@ def test_a_narrowed_background_shows_in_the_distances(real: ImageSet, floor: Mea
     assert narrow.fid.value > same_size.fid.value > floor.fid.value  # fewer images, a larger distance: the bias
 
 
+@pytest.mark.slow
 def test_text_scores_tell_a_prompt_from_anothers(floor: Measurement) -> None:
     assert floor.text is not None
     assert floor.text_shuffled is not None
     assert floor.text.low > floor.text_shuffled + 30
 
 
+@pytest.mark.slow
 def test_the_probe_reads_real_renders(floor: Measurement) -> None:
     assert floor.attributes["kind"].value > 0.99
     assert floor.attributes["kind"] == share(floor.attributes["kind"].value, len(PROMPTS))  # two images each, one trial
@@ -99,6 +103,7 @@ def test_the_probe_sees_what_is_missing() -> None:
     assert (read["ring"] + read["moons"]).count("none") >= 15
 
 
+@pytest.mark.slow
 def test_copies_of_the_reference_are_near_and_one_image_has_no_diversity(evaluator: Evaluator, floor: Measurement) -> None:
     copies = ImageSet("copies", evaluator.reference.pixels[:40], (Prompt("x"),) * 40)
     assert measure(Subject(copies), evaluator)[0].nearest.value < 0.01 * floor.nearest.value
