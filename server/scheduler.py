@@ -174,15 +174,17 @@ def finish_times(works: Sequence[Work]) -> list[float]:
     for index, work in enumerate(works):
         lines.setdefault(work.bucket, []).extend((index, steps) for steps in work.steps)
     clock, ends, read = 0.0, [0.0] * len(works), set[int]()
+    apart = {index for index, work in enumerate(works) if not work.joins}  # until they are prepared
     counts: dict[tuple[Hashable, int], int] = {}
     while lines := {bucket: rows for bucket, rows in lines.items() if rows}:
         bucket = min(lines, key=lambda bucket: lines[bucket][0][0])
         rows = lines[bucket]
         work = works[rows[0][0]]
         costs = work.costs[work.step]
-        able, unable = list[tuple[int, int]](), list[tuple[int, int]]()
-        for row in rows:
-            (able if row[0] == rows[0][0] or row[0] in read or works[row[0]].joins else unable).append(row)
+        apart.discard(rows[0][0])  # the most urgent: it is prepared now
+        able, unable = rows, list[tuple[int, int]]()
+        if apart:
+            able, unable = [row for row in rows if row[0] not in apart], [row for row in rows if row[0] in apart]
         key = bucket, min(len(able), max(costs))  # more than fit change nothing
         if key not in counts:
             counts[key] = best_batch(costs, work.slots, key[1])

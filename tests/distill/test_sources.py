@@ -491,10 +491,10 @@ def test_further_images_of_a_folder_lie_next_to_the_samples(tmp_path: Path, capl
         assert _with_sources(tmp_path) == [("zero", 0, 1), ("one", 2, 3)]
     assert "1 images such as a/1.depth.png go with a sample, and this run does not read them" in caplog.text
     assert [sample.caption for sample in _read(tmp_path)] == ["zero", "one"]  # a run that reads none of them
-    _jsonl(tmp_path / "metadata", [{"file_name": "0.png", "text": "told"}])
-    assert _with_sources(tmp_path)[0] == ("told", 0, 1)
-    _jsonl(tmp_path / "metadata", [{"file_name": name, "text": "told"} for name in ("0.png", "0.source.png")])
-    assert _with_sources(tmp_path)[0] == ("told", 0, 1)  # metadata may name the further images too
+    _jsonl(tmp_path / "metadata", [{"file_name": "0.png", "text": "named"}])
+    assert _with_sources(tmp_path)[0] == ("named", 0, 1)
+    _jsonl(tmp_path / "metadata", [{"file_name": name, "text": "named"} for name in ("0.png", "0.source.png")])
+    assert _with_sources(tmp_path)[0] == ("named", 0, 1)  # metadata may name the further images too
     (tmp_path / "0.source.png").rename(tmp_path / "0.Source.png")
     (tmp_path / "metadata.jsonl").unlink()
     assert _with_sources(tmp_path)[0] == ("zero", 0, 1)
