@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import math
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -75,6 +76,12 @@ def run(options: argparse.Namespace) -> None:
             check_order(spec, prompt="p", steps=steps, size=size, inputs=needed_inputs(spec, size))
         except RequestError as error:
             raise ConfigError(f"--{'mix' if error.field == 'steps' else error.field}: {error}") from None
+    if {core for device in devices for core in device.cores} == os.sched_getaffinity(0):
+        print(
+            f"{options.device} is every core of this process: the server's other threads and its clients would take time "
+            "from the devices, which the plan does not count; leave a core free",
+            file=sys.stderr,
+        )
     measured = measure(open_together(bundle, devices), devices, mix, sizes[0], options.format)
     demand = Demand(
         rate=options.rate,

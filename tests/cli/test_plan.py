@@ -1,6 +1,7 @@
 """`flashdiff plan`."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,20 @@ def test_the_plan_of_a_bundle(student_bundle: Path, capsys: pytest.CaptureFixtur
     assert found["latency_ms"]["p99"] > 0
     assert main(["plan", *load]) == 0
     assert capsys.readouterr().out.splitlines()[0] == "devices      1"
+
+
+def test_core_sets_of_all_cores_leave_none_for_the_server(
+    student_bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "REQUESTS", 50)
+    monkeypatch.setattr(measuring, "REHEARSAL_S", 0.1)
+    load = [str(student_bundle), "--rate", "0.01", "--p99", "1000", "--mix", "1:1"]
+    first, *others = sorted(os.sched_getaffinity(0))
+    assert main(["plan", *load, "--device", "cpu:" + "+".join(map(str, (first, *others)))]) == 0
+    assert "is every core of this process" in capsys.readouterr().err
+    if others:
+        assert main(["plan", *load, "--device", f"cpu:{first}"]) == 0
+        assert "every core" not in capsys.readouterr().err
 
 
 def test_a_p99_that_no_device_can_have_is_refused(
