@@ -29,6 +29,12 @@ vars(httpx2._config.DEFAULT_TIMEOUT_CONFIG).update(dict.fromkeys(("connect", "re
 Once = Callable[[str, Callable[[Path], object]], Path]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """First the tests of shared bundles: with two processes, one builds while the other does something else."""
+    built = {"student_bundle", "teacher_bundle"}
+    items.sort(key=lambda item: built.isdisjoint(getattr(item, "fixturenames", ())))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Tests neither find nor leave anything in the user's cache, but share its renders, which take minutes to draw."""

@@ -143,6 +143,7 @@ def test_a_file_that_cannot_be_read_is_found_before_a_model_is_built(
         assert why in _run(capsys, "serve", *model, "--port", 0, *options)
 
 
+@pytest.mark.slow
 def test_the_served_pixels_are_those_of_generate_and_sigterm_ends_the_server_well(student_bundle: Path, tmp_path: Path) -> None:
     import base64
     import io

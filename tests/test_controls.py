@@ -170,7 +170,7 @@ def test_two_controlnets_add_up_and_start_from_an_image(
 
 
 @pytest.mark.filterwarnings("ignore:The decode_latents method is deprecated:FutureWarning")
-@pytest.mark.parametrize("guidance", [3.0, 1.0])
+@pytest.mark.parametrize("guidance", [3.0, pytest.param(1.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("base", "kind"), T2I)
 def test_a_t2i_adapter_steers_as_in_the_stock_pipeline(
     bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch, base: str, kind: str, guidance: float

@@ -1,6 +1,7 @@
 """LoRA files in every naming and of every kind: fused as stock diffusers or the format's formula has it, or refused by name."""
 
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,12 @@ NORM = "down_blocks.0.resnets.0.norm1"
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("bases")
     return {name: make(folder / name) for name, make in FAMILIES.items()}
+
+
+@cache
+def _untouched(base: Path) -> Any:
+    """The pipeline of a base, for tests that only read its weights."""
+    return _stock(base)
 
 
 def _stock(base: Path) -> Any:
@@ -306,7 +313,7 @@ def test_a_layer_is_fused_by_its_formula(
     bases: dict[str, Path], tmp_path: Path, kind: Callable[[Tensor], Any], module: str, naming: str
 ) -> None:
     torch.manual_seed(0)
-    stock = _stock(bases["sd15"])
+    stock = _untouched(bases["sd15"])
     before = stock.unet.get_submodule(module).weight.detach()
     tensors, fused = kind(before)
     layer = {
@@ -325,7 +332,7 @@ def test_a_layer_is_fused_by_its_formula(
 
 @pytest.mark.parametrize(("weight", "bias"), [("diff", "diff_b"), ("w_norm", "b_norm")])
 def test_norms_and_biases_are_added(bases: dict[str, Path], tmp_path: Path, weight: str, bias: str) -> None:
-    norm = _stock(bases["sd15"]).unet.get_submodule(NORM)
+    norm = _untouched(bases["sd15"]).unet.get_submodule(NORM)
     changes = {weight: torch.randn(32), bias: torch.randn(32)}
     save_file({f"lora_unet_{NORM.replace('.', '_')}.{key}": value for key, value in changes.items()}, tmp_path / "n.safetensors")
     _, ours = load_fused(str(bases["sd15"]), [(tmp_path / "n.safetensors", 0.7)], None)
@@ -336,7 +343,7 @@ def test_norms_and_biases_are_added(bases: dict[str, Path], tmp_path: Path, weig
 
 @pytest.mark.parametrize("ending", ["diff_b", "b_norm"])
 def test_a_bias_may_change_alone(bases: dict[str, Path], tmp_path: Path, ending: str) -> None:
-    norm, change = _stock(bases["sd15"]).unet.get_submodule(NORM), torch.randn(32)
+    norm, change = _untouched(bases["sd15"]).unet.get_submodule(NORM), torch.randn(32)
     save_file({f"lora_unet_{NORM.replace('.', '_')}.{ending}": change}, tmp_path / "b.safetensors")
     _, ours = load_fused(str(bases["sd15"]), [(tmp_path / "b.safetensors", 0.7)], None)
     after = ours.network.get_submodule(NORM)

@@ -158,7 +158,7 @@ def test_sd3_layers_are_those_of_diffusers_conversion(bases: dict[str, Path], tm
 PREFIXES = ("lora_unet_", "diffusion_model.", "transformer.", "lora_transformer_", "")
 
 
-@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("prefix", [PREFIXES[0], *(pytest.param(prefix, marks=pytest.mark.slow) for prefix in PREFIXES[1:])])
 @pytest.mark.parametrize("family", ["flux", "flux2-klein", "z-image", "sd3", "sd35"])
 def test_every_fused_layer_is_split_by_the_formula(bases: dict[str, Path], tmp_path: Path, family: str, prefix: str) -> None:
     torch.manual_seed(0)

@@ -140,7 +140,10 @@ def stock(bases: dict[str, Path], adapters: dict[str, Path]) -> Callable[..., An
     return made
 
 
-@pytest.mark.parametrize("adapter", ["sd15", "sd15-plus", "sdxl", "sdxl-plus"])
+@pytest.mark.parametrize(
+    "adapter",
+    ["sd15", pytest.param("sd15-plus", marks=pytest.mark.slow), pytest.param("sdxl", marks=pytest.mark.slow), "sdxl-plus"],
+)
 def test_a_reference_is_read_as_in_the_stock_pipeline(
     bases: dict[str, Path],
     adapters: dict[str, Path],

@@ -92,6 +92,7 @@ def _image(pipeline: Any, latents: torch.Tensor) -> np.ndarray[Any, Any]:
     return image
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd3", "sd35", "flux", "schnell"])
 def test_a_checkpoint_is_what_stock_diffusers_reads(bases: dict[str, Path], tmp_path: Path, name: str) -> None:
     base = bases[name]

@@ -133,7 +133,7 @@ def _stock(bases: dict[str, Path], family: str, networks: Sequence[str], **call:
     return result
 
 
-@pytest.mark.parametrize("scale", [0.5, 1.0])
+@pytest.mark.parametrize("scale", [0.5, pytest.param(1.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", CONTROLS)
 def test_a_controlnet_steers_as_in_the_stock_pipeline(bases: dict[str, Path], name: str, scale: float) -> None:
     family, (start, end) = name.partition("-")[0], (0.25, 0.75) if scale == 0.5 else (0.0, 1.0)

@@ -104,9 +104,8 @@ def evaluate(options: EvaluateOptions, *, open_bundle: Callable[[Path], Componen
     if not selection.task and not selection.is_drawable:
         selection.real, reference = _real_part(reference)
     report(f"reference: {options.reference}, {len(reference)} images")
-    evaluator = Evaluator(features, scorer, reference)
-
     with new_folder(options.out) if options.out else nullcontext() as folder:
+        evaluator = Evaluator(features, scorer, reference)
         measurements = []
         for subject in _subjects(selection, report):
             measurement, which = measure(subject, evaluator)

@@ -11,6 +11,7 @@ from flashdiff.engines.runtime.device import parse_devices
 CORES = sorted(os.sched_getaffinity(0))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(len(CORES) < 2, reason="two core sets need two cores")
 def test_one_device_and_two_core_sets_are_measured_in_turn(student_bundle: Path) -> None:
     lines, names = list[str](), f"cpu:{CORES[0]},cpu:{CORES[1]}"

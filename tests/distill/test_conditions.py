@@ -464,6 +464,7 @@ def test_a_student_for_inpainting_is_built_and_served(bases: Path, tmp_path: Pat
     assert (served[:, 16:] == pixels[:, 16:]).all()
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_what_is_read_and_counts_the_branches(bases: Path) -> None:
     edit = "\n".join(dry_run(_recipe(bases, "edit")))
     assert "reads    of every sample its source image\n" in edit

@@ -59,6 +59,7 @@ def test_the_card_tells_exact_times_cost_and_where_the_losses_ended(flash_lora: 
     assert "64 forward passes" in card
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_equals_the_unbroken_one(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

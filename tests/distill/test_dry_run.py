@@ -51,6 +51,7 @@ def test_a_dry_run_is_the_same_command_with_a_word_more(
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_a_dry_run_counts_what_other_targets_and_inputs_cost(tiny_base: Path) -> None:
     one_phase = [{"updates": 3, "mode_weights": (0, 0, 0, 1)}]
     lines = "\n".join(

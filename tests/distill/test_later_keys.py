@@ -469,6 +469,7 @@ def test_checkpoints_are_in_order_beyond_six_digits(tmp_path: Path) -> None:
     assert [int(path.stem) for path in checkpoints(tmp_path)] == [20, 999_500, 1_000_000, 1_000_500]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "lora",
     [{"rank": 2, "alpha": 4, "dora": True, "targets": ("to_q", "conv1")}, {"rank": 1, "alpha": 1, "targets": ("all",)}],

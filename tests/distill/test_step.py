@@ -109,6 +109,7 @@ def test_prompts_alone_start_from_noise_or_from_the_students_own_steps(
     assert not torch.allclose(solved.x_t, solved.x0 * alpha)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own_steps", [0.0, 1.0], ids=["images", "own steps"])
 def test_images_are_below_the_noise_but_not_at_the_first_time_nor_where_the_students_own_steps_are(
     own_steps: float, model: TorchModel, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -195,6 +196,7 @@ def test_a_killed_run_that_draws_on_the_student_goes_on_exactly(
     assert np.isfinite(losses).all()
 
 
+@pytest.mark.slow
 def test_runs_that_need_the_same_targets_share_them(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, pools = tiny_recipe(tiny_base, batch_size=1), tmp_path / "pools"
     for name, folder in (("alone", None), ("first", pools)):

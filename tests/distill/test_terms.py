@@ -96,6 +96,7 @@ mode_weights = [1, 1, 1, 1]
     return load_recipe(path, Recipe)
 
 
+@pytest.mark.slow
 def test_a_registered_loss_trains_and_is_in_the_log_the_checkpoint_the_dry_run_and_the_card(
     made_up: None, tiny_base: Path, tmp_path: Path
 ) -> None:

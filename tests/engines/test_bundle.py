@@ -21,7 +21,7 @@ from flashdiff.engines.build import build_engine
 from flashdiff.engines.bundle import MANIFEST, SCHEMA_VERSION, PartFile, read_manifest, write_manifest
 from flashdiff.engines.config import BuildOptions
 from flashdiff.engines.parts import parts_of
-from flashdiff.engines.reference import run_reference
+from flashdiff.engines.reference import Reference, run_reference
 from flashdiff.engines.runtime.engine import Engine, open_bundle, usual_ms
 from flashdiff.engines.verify import verify
 from flashdiff.errors import BundleError, RequestError
@@ -223,6 +223,12 @@ class _Faulty(Engine):
         return {name: self._fault(values) if part == "denoiser" else values for name, values in outputs.items()}
 
 
+@pytest.fixture(scope="module")
+def reference(tiny_base: Path, flash_lora: Path, student_bundle: Path) -> Reference:
+    family, model = load_fused(str(tiny_base), [(flash_lora, 1.0)], None)
+    return run_reference(model, parts_of(family, model), read_manifest(student_bundle).batch_sizes)
+
+
 def _with_nan(values: NDArray[np.float32]) -> NDArray[Any]:
     return np.where(np.arange(values.size).reshape(values.shape) == 5, np.nan, values)
 
@@ -242,12 +248,10 @@ def _with_nan(values: NDArray[np.float32]) -> NDArray[Any]:
     ],
 )
 def test_every_planted_fault_is_refused(
-    tiny_base: Path, flash_lora: Path, student_bundle: Path, fault: Callable[[NDArray[np.float32]], NDArray[Any]], message: str
+    reference: Reference, student_bundle: Path, fault: Callable[[NDArray[np.float32]], NDArray[Any]], message: str
 ) -> None:
-    family, model = load_fused(str(tiny_base), [(flash_lora, 1.0)], None)
-    faulty = _Faulty(student_bundle, fault)
     with pytest.raises(BundleError, match=message):
-        verify(run_reference(model, parts_of(family, model), faulty.manifest.batch_sizes), faulty)
+        verify(reference, _Faulty(student_bundle, fault))
 
 
 @pytest.mark.slow

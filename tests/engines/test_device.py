@@ -142,6 +142,7 @@ def test_an_engine_stays_on_its_core_with_the_same_pixels(bundle: str, request: 
     np.testing.assert_array_equal(np.load(tmp_path / "images.npy"), np.array(generate(plain, orders)))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(len(CORES) < 2, reason="two core sets need two cores")
 @pytest.mark.parametrize("bundle", ["student_bundle", "teacher_bundle"], ids=["openvino", "onnxruntime"])
 def test_two_engines_compute_on_a_core_each(bundle: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:

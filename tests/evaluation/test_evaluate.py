@@ -129,6 +129,7 @@ def folder(tmp_path: Path) -> Path:
     return target
 
 
+@pytest.mark.slow
 def test_a_model_a_bundle_and_their_images_give_the_same_numbers(
     tiny_base: Path, student_bundle: Path, flash_lora: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

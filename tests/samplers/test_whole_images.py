@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,19 @@ STUDENTS: dict[str, tuple[SamplingOptions, str, dict[str, Any], dict[str, Any]]]
 }
 
 
+@cache
+def _pipeline(base: Path) -> tuple[Any, Any]:
+    """Stock diffusers' pipeline of a base, and the configuration of its own scheduler."""
+    pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(base)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline, pipeline.scheduler.config
+
+
+@cache
+def _student(base: Path, student: str) -> Components:
+    return load_fused(str(base), (), STUDENTS[student][0])[1]
+
+
 def _ours(components: Components, steps: int) -> NDArray[np.float32]:
     """The image [3, H, W] in [0, 1], before it becomes bytes."""
     order = check_order(components.spec, prompt=PROMPT, seed=SEED, steps=steps)
@@ -78,9 +92,8 @@ def _ours(components: Components, steps: int) -> NDArray[np.float32]:
 def _stock(
     monkeypatch: pytest.MonkeyPatch, base: Path, kind: str, scheduler: dict[str, Any], shape: tuple[int, ...], **settings: Any
 ) -> NDArray[np.float32]:
-    pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(base)
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.scheduler = getattr(diffusers, kind).from_config(pipeline.scheduler.config, **scheduler)
+    pipeline, own = _pipeline(base)
+    pipeline.scheduler = getattr(diffusers, kind).from_config(own, **scheduler)
     steps = iter(range(1, 1000))
     monkeypatch.setattr(
         inspect.getmodule(type(pipeline.scheduler)),
@@ -116,8 +129,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_a_published_students_image_is_that_of_the_stock_pipeline(
     bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch, family: str, student: str, steps: int
 ) -> None:
-    options, kind, scheduler, settings = STUDENTS[student]
-    _, model = load_fused(str(bases[family]), (), options)
+    _, kind, scheduler, settings = STUDENTS[student]
+    model = _student(bases[family], student)
     ours = _ours(model, steps)
     shape = model.spec.latent_shape(model.spec.sizes[0])
     stock = _stock(monkeypatch, bases[family], kind, scheduler, shape, num_inference_steps=steps, **settings)
@@ -277,8 +290,8 @@ def test_a_built_flow_gives_the_image_of_the_stock_pipeline(
 def test_inpainting_with_a_published_student_is_that_of_the_stock_pipeline(
     bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch, student: str, steps: int
 ) -> None:
-    options, kind, scheduler, settings = STUDENTS[student]
-    _, model = load_fused(str(bases["sd15"]), (), options)
+    _, kind, scheduler, settings = STUDENTS[student]
+    model = _student(bases["sd15"], student)
     spec = model.spec
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     mask = np.zeros_like(image)

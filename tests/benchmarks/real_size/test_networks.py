@@ -33,6 +33,7 @@ SIZES = {
 UNITS = {"B": 1e9, "M": 1e6}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_network_is_as_large_as_published(name: str) -> None:
     network = NETWORKS[name]

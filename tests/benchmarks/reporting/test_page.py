@@ -33,6 +33,7 @@ def test_page_starts_with_the_summary_table(files: list[Path], tmp_path: Path) -
     assert html.index("<td>20.0</td>") < html.index('class="claim"')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "file", sorted((Path(__file__).parents[3] / "benchmarks" / "results").glob("*.json")), ids=lambda file: file.name
 )
