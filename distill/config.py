@@ -199,7 +199,7 @@ class LossRecipe(LossKeys):
 class Recipe(GrownRecord):
     LATER: ClassVar[frozenset[str]] = frozenset(
         {"negative_prompt", "guidance_rescale", "pool_batches", "target_batch", "learning_rate_decay", "skip_limit", "init_from"}
-        | {"image_guidance", "masks", "controls", "reference"}
+        | {"image_guidance", "noise_level", "masks", "controls", "reference"}
     )
 
     base: Name
@@ -221,6 +221,9 @@ class Recipe(GrownRecord):
     there): less contrast at high scales, and a target that varies less with the scale. 0: not."""
     image_guidance: float | None = Field(None, gt=0, le=100)
     """The teacher's guidance by the image, of a base that edits one and is guided by it; None: 1.5."""
+    noise_level: tuple[int, int] | None = None
+    """A noise level is drawn per sample and use, evenly, between these two and with them, of a base for super-resolution; None:
+    from 0 to the highest that the base knows (`max_noise_level`)."""
     masks: MaskRecipe | None = None
     """What a base for inpainting trains on; None: the default mixture."""
     controls: tuple[ControlRecipe, ...] = Field((), max_length=16)
@@ -284,6 +287,8 @@ class Recipe(GrownRecord):
         low, high = self.guidance
         if not 0 <= low <= high <= 100:
             raise ValueError(f"guidance must be two rising positive numbers up to 100 (up to 1: none), not {self.guidance}")
+        if self.noise_level and not 0 <= self.noise_level[0] <= self.noise_level[1]:
+            raise ValueError(f"noise_level must be two rising levels from 0 on, not {self.noise_level}")
         names = [control.name for control in self.controls]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise ValueError(f"controls.name '{twice}' is given twice")

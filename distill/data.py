@@ -216,7 +216,7 @@ class _Cache:
         image = _bytes_of(sample.image)
         latents = None if image is None else _named(self._latents, image, str(size))
         pixels = {
-            name: _named(self._pixels, _bytes_of(_file_of(sample, kind)) or b"", str(kind.side or size))
+            name: _named(self._pixels, _bytes_of(_file_of(sample, kind)) or b"", str(kind.side or kind.size(size)))
             for name, kind in wanted.items()
         }
         return Item(_named(self._prompts, sample.caption.encode()), latents, pixels)
@@ -228,7 +228,7 @@ class _Cache:
             if image is None or _is_whole(item.pixels[name]):
                 continue
             with _about(sample, kind):
-                pixels = as_clip_reads(opened_rgb(image), kind.side) if kind.side else decoded(image, size)
+                pixels = as_clip_reads(opened_rgb(image), kind.side) if kind.side else decoded(image, kind.size(size))
             _write(item.pixels[name], {"pixels": torch.from_numpy(pixels)})
 
     def put_image(self, item: Item, pixels: NDArray[np.uint8]) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flashdiff.checkpoint import load_state, save_state, step_generator
-from flashdiff.components import Size
+from flashdiff.components import ModelSpec
 from flashdiff.distill import processes
 from flashdiff.distill.bases import hashes_of_networks, load_trained_base
 from flashdiff.distill.batch import MicroBatch, Targets
@@ -45,6 +45,7 @@ from flashdiff.lora import read_flash_info
 from flashdiff.lora_files import FLASH
 from flashdiff.reading import first_change, read_json, witness
 from flashdiff.sampling import Sampler, flash_student
+from flashdiff.tasks.samples import needed_inputs
 
 _log = logging.getLogger(__name__)
 
@@ -108,7 +109,8 @@ def _run(recipe: Recipe, out: Path, work: Path, pools: Path | None) -> None:
         _log.info("the base '%s' has the hash %s (%s)", recipe.base, model.base_hash[:12], prints)
         size = model.spec.sizes[0]
         if recipe.preview_prompts and images.wanted and not data.of_size(size):
-            _log.warning("previews show prompts alone: no sample has %s, the size that they are drawn at", size)
+            shown = "there are no previews" if needed_inputs(model.spec, size) else "previews show prompts alone"
+            _log.warning("%s: no sample has %s, the size that they are drawn at", shown, size)
         if changed := first_change(files, witness(base_files(base))):
             raise TrainingError(f"{changed} changed while the run read it; start again when the base stays as it is")
         if processes.device().type != "cpu":
@@ -320,8 +322,9 @@ def _save_progress(
         )
         for old in checkpoints(work)[: -recipe.checkpoints_keep]:
             old.unlink()
-    if recipe.preview_prompts and (tracker or recipe.shard_base):
-        sampler, requests = flash_sampler(model, recipe), _preview_requests(data, images, recipe, model.spec.sizes[0])
+    requests = _preview_requests(data, images, recipe, model.spec)
+    if requests and (tracker or recipe.shard_base):
+        sampler = flash_sampler(model, recipe)
         steps = preview_steps(model, sampler, requests, branches=objective.branches.count)
         with student.holding(student.average), Stage("preview", "steps", steps, nested=True) as stage:
             sheet = preview(model, sampler, sum(recipe.guidance) / 2, requests, stage.advance)
@@ -331,12 +334,14 @@ def _save_progress(
     processes.wait()
 
 
-def _preview_requests(data: Dataset, images: ImageConditions, recipe: Recipe, size: Size) -> list[dict[str, Any]]:
-    """The prompts of previews, each with the images of a sample of this size, where the base reads images and there is one."""
+def _preview_requests(data: Dataset, images: ImageConditions, recipe: Recipe, spec: ModelSpec) -> list[dict[str, Any]]:
+    """The prompts of previews, each with the images of a sample of the base's size, where the base reads images and there is one;
+    none where it makes nothing of prompts alone and there is no such sample."""
+    size = spec.sizes[0]
     prompts = [{"prompt": prompt} for prompt in recipe.preview_prompts]
     samples = data.of_size(size) if images.wanted else []
-    if not len(samples):
-        return prompts
+    if not samples:
+        return [] if needed_inputs(spec, size) else prompts
     return [
         {**prompt, **images.request(data.pixels(samples[number % len(samples)]), size, np.random.default_rng(number))}
         for number, prompt in enumerate(prompts)
