@@ -4,7 +4,7 @@ Images go through the same steps as a request's: an order, the task's preparatio
 So training and serving cannot disagree.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -47,6 +47,8 @@ class WantedImage:
     """Pixels of each side, as an image encoder reads it; None: it has the sample's size."""
     shrunk: int = 1
     """How many times smaller than the sample it is, in width and height."""
+    check: Callable[[Pixels], None] | None = None
+    """Raises a RequestError for pixels [H, W, 3] that no request could bring."""
 
     def size(self, sample: Size) -> Size:
         """Its size, of a sample of this one."""
@@ -125,6 +127,8 @@ class ImageConditions:
             taken = self.task.input_size(spec, IMAGE, size) or size
             is_own = MASK in self.task.inputs or taken != size
             wanted[IMAGE] = WantedImage(further=None if is_own else SOURCE, shrunk=size.width // taken.width)
+        if MASK in self.task.inputs and self._masks.image == "further":
+            wanted[MASK] = WantedImage(further=MASK, check=self._check_mask)
         wanted |= {name: WantedImage(further=name) for name in self._controls}
         if reference := self._recipe.reference:
             assert takes_reference(spec)
@@ -139,6 +143,15 @@ class ImageConditions:
             raise ConfigError(f"{twice} (this run reads {' and '.join(further)})")
         return wanted
 
+    @property
+    def _masks(self) -> MaskRecipe:
+        return self._recipe.masks or MaskRecipe()
+
+    def _check_mask(self, mask: Pixels) -> None:
+        size = Size(mask.shape[1], mask.shape[0])
+        spec = self._model.spec.model_copy(update={"sizes": (size,)})
+        check_order(spec, prompt="-", inputs={IMAGE: mask, MASK: mask})
+
     def described(self) -> str:
         """The images of a sample that are read, for people; empty where none is."""
         scales = {name: f" at scale {scale:g}" for name, scale in self._controls.items()}
@@ -146,7 +159,7 @@ class ImageConditions:
             scales[REFERENCE] = f" as {REFERENCE} at scale {self._recipe.reference.scale:g}"
         scales |= {name: f" made {image.shrunk} times smaller" for name, image in self.wanted.items() if image.shrunk > 1}
         shown = [f"its {image.further or 'own'} image{scales.get(name, '')}" for name, image in self.wanted.items()]
-        if MASK in self.task.inputs:
+        if MASK in self.task.inputs and MASK not in self.wanted:
             shown.append("a drawn mask")
         if levels := self._noise_levels:
             shown.append("noise of a level from {} to {}".format(*levels))
@@ -155,11 +168,11 @@ class ImageConditions:
     # --- of a sample ---------------------------------------------------------------------------------------------------
 
     def request(self, images: Mapping[str, Pixels], size: Size, rng: np.random.Generator) -> dict[str, Any]:
-        """What a request brings with these images [H, W, 3], as `check_order` takes it; mask and noise level are drawn here."""
+        """What a request brings with these images [H, W, 3], as `check_order` takes it; what its recipe says is drawn
+        here: a mask, a noise level."""
         inputs = {name: images[name] for name in self.task.inputs if name in images}
-        if MASK in self.task.inputs:
-            factor = self._model.spec.latent_factor
-            inputs[MASK] = draw_mask(size, factor, self._recipe.masks or MaskRecipe(), rng)
+        if MASK in self.task.inputs and MASK not in inputs:
+            inputs[MASK] = draw_mask(size, self._model.spec.latent_factor, self._masks, rng)
         reference = self._recipe.reference
         return {
             "inputs": inputs,

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tarfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +11,8 @@ from typing import Any
 
 import diffusers
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from conftest import Once
@@ -338,6 +341,75 @@ def _made_of_two_samples(recipe: Recipe) -> tuple[step.Solved, dict[str, Tensor]
     return solved, dict(again.images)
 
 
+def _as_folder(folder: Path, _: Path) -> Path:
+    return folder
+
+
+def _as_shard(folder: Path, place: Path) -> Path:
+    with tarfile.open(place / "shard.tar", "w") as shard:
+        for path in sorted(folder.iterdir()):
+            shard.add(path, path.name)
+    return place / "shard.tar"
+
+
+def _as_table(folder: Path, place: Path) -> Path:
+    columns = {"image": "{}.png", "mask": "{}.mask.png"}
+    rows: dict[str, list[Any]] = {
+        column: [{"bytes": (folder / name.format(index)).read_bytes()} for index in range(len(CAPTIONS))]
+        for column, name in columns.items()
+    }
+    pyarrow.parquet.write_table(pyarrow.table({**rows, "text": list(CAPTIONS)}), place / "table.parquet")
+    return place / "table.parquet"
+
+
+@pytest.mark.parametrize("kept_as", [_as_folder, _as_shard, _as_table])
+@pytest.mark.parametrize("name", ["inpainting", "fill"])
+def test_masks_of_the_data_are_cropped_with_their_images_and_stand_in_for_drawn_ones(
+    bases: Path, name: str, kept_as: Callable[[Path, Path], Path], tmp_path: Path
+) -> None:
+    source = kept_as(bases / "paired", tmp_path)
+    recipe = _recipe(bases, name, data={"source": str(source)}, masks={"image": "further"})
+    model, images = _loaded(recipe)
+    assert images.described() == "its own image, its mask image"
+    pixels = load_dataset(recipe.data, model, batch_size=1, seed=0, wanted=images.wanted).pixels(0)
+    wanted = np.zeros((32, 32), dtype=np.float32)
+    wanted[4:20, 4:20] = 1  # the white box, 5 pixels cut off at its left, at 32 pixels for 40
+    factor = model.spec.latent_factor
+    for seed in range(2):
+        found = images.of(pixels, Size(32, 32), (seed, 0))["mask"].numpy()
+        if name == "inpainting":
+            assert np.array_equal(found[0], wanted[::factor, ::factor])
+        else:
+            cells = 32 // factor
+            whole = found.reshape(factor, factor, cells, cells).transpose(2, 0, 3, 1).reshape(32, 32)
+            assert np.array_equal(whole, wanted)
+
+
+@pytest.mark.parametrize(
+    ("box", "said"),
+    [
+        (None, "0.png has no mask image: nothing is called 'mask' there, or it holds no bytes"),
+        ((0, 0, 0, 0), "0.png: its mask image cannot be used (mask: 'all black' is not allowed; it must be white where"),
+        ((12, 0, 14, 40), "0.png: its mask image cannot be used (mask: 'thin lines' is not allowed; its white parts must be wid"),
+    ],
+)
+def test_a_mask_that_is_not_there_or_covers_nothing_is_refused_by_its_sample(
+    bases: Path, tmp_path: Path, box: tuple[int, int, int, int] | None, said: str
+) -> None:
+    def spoil(path: Path) -> None:
+        path.unlink()
+        if box:
+            mask = Image.new("L", (50, 40))
+            mask.paste(255, box)
+            mask.save(path)
+
+    message = _spoiled(bases, tmp_path, spoil, "mask", "inpainting", masks={"image": "further"})
+    assert "1 of 1 samples cannot be used, more than 5%" in message
+    assert said in message
+    again = _refused(bases, "inpainting", tmp_path, data={"source": str(tmp_path / "spoiled")}, masks={"image": "further"})
+    assert again == message  # nothing of it is in the cache
+
+
 def test_noise_and_its_level_are_drawn_anew_for_every_use_of_an_image(bases: Path) -> None:
     data = {"source": str(bases / "paired"), "images": 2}
     solved, again = _made_of_two_samples(_recipe(bases, "upscaler", data=data))
@@ -491,6 +563,11 @@ def test_a_run_that_draws_on_the_student_does_so(bases: Path, tmp_path: Path, mo
 
 
 @pytest.mark.slow
+def test_a_run_with_masks_of_the_data_does_so(bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _check_a_run(bases, "inpainting", tmp_path, monkeypatch, masks={"image": "further"})
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["inpainting", "adapter"])
 def test_gradient_checkpoints_change_no_loss(bases: Path, name: str, tmp_path: Path) -> None:
     logs = []
@@ -529,6 +606,7 @@ def test_a_dry_run_says_what_is_read_and_counts_the_branches(bases: Path) -> Non
     for recipe, said in (
         (_recipe(bases, "inpainting"), "its own image, a drawn mask"),
         (_recipe(bases, "upscaler"), "its own image made 4 times smaller, noise of a level from 0 to 350"),
+        (_recipe(bases, "inpainting", masks={"image": "further"}), "its own image, its mask image"),
         (_recipe(bases, "adapter"), "its canny image at scale 0.8"),
         (_recipe(bases, "steered-inpainting"), "its own image, its canny image at scale 0.8, a drawn mask"),
         (_recipe(bases, "reference"), "its reference image as reference at scale 0.7"),
@@ -600,6 +678,8 @@ def test_networks_that_are_not_there_or_do_not_fit_are_refused_by_the_recipes_ke
     [
         ({"masks": {"box": 0, "ellipse": 0, "strokes": 0, "half": 0, "full": 0}}, "masks needs a kind that is drawn: box, "),
         ({"masks": {"boxes": 1}}, "unknown key 'masks.boxes', did you mean 'box'"),
+        ({"masks": {"image": "further", "box": 1}}, "masks.box: no masks are drawn where masks.image is 'further'; leave it out"),
+        ({"masks": {"image": "data"}}, "'masks.image' = 'data': input should be 'drawn' or 'further'"),
         ({"masks": {"box": -1}}, "'masks.box' = -1: input should be greater than or equal to 0"),
         ({"noise_level": [20, 10]}, "noise_level must be two rising levels from 0 on, not (20, 10)"),
         ({"noise_level": [-1, 10]}, "noise_level must be two rising levels from 0 on, not (-1, 10)"),
@@ -629,6 +709,7 @@ def test_bad_values_are_refused_in_one_line(bases: Path, changes: dict[str, Any]
 
 
 def test_recipes_without_the_keys_keep_their_hash(tiny_base: Path) -> None:
+    assert "image" not in tiny_recipe(tiny_base, masks={"box": 1}).model_dump(mode="json")["masks"]
     dumped = tiny_recipe(tiny_base).model_dump(mode="json")
     assert not {"masks", "image_guidance", "noise_level", "controls", "reference"} & set(dumped)
     assert "further_images" not in dumped["data"]
@@ -655,12 +736,14 @@ def test_targets_are_not_shared_once_a_network_of_the_recipe_has_changed(bases: 
     assert hashes_of_networks(_recipe(bases, "edit")) == []
 
 
-def _spoiled(bases: Path, tmp_path: Path, spoil: Callable[[Path], object]) -> str:
+def _spoiled(
+    bases: Path, tmp_path: Path, spoil: Callable[[Path], object], kind: str = "source", name: str = "edit", **changes: Any
+) -> str:
     folder = shutil.copytree(bases / "paired", tmp_path / "spoiled")
     for path in folder.glob("[1-5]*"):
         path.unlink()
-    spoil(folder / "0.source.png")
-    return _refused(bases, "edit", tmp_path, data={"source": str(folder)})
+    spoil(folder / f"0.{kind}.png")
+    return _refused(bases, name, tmp_path, data={"source": str(folder)}, **changes)
 
 
 @pytest.mark.parametrize(
