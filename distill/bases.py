@@ -23,7 +23,7 @@ def _with_networks(family: ModelFamily, model: TorchModel, recipe: Recipe) -> To
 
         found = find_adapter(given.adapter, given.encoder)
         check_adapter(found, family, model.folder, model.spec)
-        model = with_adapter(model, found)
+        model = with_adapter(family, model, found)
         assert model.reference_encoder
         model.reference_encoder.requires_grad_(False)
     if recipe.controls:

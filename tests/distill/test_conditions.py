@@ -26,6 +26,7 @@ from tiny import (
     make_tiny_controlnet,
     make_tiny_flux,
     make_tiny_flux_fill,
+    make_tiny_flux_ip_adapter,
     make_tiny_flux_kontext,
     make_tiny_image_encoder,
     make_tiny_ip_adapter,
@@ -70,13 +71,14 @@ CLASSES = {
     "edit": ("StableDiffusionInstructPix2PixPipeline", make_tiny_sd15, 8),
     "edit-sdxl": ("StableDiffusionXLInstructPix2PixPipeline", make_tiny_sdxl, 8),
 }
-CASES = (*CLASSES, "fill", "kontext", "controlnet", "adapter", "reference", "steered-inpainting", "upscaler")
-GUIDED_BY_INPUT = ("fill", "kontext", "flux-control")
+CASES = (*CLASSES, "fill", "kontext", "controlnet", "adapter", "reference", "steered-inpainting", "upscaler", "flux-reference")
+GUIDED_BY_INPUT = ("fill", "kontext", "flux-control", "flux-reference")
 STOCK = {
     **{name: pipeline for name, (pipeline, _, _) in CLASSES.items()},
     "fill": "FluxFillPipeline",
     "kontext": "FluxKontextPipeline",
     "upscaler": "StableDiffusionUpscalePipeline",
+    "flux-reference": "FluxPipeline",
     "steered-inpainting": "StableDiffusionInpaintPipeline",
 }
 
@@ -114,6 +116,7 @@ def _make_all(folder: Path) -> None:
     network.save_pretrained(folder / "flux-edges")
     make_tiny_image_encoder(folder / "ip" / "image_encoder")
     make_tiny_ip_adapter(folder / "ip" / "ip.safetensors", plain)
+    make_tiny_flux_ip_adapter(folder / "ip" / "flux.safetensors", folder / "flux")
     paired_folder(folder / "paired")
 
 
@@ -130,8 +133,9 @@ def _recipe(bases: Path, name: str, **changes: Any) -> Recipe:
         "steered-inpainting": {"controls": [{**canny, "network": str(bases / "t2i")}]},
         "flux-control": {"controls": [{**canny, "network": str(bases / "flux-edges")}]},
         "reference": {"reference": {"adapter": str(bases / "ip" / "ip.safetensors"), "scale": 0.7, "image": "further"}},
+        "flux-reference": {"reference": {"adapter": str(bases / "ip" / "flux.safetensors"), "scale": 0.7}},
     }
-    places = {"steered-inpainting": "inpainting", "flux-control": "flux"}
+    places = {"steered-inpainting": "inpainting", "flux-control": "flux", "flux-reference": "flux"}
     places |= dict.fromkeys(("controlnet", "adapter", "reference"), "plain")
     settings = {
         "data": {"source": str(bases / "paired")},
@@ -669,8 +673,8 @@ def test_networks_that_are_not_there_or_do_not_fit_are_refused_by_the_recipes_ke
     alone = Path(shutil.copy(bases / "ip" / "ip.safetensors", tmp_path / "alone.safetensors"))
     said = _refused(bases, "reference", tmp_path, reference={"adapter": str(alone)})
     assert said.endswith("name the image encoder's folder in reference.encoder")
-    said = _refused(bases, "kontext", tmp_path, reference={"adapter": str(bases / "ip" / "ip.safetensors")})
-    assert "models of the family flux take no IP-Adapter" in said
+    said = _refused(bases, "upscaler", tmp_path, reference={"adapter": str(bases / "ip" / "ip.safetensors")})
+    assert "models of the family sd-upscaler take no IP-Adapter" in said
 
 
 @pytest.mark.parametrize(
