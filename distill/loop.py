@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import accumulate
 from pathlib import Path
@@ -18,7 +18,7 @@ from flashdiff.components import ModelSpec
 from flashdiff.distill import processes
 from flashdiff.distill.bases import hashes_of_networks, load_trained_base
 from flashdiff.distill.batch import MicroBatch, Targets
-from flashdiff.distill.checkpoints import checkpoint_path, checkpoints
+from flashdiff.distill.checkpoints import RECIPE, WEIGHTS, checkpoint_path, checkpoints
 from flashdiff.distill.conditions import ImageConditions
 from flashdiff.distill.config import Recipe
 from flashdiff.distill.costs import RemainingTime
@@ -49,7 +49,7 @@ from flashdiff.tasks.samples import needed_inputs
 
 _log = logging.getLogger(__name__)
 
-_LOG, _RECIPE = "log.jsonl", "recipe.json"
+_LOG = "log.jsonl"
 _LOSS_STREAM = 1 << 20
 _SAME_RESULT = (
     "hash", "accumulate", "gradient_checkpointing", "shard_base", "checkpoint_every", "checkpoints_keep", "tracker",
@@ -91,9 +91,9 @@ def _run(recipe: Recipe, out: Path, work: Path, pools: Path | None) -> None:
         base = find_base(recipe.base)
         files = witness(base_files(base))
         family, model = load_trained_base(recipe)
-        shared: SharedPools | None = None
-        if pools and processes.count() == 1:
-            shared = SharedPools(pools, recipe, [model.base_hash, *hashes_of_networks(recipe)])
+        weights = {"base": model.base_hash, **hashes_of_networks(recipe)}
+        processes.main_first(lambda: _check_weights(work, weights))
+        shared = SharedPools(pools, recipe, [*weights.values()]) if pools and processes.count() == 1 else None
         images = ImageConditions(model, recipe)
         if model.spec.prediction == "trigflow":
             raise TrainingError(f"{recipe.base} is a consistency student already, and no teacher; distil the base it comes from")
@@ -116,7 +116,7 @@ def _run(recipe: Recipe, out: Path, work: Path, pools: Path | None) -> None:
         if processes.device().type != "cpu":
             model.text_encoder.to("cpu", torch.float32)  # from here on only previews use it
         if processes.is_main():  # now that base and data are known to be good: a recipe with a mistyped name can be mended
-            _save_recipe(work, recipe)
+            _save_recipe(work, recipe, weights)
         add_lora(model, family, recipe.lora, seed=recipe.seed)
         objective = Objective(model, family, recipe, images)
         student = Student(model, recipe)
@@ -403,11 +403,13 @@ def _claimed(work: Path) -> Iterator[None]:
 
 def _check_recipe(work: Path, recipe: Recipe) -> None:
     """TrainingError when the working folder holds a run of a recipe with other results."""
-    resolved, values = work / _RECIPE, _resolved(recipe)
+    resolved, values = work / RECIPE, _resolved(recipe)
     try:
-        before = read_json(resolved) if resolved.exists() else values
+        before = read_json(resolved) if resolved.exists() else dict(values)
         if not isinstance(before, dict):
             raise ValueError("it is no JSON object")
+        if not isinstance(before.pop(WEIGHTS, {}), dict):
+            raise ValueError(f"'{WEIGHTS}' is no JSON object")
         names = dict.fromkeys((*values, *before))  # keys at their defaults may be in one of them alone
         changed = [name for name in names if name not in _SAME_RESULT and before.get(name) != values.get(name)]
         if changed:
@@ -420,9 +422,18 @@ def _check_recipe(work: Path, recipe: Recipe) -> None:
         raise TrainingError(f"{resolved}: cannot be read: {error.strerror}") from None
 
 
-def _save_recipe(work: Path, recipe: Recipe) -> None:
+def _check_weights(work: Path, weights: Mapping[str, str]) -> None:
+    """TrainingError when a run in the working folder, whose recipe was checked, loaded other files."""
+    before = read_json(work / RECIPE).get(WEIGHTS, {}) if (work / RECIPE).exists() else {}
+    if changed := [name for name, value in weights.items() if before.get(name, value) != value]:
+        raise TrainingError(
+            f"{changed[0]}: its files are not those that the run in {work} began with; put them back, or choose another --out"
+        )
+
+
+def _save_recipe(work: Path, recipe: Recipe, weights: Mapping[str, str]) -> None:
     try:
-        write_whole(work / _RECIPE, json.dumps(_resolved(recipe), indent=2) + "\n")
+        write_whole(work / RECIPE, json.dumps({**_resolved(recipe), WEIGHTS: weights}, indent=2) + "\n")
     except OSError as error:
         raise TrainingError(f"{work}: cannot write there: {error.strerror}") from None
 

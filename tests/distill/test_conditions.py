@@ -50,6 +50,7 @@ from flashdiff.distill.loop import distill
 from flashdiff.distill.network import add_lora, predict_x0, run_network
 from flashdiff.distill.objective import Objective
 from flashdiff.distill.processes import Draws
+from flashdiff.distill.saved_student import open_checkpoint
 from flashdiff.distill.step import Pool, SharedPools, make_pool, span_at, student_x0
 from flashdiff.engines.build import build_engine
 from flashdiff.engines.config import BuildOptions
@@ -58,7 +59,7 @@ from flashdiff.errors import ConfigError, TrainingError
 from flashdiff.families.base import TorchModel
 from flashdiff.generate import generate, prepare, unconditional_of
 from flashdiff.lora import add_adapter, load_fused
-from flashdiff.lora_files import WEIGHTS
+from flashdiff.lora_files import FLASH, WEIGHTS
 from flashdiff.parts import Condition
 from flashdiff.prediction import to_x0
 from flashdiff.rows import denoise_rows, start_rows
@@ -727,7 +728,7 @@ def test_targets_are_not_shared_once_a_network_of_the_recipe_has_changed(bases: 
 
     def shared() -> None:
         make = lambda: (made.append(Pool([], 1)), made[-1])[1]  # noqa: E731
-        SharedPools(tmp_path / "pools", recipe, hashes_of_networks(recipe)).pool(span_at(recipe, 0), make)
+        SharedPools(tmp_path / "pools", recipe, [*hashes_of_networks(recipe).values()]).pool(span_at(recipe, 0), make)
 
     for changed in (network / "config.json", adapter / "ip.safetensors", adapter / "image_encoder" / "config.json"):
         shared()
@@ -737,7 +738,38 @@ def test_targets_are_not_shared_once_a_network_of_the_recipe_has_changed(bases: 
         changed.write_bytes(changed.read_bytes() + b" ")
         shared()
         assert len(made) == count + 1
-    assert hashes_of_networks(_recipe(bases, "edit")) == []
+    assert hashes_of_networks(_recipe(bases, "edit")) == {}
+
+
+def test_a_run_does_not_resume_with_another_network_at_the_same_path(bases: Path, tmp_path: Path) -> None:
+    network, adapter = shutil.copytree(bases / "t2i", tmp_path / "t2i"), shutil.copytree(bases / "ip", tmp_path / "ip")
+    base = shutil.copytree(bases / "plain", tmp_path / "plain")
+    changes = {
+        "controls": [{"name": "canny", "network": str(network)}],
+        "reference": {"adapter": str(adapter / "ip.safetensors")},
+    }
+    recipe = _recipe(bases, "adapter", **changes, phases=[{"updates": 1, "mode_weights": (1, 1, 1, 1)}])
+    recipe = recipe.model_copy(update={"base": str(base)})
+    distill(recipe, tmp_path / "out")
+    (tmp_path / "out" / FLASH).unlink()  # as if it had been killed before it published
+    weights = "diffusion_pytorch_model.safetensors"
+    for key, file in (
+        ("base", base / "unet" / weights),
+        ("controls.canny", network / weights),
+        ("reference.adapter", adapter / "ip.safetensors"),
+        ("reference.encoder", adapter / "image_encoder" / "model.safetensors"),
+    ):
+        before = file.read_bytes()
+        file.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+        with pytest.raises(TrainingError) as error:
+            distill(recipe, tmp_path / "out")
+        assert str(error.value).startswith(
+            f"{key}: its files are not those that the run in {tmp_path / 'out' / 'training'} began"
+        )
+        file.write_bytes(before)
+    assert distill(recipe, tmp_path / "out")
+    saved = tmp_path / "out" / "training" / "checkpoints" / "000001.pt"
+    assert open_checkpoint(saved).spec.sampler.kind == "flash"
 
 
 def _spoiled(
