@@ -23,7 +23,7 @@ def _with_networks(family: ModelFamily, model: TorchModel, recipe: Recipe) -> To
 
         found = find_adapter(given.adapter, given.encoder)
         check_adapter(found, family, model.folder, model.spec)
-        model = with_adapter(model, found)
+        model = with_adapter(family, model, found)
         assert model.reference_encoder
         model.reference_encoder.requires_grad_(False)
     if recipe.controls:
@@ -38,18 +38,19 @@ def _with_networks(family: ModelFamily, model: TorchModel, recipe: Recipe) -> To
     return model
 
 
-def hashes_of_networks(recipe: Recipe) -> list[str]:
-    """Of the files of the networks that the recipe adds to its base; empty where it adds none."""
-    found: list[str] = []
+def hashes_of_networks(recipe: Recipe) -> dict[str, str]:
+    """Of the files of the networks that the recipe adds to its base, by its keys; empty where it adds none."""
+    found: dict[str, str] = {}
     if given := recipe.reference:
         from flashdiff.families.ip_adapter import encoder_hash, find_adapter
 
         adapter = find_adapter(given.adapter, given.encoder)
-        found += [hash_file(adapter.file), encoder_hash(adapter.encoder)]
+        found |= {"reference.adapter": hash_file(adapter.file), "reference.encoder": encoder_hash(adapter.encoder)}
     if recipe.controls:
         from flashdiff.families.control import find_control
 
-        found += [hash_of_network(find_control(control.name, control.network)) for control in recipe.controls]
+        for control in recipe.controls:
+            found[f"controls.{control.name}"] = hash_of_network(find_control(control.name, control.network))
     return found
 
 

@@ -1,6 +1,9 @@
-"""A run's checkpoints: their names, and their order."""
+"""Files of a run: its recipe, and its checkpoints in their order."""
 
 from pathlib import Path
+
+RECIPE, WEIGHTS = "recipe.json", "weights"
+"""The file of a run's recipe, and its key for the hashes of the files that the run loaded, by the recipe's keys."""
 
 
 def checkpoint_path(work: Path, update: int) -> Path:

@@ -4,7 +4,7 @@ Images go through the same steps as a request's: an order, the task's preparatio
 So training and serving cannot disagree.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,13 +24,15 @@ from flashdiff.distill.network import trained_part
 from flashdiff.errors import ConfigError, TrainingError
 from flashdiff.families.base import TorchModel
 from flashdiff.generate import prepare
+from flashdiff.noise import SEED_LIMIT, image_seed
 from flashdiff.orders import Order, Pixels
+from flashdiff.parts import NOISE_LEVEL
 from flashdiff.references import ENCODER, ReferenceRequest, takes_reference
 from flashdiff.rows import branches_of
-from flashdiff.tasks import check_order, edit, inpainting, task_for, trained_task
+from flashdiff.tasks import check_order, edit, inpainting, super_resolution, task_for, trained_task
 from flashdiff.tasks.base import Task
 
-_MADE = (*inpainting.TASK.conditions_made, *edit.TASK.conditions_made)
+_MADE = tuple(name for task in (inpainting.TASK, edit.TASK, super_resolution.TASK) for name in task.conditions_made)
 """The conditions that training makes of a sample's images."""
 _IMAGE_GUIDANCE = "image_guidance"
 
@@ -43,6 +45,14 @@ class WantedImage:
     """Its name among the sample's further images; None: the sample's own."""
     side: int | None = None
     """Pixels of each side, as an image encoder reads it; None: it has the sample's size."""
+    shrunk: int = 1
+    """How many times smaller than the sample it is, in width and height."""
+    check: Callable[[Pixels], None] | None = None
+    """Raises a RequestError for pixels [H, W, 3] that no request could bring."""
+
+    def size(self, sample: Size) -> Size:
+        """Its size, of a sample of this one."""
+        return Size(self.side, self.side) if self.side else Size(*(length // self.shrunk for length in sample))
 
 
 def check_conditions(spec: ModelSpec) -> None:
@@ -86,6 +96,24 @@ class ImageConditions:
             raise ConfigError(f"masks: '{name}' was not trained for inpainting; leave it out")
         if recipe.image_guidance is not None and not self._is_guided_by_image:
             raise ConfigError(f"image_guidance = {recipe.image_guidance}: '{name}' is not guided by an image; leave it out")
+        if given := recipe.noise_level:
+            most = self._most_noise
+            if most is None:
+                raise ConfigError(f"noise_level = {[*given]}: '{name}' was not trained for super-resolution; leave it out")
+            if given[1] > most:
+                raise ConfigError(f"noise_level = {[*given]}: '{name}' has the levels 0 to {most}")
+
+    @property
+    def _most_noise(self) -> int | None:
+        """The highest noise level that the base knows; None where it takes none."""
+        known = {parameter.name: parameter for parameter in self.task.parameters_of(self._model.spec)}
+        return int(known[NOISE_LEVEL].at_most) if NOISE_LEVEL in known else None
+
+    @property
+    def _noise_levels(self) -> tuple[int, int] | None:
+        """The lowest and the highest that are drawn."""
+        most = self._most_noise
+        return None if most is None else self._recipe.noise_level or (0, most)
 
     @property
     def _is_guided_by_image(self) -> bool:
@@ -94,13 +122,17 @@ class ImageConditions:
 
     def _wanted(self) -> dict[str, WantedImage]:
         wanted = dict[str, WantedImage]()
-        for name in self.task.inputs:
-            if name == IMAGE:
-                wanted[name] = WantedImage() if MASK in self.task.inputs else WantedImage(further=SOURCE)
+        spec, size = self._model.spec, self._model.spec.sizes[0]
+        if IMAGE in self.task.inputs:
+            taken = self.task.input_size(spec, IMAGE, size) or size
+            is_own = MASK in self.task.inputs or taken != size
+            wanted[IMAGE] = WantedImage(further=None if is_own else SOURCE, shrunk=size.width // taken.width)
+        if MASK in self.task.inputs and self._masks.image == "further":
+            wanted[MASK] = WantedImage(further=MASK, check=self._check_mask)
         wanted |= {name: WantedImage(further=name) for name in self._controls}
         if reference := self._recipe.reference:
-            assert takes_reference(self._model.spec)
-            side = self._model.spec.part(ENCODER).side
+            assert takes_reference(spec)
+            side = spec.part(ENCODER).side
             wanted[REFERENCE] = WantedImage(further=None if reference.image == "own" else REFERENCE, side=side)
         further = [image.further for image in wanted.values() if image.further]
         if unread := [name for name in self._recipe.data.further_images if name not in further]:
@@ -111,26 +143,40 @@ class ImageConditions:
             raise ConfigError(f"{twice} (this run reads {' and '.join(further)})")
         return wanted
 
+    @property
+    def _masks(self) -> MaskRecipe:
+        return self._recipe.masks or MaskRecipe()
+
+    def _check_mask(self, mask: Pixels) -> None:
+        size = Size(mask.shape[1], mask.shape[0])
+        spec = self._model.spec.model_copy(update={"sizes": (size,)})
+        check_order(spec, prompt="-", inputs={IMAGE: mask, MASK: mask})
+
     def described(self) -> str:
         """The images of a sample that are read, for people; empty where none is."""
         scales = {name: f" at scale {scale:g}" for name, scale in self._controls.items()}
         if self._recipe.reference:
             scales[REFERENCE] = f" as {REFERENCE} at scale {self._recipe.reference.scale:g}"
+        scales |= {name: f" made {image.shrunk} times smaller" for name, image in self.wanted.items() if image.shrunk > 1}
         shown = [f"its {image.further or 'own'} image{scales.get(name, '')}" for name, image in self.wanted.items()]
-        return ", ".join([*shown, *(["a drawn mask"] if MASK in self.task.inputs else [])])
+        if MASK in self.task.inputs and MASK not in self.wanted:
+            shown.append("a drawn mask")
+        if levels := self._noise_levels:
+            shown.append("noise of a level from {} to {}".format(*levels))
+        return ", ".join(shown)
 
     # --- of a sample ---------------------------------------------------------------------------------------------------
 
     def request(self, images: Mapping[str, Pixels], size: Size, rng: np.random.Generator) -> dict[str, Any]:
-        """What a request brings with these images [H, W, 3], as `check_order` takes it; the mask is drawn here."""
+        """What a request brings with these images [H, W, 3], as `check_order` takes it; what its recipe says is drawn
+        here: a mask, a noise level."""
         inputs = {name: images[name] for name in self.task.inputs if name in images}
-        if MASK in self.task.inputs:
-            factor = self._model.spec.latent_factor
-            inputs[MASK] = draw_mask(size, factor, self._recipe.masks or MaskRecipe(), rng)
+        if MASK in self.task.inputs and MASK not in inputs:
+            inputs[MASK] = draw_mask(size, self._model.spec.latent_factor, self._masks, rng)
         reference = self._recipe.reference
         return {
             "inputs": inputs,
-            "parameters": self._parameters(),
+            "parameters": {**self._parameters(), **self._drawn_parameters(rng)},
             "controls": [ControlRequest(name=name, image=images[name], scale=scale) for name, scale in self._controls.items()],
             "reference": ReferenceRequest(image=images[REFERENCE], scale=reference.scale) if reference else None,
         }
@@ -138,13 +184,17 @@ class ImageConditions:
     def _parameters(self) -> dict[str, float]:
         return {_IMAGE_GUIDANCE: self.image_guidance} if self._is_guided_by_image else {}
 
+    def _drawn_parameters(self, rng: np.random.Generator) -> dict[str, float]:
+        levels = self._noise_levels
+        return {NOISE_LEVEL: int(rng.integers(*levels, endpoint=True))} if levels else {}
+
     @property
     def image_guidance(self) -> float:
         """The teacher's scale where it is guided by an image."""
         return self._recipe.image_guidance or defaults.IMAGE_GUIDANCE
 
     def of(self, images: Mapping[str, Pixels], size: Size, seed: Sequence[int]) -> dict[str, Tensor]:
-        """The denoiser's inputs of one sample's images, without B, on the CPU. `seed` is that of its mask."""
+        """The denoiser's inputs of one sample's images, without B, on the CPU. `seed` is that of all that is drawn."""
         if not self.wanted:
             return {}
         order = self._order(images, size, np.random.default_rng(seed))
@@ -156,16 +206,19 @@ class ImageConditions:
 
     def _order(self, images: Mapping[str, Pixels], size: Size, rng: np.random.Generator) -> Order:
         spec = self._model.spec.model_copy(update={"sizes": (size,)})
-        return check_order(spec, prompt="-", size=size, steps=1, **self.request(images, size, rng))
+        request = self.request(images, size, rng)
+        return check_order(spec, prompt="-", size=size, steps=1, seed=int(rng.integers(SEED_LIMIT, dtype=np.uint64)), **request)
 
     def _made(
         self, spec: ModelSpec, order: Order, prepared: Mapping[str, Tensors], unconditional: Tensors | None = None
-    ) -> list[dict[str, NDArray[np.float32]]]:
+    ) -> list[dict[str, NDArray[Any]]]:
         """Of each branch of a step the inputs that are made of images, scales included."""
-        branches, scales = branches_of(spec, order, prepared, unconditional, drawn={})
+        drawn = order.task.drawn(spec, order, image_seed(order.seed, 0))
+        branches, scales = branches_of(spec, order, prepared, unconditional, drawn)
         of_scales = {c.scale_name: scales[c.name][0] for c in spec.conditions if c.scaled and c.name in scales}
         rows: list[dict[str, Any]] = [{**branch.conditions, **of_scales} for branch in branches]
-        return [{name: np.asarray(row[name], dtype=np.float32, order="C") for name in self.names} for row in rows]
+        kinds = {c.name: np.int64 if c.enters == "label" else np.float32 for c in spec.conditions}
+        return [{name: np.asarray(row[name], kinds.get(name, np.float32), order="C") for name in self.names} for row in rows]
 
     # --- of the teacher's guidance -------------------------------------------------------------------------------------
 
@@ -188,10 +241,7 @@ class ImageConditions:
         """Of each further branch what stands in the place of a sample's images [1, ...], read off the branches of a request."""
         model, size = self._model, self._model.spec.sizes[0]
         guided = model.spec.model_copy(update={"sampler": model.spec.sampler.model_copy(update={"guidance": 2.0})})
-        images = {
-            name: np.full((image.side or size.height, image.side or size.width, 3), 255, dtype=np.uint8)
-            for name, image in self.wanted.items()
-        }
+        images = {name: np.full((*reversed(image.size(size)), 3), 255, dtype=np.uint8) for name, image in self.wanted.items()}
         order = self._order(images, size, np.random.default_rng(0))
         prepared: dict[str, Tensors] = {}
         for name, given in order.task.preparations(guided, order).items():
@@ -208,6 +258,6 @@ class ImageConditions:
         ]
 
 
-def _repeated(values: NDArray[np.float32]) -> Tensor:
+def _repeated(values: NDArray[Any]) -> Tensor:
     """A contrast [1, ...] for every sample; of zeros a single one, which fits any size."""
     return torch.from_numpy(values)[None] if values.any() else torch.zeros([1] * (1 + values.ndim))

@@ -17,7 +17,7 @@ from flashdiff.references import MAX_SCALE as MAX_REFERENCE_SCALE
 from flashdiff.schedule import Grid
 
 IMAGE, MASK, SOURCE, REFERENCE = "image", "mask", "source", "reference"
-"""What a sample's images are called: its own, the mask that is drawn for it, the one that was edited, and a reference."""
+"""What a sample's images are called: its own, its mask, the one that was edited, and a reference."""
 RESERVED = (IMAGE, MASK, SOURCE, REFERENCE)
 
 Weight = Annotated[float, Field(ge=0, le=1e6)]
@@ -72,9 +72,13 @@ class LoraRecipe(GrownRecord):
     """Train each layer's magnitudes as well (DoRA, 2402.09353): slower, and closer to training all weights."""
 
 
-class MaskRecipe(Record):
-    """How often each kind of mask is drawn; the shares need not sum to one."""
+class MaskRecipe(GrownRecord):
+    """Where masks come from, and how often each kind is drawn; the shares need not sum to one."""
 
+    LATER: ClassVar[frozenset[str]] = frozenset({"image"})
+
+    image: Literal["drawn", "further"] = "drawn"
+    """Whether masks are drawn, or every sample brings one, `x.mask.png`: white where the image is made anew."""
     box: Weight = 0.25
     """Up to four boxes."""
     ellipse: Weight = 0.2
@@ -87,9 +91,17 @@ class MaskRecipe(Record):
 
     @model_validator(mode="after")
     def _has_a_kind(self) -> Self:
-        if not any(self.model_dump().values()):
-            raise ValueError(f"masks needs a kind that is drawn: {', '.join(self.model_dump())} are all 0")
+        if not any(self.shares.values()):
+            raise ValueError(f"masks needs a kind that is drawn: {', '.join(self.shares)} are all 0")
+        changed = [name for name, share in self.shares.items() if share != type(self).model_fields[name].default]
+        if self.image == "further" and changed:
+            raise ValueError(f"masks.{changed[0]}: no masks are drawn where masks.image is 'further'; leave it out")
         return self
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """How often each kind is drawn, by its name."""
+        return {name: getattr(self, name) for name in type(self).model_fields if name != "image"}
 
 
 class ControlRecipe(Record):
@@ -199,7 +211,7 @@ class LossRecipe(LossKeys):
 class Recipe(GrownRecord):
     LATER: ClassVar[frozenset[str]] = frozenset(
         {"negative_prompt", "guidance_rescale", "pool_batches", "target_batch", "learning_rate_decay", "skip_limit", "init_from"}
-        | {"image_guidance", "masks", "controls", "reference"}
+        | {"image_guidance", "noise_level", "masks", "controls", "reference"}
     )
 
     base: Name
@@ -221,8 +233,11 @@ class Recipe(GrownRecord):
     there): less contrast at high scales, and a target that varies less with the scale. 0: not."""
     image_guidance: float | None = Field(None, gt=0, le=100)
     """The teacher's guidance by the image, of a base that edits one and is guided by it; None: 1.5."""
+    noise_level: tuple[int, int] | None = None
+    """A noise level is drawn per sample and use, evenly, between these two and with them, of a base for super-resolution; None:
+    from 0 to the highest that the base knows (`max_noise_level`)."""
     masks: MaskRecipe | None = None
-    """What a base for inpainting trains on; None: the default mixture."""
+    """What a base for inpainting trains on; None: masks are drawn, in the default mixture."""
     controls: tuple[ControlRecipe, ...] = Field((), max_length=16)
     """Networks that steer the base by an image of each sample."""
     reference: ReferenceRecipe | None = None
@@ -284,6 +299,8 @@ class Recipe(GrownRecord):
         low, high = self.guidance
         if not 0 <= low <= high <= 100:
             raise ValueError(f"guidance must be two rising positive numbers up to 100 (up to 1: none), not {self.guidance}")
+        if self.noise_level and not 0 <= self.noise_level[0] <= self.noise_level[1]:
+            raise ValueError(f"noise_level must be two rising levels from 0 on, not {self.noise_level}")
         names = [control.name for control in self.controls]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise ValueError(f"controls.name '{twice}' is given twice")

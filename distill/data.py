@@ -22,7 +22,7 @@ from flashdiff.distill.conditions import WantedImage
 from flashdiff.distill.config import DataRecipe
 from flashdiff.distill.progress import Stage
 from flashdiff.distill.sources import Damage, Sample, decoded, image_size, opened_rgb, read_samples
-from flashdiff.errors import TrainingError, first_line
+from flashdiff.errors import RequestError, TrainingError, first_line
 from flashdiff.evaluation.images import DAMAGED_IMAGE
 from flashdiff.families.base import TorchModel
 from flashdiff.files import cache_folder, hash_files, write_whole
@@ -216,19 +216,29 @@ class _Cache:
         image = _bytes_of(sample.image)
         latents = None if image is None else _named(self._latents, image, str(size))
         pixels = {
-            name: _named(self._pixels, _bytes_of(_file_of(sample, kind)) or b"", str(kind.side or size))
+            name: _named(
+                self._pixels,
+                *(_bytes_of(_file_of(sample, kind)) or b"", str(kind.side or kind.size(size))),
+                *([self._model.base_hash] if kind.check else []),  # what is there has passed this base's check
+            )
             for name, kind in wanted.items()
         }
         return Item(_named(self._prompts, sample.caption.encode()), latents, pixels)
 
     def put_pixels(self, item: Item, sample: Sample, size: Size, wanted: Mapping[str, WantedImage]) -> None:
-        """Save the images that the base reads, cropped as it does, unless they are there; _FurtherError for a damaged one."""
+        """Save the images that the base reads, cropped as it does, unless they are there; _FurtherError for one that is damaged
+        or cannot be used."""
         for name, kind in wanted.items():
             image = _file_of(sample, kind)
             if image is None or _is_whole(item.pixels[name]):
                 continue
             with _about(sample, kind):
-                pixels = as_clip_reads(opened_rgb(image), kind.side) if kind.side else decoded(image, size)
+                pixels = as_clip_reads(opened_rgb(image), kind.side) if kind.side else decoded(image, kind.size(size))
+            try:
+                if kind.check:
+                    kind.check(pixels)
+            except RequestError as error:
+                raise _FurtherError(f"{sample.where}: its {kind.further} image cannot be used ({error})") from None
             _write(item.pixels[name], {"pixels": torch.from_numpy(pixels)})
 
     def put_image(self, item: Item, pixels: NDArray[np.uint8]) -> None:

@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import accumulate
 from pathlib import Path
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from flashdiff.checkpoint import load_state, save_state, step_generator
-from flashdiff.components import Size
+from flashdiff.components import ModelSpec
 from flashdiff.distill import processes
 from flashdiff.distill.bases import hashes_of_networks, load_trained_base
 from flashdiff.distill.batch import MicroBatch, Targets
-from flashdiff.distill.checkpoints import checkpoint_path, checkpoints
+from flashdiff.distill.checkpoints import RECIPE, WEIGHTS, checkpoint_path, checkpoints
 from flashdiff.distill.conditions import ImageConditions
 from flashdiff.distill.config import Recipe
 from flashdiff.distill.costs import RemainingTime
@@ -45,10 +45,11 @@ from flashdiff.lora import read_flash_info
 from flashdiff.lora_files import FLASH
 from flashdiff.reading import first_change, read_json, witness
 from flashdiff.sampling import Sampler, flash_student
+from flashdiff.tasks.samples import needed_inputs
 
 _log = logging.getLogger(__name__)
 
-_LOG, _RECIPE = "log.jsonl", "recipe.json"
+_LOG = "log.jsonl"
 _LOSS_STREAM = 1 << 20
 _SAME_RESULT = (
     "hash", "accumulate", "gradient_checkpointing", "shard_base", "checkpoint_every", "checkpoints_keep", "tracker",
@@ -90,9 +91,9 @@ def _run(recipe: Recipe, out: Path, work: Path, pools: Path | None) -> None:
         base = find_base(recipe.base)
         files = witness(base_files(base))
         family, model = load_trained_base(recipe)
-        shared: SharedPools | None = None
-        if pools and processes.count() == 1:
-            shared = SharedPools(pools, recipe, [model.base_hash, *hashes_of_networks(recipe)])
+        weights = {"base": model.base_hash, **hashes_of_networks(recipe)}
+        processes.main_first(lambda: _check_weights(work, weights))
+        shared = SharedPools(pools, recipe, [*weights.values()]) if pools and processes.count() == 1 else None
         images = ImageConditions(model, recipe)
         if model.spec.prediction == "trigflow":
             raise TrainingError(f"{recipe.base} is a consistency student already, and no teacher; distil the base it comes from")
@@ -108,13 +109,14 @@ def _run(recipe: Recipe, out: Path, work: Path, pools: Path | None) -> None:
         _log.info("the base '%s' has the hash %s (%s)", recipe.base, model.base_hash[:12], prints)
         size = model.spec.sizes[0]
         if recipe.preview_prompts and images.wanted and not data.of_size(size):
-            _log.warning("previews show prompts alone: no sample has %s, the size that they are drawn at", size)
+            shown = "there are no previews" if needed_inputs(model.spec, size) else "previews show prompts alone"
+            _log.warning("%s: no sample has %s, the size that they are drawn at", shown, size)
         if changed := first_change(files, witness(base_files(base))):
             raise TrainingError(f"{changed} changed while the run read it; start again when the base stays as it is")
         if processes.device().type != "cpu":
             model.text_encoder.to("cpu", torch.float32)  # from here on only previews use it
         if processes.is_main():  # now that base and data are known to be good: a recipe with a mistyped name can be mended
-            _save_recipe(work, recipe)
+            _save_recipe(work, recipe, weights)
         add_lora(model, family, recipe.lora, seed=recipe.seed)
         objective = Objective(model, family, recipe, images)
         student = Student(model, recipe)
@@ -320,8 +322,9 @@ def _save_progress(
         )
         for old in checkpoints(work)[: -recipe.checkpoints_keep]:
             old.unlink()
-    if recipe.preview_prompts and (tracker or recipe.shard_base):
-        sampler, requests = flash_sampler(model, recipe), _preview_requests(data, images, recipe, model.spec.sizes[0])
+    requests = _preview_requests(data, images, recipe, model.spec)
+    if requests and (tracker or recipe.shard_base):
+        sampler = flash_sampler(model, recipe)
         steps = preview_steps(model, sampler, requests, branches=objective.branches.count)
         with student.holding(student.average), Stage("preview", "steps", steps, nested=True) as stage:
             sheet = preview(model, sampler, sum(recipe.guidance) / 2, requests, stage.advance)
@@ -331,12 +334,14 @@ def _save_progress(
     processes.wait()
 
 
-def _preview_requests(data: Dataset, images: ImageConditions, recipe: Recipe, size: Size) -> list[dict[str, Any]]:
-    """The prompts of previews, each with the images of a sample of this size, where the base reads images and there is one."""
+def _preview_requests(data: Dataset, images: ImageConditions, recipe: Recipe, spec: ModelSpec) -> list[dict[str, Any]]:
+    """The prompts of previews, each with the images of a sample of the base's size, where the base reads images and there is one;
+    none where it makes nothing of prompts alone and there is no such sample."""
+    size = spec.sizes[0]
     prompts = [{"prompt": prompt} for prompt in recipe.preview_prompts]
     samples = data.of_size(size) if images.wanted else []
-    if not len(samples):
-        return prompts
+    if not samples:
+        return [] if needed_inputs(spec, size) else prompts
     return [
         {**prompt, **images.request(data.pixels(samples[number % len(samples)]), size, np.random.default_rng(number))}
         for number, prompt in enumerate(prompts)
@@ -398,11 +403,13 @@ def _claimed(work: Path) -> Iterator[None]:
 
 def _check_recipe(work: Path, recipe: Recipe) -> None:
     """TrainingError when the working folder holds a run of a recipe with other results."""
-    resolved, values = work / _RECIPE, _resolved(recipe)
+    resolved, values = work / RECIPE, _resolved(recipe)
     try:
-        before = read_json(resolved) if resolved.exists() else values
+        before = read_json(resolved) if resolved.exists() else dict(values)
         if not isinstance(before, dict):
             raise ValueError("it is no JSON object")
+        if not isinstance(before.pop(WEIGHTS, {}), dict):
+            raise ValueError(f"'{WEIGHTS}' is no JSON object")
         names = dict.fromkeys((*values, *before))  # keys at their defaults may be in one of them alone
         changed = [name for name in names if name not in _SAME_RESULT and before.get(name) != values.get(name)]
         if changed:
@@ -415,9 +422,18 @@ def _check_recipe(work: Path, recipe: Recipe) -> None:
         raise TrainingError(f"{resolved}: cannot be read: {error.strerror}") from None
 
 
-def _save_recipe(work: Path, recipe: Recipe) -> None:
+def _check_weights(work: Path, weights: Mapping[str, str]) -> None:
+    """TrainingError when a run in the working folder, whose recipe was checked, loaded other files."""
+    before = read_json(work / RECIPE).get(WEIGHTS, {}) if (work / RECIPE).exists() else {}
+    if changed := [name for name, value in weights.items() if before.get(name, value) != value]:
+        raise TrainingError(
+            f"{changed[0]}: its files are not those that the run in {work} began with; put them back, or choose another --out"
+        )
+
+
+def _save_recipe(work: Path, recipe: Recipe, weights: Mapping[str, str]) -> None:
     try:
-        write_whole(work / _RECIPE, json.dumps(_resolved(recipe), indent=2) + "\n")
+        write_whole(work / RECIPE, json.dumps({**_resolved(recipe), WEIGHTS: weights}, indent=2) + "\n")
     except OSError as error:
         raise TrainingError(f"{work}: cannot write there: {error.strerror}") from None
 

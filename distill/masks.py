@@ -24,12 +24,12 @@ _HALF = (0.25, 0.75)
 """Share of the image that is made anew where it is continued beyond an edge."""
 
 
-def draw_mask(size: Size, cell: int, shares: MaskRecipe, rng: np.random.Generator) -> Pixels:
+def draw_mask(size: Size, cell: int, recipe: MaskRecipe, rng: np.random.Generator) -> Pixels:
     """A mask [H, W, 3], white where the image is made anew, of a kind drawn by its share.
 
     It covers one latent cell, of `cell` x `cell` pixels, at least.
     """
-    kinds = {name: share for name, share in shares.model_dump().items() if share}
+    kinds = {name: share for name, share in recipe.shares.items() if share}
     weights = np.array(list(kinds.values()))
     kind = rng.choice(list(kinds), p=weights / weights.sum())
     covered = _DRAW[kind](size, cell, rng)

@@ -65,7 +65,9 @@ def blank_conditioning(model: TorchModel) -> dict[str, Tensor]:
     spec = model.spec
     found = model.encode_ids(model.tokenizer([""]))
     for condition in spec.conditions:
-        if condition.name not in found:
+        if condition.enters == "label":
+            found[condition.name] = torch.zeros(1, dtype=torch.int64, device=model.device)
+        elif condition.name not in found:
             found[condition.name] = torch.zeros(1, *shape_of(spec, condition, spec.sizes[0]), device=model.device)
         if condition.scaled:
             found[condition.scale_name] = torch.zeros(1, device=model.device)

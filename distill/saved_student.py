@@ -5,6 +5,7 @@ from typing import Any
 
 from flashdiff.config import parse_record
 from flashdiff.distill.bases import load_trained_base
+from flashdiff.distill.checkpoints import RECIPE, WEIGHTS
 from flashdiff.distill.config import Recipe
 from flashdiff.distill.initial import first_weights
 from flashdiff.distill.network import add_lora
@@ -19,12 +20,13 @@ def open_checkpoint(checkpoint: Path) -> TorchModel:
 
     TrainingError where the recipe is not in `OUT/training`; ConfigError where the checkpoint is not that recipe's.
     """
-    resolved = checkpoint.resolve().parent.parent / "recipe.json"
+    resolved = checkpoint.resolve().parent.parent / RECIPE
     try:
         values: dict[str, Any] = dict(read_json(resolved))
     except (OSError, ValueError, TypeError):
         raise TrainingError(f"{checkpoint}: its run's recipe is not in {resolved}") from None
-    values.pop("hash", None)
+    for name in ("hash", WEIGHTS):
+        values.pop(name, None)
     recipe = parse_record(values, Recipe, source=str(resolved))
     family, model = load_trained_base(recipe)
     add_lora(model, family, recipe.lora, seed=recipe.seed)

@@ -129,7 +129,7 @@ def _from_torch(plan: BuildPlan, folder: Path, watch: "_Stopwatch") -> tuple[Man
     model = plan.family.load(plan.folder, plan.spec)
     if plan.vae:
         model = with_vae(model, plan.vae)
-    model = with_controls(plan.family, with_adapter(model, plan.adapter), plan.controls)
+    model = with_controls(plan.family, with_adapter(plan.family, model, plan.adapter), plan.controls)
     model = with_slots(model, plan.family, plan.inputs.lora_slots, plan.inputs.lora_rank)
     if slots_of(model.spec) != slots_of(plan.spec):
         raise BundleError(f"{plan.folder}: its network has other layers than the headers of its weights say")

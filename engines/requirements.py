@@ -15,7 +15,7 @@ from flashdiff.engines.bundle import BuildInputs
 from flashdiff.errors import BundleError
 from flashdiff.families.base import ModelFamily
 from flashdiff.families.files import base_files
-from flashdiff.families.ip_adapter import Found, encoder_files
+from flashdiff.families.ip_adapter import LAYERS, PROJECTION, VISION, Found, encoder_files
 from flashdiff.families.networks import files_of_network
 from flashdiff.files import cache_folder, shown_bytes
 from flashdiff.references import ENCODER
@@ -72,10 +72,10 @@ def count_parameters(
     """Parameters by part, read off the headers of the weights; `controls` are the folders of the control networks."""
     reading = dict[str, int]()
     if adapter:
-        encoder = sum(_tensor_elements(file, ("",)) for file in encoder_files(adapter.encoder) if file.suffix == ".safetensors")
-        layers = _tensor_elements(adapter.file, ("ip_adapter.",))
+        encoder = sum(_tensor_elements(file, VISION) for file in encoder_files(adapter.encoder) if file.suffix == ".safetensors")
+        layers = _tensor_elements(adapter.file, LAYERS)
         reading = {part.name: layers for part in spec.denoisers}
-        reading[ENCODER] = encoder + _tensor_elements(adapter.file, ("image_proj.",))
+        reading[ENCODER] = encoder + _tensor_elements(adapter.file, PROJECTION)
     steering = sum(_tensor_elements(file, ("",)) for control in controls for file in files_of_network(control))
     steered = {part.name for part in spec.replacements if any(c.enters == "residual" for c in spec.taken_by(part.name))}
     weights = [file for file in base_files(folder) if file.suffix == ".safetensors"]

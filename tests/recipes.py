@@ -47,10 +47,13 @@ def image_folder(folder: Path) -> Path:
 
 
 FURTHER = ("source", "canny", "reference")
+MASK_BOX = (10, 5, 30, 25)
+"""The white part of every mask, before it is cropped with its image: left, top, right, bottom."""
 
 
 def paired_folder(folder: Path) -> Path:
-    """Six samples of noise, each with the further images that models may read: of its size, and a reference of another."""
+    """Six samples of noise, each with the further images that models may read: of its size, and a reference of another; and a
+    mask."""
     import numpy as np
     from PIL import Image
 
@@ -62,5 +65,8 @@ def paired_folder(folder: Path) -> Path:
                 height, width = (30, 30) if name == ".reference" else (40, 50)
                 pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / f"{index}{name}.png")
+            mask = Image.new("L", (50, 40))
+            mask.paste(255, MASK_BOX)
+            mask.save(folder / f"{index}.mask.png")
             (folder / f"{index}.txt").write_text(caption)
     return folder

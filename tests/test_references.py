@@ -95,8 +95,8 @@ def adapters(once: Once, bases: dict[str, Path]) -> dict[str, Path]:
 
 
 def _model(base: Path, guidance: float, adapter: Path) -> TorchModel:
-    model = load_fused(str(base), (), SamplingOptions(sampler="ddim", guidance=guidance))[1]
-    return with_adapter(model, find_adapter(str(adapter), None))
+    family, model = load_fused(str(base), (), SamplingOptions(sampler="ddim", guidance=guidance))
+    return with_adapter(family, model, find_adapter(str(adapter), None))
 
 
 def _order(model: Components, reference: Pixels | None = None, scale: float = 1.0, **options: Any) -> Order:
@@ -368,7 +368,7 @@ def test_an_adapter_that_does_not_fit_is_refused_when_the_build_is_planned(
         plan(sd15, adapters["sd15"], sd15 / "text_encoder")
     with pytest.raises(ModelError, match=r"--reference-encoder nowhere: there is no such folder"):
         plan(sd15, adapters["sd15"], "nowhere")
-    with pytest.raises(ModelError, match=r"models of the family pixart take no IP-Adapter; sd15 and sdxl do"):
+    with pytest.raises(ModelError, match=r"models of the family pixart take no IP-Adapter; sd15, sdxl and flux do"):
         plan(once("families/pixart", MODELS["pixart"]), adapters["sd15"])
     assert plan_build(BuildOptions(base=str(sd15), out=tmp_path / "out", backend="torch", reference=str(adapters["sd15"]))).inputs
 
@@ -453,7 +453,7 @@ def test_the_command_line_reads_a_reference(tmp_path: Path, capsys: pytest.Captu
 def test_the_table_of_known_times_takes_no_scale_for_a_time(bases: dict[str, Path], adapters: dict[str, Path]) -> None:
     sampling = SamplingOptions(sampler="lcm", timesteps=(999, 499), guidance=1)
     family, model = load_fused(str(bases["sd15"]), (), sampling)
-    model = with_adapter(model, find_adapter(str(adapters["sd15"]), None))
+    model = with_adapter(family, model, find_adapter(str(adapters["sd15"]), None))
     assert model.spec.sampler.known_times
     part = next(part for part in parts_of(family, model) if part.name == "denoiser")
     *own, tokens, scale = random_inputs(model, part, 3, model.spec.sizes[0], torch.Generator().manual_seed(3))

@@ -70,7 +70,7 @@ def files(tiny_base: Path, once: Once) -> Path:
 @pytest.fixture(scope="module")
 def model(tiny_base: Path, files: Path) -> tuple[TorchModel, SlotTable]:
     family, model = load_fused(str(tiny_base), (), SamplingOptions(sampler="ddim", guidance=3.0))
-    model = with_adapter(model, find_adapter(str(files / "adapter.safetensors"), None))
+    model = with_adapter(family, model, find_adapter(str(files / "adapter.safetensors"), None))
     model = with_slots(with_controls(family, model, {"edges": files / "edges"}), family, 2, 4)
     return model, table_of(model, family, 4)
 

@@ -185,6 +185,27 @@ def make_tiny_ip_adapter(file: Path, base: Path, *, plus: bool = False, seed: in
     return file
 
 
+def make_tiny_flux_ip_adapter(file: Path, base: Path, *, tokens: int = 4, seed: int = 5) -> Path:
+    """As XLabs names its tensors, with the image encoder next to it; the values are so large that a reference shows."""
+    torch.manual_seed(seed)
+    transformer = FluxTransformer2DModel.from_pretrained(base / "transformer")
+    width, inner = transformer.config.joint_attention_dim, transformer.inner_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "proj.weight": (tokens * width, _IMAGE_EMBEDDING), "proj.bias": (tokens * width,),
+        "norm.weight": (width,), "norm.bias": (width,),
+    }  # fmt: skip
+    tensors = {f"ip_adapter_proj_model.{name}": torch.randn(shape) / (shape[-1] ** 0.5) for name, shape in shapes.items()}
+    for index in range(len(transformer.transformer_blocks)):
+        for which in "kv":
+            name = f"double_blocks.{index}.processor.ip_adapter_double_stream_{which}_proj"
+            tensors[f"{name}.weight"], tensors[f"{name}.bias"] = torch.randn(inner, width), torch.randn(inner)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    safetensors.torch.save_file(tensors, file)
+    if not (file.parent / "image_encoder").exists():
+        make_tiny_image_encoder(file.parent / "image_encoder")
+    return file
+
+
 def _resampler(width: int) -> dict[str, tuple[int, ...]]:
     """The shapes of a Resampler with 6 tokens."""
     inner, heads = 64, 128
@@ -248,19 +269,21 @@ def make_tiny_sd35(folder: Path) -> Path:
     return make_tiny_sd3(folder, has_t5=False, qk_norm="rms_norm", dual_attention_layers=(0,))
 
 
-def make_tiny_flux(folder: Path, *, guidance_embeds: bool = True, pipeline: Any = FluxPipeline, **settings: Any) -> Path:
+def make_tiny_flux(
+    folder: Path, *, guidance_embeds: bool = True, pipeline: Any = FluxPipeline, text_width: int = _WIDTH, **settings: Any
+) -> Path:
     """`settings` are those of the transformer."""
     torch.manual_seed(0)
     changes = {"in_channels": 64, "num_layers": 2, "num_single_layers": 1, **settings}
     transformer = FluxTransformer2DModel(
-        attention_head_dim=16, num_attention_heads=2, joint_attention_dim=_WIDTH, pooled_projection_dim=_WIDTH,
+        attention_head_dim=16, num_attention_heads=2, joint_attention_dim=text_width, pooled_projection_dim=_WIDTH,
         guidance_embeds=guidance_embeds, axes_dims_rope=(4, 6, 6), **changes,
     )  # fmt: skip
     pipeline(
         vae=_vae(16, shift_factor=0.1),
         transformer=_varied(transformer),
         text_encoder=CLIPTextModel(_clip_config()),
-        text_encoder_2=_t5(),
+        text_encoder_2=_t5(text_width),
         tokenizer=_clip_tokenizer(),
         tokenizer_2=_t5_tokenizer(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),

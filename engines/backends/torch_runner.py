@@ -38,7 +38,7 @@ def open_parts(folder: Path, manifest: Manifest, on: Device) -> CompilePart:
     family, model = load_base(str(folder / MODEL))
     if manifest.reference:
         place = folder / MODEL / REFERENCE
-        model = with_adapter(model, Found(file=place / ADAPTER, encoder=place / ENCODER_FOLDER))
+        model = with_adapter(family, model, Found(file=place / ADAPTER, encoder=place / ENCODER_FOLDER))
     controls = {control.name: folder / MODEL / CONTROLS / control.name for control in manifest.controls}
     model = with_slots(with_controls(family, model, controls), family, manifest.lora_slots, manifest.lora_rank)
     is_cpu = manifest.machine.device == "cpu"

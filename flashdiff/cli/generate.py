@@ -21,6 +21,20 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _NUMBERS = ("scale", "start", "end")
 """Of a control, in the order in which --control takes them."""
+_PARAMETERS = {
+    "strength": (
+        "SHARE",
+        "with --image: share of the steps to take, up to 1; a lower share keeps more of the image; "
+        f"default: {defaults.STRENGTH}, with --mask 1, with --upscale {defaults.UPSCALE_STRENGTH}",
+    ),
+    "upscale": ("SCALE", "with --image, of any size: make it 1 to 8 times as wide and as high, in tiles of --size"),
+    "noise_level": (
+        "LEVEL",
+        "with --image, for a model that upscales it: a whole number, how much noise the image gets before the model reads it; "
+        f"default: {defaults.NOISE_LEVEL}",
+    ),
+}
+"""Numbers of tasks that have an option of their own: what it calls its value, and its help."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,33 +67,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="with --image, of the same size: white where the image is replaced; the rest is kept",
     )
-    parser.add_argument(
-        "--strength",
-        dest="parameters",
-        type=_value_of("strength", float),  # no default here: a strength without an image is refused
-        action="append",
-        default=[],
-        metavar="SHARE",
-        help="with --image: share of the steps to take, up to 1; a lower share keeps more of the image; "
-        f"default: {defaults.STRENGTH}, with --mask 1, with --upscale {defaults.UPSCALE_STRENGTH}",
-    )
-    parser.add_argument(
-        "--upscale",
-        dest="parameters",
-        type=_value_of("upscale", float),
-        action="append",
-        metavar="SCALE",
-        help="with --image, of any size: make it 1 to 8 times as wide and as high, in tiles of --size",
-    )
-    parser.add_argument(
-        "--noise-level",
-        dest="parameters",
-        type=_value_of("noise_level", float),
-        action="append",
-        metavar="LEVEL",
-        help="with --image, for a model that upscales it: a whole number, how much noise the image gets before the model reads "
-        f"it; default: {defaults.NOISE_LEVEL}",
-    )
+    for name, (metavar, text) in _PARAMETERS.items():
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            dest="parameters",
+            type=_value_of(name, float),
+            action="append",
+            default=[],  # none here: a parameter without its image is refused
+            metavar=metavar,
+            help=text,
+        )
     parser.add_argument(
         "--input",
         dest="inputs",

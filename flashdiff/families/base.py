@@ -20,6 +20,7 @@ from flashdiff.families.codec import Encoder
 from flashdiff.families.control_kinds import ControlKind
 from flashdiff.families.files import base_hash
 from flashdiff.families.prints import prints_of
+from flashdiff.families.readers import Reader
 from flashdiff.families.settings import Fixed
 from flashdiff.text import PromptTokenizer
 
@@ -82,8 +83,8 @@ class ModelFamily:
     """By folder: settings that count only at some values."""
     controls: Mapping[str, ControlKind] = field(default_factory=dict)
     """The classes of diffusers' networks that its denoiser can be steered by: see `control`."""
-    references: bool = False
-    """Whether IP-Adapters fit its denoiser: see `ip_adapter`."""
+    references: Reader | None = None
+    """How its denoiser reads a reference; None: no IP-Adapter fits it. See `ip_adapter`."""
     is_flow: bool = False
     """Whether its scheduler is a rectified flow's."""
     read_spec: Callable[[Path], ModelSpec]

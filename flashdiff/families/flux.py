@@ -24,6 +24,7 @@ from flashdiff.families.loading import (
     tokenizer_spec,
     torch_model,
 )
+from flashdiff.families.readers import FLUX_READER, Reading
 from flashdiff.families.settings import AUTOENCODERS, VAE
 from flashdiff.schedule import FlowSchedule
 
@@ -80,10 +81,12 @@ class _Denoiser(nn.Module):
         pooled_projections: Tensor,
         guidance: Tensor,
         residuals: Mapping[str, Any] | None = None,
+        reference: Reading | None = None,
     ) -> Tensor:
-        """`residuals`: of control networks."""
+        """`residuals`: of control networks; `reference`: what an IP-Adapter made of one."""
         texts = encoder_hidden_states, pooled_projections, guidance
-        (output,) = self.run(self.transformer, packed(latents), image_ids(latents), times, *texts, **(residuals or {}))
+        others = {**(residuals or {}), "joint_attention_kwargs": {"ip_hidden_states": reference}}
+        (output,) = self.run(self.transformer, packed(latents), image_ids(latents), times, *texts, **others)
         return unpacked(output, latents)
 
     def residuals_of(
@@ -149,7 +152,7 @@ class _Fill(_Denoiser):
 
 
 class _Kontext(_Denoiser):
-    """FLUX Kontext: the tokens of a reference image follow those of the image; a row without one does not attend to them."""
+    """FLUX Kontext: the tokens of the image to edit follow those of the new one; a row without one does not attend to them."""
 
     def forward(  # type: ignore[override]
         self,
@@ -160,15 +163,17 @@ class _Kontext(_Denoiser):
         guidance: Tensor,
         image: Tensor,
         is_given: Tensor,
+        reference: Reading | None = None,
     ) -> Tensor:
-        """`image`: latents [B, C, h, w] of the reference; `is_given` [B]: 1 for a row that has one, 0 for one without."""
-        own, reference = packed(latents), packed(image)
+        """`image`: latents [B, C, h, w] of the one to edit; `is_given` [B]: 1 for a row that has one, 0 for one without;
+        `reference`: what an IP-Adapter made of one."""
+        own, edited = packed(latents), packed(image)
         ids = torch.cat([image_ids(latents), image_ids(latents, source=1)])
         texts = encoder_hidden_states, pooled_projections, guidance
         always = torch.ones_like(torch.cat([encoder_hidden_states[..., 0], own[..., 0]], dim=1), dtype=torch.bool)
-        seen = torch.cat([always, (is_given > 0.5)[:, None].expand(-1, reference.shape[1])], dim=1)
-        attention = {"attention_mask": seen[:, None, None]}
-        tokens = torch.cat([own, reference], dim=1)
+        seen = torch.cat([always, (is_given > 0.5)[:, None].expand(-1, edited.shape[1])], dim=1)
+        attention = {"attention_mask": seen[:, None, None], "ip_hidden_states": reference}
+        tokens = torch.cat([own, edited], dim=1)
         (output,) = self.run(self.transformer, tokens, ids, times, *texts, joint_attention_kwargs=attention)
         return unpacked(output[:, : own.shape[1]], latents)
 
@@ -269,6 +274,7 @@ FAMILY = ModelFamily(
     feature_blocks=lambda transformer: (*transformer.transformer_blocks, *transformer.single_transformer_blocks),
     lora_prefix="transformer",
     controls=FLUX_CONTROLS,
+    references=FLUX_READER,
     float32_inputs=(GUIDANCE,),
     size_step=lambda _: 2,  # a token is a patch of 2x2
     default_guidance=1.0,  # none but the embedded one

@@ -1,9 +1,10 @@
 """IP-Adapters (arXiv 2308.06721): found, checked against a base and an image encoder, and added to the denoiser.
 
-The adapter's own weights stay outside the UNet: keys and values of the image's tokens are computed for every cross-attention, and
-handed to the UNet together with the prompt's hidden states.
+The adapter's own weights stay outside the network: keys and values of the image's tokens are computed for every attention that
+reads them, and handed to the network, which `readers` teaches to read them.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,11 +16,11 @@ from torch import Tensor, nn
 from flashdiff.components import ModelSpec
 from flashdiff.errors import ModelError, first_line
 from flashdiff.families.base import IpAdapter, ModelFamily, TorchModel
-from flashdiff.families.control_unet import SteerableUnet
 from flashdiff.families.files import base_hash
 from flashdiff.families.hub import HubName, download_file, download_part, hub_name
-from flashdiff.families.loading import load_part, read_config
+from flashdiff.families.loading import load_part, pipeline_class_of, read_config
 from flashdiff.families.networks import Library, files_of_network, find_network, hash_of_network
+from flashdiff.families.readers import Reader, Reading
 from flashdiff.families.settings import check_transformers_config
 from flashdiff.files import hash_file
 from flashdiff.references import referred, takes_reference
@@ -29,9 +30,20 @@ ENCODER_FOLDER = "image_encoder"
 
 _MEAN, _DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """Of the images that CLIP was trained on, as its image processor has them."""
-_PLAIN_TOKENS = 4  # as published, and fixed in diffusers
 _BLOCKS, _HEAD = 4, 64  # of the Resampler, likewise
 _MOST_TOKENS = 1024
+LAYERS, PROJECTION, VISION = (
+    ("ip_adapter.", "double_blocks."),
+    ("image_proj.", "ip_adapter_proj_model."),
+    ("vision_model.", "visual_projection."),
+)
+"""The first letters of an adapter's tensors: of keys and values, and of what makes tokens; and of an image encoder's in a file
+that may hold all of CLIP."""
+_NAMES = (
+    (re.compile(r"^ip_adapter_proj_model\."), "image_proj."),
+    (re.compile(r"^double_blocks\.(\d+)\.processor\.ip_adapter_double_stream_([kv])_proj\."), r"ip_adapter.\1.to_\2_ip."),
+)
+"""XLabs' names of an adapter's tensors, and the usual ones."""
 _LONGEST_REASON = 300
 _LIBRARY: Library = "transformers"
 
@@ -109,20 +121,31 @@ def check_adapter(found: Found, family: ModelFamily, base: Path, spec: ModelSpec
     """What an adapter is; ModelError for one that does not fit the base or the encoder, with both shapes."""
     option = f"--reference {found.file}"
     if not family.references:
-        raise ModelError(f"{option}: models of the family {family.name} take no IP-Adapter; sd15 and sdxl do")
-    encoder, unet = _read_encoder(found.encoder), _layers(base, family)
+        raise ModelError(f"{option}: models of the family {family.name} take no IP-Adapter; sd15, sdxl and flux do")
+    reader = family.references
+    if (pipeline := pipeline_class_of(base)) in reader.not_for:
+        raise ModelError(f"{option}: models of the class {pipeline} take no IP-Adapter")
+    encoder, network = _read_encoder(found.encoder), _without_weights(base, family)
     shapes = _shapes(found.file)
     projection = {name.removeprefix("image_proj."): shape for name, shape in shapes.items() if name.startswith("image_proj.")}
     name = _kind_of(option, shapes, projection)
-    width = unet[0].in_features
+    if name not in reader.kinds:
+        raise ModelError(
+            f"{option}: it is of the form {name}; for models of the family {family.name} {reader.kinds[0]} is supported"
+        )
+    width = reader.width(network)
     wanted = {
-        f"ip_adapter.{1 + 2 * index}.{which}.weight": ([layer.out_features, layer.in_features], spec.name)
-        for index, layer in enumerate(unet)
+        f"ip_adapter.{reader.number(index)}.{which}.{tensor}": (
+            [network.get_submodule(attention).to_k.out_features, width][:dimensions],
+            spec.name,
+        )
+        for index, attention in enumerate(reader.attentions(network))
         for which in ("to_k_ip", "to_v_ip")
+        for tensor, dimensions in (("weight", 2), ("bias", 1))[: 1 + reader.has_biases]
     }
     of_encoder = f"{found.encoder.name} (the image encoder)"
     if name == "plain":
-        tokens = _PLAIN_TOKENS
+        tokens = reader.tokens(next(iter(projection["proj.weight"]), 0))
         wanted["image_proj.proj.weight"] = [tokens * width, encoder["projection_dim"]], f"{spec.name} with {of_encoder}"
         wanted["image_proj.norm.weight"] = [width], spec.name
     else:
@@ -144,14 +167,20 @@ def check_adapter(found: Found, family: ModelFamily, base: Path, spec: ModelSpec
 
 
 def _shapes(file: Path) -> dict[str, list[int]]:
-    """Of every tensor of a file."""
+    """Of every tensor of a file, by its usual name."""
     import safetensors
 
     try:
         with safetensors.safe_open(file, "pt") as weights:
-            return {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118  # not a mapping
+            return {_named(name): weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118  # not a mapping
     except Exception as error:  # whatever a damaged file leads to
         raise ModelError(f"--reference {file}: damaged, or no safetensors file ({first_line(error)})") from None
+
+
+def _named(name: str) -> str:
+    for theirs, usual in _NAMES:
+        name = theirs.sub(usual, name)
+    return name
 
 
 def _kind_of(option: str, shapes: Mapping[str, list[int]], projection: Mapping[str, list[int]]) -> str:
@@ -179,10 +208,12 @@ def _kind_of(option: str, shapes: Mapping[str, list[int]], projection: Mapping[s
 
 
 def _read_encoder(folder: Path) -> dict[str, Any]:
-    """The settings of an image encoder, defaults filled in; ModelError for another network."""
-    from transformers import CLIPVisionConfig
+    """The settings of an image encoder, alone or within CLIP, defaults filled in; ModelError for another network."""
+    from transformers import CLIPConfig, CLIPVisionConfig
 
     config, path = read_config(folder.parent, folder.name), f"{folder}/config.json"
+    if config.get("model_type") == CLIPConfig.model_type and isinstance(config.get("vision_config"), dict):
+        config, path = config["vision_config"], f"{path}: vision_config"
     if config.get("model_type") != CLIPVisionConfig.model_type:
         raise ModelError(
             f"{path}: 'model_type' is {str(config.get('model_type'))!r}; an IP-Adapter's image encoder is a "
@@ -201,39 +232,33 @@ def _read_encoder(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def _layers(base: Path, family: ModelFamily) -> list[Any]:
-    """The `to_k` of every cross-attention of a base's UNet, without weights, in the order of an adapter's tensors."""
+def _without_weights(base: Path, family: ModelFamily) -> Any:
+    """A base's denoiser on no device; ModelError for one that no IP-Adapter fits."""
     import diffusers
 
-    config = read_config(base, family.lora_prefix)
+    assert family.references
+    config, path = read_config(base, family.lora_prefix), f"{base}/{family.lora_prefix}/config.json"
     if kind := config.get("encoder_hid_dim_type"):
-        raise ModelError(f"{base}/{family.lora_prefix}/config.json: 'encoder_hid_dim_type' is {kind!r}: no IP-Adapter fits it")
+        raise ModelError(f"{path}: 'encoder_hid_dim_type' is {kind!r}: no IP-Adapter fits it")
     with torch.device("meta"):
-        unet = diffusers.UNet2DConditionModel.from_config(config)
-    layers = [unet.get_submodule(name.removesuffix(".processor")).to_k for name in _cross_attentions(unet)]
-    if not layers:
-        raise ModelError(
-            f"{base}/{family.lora_prefix}/config.json: its blocks have no cross-attention, which an IP-Adapter adds to"
-        )
-    return layers
+        network = getattr(diffusers, next(iter(family.networks[family.lora_prefix]))).from_config(config)
+    if not family.references.attentions(network):
+        raise ModelError(f"{path}: its blocks have no attention that an IP-Adapter adds to")
+    return network
 
 
-def _cross_attentions(unet: Any) -> list[str]:
-    """The names of the processors of a UNet's cross-attentions, in the order of an adapter's tensors, 1, 3, 5 and so on."""
-    return [name for name in unet.attn_processors if not name.endswith("attn1.processor")]
-
-
-def with_adapter(model: TorchModel, found: Found | None) -> TorchModel:
+def with_adapter(family: ModelFamily, model: TorchModel, found: Found | None) -> TorchModel:
     """The model with an adapter that was checked, or with none."""
     if found is None:
         return model
     import safetensors.torch
     from transformers import CLIPVisionModelWithProjection
 
+    assert family.references
     encoder = load_part(found.encoder.parent, found.encoder.name, CLIPVisionModelWithProjection)
     try:
-        weights = {name: values.float() for name, values in safetensors.torch.load_file(found.file).items()}
-        layers = _Layers(model.network, weights)
+        weights = {_named(name): values.float() for name, values in safetensors.torch.load_file(found.file).items()}
+        layers = _Layers(family.references, model.network, weights)
         of_projection = {n.removeprefix("image_proj."): v for n, v in weights.items() if n.startswith("image_proj.")}
         projection = model.network._convert_ip_adapter_image_proj_to_diffusers(of_projection, low_cpu_mem_usage=False)
     except Exception as error:  # a tensor that is not there, or of another shape; torch lists them below a heading
@@ -306,27 +331,30 @@ class _Encoder(nn.Module):
 
 
 class _Layers(nn.Module):
-    """The keys and values of an image's tokens for every cross-attention."""
+    """The keys and values of an image's tokens for every attention that reads them."""
 
-    def __init__(self, unet: Any, weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, reader: Reader, network: Any, weights: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.keys, self.values = nn.ModuleList(), nn.ModuleList()
-        names = _cross_attentions(unet)
+        names = [f"{name}.processor" for name in reader.attentions(network)]
         for index in range(len(names)):
             for which, layers in (("to_k_ip", self.keys), ("to_v_ip", self.values)):
-                values = weights[f"ip_adapter.{1 + 2 * index}.{which}.weight"]
-                layer = nn.Linear(values.shape[1], values.shape[0], bias=False)
+                place = f"ip_adapter.{reader.number(index)}.{which}"
+                values = weights[f"{place}.weight"]
+                layer = nn.Linear(values.shape[1], values.shape[0], bias=reader.has_biases)
                 layer.weight.data = values
+                if reader.has_biases:
+                    layer.bias.data = weights[f"{place}.bias"]
                 layers.append(layer)
-        readers = {name: _Processor(unet.attn_processors[name], index) for index, name in enumerate(names)}
-        unet.set_attn_processor({**unet.attn_processors, **readers})
+        readers = {name: reader.processor(network.attn_processors[name], index) for index, name in enumerate(names)}
+        network.set_attn_processor({**network.attn_processors, **readers})
 
     def forward(self, tokens: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         return [layer(tokens) for layer in self.keys], [layer(tokens) for layer in self.values]
 
 
-class ReadingDenoiser(SteerableUnet, nn.Module):
-    """A UNet's denoiser that reads the tokens of a reference next to the prompt's."""
+class ReadingDenoiser(nn.Module):
+    """A denoiser that reads the tokens of a reference next to the prompt's."""
 
     def __init__(self, denoiser: Any, layers: nn.Module) -> None:
         super().__init__()
@@ -336,54 +364,17 @@ class ReadingDenoiser(SteerableUnet, nn.Module):
         """`inputs`: the denoiser's own, then tokens [B, T, D] and their scale [B]; `residuals`: of control networks."""
         *own, tokens, scale = inputs
         keys, values = self.layers(tokens)
-        reading = Reading(keys, values, scale[:, None, None])
-        output: Tensor = self.denoiser(*own, residuals=residuals, reference=reading)
+        steering = {} if residuals is None else {"residuals": residuals}
+        output: Tensor = self.denoiser(*own, **steering, reference=Reading(keys, values, scale[:, None, None]))
         return output
 
-    def texts(self, latents: Tensor, *own: Tensor) -> dict[str, Any]:
-        """What control networks take of the text: the reference is the UNet's alone."""
-        texts: dict[str, Any] = self.denoiser.texts(latents, *own)
-        return texts
+    def adopt(self, network: Any) -> None:
+        """Of a control network: as the denoiser itself."""
+        self.denoiser.adopt(network)
 
-
-@dataclass(frozen=True)
-class Reading:
-    """What cross-attentions read of a reference: keys and values [B, T, C] of each, and a scale [B, 1, 1]."""
-
-    keys: Sequence[Tensor]
-    values: Sequence[Tensor]
-    scale: Tensor
-
-    def next_to(self, texts: Mapping[str, Any]) -> dict[str, Any]:
-        """The UNet's arguments with these in them: its blocks hand the hidden states to the processors as they are."""
-        return {**texts, "encoder_hidden_states": (texts["encoder_hidden_states"], self)}
-
-
-class _Processor:
-    """One cross-attention that reads a reference where there is one. The UNet holds no weights of it."""
-
-    def __init__(self, plain: Any, index: int) -> None:
-        self.plain, self.index = plain, index
-
-    def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Any = None, **options: Any) -> Tensor:
-        if not isinstance(encoder_hidden_states, tuple):
-            output: Tensor = self.plain(attn, hidden_states, encoder_hidden_states, **options)
-            return output
-        text, reading = encoder_hidden_states
-        query = _heads(attn, attn.to_q(hidden_states))
-        found = _attended(query, _heads(attn, attn.to_k(text)), _heads(attn, attn.to_v(text)))
-        keys, values = reading.keys[self.index], reading.values[self.index]
-        found = found + reading.scale * _attended(query, _heads(attn, keys), _heads(attn, values))
-        for layer in attn.to_out:
-            found = layer(found)
-        return found
-
-
-def _heads(attn: Any, values: Tensor) -> Tensor:
-    """[B, N, C] as [B, heads, N, C / heads]."""
-    return values.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-
-
-def _attended(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """[B, N, C] of heads [B, heads, N, C / heads]."""
-    return nn.functional.scaled_dot_product_attention(query, keys, values).transpose(1, 2).flatten(2)
+    def residuals_of(
+        self, network: Any, latents: Tensor, times: Tensor, conditions: Sequence[Tensor], image: Tensor, scale: Tensor
+    ) -> dict[str, list[Tensor]]:
+        """Of a control network, to which the reference means nothing."""
+        residuals: dict[str, list[Tensor]] = self.denoiser.residuals_of(network, latents, times, conditions[:-2], image, scale)
+        return residuals

@@ -11,7 +11,6 @@ from flashdiff.families.base import ModelFamily, TorchModel
 from flashdiff.families.control_unet import UNET_CONTROLS, SteerableUnet, as_unet_takes
 from flashdiff.families.entrance import Joined
 from flashdiff.families.guidance import guidance_embedding
-from flashdiff.families.ip_adapter import Reading
 from flashdiff.families.loading import (
     explain_bad_settings,
     load_part,
@@ -22,6 +21,7 @@ from flashdiff.families.loading import (
     unet_size_step,
     unet_spec,
 )
+from flashdiff.families.readers import UNET_READER, Reading
 from flashdiff.families.settings import AUTOENCODERS, UNET, UNSHIFTED_VAE
 
 _LCM_GUIDANCE = 8.5  # what LatentConsistencyModelPipeline feeds its UNet
@@ -103,7 +103,7 @@ FAMILY = ModelFamily(
     feature_tap=lambda unet: unet.mid_block,
     lora_prefix="unet",
     controls=UNET_CONTROLS,
-    references=True,
+    references=UNET_READER,
     size_step=unet_size_step,
     default_guidance=7.5,
     default_steps=50,

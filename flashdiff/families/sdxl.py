@@ -12,7 +12,6 @@ from flashdiff.families.base import ModelFamily, TorchModel
 from flashdiff.families.control_unet import UNET_CONTROLS, SteerableUnet, as_unet_takes
 from flashdiff.families.entrance import Joined
 from flashdiff.families.guidance import guidance_embedding
-from flashdiff.families.ip_adapter import Reading
 from flashdiff.families.loading import (
     explain_bad_settings,
     load_part,
@@ -23,6 +22,7 @@ from flashdiff.families.loading import (
     unet_size_step,
     unet_spec,
 )
+from flashdiff.families.readers import UNET_READER, Reading
 from flashdiff.families.settings import AUTOENCODERS, UNET, UNSHIFTED_VAE
 
 
@@ -117,7 +117,7 @@ FAMILY = ModelFamily(
     lora_prefix="unet",
     float32_inputs=("text_embeds",),  # the UNet joins it to sinusoids in float32, and casts both afterwards
     controls=UNET_CONTROLS,
-    references=True,
+    references=UNET_READER,
     size_step=unet_size_step,
     default_guidance=5.0,
     default_steps=50,

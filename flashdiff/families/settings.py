@@ -83,6 +83,7 @@ _TYPES = {
 _TRANSFORMERS = {
     "torch_dtype", "dropout", "attn_implementation", "gradient_checkpointing", "n_positions", "output_past", "tokenizer_class",
     "task_specific_params", "decoder_start_token_id", "use_return_dict", "torchscript", "use_bfloat16", "pruned_heads",
+    "bos_token_id", "eos_token_id", "pad_token_id",
     "tie_encoder_decoder", "finetuning_task", "prefix", "sep_token_id", "is_decoder", "add_cross_attention",
     "cross_attention_hidden_size", "tf_legacy_loss", "transformers_version", "use_cache", "tie_word_embeddings", "max_length",
     "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty", "temperature", "top_k",

@@ -8,7 +8,8 @@ from starlette.routing import Route
 import flashdiff
 from flashdiff import controls, defaults, references
 from flashdiff.server.http.images_request import MAX_PARTIAL_IMAGES, field_kinds
-from flashdiff.tasks import MAX_COUNT, input_names
+from flashdiff.tasks import MAX_COUNT, input_names, parameters
+from flashdiff.tasks.base import Parameter
 
 _SCHEMAS: dict[str, dict[str, Any]] = {
     "text": {"type": "string"},
@@ -94,7 +95,13 @@ _BODIES: dict[str, tuple[str, list[str]]] = {
 
 
 def _fields(files: list[str]) -> dict[str, Any]:
-    fields = {name: {**_SCHEMAS[kind], **_BOUNDS.get(name, {})} for name, kind in field_kinds().items()}
+    bounds = {**_BOUNDS, **{name: _bounds_of(parameter) for name, parameter in parameters().items()}}
+    fields = {name: {**_SCHEMAS[kind], **bounds.get(name, {})} for name, kind in field_kinds().items()}
     binary = {name: {"type": "string", "format": "binary"} for name in files}
     required = ["prompt", *(["image"] if files else [])]
     return {"type": "object", "properties": {**fields, **binary}, "required": required, "additionalProperties": False}
+
+
+def _bounds_of(parameter: Parameter) -> dict[str, Any]:
+    least = {"exclusiveMinimum": parameter.above} if parameter.at_least is None else {"minimum": parameter.at_least}
+    return {**least, "maximum": parameter.at_most, **({"type": "integer"} if parameter.is_whole else {})}

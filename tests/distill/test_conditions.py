@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tarfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +11,8 @@ from typing import Any
 
 import diffusers
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from conftest import Once
@@ -23,11 +26,13 @@ from tiny import (
     make_tiny_controlnet,
     make_tiny_flux,
     make_tiny_flux_fill,
+    make_tiny_flux_ip_adapter,
     make_tiny_flux_kontext,
     make_tiny_image_encoder,
     make_tiny_ip_adapter,
     make_tiny_sd15,
     make_tiny_sdxl,
+    make_tiny_upscaler,
 )
 from torch import Tensor
 
@@ -45,6 +50,7 @@ from flashdiff.distill.loop import distill
 from flashdiff.distill.network import add_lora, predict_x0, run_network
 from flashdiff.distill.objective import Objective
 from flashdiff.distill.processes import Draws
+from flashdiff.distill.saved_student import open_checkpoint
 from flashdiff.distill.step import Pool, SharedPools, make_pool, span_at, student_x0
 from flashdiff.engines.build import build_engine
 from flashdiff.engines.config import BuildOptions
@@ -53,7 +59,7 @@ from flashdiff.errors import ConfigError, TrainingError
 from flashdiff.families.base import TorchModel
 from flashdiff.generate import generate, prepare, unconditional_of
 from flashdiff.lora import add_adapter, load_fused
-from flashdiff.lora_files import WEIGHTS
+from flashdiff.lora_files import FLASH, WEIGHTS
 from flashdiff.parts import Condition
 from flashdiff.prediction import to_x0
 from flashdiff.rows import denoise_rows, start_rows
@@ -66,12 +72,14 @@ CLASSES = {
     "edit": ("StableDiffusionInstructPix2PixPipeline", make_tiny_sd15, 8),
     "edit-sdxl": ("StableDiffusionXLInstructPix2PixPipeline", make_tiny_sdxl, 8),
 }
-CASES = (*CLASSES, "fill", "kontext", "controlnet", "adapter", "reference", "steered-inpainting")
-GUIDED_BY_INPUT = ("fill", "kontext", "flux-control")
+CASES = (*CLASSES, "fill", "kontext", "controlnet", "adapter", "reference", "steered-inpainting", "upscaler", "flux-reference")
+GUIDED_BY_INPUT = ("fill", "kontext", "flux-control", "flux-reference")
 STOCK = {
     **{name: pipeline for name, (pipeline, _, _) in CLASSES.items()},
     "fill": "FluxFillPipeline",
     "kontext": "FluxKontextPipeline",
+    "upscaler": "StableDiffusionUpscalePipeline",
+    "flux-reference": "FluxPipeline",
     "steered-inpainting": "StableDiffusionInpaintPipeline",
 }
 
@@ -90,6 +98,7 @@ def _make_all(folder: Path) -> None:
         _trained(folder, name)
     make_tiny_flux_fill(folder / "fill")
     make_tiny_flux_kontext(folder / "kontext")
+    make_tiny_upscaler(folder / "upscaler")
     plain = make_tiny_sd15(folder / "plain")
     make_tiny_controlnet(folder / "canny", plain)
     torch.manual_seed(3)
@@ -108,6 +117,7 @@ def _make_all(folder: Path) -> None:
     network.save_pretrained(folder / "flux-edges")
     make_tiny_image_encoder(folder / "ip" / "image_encoder")
     make_tiny_ip_adapter(folder / "ip" / "ip.safetensors", plain)
+    make_tiny_flux_ip_adapter(folder / "ip" / "flux.safetensors", folder / "flux")
     paired_folder(folder / "paired")
 
 
@@ -124,8 +134,9 @@ def _recipe(bases: Path, name: str, **changes: Any) -> Recipe:
         "steered-inpainting": {"controls": [{**canny, "network": str(bases / "t2i")}]},
         "flux-control": {"controls": [{**canny, "network": str(bases / "flux-edges")}]},
         "reference": {"reference": {"adapter": str(bases / "ip" / "ip.safetensors"), "scale": 0.7, "image": "further"}},
+        "flux-reference": {"reference": {"adapter": str(bases / "ip" / "flux.safetensors"), "scale": 0.7}},
     }
-    places = {"steered-inpainting": "inpainting", "flux-control": "flux"}
+    places = {"steered-inpainting": "inpainting", "flux-control": "flux", "flux-reference": "flux"}
     places |= dict.fromkeys(("controlnet", "adapter", "reference"), "plain")
     settings = {
         "data": {"source": str(bases / "paired")},
@@ -158,8 +169,9 @@ def test_the_teachers_guided_output_is_that_of_a_served_step(bases: Path, name: 
     if name in GUIDED_BY_INPUT:
         spec = model.spec
     served = ServedModel(model, spec)
-    given = images.request(pixels, size, np.random.default_rng(seed))
-    order = check_order(spec, prompt=prompt, seed=0, steps=3, **given)
+    rng = np.random.default_rng(seed)
+    given = images.request(pixels, size, rng)
+    order = check_order(spec, prompt=prompt, seed=int(rng.integers(2**64, dtype=np.uint64)), steps=3, **given)
     prepared = {key: prepare(model, part.part, [part.value])[0] for key, part in order.task.preparations(spec, order).items()}
     (row,) = start_rows(spec, order, prepared, unconditional_of(served))
     latents, time = torch.from_numpy(row.latents)[None], torch.tensor([row.times[0]])
@@ -267,7 +279,7 @@ def _recorded(model: TorchModel, patch: pytest.MonkeyPatch) -> Iterator[list[tup
         handle.remove()
 
 
-@pytest.mark.parametrize("name", ["inpainting", "edit", "adapter", "reference", "kontext"])
+@pytest.mark.parametrize("name", ["inpainting", "edit", "adapter", "reference", "kontext", "upscaler"])
 def test_teacher_student_fake_score_discriminator_and_roll_out_read_the_same(
     bases: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -324,19 +336,126 @@ def test_teacher_student_fake_score_discriminator_and_roll_out_read_the_same(
     assert all(not torch.equal(samples[key][0], samples[key][1]) for key in differing)
 
 
-def test_masks_are_drawn_anew_for_every_use_of_an_image(bases: Path) -> None:
-    recipe = _recipe(bases, "inpainting", data={"source": str(bases / "paired"), "images": 2})
+def _made_of_two_samples(recipe: Recipe) -> tuple[step.Solved, dict[str, Tensor]]:
+    """A pool in which each of two samples is used twice, and what it has when it is made again."""
     model, images = _loaded(recipe)
     add_adapter(model, ("to_q",), rank=1, alpha=1, seed=0)
     data = load_dataset(recipe.data, model, batch_size=2, seed=0, wanted=images.wanted)
     branches = images.branches(model.unconditional(), model.device)
-    (solved,) = make_pool(model, branches, data, recipe, span_at(recipe, 0), images=images).solved
+    (solved,), (again,) = (make_pool(model, branches, data, recipe, span_at(recipe, 0), images=images).solved for _ in range(2))
+    return solved, dict(again.images)
+
+
+def _as_folder(folder: Path, _: Path) -> Path:
+    return folder
+
+
+def _as_shard(folder: Path, place: Path) -> Path:
+    with tarfile.open(place / "shard.tar", "w") as shard:
+        for path in sorted(folder.iterdir()):
+            shard.add(path, path.name)
+    return place / "shard.tar"
+
+
+def _as_table(folder: Path, place: Path) -> Path:
+    columns = {"image": "{}.png", "mask": "{}.mask.png"}
+    rows: dict[str, list[Any]] = {
+        column: [{"bytes": (folder / name.format(index)).read_bytes()} for index in range(len(CAPTIONS))]
+        for column, name in columns.items()
+    }
+    pyarrow.parquet.write_table(pyarrow.table({**rows, "text": list(CAPTIONS)}), place / "table.parquet")
+    return place / "table.parquet"
+
+
+@pytest.mark.parametrize("kept_as", [_as_folder, _as_shard, _as_table])
+@pytest.mark.parametrize("name", ["inpainting", "fill"])
+def test_masks_of_the_data_are_cropped_with_their_images_and_stand_in_for_drawn_ones(
+    bases: Path, name: str, kept_as: Callable[[Path, Path], Path], tmp_path: Path
+) -> None:
+    source = kept_as(bases / "paired", tmp_path)
+    recipe = _recipe(bases, name, data={"source": str(source)}, masks={"image": "further"})
+    model, images = _loaded(recipe)
+    assert images.described() == "its own image, its mask image"
+    pixels = load_dataset(recipe.data, model, batch_size=1, seed=0, wanted=images.wanted).pixels(0)
+    wanted = np.zeros((32, 32), dtype=np.float32)
+    wanted[4:20, 4:20] = 1  # the white box, 5 pixels cut off at its left, at 32 pixels for 40
+    factor = model.spec.latent_factor
+    for seed in range(2):
+        found = images.of(pixels, Size(32, 32), (seed, 0))["mask"].numpy()
+        if name == "inpainting":
+            assert np.array_equal(found[0], wanted[::factor, ::factor])
+        else:
+            cells = 32 // factor
+            whole = found.reshape(factor, factor, cells, cells).transpose(2, 0, 3, 1).reshape(32, 32)
+            assert np.array_equal(whole, wanted)
+
+
+@pytest.mark.parametrize(
+    ("box", "said"),
+    [
+        (None, "0.png has no mask image: nothing is called 'mask' there, or it holds no bytes"),
+        ((0, 0, 0, 0), "0.png: its mask image cannot be used (mask: 'all black' is not allowed; it must be white where"),
+        ((12, 0, 14, 40), "0.png: its mask image cannot be used (mask: 'thin lines' is not allowed; its white parts must be wid"),
+    ],
+)
+def test_a_mask_that_is_not_there_or_covers_nothing_is_refused_by_its_sample(
+    bases: Path, tmp_path: Path, box: tuple[int, int, int, int] | None, said: str
+) -> None:
+    def spoil(path: Path) -> None:
+        path.unlink()
+        if box:
+            mask = Image.new("L", (50, 40))
+            mask.paste(255, box)
+            mask.save(path)
+
+    message = _spoiled(bases, tmp_path, spoil, "mask", "inpainting", masks={"image": "further"})
+    assert "1 of 1 samples cannot be used, more than 5%" in message
+    assert said in message
+    again = _refused(bases, "inpainting", tmp_path, data={"source": str(tmp_path / "spoiled")}, masks={"image": "further"})
+    assert again == message  # nothing of it is in the cache
+
+
+def test_noise_and_its_level_are_drawn_anew_for_every_use_of_an_image(bases: Path) -> None:
+    data = {"source": str(bases / "paired"), "images": 2}
+    solved, again = _made_of_two_samples(_recipe(bases, "upscaler", data=data))
+    assert set(solved.images) == set(again) == {"low_res_image", "noise_level"}
+    assert all(torch.equal(solved.images[key], again[key]) for key in again)
+    levels = solved.images["noise_level"]
+    assert levels.dtype == torch.int64
+    assert len(set(levels.tolist())) == 4
+    assert 0 <= levels.min() <= levels.max() <= 350
+    other, _ = _made_of_two_samples(_recipe(bases, "upscaler", data=data, seed=1))
+    assert other.images["noise_level"].tolist() != levels.tolist()
+    solved, _ = _made_of_two_samples(_recipe(bases, "upscaler", data=data, noise_level=(7, 7)))
+    assert solved.images["noise_level"].tolist() == [7] * 4
+    uses = [solved.images["low_res_image"][solved.items == item] for item in set(solved.items.tolist())]
+    assert all(not torch.equal(noisy[0], noisy[1]) for noisy in uses)
+
+
+def test_an_upscaler_reads_the_samples_own_image_four_times_smaller(bases: Path) -> None:
+    """Cropped as the sample and scaled by Lanczos: the noise of level 0 is all that is added."""
+    recipe = _recipe(bases, "upscaler", noise_level=(0, 0))
+    model, images = _loaded(recipe)
+    pixels = load_dataset(recipe.data, model, batch_size=1, seed=0, wanted=images.wanted).pixels(2)
+    with Image.open(bases / "paired" / "2.png") as picture:
+        wanted = np.asarray(picture.resize((8, 8), Image.Resampling.LANCZOS, box=(5, 0, 45, 40)))
+    assert np.array_equal(pixels["image"], wanted)
+    made = images.of(pixels, Size(32, 32), (0, 0))["low_res_image"]
+    schedule = model.spec.condition("low_res_image").noised
+    assert schedule
+    alphas, sigmas = schedule.levels([0])
+    noise = (made.numpy() - alphas[0] * (wanted.transpose(2, 0, 1) / 127.5 - 1)) / sigmas[0]
+    assert abs(noise.std() - 1) < 0.2
+
+
+def test_masks_are_drawn_anew_for_every_use_of_an_image(bases: Path) -> None:
+    data = {"source": str(bases / "paired"), "images": 2}
+    solved, again = _made_of_two_samples(_recipe(bases, "inpainting", data=data))
     uses = [solved.images["mask"][solved.items == item] for item in set(solved.items.tolist())]
     assert [len(masks) for masks in uses] == [2, 2]
     assert all(not torch.equal(masks[0], masks[1]) for masks in uses)
     assert set(solved.images) == {"mask", "masked_image_latents"}
-    (again,) = make_pool(model, branches, data, recipe, span_at(recipe, 0), images=images).solved
-    assert all(torch.equal(solved.images[key], again.images[key]) for key in solved.images)
+    assert all(torch.equal(solved.images[key], again[key]) for key in solved.images)
 
 
 # --- the whole program -----------------------------------------------------------------------------------------------
@@ -383,6 +502,7 @@ def _check_a_run(bases: Path, name: str, tmp_path: Path, patch: pytest.MonkeyPat
 SAID = {
     "inpainting": "image=image, mask_image=mask",
     "edit": "num_inference_steps=4, image=image",
+    "upscaler": "num_inference_steps=4, image=image, guidance_scale=0",
     "fill": "sigmas=[1.0, 0.75, 0.5, 0.25], image=image, mask_image=mask",
     "adapter": "--control canny=",
     "reference": "--reference ",
@@ -405,7 +525,7 @@ def test_a_base_that_reads_images_trains_resumes_publishes_and_loads(
     assert not (tmp_path / "whole" / "comfyui.json").exists()
 
 
-@pytest.mark.parametrize("name", ["inpainting", "adapter"])
+@pytest.mark.parametrize("name", ["inpainting", "adapter", "upscaler"])
 def test_previews_show_the_task(bases: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(previews, "TEACHER_STEPS", 2)
     seen: list[Any] = []
@@ -415,11 +535,25 @@ def test_previews_show_the_task(bases: Path, name: str, tmp_path: Path, monkeypa
     distill(_recipe(bases, name, phases=[phase], preview_prompts=("a dog", "a cat")), tmp_path / "out")
     sheet = np.array(Image.open(tmp_path / "out" / "training" / "previews" / "000001.png"))
     assert sheet.shape == (4 * 32, 2 * 32, 3)
-    assert {order.task.name for order in seen} == {"inpainting" if name == "inpainting" else "text_to_image"}
+    wanted = {"inpainting": "inpainting", "adapter": "text_to_image", "upscaler": "super_resolution"}
+    assert {order.task.name for order in seen} == {wanted[name]}
     assert all(set(order.controls) == ({"canny"} if name == "adapter" else set()) for order in seen)
     if name == "inpainting":  # what no mask covers is the sample's own, in every row
         kept = ~(seen[0].inputs["mask"] > 0)
         assert all(np.array_equal(sheet[32 * row : 32 * row + 32, :32][kept], seen[0].inputs["image"][kept]) for row in range(4))
+
+
+def test_without_a_sample_of_the_bases_size_an_upscaler_has_no_previews(
+    bases: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for index in range(2):
+        Image.new("RGB", (60, 30), (index, 200, 90)).save(tmp_path / f"{index}.png")
+        (tmp_path / f"{index}.txt").write_text("wide")
+    data = {"source": str(tmp_path), "buckets": True}
+    phase = {"updates": 1, "mode_weights": (1, 0, 0, 0)}
+    distill(_recipe(bases, "upscaler", data=data, phases=[phase], preview_prompts=("a dog",)), tmp_path / "out")
+    assert "there are no previews: no sample has 32x32, the size that they are drawn at" in caplog.text
+    assert not (tmp_path / "out" / "training" / "previews").exists()
 
 
 @pytest.mark.slow
@@ -431,6 +565,11 @@ def test_every_kind_of_base_does_so(bases: Path, name: str, tmp_path: Path, monk
 @pytest.mark.slow
 def test_a_run_that_draws_on_the_student_does_so(bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _check_a_run(bases, "steered-inpainting", tmp_path, monkeypatch, phases=[{**ALL, "backward_simulation": 0.5}])
+
+
+@pytest.mark.slow
+def test_a_run_with_masks_of_the_data_does_so(bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _check_a_run(bases, "inpainting", tmp_path, monkeypatch, masks={"image": "further"})
 
 
 @pytest.mark.slow
@@ -472,6 +611,8 @@ def test_a_dry_run_says_what_is_read_and_counts_the_branches(bases: Path) -> Non
     reference = _recipe(bases, "reference", reference={"adapter": str(bases / "ip" / "ip.safetensors")})
     for recipe, said in (
         (_recipe(bases, "inpainting"), "its own image, a drawn mask"),
+        (_recipe(bases, "upscaler"), "its own image made 4 times smaller, noise of a level from 0 to 350"),
+        (_recipe(bases, "inpainting", masks={"image": "further"}), "its own image, its mask image"),
         (_recipe(bases, "adapter"), "its canny image at scale 0.8"),
         (_recipe(bases, "steered-inpainting"), "its own image, its canny image at scale 0.8, a drawn mask"),
         (_recipe(bases, "reference"), "its reference image as reference at scale 0.7"),
@@ -508,6 +649,10 @@ def test_keys_that_mean_nothing_to_the_base_are_refused(bases: Path, tmp_path: P
         said = _refused(bases, name, tmp_path, image_guidance=2.0)
         assert "image_guidance = 2.0: '" in said
         assert "is not guided by an image; leave it out" in said
+    said = _refused(bases, "edit", tmp_path, noise_level=(0, 20))
+    assert said == "noise_level = [0, 20]: 'edit' was not trained for super-resolution; leave it out"
+    said = _refused(bases, "upscaler", tmp_path, noise_level=(0, 351))
+    assert said == "noise_level = [0, 351]: 'upscaler' has the levels 0 to 350"
     data = {"source": str(bases / "paired"), "further_images": {"depth": "d"}}
     said = _refused(bases, "adapter", tmp_path, data=data)
     assert said == "data.further_images: this run reads no further image 'depth'; it reads canny"
@@ -530,8 +675,8 @@ def test_networks_that_are_not_there_or_do_not_fit_are_refused_by_the_recipes_ke
     alone = Path(shutil.copy(bases / "ip" / "ip.safetensors", tmp_path / "alone.safetensors"))
     said = _refused(bases, "reference", tmp_path, reference={"adapter": str(alone)})
     assert said.endswith("name the image encoder's folder in reference.encoder")
-    said = _refused(bases, "kontext", tmp_path, reference={"adapter": str(bases / "ip" / "ip.safetensors")})
-    assert "models of the family flux take no IP-Adapter" in said
+    said = _refused(bases, "upscaler", tmp_path, reference={"adapter": str(bases / "ip" / "ip.safetensors")})
+    assert "models of the family sd-upscaler take no IP-Adapter" in said
 
 
 @pytest.mark.parametrize(
@@ -539,7 +684,12 @@ def test_networks_that_are_not_there_or_do_not_fit_are_refused_by_the_recipes_ke
     [
         ({"masks": {"box": 0, "ellipse": 0, "strokes": 0, "half": 0, "full": 0}}, "masks needs a kind that is drawn: box, "),
         ({"masks": {"boxes": 1}}, "unknown key 'masks.boxes', did you mean 'box'"),
+        ({"masks": {"image": "further", "box": 1}}, "masks.box: no masks are drawn where masks.image is 'further'; leave it out"),
+        ({"masks": {"image": "data"}}, "'masks.image' = 'data': input should be 'drawn' or 'further'"),
         ({"masks": {"box": -1}}, "'masks.box' = -1: input should be greater than or equal to 0"),
+        ({"noise_level": [20, 10]}, "noise_level must be two rising levels from 0 on, not (20, 10)"),
+        ({"noise_level": [-1, 10]}, "noise_level must be two rising levels from 0 on, not (-1, 10)"),
+        ({"noise_level": [0.5, 10]}, "'noise_level.0' = 0.5: input should be a valid integer"),
         ({"image_guidance": 0}, "'image_guidance' = 0: input should be greater than 0"),
         ({"controls": [{"name": "Canny!", "network": "x"}]}, "'controls.0.name' = 'Canny!': string should match pattern"),
         ({"controls": [{"name": "source", "network": "x"}]}, "controls.name 'source' is what data call other images"),
@@ -565,8 +715,9 @@ def test_bad_values_are_refused_in_one_line(bases: Path, changes: dict[str, Any]
 
 
 def test_recipes_without_the_keys_keep_their_hash(tiny_base: Path) -> None:
+    assert "image" not in tiny_recipe(tiny_base, masks={"box": 1}).model_dump(mode="json")["masks"]
     dumped = tiny_recipe(tiny_base).model_dump(mode="json")
-    assert not {"masks", "image_guidance", "controls", "reference"} & set(dumped)
+    assert not {"masks", "image_guidance", "noise_level", "controls", "reference"} & set(dumped)
     assert "further_images" not in dumped["data"]
 
 
@@ -578,7 +729,7 @@ def test_targets_are_not_shared_once_a_network_of_the_recipe_has_changed(bases: 
 
     def shared() -> None:
         make = lambda: (made.append(Pool([], 1)), made[-1])[1]  # noqa: E731
-        SharedPools(tmp_path / "pools", recipe, hashes_of_networks(recipe)).pool(span_at(recipe, 0), make)
+        SharedPools(tmp_path / "pools", recipe, [*hashes_of_networks(recipe).values()]).pool(span_at(recipe, 0), make)
 
     for changed in (network / "config.json", adapter / "ip.safetensors", adapter / "image_encoder" / "config.json"):
         shared()
@@ -588,15 +739,48 @@ def test_targets_are_not_shared_once_a_network_of_the_recipe_has_changed(bases: 
         changed.write_bytes(changed.read_bytes() + b" ")
         shared()
         assert len(made) == count + 1
-    assert hashes_of_networks(_recipe(bases, "edit")) == []
+    assert hashes_of_networks(_recipe(bases, "edit")) == {}
 
 
-def _spoiled(bases: Path, tmp_path: Path, spoil: Callable[[Path], object]) -> str:
+def test_a_run_does_not_resume_with_another_network_at_the_same_path(bases: Path, tmp_path: Path) -> None:
+    network, adapter = shutil.copytree(bases / "t2i", tmp_path / "t2i"), shutil.copytree(bases / "ip", tmp_path / "ip")
+    base = shutil.copytree(bases / "plain", tmp_path / "plain")
+    changes = {
+        "controls": [{"name": "canny", "network": str(network)}],
+        "reference": {"adapter": str(adapter / "ip.safetensors")},
+    }
+    recipe = _recipe(bases, "adapter", **changes, phases=[{"updates": 1, "mode_weights": (1, 1, 1, 1)}])
+    recipe = recipe.model_copy(update={"base": str(base)})
+    distill(recipe, tmp_path / "out")
+    (tmp_path / "out" / FLASH).unlink()  # as if it had been killed before it published
+    weights = "diffusion_pytorch_model.safetensors"
+    for key, file in (
+        ("base", base / "unet" / weights),
+        ("controls.canny", network / weights),
+        ("reference.adapter", adapter / "ip.safetensors"),
+        ("reference.encoder", adapter / "image_encoder" / "model.safetensors"),
+    ):
+        before = file.read_bytes()
+        file.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+        with pytest.raises(TrainingError) as error:
+            distill(recipe, tmp_path / "out")
+        assert str(error.value).startswith(
+            f"{key}: its files are not those that the run in {tmp_path / 'out' / 'training'} began"
+        )
+        file.write_bytes(before)
+    assert distill(recipe, tmp_path / "out")
+    saved = tmp_path / "out" / "training" / "checkpoints" / "000001.pt"
+    assert open_checkpoint(saved).spec.sampler.kind == "flash"
+
+
+def _spoiled(
+    bases: Path, tmp_path: Path, spoil: Callable[[Path], object], kind: str = "source", name: str = "edit", **changes: Any
+) -> str:
     folder = shutil.copytree(bases / "paired", tmp_path / "spoiled")
     for path in folder.glob("[1-5]*"):
         path.unlink()
-    spoil(folder / "0.source.png")
-    return _refused(bases, "edit", tmp_path, data={"source": str(folder)})
+    spoil(folder / f"0.{kind}.png")
+    return _refused(bases, name, tmp_path, data={"source": str(folder)}, **changes)
 
 
 @pytest.mark.parametrize(
@@ -663,9 +847,9 @@ def test_aspect_buckets_have_conditions_of_their_size(bases: Path, tmp_path: Pat
 
 def test_a_base_that_reads_something_else_is_refused(bases: Path) -> None:
     model, _ = _loaded(_recipe(bases, "inpainting"))
-    other = Condition(name="low_res_image", enters="concat", channels=3)
+    other = Condition(name="depth", enters="concat", channels=3)
     spec = model.spec.model_copy(update={"conditions": (*model.spec.conditions, other)})
-    with pytest.raises(TrainingError, match="'inpainting' takes low_res_image, which training samples do not have; it can be"):
+    with pytest.raises(TrainingError, match="'inpainting' takes depth, which training samples do not have; it can be"):
         check_conditions(spec)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from recipes import tiny_recipe
-from tiny import FAMILIES
+from tiny import FAMILIES, make_tiny_upscaler
 
 from flashdiff import cli
 from flashdiff.config import load_recipe
@@ -83,7 +83,7 @@ def test_activations_are_what_a_real_pass_keeps(name: str, tmp_path: Path) -> No
 
 SHIPPED = {"avatars": "sd15", "sd35": "sd3", "sd15-inpainting": "sd15", "sdxl-canny": "sdxl"}
 SHIPPED |= {name: name for name in ("sd15", "sdxl", "pixart", "pixart-sigma", "sd3", "flux", "z-image", "sana")}
-SHIPPED |= {name: name for name in ("qwen-image", "flux2-klein")}
+SHIPPED |= {name: name for name in ("qwen-image", "flux2-klein")} | {"sd-x4-upscaler": "sd-upscaler"}
 """Every shipped recipe with its base's family."""
 
 
@@ -96,7 +96,8 @@ def test_every_shipped_recipe_is_known_here() -> None:
 def test_every_shipped_recipe_starts_at_one_two_four_and_eight_processes(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = FAMILIES[SHIPPED[name]](tmp_path / "base")  # a tiny one in place of the recipe's own
+    make = {**FAMILIES, "sd-upscaler": make_tiny_upscaler}[SHIPPED[name]]
+    base = make(tmp_path / "base")  # a tiny one in place of the recipe's own
     recipe = load_recipe(bundled_recipe(f"{name}.toml"), Recipe).model_copy(update={"base": str(base), "controls": ()})
     for count in (1, 2, 4, 8):
         monkeypatch.setattr(processes, "count", lambda count=count: count)

@@ -10,7 +10,7 @@ from flashdiff.distill.config import MaskRecipe
 from flashdiff.distill.masks import draw_mask
 from flashdiff.orders import Pixels
 
-KINDS = tuple(MaskRecipe.model_fields)
+KINDS = tuple(MaskRecipe().shares)
 SIZES = (Size(32, 32), Size(8, 8), Size(24, 64), Size(512, 384))
 
 
