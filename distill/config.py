@@ -211,7 +211,7 @@ class LossRecipe(LossKeys):
 class Recipe(GrownRecord):
     LATER: ClassVar[frozenset[str]] = frozenset(
         {"negative_prompt", "guidance_rescale", "pool_batches", "target_batch", "learning_rate_decay", "skip_limit", "init_from"}
-        | {"image_guidance", "noise_level", "masks", "controls", "reference"}
+        | {"image_guidance", "noise_level", "masks", "controls", "reference", "student"}
     )
 
     base: Name
@@ -221,7 +221,11 @@ class Recipe(GrownRecord):
     data: DataRecipe
     grid: Grid
     """Its keys are in `flashdiff/schedule.py`."""
-    lora: LoraRecipe
+    student: Literal["lora", "full"] = "lora"
+    """What learns: a LoRA on the base, or all weights of its denoiser (`full`), which takes a second copy of them for the teacher
+    and five more for the optimizer."""
+    lora: LoraRecipe | None = None
+    """The student, and a fake score that is a LoRA; a full student without such a fake score has none."""
     loss: LossRecipe = LossRecipe()
     phases: tuple[Phase, ...] = Field(min_length=1, max_length=1000)
     ramp_updates: int = Field(0, ge=0, le=10**9)
@@ -301,6 +305,10 @@ class Recipe(GrownRecord):
             raise ValueError(f"guidance must be two rising positive numbers up to 100 (up to 1: none), not {self.guidance}")
         if self.noise_level and not 0 <= self.noise_level[0] <= self.noise_level[1]:
             raise ValueError(f"noise_level must be two rising levels from 0 on, not {self.noise_level}")
+        if self.student == "lora" and self.lora is None:
+            raise ValueError("lora is missing: give its rank and alpha, or student = 'full'")
+        if self.student == "full" and self.shard_base:
+            raise ValueError("shard_base spreads a frozen network, and student = 'full' trains all of it; leave one of them out")
         names = [control.name for control in self.controls]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise ValueError(f"controls.name '{twice}' is given twice")

@@ -1,4 +1,4 @@
-"""The training program: pools, updates, checkpoints and the published LoRA in their order. `step` and `objective` do the work."""
+"""The training program: pools, updates, checkpoints and what is published in their order. `step` and `objective` do the work."""
 
 import json
 import logging
@@ -25,7 +25,7 @@ from flashdiff.distill.costs import RemainingTime
 from flashdiff.distill.curriculum import phase_at
 from flashdiff.distill.data import Dataset, load_dataset
 from flashdiff.distill.initial import first_weights
-from flashdiff.distill.network import add_lora, checkpoint_gradients, place
+from flashdiff.distill.network import checkpoint_gradients, place
 from flashdiff.distill.objective import Objective
 from flashdiff.distill.previews import preview, preview_steps, save_image
 from flashdiff.distill.processes import Draws
@@ -34,6 +34,7 @@ from flashdiff.distill.publish import publish
 from flashdiff.distill.speed import Speed
 from flashdiff.distill.step import Pool, PoolSpan, SharedPools, make_pool, span_at, student_x0
 from flashdiff.distill.student import Student
+from flashdiff.distill.student_kinds import kind_of
 from flashdiff.distill.trackers import Tracker, open_tracker
 from flashdiff.errors import NotFiniteError, TrainingError, first_line
 from flashdiff.families import find_base
@@ -61,9 +62,9 @@ _TIMED_UPDATES = 10
 
 
 def distill(recipe: Recipe, out: Path, *, pools: Path | None = None) -> bool:
-    """Train the recipe's flash LoRA into the folder `out`; a killed run is resumed by the same call.
+    """Train the recipe's flash student into the folder `out`; a killed run is resumed by the same call.
 
-    Returns False when `out` holds the finished LoRA of the same recipe already, which is left alone.
+    Returns False when `out` holds the finished student of the same recipe already, which is left alone.
 
     `pools` is a folder where runs of one process save the teacher's targets for other runs that need the same ones.
 
@@ -102,7 +103,7 @@ def _run(recipe: Recipe, out: Path, work: Path, pools: Path | None) -> None:
             raise TrainingError(
                 f"grid.num_train_timesteps is {recipe.grid.num_train_timesteps}, the base was trained on {trained}: set that"
             )
-        place(model, whole=not recipe.shard_base)
+        place(model, whole=not recipe.shard_base, rounds=recipe.student == "lora")
         _log.info("reading up to %d samples of '%s'", recipe.data.images, recipe.data.source)
         data = load_dataset(recipe.data, model, batch_size=recipe.batch_size, seed=recipe.seed, wanted=images.wanted)
         prints = ", ".join(f"{name[:12]} in {precision}" for precision, name in model.base_prints.items())
@@ -117,15 +118,16 @@ def _run(recipe: Recipe, out: Path, work: Path, pools: Path | None) -> None:
             model.text_encoder.to("cpu", torch.float32)  # from here on only previews use it
         if processes.is_main():  # now that base and data are known to be good: a recipe with a mistyped name can be mended
             _save_recipe(work, recipe, weights)
-        add_lora(model, family, recipe.lora, seed=recipe.seed)
+        kind_of(recipe).insert(model, family, recipe)
+        kind_of(recipe).keep_teacher(model)
         objective = Objective(model, family, recipe, images)
         student = Student(model, recipe)
         if recipe.gradient_checkpointing:
             checkpoint_gradients(model)
         if not _resume(work, student, objective) and recipe.init_from:
-            student.start_from(first_weights(recipe.init_from, model, family, recipe.lora))
+            student.start_from(first_weights(recipe.init_from, model, family, recipe))
             _log.info("the student starts with the weights of '%s'", recipe.init_from)
-        _log.info("training %d LoRA parameters from update %d of %d", student.parameter_count, student.update, recipe.updates)
+        _log.info("training %d parameters from update %d of %d", student.parameter_count, student.update, recipe.updates)
         tracker = open_tracker(recipe, work, student.update) if processes.is_main() else None
         try:
             _train(model, student, objective, data, images, recipe, work, tracker, shared)
@@ -135,8 +137,7 @@ def _run(recipe: Recipe, out: Path, work: Path, pools: Path | None) -> None:
 
     if processes.is_main():
         with student.holding(student.average):
-            parameters, branches = student.parameter_count, objective.branches
-            publish(out, model, family, recipe, parameters, work / _LOG, images=images, branches=branches)
+            publish(out, model, family, recipe, student, work / _LOG, images=images, branches=objective.branches)
     processes.wait()
 
 
@@ -382,7 +383,8 @@ def _explained_out_of_memory(recipe: Recipe) -> Iterator[None]:
             cures.append("shard_base = true")
         if recipe.optimizer == "adamw" and processes.device().type == "cuda":
             cures.append('optimizer = "adamw_8bit"')
-        cures.append("a smaller lora.rank or batch_size")
+        is_lora = recipe.student == "lora"
+        cures.append("a smaller lora.rank or batch_size" if is_lora else 'a smaller batch_size or student = "lora"')
         raise TrainingError(
             f"out of memory with {micro_batch} samples at a time: set {', or '.join(cures)}; the last checkpoint is untouched"
         ) from None
