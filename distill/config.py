@@ -211,7 +211,7 @@ class LossRecipe(LossKeys):
 class Recipe(GrownRecord):
     LATER: ClassVar[frozenset[str]] = frozenset(
         {"negative_prompt", "guidance_rescale", "pool_batches", "target_batch", "learning_rate_decay", "skip_limit", "init_from"}
-        | {"image_guidance", "noise_level", "masks", "controls", "reference", "student"}
+        | {"image_guidance", "noise_level", "masks", "controls", "reference", "student", "keep_best"}
     )
 
     base: Name
@@ -288,6 +288,9 @@ class Recipe(GrownRecord):
     """Updates between checkpoints, and between previews."""
     checkpoints_keep: int = Field(1, ge=1, le=10_000)
     """How many of the latest checkpoints are kept; a run resumes from the last."""
+    keep_best: int = Field(0, ge=0, le=1_000_000)
+    """Samples, a multiple of batch_size, that are held out of the training: at each checkpoint the averaged student is compared
+    with the teacher's solutions on them, and the nearest is published in OUT/best, next to the last. 0: none, the last alone."""
     tracker: Literal["tensorboard", "wandb"] = "tensorboard"
     """Where curves and previews go; log.jsonl has the same numbers."""
     preview_prompts: tuple[str, ...] = Field((), max_length=100)
@@ -305,6 +308,8 @@ class Recipe(GrownRecord):
             raise ValueError(f"guidance must be two rising positive numbers up to 100 (up to 1: none), not {self.guidance}")
         if self.noise_level and not 0 <= self.noise_level[0] <= self.noise_level[1]:
             raise ValueError(f"noise_level must be two rising levels from 0 on, not {self.noise_level}")
+        if self.keep_best % self.batch_size:
+            raise ValueError(f"keep_best must be a multiple of batch_size ({self.batch_size}), not {self.keep_best}")
         if self.student == "lora" and self.lora is None:
             raise ValueError("lora is missing: give its rank and alpha, or student = 'full'")
         if self.student == "full" and self.shard_base:

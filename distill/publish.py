@@ -37,11 +37,13 @@ def publish(
     recipe: Recipe,
     student: Student,
     log: Path,
+    updates: int,
     *,
     images: ImageConditions,
     branches: Branches,
 ) -> None:
-    """Write the weights that the student has in `model` now, with a card; the run's `log` has a line of JSON per update.
+    """Write the weights that the student has in `model` now, those after so many `updates`, with a card; the run's `log` has a
+    line of JSON per update.
 
     `images` is what it reads of images, `branches` are those of its teacher's guidance.
 
@@ -56,12 +58,12 @@ def publish(
         recipe_hash=recipe.content_hash,
         grid=recipe.grid,
         guidance=recipe.guidance,
-        updates=recipe.updates,
+        updates=updates,
         lora_parameters=student.parameter_count if is_lora else 0,
         network_parameters=sum(p.numel() for name, p in model.network.named_parameters() if ".lora_" not in name),
         inference={str(steps): recipe.grid.inference_times(steps) for steps in range(1, recipe.grid.modes + 1)},
     )
-    ran, usage = _run(recipe, log, branches), _usage(info, model, family, recipe, images.task)
+    ran, usage = _run(recipe, log, updates, branches), _usage(info, model, family, recipe, images.task)
     write_whole(out / "README.md", _card(info, recipe, images, ran, usage))
     if is_lora and not images.wanted and (nodes := workflow(model.spec, recipe.grid.modes)):
         write_whole(out / WORKFLOW, nodes)
@@ -111,19 +113,24 @@ def _takes(pipeline_class: str, argument: str) -> bool:
     return argument in inspect.signature(getattr(diffusers, pipeline_class).__call__).parameters
 
 
-def _run(recipe: Recipe, log: Path, branches: Branches) -> str:
-    """The run's cost, and its losses at the end."""
+def _run(recipe: Recipe, log: Path, updates: int, branches: Branches) -> str:
+    """The run's cost, and its losses before the update that is published."""
     passes = float(f"{cost(recipe, branches) * recipe.batch_size:.2g}")
     try:
-        lines = [parse_json(line) for line in read_text(log).splitlines()[-_LAST:]]
-        names = dict.fromkeys(name for line in lines for name in line if name not in ("update", "loss", "skipped"))
+        lines = [parse_json(line) for line in read_text(log).splitlines()[max(0, updates - _LAST) : updates]]
+        names = dict.fromkeys(name for line in lines for name in line if name not in ("update", "loss", "skipped", "held_out"))
         means = {name: statistics.mean(line[name] for line in lines if name in line) for name in names}
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise TrainingError(f"{log} is damaged ({first_line(error)}); remove it and the last checkpoint") from None
+    apart = ""
+    if held_out := lines[-1].get("held_out"):
+        apart = (
+            f"\nIts mean squared distance from the teacher's solutions, on {recipe.keep_best} held-out samples: {held_out:.3g}."
+        )
     ended = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in means.items())
     return (
         f"The run cost as much as {passes:,.0f} forward passes of the denoiser, the teacher's and the backward ones included. "
-        f"Over its\nlast {len(lines)} updates, losses (weighted), the student's latents and its gradient: {ended}."
+        f"Over its\nlast {len(lines)} updates, losses (weighted), the student's latents and its gradient: {ended}.{apart}"
     )
 
 

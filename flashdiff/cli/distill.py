@@ -10,7 +10,7 @@ from flashdiff.errors import ConfigError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file; avatars.toml ships with flashdiff")
-    parser.add_argument("--out", type=Path, help="the folder of the LoRA or model to make; training state is kept in OUT/training")
+    parser.add_argument("--out", type=Path, help="the LoRA's or model's folder to make; training state is kept in OUT/training")
     parser.add_argument(
         "--push",
         metavar="OWNER/NAME",
@@ -39,6 +39,7 @@ def run(options: argparse.Namespace) -> None:
     from flashdiff.distill.dry_run import dry_run
     from flashdiff.distill.loop import distill
     from flashdiff.distill.push import open_repository, push
+    from flashdiff.distill.speed import summary
 
     quiet_libraries()
     if not processes.is_main():
@@ -50,6 +51,8 @@ def run(options: argparse.Namespace) -> None:
     repository = open_repository(options.push) if options.push and processes.is_main() else None
     trained = distill(recipe, options.out)
     if processes.is_main():
+        for line in summary(options.out / "training") if trained else ():
+            print(line)
         print(f"published {options.out}" if trained else f"{options.out} is finished: trained from this recipe; nothing to do")
     if repository:
         print(f"pushed to {push(options.out, repository)}")

@@ -9,7 +9,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from recipes import tiny_recipe
+from recipes import killed_at, tiny_recipe
 from safetensors.torch import load_file
 from tiny import FAMILIES, MODELS, make_tiny_sd15, open_stock
 from torch import Tensor
@@ -138,24 +138,17 @@ def test_a_family_trains_resumes_and_loads_in_the_stock_pipeline(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = MODELS[name](tmp_path / name)
-    recipe = _recipe(base, learning_rate=1e-3)
+    recipe = _recipe(base, learning_rate=1e-3, keep_best=2)
     distill(recipe, tmp_path / "whole")
 
-    learn = Student.learn
-
-    def learn_until_killed(student: Student, loss: float) -> None:
-        if student.update == 1:
-            raise KeyboardInterrupt
-        learn(student, loss)
-
-    monkeypatch.setattr(loop.Student, "learn", learn_until_killed)
+    monkeypatch.setattr(loop.Student, "learn", killed_at(1, Student.learn))
     with pytest.raises(KeyboardInterrupt):
         distill(recipe, tmp_path / "broken")
     monkeypatch.undo()
     distill(recipe, tmp_path / "broken")
     family, before = load_base(str(base))
     whole, broken = (_weights(tmp_path / run / family.lora_prefix) for run in ("whole", "broken"))
-    assert whole.keys() == broken.keys()
+    assert whole.keys() == broken.keys() == _weights(tmp_path / "whole" / "best" / family.lora_prefix).keys()
     assert all(torch.equal(whole[key], broken[key]) for key in whole)
 
     _, student = load_fused(str(tmp_path / "whole"), [], None)
