@@ -60,7 +60,7 @@ def called_twice(words: Iterable[str]) -> str | None:
 
 
 class LoraRecipe(GrownRecord):
-    LATER: ClassVar[frozenset[str]] = frozenset({"dora"})
+    LATER: ClassVar[frozenset[str]] = frozenset({"dora", "ranks"})
 
     rank: int = Field(ge=1, le=4096)
     alpha: float = Field(gt=0, le=1e6)
@@ -68,6 +68,8 @@ class LoraRecipe(GrownRecord):
     targets: tuple[str, ...] = Field((), max_length=10_000)
     """Names, or endings of names, of the layers that get a LoRA; empty: the family's, which are the attention projections, and
     in PixArt most linear layers; `["all"]`: every linear layer and convolution."""
+    ranks: Mapping[Name, Annotated[int, Field(ge=1, le=4096)]] = {}
+    """Other ranks, of layers by their names or endings of names: `{ "ff.net.2" = 16 }`. Their outputs are scaled like others."""
     dora: bool = False
     """Train each layer's magnitudes as well (DoRA, 2402.09353): slower, and closer to training all weights."""
 

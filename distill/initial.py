@@ -20,7 +20,7 @@ from flashdiff.reading import read_json
 
 _log = logging.getLogger(__name__)
 
-_ADVICE = "give a run with the same base, student, lora.rank, lora.targets and lora.dora"
+_ADVICE = "give a run with the same base, student, lora.rank, lora.ranks, lora.targets and lora.dora"
 
 
 def first_weights(

@@ -30,7 +30,7 @@ def add_lora(model: TorchModel, family: ModelFamily, recipe: LoraRecipe, *, seed
     if tuple(targets) == EVERY_LAYER:
         layers = {key.replace(".base_layer", "") for key, module in model.network.named_modules() if _takes_lora(key, module)}
         targets = sorted(layers)
-    add_adapter(model, targets, rank=recipe.rank, alpha=recipe.alpha, seed=seed, name=name, dora=recipe.dora)
+    add_adapter(model, targets, rank=recipe.rank, alpha=recipe.alpha, seed=seed, name=name, dora=recipe.dora, ranks=recipe.ranks)
 
 
 EVERY_LAYER = ("all",)

@@ -6,12 +6,14 @@ files that are moved without it. A LoRA that has neither is an ordinary (style) 
 
 import json
 import logging
+import re
 import struct
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import safetensors
@@ -92,11 +94,13 @@ def add_adapter(
     seed: int,
     name: str = ADAPTER,
     dora: bool = False,
+    ranks: Mapping[str, int] = MappingProxyType({}),
 ) -> None:
     """Put a trainable LoRA into the denoiser: random A (Kaiming, as peft has it), zero B, so that it starts as the base itself.
 
     Its product B A is multiplied by `alpha` / `rank`. peft's "gaussian" has a deviation of 1/rank whatever the layer's width: at
-    rank 4 too much for a convolution of 1152 inputs. ConfigError for targets that name no layer.
+    rank 4 too much for a convolution of 1152 inputs. `ranks` are those of the layers with these names, or endings of names; each
+    is scaled like the others. ConfigError for targets or ranks that name no layer.
     """
     import torch
     from peft import LoraConfig
@@ -107,13 +111,19 @@ def add_adapter(
         lora_alpha=alpha,  # type: ignore[arg-type]  # a float works and is kept
         target_modules=list(targets),
         use_dora=dora,
+        rank_pattern={re.escape(key): own for key, own in ranks.items()},
+        alpha_pattern={re.escape(key): alpha * own / rank for key, own in ranks.items()},
     )
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # two adapters are meant
+            warnings.filterwarnings("ignore", message="The following .*_pattern keys")  # refused below
             model.network.add_adapter(config, adapter_name=name)
     except ValueError as error:  # no such layer
         raise ConfigError(f"lora.targets: {first_line(error)}") from None
+    layers = [key.split(".lora_A.")[0] for key, _ in model.network.named_parameters() if f".lora_A.{name}." in key]
+    if unknown := next((key for key in ranks if not any(f".{layer}".endswith(f".{key}") for layer in layers)), None):
+        raise ConfigError(f"lora.ranks: no layer that gets a LoRA is called '{unknown}', nor ends in it")
     for key, parameter in model.network.named_parameters():
         if f".{name}." in key:
             parameter.data = parameter.data.float()  # peft gives it the base's precision, too coarse to learn in
@@ -138,7 +148,7 @@ def save_flash_lora(folder: Path, model: TorchModel, family: ModelFamily, info: 
         raise LoraError(f"{folder}: cannot write the LoRA: {first_line(error)}") from None
     note = {FLASH_KEY: info.model_dump_json()}
     whole = {f"{prefix}.{key}": value.contiguous() for key, value in weights.items()}
-    kohya = safetensors.torch.save(to_kohya(whole, prefix, config["lora_alpha"]))
+    kohya = safetensors.torch.save(to_kohya(whole, prefix, config["lora_alpha"] / config["r"]))
     write_whole(folder / WEIGHTS, with_ordered_header(content, **note))
     write_whole(folder / KOHYA, with_ordered_header(kohya, **note))
     write_whole(folder / FLASH, info.model_dump_json(indent=2) + "\n")

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from recipes import image_folder, killed_at, tiny_recipe
 from safetensors.torch import load_file
-from tiny import FAMILIES
+from tiny import FAMILIES, open_stock
 from torch import Tensor
 
 from flashdiff import checkpoint, cli
@@ -430,14 +431,14 @@ def test_a_run_starts_from_another_runs_weights(
         assert all(torch.allclose(found[key], wanted[key], atol=1e-6) for key in wanted)
     other = tiny_recipe(tiny_base, phases=ONE, init_from=str(saved), lora={"rank": 3, "alpha": 3})
     with pytest.raises(
-        ConfigError, match=r"init_from '.*': its '.*' has the shape .*; give a run with the same base, lora\.rank"
+        ConfigError, match=r"init_from '.*': its '.*' has the shape .*; give a run with the same base, student, lora\.rank"
     ):
         distill(other, tmp_path / "other")
     lora = {"rank": 2, "alpha": 4, "targets": ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2")}
     for changes, message in (
         ({"alpha": 2}, r"its lora\.alpha is 4, this run's is 2; set it to 4"),
-        ({"dora": True}, r"its '.*lora_magnitude_vector.*' is missing, .* lora\.targets and lora\.dora"),
-        ({"targets": ("to_q",)}, r"it has '.*', this run's LoRA does not; give a run with the same base, lora\.rank"),
+        ({"dora": True}, r"its '.*lora_magnitude_vector.*' is missing, .* lora\.ranks, lora\.targets and lora\.dora"),
+        ({"targets": ("to_q",)}, r"it has '.*', this run's student does not; give a run with the same base, student"),
     ):
         other = tiny_recipe(tiny_base, phases=ONE, init_from=str(saved), lora={**lora, **changes})
         with pytest.raises(ConfigError, match=r"init_from '.*': " + message):
@@ -475,8 +476,18 @@ def test_checkpoints_are_in_order_beyond_six_digits(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "lora",
-    [{"rank": 2, "alpha": 4, "dora": True, "targets": ("to_q", "conv1")}, {"rank": 1, "alpha": 1, "targets": ("all",)}],
-    ids=["dora", "all"],
+    [
+        {"rank": 2, "alpha": 4, "dora": True, "targets": ("to_q", "conv1")},
+        {"rank": 1, "alpha": 1, "targets": ("all",)},
+        {
+            "rank": 2,
+            "alpha": 3,
+            "dora": True,
+            "targets": ("to_q", "to_out.0", "conv1"),
+            "ranks": {"attn2.to_q": 5, "to_out.0": 1},
+        },
+    ],
+    ids=["dora", "all", "ranks"],
 )
 def test_wider_loras_train_and_fuse_in_both_forms(lora: dict[str, Any], tiny_base: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(tiny_base, phases=[{**ONE[0], "updates": 2}], learning_rate=0.05, lora=lora)
@@ -486,6 +497,11 @@ def test_wider_loras_train_and_fuse_in_both_forms(lora: dict[str, Any], tiny_bas
     _, model = load_base(str(tiny_base))
     _, student = load_fused(str(tiny_base), [(tmp_path / "out", 1.0)], None)
     _, kohya = load_fused(str(tiny_base), [(tmp_path / "out" / KOHYA, 1.0)], None)
+    drawn = open_stock(StableDiffusionPipeline, tiny_base)
+    drawn.load_lora_weights(tmp_path / "out", weight_name=WEIGHTS)
+    for name, values in weights.items():
+        wanted = next((own for key, own in lora.get("ranks", {}).items() if f".{key}.lora_A." in name), lora["rank"])
+        assert ".lora_A." not in name or len(values) == wanted
     if lora["targets"] == ("all",):
         changed = {
             name
@@ -497,7 +513,16 @@ def test_wider_loras_train_and_fuse_in_both_forms(lora: dict[str, Any], tiny_bas
     inputs = (*inputs[:2], *(inputs[2][name] for name in model.conditioning))
     with torch.no_grad():
         torch.testing.assert_close(kohya.denoiser(*inputs), student.denoiser(*inputs), atol=1e-4, rtol=1e-4)
+        stock = drawn.unet(inputs[0], inputs[1], inputs[2]).sample
+        torch.testing.assert_close(stock, student.denoiser(*inputs), atol=1e-4, rtol=1e-4)
         assert (student.denoiser(*inputs) - model.denoiser(*inputs)).abs().max() > 1e-4
+
+
+def test_a_rank_of_no_layer_is_refused(tiny_base: Path) -> None:
+    for name in ("attn3.to_q", "o_q", "conv_in"):
+        lora = {"rank": 1, "alpha": 1, "targets": ("to_q",), "ranks": {name: 2}}
+        with pytest.raises(ConfigError, match=rf"lora\.ranks: no layer that gets a LoRA is called '{name}', nor ends in it"):
+            list(dry_run(tiny_recipe(tiny_base, lora=lora)))
 
 
 def test_a_checkpoint_is_the_student_that_would_be_published(tiny_base: Path, flash_lora: Path) -> None:
