@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from tiny import FAMILIES, MODELS, make_tiny_sd15, open_stock
 from torch import Tensor
 
+from flashdiff.config import load_recipe
 from flashdiff.distill import loop, processes
 from flashdiff.distill.checkpoints import checkpoints
-from flashdiff.distill.config import Recipe
+from flashdiff.distill.config import Recipe, bundled_recipe
 from flashdiff.distill.dry_run import dry_run
 from flashdiff.distill.loop import distill
 from flashdiff.distill.losses.distribution_matching import FAKE_SCORE
@@ -231,6 +232,17 @@ def test_a_run_starts_from_a_full_students_weights(run: Path, tiny_base: Path, f
         list(dry_run(_recipe(tiny_base, init_from=str(flash_lora))))
     with pytest.raises(ConfigError, match=r"is missing, this run's has .* give a run with the same base, student"):
         list(dry_run(tiny_recipe(tiny_base, init_from=str(checkpoints(run / "training")[-1]))))
+
+
+@pytest.mark.slow
+def test_the_recipe_for_one_step_makes_a_student_of_one_step(tiny_base: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(bundled_recipe("sd15-one-step.toml"), Recipe)
+    short = tuple(phase.model_copy(update={"updates": 1}) for phase in recipe.phases)
+    changes = {"phases": short, "batch_size": 4, "data": tiny_recipe(tiny_base).data, "pool_batches": 1}
+    distill(recipe.model_copy(update={"base": str(tiny_base), **changes}), tmp_path / "out")
+    _, student = load_fused(str(tmp_path / "out"), [], None)
+    assert student.spec.sampler.max_steps == student.spec.sampler.default_steps == 1
+    assert generate(student, [check_order(student.spec, prompt="a dog")])[0][0].shape == (32, 32, 3)
 
 
 # --- recipes ---------------------------------------------------------------------------------------------------------
