@@ -213,7 +213,7 @@ class LossRecipe(LossKeys):
 class Recipe(GrownRecord):
     LATER: ClassVar[frozenset[str]] = frozenset(
         {"negative_prompt", "guidance_rescale", "pool_batches", "target_batch", "learning_rate_decay", "skip_limit", "init_from"}
-        | {"image_guidance", "noise_level", "masks", "controls", "reference", "student", "keep_best"}
+        | {"image_guidance", "noise_level", "masks", "controls", "reference", "student", "keep_best", "int8_base"}
     )
 
     base: Name
@@ -261,6 +261,9 @@ class Recipe(GrownRecord):
     """Recompute activations in the backward pass instead of keeping them: less memory, a third more time."""
     shard_base: bool = False
     """Spread the frozen network over the processes (FSDP2), for a teacher that one device cannot hold; slower."""
+    int8_base: bool = False
+    """Keep the linear layers in the frozen network's blocks as int8: half the memory of bfloat16, and slower. Teacher and student
+    then run on the rounded base; the LoRA is published for the base as it is."""
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     """The student's; adamw_8bit keeps its moments in 8 bits and needs an NVIDIA GPU and bitsandbytes."""
     learning_rate: float = Field(gt=0, lt=1)
@@ -316,6 +319,13 @@ class Recipe(GrownRecord):
             raise ValueError("lora is missing: give its rank and alpha, or student = 'full'")
         if self.student == "full" and self.shard_base:
             raise ValueError("shard_base spreads a frozen network, and student = 'full' trains all of it; leave one of them out")
+        others = {
+            "student = 'full'": self.student == "full",
+            "shard_base": self.shard_base,
+            "lora.dora": self.lora and self.lora.dora,
+        }
+        if self.int8_base and (other := next((name for name, is_given in others.items() if is_given), None)):
+            raise ValueError(f"int8_base does not go together with {other}, which reads or trains the network's own weights")
         names = [control.name for control in self.controls]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise ValueError(f"controls.name '{twice}' is given twice")

@@ -103,7 +103,7 @@ def _run(recipe: Recipe, out: Path, work: Path, pools: Path | None) -> None:
             raise TrainingError(
                 f"grid.num_train_timesteps is {recipe.grid.num_train_timesteps}, the base was trained on {trained}: set that"
             )
-        place(model, whole=not recipe.shard_base, rounds=recipe.student == "lora")
+        place(model, recipe)
         _log.info("reading up to %d samples of '%s'", recipe.data.images, recipe.data.source)
         data = load_dataset(recipe.data, model, batch_size=recipe.batch_size, seed=recipe.seed, wanted=images.wanted)
         prints = ", ".join(f"{name[:12]} in {precision}" for precision, name in model.base_prints.items())
@@ -141,9 +141,9 @@ def _run(recipe: Recipe, out: Path, work: Path, pools: Path | None) -> None:
         published = [(out, recipe.updates, student.average)]
         if held_out:
             published.insert(0, (out / "best", held_out.best["update"], held_out.best["weights"]))
-        for folder, updates, weights in published:
+        for folder, updates, its_weights in published:
             folder.mkdir(exist_ok=True)
-            with student.holding(weights):
+            with student.holding(its_weights):
                 publish(folder, model, family, recipe, student, work / LOG, updates, images=images, branches=objective.branches)
     processes.wait()
 
@@ -394,7 +394,7 @@ def _explained_out_of_memory(recipe: Recipe) -> Iterator[None]:
             cures.append(f"accumulate = {next(n for n in range(recipe.accumulate + 1, share + 1) if share % n == 0)}")
         if not recipe.gradient_checkpointing:
             cures.append("gradient_checkpointing = true")
-        if processes.count() > 1 and not recipe.shard_base:
+        if processes.count() > 1 and not (recipe.shard_base or recipe.int8_base):
             cures.append("shard_base = true")
         if recipe.optimizer == "adamw" and processes.device().type == "cuda":
             cures.append('optimizer = "adamw_8bit"')

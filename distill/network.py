@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from flashdiff.components import ModelSpec
 from flashdiff.distill import processes
-from flashdiff.distill.config import LoraRecipe
+from flashdiff.distill.config import LoraRecipe, Recipe
+from flashdiff.distill.int8 import round_to_int8
 from flashdiff.errors import ConfigError
 from flashdiff.families.base import GUIDANCE, ModelFamily, TorchModel
 from flashdiff.lora import ADAPTER, add_adapter
@@ -222,26 +223,29 @@ def _as_map(features: Tensor, latents: Tensor, *, images: int) -> Tensor:
 # --- device, precision and memory ------------------------------------------------------------------------------------
 
 
-def place(model: TorchModel, *, whole: bool = True, rounds: bool = True) -> None:
+def place(model: TorchModel, recipe: Recipe) -> None:
     """Move the model to this process's device, where text encoder and network compute in the run's precision.
 
-    Without `whole`, the network's parameters stay where they are until `shard_base` moves them block by block. Without `rounds`
-    they stay in float32, to be trained, and only computing is in the run's precision.
+    The parameters of a network that is to be sharded stay where they are until `shard_base` moves them block by block. Those of
+    one that is trained stay in float32.
     """
     device, precision = processes.device(), processes.precision()
+    if recipe.int8_base:
+        round_to_int8(model.network)
     model.text_encoder.to(device, precision)
     model.decoder.to(device)
     if model.reference_encoder is not None:
         model.reference_encoder.to(device)
     denoisers = {part.name: model.module(part.name) for part in model.spec.denoisers}
+    frozen = [*([model.network] if recipe.student == "lora" else []), *model.controls.values()]
+    for parameter in (parameter for network in frozen for parameter in network.parameters()):
+        if parameter.is_floating_point():  # buffers keep their precision: some hold noise levels
+            parameter.data = parameter.data.to(precision)  # before it is moved: the device need not hold it in float32
     inside = {id(module) for module in model.network.modules()}
     for module in (module for denoiser in denoisers.values() for module in denoiser.modules()):
-        if whole or id(module) not in inside:
+        if not recipe.shard_base or id(module) not in inside:
             _move(module, device)
     if precision != torch.float32:
-        for network in (*([model.network] if rounds else []), *model.controls.values()):
-            for parameter in network.parameters():  # buffers keep their precision: some hold noise levels
-                parameter.data = parameter.data.to(precision)
         for name, denoiser in denoisers.items():
             setattr(model, name, _InPrecision(denoiser, precision))
 

@@ -29,7 +29,7 @@ POOL_BATCHES = 16
 """Targets are solved for this many batches at a time."""
 
 _FIXED = {"seed", "data", "grid", "guidance", "guidance_rescale", "negative_prompt", "batch_size"} | {
-    "image_guidance", "noise_level", "masks", "controls", "reference", "keep_best"
+    "image_guidance", "noise_level", "masks", "controls", "reference", "keep_best", "int8_base"
 }  # fmt: skip
 """Keys of a recipe that targets depend on which do not draw on the student."""
 
