@@ -2,14 +2,17 @@
 
 from flashdiff.distill.config import Recipe
 from flashdiff.errors import ConfigError, ModelError
-from flashdiff.families import load_base
+from flashdiff.families import find_base, load_base
 from flashdiff.families.base import ModelFamily, TorchModel
 from flashdiff.families.networks import hash_of_network
 from flashdiff.files import hash_file
+from flashdiff.lora_files import FLASH
 
 
 def load_trained_base(recipe: Recipe) -> tuple[ModelFamily, TorchModel]:
     """The base that teacher and student share; ModelError where it is not there, ConfigError for a network that does not fit."""
+    if (find_base(recipe.base) / FLASH).exists():
+        raise ConfigError(f"base '{recipe.base}' is a flash student, and no teacher; distil the base that it comes from")
     family, model = load_base(recipe.base)
     try:
         return family, _with_networks(family, model, recipe)

@@ -60,7 +60,7 @@ def called_twice(words: Iterable[str]) -> str | None:
 
 
 class LoraRecipe(GrownRecord):
-    LATER: ClassVar[frozenset[str]] = frozenset({"dora"})
+    LATER: ClassVar[frozenset[str]] = frozenset({"dora", "ranks"})
 
     rank: int = Field(ge=1, le=4096)
     alpha: float = Field(gt=0, le=1e6)
@@ -68,6 +68,8 @@ class LoraRecipe(GrownRecord):
     targets: tuple[str, ...] = Field((), max_length=10_000)
     """Names, or endings of names, of the layers that get a LoRA; empty: the family's, which are the attention projections, and
     in PixArt most linear layers; `["all"]`: every linear layer and convolution."""
+    ranks: Mapping[Name, Annotated[int, Field(ge=1, le=4096)]] = {}
+    """Other ranks, of layers by their names or endings of names: `{ "ff.net.2" = 16 }`. Their outputs are scaled like others."""
     dora: bool = False
     """Train each layer's magnitudes as well (DoRA, 2402.09353): slower, and closer to training all weights."""
 
@@ -211,7 +213,7 @@ class LossRecipe(LossKeys):
 class Recipe(GrownRecord):
     LATER: ClassVar[frozenset[str]] = frozenset(
         {"negative_prompt", "guidance_rescale", "pool_batches", "target_batch", "learning_rate_decay", "skip_limit", "init_from"}
-        | {"image_guidance", "noise_level", "masks", "controls", "reference"}
+        | {"image_guidance", "noise_level", "masks", "controls", "reference", "student", "keep_best", "int8_base"}
     )
 
     base: Name
@@ -221,7 +223,11 @@ class Recipe(GrownRecord):
     data: DataRecipe
     grid: Grid
     """Its keys are in `flashdiff/schedule.py`."""
-    lora: LoraRecipe
+    student: Literal["lora", "full"] = "lora"
+    """What learns: a LoRA on the base, or all weights of its denoiser (`full`), which takes a second copy of them for the teacher
+    and five more for the optimizer."""
+    lora: LoraRecipe | None = None
+    """The student, and a fake score that is a LoRA; a full student without such a fake score has none."""
     loss: LossRecipe = LossRecipe()
     phases: tuple[Phase, ...] = Field(min_length=1, max_length=1000)
     ramp_updates: int = Field(0, ge=0, le=10**9)
@@ -255,6 +261,9 @@ class Recipe(GrownRecord):
     """Recompute activations in the backward pass instead of keeping them: less memory, a third more time."""
     shard_base: bool = False
     """Spread the frozen network over the processes (FSDP2), for a teacher that one device cannot hold; slower."""
+    int8_base: bool = False
+    """Keep the linear layers in the frozen network's blocks as int8: half the memory of bfloat16, and slower. Teacher and student
+    then run on the rounded base; the LoRA is published for the base as it is."""
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     """The student's; adamw_8bit keeps its moments in 8 bits and needs an NVIDIA GPU and bitsandbytes."""
     learning_rate: float = Field(gt=0, lt=1)
@@ -284,6 +293,9 @@ class Recipe(GrownRecord):
     """Updates between checkpoints, and between previews."""
     checkpoints_keep: int = Field(1, ge=1, le=10_000)
     """How many of the latest checkpoints are kept; a run resumes from the last."""
+    keep_best: int = Field(0, ge=0, le=1_000_000)
+    """Samples, a multiple of batch_size, that are held out of the training: at each checkpoint the averaged student is compared
+    with the teacher's solutions on them, and the nearest is published in OUT/best, next to the last. 0: none, the last alone."""
     tracker: Literal["tensorboard", "wandb"] = "tensorboard"
     """Where curves and previews go; log.jsonl has the same numbers."""
     preview_prompts: tuple[str, ...] = Field((), max_length=100)
@@ -301,6 +313,19 @@ class Recipe(GrownRecord):
             raise ValueError(f"guidance must be two rising positive numbers up to 100 (up to 1: none), not {self.guidance}")
         if self.noise_level and not 0 <= self.noise_level[0] <= self.noise_level[1]:
             raise ValueError(f"noise_level must be two rising levels from 0 on, not {self.noise_level}")
+        if self.keep_best % self.batch_size:
+            raise ValueError(f"keep_best must be a multiple of batch_size ({self.batch_size}), not {self.keep_best}")
+        if self.student == "lora" and self.lora is None:
+            raise ValueError("lora is missing: give its rank and alpha, or student = 'full'")
+        if self.student == "full" and self.shard_base:
+            raise ValueError("shard_base spreads a frozen network, and student = 'full' trains all of it; leave one of them out")
+        others = {
+            "student = 'full'": self.student == "full",
+            "shard_base": self.shard_base,
+            "lora.dora": self.lora and self.lora.dora,
+        }
+        if self.int8_base and (other := next((name for name, is_given in others.items() if is_given), None)):
+            raise ValueError(f"int8_base does not go together with {other}, which reads or trains the network's own weights")
         names = [control.name for control in self.controls]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise ValueError(f"controls.name '{twice}' is given twice")

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,6 +74,25 @@ class Dataset:
     def of_size(self, size: Size) -> list[int]:
         """The indices of the items whose images have this size."""
         return [int(index) for index in self._of_size.get(size, ())]
+
+    def held_out(self, count: int) -> tuple["Dataset", "Dataset"]:
+        """The samples to train on, and `count` of one size that are set aside, drawn by the seed; 0: none are.
+
+        The size is the one that most samples have. TrainingError where it has not so many more.
+        """
+        if not count:
+            return self, self._chosen(())
+        size, indices = max(self._of_size.items(), key=lambda found: len(found[1]))
+        if len(indices) <= count:
+            raise TrainingError(
+                f"keep_best = {count}: there are {len(indices)} samples of {size}, and some are needed to train on"
+            )
+        apart = set(np.random.default_rng(self._seed).permutation(indices)[:count].tolist())
+        return self._chosen(set(range(len(self))) - apart), self._chosen(apart)
+
+    def _chosen(self, indices: Iterable[int]) -> "Dataset":
+        size_of = {int(index): size for size, members in self._of_size.items() for index in members}
+        return Dataset([(size_of[i], self.items[i]) for i in sorted(indices)], batch_size=self._batch_size, seed=self._seed)
 
     @property
     def batches_per_epoch(self) -> int:

@@ -13,10 +13,11 @@ from flashdiff.distill.conditions import ImageConditions
 from flashdiff.distill.config import Recipe
 from flashdiff.distill.costs import target_cost, teacher_evaluations, update_cost
 from flashdiff.distill.initial import first_weights
-from flashdiff.distill.network import add_lora, blank_conditioning, checkpoint_gradients, run_network
+from flashdiff.distill.int8 import round_to_int8
+from flashdiff.distill.network import blank_conditioning, checkpoint_gradients, run_network
 from flashdiff.distill.objective import Objective
+from flashdiff.distill.student_kinds import kind_of
 from flashdiff.families.base import TorchModel
-from flashdiff.lora import ADAPTER
 
 _GIB = 2**30
 
@@ -26,16 +27,19 @@ def dry_run(recipe: Recipe) -> Iterator[str]:
     processes.check_split(recipe.batch_size, recipe.accumulate, shard_base=recipe.shard_base)
     family, model = load_trained_base(recipe)
     images = ImageConditions(model, recipe)
-    add_lora(model, family, recipe.lora, seed=recipe.seed)
+    if recipe.int8_base:
+        round_to_int8(model.network)
+    kind_of(recipe).insert(model, family, recipe)
     if recipe.init_from:
-        first_weights(recipe.init_from, model, family, recipe.lora)
+        first_weights(recipe.init_from, model, family, recipe)
     whole = recipe.model_copy(update={"shard_base": False})  # described whole, wherever it runs
     objective = Objective(model, family, whole, images)
     network = {name: p.numel() for name, p in model.network.named_parameters()}
     base = sum(count for name, count in network.items() if ".lora_" not in name)
-    lora = sum(count for name, count in network.items() if f".{ADAPTER}." in name)
-    yield f"base     {recipe.base} ({family.name}), denoiser {base:,} parameters, frozen"
-    yield f"student  LoRA rank {recipe.lora.rank}: {lora:,} parameters, {100 * lora / base:.1f} % of the denoiser"
+    learns = sum(p.numel() for p in kind_of(recipe).parameters(model.network).values())
+    frozen = ", frozen" if recipe.student == "lora" else ", which the teacher keeps a frozen copy of"
+    yield f"base     {recipe.base} ({family.name}), denoiser {base:,} parameters{frozen}"
+    yield f"student  {kind_of(recipe).described(recipe, learns, base)}"
     if read := images.described():
         yield f"reads    of every sample {read}"
     opponents = [f"{opponent.description} {opponent.parameter_count:,} parameters" for opponent in objective.opponents]
@@ -56,14 +60,17 @@ def dry_run(recipe: Recipe) -> Iterator[str]:
     # Weights of every part, and for what is trained its gradient, average and AdamW's two moments.
     added = (model.reference_encoder, *model.controls.values())
     parts = (model.text_encoder, model.denoiser, model.decoder, *(part for part in added if part is not None))
-    weights_bytes = 4 * sum(p.numel() for part in parts for p in part.parameters())
-    trained = sum(network.values()) - base
+    weights_bytes = sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
+    copied = base if recipe.student == "full" else 0
+    trained = sum(network.values()) - base + copied
     samples = recipe.batch_size // (processes.count() * recipe.accumulate)
     passes = 1 + sum(term.cost(recipe.loss.settings(term.name)).kept_passes for term in recipe.terms())
     kept_bytes = samples * passes * activation_bytes(model, checkpointing=recipe.gradient_checkpointing)
+    rounded = ", int8 in the base's blocks:" if recipe.int8_base else ""
+    kept_gib, all_gib = kept_bytes / _GIB, (weights_bytes + 4 * (copied + 4 * trained)) / _GIB
     yield (
-        f"memory   in float32 {(weights_bytes + 4 * 4 * trained) / _GIB:.2f} GiB for weights and optimizers, and "
-        f"{kept_bytes / _GIB:.2f} GiB that {samples} samples at a time keep for the backward pass; "
+        f"memory   in float32{rounded} {all_gib:.2f} GiB for weights and optimizers, and "
+        f"{kept_gib:.2f} GiB that {samples} samples at a time keep for the backward pass; "
         "what a layer takes while it runs comes on top"
     )
     yield f"samples  {recipe.batch_size * recipe.updates:,} in {recipe.updates:,} updates of {recipe.batch_size}"

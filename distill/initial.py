@@ -4,73 +4,71 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 from torch import Tensor
 
 from flashdiff.checkpoint import load_state
 from flashdiff.distill.checkpoints import checkpoints
-from flashdiff.distill.config import LoraRecipe
+from flashdiff.distill.config import Recipe
+from flashdiff.distill.student_kinds import StudentKind, kind_of
 from flashdiff.errors import ConfigError, LoraError, first_line
 from flashdiff.families.base import ModelFamily, TorchModel
 from flashdiff.families.files import hash_of_all
 from flashdiff.families.prints import shared_precision
-from flashdiff.lora import ADAPTER, read_flash_info
-from flashdiff.lora_files import FLASH, WEIGHTS
+from flashdiff.lora import read_flash_info
+from flashdiff.lora_files import FLASH
 from flashdiff.reading import read_json
 
 _log = logging.getLogger(__name__)
 
-_ADVICE = "give a run with the same base, lora.rank, lora.targets and lora.dora"
+_ADVICE = "give a run with the same base, student, lora.rank, lora.ranks, lora.targets and lora.dora"
 
 
 def first_weights(
-    place: str, model: TorchModel, family: ModelFamily, lora: LoraRecipe, *, label: str = "init_from "
+    place: str, model: TorchModel, family: ModelFamily, recipe: Recipe, *, label: str = "init_from "
 ) -> dict[str, Tensor]:
     """The student's weights in a checkpoint or a run's folder, by the names of the network's parameters: those that would be
-    published. ConfigError, which begins with `label` and the place, where they are not those of such a LoRA on this base.
+    published. ConfigError, which begins with `label` and the place, where they are not those of such a student on this base.
 
-    `lora` describes the one in `model`. Bases and alpha are compared where the run recorded them; the same base in another
+    `recipe` describes the one in `model`. Bases and alpha are compared where the run recorded them; the same base in another
     precision is accepted with a warning.
     """
     said = f"{label}'{place}'"
-    found, base_hash, prints = _read(Path(place), family, said)
+    kind = kind_of(recipe)
+    found, base_hash, prints = _read(Path(place), kind, family, said)
     if base_hash not in (None, model.base_hash, hash_of_all(model.folder)):
         same = shared_precision(model.folder, prints)
         if same is None:
             raise ConfigError(f"{said}: its base has the hash {base_hash[:12]}, this one's has {model.base_hash[:12]}; {_ADVICE}")
         _log.warning("%s: its base is this one in another precision: both are the same once rounded to %s", said, same)
-    wanted = {name: p for name, p in model.network.named_parameters() if f".{ADAPTER}." in name}
+    wanted = kind.parameters(model.network)
     for name, parameter in wanted.items():
         if name not in found or found[name].shape != parameter.shape:
             has = f"has the shape {list(found[name].shape)}" if name in found else "is missing"
             raise ConfigError(f"{said}: its '{name}' {has}, this run's has {list(parameter.shape)}; {_ADVICE}")
     if more := sorted(set(found) - set(wanted)):
-        raise ConfigError(f"{said}: it has '{more[0]}', this run's LoRA does not; {_ADVICE}")
+        raise ConfigError(f"{said}: it has '{more[0]}', this run's student does not; {_ADVICE}")
     alpha = _recorded_alpha(Path(place))
-    if alpha not in (None, lora.alpha):
-        raise ConfigError(f"{said}: its lora.alpha is {alpha:g}, this run's is {lora.alpha:g}; set it to {alpha:g}")
+    if recipe.student == "lora" and recipe.lora and alpha not in (None, recipe.lora.alpha):
+        raise ConfigError(f"{said}: its lora.alpha is {alpha:g}, this run's is {recipe.lora.alpha:g}; set it to {alpha:g}")
     return {name: found[name].float() for name in wanted}
 
 
-def _read(place: Path, family: ModelFamily, said: str) -> tuple[dict[str, Tensor], Any, Any]:
+def _read(place: Path, kind: StudentKind, family: ModelFamily, said: str) -> tuple[dict[str, Tensor], Any, Any]:
     """The weights, and the base's hash and prints where they were recorded."""
     if place.suffix == ".pt":
         if not place.is_file():
             raise ConfigError(f"{said}: there is no such file")
         return _averages(place, said)
-    if (place / FLASH).is_file() and (place / WEIGHTS).is_file():
+    if (place / FLASH).is_file() and kind.is_in(place):
         try:
             info = read_flash_info(place)
-            weights = safetensors.torch.load_file(place / WEIGHTS)
         except LoraError as error:
             raise ConfigError(f"{said}: {error}") from None
+        try:
+            weights = kind.read(place, family)
         except Exception as error:  # safetensors' errors for a damaged file
-            raise ConfigError(f"{said}: {WEIGHTS} is damaged: {first_line(error)}") from None
-        named = {}
-        for key, value in weights.items():
-            module, _, role = key.removeprefix(f"{family.lora_prefix}.").removesuffix(".weight").rpartition(".")
-            named[f"{module}.{role}.{ADAPTER}.weight"] = value
-        return named, info and info.base_hash, info.base_prints if info else {}
+            raise ConfigError(f"{said}: its weights are damaged: {first_line(error)}") from None
+        return weights, info and info.base_hash, info.base_prints if info else {}
     if saved := checkpoints(place / "training"):
         return _averages(saved[-1], said)
     raise ConfigError(f"{said}: neither a checkpoint (.pt) nor the folder of a run that has one")

@@ -1,4 +1,4 @@
-"""The training program: pools, updates, checkpoints and the published LoRA in their order. `step` and `objective` do the work."""
+"""The training program: pools, updates, checkpoints and what is published in their order. `step` and `objective` do the work."""
 
 import json
 import logging
@@ -24,16 +24,18 @@ from flashdiff.distill.config import Recipe
 from flashdiff.distill.costs import RemainingTime
 from flashdiff.distill.curriculum import phase_at
 from flashdiff.distill.data import Dataset, load_dataset
+from flashdiff.distill.held_out import HeldOut
 from flashdiff.distill.initial import first_weights
-from flashdiff.distill.network import add_lora, checkpoint_gradients, place
+from flashdiff.distill.network import checkpoint_gradients, place
 from flashdiff.distill.objective import Objective
 from flashdiff.distill.previews import preview, preview_steps, save_image
 from flashdiff.distill.processes import Draws
 from flashdiff.distill.progress import Stage, lines_above_bars, shown_time
 from flashdiff.distill.publish import publish
-from flashdiff.distill.speed import Speed
+from flashdiff.distill.speed import LOG, Speed
 from flashdiff.distill.step import Pool, PoolSpan, SharedPools, make_pool, span_at, student_x0
 from flashdiff.distill.student import Student
+from flashdiff.distill.student_kinds import kind_of
 from flashdiff.distill.trackers import Tracker, open_tracker
 from flashdiff.errors import NotFiniteError, TrainingError, first_line
 from flashdiff.families import find_base
@@ -49,7 +51,6 @@ from flashdiff.tasks.samples import needed_inputs
 
 _log = logging.getLogger(__name__)
 
-_LOG = "log.jsonl"
 _LOSS_STREAM = 1 << 20
 _SAME_RESULT = (
     "hash", "accumulate", "gradient_checkpointing", "shard_base", "checkpoint_every", "checkpoints_keep", "tracker",
@@ -61,9 +62,9 @@ _TIMED_UPDATES = 10
 
 
 def distill(recipe: Recipe, out: Path, *, pools: Path | None = None) -> bool:
-    """Train the recipe's flash LoRA into the folder `out`; a killed run is resumed by the same call.
+    """Train the recipe's flash student into the folder `out`; a killed run is resumed by the same call.
 
-    Returns False when `out` holds the finished LoRA of the same recipe already, which is left alone.
+    Returns False when `out` holds the finished student of the same recipe already, which is left alone.
 
     `pools` is a folder where runs of one process save the teacher's targets for other runs that need the same ones.
 
@@ -102,11 +103,12 @@ def _run(recipe: Recipe, out: Path, work: Path, pools: Path | None) -> None:
             raise TrainingError(
                 f"grid.num_train_timesteps is {recipe.grid.num_train_timesteps}, the base was trained on {trained}: set that"
             )
-        place(model, whole=not recipe.shard_base)
+        place(model, recipe)
         _log.info("reading up to %d samples of '%s'", recipe.data.images, recipe.data.source)
         data = load_dataset(recipe.data, model, batch_size=recipe.batch_size, seed=recipe.seed, wanted=images.wanted)
         prints = ", ".join(f"{name[:12]} in {precision}" for precision, name in model.base_prints.items())
         _log.info("the base '%s' has the hash %s (%s)", recipe.base, model.base_hash[:12], prints)
+        data, apart = data.held_out(recipe.keep_best)
         size = model.spec.sizes[0]
         if recipe.preview_prompts and images.wanted and not data.of_size(size):
             shown = "there are no previews" if needed_inputs(model.spec, size) else "previews show prompts alone"
@@ -117,26 +119,32 @@ def _run(recipe: Recipe, out: Path, work: Path, pools: Path | None) -> None:
             model.text_encoder.to("cpu", torch.float32)  # from here on only previews use it
         if processes.is_main():  # now that base and data are known to be good: a recipe with a mistyped name can be mended
             _save_recipe(work, recipe, weights)
-        add_lora(model, family, recipe.lora, seed=recipe.seed)
+        kind_of(recipe).insert(model, family, recipe)
+        kind_of(recipe).keep_teacher(model)
         objective = Objective(model, family, recipe, images)
         student = Student(model, recipe)
         if recipe.gradient_checkpointing:
             checkpoint_gradients(model)
         if not _resume(work, student, objective) and recipe.init_from:
-            student.start_from(first_weights(recipe.init_from, model, family, recipe.lora))
+            student.start_from(first_weights(recipe.init_from, model, family, recipe))
             _log.info("the student starts with the weights of '%s'", recipe.init_from)
-        _log.info("training %d LoRA parameters from update %d of %d", student.parameter_count, student.update, recipe.updates)
+        _log.info("training %d parameters from update %d of %d", student.parameter_count, student.update, recipe.updates)
+        held_out = HeldOut(model, objective.branches, apart, recipe, images, work) if recipe.keep_best else None
         tracker = open_tracker(recipe, work, student.update) if processes.is_main() else None
         try:
-            _train(model, student, objective, data, images, recipe, work, tracker, shared)
+            _train(model, student, objective, data, held_out, images, recipe, work, tracker, shared)
         finally:
             if tracker:
                 tracker.close()
 
     if processes.is_main():
-        with student.holding(student.average):
-            parameters, branches = student.parameter_count, objective.branches
-            publish(out, model, family, recipe, parameters, work / _LOG, images=images, branches=branches)
+        published = [(out, recipe.updates, student.average)]
+        if held_out:
+            published.insert(0, (out / "best", held_out.best["update"], held_out.best["weights"]))
+        for folder, updates, its_weights in published:
+            folder.mkdir(exist_ok=True)
+            with student.holding(its_weights):
+                publish(folder, model, family, recipe, student, work / LOG, updates, images=images, branches=objective.branches)
     processes.wait()
 
 
@@ -150,13 +158,14 @@ def _train(
     student: Student,
     objective: Objective,
     data: Dataset,
+    held_out: HeldOut | None,
     images: ImageConditions,
     recipe: Recipe,
     work: Path,
     tracker: Tracker | None,
     shared: SharedPools | None,
 ) -> None:
-    log = work / _LOG
+    log = work / LOG
     if tracker and log.exists():  # drop what a killed run logged after its last checkpoint: those updates are computed again
         write_whole(log, "".join(log.read_text().splitlines(keepends=True)[: student.update]))
     time_left, speed, count = RemainingTime(recipe, objective.branches), Speed(recipe.batch_size), 0
@@ -178,7 +187,7 @@ def _train(
                     time_left.solved(span, took)
                     speed.took("targets", took)
                 started = time.monotonic()
-                line = _update(model, student, objective, data, recipe, work, pool, span, tracker)
+                line = _update(model, student, objective, data, recipe, work, pool, span, speed, tracker)
                 took = time.monotonic() - started
                 time_left.updated(phase, took)
                 speed.took("updates", took, updates=1)
@@ -191,12 +200,15 @@ def _train(
                     )
                 shown = f"loss {line['loss']:.4f}" if "loss" in line else "skipped"
                 stage.advance(note=f"{shown}, about {left} to go")
+                is_saved = student.update % recipe.checkpoint_every == 0 or student.update == recipe.updates
+                started = time.monotonic()
+                if held_out and is_saved:
+                    line["held_out"] = held_out.measure(model, student)
                 if tracker:
                     with log.open("a") as file:
                         file.write(json.dumps({"update": update, **line}) + "\n")
                     tracker.numbers(update, line)
-                if student.update % recipe.checkpoint_every == 0 or student.update == recipe.updates:
-                    started = time.monotonic()
+                if is_saved:
                     _save_progress(model, student, objective, data, images, recipe, work, tracker)
                     took = time.monotonic() - started
                     time_left.previewed(took)
@@ -215,6 +227,7 @@ def _update(
     work: Path,
     pool: Pool,
     span: PoolSpan,
+    speed: Speed,
     tracker: Tracker | None,
 ) -> dict[str, float]:
     """The student's next update, from its batch of the pool; a batch whose loss is not finite is saved for inspection, and
@@ -228,7 +241,7 @@ def _update(
 
     try:
         parts = [targets(rows, model.device) for rows in processes.rows(recipe.batch_size, recipe.accumulate)]
-        return _learn(model, student, objective, parts, recipe)
+        return _learn(model, student, objective, parts, recipe, speed)
     except TrainingError as error:
         if tracker:
             save_state(work / "bad_batch.pt", vars(targets(slice(None), torch.device("cpu"))))
@@ -264,7 +277,9 @@ def _new_pool(
         return make()
 
 
-def _learn(model: TorchModel, student: Student, objective: Objective, targets: list[Targets], recipe: Recipe) -> dict[str, float]:
+def _learn(
+    model: TorchModel, student: Student, objective: Objective, targets: list[Targets], recipe: Recipe, speed: Speed
+) -> dict[str, float]:
     """One update of the student and its opponents, from this process's rows of a batch; the numbers of its line in the log."""
     # The phase's weights may be ramping up. The losses' random stream is apart from that of the pools.
     phase = phase_at(recipe.phases, student.update, recipe.ramp_updates)
@@ -283,7 +298,8 @@ def _learn(model: TorchModel, student: Student, objective: Objective, targets: l
     loss = sum(values.values())
     student.learn(loss)
     student.bound(square**0.5, teacher_square**0.5)
-    opponents = objective.train_opponents(batches)
+    with speed.within("opponents"):
+        opponents = objective.train_opponents(batches)
     latents = {"latent_mean": mean, "latent_std": (square - mean**2) ** 0.5}
     return {"loss": loss, **values, **opponents, **latents, "gradient_norm": student.gradient_norm}
 
@@ -378,11 +394,12 @@ def _explained_out_of_memory(recipe: Recipe) -> Iterator[None]:
             cures.append(f"accumulate = {next(n for n in range(recipe.accumulate + 1, share + 1) if share % n == 0)}")
         if not recipe.gradient_checkpointing:
             cures.append("gradient_checkpointing = true")
-        if processes.count() > 1 and not recipe.shard_base:
+        if processes.count() > 1 and not (recipe.shard_base or recipe.int8_base):
             cures.append("shard_base = true")
         if recipe.optimizer == "adamw" and processes.device().type == "cuda":
             cures.append('optimizer = "adamw_8bit"')
-        cures.append("a smaller lora.rank or batch_size")
+        is_lora = recipe.student == "lora"
+        cures.append("a smaller lora.rank or batch_size" if is_lora else 'a smaller batch_size or student = "lora"')
         raise TrainingError(
             f"out of memory with {micro_batch} samples at a time: set {', or '.join(cures)}; the last checkpoint is untouched"
         ) from None

@@ -1,4 +1,4 @@
-"""The one network behind teacher, student and fake score: which adapter is active, and where and in which precision it runs."""
+"""The one network behind teacher, student and fake score: whose weights it has, and where and in which precision it runs."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from flashdiff.components import ModelSpec
 from flashdiff.distill import processes
-from flashdiff.distill.config import LoraRecipe
+from flashdiff.distill.config import LoraRecipe, Recipe
+from flashdiff.distill.int8 import round_to_int8
 from flashdiff.errors import ConfigError
 from flashdiff.families.base import GUIDANCE, ModelFamily, TorchModel
 from flashdiff.lora import ADAPTER, add_adapter
@@ -30,7 +31,7 @@ def add_lora(model: TorchModel, family: ModelFamily, recipe: LoraRecipe, *, seed
     if tuple(targets) == EVERY_LAYER:
         layers = {key.replace(".base_layer", "") for key, module in model.network.named_modules() if _takes_lora(key, module)}
         targets = sorted(layers)
-    add_adapter(model, targets, rank=recipe.rank, alpha=recipe.alpha, seed=seed, name=name, dora=recipe.dora)
+    add_adapter(model, targets, rank=recipe.rank, alpha=recipe.alpha, seed=seed, name=name, dora=recipe.dora, ranks=recipe.ranks)
 
 
 EVERY_LAYER = ("all",)
@@ -92,27 +93,72 @@ def _level_tables(schedule: Schedule) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(alphas).float(), torch.from_numpy(sigmas).float()
 
 
-# --- roles: which adapter is active ----------------------------------------------------------------------------------
+# --- roles: whose weights it has -------------------------------------------------------------------------------------
+
+
+class Exchange:
+    """Parameters of a network, which tensors of the same names can take the place of."""
+
+    def __init__(self, network: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+        places: dict[int, list[tuple[dict[str, Any], str]]] = {}
+        for module in network.modules():
+            for key, parameter in module._parameters.items():
+                places.setdefault(id(parameter), []).append((module._parameters, key))
+        self._places = {name: places[id(parameter)] for name, parameter in parameters.items()}
+
+    @contextmanager
+    def held(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Within the context, the network has `weights`, each shaped as the parameter of its name; nothing is copied."""
+        own = {name: [of[key] for of, key in places] for name, places in self._places.items()}
+        for name, places in self._places.items():
+            for of, key in places:
+                of[key] = weights[name].detach()  # peft says of what lies there whether it takes gradients
+        try:
+            yield
+        finally:
+            for name, places in self._places.items():
+                for (of, key), parameter in zip(places, own[name], strict=True):
+                    of[key] = parameter
+
+
+def _adapts(network: Any) -> bool:
+    """Whether the student is an adapter on the network, and not the network itself."""
+    return ADAPTER in getattr(network, "peft_config", {})
+
+
+def as_student(network: Any) -> None:
+    """Let the network be the student's again, after another adapter was put in or used."""
+    if _adapts(network):
+        network.set_adapter(ADAPTER)
+    else:
+        network.disable_adapters()
 
 
 @contextmanager
 def as_teacher(model: TorchModel) -> Iterator[None]:
-    """The frozen base: all adapters off."""
-    model.network.disable_adapters()
+    """The frozen base: its own weights, and all adapters off."""
+    adapts = _adapts(model.network)
+    if adapts:
+        model.network.disable_adapters()
     try:
-        yield
+        with model.as_base():
+            yield
     finally:
-        model.network.enable_adapters()
+        if adapts:
+            model.network.enable_adapters()
 
 
 @contextmanager
 def as_adapter(model: TorchModel, name: str) -> Iterator[None]:
-    """The network with the adapter `name` in place of the student's; in peft only the active adapter's weights take gradients."""
+    """The frozen base with the adapter `name` alone; in peft only the active adapter's weights take gradients."""
+    if not _adapts(model.network):
+        model.network.enable_adapters()
     model.network.set_adapter(name)
     try:
-        yield
+        with model.as_base():
+            yield
     finally:
-        model.network.set_adapter(ADAPTER)
+        as_student(model.network)
 
 
 class Tap:
@@ -177,25 +223,29 @@ def _as_map(features: Tensor, latents: Tensor, *, images: int) -> Tensor:
 # --- device, precision and memory ------------------------------------------------------------------------------------
 
 
-def place(model: TorchModel, *, whole: bool = True) -> None:
+def place(model: TorchModel, recipe: Recipe) -> None:
     """Move the model to this process's device, where text encoder and network compute in the run's precision.
 
-    Without `whole`, the network's parameters stay where they are until `shard_base` moves them block by block.
+    The parameters of a network that is to be sharded stay where they are until `shard_base` moves them block by block. Those of
+    one that is trained stay in float32.
     """
     device, precision = processes.device(), processes.precision()
+    if recipe.int8_base:
+        round_to_int8(model.network)
     model.text_encoder.to(device, precision)
     model.decoder.to(device)
     if model.reference_encoder is not None:
         model.reference_encoder.to(device)
     denoisers = {part.name: model.module(part.name) for part in model.spec.denoisers}
+    frozen = [*([model.network] if recipe.student == "lora" else []), *model.controls.values()]
+    for parameter in (parameter for network in frozen for parameter in network.parameters()):
+        if parameter.is_floating_point():  # buffers keep their precision: some hold noise levels
+            parameter.data = parameter.data.to(precision)  # before it is moved: the device need not hold it in float32
     inside = {id(module) for module in model.network.modules()}
     for module in (module for denoiser in denoisers.values() for module in denoiser.modules()):
-        if whole or id(module) not in inside:
+        if not recipe.shard_base or id(module) not in inside:
             _move(module, device)
     if precision != torch.float32:
-        for network in (model.network, *model.controls.values()):
-            for parameter in network.parameters():  # buffers keep their precision: some hold noise levels
-                parameter.data = parameter.data.to(precision)
         for name, denoiser in denoisers.items():
             setattr(model, name, _InPrecision(denoiser, precision))
 
@@ -221,23 +271,33 @@ class _InPrecision(nn.Module):
         return output.float()
 
 
+_Roles = tuple[list[tuple[bool, list[str]]], list[Tensor]]
+"""Whether each adapter layer is off and which adapters it uses, and the tensors in the places of those that are trained."""
+
+
 def checkpoint_gradients(model: TorchModel) -> None:
     """Keep no activations inside the network's blocks, but recompute them in the backward pass.
 
     The network may have another role by then, so each block restores the role of its forward pass.
     """
-    adapters = [module for module in model.network.modules() if isinstance(module, BaseTunerLayer)]
+    modules = list(model.network.modules())
+    adapters = [module for module in modules if isinstance(module, BaseTunerLayer)]
+    places = [(module._parameters, key) for module in modules for key in module._parameters]
+    trained = [(of, key) for of, key in places if (p := of[key]) is not None and p.requires_grad]
 
-    def roles() -> list[tuple[bool, list[str]]]:
-        return [(module._disable_adapters, module._active_adapter) for module in adapters]  # type: ignore[misc]
+    def roles() -> _Roles:
+        states = [(module._disable_adapters, module._active_adapter) for module in adapters]
+        return states, [of[key] for of, key in trained]  # type: ignore[return-value]
 
-    def set_roles(values: list[tuple[bool, list[str]]]) -> None:
-        for module, (disabled, active) in zip(adapters, values, strict=True):
+    def set_roles(values: _Roles) -> None:
+        for module, (disabled, active) in zip(adapters, values[0], strict=True):
             # Not through peft's setters: they would also change which weights take gradients, in the middle of a backward pass.
             module._disable_adapters, module._active_adapter = disabled, active
+        for (of, key), parameter in zip(trained, values[1], strict=True):
+            of[key] = parameter
 
     @contextmanager
-    def recomputing(before: list[tuple[bool, list[str]]]) -> Iterator[None]:
+    def recomputing(before: _Roles) -> Iterator[None]:
         now = roles()
         set_roles(before)
         try:

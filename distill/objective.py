@@ -1,6 +1,7 @@
 """What an update minimises: the losses that a recipe uses (`terms`), each weighted by the phase, and their opponents' training.
 
-One frozen base serves all roles: the teacher is the base with adapters off, the student and the fake score are LoRAs on it.
+One network serves all roles: the teacher is the base with adapters off, a learned fake score is a LoRA on it, and the student
+another LoRA, or the network's own weights, in whose place those of the base are put for the others.
 The teacher's ODE is not here: its solutions come with the batch, and no loss runs it again.
 """
 
@@ -15,10 +16,9 @@ from flashdiff.distill.batch import MicroBatch
 from flashdiff.distill.conditions import ImageConditions
 from flashdiff.distill.config import Phase, Recipe
 from flashdiff.distill.losses.base import Opponent, Setup, StudentLoss
-from flashdiff.distill.network import Tap, add_lora, shard_base
+from flashdiff.distill.network import Tap, add_lora, as_student, shard_base
 from flashdiff.errors import ConfigError, RequestError
 from flashdiff.families.base import ModelFamily, TorchModel
-from flashdiff.lora import ADAPTER
 
 
 class Objective:
@@ -32,8 +32,13 @@ class Objective:
         self.branches = images.branches(_unconditional(model, recipe), device)
 
         def add(name: str, seed: int) -> list[nn.Parameter]:
+            if recipe.lora is None:
+                raise ConfigError("loss.distribution_matching.fake_score = 'lora' needs the table lora, with rank and alpha")
+            trained = [p for p in model.network.parameters() if p.requires_grad]
             add_lora(model, family, recipe.lora, seed=seed, name=name)
-            model.network.set_adapter(ADAPTER)
+            for parameter in trained:  # peft freezes all that is no adapter's
+                parameter.requires_grad_(True)
+            as_student(model.network)
             return [p for key, p in model.network.named_parameters() if f".{name}." in key]
 
         setup = Setup(
@@ -50,6 +55,8 @@ class Objective:
         self._losses: dict[str, StudentLoss] = {
             term.name: term.build(setup, recipe.loss.settings(term.name)) for term in recipe.terms()
         }
+        if recipe.student == "full" and recipe.lora and not getattr(model.network, "peft_config", {}):
+            raise ConfigError("lora: student = 'full' trains the network itself, and no fake score is a LoRA; leave it out")
         if recipe.shard_base:  # once all adapters are in, and before the network runs
             shard_base(model)
         for loss in self._losses.values():

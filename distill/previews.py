@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from flashdiff.components import ModelSpec
+from flashdiff.distill.network import as_teacher
 from flashdiff.families.base import TorchModel
 from flashdiff.generate import generate
 from flashdiff.orders import Pixels
@@ -35,12 +36,11 @@ def preview(
 
     `guidance` is the teacher's scale; `on_step` is called after each step of a batch of images.
     """
-    model.network.disable_adapters()
     teacher = model  # a network that takes its guidance as an input has its own scale
     if model.guides_twice:
         teacher = replace(model, spec=_sampled_by(model, model.spec.sampler.model_copy(update={"guidance": guidance})))
-    rows = [_images(teacher, requests, TEACHER_STEPS, on_step)]
-    model.network.enable_adapters()
+    with as_teacher(model):
+        rows = [_images(teacher, requests, TEACHER_STEPS, on_step)]
     flash = replace(model, spec=_sampled_by(model, student))
     rows += [_images(flash, requests, steps, on_step) for steps in _student_steps(student)]
     return np.concatenate([np.concatenate(row, axis=1) for row in rows])

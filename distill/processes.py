@@ -2,7 +2,7 @@
 
 Accelerate finds out where this process runs (`accelerate launch`, torchrun, or alone). The same recipe gives the same losses
 in any number of processes, because random numbers are drawn for the whole batch and each process takes those of its rows.
-Gradients are averaged after the backward pass: they are those of a LoRA, so the message is small.
+Gradients are averaged after the backward pass.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -106,10 +106,24 @@ def mean(values: Tensor) -> Tensor:
 
 
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Replace every gradient by its average over the processes, in one all-reduce."""
+    """Replace every gradient by its average over the processes: those of a LoRA in one all-reduce, of a network in several."""
     if count() == 1:
         return
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    bucket: list[Tensor] = []
+    for gradient in [p.grad for p in parameters if p.grad is not None]:
+        if bucket and sum(values.numel() for values in (*bucket, gradient)) > _BUCKET:
+            _average(bucket)
+            bucket = []
+        bucket.append(gradient)
+    if bucket:
+        _average(bucket)
+
+
+_BUCKET = 2**27
+"""Values that are sent at once: half a GiB, for which there has to be room twice."""
+
+
+def _average(gradients: list[Tensor]) -> None:
     flat = mean(torch.cat([gradient.flatten() for gradient in gradients]))
     for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))

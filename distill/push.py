@@ -1,9 +1,10 @@
-"""A published LoRA on the Hugging Face hub: `flashdiff distill RECIPE --out OUT --push owner/name`."""
+"""A published student on the Hugging Face hub: `flashdiff distill RECIPE --out OUT --push owner/name`."""
 
 from pathlib import Path
 
 from flashdiff.distill.comfyui import WORKFLOW
 from flashdiff.errors import ConfigError, TrainingError, first_line
+from flashdiff.families.files import INDEX, base_files
 from flashdiff.families.hub import HubName, hub_name
 from flashdiff.lora_files import FLASH, KOHYA, WEIGHTS
 
@@ -30,15 +31,18 @@ def open_repository(text: str) -> HubName:
 
 
 def push(out: Path, name: HubName) -> str:
-    """Upload the LoRA and its card in one commit; the address of the repository."""
+    """Upload the student and its card in one commit; the address of the repository."""
     import huggingface_hub
+
+    is_model = (out / INDEX).is_file()
+    whole = [path.relative_to(out).as_posix() for path in base_files(out)] if is_model else []
 
     try:
         huggingface_hub.HfApi().upload_folder(
             repo_id=name.repository,
             folder_path=out,
-            allow_patterns=list(_FILES),
-            commit_message="Flash LoRA, by flashdiff distill",
+            allow_patterns=[*_FILES, *whole],
+            commit_message=f"Flash {'student' if is_model else 'LoRA'}, by flashdiff distill",
         )
     except Exception as error:  # as above
         raise _refused(name, error) from None

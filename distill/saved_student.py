@@ -8,7 +8,7 @@ from flashdiff.distill.bases import load_trained_base
 from flashdiff.distill.checkpoints import RECIPE, WEIGHTS
 from flashdiff.distill.config import Recipe
 from flashdiff.distill.initial import first_weights
-from flashdiff.distill.network import add_lora
+from flashdiff.distill.student_kinds import kind_of
 from flashdiff.errors import TrainingError
 from flashdiff.families.base import TorchModel
 from flashdiff.reading import read_json
@@ -29,9 +29,9 @@ def open_checkpoint(checkpoint: Path) -> TorchModel:
         values.pop(name, None)
     recipe = parse_record(values, Recipe, source=str(resolved))
     family, model = load_trained_base(recipe)
-    add_lora(model, family, recipe.lora, seed=recipe.seed)
-    parameters = dict(model.network.named_parameters())
-    for name, value in first_weights(str(checkpoint), model, family, recipe.lora, label="").items():
+    kind_of(recipe).insert(model, family, recipe)
+    parameters = kind_of(recipe).parameters(model.network)
+    for name, value in first_weights(str(checkpoint), model, family, recipe, label="").items():
         parameters[name].data.copy_(value)
     model.spec = model.spec.model_copy(update={"sampler": flash_student(model.spec.sampler, recipe.grid)})
     return model

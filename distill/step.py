@@ -29,7 +29,7 @@ POOL_BATCHES = 16
 """Targets are solved for this many batches at a time."""
 
 _FIXED = {"seed", "data", "grid", "guidance", "guidance_rescale", "negative_prompt", "batch_size"} | {
-    "image_guidance", "noise_level", "masks", "controls", "reference"
+    "image_guidance", "noise_level", "masks", "controls", "reference", "keep_best", "int8_base"
 }  # fmt: skip
 """Keys of a recipe that targets depend on which do not draw on the student."""
 
@@ -176,20 +176,13 @@ def make_pool(
     shapes = [(recipe.batch_size, *model.spec.latent_shape(size)) for size, _ in batches]
     noise = [torch.randn(shape, generator=generator) for shape in shapes]
 
-    teacher = Teacher(
-        network=lambda latents, times, conditioning: run_network(model, latents, times, conditioning),
-        branches=branches,
-        grid=grid,
-        schedule=model.spec.sampler.schedule,
-        prediction=model.spec.prediction,
-        lockstep=recipe.shard_base,
-    )
+    teacher = teacher_of(model, branches, recipe)
     solved = []
     for size in dict.fromkeys(size for size, _ in batches):
         members = [number for number, (of, _) in enumerate(batches) if of == size]
         samples = torch.arange(count).view(len(batches), -1)[members].flatten()
         solved.append(
-            _solved(
+            solve(
                 model, teacher, data, recipe, images, size,
                 items=np.concatenate([batches[number][1] for number in members]),
                 starts=starts[samples], guidance=guidance[samples], simulated=simulated[samples], visits=visits[samples],
@@ -200,7 +193,19 @@ def make_pool(
     return Pool(solved, recipe.batch_size)
 
 
-def _solved(
+def teacher_of(model: TorchModel, branches: Branches, recipe: Recipe) -> Teacher:
+    """The teacher of a run; `branches` are those of its guidance."""
+    return Teacher(
+        network=lambda latents, times, conditioning: run_network(model, latents, times, conditioning),
+        branches=branches,
+        grid=recipe.grid,
+        schedule=model.spec.sampler.schedule,
+        prediction=model.spec.prediction,
+        lockstep=recipe.shard_base,
+    )
+
+
+def solve(
     model: TorchModel,
     teacher: Teacher,
     data: Dataset,
@@ -217,6 +222,7 @@ def _solved(
     seed: int,
     on_solved: Callable[[int], None],
 ) -> Solved:
+    """Samples of one size with their noisy inputs and targets; the processes share the work, and each gets all of them."""
     device = model.device
     (mine,) = processes.rows(len(items))
     draws = processes.Draws(torch.Generator().manual_seed(seed), len(items), mine)

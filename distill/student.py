@@ -1,8 +1,9 @@
-"""The student: the trainable LoRA with its optimizer, its running average and its update counter."""
+"""The student: what is trained, with its optimizer, its running average and its update counter."""
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,19 +11,21 @@ from torch import Tensor
 
 from flashdiff.distill import processes
 from flashdiff.distill.config import Recipe
+from flashdiff.distill.network import Exchange
+from flashdiff.distill.student_kinds import kind_of
 from flashdiff.errors import ConfigError, NotFiniteError, TrainingError
 from flashdiff.families.base import TorchModel
-from flashdiff.lora import ADAPTER
 
 _DRIFT_DECAY = 0.95
 _DRIFT_LIMIT = 2.0
 
 
 class Student:
-    """The adapter in `model` that is trained and published, with its optimizer and its running average."""
+    """What of `model` is trained and published, with its optimizer and its running average."""
 
     def __init__(self, model: TorchModel, recipe: Recipe) -> None:
-        self.parameters = {name: p for name, p in model.network.named_parameters() if f".{ADAPTER}." in name}
+        self.parameters = kind_of(recipe).parameters(model.network)
+        self._exchange = Exchange(model.network, self.parameters)
         self.optimizer = _optimizer(recipe)(self.parameters.values(), lr=recipe.learning_rate, weight_decay=0.0)
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.anchor: dict[str, Tensor] = {}
@@ -92,15 +95,9 @@ class Student:
         """Keep the present average as the weights that the next pool is made with."""
         self.anchor = {name: values.clone() for name, values in self.average.items()}
 
-    @contextmanager
-    def holding(self, weights: dict[str, Tensor]) -> Iterator[None]:
-        """Within the context, the adapter has `weights`, each shaped as the parameter of its name ([rank, in] or [out, rank])."""
-        current = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self._set_weights(weights)
-        try:
-            yield
-        finally:
-            self._set_weights(current)
+    def holding(self, weights: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """Within the context, the student has `weights`, each shaped as the parameter of its name."""
+        return self._exchange.held(weights)
 
     @torch.no_grad()
     def _set_weights(self, weights: Mapping[str, Tensor]) -> None:
@@ -125,15 +122,15 @@ class Student:
         self._set_weights(state["weights"])
         for name, values in self.average.items():
             values.copy_(state["average"][name])
-        self.anchor = state["anchor"]
+        self.anchor = {name: values.to(self.average[name].device) for name, values in state["anchor"].items()}
         self.update, self._drift = state["update"], state["drift"]
         self.skipped = state.get("skipped", 0)  # flashdiff 0.2 did not count them
         self.optimizer.load_state_dict(state["optimizer"])
 
 
 def _optimizer(recipe: Recipe) -> Any:
-    if recipe.optimizer == "adamw":
-        return torch.optim.AdamW
+    if recipe.optimizer == "adamw":  # fused, it needs no room for intermediate results
+        return partial(torch.optim.AdamW, fused=True) if recipe.student == "full" else torch.optim.AdamW
     if processes.device().type != "cuda":
         raise ConfigError(
             f"optimizer 'adamw_8bit' needs an NVIDIA GPU, this process runs on {processes.device()}; set it to 'adamw'"

@@ -143,7 +143,7 @@ def plan_build(options: BuildOptions, *, with_quality: bool = False) -> BuildPla
     controls = {name: find_control(name, place) for name, place in options.controls}
     adapter = find_adapter(options.reference, options.reference_encoder) if options.reference else None
     sources = witness(_sources(folder, vae, controls, adapter, loras))
-    spec = fused_spec(family.read_spec(folder), [lora for lora, _ in loras], options)
+    spec = fused_spec(family.read_spec(folder), [folder, *(lora for lora, _ in loras)], options)
     hash_of_base = base_hash(folder)
     if vae:
         check_vae(vae, family, spec)

@@ -13,10 +13,10 @@ _MAGNITUDES = "lora_magnitude_vector"
 """DoRA's, one an output; kohya's form has the axes of the layer's weight."""
 
 
-def to_kohya(weights: Mapping[str, Tensor], prefix: str, alpha: float) -> dict[str, Tensor]:
+def to_kohya(weights: Mapping[str, Tensor], prefix: str, scale: float) -> dict[str, Tensor]:
     """diffusers' LoRA in kohya's names: `PREFIX.module.lora_A.weight` [rank, in, ...] and `lora_B` [out, rank, ...], unchanged.
 
-    Every layer also gets `alpha`, a scalar: kohya's loaders multiply the product of the two by alpha / rank.
+    Every layer also gets `alpha`, a scalar: kohya's loaders multiply the product of the two by alpha / rank, which is `scale`.
     """
     converted: dict[str, Tensor] = {}
     for key, value in weights.items():
@@ -28,5 +28,5 @@ def to_kohya(weights: Mapping[str, Tensor], prefix: str, alpha: float) -> dict[s
             converted[f"{layer}.dora_scale"] = value.reshape(-1, *(1,) * (axes - 1))
             continue
         converted[f"{layer}.{_SIDES[side]}.weight"] = value
-        converted[f"{layer}.alpha"] = torch.tensor(alpha)
+        converted[f"{layer}.alpha"] = torch.tensor(scale * len(weights[f"{prefix}.{module}.lora_A.weight"]))
     return converted

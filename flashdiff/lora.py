@@ -6,12 +6,14 @@ files that are moved without it. A LoRA that has neither is an ordinary (style) 
 
 import json
 import logging
+import re
 import struct
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import safetensors
@@ -61,7 +63,10 @@ ADAPTER = "student"
 
 
 class FlashInfo(Record):
-    """What flash.json holds: enough to serve the student as it was trained, and to refuse another base."""
+    """What flash.json holds: enough to serve the student as it was trained, and to refuse another base.
+
+    It lies with a LoRA, or in the directory of a model whose denoiser is the student.
+    """
 
     family: str
     base: str
@@ -74,6 +79,7 @@ class FlashInfo(Record):
     """Range of the teacher's guidance; the student itself runs without."""
     updates: int = Field(ge=0, le=2**40)
     lora_parameters: int = Field(ge=0, le=2**50)
+    """0 where the student is a whole model."""
     network_parameters: int = Field(ge=0, le=2**50)
     inference: dict[str, list[int]] = Field(max_length=1000)
     """Number of steps to the exact timesteps to give a consistency (LCM) scheduler, guidance off."""
@@ -88,11 +94,13 @@ def add_adapter(
     seed: int,
     name: str = ADAPTER,
     dora: bool = False,
+    ranks: Mapping[str, int] = MappingProxyType({}),
 ) -> None:
     """Put a trainable LoRA into the denoiser: random A (Kaiming, as peft has it), zero B, so that it starts as the base itself.
 
     Its product B A is multiplied by `alpha` / `rank`. peft's "gaussian" has a deviation of 1/rank whatever the layer's width: at
-    rank 4 too much for a convolution of 1152 inputs. ConfigError for targets that name no layer.
+    rank 4 too much for a convolution of 1152 inputs. `ranks` are those of the layers with these names, or endings of names; each
+    is scaled like the others. ConfigError for targets or ranks that name no layer.
     """
     import torch
     from peft import LoraConfig
@@ -103,13 +111,19 @@ def add_adapter(
         lora_alpha=alpha,  # type: ignore[arg-type]  # a float works and is kept
         target_modules=list(targets),
         use_dora=dora,
+        rank_pattern={re.escape(key): own for key, own in ranks.items()},
+        alpha_pattern={re.escape(key): alpha * own / rank for key, own in ranks.items()},
     )
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # two adapters are meant
+            warnings.filterwarnings("ignore", message="The following .*_pattern keys")  # refused below
             model.network.add_adapter(config, adapter_name=name)
     except ValueError as error:  # no such layer
         raise ConfigError(f"lora.targets: {first_line(error)}") from None
+    layers = [key.split(".lora_A.")[0] for key, _ in model.network.named_parameters() if f".lora_A.{name}." in key]
+    if unknown := next((key for key in ranks if not any(f".{layer}".endswith(f".{key}") for layer in layers)), None):
+        raise ConfigError(f"lora.ranks: no layer that gets a LoRA is called '{unknown}', nor ends in it")
     for key, parameter in model.network.named_parameters():
         if f".{name}." in key:
             parameter.data = parameter.data.float()  # peft gives it the base's precision, too coarse to learn in
@@ -134,7 +148,7 @@ def save_flash_lora(folder: Path, model: TorchModel, family: ModelFamily, info: 
         raise LoraError(f"{folder}: cannot write the LoRA: {first_line(error)}") from None
     note = {FLASH_KEY: info.model_dump_json()}
     whole = {f"{prefix}.{key}": value.contiguous() for key, value in weights.items()}
-    kohya = safetensors.torch.save(to_kohya(whole, prefix, config["lora_alpha"]))
+    kohya = safetensors.torch.save(to_kohya(whole, prefix, config["lora_alpha"] / config["r"]))
     write_whole(folder / WEIGHTS, with_ordered_header(content, **note))
     write_whole(folder / KOHYA, with_ordered_header(kohya, **note))
     write_whole(folder / FLASH, info.model_dump_json(indent=2) + "\n")
@@ -197,6 +211,8 @@ def find_lora(name: str) -> Path:
             return folder
         if (folder / PEFT_WEIGHTS).is_file():
             return folder / PEFT_WEIGHTS
+        if (folder / FLASH).is_file():
+            raise LoraError(f"{folder} is no LoRA but a whole model: give it in the place of the base")
     if not Path(name).exists() and (on_hub := hub_name(name)):
         return download_lora(on_hub, WEIGHTS, (FLASH, PEFT_CONFIG))
     raise LoraError(
@@ -238,7 +254,7 @@ def load_fused(
     """
     folder = find_base(base, variant=variant, config=config)
     family = family_of(folder)
-    spec = fused_spec(family.read_spec(folder), [lora for lora, _ in loras], sampling or SamplingOptions())
+    spec = fused_spec(family.read_spec(folder), [folder, *(lora for lora, _ in loras)], sampling or SamplingOptions())
     autoencoder = find_vae(vae) if vae else None
     if autoencoder:
         check_vae(autoencoder, family, spec)
@@ -251,31 +267,32 @@ def load_fused(
     return family, model
 
 
-def fused_spec(base: ModelSpec, loras: Sequence[Path], sampling: SamplingOptions) -> ModelSpec:
-    """The spec of a base with these LoRAs; the options are for a base without a flash LoRA, which says itself how it is sampled.
+def fused_spec(base: ModelSpec, places: Sequence[Path], sampling: SamplingOptions) -> ModelSpec:
+    """The spec of what lies in `places`: the folder of the base, and its LoRAs. One of them may be a flash student, which says
+    itself how it is sampled; the options are for a base without.
 
     LoraError or ConfigError when they do not go together.
     """
     flash: list[FlashInfo] = []
-    for info in map(read_flash_info, loras):
+    for info in map(read_flash_info, places):
         if info and info not in flash:  # one run's file given twice is one student
             flash.append(info)
     if len(flash) > 1:
-        raise LoraError(f"only one flash LoRA can be fused, {len(flash)} were given")
+        raise LoraError(f"only one flash student can be built, {len(flash)} were given")
     if not flash:
         _check_guidance(base, sampling.guidance)
         return sampled_as(base, sampling)
     if flash[0].family != base.family:
-        raise LoraError(f"the flash LoRA is for family {flash[0].family}, the base is {base.family}")
+        raise LoraError(f"the flash student is for family {flash[0].family}, the base is {base.family}")
     if flash[0].grid.num_train_timesteps != base.sampler.schedule.num_train_timesteps:
         raise LoraError(
-            f"the flash LoRA's grid has {flash[0].grid.num_train_timesteps} times, the base was trained on another number"
+            f"the flash student's grid has {flash[0].grid.num_train_timesteps} times, the base was trained on another number"
         )
     if sampling.guidance is not None and sampling.guidance > 1:
-        raise ConfigError("--guidance is for a base without a flash LoRA: a flash student runs without guidance")
+        raise ConfigError("--guidance is for a base without a flash student, which runs without guidance")
     for name in ("preset", "sampler", "spacing", "timesteps", "eta", "shift", "prediction"):
         if (value := getattr(sampling, name)) is not None:
-            raise ConfigError(f"--{name} {value}: the flash LoRA says itself how it is sampled; leave it out")
+            raise ConfigError(f"--{name} {value}: the flash student says itself how it is sampled; leave it out")
     sampler = flash_student(base.sampler, flash[0].grid)
     if sampling.steps is not None:
         if sampling.steps > sampler.max_steps:

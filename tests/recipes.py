@@ -1,6 +1,6 @@
 """A recipe that trains in seconds."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,17 @@ def tiny_recipe(base: Path, **changes: Any) -> Recipe:
         "phases": [{"updates": 4, "mode_weights": (1, 1, 1, 1)}],
     }
     return Recipe(**{**values, **changes})
+
+
+def killed_at(update: int, learn: Callable[..., None]) -> Callable[..., None]:
+    """`Student.learn` in a process that is killed in this update."""
+
+    def learn_until_killed(student: Any, loss: float) -> None:
+        if student.update == update:
+            raise KeyboardInterrupt
+        learn(student, loss)
+
+    return learn_until_killed
 
 
 def branches_of_text(*contrasts: Mapping[str, Tensor]) -> Branches:

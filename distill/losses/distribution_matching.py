@@ -1,6 +1,7 @@
 """Distribution matching (arXiv 2406.02347, section 3.4): the teacher's score against that of the student's distribution."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,6 @@ from flashdiff.distill.losses.base import Opponent, Setup, StudentLoss
 from flashdiff.distill.losses.settings import DistributionMatchingSettings
 from flashdiff.distill.network import as_adapter, as_teacher, guided, levels, predict_x0, run_network
 from flashdiff.errors import ConfigError
-from flashdiff.lora import ADAPTER
 from flashdiff.prediction import to_x0
 from flashdiff.sampling import renoise
 
@@ -78,7 +78,7 @@ class DistributionMatching(StudentLoss):
                     teacher = conditional + (led - plain)
                 else:
                     _, teacher = self._conditional_and_guided(x_tau, tau, conditioning, guidance)
-            with as_adapter(model, FAKE_SCORE if self._critic else ADAPTER):
+            with as_adapter(model, FAKE_SCORE) if self._critic else nullcontext():
                 fake = predict_x0(model, x_tau, tau, conditioning)
         if settings.first_step:
             return distribution_matching_loss(x0, fake, teacher)

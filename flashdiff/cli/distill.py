@@ -10,11 +10,11 @@ from flashdiff.errors import ConfigError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file; avatars.toml ships with flashdiff")
-    parser.add_argument("--out", type=Path, help="the LoRA folder to make; training state is kept in OUT/training")
+    parser.add_argument("--out", type=Path, help="the LoRA's or model's folder to make; training state is kept in OUT/training")
     parser.add_argument(
         "--push",
         metavar="OWNER/NAME",
-        help="upload the finished LoRA with its card to this repository on the Hugging Face hub; a new one is private",
+        help="upload the finished student with its card to this repository on the Hugging Face hub; a new one is private",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="print what would be done, and what it costs; write nothing, with or without --out"
@@ -22,13 +22,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Train a flash LoRA: the base model's guided result in one to four steps. The same command resumes a killed run.
+    """Train a flash LoRA, or a whole model (`student = "full"`): the base's guided result in one to four steps. The same command
+    resumes a killed run.
 
     Every key of a recipe is explained in docs/distillation.md and where it is declared: distill/config.py and
     distill/losses/settings.py.
     """
     if options.out is None and not options.dry_run:
-        raise ConfigError("give --out FOLDER for the LoRA, or --dry-run")
+        raise ConfigError("give --out FOLDER for the student, or --dry-run")
     need("distill", "torch", "diffusers", "peft")
     from flashdiff.config import load_recipe
     from flashdiff.distill.config import Recipe, find_recipe
@@ -38,6 +39,7 @@ def run(options: argparse.Namespace) -> None:
     from flashdiff.distill.dry_run import dry_run
     from flashdiff.distill.loop import distill
     from flashdiff.distill.push import open_repository, push
+    from flashdiff.distill.speed import summary
 
     quiet_libraries()
     if not processes.is_main():
@@ -49,6 +51,8 @@ def run(options: argparse.Namespace) -> None:
     repository = open_repository(options.push) if options.push and processes.is_main() else None
     trained = distill(recipe, options.out)
     if processes.is_main():
+        for line in summary(options.out / "training") if trained else ():
+            print(line)
         print(f"published {options.out}" if trained else f"{options.out} is finished: trained from this recipe; nothing to do")
     if repository:
         print(f"pushed to {push(options.out, repository)}")

@@ -355,7 +355,7 @@ def _open_teacher(
 
 
 def _trained_guidance(subject: str, loras: Sequence[tuple[Path, float]]) -> tuple[float, float] | None:
-    """The range of guidance in the run of a checkpoint or of a flash LoRA; None where the subject is neither."""
+    """The range of guidance in the run of a checkpoint or of a flash student; None where the subject is neither."""
     if _is_checkpoint(subject):
         recipe = Path(subject).resolve().parent.parent / "recipe.json"
         try:
@@ -363,7 +363,8 @@ def _trained_guidance(subject: str, loras: Sequence[tuple[Path, float]]) -> tupl
             return float(low), float(high)
         except (OSError, ValueError, TypeError, LookupError) as error:
             raise EvaluationError(f"{recipe}: cannot read the guidance of its run ({first_line(error)})") from None
-    return next((info.guidance for folder, _ in loras if (info := read_flash_info(folder))), None)
+    places = [Path(subject), *(lora for lora, _ in loras)]
+    return next((info.guidance for place in places if (info := read_flash_info(place))), None)
 
 
 def _open(

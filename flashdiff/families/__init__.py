@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flashdiff.errors import ModelError
+from flashdiff.lora_files import FLASH
 from flashdiff.reading import read_json
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ def find_base(base: str, *, variant: str | None = None, config: str | None = Non
             folder = download_base(name, variant)
         else:
             raise ModelError(f"no base model '{base}': give a diffusers model directory, a hub id (owner/name) or 'avatars'")
+    if (folder / "training" / "recipe.json").exists() and not (folder / FLASH).exists():
+        raise ModelError(f"{folder} holds an unfinished training run: give `flashdiff distill` again, it goes on")
     return plain_view(folder, variant)
 
 

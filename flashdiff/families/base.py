@@ -5,6 +5,7 @@ modules, so what is exported is what was trained.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -136,6 +137,8 @@ class TorchModel:
     reference_encoder: nn.Module | None = None
     """Makes tokens of a reference, where the denoiser reads one."""
     ip_adapter: IpAdapter | None = None
+    as_base: Callable[[], AbstractContextManager[Any]] = nullcontext
+    """Within its context the network has the weights of `folder`, where all of them are trained."""
     slotted: Mapping[str, nn.Module] = field(default_factory=dict)
     """The denoisers that take LoRAs at run time, by their parts' names."""
     max_batch: int = 8

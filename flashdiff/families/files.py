@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from flashdiff.errors import ModelError
 from flashdiff.families import family_of
 from flashdiff.files import hash_files
+from flashdiff.lora_files import FLASH
 from flashdiff.reading import read_json
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def used_files(
     if variant and not any(weights.of(variant) for weights in found.values()):
         others = sorted({other for weights in found.values() for other in weights.variants})
         raise ModelError(f"--variant {variant}: {source} has no such weights; it has {', '.join(others) or 'no variants'}")
-    used = {name: name for name in (INDEX, _SCHEDULER, *family.further_files) if name in names}
+    used = {name: name for name in (INDEX, FLASH, _SCHEDULER, *family.further_files) if name in names}
     for part, weights in found.items():
         chosen = {"config.json": "config.json"} | weights.chosen(variant, f"{source}: {part}")
         used |= {f"{part}/{name}": f"{part}/{file}" for name, file in chosen.items()}

@@ -81,7 +81,7 @@ def test_activations_are_what_a_real_pass_keeps(name: str, tmp_path: Path) -> No
     assert activation_bytes(model, checkpointing=True) < real / 4
 
 
-SHIPPED = {"avatars": "sd15", "sd35": "sd3", "sd15-inpainting": "sd15", "sdxl-canny": "sdxl"}
+SHIPPED = {"avatars": "sd15", "sd35": "sd3", "sd15-one-step": "sd15", "sd15-inpainting": "sd15", "sdxl-canny": "sdxl"}
 SHIPPED |= {name: name for name in ("sd15", "sdxl", "pixart", "pixart-sigma", "sd3", "flux", "z-image", "sana")}
 SHIPPED |= {name: name for name in ("qwen-image", "flux2-klein")} | {"sd-x4-upscaler": "sd-upscaler"}
 """Every shipped recipe with its base's family."""
@@ -102,11 +102,11 @@ def test_every_shipped_recipe_starts_at_one_two_four_and_eight_processes(
     for count in (1, 2, 4, 8):
         monkeypatch.setattr(processes, "count", lambda count=count: count)
         lines = "\n".join(dry_run(recipe))
-        assert f" that {recipe.batch_size // count} samples at a time keep" in lines
+        assert f" that {recipe.batch_size // (count * recipe.accumulate)} samples at a time keep" in lines
         for index in range(count):
             monkeypatch.setattr(processes, "index", lambda index=index: index)
-            (rows,) = processes.rows(recipe.batch_size, recipe.accumulate)
-            assert rows.stop - rows.start == recipe.batch_size // count
+            rows = processes.rows(recipe.batch_size, recipe.accumulate)
+            assert rows[-1].stop - rows[0].start == recipe.batch_size // count
 
 
 def test_a_dry_run_refuses_what_a_run_would_refuse(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from recipes import image_folder, tiny_recipe
+from diffusers import StableDiffusionPipeline
+from recipes import image_folder, killed_at, tiny_recipe
 from safetensors.torch import load_file
-from tiny import FAMILIES
+from tiny import FAMILIES, open_stock
 from torch import Tensor
 
 from flashdiff import checkpoint, cli
@@ -20,23 +21,26 @@ from flashdiff.config import load_recipe
 from flashdiff.distill import loop, objective, step
 from flashdiff.distill.batch import MicroBatch, Targets
 from flashdiff.distill.checkpoints import checkpoint_path, checkpoints
+from flashdiff.distill.conditions import ImageConditions
 from flashdiff.distill.config import DataRecipe, Recipe, bundled_recipe
+from flashdiff.distill.data import load_dataset
 from flashdiff.distill.dry_run import dry_run
+from flashdiff.distill.held_out import HeldOut
 from flashdiff.distill.loop import distill
 from flashdiff.distill.losses.distillation import whitened_loss
-from flashdiff.distill.network import Tap, checkpoint_gradients
+from flashdiff.distill.network import Tap, as_teacher, checkpoint_gradients, predict_x0
 from flashdiff.distill.objective import Objective
 from flashdiff.distill.processes import Draws
 from flashdiff.distill.saved_student import open_checkpoint
 from flashdiff.distill.sources import Damage, read_samples
-from flashdiff.distill.speed import SPEED, Speed
-from flashdiff.distill.step import span_at
-from flashdiff.distill.student import _schedule
+from flashdiff.distill.speed import SPEED, Speed, summary
+from flashdiff.distill.step import span_at, teacher_of
+from flashdiff.distill.student import Student, _schedule
 from flashdiff.errors import ConfigError, TrainingError
 from flashdiff.families import load_base
 from flashdiff.families.base import TorchModel
 from flashdiff.generate import generate
-from flashdiff.lora import add_adapter, load_fused
+from flashdiff.lora import add_adapter, load_fused, read_flash_info
 from flashdiff.lora_files import FLASH, KOHYA, WEIGHTS
 from flashdiff.prediction import rescaled
 from flashdiff.tasks import check_order
@@ -427,14 +431,14 @@ def test_a_run_starts_from_another_runs_weights(
         assert all(torch.allclose(found[key], wanted[key], atol=1e-6) for key in wanted)
     other = tiny_recipe(tiny_base, phases=ONE, init_from=str(saved), lora={"rank": 3, "alpha": 3})
     with pytest.raises(
-        ConfigError, match=r"init_from '.*': its '.*' has the shape .*; give a run with the same base, lora\.rank"
+        ConfigError, match=r"init_from '.*': its '.*' has the shape .*; give a run with the same base, student, lora\.rank"
     ):
         distill(other, tmp_path / "other")
     lora = {"rank": 2, "alpha": 4, "targets": ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2")}
     for changes, message in (
         ({"alpha": 2}, r"its lora\.alpha is 4, this run's is 2; set it to 4"),
-        ({"dora": True}, r"its '.*lora_magnitude_vector.*' is missing, .* lora\.targets and lora\.dora"),
-        ({"targets": ("to_q",)}, r"it has '.*', this run's LoRA does not; give a run with the same base, lora\.rank"),
+        ({"dora": True}, r"its '.*lora_magnitude_vector.*' is missing, .* lora\.ranks, lora\.targets and lora\.dora"),
+        ({"targets": ("to_q",)}, r"it has '.*', this run's student does not; give a run with the same base, student"),
     ):
         other = tiny_recipe(tiny_base, phases=ONE, init_from=str(saved), lora={**lora, **changes})
         with pytest.raises(ConfigError, match=r"init_from '.*': " + message):
@@ -472,8 +476,18 @@ def test_checkpoints_are_in_order_beyond_six_digits(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "lora",
-    [{"rank": 2, "alpha": 4, "dora": True, "targets": ("to_q", "conv1")}, {"rank": 1, "alpha": 1, "targets": ("all",)}],
-    ids=["dora", "all"],
+    [
+        {"rank": 2, "alpha": 4, "dora": True, "targets": ("to_q", "conv1")},
+        {"rank": 1, "alpha": 1, "targets": ("all",)},
+        {
+            "rank": 2,
+            "alpha": 3,
+            "dora": True,
+            "targets": ("to_q", "to_out.0", "conv1"),
+            "ranks": {"attn2.to_q": 5, "to_out.0": 1},
+        },
+    ],
+    ids=["dora", "all", "ranks"],
 )
 def test_wider_loras_train_and_fuse_in_both_forms(lora: dict[str, Any], tiny_base: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(tiny_base, phases=[{**ONE[0], "updates": 2}], learning_rate=0.05, lora=lora)
@@ -483,6 +497,11 @@ def test_wider_loras_train_and_fuse_in_both_forms(lora: dict[str, Any], tiny_bas
     _, model = load_base(str(tiny_base))
     _, student = load_fused(str(tiny_base), [(tmp_path / "out", 1.0)], None)
     _, kohya = load_fused(str(tiny_base), [(tmp_path / "out" / KOHYA, 1.0)], None)
+    drawn = open_stock(StableDiffusionPipeline, tiny_base)
+    drawn.load_lora_weights(tmp_path / "out", weight_name=WEIGHTS)
+    for name, values in weights.items():
+        wanted = next((own for key, own in lora.get("ranks", {}).items() if f".{key}.lora_A." in name), lora["rank"])
+        assert ".lora_A." not in name or len(values) == wanted
     if lora["targets"] == ("all",):
         changed = {
             name
@@ -494,7 +513,16 @@ def test_wider_loras_train_and_fuse_in_both_forms(lora: dict[str, Any], tiny_bas
     inputs = (*inputs[:2], *(inputs[2][name] for name in model.conditioning))
     with torch.no_grad():
         torch.testing.assert_close(kohya.denoiser(*inputs), student.denoiser(*inputs), atol=1e-4, rtol=1e-4)
+        stock = drawn.unet(inputs[0], inputs[1], inputs[2]).sample
+        torch.testing.assert_close(stock, student.denoiser(*inputs), atol=1e-4, rtol=1e-4)
         assert (student.denoiser(*inputs) - model.denoiser(*inputs)).abs().max() > 1e-4
+
+
+def test_a_rank_of_no_layer_is_refused(tiny_base: Path) -> None:
+    for name in ("attn3.to_q", "o_q", "conv_in"):
+        lora = {"rank": 1, "alpha": 1, "targets": ("to_q",), "ranks": {name: 2}}
+        with pytest.raises(ConfigError, match=rf"lora\.ranks: no layer that gets a LoRA is called '{name}', nor ends in it"):
+            list(dry_run(tiny_recipe(tiny_base, lora=lora)))
 
 
 def test_a_checkpoint_is_the_student_that_would_be_published(tiny_base: Path, flash_lora: Path) -> None:
@@ -532,3 +560,87 @@ def test_a_run_tells_where_its_time_went(flash_lora: Path) -> None:
     speed.took("targets", 1.0)
     speed.took("updates", 2.0, updates=2)
     assert speed.write(flash_lora.parent, 2)["samples_per_s"] == 4.0
+
+
+# --- the best checkpoint ---------------------------------------------------------------------------------------------
+
+
+def test_held_out_samples_have_one_size_and_are_not_trained_on(tiny_base: Path, model: TorchModel) -> None:
+    data = load_dataset(tiny_recipe(tiny_base).data, model, batch_size=2, seed=0)
+    rest, apart = data.held_out(2)
+    assert len(rest) == 4
+    assert len(apart) == 2
+    assert sorted([*rest.items, *apart.items], key=str) == sorted(data.items, key=str)
+    assert data.held_out(2)[1].items == apart.items
+    assert data.held_out(0)[0] is data
+    with pytest.raises(TrainingError, match=r"keep_best = 6: there are 6 samples of 32x32, and some are needed to train on"):
+        data.held_out(6)
+    with pytest.raises(ValueError, match=r"keep_best must be a multiple of batch_size \(2\), not 3"):
+        tiny_recipe(tiny_base, keep_best=3)
+    assert tiny_recipe(tiny_base, keep_best=0).content_hash == tiny_recipe(tiny_base).content_hash
+
+
+@pytest.mark.slow
+def test_the_checkpoint_nearest_to_the_teacher_is_published_too(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phases = [{"updates": 2, "mode_weights": (1, 1, 1, 1)}, {"updates": 2, "mode_weights": (1, 1, 1, 1), "adversarial": 1}]
+    recipe = tiny_recipe(tiny_base, phases=phases, keep_best=2, checkpoint_every=1, learning_rate=0.1, ema_decay=0.0)
+    out = tmp_path / "whole"
+    distill(recipe, out)
+    found = [line["held_out"] for line in _log(out)]
+    nearest = found.index(min(found))
+    assert nearest < 3
+    best, last = (read_flash_info(folder) for folder in (out / "best", out))
+    assert best
+    assert last
+    assert (best.updates, last.updates) == (nearest + 1, 4)
+    assert best.model_copy(update={"updates": 4}) == last
+    assert f"on 2 held-out samples: {found[nearest]:.3g}" in (out / "best" / "README.md").read_text()
+
+    monkeypatch.setattr(loop.Student, "learn", killed_at(3, loop.Student.learn))
+    with pytest.raises(KeyboardInterrupt):
+        distill(recipe, tmp_path / "broken")
+    monkeypatch.undo()
+    distill(recipe, tmp_path / "broken")
+    assert _log(tmp_path / "broken") == _log(out)
+    for name in (WEIGHTS, f"best/{WEIGHTS}"):
+        assert (out / name).read_bytes() == (tmp_path / "broken" / name).read_bytes()
+
+    lines = list(summary(out / "training"))
+    assert lines[-1] == f"held out {min(found):.4g} after {nearest + 1} updates, in {out / 'best'}; {found[-1]:.4g} at the end"
+    assert any("discriminator accuracy: " in line for line in lines)
+    assert "opponents" in lines[0]
+    shares = [int(word.removesuffix("%").removesuffix("%,")) for word in lines[0].replace(",", "").split() if word.endswith("%")]
+    assert 97 <= sum(shares) <= 103
+
+
+def test_the_held_out_distance_is_that_of_the_averaged_student_from_the_teachers_solutions(
+    tiny_base: Path, tmp_path: Path, model: TorchModel
+) -> None:
+    recipe = tiny_recipe(tiny_base, keep_best=4, accumulate=2)
+    family, _ = load_base(str(tiny_base))
+    images = ImageConditions(model, recipe)
+    built, student = Objective(model, family, recipe, images), Student(model, recipe)
+    _, apart = load_dataset(recipe.data, model, batch_size=2, seed=0).held_out(4)
+    held_out = HeldOut(model, built.branches, apart, recipe, images, tmp_path)
+    solved = held_out._solved
+    assert solved.times.tolist() == recipe.grid.inference_times(4)
+    teacher = teacher_of(model, built.branches, recipe)
+    conditioning = apart.conditioning(solved.items)
+    with as_teacher(model), torch.no_grad():
+        wanted = teacher.solve(solved.x_t, torch.tensor(recipe.grid.mode_indices()), torch.full((4,), 3.0), conditioning)
+    torch.testing.assert_close(solved.x0, wanted, atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        for values in student.average.values():
+            values += 0.1
+        with student.holding(student.average):
+            own = predict_x0(model, solved.x_t, solved.times, conditioning)
+    distance = held_out.measure(model, student)
+    assert distance == pytest.approx((own - wanted).square().mean().item(), rel=1e-4)
+    assert held_out.best["distance"] == distance
+    with torch.no_grad():
+        for values in student.average.values():
+            values += 1
+    assert held_out.measure(model, student) > distance
+    assert HeldOut(model, built.branches, apart, recipe, images, tmp_path).best["distance"] == distance

@@ -81,13 +81,14 @@ def test_two_processes_tell_the_same_losses_as_one_with_and_without_a_sharded_ba
 ) -> None:
     runs = {"whole": {}, "sharded": {"shard_base": True, "gradient_checkpointing": True}}
     recipes = {name: _recipe(tiny_base, **changes) for name, changes in runs.items()}
-    for name, recipe in {**recipes, "inpainting": inpainting}.items():
+    others = {"inpainting": inpainting, "full": _recipe(tiny_base, student="full", learning_rate=1e-4)}
+    for name, recipe in {**recipes, **others}.items():
         (tmp_path / f"{name}.json").write_text(recipe.model_dump_json())
     with reserved_ports(1) as (port,):
         shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         started = [
             subprocess.Popen(
-                [sys.executable, "-c", RUN, *(str(tmp_path / f"{name}.json") for name in (*runs, "inpainting"))],
+                [sys.executable, "-c", RUN, *(str(tmp_path / f"{name}.json") for name in (*runs, *others))],
                 env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -101,8 +102,9 @@ def test_two_processes_tell_the_same_losses_as_one_with_and_without_a_sharded_ba
     for name in runs:
         assert (tmp_path / name / "flash.json").exists()
         _assert_alike(_told(tmp_path / name), alone)
-    distill(inpainting, tmp_path / "inpainting alone")
-    _assert_alike(_told(tmp_path / "inpainting"), _told(tmp_path / "inpainting alone"))
+    for name, recipe in others.items():
+        distill(recipe, tmp_path / f"{name} alone")
+        _assert_alike(_told(tmp_path / name), _told(tmp_path / f"{name} alone"))
 
 
 @pytest.mark.parametrize("changes", [{"accumulate": 2}, {"gradient_checkpointing": True}], ids=str)

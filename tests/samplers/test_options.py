@@ -325,7 +325,7 @@ def test_our_own_student_keeps_its_grid_when_its_file_is_moved(
     assert info
     sampler = fused_spec(_spec(tiny_base), [moved(name)], SamplingOptions()).sampler
     assert sampler.grid == info.grid
-    with pytest.raises(ConfigError, match="--sampler lcm: the flash LoRA says itself how it is sampled; leave it out"):
+    with pytest.raises(ConfigError, match="--sampler lcm: the flash student says itself how it is sampled; leave it out"):
         fused_spec(_spec(tiny_base), [moved(name)], SamplingOptions(sampler="lcm"))
     assert fused_spec(_spec(tiny_base), [moved(name)], SamplingOptions(guidance=0.0)).sampler.kind == "flash"
 
