@@ -37,7 +37,7 @@ class ExportPart(Protocol):
         """Write a part's graph into `folder`, which exists; inputs and outputs stay float32. BackendError when it cannot.
 
         `size` is the size of the example, and the only one that a part of fixed size will take. Below float32 the part's own
-        weights may be cast: read what you need of them in float32 first.
+        weights may be cast, and at any precision its network may be folded: see `folding`. Read what you need of it first.
         """
 
 
