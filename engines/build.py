@@ -158,8 +158,8 @@ def _from_torch(plan: BuildPlan, folder: Path, watch: "_Stopwatch") -> tuple[Man
         files = {part.name: _export(plan, form, model, part, folder, watch) for part in reversed(parts)}
     else:
         assert plan.backend.save
-        files = plan.backend.save(model, parts, folder, plan.inputs.precision)
-        watch.lap("save", "the fused weights")
+        files = plan.backend.save(model, parts, folder, plan.inputs, watch.note)
+        watch.lap("save", "the compiled parts" if plan.inputs.compiled else "the fused weights")
     for tokenizer in model.spec.tokenizers:
         write_whole(folder / tokenizer_file(tokenizer), model.tokenizer.texts[tokenizer.name])
     if plan.inputs.lora_slots:

@@ -4,7 +4,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from pydantic_core import PydanticKnownError
@@ -15,6 +15,7 @@ from flashdiff.config import Record
 from flashdiff.engines.backends import BACKENDS
 from flashdiff.errors import BundleError
 from flashdiff.files import hash_file, write_whole
+from flashdiff.grown import GrownRecord
 from flashdiff.reading import parse_json, read_text
 from flashdiff.samplers.options import SamplingOptions
 from flashdiff.text import TokenizerSpec
@@ -225,8 +226,10 @@ class Quality(Record):
     """1000 times the kernel distance to renders of the embedded world: in float32, and here."""
 
 
-class BuildInputs(Record):
+class BuildInputs(GrownRecord):
     """What decides a bundle's content, and so its fingerprint."""
+
+    LATER: ClassVar[frozenset[str]] = frozenset({"compiled"})
 
     base: str
     """Its name; the hash is what counts."""
@@ -258,6 +261,8 @@ class BuildInputs(Record):
     library_versions: dict[str, str]
     version_compatible: bool = False
     """Whether TensorRT plans run on later versions too, more slowly."""
+    compiled: bool = False
+    """Whether torch's parts are machine code."""
     code: str
     """Hash of the sources that build a bundle."""
     machine: Machine

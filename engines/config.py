@@ -51,6 +51,8 @@ class BuildRecipe(SamplingOptions):
     batch_sizes: tuple[int, ...] = defaults.BATCH_SIZES
     version_compatible: bool = False
     """TensorRT plans that run on later versions too, more slowly."""
+    compile: bool = False
+    """Whether torch's parts are compiled to machine code, of this machine's kind."""
     compare_stock: bool = True
     """Whether an image is compared with the stock diffusers pipeline of the model before publishing."""
 

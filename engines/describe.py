@@ -28,7 +28,8 @@ def describe(bundle: Path, manifest: Manifest) -> Iterator[str]:
         yield f"             read by {reference.encoder} ({reference.encoder_hash[:12]})"
     if manifest.lora_slots:
         yield f"LoRA slots   {manifest.lora_slots}, of rank {manifest.lora_rank} each"
-    yield f"engine       {manifest.backend}, {manifest.precision}, on {_machine(manifest)}"
+    compiled = ", compiled" if manifest.compiled else ""
+    yield f"engine       {manifest.backend}, {manifest.precision}{compiled}, on {_machine(manifest)}"
     yield f"fits here    {_fit(manifest)}"
     preset = f" ({manifest.sampling.preset})" if manifest.sampling.preset else ""
     yield f"sampler      {describe_sampler(model)}{preset}"

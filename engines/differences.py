@@ -28,7 +28,17 @@ def differences(old: BuildInputs, new: BuildInputs) -> Iterator[str]:
             yield f"LoRA {name} was trained anew: {before[name].weights_hash[:12]} -> {after[name].weights_hash[:12]}"
         elif before[name].weight != after[name].weight:
             yield f"LoRA {name}: weight {before[name].weight:g} -> {after[name].weight:g}"
-    for field in ("guidance", "backend", "precision", "sizes", "batch_sizes", "lora_slots", "lora_rank", "version_compatible"):
+    for field in (
+        "guidance",
+        "backend",
+        "precision",
+        "sizes",
+        "batch_sizes",
+        "lora_slots",
+        "lora_rank",
+        "version_compatible",
+        "compiled",
+    ):
         then, now = getattr(old, field), getattr(new, field)
         if then != now:
             yield f"{field.replace('_', ' ')}: {_words(then)} -> {_words(now)}"

@@ -105,7 +105,8 @@ class BuildPlan:
         """Backend, precision and device, in words."""
         inputs = self.inputs
         chosen = "" if "backend" in self.options.model_fields_set else "; the fastest here"
-        return f"{inputs.backend}, {inputs.precision}, on {inputs.machine.device} ({inputs.machine.processor}){chosen}"
+        compiled = ", compiled" if inputs.compiled else ""
+        return f"{inputs.backend}, {inputs.precision}{compiled}, on {inputs.machine.device} ({inputs.machine.processor}){chosen}"
 
     @property
     def changes(self) -> list[str]:
@@ -136,6 +137,12 @@ def plan_build(options: BuildOptions, *, with_quality: bool = False) -> BuildPla
     precision = _precision(options, backend)
     backend.check_build(precision, machine)
     backend.import_modules()  # so that a missing library is reported now, not after minutes of exporting
+    if options.compile:
+        if backend.check_compile is None:
+            raise BackendError(
+                f"--compile: it is for --backend torch; what {backend.name} runs is always compiled by its library"
+            )
+        backend.check_compile()
     folder = find_base(options.base, variant=options.variant, config=options.config)
     family = family_of(folder)
     loras = tuple((find_lora(name), weight) for name, weight in options.loras)
@@ -189,6 +196,7 @@ def plan_build(options: BuildOptions, *, with_quality: bool = False) -> BuildPla
         batch_sizes=options.batch_sizes,
         library_versions=_versions((*EXPORTERS, *backend.packages, *(backend.quantizer_packages if precision == "int8" else ()))),
         version_compatible=options.version_compatible,
+        compiled=options.compile,
         code=_code_hash(),
         machine=machine,
     )
@@ -335,7 +343,7 @@ def _hints(options: BuildOptions, spec: ModelSpec, loras: Sequence[Path]) -> Ite
 
 def _export_state(plan: BuildPlan, part: str) -> str:
     if not plan.backend.graph:
-        return "saved as they are"
+        return "to compile" if plan.inputs.compiled else "saved as they are"
     return "in the cache" if all(export.is_cached for export in plan.exports if export.part == part) else "to export"
 
 

@@ -20,6 +20,9 @@ from flashdiff.families.networks import files_of_network
 from flashdiff.files import cache_folder, shown_bytes
 from flashdiff.references import ENCODER
 
+_COMPILING_S = 60
+"""Of a small part at one bucket by torch's inductor."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Requirements:
@@ -57,7 +60,7 @@ def estimate(
         parameters=parameters,
         disk_bytes=_disk_bytes(backend, inputs, exports, parameters, buckets, out),
         memory_bytes=_memory_bytes(backend, parameters, buckets),
-        seconds=_seconds(exports, parameters, buckets),
+        seconds=_seconds(exports, parameters, buckets) + (_COMPILING_S * buckets * len(parameters) if inputs.compiled else 0),
     )
 
 

@@ -37,7 +37,7 @@ class ExportPart(Protocol):
         """Write a part's graph into `folder`, which exists; inputs and outputs stay float32. BackendError when it cannot.
 
         `size` is the size of the example, and the only one that a part of fixed size will take. Below float32 the part's own
-        weights may be cast: read what you need of them in float32 first.
+        weights may be cast, and at any precision its network may be folded: see `folding`. Read what you need of it first.
         """
 
 
@@ -96,8 +96,9 @@ def check_int8(here: Machine) -> None:
         )
 
 
-SaveModel = Callable[["TorchModel", Sequence["Part"], Path, Precision], dict[str, tuple[PartFile, ...]]]
-"""Writes a fused model into a folder at a precision, and returns the files of each part, relative to that folder."""
+SaveModel = Callable[["TorchModel", Sequence["Part"], Path, BuildInputs, Callable[[str], None]], dict[str, tuple[PartFile, ...]]]
+"""Writes a fused model into a folder as the inputs of the build say, and returns the files of each part, relative to that folder;
+the last argument gets a line per phase."""
 
 
 def _always(*_: object) -> None: ...
@@ -136,6 +137,8 @@ class Backend:
     """Whether the library, as installed, runs on an NVIDIA GPU; called only where there is one."""
     check_build: Callable[[Precision, Machine], None] = _always
     """BackendError when this machine cannot run, and so not check, what would be built at a precision."""
+    check_compile: Callable[[], None] | None = None
+    """BackendError when this machine cannot compile its parts ahead of time; None: it has no `--compile`."""
     lacks: Mapping[str, str] = field(default_factory=dict)
     """Precisions that it has on no machine, and why."""
     check_runs: Callable[[], None] = _always

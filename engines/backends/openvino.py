@@ -86,7 +86,9 @@ def _export(model: "TorchModel", part: "Part", folder: Path, *, size: Size, prec
     import openvino as ov
 
     from flashdiff.engines.export import trace
+    from flashdiff.engines.folding import fold_decoder
 
+    fold_decoder(model, part)
     try:
         program = trace(model, part, size, "fp32")
     except Exception as error:

@@ -1,16 +1,20 @@
 """torch itself, the reference that always works.
 
-Its bundle holds a base directory with the LoRAs fused in, and each part runs as the module that other backends export.
+Its bundle holds a base directory with the LoRAs fused in, and each part runs as the module that other backends export. Compiled,
+it holds packages of machine code and their weights instead: see `torch_compiler`.
 """
 
+import importlib.metadata
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flashdiff.engines.backends.base import Backend, CompilePart
-from flashdiff.engines.bundle import Manifest, PartFile, Precision
+from flashdiff.engines.backends.base import REBUILD, Backend, CompilePart
+from flashdiff.engines.bundle import BuildInputs, Machine, Manifest, PartFile
 from flashdiff.engines.runtime.device import Device
+from flashdiff.engines.runtime.machine import this_machine
+from flashdiff.errors import BackendError, BundleError
 
 if TYPE_CHECKING:
     from flashdiff.engines.parts import Part
@@ -22,14 +26,22 @@ CONTROLS = "controls"
 """The folder of the control networks in it, by name."""
 REFERENCE, ADAPTER, ENCODER_FOLDER = "reference", "ip_adapter.safetensors", "image_encoder"
 """The folder of the IP-Adapter in it, the adapter's file there, and its image encoder's folder."""
+WEIGHTS = "weights.safetensors"
+"""Next to the packages of a compiled part: its weights, by the packages' names for them."""
 
 
-def _save(model: "TorchModel", parts: Sequence["Part"], folder: Path, precision: Precision) -> dict[str, tuple[PartFile, ...]]:
+def _save(
+    model: "TorchModel", parts: Sequence["Part"], folder: Path, inputs: BuildInputs, report: Callable[[str], None]
+) -> dict[str, tuple[PartFile, ...]]:
+    if inputs.compiled:
+        from flashdiff.engines.backends.torch_compiler import compile_parts
+
+        return compile_parts(model, parts, folder, inputs, report)
     from flashdiff.engines.parts import AtPrecision
 
-    if precision != "fp32":
+    if inputs.precision != "fp32":
         for part in parts:
-            AtPrecision(part, precision)  # casts its weights: the file need not hold what the engine will not use
+            AtPrecision(part, inputs.precision)  # casts its weights: the file need not hold what the engine will not use
     target = folder / MODEL
     for name, module in model.weights.items():
         module.save_pretrained(target / name, safe_serialization=True)
@@ -58,6 +70,34 @@ def _uses_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+def _check_compile() -> None:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except Exception:  # its own class of error, and whatever a broken compiler gives
+        raise BackendError(
+            "--compile needs a C++ compiler, and $CXX and g++ are none here: install g++, or leave it out"
+        ) from None
+
+
+def _check_bundle(manifest: Manifest, here: Machine) -> None:
+    if not manifest.compiled:
+        return
+    made = manifest.machine
+    if made.device == "cpu" and here.device == "cuda":  # a CPU's bundle runs on the CPU where there is a GPU too
+        here = this_machine(lambda: False)
+    if made.system != here.system:
+        raise BundleError(f"the bundle was compiled for {made.system}, this is {here.system}; {REBUILD}")
+    if made.device == "cuda" and made.features != here.features:
+        raise BundleError(f"the bundle was compiled for a GPU of {made.features[0]}, this one is {here.features[0]}; {REBUILD}")
+    if absent := [name for name in made.features if name not in here.features]:
+        raise BundleError(f"the bundle was compiled for a CPU with {absent[0]} ({made.processor}), this one lacks it; {REBUILD}")
+    then, now = manifest.library_versions.get("torch"), importlib.metadata.version("torch")
+    if then != now:
+        raise BundleError(f"the bundle was compiled by torch {then}, here is {now}; install that version, or {REBUILD}")
+
+
 RECORDS = (
     Backend(
         name="torch",
@@ -66,6 +106,8 @@ RECORDS = (
         save=_save,
         open_parts=_open_parts,
         uses_gpu=_uses_gpu,
+        check_compile=_check_compile,
+        check_bundle=_check_bundle,
         lacks={
             "int8": "torch's own modules compute in floating point, and torchao's kernels are not tried; take bf16, or openvino",
             "fp8": "torch's own modules have no fp8, and torchao's kernels are not tried; take bf16",

@@ -1,4 +1,4 @@
-"""The parts of a torch bundle as callables: eager on a CPU, one captured CUDA graph per bucket on a GPU."""
+"""The parts of a torch bundle, eager or compiled, as callables: one captured CUDA graph per bucket on a GPU."""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -10,11 +10,13 @@ import numpy as np
 import torch
 import transformers.utils.logging
 from numpy.typing import NDArray
+from safetensors.torch import load_file
 from torch import Tensor
 
 from flashdiff.engines.backends.base import CompiledPart, CompilePart
-from flashdiff.engines.backends.torch import ADAPTER, CONTROLS, ENCODER_FOLDER, MODEL, REFERENCE
+from flashdiff.engines.backends.torch import ADAPTER, CONTROLS, ENCODER_FOLDER, MODEL, REFERENCE, WEIGHTS
 from flashdiff.engines.bundle import Manifest
+from flashdiff.engines.folding import fold_decoder
 from flashdiff.engines.parts import AtPrecision, no_reduced_precision, parts_of
 from flashdiff.engines.runtime.device import Device
 from flashdiff.engines.runtime.threads import cpu_threads
@@ -25,37 +27,30 @@ from flashdiff.families.ip_adapter import Found, with_adapter
 from flashdiff.families.slots import with_slots
 
 _WARM_UP_RUNS = 3
-_CHANNELS_LAST = "denoiser"
+_CHANNELS_LAST_ON_GPU = "denoiser"
 """The first letters of parts whose convolutions are in NHWC, tensor cores' own layout. On an H200 SD1.5's UNet takes 7.5 ms in
 place of 10.0, but its decoder 25 in place of 20: torch's group norm wants the other layout, and turning large images over costs
 more than that gains."""
 
 
+Module = Callable[..., Any]
+
+
 def open_parts(folder: Path, manifest: Manifest, on: Device) -> CompilePart:
-    """Load the model of a bundle onto its device; see `Backend.open_parts`."""
-    transformers.utils.logging.disable_progress_bar()  # it would draw bars between a server's lines
+    """Load the parts of a bundle onto its device; see `Backend.open_parts`."""
     no_reduced_precision()
-    family, model = load_base(str(folder / MODEL))
-    if manifest.reference:
-        place = folder / MODEL / REFERENCE
-        model = with_adapter(family, model, Found(file=place / ADAPTER, encoder=place / ENCODER_FOLDER))
-    controls = {control.name: folder / MODEL / CONTROLS / control.name for control in manifest.controls}
-    model = with_slots(with_controls(family, model, controls), family, manifest.lora_slots, manifest.lora_rank)
     is_cpu = manifest.machine.device == "cpu"
     device = torch.device("cpu") if is_cpu else torch.device("cuda", on.gpu_index)
-    runners = {}
-    for part in parts_of(family, model):
-        module = (part.module if manifest.precision == "fp32" else AtPrecision(part, manifest.precision)).to(device)
-        if not is_cpu and part.name.startswith(_CHANNELS_LAST):
-            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        runners[part.name] = _Eager(module, cpu_threads() if on.cores else None) if is_cpu else _Graphs(module, part.name, device)
+    module_of = _packages(device) if manifest.compiled else _modules(folder, manifest, device)
+    threads = cpu_threads() if on.cores else None
+    runners = {name: _Eager(threads) if is_cpu else _Graphs(name, device) for name in manifest.parts}
 
     def compile_part(name: str, file: Path, dimensions: Mapping[str, int]) -> CompiledPart:
         part, runner = manifest.parts[name], runners[name]
         shapes = bucket_shapes(part.inputs, dimensions)
         # Times and ids of zero are valid everywhere, which uninitialised memory would not be.
         buffers = [torch.zeros(shapes[spec.name], dtype=getattr(torch, spec.dtype), device=device) for spec in part.inputs]
-        replay = runner.prepare(buffers)
+        replay = runner.prepare(module_of(name, file), buffers)
 
         def run(inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
             with runner.context():
@@ -70,6 +65,59 @@ def open_parts(folder: Path, manifest: Manifest, on: Device) -> CompilePart:
     return compile_part
 
 
+def _modules(folder: Path, manifest: Manifest, device: torch.device) -> Callable[[str, Path], Module]:
+    """The parts' own modules by name, for all buckets the same."""
+    transformers.utils.logging.disable_progress_bar()  # it would draw bars between a server's lines
+    family, model = load_base(str(folder / MODEL))
+    if manifest.reference:
+        place = folder / MODEL / REFERENCE
+        model = with_adapter(family, model, Found(file=place / ADAPTER, encoder=place / ENCODER_FOLDER))
+    controls = {control.name: folder / MODEL / CONTROLS / control.name for control in manifest.controls}
+    model = with_slots(with_controls(family, model, controls), family, manifest.lora_slots, manifest.lora_rank)
+    modules = {}
+    for part in parts_of(family, model):
+        if device.type == "cpu":  # on a GPU it was never timed
+            fold_decoder(model, part)
+        module = (part.module if manifest.precision == "fp32" else AtPrecision(part, manifest.precision)).to(device)
+        if _sums_exactly_in_nhwc(module) if device.type == "cpu" else part.name.startswith(_CHANNELS_LAST_ON_GPU):
+            _to_channels_last(module)
+        modules[part.name] = module
+    return lambda name, _: modules[name]
+
+
+def _packages(device: torch.device) -> Callable[[str, Path], Module]:
+    """A package of `torch_compiler` for every bucket, over one copy of each part's weights."""
+    from torch._inductor import aoti_load_package
+
+    weights: dict[Path, dict[str, Tensor]] = {}
+
+    def load(_: str, file: Path) -> Module:
+        stored = file.with_name(WEIGHTS)
+        if stored not in weights:
+            weights[stored] = load_file(stored, device=str(device))
+        held = weights[stored]
+        package = aoti_load_package(
+            str(file), run_single_threaded=True, device_index=-1 if device.index is None else device.index
+        )
+        package.load_constants({n: held[n] for n in package.get_constant_fqns()}, check_full_update=True, user_managed=True)
+        return lambda *inputs, _held=held: package(*inputs)  # it has nothing but pointers to the weights
+
+    return load
+
+
+def _sums_exactly_in_nhwc(module: torch.nn.Module) -> bool:
+    """Whether a CPU may run it in NHWC, in which the embedded decoder takes two thirds of the time: torch's group norm sums so
+    many values without care there that it is off by 2e-4 at 512x512, and by 1e-3 at 1024x1024."""
+    return not any(isinstance(layer, torch.nn.GroupNorm) for layer in module.modules())
+
+
+def _to_channels_last(module: torch.nn.Module) -> None:
+    """The weights of its 2-D convolutions, which decide the layout."""
+    for layer in module.modules():
+        if isinstance(layer, torch.nn.Conv2d | torch.nn.ConvTranspose2d):
+            layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
+
+
 @cache
 def _stream(name: str, device: torch.device) -> torch.cuda.Stream:
     """The same for every model: torch has 32 streams a GPU, and would give the first ones out again."""
@@ -77,43 +125,43 @@ def _stream(name: str, device: torch.device) -> torch.cuda.Stream:
 
 
 class _Eager:
-    """A module as it is, with so many threads, or with torch's default of them."""
+    """Modules as they are, with so many threads, or with torch's default of them."""
 
-    def __init__(self, module: torch.nn.Module, threads: int | None = None) -> None:
-        self._module, self._threads = module, threads
+    def __init__(self, threads: int | None = None) -> None:
+        self._threads = threads
 
     def context(self) -> AbstractContextManager[Any]:
         if self._threads and torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)  # for calls of this thread, whose helpers start pinned as it is
         return nullcontext()
 
-    def prepare(self, buffers: list[Tensor]) -> Callable[[], tuple[Tensor, ...]]:
+    def prepare(self, module: Module, buffers: list[Tensor]) -> Callable[[], tuple[Tensor, ...]]:
         def call() -> tuple[Tensor, ...]:
             with torch.inference_mode():
-                outputs = self._module(*buffers)
+                outputs = module(*buffers)
             return outputs if isinstance(outputs, tuple) else (outputs,)
 
         return call
 
 
 class _Graphs(_Eager):
-    """A module as one CUDA graph a bucket, over fixed buffers: launched as a whole, nothing allocated per call.
+    """A module or package as one CUDA graph a bucket, over fixed buffers: launched as a whole, nothing allocated per call.
 
     Parts of one name have a stream, so that two kinds of parts may run at once. A part's graphs share their memory: outputs are
     read before its next call, so no two calls of it may overlap.
     """
 
-    def __init__(self, module: torch.nn.Module, name: str, device: torch.device) -> None:
-        super().__init__(module)
+    def __init__(self, name: str, device: torch.device) -> None:
+        super().__init__()
         self._device = device
         self._stream, self._pool = _stream(name, device), torch.cuda.graph_pool_handle()
 
     def context(self) -> AbstractContextManager[Any]:
         return torch.cuda.stream(self._stream)
 
-    def prepare(self, buffers: list[Tensor]) -> Callable[[], tuple[Tensor, ...]]:
+    def prepare(self, module: Module, buffers: list[Tensor]) -> Callable[[], tuple[Tensor, ...]]:
         with torch.cuda.device(self._device):
-            return self._captured(super().prepare(buffers))
+            return self._captured(super().prepare(module, buffers))
 
     def _captured(self, eager: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
         # On a stream of its own, and ignoring calls of other threads, because other models may run meanwhile.

@@ -46,6 +46,7 @@ def run(options: argparse.Namespace) -> None:
         "sizes": options.size and parse_sizes(options.size),
         "batch_sizes": options.batch and parse_batches(options.batch),
         "version_compatible": options.version_compatible or None,
+        "compile": options.compile or None,
         "compare_stock": options.compare_stock,
         **given_sampling(options),
     }

@@ -95,6 +95,12 @@ def add_build_arguments(
         "--version-compatible", action="store_true", help="TensorRT plans that run on later versions too, more slowly"
     )
     to.add_argument(
+        "--compile",
+        action="store_true",
+        help="with --backend torch: compile every part to machine code, which runs on this kind of machine and version of torch "
+        "alone; takes minutes, and a C++ compiler",
+    )
+    to.add_argument(
         "--guidance", type=float, help="scale for a model that is not a flash student; 1 or less: none; default: the family's"
     )
     to.add_argument(
@@ -138,6 +144,8 @@ def build_command(options: argparse.Namespace, *, without: frozenset[str] = froz
     command += [f"--{name}={_value(options, name)}" for name in _given(options, without)]
     if options.version_compatible:
         command.append("--version-compatible")
+    if options.compile:
+        command.append("--compile")
     if options.compare_stock is not None:
         command.append("--compare-stock" if options.compare_stock else "--no-compare-stock")
     return command
@@ -152,6 +160,8 @@ def refuse_without_base(options: argparse.Namespace, *, without: frozenset[str] 
     ]
     if options.version_compatible:
         named.append("version-compatible")
+    if options.compile:
+        named.append("compile")
     if options.compare_stock is not None:
         named.append("compare-stock")
     if named:

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torch import nn
 
+from flashdiff.engines.backends.torch_runner import _sums_exactly_in_nhwc
 from flashdiff.engines.build import build_engine
 from flashdiff.engines.config import BuildOptions
 from flashdiff.engines.runtime.engine import Engine, open_bundle
@@ -30,6 +32,12 @@ def test_it_makes_the_images_of_the_fused_model_in_torch(engine: Engine, tiny_ba
     _, model = load_fused(str(tiny_base), [(flash_lora, 1.0)], None)
     order = check_order(engine.spec, prompt="a dog", seed=3)
     np.testing.assert_array_equal(generate(engine, [order])[0][0], generate(model, [order])[0][0])
+
+
+def test_a_network_with_group_norm_keeps_its_layout_on_a_cpu() -> None:
+    with_norm, without = (nn.Sequential(nn.Conv2d(4, 4, 3), layer) for layer in (nn.GroupNorm(2, 4), nn.ReLU()))
+    assert not _sums_exactly_in_nhwc(with_norm)
+    assert _sums_exactly_in_nhwc(without)
 
 
 def test_it_holds_safetensors_json_and_vocabularies_alone(bundle: Path) -> None:
