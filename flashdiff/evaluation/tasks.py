@@ -7,7 +7,7 @@ task: requests bring control images drawn from the originals.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -56,7 +56,7 @@ class TaskData:
     controls: Mapping[str, float] = field(default_factory=dict)
     """The scales of the controls that each request brings, by name."""
 
-    @property
+    @cached_property
     def requests(self) -> list[dict[str, Any]]:
         """What each request brings, as `check_order` takes it."""
         if not self.controls:
