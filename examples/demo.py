@@ -20,6 +20,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from benchmarks import latency
@@ -28,8 +29,9 @@ from flashdiff.engines.bundle import read_manifest
 from flashdiff.engines.runtime.engine import open_bundle
 from flashdiff.generate import generate
 from flashdiff.server.client import Client
-from flashdiff.server.replies import Result
+from flashdiff.server.replies import Control, Result
 from flashdiff.tasks import check_order
+from flashdiff.zoo.control_images import control_image
 
 OUT = Path("demo")
 STUDENT, TEACHER = OUT / "student", OUT / "teacher"
@@ -44,6 +46,10 @@ PROMPTS = (
     "a red robot with a siren on a white background",
     "a teal planet",
 )
+OTHER_COLORS = {
+    "green": "pink", "pink": "blue", "purple": "red", "yellow": "purple", "blue": "green", "red": "yellow", "teal": "red",
+    "white": "purple", "black": "blue", "cream": "teal",
+}  # fmt: skip
 
 
 def main() -> None:
@@ -51,18 +57,21 @@ def main() -> None:
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir()
 
-    say("1/5 Build the student's engine: the embedded model with its flash LoRA fused in")
-    flashdiff("build-engine", "avatars", "--lora", "avatars-flash", "--out", str(STUDENT))
+    say("1/5 Build the student's engine: the embedded model with its flash LoRA fused in, and an adapter that follows edges")
+    flashdiff("build-engine", "avatars", "--lora", "avatars-flash", "--control", "edges=avatars-edges", "--out", str(STUDENT))
     say("2/5 Build the teacher's engine: the same model without it, guided")
     flashdiff("build-engine", "avatars", "--guidance", str(TEACHER_GUIDANCE), "--out", str(TEACHER))
 
-    say(f"3/5 Serve the student and request {len(PROMPTS)} images over gRPC, all at once, at 4 and at 2 steps, and from images")
+    say(f"3/5 Serve the student and request {len(PROMPTS)} images over gRPC, all at once: of prompts, from images, by edges")
     with server(STUDENT) as address, Client(address) as client:
         client.wait_until_ready(120)
         four, two = ask(client, steps=4), ask(client, steps=2)
         files = [png(image) for image in four]
         anew = ask(client, steps=4, seed=100, inputs=[{"image": file, "mask": png(middle(four[0].size))} for file in files])
         others = ask(client, steps=4, inputs=[{"image": file} for file in files[-1:] + files[:-1]])
+        drawn = [Image.fromarray(control_image("edges", np.asarray(image.convert("RGB")))) for image in four]
+        controls = [Control(name="edges", image=png(image)) for image in drawn]
+        recoloured = ask(client, steps=4, prompts=[in_other_colors(prompt) for prompt in PROMPTS], seed=200, controls=controls)
 
     say(f"4/5 The teacher's images: {TEACHER_STEPS} steps with guidance {TEACHER_GUIDANCE:g}, same prompts and seeds")
     began = time.monotonic()
@@ -72,6 +81,7 @@ def main() -> None:
     print(f"{len(fifty)} images in {time.monotonic() - began:.1f} s")
     rows = [(f"teacher\n{TEACHER_STEPS} steps", fifty), ("student\n4 steps", four), ("student\n2 steps", two)]
     rows += [("4 steps, the\nmiddle anew", anew), ("4 steps from\nthe image on\nits left", others)]
+    rows += [("4 steps in\nother colours\nby the edges\nabove", recoloured)]
     sheet(rows).save(OUT / "images.png")
 
     say("5/5 Latency, one image at a time: student at 1, 2, 4 steps against the teacher at 50, interleaved")
@@ -113,18 +123,36 @@ def server(bundle: Path) -> Iterator[str]:
         sys.exit(f"the server ended with status {status}")
 
 
-def ask(client: Client, steps: int, *, seed: int = 0, inputs: Sequence[Mapping[str, bytes]] = ()) -> list[Image.Image]:
-    """All prompts at once, as eight clients would, each with its images."""
+def ask(
+    client: Client,
+    steps: int,
+    *,
+    prompts: Sequence[str] = PROMPTS,
+    seed: int = 0,
+    inputs: Sequence[Mapping[str, bytes]] = (),
+    controls: Sequence[Control] = (),
+) -> list[Image.Image]:
+    """All prompts at once, as eight clients would, each with its images and its control."""
 
     def generate(number: int) -> Result:
-        given = inputs[number] if inputs else {}
-        return client.generate(PROMPTS[number], seed=seed + number, steps=steps, inputs=given)
+        return client.generate(
+            prompts[number],
+            seed=seed + number,
+            steps=steps,
+            inputs=inputs[number] if inputs else {},
+            controls=controls[number : number + 1],
+        )
 
-    with ThreadPoolExecutor(len(PROMPTS)) as pool:
-        results = list(pool.map(generate, range(len(PROMPTS))))
-    for prompt, result in zip(PROMPTS, results, strict=True):
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        results = list(pool.map(generate, range(len(prompts))))
+    for prompt, result in zip(prompts, results, strict=True):
         print(f"{steps} steps {result.timings['total']:6.1f} ms (queue {result.timings['queue']:5.1f})  {prompt}")
     return [Image.open(BytesIO(result.images[0])) for result in results]
+
+
+def in_other_colors(prompt: str) -> str:
+    """The prompt with its colours replaced by others."""
+    return " ".join(OTHER_COLORS.get(word, word) for word in prompt.split())
 
 
 def png(image: Image.Image) -> bytes:
@@ -164,7 +192,7 @@ def markdown(report: dict[str, Any], table: str) -> str:
     return f"""# flashdiff demo
 
 ![Teacher at {TEACHER_STEPS} steps above, student at 4 and 2 steps below; same prompts and seeds. Then the student's images of 4
-steps: their middle made anew, and the image of the column on the left as the start](images.png)
+steps: their middle made anew, the image of the column on the left as the start, and other colours by their edges](images.png)
 
 Columns, from the left:
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from flashdiff.components import ModelSpec
 from flashdiff.config import Record, parse_record
 from flashdiff.errors import ConfigError, LoraError, first_line
-from flashdiff.families import family_of, find_base
+from flashdiff.families import ZOO, family_of, find_base
 from flashdiff.families.autoencoders import check_vae, find_vae, with_vae
 from flashdiff.families.base import GUIDANCE, ModelFamily, TorchModel
 from flashdiff.families.files import hash_of_all
@@ -204,7 +204,7 @@ def find_lora(name: str) -> Path:
     the hub; LoraError when there is none."""
     if Path(name).suffix == ".safetensors" and Path(name).is_file():
         return Path(name)
-    for folder in (Path(name), Path(__file__).parent / "zoo" / name):
+    for folder in (Path(name), ZOO / name):
         if (folder / WEIGHTS).is_file():
             if (folder / "training").exists() and not (folder / FLASH).exists():
                 raise LoraError(f"{folder} holds an unfinished training run: give `flashdiff distill` again, it goes on")

@@ -42,8 +42,8 @@ def add_build_arguments(
             action="append",
             default=[],
             metavar="NAME=CONTROL",
-            help="a ControlNet or T2I-adapter that requests may name so: a folder, or owner/name[/folder][@revision] on the hub; "
-            "may be repeated",
+            help="a ControlNet or T2I-adapter that requests may name so: a folder, owner/name[/folder][@revision] on the hub, or "
+            "the shipped avatars-edges and avatars-silhouettes; may be repeated",
         )
     if "reference" not in without:
         to.add_argument(

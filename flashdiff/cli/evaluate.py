@@ -77,8 +77,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--task",
         metavar="NAME",
-        help="measure what the models make of images: inpainting, image_to_image, edit, upscaling or super_resolution. The "
-        "originals are drawn by the embedded world's renderer, or come from --images",
+        help="measure what the models make of images: inpainting, image_to_image, edit, upscaling, super_resolution, or control: "
+        "how closely they keep to edges or silhouettes. The originals are drawn by the embedded world's renderer, or come from "
+        "--images",
     )
     parser.add_argument(
         "--parameter",
@@ -87,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=NUMBER",
-        help="of --task, as strength=0.5; default: the task's",
+        help="of --task, as strength=0.5; default: the task's. Of control the scale of each, as edges=1",
     )
     parser.add_argument(
         "--images",

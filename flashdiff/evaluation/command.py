@@ -282,7 +282,7 @@ def _select_requests(options: EvaluateOptions) -> _Selection:
 def _subjects(selection: _Selection, report: Callable[[str], None]) -> Iterator[Subject]:
     """The real images, then the subject's, then its teacher's."""
     yield Subject(selection.real or real_images(selection.prompts, selection.seeds, WORLD_SIZE))
-    if selection.task:
+    if selection.task and selection.task.unchanged:
         yield Subject(selection.task.unchanged, of_task=selection.task.numbers_of_input)
     if selection.made:
         name = selection.made.name if selection.made.name != REAL else f"{REAL} (subject)"

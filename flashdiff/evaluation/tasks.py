@@ -1,12 +1,13 @@
 """What the images of a task are made from, and how well they keep to it.
 
 Every image has an original: the renderer's drawing of its prompt, or a photo of the user's with its caption. From it come the
-images that the request brings, and what a model would return that changes nothing: the row `input`.
+images that the request brings, and what a model would return that changes nothing: the row `input`. `control` is measured like a
+task: requests bring control images drawn from the originals.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -14,22 +15,29 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from flashdiff.components import ModelSpec, Size
+from flashdiff.controls import ControlRequest, controls_of
 from flashdiff.errors import ConfigError
 from flashdiff.evaluation.images import ImageSet
 from flashdiff.evaluation.metrics import Interval, bootstrap, weighted_mean
 from flashdiff.orders import Pixels
 from flashdiff.tasks import TASKS, edit, image_to_image, inpainting, super_resolution, tasks_of, upscaling
 from flashdiff.tasks.base import GREY
+from flashdiff.zoo.control_images import CONTROLS, control_image, edges, silhouette
 
 INPUT = "input"
 """The name of the row of images that no model changed."""
 OUTSIDE, SEAM, PSNR = "outside, dB", "seam", "PSNR, dB"
+EDGES, SILHOUETTES = "edges, F1 %", "silhouettes, IoU %"
+_MEANS = (PSNR, OUTSIDE, EDGES, SILHOUETTES)
+"""The numbers that are means over images."""
 _SCALE = 2.0
 """Of an upscale, unless its parameter is given."""
 _X4 = 4
 """Of the models that were trained for super-resolution."""
 _STEP, _STEP_OF_ORIGINAL = "step", "step of the original"
 _FROM_ANOTHER = (image_to_image.TASK.name, edit.TASK.name)
+CONTROL = "control"
+"""Not a task of a model, but what its controls do to the text-to-image task."""
 _ENLARGED = (upscaling.TASK.name, super_resolution.TASK.name)
 
 _Inputs = Mapping[str, Pixels]
@@ -41,20 +49,38 @@ class TaskData:
 
     originals: ImageSet
     inputs: Sequence[_Inputs]
-    unchanged: ImageSet
+    unchanged: ImageSet | None
+    """The images of the row `input`; None where a request brings none that could be returned."""
     parameters: Mapping[str, float]
     is_enlarged: bool = False
+    controls: Mapping[str, float] = field(default_factory=dict)
+    """The scales of the controls that each request brings, by name."""
 
-    @property
+    @cached_property
     def requests(self) -> list[dict[str, Any]]:
         """What each request brings, as `check_order` takes it."""
-        return [{"inputs": given, "parameters": self.parameters} for given in self.inputs]
+        if not self.controls:
+            return [{"inputs": given, "parameters": self.parameters} for given in self.inputs]
+        return [
+            {
+                "controls": [
+                    ControlRequest(name=name, image=control_image(name, image), scale=scale)
+                    for name, scale in self.controls.items()
+                ]
+            }
+            for image in self.originals.pixels
+        ]
 
     def of_image(self, number: int, image: Pixels, decode: Callable[[], Pixels]) -> dict[str, float]:
         """What `numbers` reads of image `number` [H, W, 3]; `decode` gives it as it left the decoder."""
         original = self.originals.pixels[number]
         if self.is_enlarged:
             return {PSNR: _psnr(image, original)}
+        if self.controls:
+            return {
+                EDGES: _edge_f1(edges(image), edges(original)),
+                SILHOUETTES: _overlap(silhouette(image), silhouette(original)),
+            }
         if "mask" not in self.inputs[number]:
             return {}
         mask = self.inputs[number]["mask"][..., 0] > 0
@@ -67,12 +93,13 @@ class TaskData:
     def numbers(self, of_images: Sequence[Mapping[str, float]], groups: NDArray[np.int64]) -> dict[str, Interval]:
         """What only this task measures, by name, of the results of `of_image` [N] and the images' groups [N].
 
-        Where the task is to make a small image large: the PSNR to the original. With a mask: the PSNR outside it before the
+        Where the task is to make a small image large: the PSNR to the original. With controls, whichever: the F1 of the edges and
+        the overlap of the silhouettes, per cent, of the image and of its original. With a mask: the PSNR outside it before the
         original's pixels were put back, and the seam: the mean step of level across the mask's edge, divided by that of the
         originals in the same places; no seam where these have no step.
         """
         values = {name: np.array([of[name] for of in of_images]) for name in of_images[0]}
-        found = {name: bootstrap(partial(weighted_mean, values[name]), groups) for name in (PSNR, OUTSIDE) if name in values}
+        found = {name: bootstrap(partial(weighted_mean, values[name]), groups) for name in _MEANS if name in values}
         if _STEP in values and values[_STEP_OF_ORIGINAL].all():
             ours, theirs = values[_STEP], values[_STEP_OF_ORIGINAL]
             found[SEAM] = bootstrap(lambda weights: weighted_mean(ours, weights) / weighted_mean(theirs, weights), groups)
@@ -81,7 +108,7 @@ class TaskData:
     @property
     def numbers_of_input(self) -> dict[str, Interval]:
         """The PSNR of the images that no model changed, where the task is to make them large."""
-        if not self.is_enlarged:
+        if not self.is_enlarged or not self.unchanged:
             return {}
         of_images = [self.of_image(number, image, image.copy) for number, image in enumerate(self.unchanged.pixels)]
         return self.numbers(of_images, self.unchanged.groups)
@@ -89,8 +116,10 @@ class TaskData:
 
 def task_data(name: str, originals: ImageSet, parameters: Mapping[str, float]) -> TaskData:
     """The inputs of the task for every original; ConfigError for a task whose inputs cannot be made from one."""
+    if name == CONTROL:
+        return _controlled(originals, parameters)
     if name not in _MAKERS:
-        raise ConfigError(f"--task {name}: choose {', '.join(_MAKERS)}")
+        raise ConfigError(f"--task {name}: choose {', '.join((*_MAKERS, CONTROL))}")
     known = {parameter.name: parameter for parameter in TASKS[name].parameters}
     parameters = {key: known[key].check(value) if key in known else value for key, value in parameters.items()}
     if name == upscaling.TASK.name:
@@ -105,9 +134,24 @@ def task_data(name: str, originals: ImageSet, parameters: Mapping[str, float]) -
 
 def check_task(name: str, spec: ModelSpec, title: str) -> None:
     """ConfigError for a model that does not do the task."""
+    if name == CONTROL:
+        if not controls_of(spec):
+            raise ConfigError(f"--task {name}: {title} takes no controls: give a bundle of build-engine --control")
+        return
     known = [task.name for task in tasks_of(spec)]
     if name not in known:
         raise ConfigError(f"--task {name}: {title} does {', '.join(known)}")
+
+
+def _controlled(originals: ImageSet, scales: Mapping[str, float]) -> TaskData:
+    """Requests with control images of their originals, at these scales by name."""
+    if unknown := [name for name in scales if name not in CONTROLS]:
+        raise ConfigError(
+            f"--parameter {unknown[0]}={scales[unknown[0]]:g}: of --task {CONTROL}, {' and '.join(CONTROLS)} can be drawn"
+        )
+    if not scales:
+        raise ConfigError(f"--task {CONTROL}: name a control and its scale, as --parameter {next(iter(CONTROLS))}=1")
+    return TaskData(originals=originals, inputs=[{}] * len(originals), unchanged=None, parameters={}, controls=scales)
 
 
 _Made = tuple[list[_Inputs], list[Pixels]]
@@ -188,3 +232,29 @@ def _step_across(image: Pixels, mask: NDArray[np.bool_]) -> float:
     levels = image.astype(np.float64)
     steps = [abs(np.diff(levels, axis=axis)).mean(2)[np.diff(mask, axis=axis)] for axis in (0, 1)]
     return float(np.concatenate(steps).mean())
+
+
+def _edge_f1(ours: NDArray[np.bool_], theirs: NDArray[np.bool_]) -> float:
+    """F1 in per cent of edges [H, W], which may lie a pixel off: the harmonic mean of the shares of ours that lie by one of
+    theirs, and of theirs that lie by one of ours."""
+    if not ours.any() or not theirs.any():
+        return 100.0 * (ours.any() == theirs.any())
+    precision, recall = (ours & _widened(theirs)).sum() / ours.sum(), (theirs & _widened(ours)).sum() / theirs.sum()
+    return float(200 * precision * recall / max(precision + recall, 1e-9))
+
+
+def _widened(edge: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """With the eight neighbours of every pixel."""
+    tall = edge.copy()
+    tall[1:] |= edge[:-1]
+    tall[:-1] |= edge[1:]
+    wide = tall.copy()
+    wide[:, 1:] |= tall[:, :-1]
+    wide[:, :-1] |= tall[:, 1:]
+    return wide
+
+
+def _overlap(ours: NDArray[np.bool_], theirs: NDArray[np.bool_]) -> float:
+    """Intersection over union of figures [H, W], per cent; that of two empty ones is 100."""
+    union = (ours | theirs).sum()
+    return float(100 * (ours & theirs).sum() / union) if union else 100.0

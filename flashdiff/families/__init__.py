@@ -33,7 +33,8 @@ _FAMILIES = {
     "QwenImagePipeline": "qwen_image",
     "Flux2KleinPipeline": "flux2_klein",
 }
-_ZOO = Path(__file__).parent.parent / "zoo"
+ZOO = Path(__file__).parent.parent / "zoo"
+"""Where the embedded model, its LoRA and its adapters are."""
 
 
 def find_base(base: str, *, variant: str | None = None, config: str | None = None) -> Path:
@@ -54,8 +55,8 @@ def find_base(base: str, *, variant: str | None = None, config: str | None = Non
     if config is not None:
         raise ModelError(f"--config {config}: it is for a base that is a single file, and {base} is none")
     if not folder.is_dir():
-        if (_ZOO / base / "model_index.json").is_file():
-            folder = _ZOO / base
+        if (ZOO / base / "model_index.json").is_file():
+            folder = ZOO / base
         elif name := hub_name(base):
             folder = download_base(name, variant)
         else:

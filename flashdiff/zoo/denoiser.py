@@ -2,8 +2,10 @@
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,6 +53,57 @@ def place_weights(details: Tensor, weight: float) -> Tensor:
     return (weights / weights.mean())[:, None]
 
 
+class Batch(NamedTuple):
+    """What one update regresses: v-prediction (Salimans & Ho 2022, eq. 9) of text-conditioned latents."""
+
+    rows: Tensor
+    """Which scenes these are [B]."""
+    x_t: Tensor
+    t: Tensor
+    hidden: Tensor
+    """The captions' hidden states [B, tokens, width]."""
+    v: Tensor
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Draws the batches of a training of the denoiser, or of a network that steers it."""
+
+    text_encoder: Any
+    tokenizer: Any
+    latents: Tensor
+    """Of the scenes [N, C, h, w]."""
+    scale: float
+    """The factor that gives them unit variance."""
+    scenes: Sequence[Scene]
+    seed: int
+    size: int
+    caption_dropout: float
+
+    def draw(self, step: int) -> Batch:
+        """The batch of an update: a function of the seed and the update alone."""
+        rng, generator = step_generator(self.seed, step)
+        words = random.Random(int(rng.integers(2**62)))
+        chosen = rng.integers(0, len(self.scenes), self.size)
+        texts = ["" if words.random() < self.caption_dropout else caption(self.scenes[index], words) for index in chosen]
+        hidden = self.text_encoder(token_ids(self.tokenizer, texts)).last_hidden_state
+
+        rows = torch.from_numpy(chosen)
+        x0 = self.latents[rows] * self.scale
+        noise = torch.randn(x0.shape, generator=generator)
+        alphas, sigmas = _levels()
+        t = torch.randint(0, len(alphas), (len(chosen),), generator=generator)
+        alpha, sigma = alphas[t][:, None, None, None], sigmas[t][:, None, None, None]
+        x_t, v = alpha * x0 + sigma * noise, alpha * noise - sigma * x0
+        return Batch(rows, x_t.contiguous(memory_format=torch.channels_last), t, hidden, v)
+
+
+@cache
+def _levels() -> tuple[Tensor, Tensor]:
+    alphas, sigmas = (torch.from_numpy(values).float() for values in SCHEDULE.levels(list(range(SCHEDULE.num_train_timesteps))))
+    return alphas, sigmas
+
+
 def train_unet(
     unet: Any,
     text_encoder: Any,
@@ -62,7 +115,7 @@ def train_unet(
     recipe: ZooRecipe,
     out: Path,
 ) -> None:
-    """Train on v-prediction (Salimans & Ho 2022, eq. 9) of text-conditioned latents, in place; the EMA's weights remain.
+    """Train on v-prediction, in place; the EMA's weights remain.
 
     `latents` [N, C, h, w] are those of the scenes, `scale` is the factor that gives them unit variance, and `details` [N, h, w]
     says where `detail_weight` counts.
@@ -70,22 +123,14 @@ def train_unet(
     stage = recipe.denoiser
     of_channels = channel_weights(latents) if stage.channel_weights == "whitened" else torch.ones(1)
     of_places = place_weights(details, stage.detail_weight)
-    alphas, sigmas = (torch.from_numpy(values).float() for values in SCHEDULE.levels(list(range(SCHEDULE.num_train_timesteps))))
+    batches = Batches(
+        text_encoder, tokenizer, latents, scale, scenes, seed=recipe.seed + 1, size=stage.batch_size,
+        caption_dropout=stage.caption_dropout,
+    )  # fmt: skip
 
     def loss_of(step: int) -> Tensor:
-        rng, generator = step_generator(recipe.seed + 1, step)
-        words = random.Random(int(rng.integers(2**62)))
-        chosen = rng.integers(0, len(scenes), stage.batch_size)
-        texts = ["" if words.random() < stage.caption_dropout else caption(scenes[index], words) for index in chosen]
-        hidden = text_encoder(token_ids(tokenizer, texts)).last_hidden_state
-
-        rows = torch.from_numpy(chosen)
-        x0 = latents[rows] * scale
-        noise = torch.randn(x0.shape, generator=generator)
-        t = torch.randint(0, len(alphas), (len(chosen),), generator=generator)
-        alpha, sigma = alphas[t][:, None, None, None], sigmas[t][:, None, None, None]
-        x_t, v = alpha * x0 + sigma * noise, alpha * noise - sigma * x0
-        x_t = x_t.contiguous(memory_format=torch.channels_last)
-        return (of_channels * of_places[rows] * (unet(x_t, t, hidden).sample - v).square()).mean()
+        batch = batches.draw(step)
+        error = unet(batch.x_t, batch.t, batch.hidden).sample - batch.v
+        return (of_channels * of_places[batch.rows] * error.square()).mean()
 
     fit("denoiser", unet, loss_of, stage, out, ema_decay=stage.ema_decay, report=lambda: "")

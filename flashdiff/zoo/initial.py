@@ -23,23 +23,29 @@ class Parts(NamedTuple):
 
 def initial_parts(recipe: ZooRecipe) -> Parts:
     """The parts of the model in float32, the denoiser grown; ConfigError for a model of another form than the recipe's."""
-    from diffusers import UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer
-
     assert recipe.denoiser.init_from
     folder = find_base(recipe.denoiser.init_from)
     family = family_of(folder)
     if family.name != "sd15":
         raise ConfigError(f"denoiser.init_from '{recipe.denoiser.init_from}': it must be of family sd15, and is of {family.name}")
-    parts = Parts(
-        load_vae(folder),
-        CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-        load_part(folder, "text_encoder", CLIPTextModel),
-        load_part(folder, "unet", UNet2DConditionModel).requires_grad_(True),
-    )
+    parts = load_parts(folder)
+    parts.unet.requires_grad_(True)
     _check_form(parts, folder, recipe)
     torch.manual_seed(recipe.seed + 1)  # the new layers' weights
     return parts._replace(unet=grow(parts.unet, recipe.denoiser.layers_per_block))
+
+
+def load_parts(folder: Path) -> Parts:
+    """The parts of an SD1.5 directory in float32, frozen."""
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    return Parts(
+        load_vae(folder),
+        CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        load_part(folder, "text_encoder", CLIPTextModel),
+        load_part(folder, "unet", UNet2DConditionModel),
+    )
 
 
 def _check_form(parts: Parts, folder: Path, recipe: ZooRecipe) -> None:

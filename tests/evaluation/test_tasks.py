@@ -9,10 +9,12 @@ import pytest
 from PIL import Image
 
 from flashdiff import cli
+from flashdiff.controls import steered
 from flashdiff.errors import ConfigError, RequestError
 from flashdiff.evaluation.images import ImageSet, Prompt
 from flashdiff.evaluation.metrics import Interval
-from flashdiff.evaluation.tasks import OUTSIDE, PSNR, SEAM, TaskData, task_data
+from flashdiff.evaluation.tasks import EDGES, OUTSIDE, PSNR, SEAM, SILHOUETTES, TaskData, check_task, task_data
+from flashdiff.families import family_of
 
 _PROMPTS = tuple(Prompt(f"prompt {number // 2}") for number in range(6))
 
@@ -65,6 +67,43 @@ def test_a_seam_and_changes_outside_the_mask_are_measured() -> None:
 def test_flat_originals_have_no_seam() -> None:
     flat = ImageSet("real", np.full((3, 16, 16, 3), 90, dtype=np.uint8), _PROMPTS[::2])
     assert set(_numbers(task_data("inpainting", flat, {}), flat.pixels, flat.pixels)) == {OUTSIDE}
+
+
+def _boxes(*left: int) -> ImageSet:
+    """Pictures of 32x32 with a box of 12x12 pixels, this far from the left."""
+    pixels = np.full((len(left), 32, 32, 3), 60, dtype=np.uint8)
+    for picture, x in zip(pixels, left, strict=True):
+        picture[8:20, x : x + 12] = 200
+    return ImageSet("real", pixels, _PROMPTS[: 2 * len(left) : 2])
+
+
+def test_controls_are_drawn_from_the_originals_and_images_compared_with_them() -> None:
+    originals = _boxes(4, 10, 16)
+    data = task_data("control", originals, {"edges": 0.5})
+    ((control,),) = {tuple(request["controls"]) for request in data.requests[:1]}
+    assert (control.name, control.scale, data.unchanged) == ("edges", 0.5, None)
+    outline = control.image[..., 0] > 0
+    ring = np.zeros((32, 32), np.bool_)
+    ring[7:21, 3:17], ring[9:19, 5:15] = True, False
+    assert 40 <= outline.sum() <= 52
+    assert not outline[~ring].any()
+
+    equal = _numbers(data, originals.pixels, originals.pixels)
+    assert (equal[EDGES].value, equal[SILHOUETTES].value) == (100, 100)
+    near, far = (_numbers(data, _boxes(*(x + by for x in (4, 10, 16))).pixels, originals.pixels) for by in (1, 3))
+    assert near[EDGES].value == 100  # a pixel off
+    assert 40 < far[EDGES].value < 80  # the upper and the lower edges, but for their ends
+    # The median takes the corners of a box: 4 of 144 pixels, of which an overlap of 9 columns has 2 and a union all 8.
+    assert far[SILHOUETTES].value == pytest.approx(100 * (9 * 12 - 2 - 2) / (15 * 12 - 2 - 2), abs=2)
+    blank = _numbers(data, np.full_like(originals.pixels, 60), originals.pixels)
+    assert (blank[EDGES].value, blank[SILHOUETTES].value) == (0, 0)
+
+
+def test_control_is_for_models_that_take_controls(tiny_base: Path) -> None:
+    spec = family_of(tiny_base).read_spec(tiny_base)
+    with pytest.raises(ConfigError, match="--task control: tiny takes no controls: give a bundle of build-engine --control"):
+        check_task("control", spec, "tiny")
+    check_task("control", steered(spec, ["edges"]), "tiny")
 
 
 def _numbers(data: TaskData, made: Any, decoded: Any) -> dict[str, Interval]:
@@ -124,7 +163,7 @@ def test_wrong_input_is_one_line(tiny_base: Path, photos: Path, tmp_path: Path, 
     cases = [
         (["--images", str(photos)], f"--images {photos}: it is for --task; give one"),
         (["--parameter", "strength=0.5"], "--parameter strength=0.5: it is for --task; give one"),
-        (["--task", "super"], "--task super: choose image_to_image, inpainting, edit, upscaling, super_resolution"),
+        (["--task", "super"], "--task super: choose image_to_image, inpainting, edit, upscaling, super_resolution, control"),
         (["--task", "edit", *own, str(photos)], "--task edit: tiny does text_to_image, image_to_image, inpainting, upscaling"),
         (["--task", "inpainting", "--images", str(photos)], "give --reference, a folder of other images"),
         (["--task", "inpainting", *own, str(photos), "--seeds", "3"], "neither --prompts nor --seeds"),
@@ -135,6 +174,12 @@ def test_wrong_input_is_one_line(tiny_base: Path, photos: Path, tmp_path: Path, 
         ),
         (["--task", "inpainting", *own, str(photos), "--parameter", "strength=2"], "strength: 2.0 is not allowed"),
         (["--task", "inpainting", *own, str(photos), "--parameter", "power=1"], "power: 1.0 is not allowed"),
+        (["--task", "control", *own, str(photos)], "--task control: name a control and its scale, as --parameter edges=1"),
+        (
+            ["--task", "control", *own, str(photos), "--parameter", "pose=1"],
+            "--parameter pose=1: of --task control, edges and silhouettes can be drawn",
+        ),
+        (["--task", "control", *own, str(photos), "--parameter", "edges=1"], "tiny takes no controls"),
         (["--images", str(photos), "--protocol", "coco2017-5k"], "it is for --task; give one"),
         (["--task", "inpainting", "--protocol", "coco2017-5k"], "measures text to image alone"),
         (["--task", "inpainting", "--prompts", "none.txt", "--reference", str(photos)], "give --images"),
