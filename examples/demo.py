@@ -81,7 +81,7 @@ def main() -> None:
     print(f"{len(fifty)} images in {time.monotonic() - began:.1f} s")
     rows = [(f"teacher\n{TEACHER_STEPS} steps", fifty), ("student\n4 steps", four), ("student\n2 steps", two)]
     rows += [("4 steps, the\nmiddle anew", anew), ("4 steps from\nthe image on\nits left", others)]
-    rows += [("4 steps in\nother colours\nby the edges\nabove", recoloured)]
+    rows += [("4 steps in\nother colours\nby the edges\nof row 2", recoloured)]
     sheet(rows).save(OUT / "images.png")
 
     say("5/5 Latency, one image at a time: student at 1, 2, 4 steps against the teacher at 50, interleaved")
