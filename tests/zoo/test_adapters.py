@@ -19,6 +19,7 @@ from flashdiff.families import ZOO, family_of, find_base, load_base
 from flashdiff.families.control import RECORD, check_control, find_control, read_control_info, with_controls
 from flashdiff.families.files import base_hash
 from flashdiff.generate import generate
+from flashdiff.lora_files import FLASH
 from flashdiff.tasks import check_order
 from flashdiff.zoo import adapters, control_images
 from flashdiff.zoo.control_images import CONTROLS, control_image, edges, silhouette
@@ -122,6 +123,14 @@ def test_an_adapter_of_another_base_is_refused_with_both_hashes(tmp_path: Path) 
         ModelError, match=rf"another base: 'avatars' with hash f{{12}}, but avatars has hash {base_hash(base)[:12]}"
     ):
         check_control("edges", folder, family, base, spec)
+    (folder / RECORD).write_text(json.dumps({**record, "base_prints": {}}))
+    student = shutil.copytree(base, tmp_path / "student")
+    (student / FLASH).write_text(json.dumps({"base_hash": base_hash(base)}))
+    assert base_hash(student) != base_hash(base)
+    assert check_control("edges", folder, family, student, spec)  # a student that is a whole model takes what its base takes
+    (student / FLASH).write_text(json.dumps({"base_hash": "f" * 64}))
+    with pytest.raises(ModelError, match="was made for another base"):
+        check_control("edges", folder, family, student, spec)
     (folder / RECORD).write_text("[1")
     with pytest.raises(ModelError, match=rf"{RECORD} is damaged"):
         check_control("edges", folder, family, base, spec)
