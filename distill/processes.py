@@ -110,10 +110,12 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     if count() == 1:
         return
     bucket: list[Tensor] = []
+    values = 0
     for gradient in [p.grad for p in parameters if p.grad is not None]:
-        if bucket and sum(values.numel() for values in (*bucket, gradient)) > _BUCKET:
+        values += gradient.numel()
+        if bucket and values > _BUCKET:
             _average(bucket)
-            bucket = []
+            bucket, values = [], gradient.numel()
         bucket.append(gradient)
     if bucket:
         _average(bucket)

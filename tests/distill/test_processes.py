@@ -29,6 +29,7 @@ from pathlib import Path
 from flashdiff.distill import processes
 from flashdiff.distill.config import Recipe
 from flashdiff.distill.loop import distill
+processes._BUCKET = 10_000  # several messages of gradients
 for recipe in sys.argv[1:]:
     distill(Recipe.model_validate_json(Path(recipe).read_text()), Path(recipe).with_suffix(""))
 print(processes.index(), processes.count())
@@ -81,7 +82,7 @@ def test_two_processes_tell_the_same_losses_as_one_with_and_without_a_sharded_ba
 ) -> None:
     runs = {"whole": {}, "sharded": {"shard_base": True, "gradient_checkpointing": True}}
     recipes = {name: _recipe(tiny_base, **changes) for name, changes in runs.items()}
-    others = {"inpainting": inpainting, "full": _recipe(tiny_base, student="full", learning_rate=1e-4)}
+    others = {"inpainting": inpainting, "full": _recipe(tiny_base, student="full", learning_rate=1e-4, keep_best=2)}
     for name, recipe in {**recipes, **others}.items():
         (tmp_path / f"{name}.json").write_text(recipe.model_dump_json())
     with reserved_ports(1) as (port,):
