@@ -1,6 +1,7 @@
 """The recipe of a distillation run."""
 
 from collections.abc import Iterable, Mapping
+from itertools import permutations
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -72,6 +73,13 @@ class LoraRecipe(GrownRecord):
     """Other ranks, of layers by their names or endings of names: `{ "ff.net.2" = 16 }`. Their outputs are scaled like others."""
     dora: bool = False
     """Train each layer's magnitudes as well (DoRA, 2402.09353): slower, and closer to training all weights."""
+
+    @model_validator(mode="after")
+    def _gives_a_layer_one_rank(self) -> Self:
+        pairs = ((longer, ending) for longer, ending in permutations(self.ranks, 2) if longer.endswith(f".{ending}"))
+        if pair := next(pairs, None):
+            raise ValueError("lora.ranks: layers that end in '{}' also end in '{}'; give each layer one rank".format(*pair))
+        return self
 
 
 class MaskRecipe(GrownRecord):
