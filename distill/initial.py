@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from flashdiff.checkpoint import load_state
-from flashdiff.distill.checkpoints import checkpoints
+from flashdiff.distill.checkpoints import RECIPE, checkpoints
 from flashdiff.distill.config import Recipe
 from flashdiff.distill.student_kinds import StudentKind, kind_of
 from flashdiff.errors import ConfigError, LoraError, first_line
@@ -85,8 +85,9 @@ def _averages(checkpoint: Path, said: str) -> tuple[dict[str, Tensor], Any, Any]
 
 def _recorded_alpha(place: Path) -> float | None:
     """The LoRA's alpha, which its weights do not show, by the recipe of its run; None where that is not there."""
-    work = place.resolve().parent.parent if place.suffix == ".pt" else place / "training"
+    folders = (place / "training", place.resolve().parent / "training")  # OUT, or OUT/best
+    work = place.resolve().parent.parent if place.suffix == ".pt" else next(filter(Path.is_dir, folders), place)
     try:
-        return float(read_json(work / "recipe.json")["lora"]["alpha"])
+        return float(read_json(work / RECIPE)["lora"]["alpha"])
     except (OSError, ValueError, TypeError, LookupError):
         return None
