@@ -120,10 +120,11 @@ def _run(recipe: Recipe, log: Path, updates: int, branches: Branches) -> str:
         lines = [parse_json(line) for line in read_text(log).splitlines()[max(0, updates - _LAST) : updates]]
         names = dict.fromkeys(name for line in lines for name in line if name not in ("update", "loss", "skipped", "held_out"))
         means = {name: statistics.mean(line[name] for line in lines if name in line) for name in names}
+        held_out = lines[-1].get("held_out")
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise TrainingError(f"{log} is damaged ({first_line(error)}); remove it and the last checkpoint") from None
     apart = ""
-    if held_out := lines[-1].get("held_out"):
+    if held_out is not None:
         apart = (
             f"\nIts mean squared distance from the teacher's solutions, on {recipe.keep_best} held-out samples: {held_out:.3g}."
         )
