@@ -1,6 +1,6 @@
 """Samples that no update sees: how far the averaged student is from the teacher there, and the checkpoint that came nearest."""
 
-from collections.abc import Mapping
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from flashdiff.distill.data import Dataset
 from flashdiff.distill.progress import Stage
 from flashdiff.distill.step import solve, student_x0, teacher_of
 from flashdiff.distill.student import Student
+from flashdiff.errors import TrainingError
 from flashdiff.families.base import TorchModel
 
 _SEED = 0x4E1D  # apart from the run's, so that runs with several seeds are compared on the same noise
@@ -53,18 +54,22 @@ class HeldOut:
                 on_solved=stage.advance,
             )
         self._data, self._recipe, self._file = data, recipe, work / "best.pt"
-        self.best: Mapping[str, Any] = load_state(self._file) if self._file.exists() else {}
-        """`update`, `distance` and the averaged `weights` then; empty before the first checkpoint."""
+        self._least = float(self.best()["distance"]) if self._file.exists() else math.inf
+
+    def best(self) -> dict[str, Any]:
+        """`update`, `distance` and the averaged `weights` then; TrainingError where the file is gone."""
+        if not self._file.exists():
+            raise TrainingError(f"{self._file} is missing, which holds the best student; put it back, or choose another --out")
+        return load_state(self._file)
 
     def measure(self, model: TorchModel, student: Student) -> float:
         """The averaged student's distance now; the main process keeps its weights where no earlier one came nearer."""
         with student.holding(student.average):
             distance = self._distance(model)
-        if distance < self.best.get("distance", float("inf")):
-            weights = {name: values.detach().cpu().clone() for name, values in student.average.items()}
-            self.best = {"update": student.update, "distance": distance, "weights": weights}
+        if distance < self._least:
+            self._least = distance
             if processes.is_main():
-                save_state(self._file, self.best)
+                save_state(self._file, {"update": student.update, "distance": distance, "weights": student.average})
         return distance
 
     @torch.no_grad()

@@ -140,7 +140,8 @@ def _run(recipe: Recipe, out: Path, work: Path, pools: Path | None) -> None:
     if processes.is_main():
         published = [(out, recipe.updates, student.average)]
         if held_out:
-            published.insert(0, (out / "best", held_out.best["update"], held_out.best["weights"]))
+            best = held_out.best()
+            published.insert(0, (out / "best", best["update"], best["weights"]))
         for folder, updates, its_weights in published:
             folder.mkdir(exist_ok=True)
             with student.holding(its_weights):

@@ -525,6 +525,14 @@ def test_a_rank_of_no_layer_is_refused(tiny_base: Path) -> None:
             list(dry_run(tiny_recipe(tiny_base, lora=lora)))
 
 
+def test_two_ranks_of_one_layer_are_refused(tiny_base: Path) -> None:
+    for names in (("to_q", "attn1.to_q"), ("attn1.to_q", "to_q")):
+        lora = {"rank": 1, "alpha": 1, "ranks": dict.fromkeys(names, 2)}
+        with pytest.raises(ValueError, match=r"lora\.ranks: layers that end in 'attn1\.to_q' also end in 'to_q'; give each"):
+            tiny_recipe(tiny_base, lora=lora)
+    tiny_recipe(tiny_base, lora={"rank": 1, "alpha": 1, "ranks": {"to_q": 2, "add_to_q": 3}})
+
+
 def test_a_checkpoint_is_the_student_that_would_be_published(tiny_base: Path, flash_lora: Path) -> None:
     saved = checkpoints(flash_lora / "training")[-1]
     student = open_checkpoint(saved)
@@ -586,6 +594,7 @@ def test_the_checkpoint_nearest_to_the_teacher_is_published_too(
 ) -> None:
     phases = [{"updates": 2, "mode_weights": (1, 1, 1, 1)}, {"updates": 2, "mode_weights": (1, 1, 1, 1), "adversarial": 1}]
     recipe = tiny_recipe(tiny_base, phases=phases, keep_best=2, checkpoint_every=1, learning_rate=0.1, ema_decay=0.0)
+    assert recipe.lora
     out = tmp_path / "whole"
     distill(recipe, out)
     found = [line["held_out"] for line in _log(out)]
@@ -614,6 +623,16 @@ def test_the_checkpoint_nearest_to_the_teacher_is_published_too(
     shares = [int(word.removesuffix("%").removesuffix("%,")) for word in lines[0].replace(",", "").split() if word.endswith("%")]
     assert 97 <= sum(shares) <= 103
 
+    other = tiny_recipe(tiny_base, init_from=str(out / "best"), lora={**recipe.lora.model_dump(), "alpha": 2})
+    with pytest.raises(ConfigError, match=r"its lora\.alpha is 4, this run's is 2; set it to 4"):
+        list(dry_run(other))
+    (out / FLASH).unlink()
+    (out / "training" / "log.jsonl").write_text("")
+    with pytest.raises(
+        TrainingError, match=r"log\.jsonl is damaged \(list index out of range\); remove it and the last checkpoint"
+    ):
+        distill(recipe, out)
+
 
 def test_the_held_out_distance_is_that_of_the_averaged_student_from_the_teachers_solutions(
     tiny_base: Path, tmp_path: Path, model: TorchModel
@@ -638,9 +657,15 @@ def test_the_held_out_distance_is_that_of_the_averaged_student_from_the_teachers
             own = predict_x0(model, solved.x_t, solved.times, conditioning)
     distance = held_out.measure(model, student)
     assert distance == pytest.approx((own - wanted).square().mean().item(), rel=1e-4)
-    assert held_out.best["distance"] == distance
+    assert held_out.best()["distance"] == distance
+    assert all(torch.equal(values, student.average[name]) for name, values in held_out.best()["weights"].items())
     with torch.no_grad():
         for values in student.average.values():
             values += 1
     assert held_out.measure(model, student) > distance
-    assert HeldOut(model, built.branches, apart, recipe, images, tmp_path).best["distance"] == distance
+    again = HeldOut(model, built.branches, apart, recipe, images, tmp_path)
+    assert again.measure(model, student) > distance
+    assert again.best()["distance"] == distance
+    (tmp_path / "best.pt").unlink()
+    with pytest.raises(TrainingError, match=r"best\.pt is missing, which holds the best student"):
+        again.best()
