@@ -395,7 +395,7 @@ def _explained_out_of_memory(recipe: Recipe) -> Iterator[None]:
             cures.append(f"accumulate = {next(n for n in range(recipe.accumulate + 1, share + 1) if share % n == 0)}")
         if not recipe.gradient_checkpointing:
             cures.append("gradient_checkpointing = true")
-        if processes.count() > 1 and not (recipe.shard_base or recipe.int8_base):
+        if processes.count() > 1 and recipe.student == "lora" and not (recipe.shard_base or recipe.int8_base):
             cures.append("shard_base = true")
         if recipe.optimizer == "adamw" and processes.device().type == "cuda":
             cures.append('optimizer = "adamw_8bit"')

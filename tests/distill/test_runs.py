@@ -16,7 +16,7 @@ from PIL import Image
 from recipes import tiny_recipe
 
 from flashdiff import checkpoint
-from flashdiff.distill import loop
+from flashdiff.distill import loop, processes
 from flashdiff.distill.loop import distill
 from flashdiff.distill.student import Student
 from flashdiff.errors import ConfigError, TrainingError
@@ -134,6 +134,17 @@ def test_out_of_memory_says_what_to_turn(
     monkeypatch.setattr(loop, "make_pool", greedy)
     with pytest.raises(TrainingError, match=said):
         distill(tiny_recipe(tiny_base, **changes), tmp_path / "out")
+
+
+@pytest.mark.parametrize(("student", "lora"), [("lora", {"rank": 1, "alpha": 1}), ("full", None)])
+def test_out_of_memory_advises_to_shard_a_frozen_network_alone(
+    student: str, lora: dict[str, Any] | None, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    recipe = tiny_recipe(tiny_base, student=student, lora=lora)
+    with pytest.raises(TrainingError) as caught, loop._explained_out_of_memory(recipe):
+        raise MemoryError
+    assert ("shard_base" in str(caught.value)) == (student == "lora")
 
 
 def test_a_missing_tracker_is_named(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
