@@ -31,7 +31,7 @@ class HeldOut:
     ) -> None:
         """`data` are the held-out samples, of one size; the teacher solves them at the middle of the recipe's guidance.
 
-        They start at the grid's modes in turn, below their own image's noise; prompts alone start from pure noise.
+        They start at the grid's modes in turn, each from its own image with noise; prompts alone start from pure noise.
         """
         count, size, grid = len(data), data.sizes[0], recipe.grid
         generator = torch.Generator().manual_seed(_SEED)
