@@ -71,13 +71,15 @@ def _uses_gpu() -> bool:
 
 
 def _check_compile() -> None:
+    from torch._inductor import config
     from torch._inductor.cpp_builder import get_cpp_compiler
 
     try:
         get_cpp_compiler()
     except Exception:  # its own class of error, and whatever a broken compiler gives
+        tried = config.cpp.cxx[-1]  # $CXX, or the system's usual one
         raise BackendError(
-            "--compile needs a C++ compiler, and $CXX and g++ are none here: install g++, or leave it out"
+            f"--compile needs a C++ compiler, and '{tried}' is none here: install g++, set $CXX, or leave it out"
         ) from None
 
 

@@ -30,6 +30,9 @@ from flashdiff.families.base import TorchModel
 _OPTIONS = {
     "aot_inductor.package_constants_in_so": False,
     "cpp.dynamic_threads": True,  # otherwise a package keeps the number of threads of its build
+    # Otherwise it keeps the values of tensors with one element, or one axis of up to 8: a cached package would have old biases.
+    "always_keep_tensor_constants": True,
+    "joint_graph_constant_folding": False,
 }
 
 

@@ -76,7 +76,8 @@ def run(options: argparse.Namespace) -> None:
             check_order(spec, prompt="p", steps=steps, size=size, inputs=needed_inputs(spec, size))
         except RequestError as error:
             raise ConfigError(f"--{'mix' if error.field == 'steps' else error.field}: {error}") from None
-    if {core for device in devices for core in device.cores} == os.sched_getaffinity(0):
+    cores = {core for device in devices for core in device.cores}
+    if cores and cores == os.sched_getaffinity(0):  # which not every system has
         print(
             f"{options.device} is every core of this process: the server's other threads and its clients would take time "
             "from the devices, which the plan does not count; leave a core free",

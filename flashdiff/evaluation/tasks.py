@@ -93,10 +93,10 @@ class TaskData:
     def numbers(self, of_images: Sequence[Mapping[str, float]], groups: NDArray[np.int64]) -> dict[str, Interval]:
         """What only this task measures, by name, of the results of `of_image` [N] and the images' groups [N].
 
-        Where the task is to make a small image large: the PSNR to the original. With controls, whichever: the F1 of the edges and
-        the overlap of the silhouettes, per cent, of the image and of its original. With a mask: the PSNR outside it before the
-        original's pixels were put back, and the seam: the mean step of level across the mask's edge, divided by that of the
-        originals in the same places; no seam where these have no step.
+        Where the task is to make a small image large: the PSNR to the original. With controls, of either name: the F1 of the
+        edges and the overlap of the silhouettes, in per cent, of the image and of its original. With a mask: the PSNR outside it
+        before the original's pixels were put back, and the seam: the mean step of level across the mask's edge, divided by that
+        of the originals in the same places; no seam where these have no step.
         """
         values = {name: np.array([of[name] for of in of_images]) for name in of_images[0]}
         found = {name: bootstrap(partial(weighted_mean, values[name]), groups) for name in _MEANS if name in values}

@@ -83,11 +83,13 @@ def main() -> None:
     parser.add_argument("picture", type=Path)
     parser.add_argument("out", type=Path)
     options = parser.parse_args()
+    at_fault = options.picture
     try:
         picture = np.asarray(read_rgb(read_file(options.picture, MAX_BYTES)))
+        at_fault = options.out
         Image.fromarray(control_image(options.control, picture)).save(options.out)
     except Exception as error:  # pillow raises many kinds for damaged files and unknown suffixes
-        raise SystemExit(f"control_images: error: {options.picture}: {first_line(error)}") from None
+        raise SystemExit(f"control_images: error: {at_fault}: {first_line(error)}") from None
 
 
 if __name__ == "__main__":
