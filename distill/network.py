@@ -110,10 +110,10 @@ class Exchange:
     def held(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
         """Within the context, the network has `weights`, each shaped as the parameter of its name; nothing is copied."""
         own = {name: [of[key] for of, key in places] for name, places in self._places.items()}
-        for name, places in self._places.items():
-            for of, key in places:
-                of[key] = weights[name].detach()  # peft says of what lies there whether it takes gradients
         try:
+            for name, places in self._places.items():
+                for of, key in places:
+                    of[key] = weights[name].detach()  # peft says of what lies there whether it takes gradients
             yield
         finally:
             for name, places in self._places.items():

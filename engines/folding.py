@@ -20,7 +20,8 @@ def fold_upsampling(network: nn.Module) -> int:
     """Make every nearest-neighbour doubling and the 3x3 convolution after it one transposed convolution, in place.
 
     Each pixel of the doubled image lies over 2x2 pixels of the original, so that the nine products become four. Zeros around
-    the doubled image are zeros around the original: borders stay exact. Returns how many pairs became one.
+    the doubled image are zeros around the original: borders stay exact. A module that is called with an `output_size`, as in a
+    UNet, would need more: decoders pass none. Returns how many pairs became one.
     """
     from diffusers.models.upsampling import Upsample2D
 

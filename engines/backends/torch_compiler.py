@@ -18,7 +18,7 @@ from torch.export.passes import move_to_device_pass
 
 from flashdiff.components import Size
 from flashdiff.engines.backends.torch import WEIGHTS
-from flashdiff.engines.bundle import BuildInputs, PartFile
+from flashdiff.engines.bundle import BuildInputs, Machine, PartFile
 from flashdiff.engines.cache import cached, key_of
 from flashdiff.engines.export import trace
 from flashdiff.engines.folding import fold_decoder
@@ -34,6 +34,15 @@ _OPTIONS = {
     "always_keep_tensor_constants": True,
     "joint_graph_constant_folding": False,
 }
+
+
+def _options(machine: Machine) -> dict[str, Any]:
+    """Inductor's settings. On x86 the code has the instructions of a level that the machine's features name: by default it has
+    all of the compiling processor, which no bundle could check."""
+    if not machine.system.endswith("x86_64"):
+        return _OPTIONS
+    level = 4 if "avx512f" in machine.features else 3 if "avx2" in machine.features else 2
+    return {**_OPTIONS, "cpp.march": f"x86-64-v{level}"}
 
 
 def compile_parts(
@@ -74,7 +83,9 @@ def _compile(
                 def make(target: Path, bucket: ExportedProgram = bucket, file: str = file) -> None:
                     with warnings.catch_warnings():
                         warnings.simplefilter("ignore")  # torch warns about its own code
-                        aoti_compile_and_package(bucket, package_path=str(target / file), inductor_configs=dict(_OPTIONS))
+                        aoti_compile_and_package(
+                            bucket, package_path=str(target / file), inductor_configs=_options(inputs.machine)
+                        )
 
                 found = cached(key_of(f"torch-{part.name}", {"file": file} | _deciding(bucket, inputs)), make, folder / place)
                 report(f"compiled {part.name} at batch {batch}{f', {size}' if size else ''}{', from the cache' if found else ''}")
@@ -117,6 +128,6 @@ def _deciding(program: ExportedProgram, inputs: BuildInputs) -> dict[str, Any]:
         "shapes": [str(node.meta.get("val")) for node in program.graph.nodes if node.op == "placeholder"],
         "tensors": [[name, str(values.dtype), [*values.shape]] for name, values in _tensors(program).items()],
         "torch": torch.__version__,
-        "options": _OPTIONS,
+        "options": _options(inputs.machine),
         "machine": inputs.machine.model_dump(mode="json"),
     }

@@ -136,7 +136,7 @@ def _running(serve: Path, grpc_port: int, http_port: int) -> Iterator[Cluster]:
     finally:
         process.send_signal(signal.SIGINT)
         with suppress(subprocess.TimeoutExpired):
-            process.wait(600)
+            process.wait(30)  # `serve run` sometimes never ends after a replica was killed
         until(lambda: not _kill(mark))
         process.wait(600)
         shutil.rmtree(folder, ignore_errors=True)

@@ -82,14 +82,12 @@ def test_only_torch_has_it(tiny_base: Path, flash_lora: Path, tmp_path: Path) ->
         plan_build(options)
 
 
-def test_a_machine_without_a_compiler_is_refused_before_any_work(
-    tiny_base: Path, flash_lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_machine_without_a_compiler_is_refused_before_any_work(tiny_base: Path, flash_lora: Path, tmp_path: Path) -> None:
     from torch._inductor import config, cpp_builder
 
-    monkeypatch.setattr(config.cpp, "cxx", (None, str(tmp_path / "no-compiler")))
+    refused = pytest.raises(BackendError, match=r"^--compile needs a C\+\+ compiler, and '.*no-compiler' is none here")
     cpp_builder.cpp_compiler_search.cache_clear()
-    with pytest.raises(BackendError, match=r"^--compile needs a C\+\+ compiler, and '.*no-compiler' is none here"):
+    with config.patch("cpp.cxx", (None, str(tmp_path / "no-compiler"))), refused:
         plan_build(_options(tiny_base, flash_lora, tmp_path / "out"))
     cpp_builder.cpp_compiler_search.cache_clear()
 
