@@ -218,8 +218,8 @@ run_server(lambda: opener(), listen)
             self.process.stderr.close()
 
 
-def until(condition: Callable[[], bool], seconds: float = 60) -> None:
-    """Wait for what must come; a minute without it is a hang, on any machine."""
+def until(condition: Callable[[], bool], seconds: float = PATIENCE_S) -> None:
+    """Wait for what must come; so long without it is a hang, on any machine."""
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.01)
