@@ -31,7 +31,7 @@ def test_wrong_input_of_every_command(
     cases = [
         (("distill", tmp_path / "none.toml", "--out", out), "cannot read the recipe"),
         (("distill", tmp_path / "typo.toml", "--out", out), "unknown key 'batchsize', did you mean 'batch_size'?"),
-        (("distill", "avatars.toml"), "give --out FOLDER for the LoRA, or --dry-run"),
+        (("distill", "avatars.toml"), "give --out FOLDER for the student, or --dry-run"),
         (("build-engine", "nothing", "--out", out), "no base model 'nothing'"),
         (("build-engine", empty, "--out", out), "not a diffusers model directory"),
         (("build-engine", "avatars", "--lora", empty, "--out", out), "no LoRA"),

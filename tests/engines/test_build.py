@@ -216,7 +216,7 @@ def test_several_loras_are_fused_each_by_its_weight(tiny_base: Path, flash_lora:
 @pytest.mark.parametrize(
     ("changes", "kind", "message"),
     [
-        ({"guidance": 3.0}, ConfigError, "a flash student runs without guidance"),
+        ({"guidance": 3.0}, ConfigError, "--guidance is for a base without a flash student, which runs without guidance"),
         ({"sizes": (Size(36, 32),)}, BundleError, "--size 36x32: sd15 needs width and height in multiples of 8"),
         ({"loras": (("nothing", 1.0),)}, LoraError, "no LoRA 'nothing'"),
         ({"base": "avatars"}, LoraError, "build it with its own base"),
