@@ -16,6 +16,7 @@ from flashdiff.engines.runtime.fake import FakeComponents
 from flashdiff.server import calls
 from flashdiff.server import requests as requests_module
 from flashdiff.server.app import Listen
+from flashdiff.server.caps import Caps
 from flashdiff.server.client import Client, ServerError
 from flashdiff.server.http import bodies, listener
 
@@ -92,18 +93,15 @@ def test_slow_bodies_of_some_clients_shut_out_neither_others_nor_the_health_chec
 def test_calls_of_both_protocols_share_their_places(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bodies, "READ_S", 3600.0)
     monkeypatch.setattr(calls, "_MOST_OF_ONE", 2)
+    caps = list[Caps]()
+    monkeypatch.setattr(calls, "Caps", lambda *limits: caps.append(Caps(*limits)) or caps[-1])
     with serving(FakeComponents(), LISTEN) as running, ExitStack() as stack:
         for _ in range(2):
             stack.enter_context(Raw(running, _post(GENERATIONS, b"{", length=100)))
-        with Client(running.address, retries=False) as client:
-
-            def is_refused() -> bool:
-                try:
-                    return not client.generate("x", timeout_s=60)
-                except ServerError as error:
-                    return "calls of yours are under way" in str(error)
-
-            until(is_refused)
+        until(lambda: caps[0]._count == 2)
+        refused = pytest.raises(ServerError, match="calls of yours are under way")
+        with Client(running.address, retries=False) as client, refused:
+            client.generate("x", timeout_s=60)
         assert httpx.post(running.url + GENERATIONS, json={"prompt": "x"}, timeout=60).status_code == 429
         assert _is_live(running)
 
