@@ -259,11 +259,9 @@ class Client:
 
     def wait_until_ready(self, timeout_s: float) -> None:
         """Block until the server answers; ServerError when it does not in time."""
-        ready = grpc.channel_ready_future(self._channel)
         try:
-            ready.result(timeout_s)
+            grpc.channel_ready_future(self._channel).result(timeout_s)
         except grpc.FutureTimeoutError:
-            ready.cancel()  # or its thread fails, and says so, when the channel closes
             raise _no_server(timeout_s) from None
 
     def close(self) -> None:
