@@ -20,6 +20,7 @@ from PIL import Image
 from tiny import (
     IMAGE_SIDE,
     make_tiny_flux,
+    make_tiny_flux_controlnet,
     make_tiny_flux_fill,
     make_tiny_flux_ip_adapter,
     make_tiny_flux_kontext,
@@ -69,16 +70,7 @@ def _make_all(folder: Path) -> None:
     make_tiny_flux_fill(folder / "fill")
     for name in ("dev", "schnell", "wide", "kontext", "fill"):
         make_tiny_flux_ip_adapter(folder / "adapters" / f"{name}.safetensors", folder / name, tokens=TOKENS.get(name, 4))
-    torch.manual_seed(4)
-    network = FluxControlNetModel(
-        in_channels=64, joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 6, 6), num_layers=2,
-        num_single_layers=1, guidance_embeds=True, attention_head_dim=16, num_attention_heads=2,
-    )  # fmt: skip
-    for name, module in network.named_modules():
-        if name.startswith("controlnet_"):
-            for parameter in module.parameters(recurse=False):
-                torch.nn.init.normal_(parameter, std=0.1)
-    network.save_pretrained(folder / "edges")
+    make_tiny_flux_controlnet(folder / "edges")
 
 
 @pytest.fixture(scope="module")

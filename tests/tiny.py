@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
+    FluxControlNetModel,
     FluxFillPipeline,
     FluxKontextPipeline,
     FluxPipeline,
@@ -146,6 +148,23 @@ def make_tiny_controlnet(folder: Path, base: Path, seed: int = 0, **changes: Any
     outputs = (network.controlnet_down_blocks, network.controlnet_mid_block, network.controlnet_cond_embedding.conv_out)
     for parameter in (parameter for module in outputs for parameter in module.parameters()):
         torch.nn.init.normal_(parameter, std=0.3)
+    network.save_pretrained(folder)
+    return folder
+
+
+def make_tiny_flux_controlnet(folder: Path, seed: int = 3) -> Path:
+    """As it would be after training: none of its outputs is 0."""
+    torch.manual_seed(seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # diffusers warns about its own code
+        network = FluxControlNetModel(
+            in_channels=64, joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 6, 6), num_layers=2,
+            num_single_layers=1, guidance_embeds=True, attention_head_dim=16, num_attention_heads=2,
+        )  # fmt: skip
+    for name, module in network.named_modules():
+        if name.startswith("controlnet_"):
+            for parameter in module.parameters(recurse=False):
+                torch.nn.init.normal_(parameter, std=0.1)
     network.save_pretrained(folder)
     return folder
 

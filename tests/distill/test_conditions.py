@@ -3,7 +3,6 @@
 import json
 import shutil
 import tarfile
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from conftest import Once
-from diffusers import FluxControlNetModel, T2IAdapter
+from diffusers import T2IAdapter
 from numpy.typing import NDArray
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
@@ -25,6 +24,7 @@ from safetensors.torch import load_file
 from tiny import (
     make_tiny_controlnet,
     make_tiny_flux,
+    make_tiny_flux_controlnet,
     make_tiny_flux_fill,
     make_tiny_flux_ip_adapter,
     make_tiny_flux_kontext,
@@ -104,17 +104,7 @@ def _make_all(folder: Path) -> None:
     torch.manual_seed(3)
     T2IAdapter(3, [32, 64], num_res_blocks=1, downscale_factor=4, adapter_type="full_adapter").save_pretrained(folder / "t2i")
     make_tiny_flux(folder / "flux")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # diffusers warns about its own code
-        network = FluxControlNetModel(
-            in_channels=64, joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 6, 6), num_layers=2,
-            num_single_layers=1, guidance_embeds=True, attention_head_dim=16, num_attention_heads=2,
-        )  # fmt: skip
-    for part, module in network.named_modules():
-        if part.startswith("controlnet_"):
-            for parameter in module.parameters(recurse=False):
-                torch.nn.init.normal_(parameter, std=0.1)
-    network.save_pretrained(folder / "flux-edges")
+    make_tiny_flux_controlnet(folder / "flux-edges")
     make_tiny_image_encoder(folder / "ip" / "image_encoder")
     make_tiny_ip_adapter(folder / "ip" / "ip.safetensors", plain)
     make_tiny_flux_ip_adapter(folder / "ip" / "flux.safetensors", folder / "flux")

@@ -29,7 +29,7 @@ CONTROL = pytest.mark.parametrize("control", list(CONTROLS))
 
 
 def _square(inside: int = 200) -> NDArray[np.uint8]:
-    """A square of 12 pixels in the middle of 32 grey ones, with a hole of the background's colour and a speck beside it."""
+    """A square of 12 pixels in the middle of 32 grey ones, with a hole of the background's colour and a speck next to it."""
     picture = np.full((32, 32, 3), 60, np.uint8)
     picture[10:22, 10:22] = inside
     picture[14:18, 14:18] = 60
