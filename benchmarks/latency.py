@@ -124,7 +124,9 @@ def main() -> int:
     parser.add_argument(
         "--calibration-prompts", type=Path, metavar="FILE", help="with --matrix, of a base that is not the embedded model"
     )
-    parser.add_argument("--no-compiled", action="store_true", help="without compiled stock diffusers, which takes minutes")
+    parser.add_argument(
+        "--no-compiled", action="store_true", help="neither stock diffusers nor torch bundles compiled, which takes minutes"
+    )
     parser.add_argument("--repeats", type=int, default=20, help="default: %(default)s")
     parser.add_argument(
         "--quick", action="store_true", help="one repeat of few steps: exercises the code, the numbers mean nothing"
@@ -148,15 +150,22 @@ def _measure_matrix(options: argparse.Namespace) -> None:
     if options.base:
         check_stock_base(options.base)
     batches, repeats = parse_batches(options.batch or "1,8"), 1 if options.quick else options.repeats
+    with_compiled = repeats > 1 and not options.no_compiled
     with tempfile.TemporaryDirectory() as folder:
         bundles = options.student or build_matrix(
-            options.base, options.lora, batches, options.calibration_prompts, Path(folder), show
+            options.base,
+            options.lora,
+            batches,
+            options.calibration_prompts,
+            Path(folder),
+            with_compiled=with_compiled,
+            report=show,
         )
         results = run_matrix(
             bundles,
             batches=batches,
             repeats=repeats,
-            with_compiled=repeats > 1 and not options.no_compiled,
+            with_compiled=with_compiled,
             report=show,
             stock=StockModel(options.base, options.lora) if options.base else None,
         )

@@ -16,32 +16,44 @@ from flashdiff.errors import BackendError, BundleError
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp16", "int8")
 _STEPS = 4
+_COMPILED = "torch, compiled"
 
 
 def build_matrix(
-    base: str, lora: Path, batches: Sequence[int], prompts: Path | None, folder: Path, report: Callable[[str], None]
+    base: str,
+    lora: Path,
+    batches: Sequence[int],
+    prompts: Path | None,
+    folder: Path,
+    *,
+    with_compiled: bool,
+    report: Callable[[str], None],
 ) -> list[Path]:
     """A student's bundle in `folder` for every backend and precision that runs here; `report` gets a line for each that does not.
 
-    The prompts calibrate int8 and measure quality; the embedded model needs none.
+    The prompts calibrate int8 and measure quality; the embedded model needs none. `with_compiled` adds torch with its parts
+    compiled.
     """
     from flashdiff.engines.build import BuildOptions, build_engine
 
+    engines = [(backend, precision, False) for backend in BACKENDS for precision in PRECISIONS]
+    if with_compiled:
+        engines += [("torch", precision, True) for precision in PRECISIONS if precision != "int8"]
     bundles = []
-    for backend in BACKENDS:
-        for precision in PRECISIONS:
-            out = folder / f"{backend}-{precision}"
-            options = BuildOptions(
-                base=base, loras=((str(lora), 1.0),), backend=backend, batch_sizes=tuple(sorted({*batches})), out=out
-            ).model_copy(update={"precision": precision, "calibration_prompts": prompts})
-            try:
-                build_engine(options, report, with_quality=True)
-            except (BackendError, BundleError) as error:
-                if isinstance(error, BundleError) and precision == "fp32":
-                    raise
-                report(f"without {backend} {precision}: {error}")
-            else:
-                bundles.append(out)
+    for backend, precision, is_compiled in engines:
+        name = f"{_COMPILED if is_compiled else backend} {precision}"
+        out = folder / name
+        options = BuildOptions(
+            base=base, loras=((str(lora), 1.0),), backend=backend, batch_sizes=tuple(sorted({*batches})), out=out
+        ).model_copy(update={"precision": precision, "compile": is_compiled, "calibration_prompts": prompts})
+        try:
+            build_engine(options, report, with_quality=True)
+        except (BackendError, BundleError) as error:
+            if isinstance(error, BundleError) and precision == "fp32":
+                raise
+            report(f"without {name}: {error}")
+        else:
+            bundles.append(out)
     if not bundles:
         raise BackendError("no backend runs here")
     return bundles
@@ -61,7 +73,7 @@ def run_matrix(
     {"environment": ..., "rows": [...], "quality": [...]}
     """
     engines = [open_bundle(bundle) for bundle in bundles]
-    kinds = [(engine.manifest.backend, engine.manifest.precision) for engine in engines]
+    kinds = [_kind(engine.manifest) for engine in engines]
     if len(set(kinds)) < len(kinds):
         raise BundleError("two bundles have the same backend and precision, so their measurements would have the same name")
     for engine in engines:
@@ -87,9 +99,15 @@ def run_matrix(
     }
 
 
+def _kind(manifest: Manifest) -> tuple[str, str]:
+    """The names of backend and precision."""
+    return _COMPILED if manifest.compiled else manifest.backend, manifest.precision
+
+
 def _quality(manifest: Manifest) -> Measurement:
+    backend, precision = _kind(manifest)
     quality = manifest.quality.model_dump(mode="json") if manifest.quality else {}
-    return {"backend": manifest.backend, "precision": manifest.precision, **quality}
+    return {"backend": backend, "precision": precision, **quality}
 
 
 def matrix_table(results: Mapping[str, Any]) -> str:
