@@ -48,6 +48,7 @@ from flashdiff.lora import (
     check_base,
     find_lora,
     fused_spec,
+    hashes_of,
     lora_files,
     lora_hash,
     lora_name,
@@ -169,7 +170,7 @@ def plan_build(options: BuildOptions, *, with_quality: bool = False) -> BuildPla
                 f"--precision int8 and auto calibrate on prompts, and {spec.name} makes no image of a prompt alone; "
                 "take fp32, fp16 or bf16"
             )
-        is_world = hash_of_base == base_hash(find_base(_EMBEDDED))
+        is_world = base_hash(find_base(_EMBEDDED)) in hashes_of(folder, hash_of_base)
         calibration, prompts = find_prompts(options.calibration_prompts, is_world=is_world)
     rank = (options.lora_rank or defaults.LORA_RANK) if options.lora_slots else 0
     spec = _with_slots(spec, folder, family, options, rank)

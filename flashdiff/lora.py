@@ -308,6 +308,12 @@ def _check_guidance(base: ModelSpec, guidance: float | None) -> None:
         raise ConfigError(f"--guidance {guidance:g}: {base.name} was distilled to run without guidance; leave it out, or give 0")
 
 
+def hashes_of(base: Path, hash_of_base: str) -> set[str]:
+    """The hash of a base and, where it is a flash student, that of the base that it was distilled from."""
+    student = read_flash_info(base)
+    return {hash_of_base, student.base_hash} if student else {hash_of_base}
+
+
 def check_base(base: Path, hash_of_base: str, loras: Sequence[Path]) -> list[str]:
     """LoraError for a flash LoRA that was trained on another base; a warning for each that knew the base in another precision."""
     warnings = []

@@ -26,7 +26,7 @@ from flashdiff.families.loading import load_part, read_config
 from flashdiff.families.networks import find_network, hash_of_network
 from flashdiff.families.prints import shared_precision
 from flashdiff.families.settings import check_config, check_types, default_settings
-from flashdiff.lora_files import FLASH
+from flashdiff.lora import hashes_of
 from flashdiff.lora_requests import unslotted
 from flashdiff.reading import read_json
 
@@ -79,16 +79,10 @@ def check_control(name: str, folder: Path, family: ModelFamily, base: Path, spec
             hashes = f"the control is {hash_of_network(folder)[:12]}, the base {base_hash(base)[:12]}"
             raise ModelError(f"{option} was made for another base: its {setting} is {own}, {spec.name} needs {wanted} ({hashes})")
     info = read_control_info(folder)
-    if info and info.base_hash not in _hashes(base) and shared_precision(base, info.base_prints) is None:
+    if info and info.base_hash not in hashes_of(base, base_hash(base)) and shared_precision(base, info.base_prints) is None:
         hashes = f"'{info.base}' with hash {info.base_hash[:12]}, but {spec.name} has hash {base_hash(base)[:12]}"
         raise ModelError(f"{option} was made for another base: {hashes} (the control is {hash_of_network(folder)[:12]})")
     return class_name
-
-
-def _hashes(base: Path) -> set[str]:
-    """Of a base, and of the one that it was distilled from: a flash student takes the networks of its base."""
-    student = read_json(base / FLASH) if (base / FLASH).is_file() else {}
-    return {base_hash(base), student.get("base_hash", "")}
 
 
 def read_control_info(folder: Path) -> ControlInfo | None:

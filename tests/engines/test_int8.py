@@ -27,7 +27,11 @@ from flashdiff.engines.runtime.engine import open_bundle
 from flashdiff.engines.verify import PART_ERROR
 from flashdiff.errors import BackendError, BundleError
 from flashdiff.evaluation.images import Prompt
+from flashdiff.families import find_base
+from flashdiff.families.files import base_hash
 from flashdiff.files import new_folder
+from flashdiff.lora import find_lora
+from flashdiff.lora_files import FLASH
 
 _INT8 = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"}
 
@@ -126,6 +130,17 @@ def test_a_base_of_no_known_world_needs_prompts(tiny_base: Path, tmp_path: Path)
     assert plan.inputs.calibration
     assert plan.inputs.calibration.source == "avatars"
     assert {*plan.inputs.library_versions} >= {"nncf", "openvino"}
+
+
+@pytest.mark.usefixtures("any_processor")
+@pytest.mark.skipif(importlib.util.find_spec("nncf") is None, reason="needs nncf")
+def test_a_whole_student_of_the_embedded_model_is_calibrated_on_its_world(tmp_path: Path) -> None:
+    student = shutil.copytree(find_base("avatars"), tmp_path / "student")
+    shutil.copy(find_lora("avatars-flash") / FLASH, student)
+    plan = plan_build(BuildOptions(base=str(student), backend="openvino", precision="int8", out=tmp_path / "b"))
+    assert plan.inputs.base_hash != base_hash(find_base("avatars"))
+    assert plan.inputs.calibration
+    assert plan.inputs.calibration.source == "avatars"
 
 
 def test_prompts_without_int8_are_refused_in_one_line(

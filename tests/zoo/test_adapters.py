@@ -125,10 +125,11 @@ def test_an_adapter_of_another_base_is_refused_with_both_hashes(tmp_path: Path) 
         check_control("edges", folder, family, base, spec)
     (folder / RECORD).write_text(json.dumps({**record, "base_prints": {}}))
     student = shutil.copytree(base, tmp_path / "student")
-    (student / FLASH).write_text(json.dumps({"base_hash": base_hash(base)}))
+    info = json.loads((ZOO / "avatars-flash" / FLASH).read_text())
+    (student / FLASH).write_text(json.dumps(info))
     assert base_hash(student) != base_hash(base)
     assert check_control("edges", folder, family, student, spec)  # a student that is a whole model takes what its base takes
-    (student / FLASH).write_text(json.dumps({"base_hash": "f" * 64}))
+    (student / FLASH).write_text(json.dumps({**info, "base_hash": "f" * 64}))
     with pytest.raises(ModelError, match="was made for another base"):
         check_control("edges", folder, family, student, spec)
     (folder / RECORD).write_text("[1")
