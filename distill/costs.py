@@ -62,7 +62,7 @@ class RemainingTime:
         training_s = remaining_s(recipe, branches, update, target_s=self.target_s, update_s=self.update_s, measured=now)
         preview_s = self._preview_s
         if preview_s is None:  # mostly the teacher's evaluations, at the rate of those in the targets
-            preview_s = self.target_s / target_cost(recipe, now, branches) * preview_cost(recipe, branches) / recipe.batch_size
+            preview_s = self.target_s / target_cost(recipe, now, branches) * checkpoint_cost(recipe, branches) / recipe.batch_size
         return training_s + preview_s * (-(-recipe.updates // recipe.checkpoint_every) - update // recipe.checkpoint_every)
 
 
@@ -120,9 +120,17 @@ def update_cost(recipe: Recipe, phase: Phase, branches: Branches) -> float:
     return count
 
 
-def preview_cost(recipe: Recipe, branches: Branches) -> float:
-    """Forward passes of one preview: for each prompt the guided teacher, and the student at its most, 2 and 1 steps."""
-    return len(recipe.preview_prompts) * (branches.count * TEACHER_STEPS + recipe.grid.modes + 2 + 1)
+def checkpoint_cost(recipe: Recipe, branches: Branches) -> float:
+    """Forward passes at one checkpoint: the student's of the held-out samples, and for each prompt of the preview those of the
+    guided teacher, and of the student at its most, 2 and 1 steps."""
+    return recipe.keep_best + len(recipe.preview_prompts) * (branches.count * TEACHER_STEPS + recipe.grid.modes + 2 + 1)
+
+
+def held_out_cost(recipe: Recipe, branches: Branches) -> int:
+    """Evaluations of the network for the teacher's solutions of the held-out images, which start at the modes in turn."""
+    modes = recipe.grid.mode_indices()
+    steps = sum(recipe.grid.solver_steps - modes[number % len(modes)] for number in range(recipe.keep_best))
+    return branches.evaluations(sum(recipe.guidance) / 2) * steps
 
 
 def _roll_out(recipe: Recipe, phase: Phase) -> float:

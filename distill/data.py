@@ -81,7 +81,7 @@ class Dataset:
         The size is the one that most samples have. TrainingError where it has not so many more.
         """
         if not count:
-            return self, self._chosen(())
+            return self, Dataset([], batch_size=self._batch_size, seed=self._seed)
         size, indices = max(self._of_size.items(), key=lambda found: len(found[1]))
         if len(indices) <= count:
             raise TrainingError(

@@ -11,7 +11,7 @@ from flashdiff.distill import processes
 from flashdiff.distill.bases import load_trained_base
 from flashdiff.distill.conditions import ImageConditions
 from flashdiff.distill.config import Recipe
-from flashdiff.distill.costs import target_cost, teacher_evaluations, update_cost
+from flashdiff.distill.costs import held_out_cost, target_cost, teacher_evaluations, update_cost
 from flashdiff.distill.initial import first_weights
 from flashdiff.distill.int8 import round_to_int8
 from flashdiff.distill.network import blank_conditioning, checkpoint_gradients, run_network
@@ -57,6 +57,12 @@ def dry_run(recipe: Recipe) -> Iterator[str]:
             f"teacher's ODE, {round(others, 1):g} other forward passes"
         )
         start += phase.updates
+    if count := recipe.keep_best:
+        checkpoints = -(-recipe.updates // recipe.checkpoint_every)
+        yield (
+            f"held out {count:,} samples: {held_out_cost(recipe, objective.branches):,} evaluations of the teacher's ODE "
+            f"when the run starts, and {count:,} of the student at each of {checkpoints:,} checkpoints"
+        )
     # Weights of every part, and for what is trained its gradient, average and AdamW's two moments.
     added = (model.reference_encoder, *model.controls.values())
     parts = (model.text_encoder, model.denoiser, model.decoder, *(part for part in added if part is not None))

@@ -32,6 +32,7 @@ def test_a_dry_run_counts_parameters_apart_and_writes_nothing(tiny_base: Path, t
     assert "3 to 8: distillation 1, adversarial 0.1, distribution matching 0.3" in lines
     assert "ODE, 15 other forward passes" in lines  # adversarial 3 halves and matching 3 more
     assert "16 in 8 updates of 2" in lines
+    assert "held out" not in lines
     assert not list(tmp_path.iterdir())
 
 
@@ -49,6 +50,15 @@ def test_a_dry_run_is_the_same_command_with_a_word_more(
     assert cli.main(["distill", str(recipe), "--out", str(out), "--dry-run"]) == 0
     assert capsys.readouterr().out == shown
     assert not out.exists()
+
+
+def test_a_dry_run_counts_the_held_out_samples(tiny_base: Path) -> None:
+    lines = "\n".join(dry_run(tiny_recipe(tiny_base, keep_best=6, checkpoint_every=3)))
+    # From the four modes in turn 4, 3, 2, 1, 4 and 3 steps, guided.
+    assert (
+        "held out 6 samples: 34 evaluations of the teacher's ODE when the run starts, and 6 of the student at each of "
+        "2 checkpoints" in lines
+    )
 
 
 @pytest.mark.slow

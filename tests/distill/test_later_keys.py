@@ -573,14 +573,19 @@ def test_a_run_tells_where_its_time_went(flash_lora: Path) -> None:
 # --- the best checkpoint ---------------------------------------------------------------------------------------------
 
 
-def test_held_out_samples_have_one_size_and_are_not_trained_on(tiny_base: Path, model: TorchModel) -> None:
+def test_held_out_samples_have_one_size_and_are_not_trained_on(
+    tiny_base: Path, model: TorchModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = load_dataset(tiny_recipe(tiny_base).data, model, batch_size=2, seed=0)
     rest, apart = data.held_out(2)
     assert len(rest) == 4
     assert len(apart) == 2
     assert sorted([*rest.items, *apart.items], key=str) == sorted(data.items, key=str)
     assert data.held_out(2)[1].items == apart.items
+    monkeypatch.setattr(data, "_chosen", None)  # nothing is to be sorted out
     assert data.held_out(0)[0] is data
+    assert len(data.held_out(0)[1]) == 0
+    monkeypatch.undo()
     with pytest.raises(TrainingError, match=r"keep_best = 6: there are 6 samples of 32x32, and some are needed to train on"):
         data.held_out(6)
     with pytest.raises(ValueError, match=r"keep_best must be a multiple of batch_size \(2\), not 3"):

@@ -36,21 +36,23 @@ def test_a_terminal_gets_a_named_bar_and_no_lines(
     assert "loss 1" in shown
 
 
-def test_the_time_left_counts_previews_and_is_corrected_by_what_a_phase_takes(tiny_base: object) -> None:
+def test_the_time_left_counts_checkpoints_and_is_corrected_by_what_a_phase_takes(tiny_base: object) -> None:
     modes = {"mode_weights": (0, 0, 0, 1)}
     recipe = tiny_recipe(
         tiny_base,  # type: ignore[arg-type]
         phases=[{"updates": 20, **modes}, {"updates": 20, **modes, "distribution_matching": 0.5}],
         checkpoint_every=10,
         preview_prompts=["a dog"],
+        keep_best=4,
     )
     text = branches_of_text({})
     left = RemainingTime(recipe, text)
     left.solved(span_at(recipe, 0), 16.0)  # a second an update
     left.updated(recipe.phases[0], 1.0)
-    # 19 updates of 3 passes and 20 of 6, 24 more targets, and four previews of 107 evaluations, at the rate of the targets'.
-    preview_s = 107 / (recipe.batch_size * target_cost(recipe, recipe.phases[0], text))
-    assert left.left_s(1) == pytest.approx(19 * 1 + 20 * 2 + 24 * 1 + 4 * preview_s)
+    # 19 updates of 3 passes and 20 of 6, 24 more targets, and four checkpoints, at the rate of the targets': 107 evaluations
+    # for a preview and 4 for the held-out samples.
+    checkpoint_s = 111 / (recipe.batch_size * target_cost(recipe, recipe.phases[0], text))
+    assert left.left_s(1) == pytest.approx(19 * 1 + 20 * 2 + 24 * 1 + 4 * checkpoint_s)
     left.previewed(5.0)
     assert left.left_s(10) == pytest.approx(10 * 1 + 20 * 2 + 24 * 1 + 3 * 5)
     left.updated(recipe.phases[1], 3.0)  # not the two seconds that were expected
