@@ -5,6 +5,7 @@ import importlib.util
 import inspect
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from flashdiff.engines.plan import plan_build
 from flashdiff.engines.runtime.engine import open_bundle
 from flashdiff.engines.shapes import bucket_shapes, dimensions_of
 from flashdiff.errors import ConfigError, ModelError, RequestError
-from flashdiff.families import family_of
+from flashdiff.families import family_of, sdxl
 from flashdiff.families.base import TorchModel
 from flashdiff.families.control import with_controls
 from flashdiff.families.ip_adapter import as_clip_normalizes, find_adapter, with_adapter
@@ -310,7 +311,7 @@ def test_a_spec_without_its_reference_is_the_one_it_was(bases: dict[str, Path]) 
 
 
 def test_an_adapter_that_does_not_fit_is_refused_when_the_build_is_planned(
-    bases: dict[str, Path], adapters: dict[str, Path], once: Once, tmp_path: Path
+    bases: dict[str, Path], adapters: dict[str, Path], once: Once, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def plan(base: Path, adapter: Path | str, encoder: Path | str | None = None) -> None:
         plan_build(
@@ -368,7 +369,10 @@ def test_an_adapter_that_does_not_fit_is_refused_when_the_build_is_planned(
         plan(sd15, adapters["sd15"], sd15 / "text_encoder")
     with pytest.raises(ModelError, match=r"--reference-encoder nowhere: there is no such folder"):
         plan(sd15, adapters["sd15"], "nowhere")
-    with pytest.raises(ModelError, match=r"models of the family pixart take no IP-Adapter; sd15, sdxl and flux do"):
+    with pytest.raises(ModelError, match=r"models of the family pixart take no IP-Adapter; those that do: sd15, sdxl, flux$"):
+        plan(once("families/pixart", MODELS["pixart"]), adapters["sd15"])
+    monkeypatch.setattr(sdxl, "FAMILY", replace(sdxl.FAMILY, references=None))
+    with pytest.raises(ModelError, match=r"; those that do: sd15, flux$"):
         plan(once("families/pixart", MODELS["pixart"]), adapters["sd15"])
     assert plan_build(BuildOptions(base=str(sd15), out=tmp_path / "out", backend="torch", reference=str(adapters["sd15"]))).inputs
 

@@ -76,7 +76,16 @@ def family_of(folder: Path) -> "ModelFamily":
         near = difflib.get_close_matches(str(pipeline_class), _FAMILIES, n=1, cutoff=0.7)
         hint = f"the nearest of those supported is {near[0]}; all: " if near else "supported: "
         raise ModelError(f"{folder}: no family for a {pipeline_class}; {hint}{', '.join(_FAMILIES)}")
-    family: ModelFamily = importlib.import_module(f"flashdiff.families.{_FAMILIES[pipeline_class]}").FAMILY
+    return _family(_FAMILIES[pipeline_class])
+
+
+def all_families() -> "list[ModelFamily]":
+    """Every family, once."""
+    return [_family(module) for module in dict.fromkeys(_FAMILIES.values())]
+
+
+def _family(module: str) -> "ModelFamily":
+    family: ModelFamily = importlib.import_module(f"flashdiff.families.{module}").FAMILY
     return family
 
 

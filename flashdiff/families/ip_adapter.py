@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from flashdiff.components import ModelSpec
 from flashdiff.errors import ModelError, first_line
+from flashdiff.families import all_families
 from flashdiff.families.base import IpAdapter, ModelFamily, TorchModel
 from flashdiff.families.files import base_hash
 from flashdiff.families.hub import HubName, download_file, download_part, hub_name
@@ -121,7 +122,8 @@ def check_adapter(found: Found, family: ModelFamily, base: Path, spec: ModelSpec
     """What an adapter is; ModelError for one that does not fit the base or the encoder, with both shapes."""
     option = f"--reference {found.file}"
     if not family.references:
-        raise ModelError(f"{option}: models of the family {family.name} take no IP-Adapter; sd15, sdxl and flux do")
+        taking = ", ".join(other.name for other in all_families() if other.references)
+        raise ModelError(f"{option}: models of the family {family.name} take no IP-Adapter; those that do: {taking}")
     reader = family.references
     if (pipeline := pipeline_class_of(base)) in reader.not_for:
         raise ModelError(f"{option}: models of the class {pipeline} take no IP-Adapter")
