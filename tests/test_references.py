@@ -347,9 +347,16 @@ def test_an_adapter_that_does_not_fit_is_refused_when_the_build_is_planned(
         plan(sd15, deep, encoder)
     with pytest.raises(ModelError, match=r"its image_proj.norm.weight is not there, sd15 needs \[32\]"):
         plan(sd15, edited("bare", lambda tensors: tensors.pop("image_proj.norm.weight")), encoder)
-    face = edited("face", lambda tensors: tensors.update({"image_proj.proj.0.weight": tensors.pop("image_proj.proj.weight")}))
-    with pytest.raises(ModelError, match=r"a FaceID adapter, which reads a face network's features; the plain form and plus"):
-        plan(sd15, face, encoder)
+
+    def projected(name: str, first: str, *shape: int) -> Path:
+        layers = {f"image_proj.{first}.weight": torch.ones(shape), "image_proj.proj.2.weight": torch.ones(8, shape[0])}
+        return edited(name, lambda tensors: (tensors.pop("image_proj.proj.weight"), tensors.update(layers)))
+
+    for face in (projected("face", "proj.0", 4, 512), projected("face-plus", "perceiver_resampler.proj_in", 4, 24)):
+        with pytest.raises(ModelError, match=r"a FaceID adapter, which reads a face network's features; the plain form and"):
+            plan(sd15, face, encoder)
+    with pytest.raises(ModelError, match=r"it makes its tokens by several layers .* InstantX's adapter of FLUX .*; the plain"):
+        plan(sd15, projected("instantx", "proj.0", 48, 24), encoder)
     with pytest.raises(ModelError, match=r"no IP-Adapter: it needs tensors image_proj.\* and ip_adapter.\*, and has "):
         plan(sd15, sd15 / "unet" / "diffusion_pytorch_model.safetensors", encoder)
     (tmp_path / "noise.safetensors").write_bytes(b"\xff" * 64)

@@ -33,6 +33,7 @@ _MEAN, _DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258
 """Of the images that CLIP was trained on, as its image processor has them."""
 _BLOCKS, _HEAD = 4, 64  # of the Resampler, likewise
 _MOST_TOKENS = 1024
+_FACE_FEATURES = 512  # of the face network that FaceID adapters read
 LAYERS, PROJECTION, VISION = (
     ("ip_adapter.", "double_blocks."),
     ("image_proj.", "ip_adapter_proj_model."),
@@ -204,9 +205,20 @@ def _kind_of(option: str, shapes: Mapping[str, list[int]], projection: Mapping[s
             f"{option}: its Resampler has latents {latents} and queries {query}; one set of up to {_MOST_TOKENS} latents with "
             f"heads {_HEAD} wide is supported"
         )
-    faces = "norm.weight" in projection or any(name.startswith("perceiver_resampler.") for name in projection)
-    what = "a FaceID adapter, which reads a face network's features" if faces else "of a form that is not supported"
-    raise ModelError(f"{option}: it is {what}; the plain form and plus (a Resampler) are supported")
+    raise ModelError(f"{option}: {_unsupported(projection)}; the plain form and plus (a Resampler) are supported")
+
+
+def _unsupported(projection: Mapping[str, list[int]]) -> str:
+    """What an adapter of another form is, by the shapes of what makes its tokens."""
+    first = projection.get("proj.0.weight", [])
+    if first[1:] == [_FACE_FEATURES] or any(name.startswith("perceiver_resampler.") for name in projection):
+        return "it is a FaceID adapter, which reads a face network's features"
+    if first:
+        return (
+            "it makes its tokens by several layers from the image encoder's embedding, as InstantX's adapter of FLUX and the "
+            "form called full do"
+        )
+    return "it is of a form that is not supported"
 
 
 def _read_encoder(folder: Path) -> dict[str, Any]:
