@@ -133,6 +133,18 @@ def test_a_reference_is_read_as_in_the_stock_pipeline(bases: Path, name: str, sc
     np.testing.assert_allclose(without, _made(plain), atol=1e-5, rtol=0)
 
 
+def test_the_queries_of_an_image_are_computed_once(bases: Path) -> None:
+    model, called = _model(bases, "dev"), list[str]()
+    hooks = [
+        block.attn.to_q.register_forward_hook(lambda *_, name=name: called.append(name))
+        for name, block in model.network.transformer_blocks.named_children()
+    ]
+    _made(model, 0.5)
+    for hook in hooks:
+        hook.remove()
+    assert called == ["0", "1", "2"] * STEPS
+
+
 def test_tensors_in_diffusers_names_are_the_same_adapter(bases: Path, tmp_path: Path) -> None:
     tensors = {}
     for name, values in safetensors.torch.load_file(_adapter(bases, "dev")).items():
