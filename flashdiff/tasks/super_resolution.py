@@ -17,9 +17,11 @@ from flashdiff.noise import low_res_noise
 from flashdiff.orders import Order
 from flashdiff.parts import LOW_RES_IMAGE, NOISE_LEVEL
 from flashdiff.sampling import renoise
+from flashdiff.schedule import MAX_TIMESTEPS
 from flashdiff.tasks.base import Parameter, Task
 
-_LEVEL = Parameter(name=NOISE_LEVEL, default=defaults.NOISE_LEVEL, at_least=0, at_most=defaults.MAX_NOISE_LEVEL, is_whole=True)
+_LEVEL = Parameter(name=NOISE_LEVEL, default=defaults.NOISE_LEVEL, at_least=0, at_most=MAX_TIMESTEPS - 1, is_whole=True)
+"""Of any model; each has a highest level of its own."""
 
 
 class _SuperResolution(Task):

@@ -206,6 +206,7 @@ def test_small_images_are_enlarged_and_compared_with_their_originals(originals: 
     off_by_five = np.where(originals.pixels < 128, originals.pixels + 5, originals.pixels - 5)
     assert _numbers(data, off_by_five, off_by_five)[PSNR].value == pytest.approx(20 * np.log10(255 / 5))
     assert task_data("upscaling", originals, {"upscale": 1.0}).numbers_of_input[PSNR].value > 100
+    assert task_data("super_resolution", originals, {"noise_level": 600}).parameters == {"noise_level": 600}  # a base may know it
     for wrong in (0.0, -2.0, float("nan")):
         with pytest.raises(RequestError, match=r"upscale: .* it must be between 1 and 8"):
             task_data("upscaling", originals, {"upscale": wrong})
