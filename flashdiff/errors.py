@@ -66,9 +66,10 @@ class RequestError(FlashdiffError):
     """A request that the model cannot fill; most say which field is outside what the model allows."""
 
     field: str | None = None
+    allowed: str = ""
 
     def __init__(self, field: str, value: object, allowed: str) -> None:
-        self.field = field
+        self.field, self.allowed = field, allowed
         shown = repr(value[:80] if isinstance(value, str | bytes) else value)  # which may be megabytes
         super().__init__(f"{field}: {shown if len(shown) <= 80 else shown[:77] + '...'} is not allowed; {allowed}")
 

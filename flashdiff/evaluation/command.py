@@ -1,8 +1,8 @@
 """`flashdiff evaluate`: opens the models and images that its options name, measures every subject, and writes the report."""
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -36,7 +36,7 @@ from flashdiff.evaluation.images import (
     write_images,
 )
 from flashdiff.evaluation.protocols import CLIP, Meter, protocol_of, protocol_table, read_coco, run_protocol
-from flashdiff.evaluation.tasks import TaskData, check_task, task_data
+from flashdiff.evaluation.tasks import TaskData, check_task, parameter_option, task_data
 from flashdiff.families.base import TorchModel
 from flashdiff.files import new_folder, write_whole
 from flashdiff.lora import find_lora, fused_spec, load_fused, read_flash_info
@@ -99,7 +99,8 @@ def evaluate(options: EvaluateOptions, *, open_bundle: Callable[[Path], Componen
     features = feature_extractor(options.features or ("avatars" if of_world else "inception"))
     scorer_name = options.text or ("avatars" if of_world else None)
     scorer = text_scorer(scorer_name) if scorer_name else None
-    selection = _select(options, open_bundle, report)
+    with _as_options(dict(options.parameters)):
+        selection = _select(options, open_bundle, report)
     reference = read_reference(options.reference, options.reference_count, WORLD_SIZE)
     if not selection.task and not selection.is_drawable:
         selection.real, reference = _real_part(reference)
@@ -215,7 +216,7 @@ def _select(options: EvaluateOptions, open_bundle: Callable[[Path], Components],
     taken = {REAL, selection.made.name if selection.made else REAL}
     for name, components, steps in opened:
         if options.task:
-            check_task(options.task, components.spec, name)
+            check_task(options.task, components.spec, name, dict(options.parameters))
         for count in steps or (components.spec.sampler.default_steps,):
             for prompt in selection.prompts:
                 _check_request(components.spec, prompt, count, selection.task)
@@ -227,6 +228,18 @@ def _select(options: EvaluateOptions, open_bundle: Callable[[Path], Components],
         for prompt in selection.prompts:
             components.tokenize([prompt.text])  # refuses what is too long
     return selection
+
+
+@contextmanager
+def _as_options(parameters: Mapping[str, float]) -> Iterator[None]:
+    """Within the block a RequestError about one of these numbers is a ConfigError that names its option."""
+    try:
+        yield
+    except RequestError as error:
+        name = (error.field or "").removeprefix("controls.").removesuffix(".scale")
+        if name not in parameters:
+            raise
+        raise ConfigError(f"{parameter_option(name, parameters[name])}: {error.allowed}") from None
 
 
 def _check_request(spec: ModelSpec, prompt: Prompt, steps: int, task: TaskData | None) -> None:
@@ -250,7 +263,7 @@ def _check_task_options(options: EvaluateOptions) -> None:
         )
     if options.task is None:
         if options.images or options.parameters:
-            given = f"--images {options.images}" if options.images else "--parameter {}={:g}".format(*options.parameters[0])
+            given = f"--images {options.images}" if options.images else parameter_option(*options.parameters[0])
             raise ConfigError(f"{given}: it is for --task; give one")
     elif options.images:
         if options.reference == WORLD or options.prompts != defaults.PROMPTS or options.seeds != defaults.IMAGES_PER_PROMPT:

@@ -132,11 +132,19 @@ def task_data(name: str, originals: ImageSet, parameters: Mapping[str, float]) -
     return TaskData(originals=originals, inputs=inputs, unchanged=of_input, parameters=parameters, is_enlarged=name in _ENLARGED)
 
 
-def check_task(name: str, spec: ModelSpec, title: str) -> None:
-    """ConfigError for a model that does not do the task."""
+def parameter_option(name: str, value: float) -> str:
+    """The option of the command line that gives a task's number."""
+    return f"--parameter {name}={value:g}"
+
+
+def check_task(name: str, spec: ModelSpec, title: str, parameters: Mapping[str, float]) -> None:
+    """ConfigError for a model that does not do the task, or takes other controls than these parameters name."""
     if name == CONTROL:
-        if not controls_of(spec):
+        taken = controls_of(spec)
+        if not taken:
             raise ConfigError(f"--task {name}: {title} takes no controls: give a bundle of build-engine --control")
+        if other := next((control for control in parameters if control not in taken), None):
+            raise ConfigError(f"{parameter_option(other, parameters[other])}: {title} takes {', '.join(taken)}")
         return
     known = [task.name for task in tasks_of(spec)]
     if name not in known:
@@ -147,7 +155,7 @@ def _controlled(originals: ImageSet, scales: Mapping[str, float]) -> TaskData:
     """Requests with control images of their originals, at these scales by name."""
     if unknown := [name for name in scales if name not in CONTROLS]:
         raise ConfigError(
-            f"--parameter {unknown[0]}={scales[unknown[0]]:g}: of --task {CONTROL}, {' and '.join(CONTROLS)} can be drawn"
+            f"{parameter_option(unknown[0], scales[unknown[0]])}: of --task {CONTROL}, {' and '.join(CONTROLS)} can be drawn"
         )
     if not scales:
         raise ConfigError(f"--task {CONTROL}: name a control and its scale, as --parameter {next(iter(CONTROLS))}=1")
@@ -178,7 +186,7 @@ def _of_another_prompt(originals: ImageSet, _: Mapping[str, float]) -> _Made:
 
 def _upscaled(originals: ImageSet, parameters: Mapping[str, float]) -> _Made:
     scale = parameters["upscale"]
-    return _small(originals, scale, f"--parameter upscale={scale:g}")
+    return _small(originals, scale, parameter_option("upscale", scale))
 
 
 def _x4(originals: ImageSet, _: Mapping[str, float]) -> _Made:

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from flashdiff import cli
-from flashdiff.controls import steered
+from flashdiff.controls import ControlRequest, check_controls, steered
 from flashdiff.errors import ConfigError, RequestError
+from flashdiff.evaluation.command import _as_options
 from flashdiff.evaluation.images import ImageSet, Prompt
 from flashdiff.evaluation.metrics import Interval
 from flashdiff.evaluation.tasks import EDGES, OUTSIDE, PSNR, SEAM, SILHOUETTES, TaskData, check_task, task_data
@@ -102,8 +103,14 @@ def test_controls_are_drawn_from_the_originals_and_images_compared_with_them() -
 def test_control_is_for_models_that_take_controls(tiny_base: Path) -> None:
     spec = family_of(tiny_base).read_spec(tiny_base)
     with pytest.raises(ConfigError, match="--task control: tiny takes no controls: give a bundle of build-engine --control"):
-        check_task("control", spec, "tiny")
-    check_task("control", steered(spec, ["edges"]), "tiny")
+        check_task("control", spec, "tiny", {"edges": 1.0})
+    steerable = steered(spec, ["edges"])
+    check_task("control", steerable, "tiny", {"edges": 1.0})
+    with pytest.raises(ConfigError, match=r"--parameter silhouettes=0\.5: tiny takes edges"):
+        check_task("control", steerable, "tiny", {"edges": 1.0, "silhouettes": 0.5})
+    request = ControlRequest(name="edges", image=np.zeros((32, 32, 3), dtype=np.uint8), scale=3.0)
+    with pytest.raises(ConfigError, match="--parameter edges=3: it must be between 0 and 2"), _as_options({"edges": 3.0}):
+        check_controls(steerable, [request])
 
 
 def _numbers(data: TaskData, made: Any, decoded: Any) -> dict[str, Interval]:
@@ -172,8 +179,14 @@ def test_wrong_input_is_one_line(tiny_base: Path, photos: Path, tmp_path: Path, 
             ["--task", "inpainting", *own, str(small)],
             "'16x16' is not allowed; it must have 32x32 pixels; the images",
         ),
-        (["--task", "inpainting", *own, str(photos), "--parameter", "strength=2"], "strength: 2.0 is not allowed"),
-        (["--task", "inpainting", *own, str(photos), "--parameter", "power=1"], "power: 1.0 is not allowed"),
+        (
+            ["--task", "inpainting", *own, str(photos), "--parameter", "strength=2"],
+            "--parameter strength=2: it must be above",
+        ),
+        (
+            ["--task", "inpainting", *own, str(photos), "--parameter", "power=1"],
+            "--parameter power=1: no task of this model",
+        ),
         (["--task", "control", *own, str(photos)], "--task control: name a control and its scale, as --parameter edges=1"),
         (
             ["--task", "control", *own, str(photos), "--parameter", "pose=1"],
