@@ -1,5 +1,6 @@
 """The recipe of a distillation run."""
 
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from itertools import permutations
 from pathlib import Path
@@ -150,9 +151,9 @@ class LossKeys(Record):
     model_config = ConfigDict(extra="allow")
 
     @classmethod
+    @abstractmethod
     def loss_keys(cls) -> dict[str, tuple[Any, Any]]:
         """Type and default of each loss's key; a key whose default is None stays out of the record where it is not given."""
-        raise NotImplementedError
 
     @classmethod
     def key_types(cls) -> dict[str, Any]:

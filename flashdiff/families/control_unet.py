@@ -3,7 +3,7 @@
 Both read the pixels of an image and give residuals, which the UNet adds to its own values.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -68,6 +68,9 @@ def _places_of_unet(unet: Mapping[str, Any], factor: int) -> list[tuple[int, int
 class SteerableUnet:
     """What a UNet's denoiser has for `SteeredDenoiser`."""
 
+    texts: Callable[..., dict[str, Any]]
+    """What the UNet and its control networks take of the text alike: of the latents and the conditions."""
+
     def adopt(self, network: Any) -> None:
         """A control network is used as it is."""
 
@@ -84,10 +87,6 @@ class SteerableUnet:
         texts = self.texts(latents, *conditions)
         down, mid = network(latents, times, controlnet_cond=image, conditioning_scale=scale, return_dict=False, **texts)
         return {"down_block_additional_residuals": list(down), "mid_block_additional_residual": [mid]}
-
-    def texts(self, latents: Tensor, *conditions: Tensor) -> dict[str, Any]:
-        """What the UNet and its control networks take of the text alike."""
-        raise NotImplementedError
 
 
 def as_unet_takes(residuals: Mapping[str, list[Tensor]]) -> dict[str, Any]:

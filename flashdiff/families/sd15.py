@@ -66,7 +66,7 @@ class _Denoiser(SteerableUnet, nn.Module):
         output: Tensor = self.unet(latents, times, timestep_cond=guidance, return_dict=False, **texts, **steering)[0]
         return output
 
-    def texts(self, latents: Tensor, encoder_hidden_states: Tensor, *_: Tensor) -> dict[str, Any]:  # type: ignore[override]
+    def texts(self, latents: Tensor, encoder_hidden_states: Tensor, *_: Tensor) -> dict[str, Any]:
         return {"encoder_hidden_states": encoder_hidden_states}
 
 

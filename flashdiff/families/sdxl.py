@@ -68,9 +68,7 @@ class _Denoiser(SteerableUnet, nn.Module):
         output: Tensor = self.unet(latents, times, timestep_cond=guidance, return_dict=False, **texts, **steering)[0]
         return output
 
-    def texts(  # type: ignore[override]
-        self, latents: Tensor, encoder_hidden_states: Tensor, text_embeds: Tensor, *_: Tensor
-    ) -> dict[str, Any]:
+    def texts(self, latents: Tensor, encoder_hidden_states: Tensor, text_embeds: Tensor, *_: Tensor) -> dict[str, Any]:
         """What the UNet and its control networks take of the text, and of the image's size, alike."""
         # The UNet takes original size, crop and target size: those of an uncropped image of the size that it makes.
         # Filled and joined, because an exported torch.tensor would keep the size of the example it was traced with.
