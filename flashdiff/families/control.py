@@ -48,10 +48,12 @@ class ControlInfo(Record):
 def find_control(name: str, place: str) -> Path:
     """The folder of a control network: a path, one that ships with flashdiff, or a hub id; ModelError when there is none."""
     option = f"--control {name}={place}"
-    if not Path(place).is_dir() and (ZOO / place / RECORD).is_file():
+    shipped = sorted(path.parent.name for path in ZOO.glob(f"*/{RECORD}"))
+    if not Path(place).is_dir() and place in shipped:
         return ZOO / place
+    inside = ("controlnet", "t2iadapter")
     try:
-        return find_network(option, place, what="ControlNet or T2I-adapter", inside=("controlnet", "t2iadapter"))
+        return find_network(option, place, what="ControlNet or T2I-adapter", inside=inside, shipped=shipped)
     except ModelError as error:
         raise error if option in str(error) else ModelError(f"{option}: {error}") from None
 

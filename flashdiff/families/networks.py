@@ -16,16 +16,25 @@ Library = Literal["diffusers", "transformers"]
 _STEMS: dict[Library, str] = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 
 
-def find_network(option: str, name: str, *, what: str, inside: Sequence[str] = (), library: Library = "diffusers") -> Path:
+def find_network(
+    option: str,
+    name: str,
+    *,
+    what: str,
+    inside: Sequence[str] = (),
+    library: Library = "diffusers",
+    shipped: Sequence[str] = (),
+) -> Path:
     """The folder of a network: a path, or owner/name[/folder][@revision] on the hub; or one of the folders `inside` it.
 
-    ModelError begins with the `option` that named it, and says `what` is not there.
+    ModelError begins with the `option` that named it, and says `what` is not there; `shipped` are names that could be given too.
     """
     folder = Path(name)
     if not folder.is_dir():
         on_hub = hub_name(name)
         if on_hub is None:
-            raise ModelError(f"{option}: there is no such folder; give one with a config.json, or a hub id (owner/name)")
+            names = "".join(f"'{own}', " for own in shipped)
+            raise ModelError(f"{option}: there is no such folder; give one with a config.json, {names}or a hub id (owner/name)")
         folder = download_part(on_hub, (f"{_STEMS[library]}.safetensors", f"{_STEMS[library]}.fp16.safetensors"))
     if not (folder / "config.json").is_file():
         folder = next((folder / part for part in inside if (folder / part / "config.json").is_file()), folder)
