@@ -163,8 +163,8 @@ class Admission:
         """The job's client has its answer, or has left: it takes no room once it is answered."""
         with self._lock:
             self._released.add(job)
-            self._forget_settled()
             self._post(Left(job))
+        job.answer.add_done_callback(lambda _: self._forget())  # at once where it is answered already
 
     def close(self, error: FlashdiffError) -> list[Job]:
         """Refuse everything from now on with this error, the first one given; returns the jobs that are not answered."""
@@ -195,6 +195,10 @@ class Admission:
         with self._lock:
             self._forget_settled()
             return any(job.answer.done() for job in self._jobs)
+
+    def _forget(self) -> None:
+        with self._lock:
+            self._forget_settled()
 
     # --- the ledger, under the lock ----------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from flashdiff.components import ModelSpec
+from flashdiff.components import ModelSpec, Size
 from flashdiff.errors import BackendError, CancelledError, DeadlineError, FlashdiffError, OutOfMemoryError
 from flashdiff.generate import finish_rows, prepare
 from flashdiff.orders import Order
@@ -39,6 +39,7 @@ from flashdiff.server.jobs import (
     progress_of,
     targets_of,
 )
+from flashdiff.server.models import Model
 from flashdiff.server.scheduler import LEAST_MARGIN, Ready, choose, joins, next_margin
 
 HANG_S = 60.0
@@ -94,8 +95,8 @@ class DeviceLoop:
         self._arrival = 0
         self._turns = 0
         self._margin, self._widened = LEAST_MARGIN, 0  # of waiting in promises, and in which turn it was widened
-        self._unlearned: list[tuple[Job, int, dict[str, float], Mapping[str, float]]] = []
-        """Calls that costs and metrics do not know yet: one job of each, slots, milliseconds spent and usual by part."""
+        self._unlearned: list[tuple[Model, Size, int, dict[str, float], Mapping[str, float]]] = []
+        """Calls that costs and metrics do not know yet: slots, milliseconds spent and usual by part."""
         self._is_stopping = False
         self._parallel: Call | None = None
         self.in_flight: tuple[Call, ...] = ()
@@ -133,6 +134,7 @@ class DeviceLoop:
         """Make one device call; False when there is nothing to do."""
         call = self.next_call()
         if call is None:
+            self._learn_costs()  # no call waits, and what is kept of models that were unloaded goes
             return False
         if call.is_parallel:
             self.call_in_parallel(call)
@@ -263,7 +265,8 @@ class DeviceLoop:
         phase, spent = call.targets[0].phase, _shares(call.usual_ms, called.spent_ms)
         for target, output in zip(call.targets, called.outputs, strict=True):
             self._take_output(target, output)
-        self._unlearned.append((call.targets[0].running.job, call.slots, spent, call.usual_ms))
+        job = call.targets[0].running.job
+        self._unlearned.append((job.model, job.order.size, call.slots, spent, call.usual_ms))
         if phase == Phase.FINISH or len(self._unlearned) == _LEARNED_AT_ONCE:
             self._learn_costs()
         for running in dict.fromkeys(target.running for target in call.targets):
@@ -282,11 +285,11 @@ class DeviceLoop:
         Right after an engine call, which fills the processor's caches with weights, this takes several times as long, and the
         next call waits for it: several calls at once cost little more than one. Before jobs are answered it is always done.
         """
-        for job, slots, spent, usual_ms in self._unlearned:
+        for model, size, slots, spent, usual_ms in self._unlearned:
             for part, spent_ms in spent.items():
-                job.model.costs.follow(part, job.order.size, slots, spent_ms)
+                model.costs.follow(part, size, slots, spent_ms)
                 if self._observer:
-                    self._observer.called(job.model.identity.name, part, slots, spent_ms, usual_ms[part])
+                    self._observer.called(model.identity.name, part, slots, spent_ms, usual_ms[part])
         self._unlearned.clear()
 
     def _take_output(self, target: Target, output: Output) -> None:

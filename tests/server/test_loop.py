@@ -1,5 +1,7 @@
 """The device thread's loop without a thread: every order of messages that hypothesis finds, one after the other."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -175,6 +177,23 @@ def test_a_client_that_leaves_while_its_rows_are_decoded_takes_no_other_answer_w
     bench.come_back()
     bench.deliver()
     assert len(stays.answer.result(0).images) == 1
+
+
+def test_nothing_is_kept_of_a_job_whose_client_left() -> None:
+    bench = Bench(FakeComponents())
+    picture = np.zeros((64, 64, 3), dtype=np.uint8)
+    job = bench.submit(check_order(bench.fake.spec, prompt="p", inputs={"image": picture}, parameters={"upscale": 2.0}))
+    tile, model = (weakref.ref(kept) for kept in (job.order.inputs["tile 0"], bench.model))
+    bench.deliver()
+    for _ in range(3):
+        assert bench.turn()
+    bench.admission.release(job)
+    bench.deliver()
+    assert not bench.turn()
+    del job, bench.model
+    gc.collect()
+    assert tile() is None
+    assert model() is None
 
 
 def test_a_message_about_a_job_that_is_answered_changes_nothing() -> None:

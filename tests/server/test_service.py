@@ -266,6 +266,7 @@ def test_a_stream_left_half_way_frees_its_rows(running: Running, client: Client)
     gate = Gate(running.fake, "denoiser", after=1)
     for update in client.stream("x", steps=4):
         assert isinstance(update, Preview)
+        assert gate.entered.wait(600)
         break
     until(lambda: bool(running.server.worker.admission._released))
     gate.open()

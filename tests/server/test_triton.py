@@ -230,6 +230,7 @@ def test_a_cancelled_stream_frees_its_rows(running: Running, stock: triton.Infer
     stock.start_stream(lambda result, error: answers.put((result, error)))
     stock.async_stream_infer("fake", inputs(STEPS=4, COUNT=4))
     answers.get(timeout=600)
+    assert gate.entered.wait(600)
     stock.stop_stream(cancel_requests=True)
     until(lambda: bool(running.server.worker.admission._released))
     gate.open()
