@@ -15,11 +15,12 @@ from typing import Any, TypeVar
 
 from flashdiff.errors import OverloadedError
 from flashdiff.orders import Order, Pixels
-from flashdiff.server.images import encode_image
+from flashdiff.server.images import LARGE_BYTES, encode_image
 from flashdiff.server.names import ImageFormat
 
 THREADS = 2
-"""That write files, of one server, whatever the number of its devices."""
+"""That write files, of one server, whatever the number of its devices; and as many for large pictures, behind which the files
+of others are not to wait."""
 _MAX_READING = 16  # images of requests at once: nothing has been promised to these yet
 _MAX_READING_OF_ONE = 12  # of these for one client, so that one client cannot take all of them
 _READING_RETRY_S = 0.1
@@ -97,15 +98,18 @@ class ImageThreads:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._threads = ThreadPoolExecutor(max_workers=THREADS, thread_name_prefix="flashdiff-images")
+        self._threads, self._large_threads = (
+            ThreadPoolExecutor(max_workers=THREADS, thread_name_prefix=f"flashdiff-{what}") for what in ("images", "large-images")
+        )
         self._reader = _Reader()
         self._reading = Counter[str]()
         # When a file was last written, and seconds a pixel, by format and whether it has the default quality.
         self._speeds: dict[tuple[ImageFormat, bool], tuple[float, float]] = {}
 
-    async def run(self, function: Callable[..., _Made], *args: object) -> _Made:
-        """Any work that is too long for the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
+    async def run(self, function: Callable[..., _Made], *args: object, size: int = 0) -> _Made:
+        """Any work that is too long for the event loop; `size` is that of the pictures it makes or writes, in bytes of pixels."""
+        threads = self._large_threads if size > LARGE_BYTES else self._threads
+        return await asyncio.get_running_loop().run_in_executor(threads, function, *args)
 
     async def read(self, client: str, function: Callable[..., _Made], *args: object) -> _Made:
         """Read a client's request with images; replies do not wait behind it, and clients take turns.
@@ -153,4 +157,4 @@ class ImageThreads:
         """The files of pictures [H, W, 3], in their order; measures nothing."""
         if image_format in ("png", "raw") and sum(image.nbytes for image in images) <= _SMALL_BYTES:
             return [encode_image(image, image_format) for image in images]
-        return await asyncio.gather(*(self.run(encode_image, image, image_format, quality) for image in images))
+        return await asyncio.gather(*(self.run(encode_image, image, image_format, quality, size=image.size) for image in images))

@@ -23,8 +23,8 @@ FORMAT_OF_SUFFIX: dict[str, ImageFormat] = {".png": "png", ".jpg": "jpeg", ".jpe
 
 
 DEFAULT_JPEG_QUALITY = 90
-_LARGE = 3 * 2 * 1024 * 1024
-"""Bytes of pixels: fpng lets no other thread run, for a second at 4096x4096."""
+LARGE_BYTES = 3 * 2 * 1024 * 1024
+"""Of pixels: fpng lets no other thread run, for a second at 4096x4096; a lossless WebP of that size takes five."""
 MAX_PIXELS = 4096 * 4096
 """Of a request's picture."""
 
@@ -34,7 +34,7 @@ def encode_image(pixels: Pixels, image_format: ImageFormat, quality: int | None 
     match image_format:
         case "raw":
             return pixels.tobytes()
-        case "png" if pixels.size > _LARGE:
+        case "png" if pixels.size > LARGE_BYTES:
             return _with_pillow(pixels, "PNG", compress_level=1)
         case "png":  # fpng is a hundred times faster than Pillow's default
             return bytes(fpng.from_ndarray(pixels))

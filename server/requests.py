@@ -198,7 +198,8 @@ class Requests:
             timings = replace(timings, reading=1000 * reading_s, total=timings.total + 1000 * reading_s)
         images = finished.images
         if order.tiling:
-            images = await self.threads.run(order.task.whole_images, order, images)
+            size = 3 * order.count * order.whole_size.width * order.whole_size.height
+            images = await self.threads.run(order.task.whole_images, order, images, size=size)
         files = await self.threads.encode(images, request.format, request.quality) if request.wants_files else []
         reply = Reply(
             model=model,

@@ -5,9 +5,13 @@ import subprocess
 import sys
 import threading
 
+import numpy as np
 import pytest
+from served import PATIENCE_S
 
 from flashdiff.errors import OverloadedError
+from flashdiff.orders import Pixels
+from flashdiff.server import image_threads
 from flashdiff.server.image_threads import ImageThreads
 
 
@@ -62,6 +66,28 @@ def test_an_error_of_the_reading_is_the_callers() -> None:
         with pytest.raises(ZeroDivisionError):
             await ImageThreads().read("a", lambda: 1 // 0)
 
+    asyncio.run(scenario())
+
+
+def test_small_files_are_written_while_large_ones_take_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    large, small = (np.zeros((side, side, 3), dtype=np.uint8) for side in (2048, 512))
+    go = threading.Event()
+
+    def encode(image: Pixels, *_: object) -> bytes:
+        assert image is small or go.wait(PATIENCE_S)
+        return b"file"
+
+    async def scenario() -> None:
+        threads = ImageThreads()
+        waiting = [asyncio.create_task(threads.encode([large], "webp")) for _ in range(3)]
+        waiting.append(asyncio.create_task(threads.run(go.wait, PATIENCE_S, size=large.size)))
+        await asyncio.sleep(0)
+        assert await asyncio.wait_for(threads.encode([small], "webp"), PATIENCE_S) == [b"file"]
+        assert not any(task.done() for task in waiting)
+        go.set()
+        await asyncio.gather(*waiting)
+
+    monkeypatch.setattr(image_threads, "encode_image", encode)
     asyncio.run(scenario())
 
 
