@@ -28,21 +28,34 @@ def image_noise(seed: int, step: int, shape: Sequence[int]) -> NDArray[np.float3
     return _block(seed, step, shape, ORIGIN)
 
 
-def tile_noise(seed: int, step: int, shape: tuple[int, int, int], place: Place) -> NDArray[np.float32]:
-    """The part [C, h, w] of an image's plane of noise where a tile lies; tiles that overlap share it there.
+class Plane:
+    """An image's plane of noise, from which its tiles are cut; tiles that overlap share it there.
 
-    The plane consists of blocks of a tile's shape, each a stream of its own, so a tile needs those alone that it touches. The
-    first block is `image_noise`.
+    It consists of blocks of a tile's shape, each a stream of its own, so a tile needs those alone that it touches. The first
+    block is `image_noise`. Those of the last step are kept for the other tiles.
     """
-    if place == ORIGIN:
-        return image_noise(seed, step, shape)
-    _, height, width = shape
-    (row, top), (column, left) = divmod(place.top, height), divmod(place.left, width)
-    blocks = [
-        [_block(seed, step, shape, Place(y, x)) for x in range(column, column + 1 + (left > 0))]
-        for y in range(row, row + 1 + (top > 0))
-    ]
-    return np.block(blocks)[:, top : top + height, left : left + width]
+
+    def __init__(self, seed: int, shape: tuple[int, int, int]) -> None:
+        self.seed, self._shape = seed, shape
+        self._step, self._blocks = 0, dict[Place, NDArray[np.float32]]()
+
+    def tile(self, step: int, place: Place) -> NDArray[np.float32]:
+        """The part [C, h, w] where a tile lies, of the noise before denoise step `step` (0: the start)."""
+        if step != self._step:
+            self._step, self._blocks = step, {}
+        if place == ORIGIN:
+            return self._block(ORIGIN)
+        _, height, width = self._shape
+        (row, top), (column, left) = divmod(place.top, height), divmod(place.left, width)
+        blocks = [
+            [self._block(Place(y, x)) for x in range(column, column + 1 + (left > 0))] for y in range(row, row + 1 + (top > 0))
+        ]
+        return np.block(blocks)[:, top : top + height, left : left + width]
+
+    def _block(self, place: Place) -> NDArray[np.float32]:
+        if place not in self._blocks:
+            self._blocks[place] = _block(self.seed, self._step, self._shape, place)
+        return self._blocks[place]
 
 
 def _block(seed: int, step: int, shape: Sequence[int], place: Place) -> NDArray[np.float32]:

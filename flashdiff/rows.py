@@ -13,7 +13,7 @@ from flashdiff import lora_requests as of_loras
 from flashdiff import references
 from flashdiff.components import Components, ModelSpec, Size, Tensors
 from flashdiff.errors import BackendError, RequestError
-from flashdiff.noise import image_seed, tile_noise
+from flashdiff.noise import Plane, image_seed
 from flashdiff.orders import Order
 from flashdiff.parts import Condition
 from flashdiff.prediction import to_x0, with_norm_of
@@ -49,7 +49,8 @@ class Trajectory:
 class Row:
     """It starts as noise and is done when `step` reaches the number of its times."""
 
-    seed: int
+    plane: Plane
+    """The rows of an image share it."""
     size: Size
     trajectory: Trajectory
     branches: tuple[Branch, ...]
@@ -86,18 +87,20 @@ def draw_noise(spec: ModelSpec, order: Order) -> list[list[NDArray[np.float32]]]
 
     It does not depend on the prompt: a server draws it while the device encodes texts.
     """
-    return [_noise_of(spec, order, seed, place) for seed, place in _seeds_and_places(order)]
+    return [_noise_of(spec, order, plane, place) for plane, place in _planes_and_places(spec, order)]
 
 
-def _seeds_and_places(order: Order) -> list[tuple[int, Place]]:
+def _planes_and_places(spec: ModelSpec, order: Order) -> list[tuple[Plane, Place]]:
     """Of each of its rows."""
-    return [(image_seed(order.seed, index), place) for index in range(order.count) for place in order.places]
-
-
-def _noise_of(spec: ModelSpec, order: Order, seed: int, place: Place) -> list[NDArray[np.float32]]:
     shape = spec.latent_shape(order.size)
-    are_early = spec.sampler.is_stochastic and order.tiling is None and math.prod(shape) <= _EARLY_VALUES
-    return [tile_noise(seed, step, shape, place) for step in range(order.steps_taken if are_early else 1)]
+    planes = [Plane(image_seed(order.seed, index), shape) for index in range(order.count)]
+    return [(plane, place) for plane in planes for place in order.places]
+
+
+def _noise_of(spec: ModelSpec, order: Order, plane: Plane, place: Place) -> list[NDArray[np.float32]]:
+    values = math.prod(spec.latent_shape(order.size))
+    are_early = spec.sampler.is_stochastic and order.tiling is None and values <= _EARLY_VALUES
+    return [plane.tile(step, place) for step in range(order.steps_taken if are_early else 1)]
 
 
 def start_rows(
@@ -120,8 +123,8 @@ def start_rows(
     trajectory = _trajectory(spec, order)
     starts, kept = order.task.starts(order, prepared), order.task.kept(spec, order, prepared)
     rows = []
-    for index, (seed, place) in enumerate(_seeds_and_places(order)):
-        first, *later = noise[index] if noise else _noise_of(spec, order, seed, place)
+    for index, (plane, place) in enumerate(_planes_and_places(spec, order)):
+        first, *later = noise[index] if noise else _noise_of(spec, order, plane, place)
         start = starts[index % len(starts)]
         branches, scales = evaluated[index // len(starts)]
         if start is None:
@@ -130,7 +133,7 @@ def start_rows(
             latents = renoise(start, first, trajectory.alphas[0], trajectory.sigmas[0])
         rows.append(
             Row(
-                seed,
+                plane,
                 order.size,
                 trajectory,
                 branches,
@@ -253,7 +256,9 @@ def denoise_rows(components: Components, rows: Sequence[Row]) -> None:
         ]
     for row, output in zip(rows, outputs, strict=True):
         if not np.isfinite(output).all():
-            raise BackendError(f"the network returned values that are not finite at time {row.times[row.step]} (seed {row.seed})")
+            raise BackendError(
+                f"the network returned values that are not finite at time {row.times[row.step]} (seed {row.plane.seed})"
+            )
     for row, output in zip(rows, outputs, strict=True):
         _advance(spec, row, output)
         if row.kept:
@@ -313,5 +318,4 @@ def _step_noise(row: Row) -> NDArray[np.float32]:
     drawn = row.step - 1
     if drawn < len(row.later_noises):
         return row.later_noises[drawn]
-    channels, height, width = row.latents.shape
-    return tile_noise(row.seed, row.step, (channels, height, width), row.place)
+    return row.plane.tile(row.step, row.place)

@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from flashdiff import noise
 from flashdiff.components import Size
-from flashdiff.noise import image_noise, tile_noise
+from flashdiff.noise import Plane, image_noise
 from flashdiff.tiles import ORIGIN, Place, Tiling
 
 SIDES = st.integers(1, 400)
@@ -82,20 +83,38 @@ def test_the_noise_of_tiles_agrees_where_they_overlap(other: Place) -> None:
     for top in range(other.top + 1):
         for left in range(other.left + 1):
             part = plane[:, top : top + 8, left : left + 4]
-            tile = tile_noise(7, 3, shape, Place(top, left))
+            tile = Plane(7, shape).tile(3, Place(top, left))
             assert ((part == tile) | np.isnan(part)).all()
             part[:] = tile
     np.testing.assert_array_equal(plane[:, :8, :4], image_noise(7, 3, shape))
     assert len(np.unique(plane)) == plane.size  # nothing comes again
 
 
+def test_tiles_that_share_a_plane_get_the_noise_that_they_get_alone_and_draw_each_block_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn, draw = list[tuple[int, Place]](), noise._block
+
+    def counted(seed: int, step: int, shape: tuple[int, int, int], place: Place) -> NDArray[np.float32]:
+        drawn.append((step, place))
+        return draw(seed, step, shape, place)
+
+    monkeypatch.setattr(noise, "_block", counted)
+    plane, places = Plane(7, (2, 8, 4)), [Place(top, left) for top in (0, 5, 8, 11) for left in (0, 3, 4)]
+    tiles = [plane.tile(step, place) for step in (0, 1) for place in places]
+    assert sorted(drawn) == [(step, Place(row, column)) for step in (0, 1) for row in range(3) for column in range(2)]
+    for tile, (step, place) in zip(tiles, itertools.product((0, 1), places), strict=True):
+        np.testing.assert_array_equal(tile, Plane(7, (2, 8, 4)).tile(step, place))
+
+
 def test_a_plane_of_noise_is_standard_normal_and_has_no_pattern() -> None:
-    blocks = [tile_noise(0, 1, (4, 32, 32), Place(32 * row, 32 * column)).ravel() for row in range(4) for column in range(4)]
+    plane = Plane(0, (4, 32, 32))
+    blocks = [plane.tile(1, Place(32 * row, 32 * column)).ravel() for row in range(4) for column in range(4)]
     assert np.abs(np.mean(blocks)) < 0.02
     assert abs(np.std(blocks) - 1) < 0.02
     correlation = np.corrcoef(blocks) - np.eye(16)
     assert np.abs(correlation).max() < 0.08
-    assert (tile_noise(0, 1, (4, 32, 32), ORIGIN) != tile_noise(1, 1, (4, 32, 32), ORIGIN)).all()
+    assert (plane.tile(1, ORIGIN) != Plane(1, (4, 32, 32)).tile(1, ORIGIN)).all()
 
 
 @given(tilings())
