@@ -6,7 +6,7 @@ from itertools import permutations
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import ConfigDict, Field, create_model, model_validator
+from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, create_model, model_serializer, model_validator
 
 from flashdiff import defaults
 from flashdiff.config import Name, Record
@@ -104,10 +104,16 @@ class MaskRecipe(GrownRecord):
     def _has_a_kind(self) -> Self:
         if not any(self.shares.values()):
             raise ValueError(f"masks needs a kind that is drawn: {', '.join(self.shares)} are all 0")
-        changed = [name for name, share in self.shares.items() if share != type(self).model_fields[name].default]
-        if self.image == "further" and changed:
-            raise ValueError(f"masks.{changed[0]}: no masks are drawn where masks.image is 'further'; leave it out")
+        given = [name for name in self.shares if name in self.model_fields_set]
+        if self.image == "further" and given:
+            raise ValueError(f"masks.{given[0]}: no masks are drawn where masks.image is 'further'; leave it out")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_later_defaults(self, write: SerializerFunctionWrapHandler) -> Any:
+        """Without the shares, where no masks are drawn."""
+        values: dict[str, Any] = super()._without_later_defaults(write)
+        return {name: value for name, value in values.items() if self.image == "drawn" or name == "image"}
 
     @property
     def shares(self) -> dict[str, float]:

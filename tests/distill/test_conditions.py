@@ -675,6 +675,7 @@ def test_networks_that_are_not_there_or_do_not_fit_are_refused_by_the_recipes_ke
         ({"masks": {"box": 0, "ellipse": 0, "strokes": 0, "half": 0, "full": 0}}, "masks needs a kind that is drawn: box, "),
         ({"masks": {"boxes": 1}}, "unknown key 'masks.boxes', did you mean 'box'"),
         ({"masks": {"image": "further", "box": 1}}, "masks.box: no masks are drawn where masks.image is 'further'; leave it out"),
+        ({"masks": {"image": "further", "half": 0.2}}, "masks.half: no masks are drawn where masks.image is 'further'; leave"),
         ({"masks": {"image": "data"}}, "'masks.image' = 'data': input should be 'drawn' or 'further'"),
         ({"masks": {"box": -1}}, "'masks.box' = -1: input should be greater than or equal to 0"),
         ({"noise_level": [20, 10]}, "noise_level must be two rising levels from 0 on, not (20, 10)"),
@@ -705,7 +706,10 @@ def test_bad_values_are_refused_in_one_line(bases: Path, changes: dict[str, Any]
 
 
 def test_recipes_without_the_keys_keep_their_hash(tiny_base: Path) -> None:
-    assert "image" not in tiny_recipe(tiny_base, masks={"box": 1}).model_dump(mode="json")["masks"]
+    drawn, further = (tiny_recipe(tiny_base, masks=masks) for masks in ({"box": 1}, {"image": "further"}))
+    assert "image" not in drawn.model_dump(mode="json")["masks"]
+    assert further.model_dump(mode="json")["masks"] == {"image": "further"}
+    assert all(parse_record(recipe.model_dump(mode="json"), Recipe, source="") == recipe for recipe in (drawn, further))
     dumped = tiny_recipe(tiny_base).model_dump(mode="json")
     assert not {"masks", "image_guidance", "noise_level", "controls", "reference"} & set(dumped)
     assert "further_images" not in dumped["data"]
