@@ -344,7 +344,8 @@ def _save_progress(
         sampler = flash_sampler(model, recipe)
         steps = preview_steps(model, sampler, requests, branches=objective.branches.count)
         with student.holding(student.average), Stage("preview", "steps", steps, nested=True) as stage:
-            sheet = preview(model, sampler, sum(recipe.guidance) / 2, requests, stage.advance)
+            guidance, negative = sum(recipe.guidance) / 2, recipe.negative_prompt
+            sheet = preview(model, sampler, guidance, requests, stage.advance, negative_prompt=negative)
         if tracker:
             save_image(sheet, work / "previews" / f"{student.update:06d}.png")
             tracker.image(student.update, sheet)

@@ -30,17 +30,25 @@ def preview_steps(model: TorchModel, student: Sampler, requests: Sequence[Reques
 
 
 def preview(
-    model: TorchModel, student: Sampler, guidance: float, requests: Sequence[Request], on_step: Callable[[], None] | None = None
+    model: TorchModel,
+    student: Sampler,
+    guidance: float,
+    requests: Sequence[Request],
+    on_step: Callable[[], None] | None = None,
+    *,
+    negative_prompt: str = "",
 ) -> Pixels:
     """A sheet [H, W, 3] with a column per request. Rows from the top: the teacher at 50 steps, the student at its most, 2 and 1.
 
-    `guidance` is the teacher's scale; `on_step` is called after each step of a batch of images.
+    `guidance` is the teacher's scale, which contrasts prompts with `negative_prompt`; `on_step` is called after each step of a
+    batch of images.
     """
     teacher = model  # a network that takes its guidance as an input has its own scale
     if model.guides_twice:
         teacher = replace(model, spec=_sampled_by(model, model.spec.sampler.model_copy(update={"guidance": guidance})))
+    contrast = {"negative_prompt": negative_prompt} if teacher.spec.sampler.evaluations_per_step > 1 else {}
     with as_teacher(model):
-        rows = [_images(teacher, requests, TEACHER_STEPS, on_step)]
+        rows = [_images(teacher, [{**request, **contrast} for request in requests], TEACHER_STEPS, on_step)]
     flash = replace(model, spec=_sampled_by(model, student))
     rows += [_images(flash, requests, steps, on_step) for steps in _student_steps(student)]
     return np.concatenate([np.concatenate(row, axis=1) for row in rows])

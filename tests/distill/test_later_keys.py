@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flashdiff import checkpoint, cli
 from flashdiff.config import load_recipe
-from flashdiff.distill import loop, objective, step
+from flashdiff.distill import loop, objective, previews, step
 from flashdiff.distill.batch import MicroBatch, Targets
 from flashdiff.distill.checkpoints import checkpoint_path, checkpoints
 from flashdiff.distill.conditions import ImageConditions
@@ -162,6 +162,18 @@ def test_the_teachers_guidance_changes_the_targets(changes: dict[str, Any], tiny
     plain, changed = (_log(tmp_path / name)[0]["loss"] for name in ("plain", "changed"))
     assert abs(plain / changed - 1) > 1e-3
     assert len(list((tmp_path / "pools").iterdir())) == 2  # neither takes the other's
+
+
+@pytest.mark.parametrize(("guidance", "contrast"), [((2.0, 4.0), "two birds"), ((0.0, 1.0), "")])
+def test_the_teacher_of_previews_is_guided_against_the_negative_prompt(
+    guidance: tuple[float, float], contrast: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(previews, "TEACHER_STEPS", 2)
+    seen: list[Any] = []
+    monkeypatch.setattr(previews, "check_order", lambda *given, **more: seen.append(check_order(*given, **more)) or seen[-1])
+    changes = {"guidance": guidance, "negative_prompt": "two birds", "preview_prompts": ("a dog",)}
+    distill(tiny_recipe(tiny_base, phases=ONE, **changes), tmp_path / "out")
+    assert [(order.steps, order.negative_prompt) for order in seen] == [(2, contrast), (4, ""), (2, ""), (1, "")]
 
 
 def test_keys_of_guidance_that_cannot_act_are_refused(
