@@ -38,9 +38,9 @@ class Speed:
     @contextmanager
     def within(self, what: str) -> Iterator[None]:
         """Count the block's seconds as those of `what`, which is a part of something that `took` counts."""
-        started = time.perf_counter()
+        started = _settled()
         yield
-        self._parts[what] = self._parts.get(what, 0.0) + time.perf_counter() - started
+        self._parts[what] = self._parts.get(what, 0.0) + _settled() - started
 
     def write(self, work: Path, update: int) -> dict[str, float]:
         """Append a line on the time since the last one, and begin anew; its numbers."""
@@ -52,6 +52,13 @@ class Speed:
             file.write(json.dumps({"update": update, **numbers}) + "\n")
         self._seconds, self._parts, self._updates = {}, {}, 0
         return numbers
+
+
+def _settled() -> float:
+    """The time in seconds when all that was launched on a GPU is done: a launch returns at once."""
+    if processes.device().type == "cuda":
+        torch.cuda.synchronize(processes.device())
+    return time.perf_counter()
 
 
 def peak_memory() -> int:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flashdiff import checkpoint, cli
 from flashdiff.config import load_recipe
-from flashdiff.distill import loop, objective, previews, step
+from flashdiff.distill import loop, objective, previews, processes, step
 from flashdiff.distill.batch import MicroBatch, Targets
 from flashdiff.distill.checkpoints import checkpoint_path, checkpoints
 from flashdiff.distill.conditions import ImageConditions
@@ -580,6 +580,25 @@ def test_a_run_tells_where_its_time_went(flash_lora: Path) -> None:
     speed.took("targets", 1.0)
     speed.took("updates", 2.0, updates=2)
     assert speed.write(flash_lora.parent, 2)["samples_per_s"] == 4.0
+
+
+def test_a_part_of_an_update_on_a_gpu_is_timed_from_one_rest_of_the_gpu_to_the_next(
+    flash_lora: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, launched = [0.0], [3.0]  # seconds of work that is still under way
+
+    def synchronize(_: torch.device) -> None:
+        clock[0] += launched[0]
+        launched[0] = 0.0
+
+    monkeypatch.setattr(processes, "device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
+    monkeypatch.setattr("flashdiff.distill.speed.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    speed = Speed(batch_size=4)
+    with speed.within("opponents"):
+        launched[0] = 5.0
+    assert speed.write(flash_lora.parent, 1)["opponents_s"] == 5.0
 
 
 # --- the best checkpoint ---------------------------------------------------------------------------------------------
