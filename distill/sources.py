@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from flashdiff.components import Size
-from flashdiff.datasets import METADATA, SUFFIXES, caption_of, image_of, shard_samples, visible
+from flashdiff.datasets import METADATA, SUFFIXES, caption_of, image_of, packed_in, shard_samples, visible
 from flashdiff.distill import processes
 from flashdiff.distill.config import DataRecipe
 from flashdiff.distill.remote import SHARDS, fetched, is_remote, remote_shards
@@ -81,6 +81,8 @@ def read_samples(recipe: DataRecipe, size: Size, seed: int, damage: Damage, furt
         samples = _renders(recipe.images, size, seed)
     elif is_remote(recipe.source):
         samples = _files(remote_shards(recipe.source), columns, damage)
+    elif packed := packed_in(source):
+        raise TrainingError(f"data.source '{source}': {packed.name} is compressed; unpack it, shards are read as .tar")
     elif source.is_dir():
         saved = saved_files(source)
         files = [path for path in visible(source, *SHARDS) if path.name not in METADATA] if saved is None else saved

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ CAPTIONS = ("text", "caption", "prompt")
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 """Files with a row for each image of their folder, as the library `datasets` has them."""
 
+_PACKED = re.compile(r"\.(tgz|tar\.(gz|bz2|xz|zst))$")
 _MAX_MEMBER_BYTES = 1 << 30  # of a file in a shard
 
 
@@ -25,6 +27,12 @@ def visible(folder: Path, *suffixes: str) -> list[Path]:
     """The files of a folder and below with these endings, sorted; hidden ones (`.x`, macOS's `._x`, `__MACOSX`) never count."""
     found = (path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
     return sorted(path for path in found if not _is_hidden(path.relative_to(folder).as_posix()))
+
+
+def packed_in(source: Path) -> Path | None:
+    """A compressed shard (`.tar.gz`, `.tgz` and the like) that a data set is or holds, which is not read; None: there is none."""
+    names = visible(source, ".gz", ".tgz", ".bz2", ".xz", ".zst") if source.is_dir() else [source]
+    return next((path for path in names if _PACKED.search(path.name.lower()) and path.is_file()), None)
 
 
 def _is_hidden(name: str) -> bool:

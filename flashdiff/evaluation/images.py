@@ -16,7 +16,18 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
-from flashdiff.datasets import CAPTIONS, METADATA, SUFFIXES, caption_of, image_of, metadata_rows, shard_samples, value_at, visible
+from flashdiff.datasets import (
+    CAPTIONS,
+    METADATA,
+    SUFFIXES,
+    caption_of,
+    image_of,
+    metadata_rows,
+    packed_in,
+    shard_samples,
+    value_at,
+    visible,
+)
 from flashdiff.errors import EvaluationError, first_line
 from flashdiff.files import write_whole
 from flashdiff.orders import Pixels
@@ -149,6 +160,8 @@ def read_images(source: Path, count: int | None = None) -> ImageSet:
     A folder has its captions in metadata files (`file_name`, `text`; as `datasets` reads them) or in .txt files; a shard in
     .txt or .json members. EvaluationError when there is no image, one cannot be read, or sizes are mixed.
     """
+    if packed := packed_in(source):
+        raise EvaluationError(f"{source}: {packed.name} is compressed; unpack it, shards are read as .tar")
     if source.is_file() and source.suffix == ".tar":
         shards = [source]
     elif source.is_dir():

@@ -21,7 +21,7 @@ from PIL import Image
 from flashdiff.components import Size
 from flashdiff.distill.config import DataRecipe
 from flashdiff.distill.sources import Damage, Sample, read_samples
-from flashdiff.errors import TrainingError
+from flashdiff.errors import EvaluationError, TrainingError
 from flashdiff.evaluation.images import read_images
 
 
@@ -114,6 +114,20 @@ def test_samples_of_shards_in_every_arrangement(tmp_path: Path, kind: str) -> No
     evaluated = read_images(shard)
     assert [prompt and prompt.text for prompt in evaluated.prompts] == ["zero", "one"]
     assert evaluated.pixels[:, 0, 0, 0].tolist() == [0, 40]
+
+
+@pytest.mark.parametrize("name", ["x.tar.gz", "x.TGZ", "x.tar.zst"])
+def test_compressed_shards_are_refused_by_name_alone_and_next_to_others(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "below"
+    folder.mkdir()
+    _tar(tmp_path / "0.tar", {"0.png": _png(0), "0.txt": b"zero"})
+    (folder / name).write_bytes(b"packed")
+    for source in (folder / name, folder, tmp_path):
+        assert f"'{source}': {name} is compressed; unpack it, shards are read as .tar" in _refused(source)
+        with pytest.raises(EvaluationError, match=f"{name} is compressed; unpack it, shards are read as"):
+            read_images(source)
+    (folder / name).rename(folder / "notes.gz")
+    assert _found(tmp_path) == [("zero", 0)]
 
 
 def test_a_caption_within_a_json_member(tmp_path: Path) -> None:
