@@ -1,4 +1,4 @@
-"""Links of the README and the documentation lead somewhere."""
+"""Links of the README and the documentation lead somewhere, and pages show nothing that the next commit makes wrong."""
 
 import re
 from collections.abc import Iterator
@@ -31,6 +31,12 @@ def _broken_links(page: Path) -> Iterator[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_relative_links_resolve(page: Path) -> None:
     assert list(_broken_links(page)) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_no_page_shows_the_hash_of_a_bundle(page: Path) -> None:
+    """It changes with the code, the libraries and the machine that built it."""
+    assert re.findall(r"bundle [0-9a-f]{12}", page.read_text("utf-8")) == []
 
 
 def test_a_broken_link_or_anchor_is_found(tmp_path: Path) -> None:
