@@ -14,9 +14,11 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest $(PARALLEL)
 
-# The inner loop: no engine is built, nothing trains, no other process starts, nothing is fuzzed.
+# The inner loop: of these files those in which no model is made or loaded, no engine is built and no other process starts.
+INNER := tests/server/test_*.py tests/server/planning/test_*.py tests/benchmarks/traffic/test_*.py tests/test_*.py
+HEAVY := (from|import) (tiny|recipes|torch|diffusers)|load_base|load_fused|build_engine|distill\(|tiny_base|flash_lora|(student|teacher)_bundle|start_server|subprocess|Process\(
 test-fast: $(VENV)/.installed
-	$(BIN)/python -m pytest tests/server tests/test_*.py tests/benchmarks/traffic -k "not cli and not parity and not opening and not npm and not process and not bad_input and not examples and not does_not_read"
+	$(BIN)/python -m pytest $(PARALLEL) -k "not bad_input and not does_not_read" $$(grep -LE '$(HEAVY)' $(INNER))
 
 # What `make test` leaves out, because it builds many engines or trains for a while; CI runs both.
 test-slow: $(VENV)/.installed

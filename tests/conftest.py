@@ -18,8 +18,6 @@ from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from tiny import make_tiny_sd15
-
 # No clock decides a test: hypothesis would fail one whose examples are slow to make or to run.
 settings.register_profile("any-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any-machine")
@@ -69,6 +67,8 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
 
 @pytest.fixture(scope="session")
 def tiny_base(once: Once) -> Path:
+    from tiny import make_tiny_sd15
+
     return once("tiny", make_tiny_sd15)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+from PIL import Image
 
 from flashdiff import cli, defaults
 from flashdiff.engines.backends import BACKENDS, best_backend
@@ -197,3 +198,15 @@ def test_no_library_reports_its_use() -> None:
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert run.stdout.split() == ["openvino.tools.ovc.telemetry_stub", "1"]
+
+
+def test_the_command_line_enlarges(student_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small, large = tmp_path / "small.png", tmp_path / "large.png"
+    Image.new("RGB", (70, 45)).save(small)
+    given = ["generate", str(student_bundle), "x", "-o", str(large), "--image", str(small), "--upscale"]
+    assert cli.main([*given, "1.5"]) == 0
+    assert capsys.readouterr().out == f"{large}  105x68  steps 4  seed 0\n"
+    with Image.open(large) as enlarged:
+        assert enlarged.size == (105, 68)
+    assert cli.main([*given, "0.9"]) == 2
+    assert "upscale: 0.9 is not allowed; it must be between 1 and 8" in capsys.readouterr().err

@@ -142,3 +142,16 @@ except SystemExit:
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "set()"
+
+
+def test_without_http_nothing_of_it_is_imported() -> None:
+    code = """
+import asyncio, sys
+sys.path.insert(0, "tests")
+from served import FakeComponents, serving
+with serving(FakeComponents()):
+    wanted = ("starlette", "uvicorn", "python_multipart", "h11", "flashdiff.server.http")
+    print(sorted(name for name in sys.modules if name.startswith(wanted)))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert result.stdout.splitlines()[-1] == "[]"

@@ -3,7 +3,6 @@
 import base64
 import io
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -14,7 +13,6 @@ from orders import from_image
 from PIL import Image
 from served import Gate, Running, intercept, serving, triton_image, until
 
-from flashdiff.cli import main
 from flashdiff.components import Size
 from flashdiff.engines.runtime.fake import FLASH, GUIDED, FakeComponents
 from flashdiff.errors import RequestError
@@ -242,14 +240,3 @@ def _message(**options: Any) -> Any:
     from flashdiff.server.replies import write_request
 
     return write_request("x", image=FILE, upscale=2, **options)
-
-
-def test_the_command_line_enlarges(student_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    small, large = tmp_path / "small.png", tmp_path / "large.png"
-    small.write_bytes(FILE)
-    given = ["generate", str(student_bundle), "x", "-o", str(large), "--image", str(small), "--upscale"]
-    assert main([*given, "1.5"]) == 0
-    assert capsys.readouterr().out == f"{large}  105x68  steps 4  seed 0\n"
-    assert _pixels(large.read_bytes()).shape == (68, 105, 3)
-    assert main([*given, "0.9"]) == 2
-    assert "upscale: 0.9 is not allowed; it must be between 1 and 8" in capsys.readouterr().err

@@ -9,7 +9,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client import generate_latest
-from served import MODEL, Process, Running, intercept, serving, until
+from served import MODEL, Running, intercept, serving, until
 
 from flashdiff import cli
 from flashdiff.engines.runtime.device import Device
@@ -110,27 +110,6 @@ def test_a_stream_whose_previews_were_sent_is_failed_and_gets_each_preview_once(
     assert len(whole) == 5
     assert [update.step for update in whole if isinstance(update, Preview)] == [1, 2, 3, 4]
     assert calls == 3
-
-
-def test_a_server_without_a_device_left_ends_with_status_1() -> None:
-    setup = """
-from flashdiff.engines.runtime.device import Device
-from flashdiff.server.models import Model
-from served import MODEL, intercept
-devices = [Device(name="fake:0"), Device(name="fake:1")]
-other = FakeComponents()
-def opener():
-    model = Model(MODEL, fake, fake.costs, devices[0], [Model(MODEL, other, other.costs, devices[1])])
-    for each in (fake, other):
-        intercept(each, "denoiser", lambda call, inputs: 1 / 0)
-    return Models({"fake": model}, devices=devices)
-"""
-    with Process(setup) as process:
-        with Client(process.address()) as client, pytest.raises(ServerError, match="the device thread has stopped"):
-            client.generate("x", timeout_s=60)
-        assert process.status() == 1
-        assert sum("is out: division by zero" in line for line in process.lines) == 2
-        assert any(line.startswith("flashdiff: error: the device thread has stopped") for line in process.lines)
 
 
 def _repository(tmp_path: Path) -> Path:

@@ -2,8 +2,6 @@
 
 import logging
 import socket
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -196,17 +194,3 @@ def test_two_models_answer_to_their_names() -> None:
         listed = httpx.get(f"{running.url}/v1/models").json()["data"]
         assert [model["id"] for model in listed] == ["one", "two"]
         assert listed[0]["flashdiff"]["sizes"] == ["64x64", "128x64"]
-
-
-def test_without_http_nothing_of_it_is_imported() -> None:
-    code = """
-import asyncio, sys
-sys.path.insert(0, "tests")
-from served import FakeComponents, serving
-with serving(FakeComponents()):
-    wanted = ("starlette", "uvicorn", "python_multipart", "h11", "flashdiff.server.http")
-    print(sorted(name for name in sys.modules if name.startswith(wanted)))
-"""
-    root = Path(__file__).parents[2]
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
-    assert result.stdout.splitlines()[-1] == "[]"

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -170,3 +171,37 @@ def test_drain_and_age_are_seconds() -> None:
     for option in ({"drain_s": -1.0}, {"drain_delay_s": float("nan")}, {"max_connection_age_s": 0.5}, {"drain_s": float("inf")}):
         with pytest.raises(ConfigError, match="give seconds from"):
             Listen(**option)  # type: ignore[arg-type]
+
+
+def test_no_exit_waits_for_a_file_that_is_being_read() -> None:
+    code = """
+import asyncio, contextlib, threading
+from flashdiff.server.image_threads import ImageThreads
+async def scenario():
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(ImageThreads().read("a", threading.Event().wait), 0.01)
+asyncio.run(scenario())
+print("out")
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60).stdout == "out\n"
+
+
+def test_a_server_without_a_device_left_ends_with_status_1() -> None:
+    setup = """
+from flashdiff.engines.runtime.device import Device
+from flashdiff.server.models import Model
+from served import MODEL, intercept
+devices = [Device(name="fake:0"), Device(name="fake:1")]
+other = FakeComponents()
+def opener():
+    model = Model(MODEL, fake, fake.costs, devices[0], [Model(MODEL, other, other.costs, devices[1])])
+    for each in (fake, other):
+        intercept(each, "denoiser", lambda call, inputs: 1 / 0)
+    return Models({"fake": model}, devices=devices)
+"""
+    with Process(setup) as process:
+        with Client(process.address()) as client, pytest.raises(ServerError, match="the device thread has stopped"):
+            client.generate("x", timeout_s=60)
+        assert process.status() == 1
+        assert sum("is out: division by zero" in line for line in process.lines) == 2
+        assert any(line.startswith("flashdiff: error: the device thread has stopped") for line in process.lines)
