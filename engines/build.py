@@ -32,7 +32,7 @@ from flashdiff.engines.quantize import quantize_denoiser
 from flashdiff.engines.reference import Reference, on_gpu, run_reference
 from flashdiff.engines.runtime.engine import Engine
 from flashdiff.engines.stock import StockReference, compare_stock, run_stock
-from flashdiff.engines.verify import verify
+from flashdiff.engines.verify import Findings, verify
 from flashdiff.errors import BundleError
 from flashdiff.families.autoencoders import with_vae
 from flashdiff.families.base import TorchModel
@@ -50,7 +50,7 @@ __all__ = ["BuildOptions", "build_engine", "parse_batches", "parse_sizes"]
 def build_engine(options: BuildOptions, report: Callable[[str], None], *, with_quality: bool = False) -> Manifest:
     """Build and publish the bundle `options.out`; `report` gets a line per stage. Refuses what `verify` refuses.
 
-    `with_quality` measures the quality of any precision, not of int8 alone.
+    `with_quality` measures the quality of any precision, not of int8 and fp8 alone.
 
     A bundle that is up to date is left alone; one that is not is replaced when the new one is whole.
     """
@@ -76,15 +76,15 @@ def _build(plan: BuildPlan, report: Callable[[str], None]) -> Manifest:
     with new_folder(options.out, BundleError, replace=True) as folder:
         manifest, torch = _from_torch(plan, folder, watch)
         gc.collect()  # modules hold each other in cycles: torch's weights go before the engine's come
-        if plan.backend.graph:
-            manifest = manifest.model_copy(update={"parts": _compile(plan, manifest, folder, watch)})
-        if manifest.precision == "int8":
+        findings: Findings | None = None
+        if manifest.precision in plan.backend.quantize:
             assert torch.samples
             manifest, findings = quantize_denoiser(manifest, folder, torch.samples, torch.reference, report)
-            watch.lap("quantize", describe_quantization(manifest))
-            engine = Engine(folder, manifest)
-        else:
-            engine = Engine(folder, manifest)
+            watch.lap("quantize", f"{describe_quantization(manifest)}; {describe_errors(manifest.model, findings.errors)}")
+        if plan.backend.graph:
+            manifest = manifest.model_copy(update={"parts": _compile(plan, manifest, folder, watch)})
+        engine = Engine(folder, manifest)
+        if findings is None or plan.backend.compile_graph:
             findings = verify(torch.reference, engine)
         watch.lap("verify", describe_errors(engine.spec, findings.errors))
         compared = torch.stock if isinstance(torch.stock, str) else compare_stock(torch.stock, engine)
@@ -176,7 +176,7 @@ def _export(
     for export in (export for export in plan.exports if export.part == part.name):
 
         def make(target: Path, size: Size = export.size or plan.inputs.sizes[0]) -> None:
-            form.export(model, part, target, size=size, precision=form.precision_of(plan.inputs.precision))
+            form.export(model, part, target, size=size, precision=plan.backend.graph_precision(plan.inputs.precision))
             plan.check_sources()  # weights may be mapped from the base's files: the cache must not name others
 
         was_cached = cached(export.key, make, folder / _place(export))

@@ -30,8 +30,10 @@ MAX_BATCH = 64
 NOT_COMPARED = "--no-compare-stock"
 """Why a bundle has no comparison with the stock pipeline, where none was wanted."""
 
-Precision = Literal["fp32", "fp16", "bf16", "int8"]
-"""Of a bundle. An int8 bundle holds its quantized part in int8 and the other parts in float32."""
+Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
+"""Of a bundle. In int8 and fp8 are the layers of its denoiser; the rest is in `Backend.rest`."""
+QUANTIZED: tuple[Precision, ...] = ("int8", "fp8")
+"""Those whose bundles state the quality of their images."""
 Batch = Annotated[int, Field(ge=1, le=MAX_BATCH)]
 FileName = Annotated[str, Field(pattern=r"^[^\x00-\x1f]+$", max_length=1000)]
 """Of a file in the bundle, relative to it."""
@@ -191,7 +193,7 @@ class StockComparison(Record):
 
 
 class Calibration(Record):
-    """The prompts whose images calibrate an int8 engine, and by which the quality of a precision is measured."""
+    """The prompts whose images calibrate a quantized engine, and by which the quality of a precision is measured."""
 
     source: str
     """The name of the file, or of the embedded model's world; the hash is what counts."""
@@ -200,15 +202,15 @@ class Calibration(Record):
 
 
 class Quantization(Record):
-    """What was rounded to int8, and what was not."""
+    """What was rounded to int8 or fp8, and what was not."""
 
     part: str
     rows: int
     """Rows of the part's inputs that it was calibrated on."""
     layers: int
-    """Layers in int8."""
+    """Layers that are rounded."""
     kept: tuple[str, ...] = Field(max_length=10_000)
-    """Layers that stay in float32, because the gate failed with them in int8."""
+    """Layers that stay as they are, because the gate failed with them rounded."""
     tries: int
     """Quantizations until the gate passed."""
 

@@ -50,7 +50,7 @@ def find_prompts(file: Path | None, *, is_world: bool) -> tuple[Calibration, tup
         prompts = tuple(read_prompts(WORLD, _WORLD_PROMPTS, _WORLD_SEED))
     else:
         raise BundleError(
-            "--precision int8 and auto need --calibration-prompts FILE for this base: a text file with a prompt a line, "
+            "--precision int8, fp8 and auto need --calibration-prompts FILE for this base: a text file with a prompt a line, "
             "like those that will be served"
         )
     texts = [prompt.text for prompt in prompts]

@@ -13,7 +13,7 @@ from flashdiff.engines.runtime.engine import Engine, usual_ms
 from flashdiff.errors import BackendError, BundleError
 from flashdiff.files import new_folder
 
-_ORDER: tuple[Precision, ...] = ("fp32", "bf16", "fp16", "int8")
+_ORDER: tuple[Precision, ...] = ("fp32", "bf16", "fp16", "int8", "fp8")
 """From the most exact one."""
 WORTH = 1.1
 """How many times as fast a precision must be as a more exact one to be chosen over it."""

@@ -10,12 +10,12 @@ from flashdiff.components import MAX_SIDE, Size
 from flashdiff.config import Name
 from flashdiff.controls import NAME
 from flashdiff.engines.backends import best_backend
-from flashdiff.engines.bundle import MAX_BATCH, BackendName
+from flashdiff.engines.bundle import MAX_BATCH, QUANTIZED, BackendName
 from flashdiff.errors import BundleError
 from flashdiff.samplers.options import SamplingOptions
 
 PrecisionChoice = Literal["fp32", "fp16", "bf16", "int8", "fp8", "auto"]
-"""What a build may be asked for. No backend has fp8: each says why. `auto` measures those of the machine and chooses."""
+"""What a build may be asked for; a backend says why it lacks one. `auto` measures those of the machine and chooses."""
 
 
 class BuildRecipe(SamplingOptions):
@@ -43,7 +43,7 @@ class BuildRecipe(SamplingOptions):
     backend: BackendName = Field(default_factory=best_backend)
     precision: PrecisionChoice = defaults.PRECISION
     calibration_prompts: Path | None = None
-    """For int8 and auto: a text file with a prompt a line; None: the embedded world's, where the base is the embedded model."""
+    """For int8, fp8 and auto: a text file with a prompt a line; None: the embedded world's, where the base is its model."""
     sizes: tuple[Size, ...] = ()
     """Empty: the size the base was trained at."""
     decode_tile: int | None = None
@@ -66,9 +66,9 @@ class BuildRecipe(SamplingOptions):
 
     @model_validator(mode="after")
     def _prompts_calibrate(self) -> Self:
-        if self.calibration_prompts is not None and self.precision not in ("int8", "auto"):
+        if self.calibration_prompts is not None and self.precision not in (*QUANTIZED, "auto"):
             raise ValueError(
-                f"calibration_prompts '{self.calibration_prompts}' is for the precisions int8 and auto, not {self.precision}"
+                f"calibration_prompts '{self.calibration_prompts}' is for the precisions int8, fp8 and auto, not {self.precision}"
             )
         return self
 

@@ -45,7 +45,7 @@ def describe(bundle: Path, manifest: Manifest) -> Iterator[str]:
         other, allowed = replaced_by(model, name) or "torch", manifest.max_error_allowed[name]
         yield f"{'off ' + other:12} {name:{width}} {error:.1e} (allowed {allowed:.0e})"
     if manifest.quantization:
-        yield f"int8         {describe_quantization(manifest)}"
+        yield f"{manifest.precision:12} {describe_quantization(manifest)}"
     if manifest.quality:
         yield f"quality      {describe_quality(manifest.quality)}"
     if manifest.chosen:
@@ -69,15 +69,16 @@ def describe_errors(spec: ModelSpec, errors: Mapping[str, float]) -> str:
 
 
 def describe_quantization(manifest: Manifest) -> str:
-    """What is in int8, and what it was calibrated on, in one line."""
+    """What is rounded, and what it was calibrated on, in one line."""
     done, calibration = manifest.quantization, manifest.calibration
     assert done
     assert calibration
-    kept = f", {len(done.kept)} in float32 ({', '.join(done.kept)})" if done.kept else ""
+    rest = find_backend(manifest.backend).rest[manifest.precision]
+    kept = f", {len(done.kept)} in {rest} ({', '.join(done.kept)})" if done.kept else ""
     tries = "the first try" if done.tries == 1 else f"try {done.tries}"
     return (
-        f"{done.part}: {done.layers} layers in int8{kept}, after {tries}; calibrated on {done.rows} rows, of prompts of "
-        f"{calibration.source} ({calibration.prompts_hash[:12]})"
+        f"{done.part}: {done.layers} layers in {manifest.precision}{kept}, after {tries}; calibrated on {done.rows} rows, of "
+        f"prompts of {calibration.source} ({calibration.prompts_hash[:12]})"
     )
 
 

@@ -15,6 +15,7 @@ from flashdiff.engines.bundle import (
     MANIFEST,
     MAX_ELEMENTS,
     NOT_COMPARED,
+    QUANTIZED,
     BuildInputs,
     Calibration,
     ControlRecord,
@@ -135,7 +136,9 @@ def plan_build(options: BuildOptions, *, with_quality: bool = False) -> BuildPla
     previous, flaw = _previous(options.out)
     backend = find_backend(options.backend)
     machine = backend.machine()
-    precision = _precision(options, backend)
+    assert options.precision != "auto"
+    precision: Precision = options.precision
+    backend.check_computes(precision, machine)
     backend.check_build(precision, machine)
     backend.import_modules()  # so that a missing library is reported now, not after minutes of exporting
     if options.compile:
@@ -143,7 +146,7 @@ def plan_build(options: BuildOptions, *, with_quality: bool = False) -> BuildPla
             raise BackendError(
                 f"--compile: it is for --backend torch; what {backend.name} runs is always compiled by its library"
             )
-        backend.check_compile()
+        backend.check_compile(precision)
     folder = find_base(options.base, variant=options.variant, config=options.config)
     family = family_of(folder)
     loras = tuple((find_lora(name), weight) for name, weight in options.loras)
@@ -164,10 +167,10 @@ def plan_build(options: BuildOptions, *, with_quality: bool = False) -> BuildPla
     _check_shapes(options, family, spec, *size_limits(folder, family))
     calibration: Calibration | None = None
     prompts: tuple[Prompt, ...] = ()
-    if precision == "int8" or with_quality:
+    if precision in QUANTIZED or with_quality:
         if needed_inputs(spec, spec.sizes[0]):
             raise BundleError(
-                f"--precision int8 and auto calibrate on prompts, and {spec.name} makes no image of a prompt alone; "
+                f"--precision int8, fp8 and auto need images of prompts, and {spec.name} makes no image of a prompt alone; "
                 "take fp32, fp16 or bf16"
             )
         is_world = base_hash(find_base(_EMBEDDED)) in hashes_of(folder, hash_of_base)
@@ -175,6 +178,7 @@ def plan_build(options: BuildOptions, *, with_quality: bool = False) -> BuildPla
     rank = (options.lora_rank or defaults.LORA_RANK) if options.lora_slots else 0
     spec = _with_slots(spec, folder, family, options, rank)
     orders_of(spec, prompts)  # so that a prompt that the model refuses is reported now
+    quantizers = backend.quantizer_packages if precision in backend.quantize else ()
     inputs = BuildInputs(
         base=spec.name,
         base_hash=hash_of_base,
@@ -195,14 +199,14 @@ def plan_build(options: BuildOptions, *, with_quality: bool = False) -> BuildPla
         calibration=calibration,
         sizes=spec.sizes,
         batch_sizes=options.batch_sizes,
-        library_versions=_versions((*EXPORTERS, *backend.packages, *(backend.quantizer_packages if precision == "int8" else ()))),
+        library_versions=_versions((*EXPORTERS, *backend.packages, *quantizers)),
         version_compatible=options.version_compatible,
         compiled=options.compile,
         code=_code_hash(),
         machine=machine,
     )
     on_text = [touches_text(lora) for lora, _ in loras]
-    exports = tuple(_exports(backend.graph, family, inputs, on_text)) if backend.graph else ()
+    exports = tuple(_exports(backend, backend.graph, family, inputs, on_text)) if backend.graph else ()
     plan = BuildPlan(
         options=options,
         backend=backend,
@@ -222,24 +226,13 @@ def plan_build(options: BuildOptions, *, with_quality: bool = False) -> BuildPla
         flaw=flaw,
         sources=sources,
         prompts=prompts,
-        warnings=(*of_base, *_hints(options, spec, [lora for lora, _ in loras])),
+        warnings=(*of_base, *_hints(options, spec, [lora for lora, _ in loras]), *filter(None, [backend.idle_gpu()])),
     )
     plan.check_sources()
     if plan.changes:
         backend.check_runs()
         plan.requirements.check_disk()
     return plan
-
-
-def _precision(options: BuildOptions, backend: Backend) -> Precision:
-    """The precision that the options give; BackendError where the backend has it on no machine."""
-    precision = options.precision
-    assert precision != "auto"
-    if reason := backend.lacks.get(precision):
-        raise BackendError(f"--precision {precision}: {reason}")
-    if precision == "fp8" or (precision == "int8" and not backend.quantize):
-        raise BackendError(f"--precision {precision}: backend '{backend.name}' does not have it; take fp32")
-    return precision
 
 
 def describe(plan: BuildPlan) -> Iterator[str]:
@@ -375,14 +368,19 @@ def _check_shapes(options: BuildOptions, family: ModelFamily, spec: ModelSpec, s
             )
         if tile >= (most := max(map(max, spec.sizes))):
             raise BundleError(f"--decode-tile {tile}: no image has a longer side than {most}; leave it out")
-    if options.precision == "int8" and family.fixed_size and len(spec.sizes) > 1:
-        raise BundleError(f"--precision int8: {family.name} has a network a size, and one is calibrated; give one --size")
+    is_calibrated = options.precision in find_backend(options.backend).quantize
+    if is_calibrated and family.fixed_size and len(spec.sizes) > 1:
+        raise BundleError(
+            f"--precision {options.precision}: {family.name} has a network a size, and one is calibrated; give one --size"
+        )
     if options.batch_sizes[-1] < (slots := max(task.evaluations_per_step(spec) for task in tasks_of(spec))):
         times = {2: "twice", 3: "three times"}[slots]
         raise BundleError(f"--batch must reach {slots}: guidance evaluates the network {times} a step")
 
 
-def _exports(form: GraphForm, family: ModelFamily, inputs: BuildInputs, on_text: Sequence[bool]) -> Iterator[Export]:
+def _exports(
+    backend: Backend, form: GraphForm, family: ModelFamily, inputs: BuildInputs, on_text: Sequence[bool]
+) -> Iterator[Export]:
     """The graphs to export; `on_text` says of every LoRA whether it changes a text encoder."""
     versions = {name: inputs.library_versions.get(name) for name in form.packages}
     denoisers = [part.name for part in inputs.model.denoisers]
@@ -416,7 +414,7 @@ def _exports(form: GraphForm, family: ModelFamily, inputs: BuildInputs, on_text:
                 "reference": reading.get(part),
                 "slots": slots if "weights" in taken else {},
                 "form": form.file,
-                "precision": form.precision_of(inputs.precision),
+                "precision": backend.graph_precision(inputs.precision),
                 "example": size or inputs.sizes[0],
                 "times": times if part in denoisers else None,
                 "versions": versions,

@@ -13,9 +13,9 @@ from flashdiff.engines.reference import Case, Outputs, Reference, sample_image
 from flashdiff.engines.runtime.engine import Engine
 from flashdiff.errors import BundleError
 
-PART_ERROR: dict[Precision, float] = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 2e-1, "int8": 3.0}
+PART_ERROR: dict[Precision, float] = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 2e-1, "int8": 3.0, "fp8": 3.0}
 """Largest difference of a part's output to torch that is allowed, in units of that output's root mean square (at least 1)."""
-IMAGE_ERROR: dict[Precision, float] = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 3e-2, "int8": 6e-2}
+IMAGE_ERROR: dict[Precision, float] = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 3e-2, "int8": 6e-2, "fp8": 6e-2}
 """Largest root mean square difference of a whole image in [-1, 1]: 0.005 is 52 dB, 0.03 is 36 dB, 0.06 is 30 dB."""
 
 
@@ -46,18 +46,19 @@ def verify(expected: Reference, engine: Engine) -> Findings:
     return findings
 
 
-def measure_errors(expected: Reference, engine: Engine) -> Findings:
+def measure_errors(expected: Reference, engine: Engine, manifest: Manifest | None = None) -> Findings:
     """Compare with torch at every batch size and image size; BundleError where a bundle is wrong whatever its errors.
 
+    `manifest` is that of the bundle, where the engine only stands in for it.
     Values must be finite and of the type asked for, identical rows must stay identical, and in float32 on a CPU a row must
     not depend, bit for bit, on its batch.
     """
-    precision, machine = engine.manifest.precision, engine.manifest.machine
-    is_exact_here = find_backend(engine.manifest.backend).exact_rows_on_cpu and machine.device == "cpu"
-    must_be_exact = is_exact_here and precision == "fp32"
-    allowed = {part: PART_ERROR[precision_of(engine.manifest, part)] for part in engine.manifest.parts}
+    manifest = manifest or engine.manifest
+    precision, backend = manifest.precision, find_backend(manifest.backend)
+    must_be_exact = backend.exact_rows_on_cpu and manifest.machine.device == "cpu" and precision == "fp32"
+    allowed = {part: PART_ERROR[backend.precision_of(manifest, part)] for part in manifest.parts}
     allowed["image"] = IMAGE_ERROR[precision]
-    errors, are_exact = dict.fromkeys(engine.manifest.parts, 0.0), True
+    errors, are_exact = dict.fromkeys(manifest.parts, 0.0), True
     for case in expected.cases:
         error, is_exact = _check_case(case, engine, allowed[case.part])
         errors[case.part] = max(errors[case.part], error)
@@ -71,19 +72,12 @@ def measure_errors(expected: Reference, engine: Engine) -> Findings:
     for part in engine.spec.replacements:
         name = at_scale_0(part.name)
         errors[name] = max(_off_at_zero(case, engine) for case in expected.cases if case.part == part.name)
-        allowed[name] = PART_ERROR[precision]  # in int8 that of the part that it replaces
+        allowed[name] = PART_ERROR[precision]  # of a quantized bundle that of the part that it replaces
     errors["image"] = max(
         float(np.sqrt(np.mean(np.square(image - sample_image(engine, engine.spec, size)))))
         for size, image in expected.images.items()
     )
     return Findings(errors, allowed, are_exact)
-
-
-def precision_of(manifest: Manifest, part: str) -> Precision:
-    """A part's own: of an int8 bundle only the quantized part is in int8."""
-    if manifest.quantization and part != manifest.quantization.part:
-        return "fp32"
-    return manifest.precision
 
 
 def _unread(case: Case) -> dict[str, NDArray[Any]]:

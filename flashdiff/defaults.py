@@ -4,7 +4,7 @@ from typing import Final
 
 # --- build-engine ---
 PRECISIONS: Final = ("fp32", "fp16", "bf16", "int8", "fp8", "auto")
-"""Those that a build may be asked for; no backend has fp8 yet, and `auto` chooses among those of the machine."""
+"""Those that a build may be asked for; `auto` chooses among those of the machine."""
 PRECISION: Final = "fp32"
 BATCH_SIZES: Final = (1, 2, 4, 8)
 LORA_RANK: Final = 16

@@ -270,9 +270,10 @@ def test_what_is_not_made_for_it_is_refused_in_one_line(base: Path, tmp_path: Pa
     with pytest.raises(ModelError, match=r"--control edges=.*: models of the family sd-upscaler are not steered"):
         check_control("edges", base / "unet", family, base, spec)
     options = BuildOptions(base=str(base), out=tmp_path / "out", batch_sizes=(2,))
+    needed = "--precision int8, fp8 and auto need images of prompts, and tiny makes no image of a prompt alone"
     for changes, message in (
-        ({"precision": "int8"}, "--precision int8 and auto calibrate on prompts, and tiny makes no image of a prompt alone"),
-        ({"precision": "auto"}, "--precision int8 and auto calibrate on prompts, and tiny makes no image of a prompt alone"),
+        ({"precision": "int8"}, needed),
+        ({"precision": "auto"}, needed),
         ({"sizes": (Size(36, 32),)}, "--size 36x32: sd-upscaler needs width and height in multiples of 8"),
         ({"batch_sizes": (1,)}, "--batch must reach 2: guidance evaluates the network twice a step"),
     ):

@@ -14,7 +14,7 @@ from flashdiff.engines.bundle import Manifest, Precision
 from flashdiff.engines.runtime.engine import open_bundle
 from flashdiff.errors import BackendError, BundleError
 
-PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp16", "int8")
+PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp16", "int8", "fp8")
 _STEPS = 4
 _COMPILED = "torch, compiled"
 

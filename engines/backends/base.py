@@ -51,12 +51,8 @@ class GraphForm:
     packages: tuple[str, ...]
     """Distributions whose versions decide what is exported."""
     export: ExportPart
-    as_float32: tuple[Precision, ...] = ("int8",)
-    """Precisions that are made of the float32 graph."""
-
-    def precision_of(self, precision: Precision) -> Precision:
-        """That of the graphs of a bundle."""
-        return "fp32" if precision in self.as_float32 else precision
+    as_float32: tuple[Precision, ...] = ()
+    """Precisions whose graphs are those of float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,13 +73,15 @@ argument gets a line per phase. BackendError when the backend cannot."""
 
 
 QuantizeGraph = Callable[[Path, Path, Sequence[Mapping[str, NDArray[Any]]], Collection[str]], Mapping[str, float]]
-"""Writes a float32 graph in int8 to another path, calibrated on rows of its inputs; the layers named last stay as they are.
-Returns the noise by layer in int8: how far rounding moves what is rounded there, root mean square, as a share of its own.
+"""Writes a graph with rounded layers to another path, calibrated on rows of its inputs; the layers named last stay as they are.
+Returns the noise by rounded layer: how far rounding moves what is rounded there, root mean square, as a share of its own.
 BackendError when it cannot."""
 
 NOISE_ROWS = 8
 """Rows that a quantized graph's noise is measured on."""
 
+_FP8_SINCE = (8, 9)
+"""The compute capability of the first GPUs with fp8: Ada, then Hopper and Blackwell."""
 _INT8_FEATURES = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp")
 
 
@@ -94,6 +92,21 @@ def check_int8(here: Machine) -> None:
             f"--precision int8: this processor has no such arithmetic (none of {', '.join(_INT8_FEATURES)}), int8 would not be "
             "faster; take fp32"
         )
+
+
+def check_fp8(here: Machine) -> None:
+    """BackendError where there is no GPU that computes in fp8."""
+    what = here.features[0] if here.device == "cuda" else "a CPU"
+    if here.device == "cpu" or _capability(what) < _FP8_SINCE:
+        raise BackendError(
+            f"--precision fp8: it needs an NVIDIA GPU of compute capability 8.9 or later, and this is {what}; take bf16 or fp16"
+        )
+
+
+def _capability(name: str) -> tuple[int, int]:
+    """(8, 9) for sm_89."""
+    digits = name.removeprefix("sm_")
+    return int(digits[:-1]), int(digits[-1])
 
 
 SaveModel = Callable[["TorchModel", Sequence["Part"], Path, BuildInputs, Callable[[str], None]], dict[str, tuple[PartFile, ...]]]
@@ -125,20 +138,28 @@ class Backend:
     """The form its parts are exported to."""
     compile_graph: CompileGraph | None = None
     """None: it reads the graph itself."""
-    quantize: QuantizeGraph | None = None
-    """Makes the denoiser of an int8 bundle; None: it has no int8."""
+    quantize: Mapping[Precision, QuantizeGraph] = field(default_factory=dict)
+    """Makes the denoiser of a bundle in such a precision out of its graph."""
     quantizer_packages: tuple[str, ...] = ()
-    """Distributions whose versions count in the fingerprint of an int8 bundle."""
+    """Distributions whose versions count in the fingerprint of a bundle that is quantized."""
+    tried_by: str | None = None
+    """The backend that runs its quantized graphs on a CPU, to gate them before they are compiled; None: it runs them itself."""
+    rest: Mapping[Precision, Precision] = field(default_factory=lambda: {"int8": "fp32"})
+    """What is not rounded in a bundle of such a precision: the other parts, and the other layers of the denoiser."""
     save: SaveModel | None = None
     open_parts: Callable[[Path, Manifest, Device], CompilePart]
     """Opens a bundle's folder on a device; any error may be raised. The threads that open and run it are pinned already."""
 
     uses_gpu: Callable[[], bool] = lambda: False
     """Whether the library, as installed, runs on an NVIDIA GPU; called only where there is one."""
+    gpu_extra: str | None = None
+    """What to install in the place of a library that, as installed, runs on CPUs alone; None: it is the same one."""
+    check_precision: Callable[[Precision, Machine], None] = _always
+    """BackendError when a machine does not compute in a precision that it has, to build a bundle or to open one."""
     check_build: Callable[[Precision, Machine], None] = _always
-    """BackendError when this machine cannot run, and so not check, what would be built at a precision."""
-    check_compile: Callable[[], None] | None = None
-    """BackendError when this machine cannot compile its parts ahead of time; None: it has no `--compile`."""
+    """BackendError when this machine cannot build, or not run and so not check, what would be built at a precision."""
+    check_compile: Callable[[Precision], None] | None = None
+    """BackendError when this machine cannot compile its parts ahead of time, at a precision; None: it has no `--compile`."""
     lacks: Mapping[str, str] = field(default_factory=dict)
     """Precisions that it has on no machine, and why."""
     check_runs: Callable[[], None] = _always
@@ -151,7 +172,7 @@ class Backend:
     parallel_decode_on_gpu: bool = False
     """Whether decoding on a GPU may run in parallel with other calls, because parts have streams of their own."""
     weight_bytes: Mapping[Precision, int] = field(default_factory=lambda: {"fp32": 4, "fp16": 2, "bf16": 2})
-    """Bytes of a weight in its files."""
+    """Bytes of a weight in its files, in every precision that it has."""
     files_per_bucket: bool = False
     """Whether the file of every bucket holds the weights again."""
     memory_per_bucket: bool = True
@@ -171,9 +192,38 @@ class Backend:
             needed = f"backend '{self.name}' needs '{error.name}', which is not here"
             raise BackendError(f"{needed}: {install(self.extra)}") from None
 
+    def precision_of(self, manifest: Manifest, part: str) -> Precision:
+        """A part's own: int8 and fp8 are the denoiser's alone."""
+        if manifest.precision not in self.rest:
+            return manifest.precision
+        done = manifest.quantization
+        rounded = {done.part} if done else {denoiser.name for denoiser in manifest.model.denoisers}
+        return manifest.precision if part in rounded else self.rest[manifest.precision]
+
+    def graph_precision(self, precision: Precision) -> Precision:
+        """That of the graphs that a bundle is made of."""
+        assert self.graph
+        made_of = self.rest.get(precision, precision)
+        return "fp32" if made_of in self.graph.as_float32 else made_of
+
     def machine(self, device: Device = DEFAULT_DEVICE) -> Machine:
         """Where it would run here."""
         return this_machine(self.uses_gpu, device.gpu_index)
+
+    def check_computes(self, precision: Precision, here: Machine) -> None:
+        """BackendError where it has no such precision, or not on this machine."""
+        if reason := self.lacks.get(precision):
+            raise BackendError(f"--precision {precision}: {reason}")
+        if precision not in self.weight_bytes:
+            raise BackendError(f"--precision {precision}: backend '{self.name}' does not have it; take fp32")
+        self.check_precision(precision, here)
+
+    def idle_gpu(self, device: Device = DEFAULT_DEVICE) -> str | None:
+        """Why it leaves a GPU alone that is here, and the cure; None where it does not, or there is none."""
+        here, with_gpu = self.machine(device), this_machine(lambda: True, device.gpu_index)
+        if self.gpu_extra is None or here.device == with_gpu.device:
+            return None
+        return f"{self.name} as installed runs on CPUs alone: uninstall it, then {install(self.gpu_extra)}"
 
     def check_machine(self, manifest: Manifest, device: Device = DEFAULT_DEVICE) -> None:
         """BundleError, with the cause and the cure, when a bundle was made for another machine or kind of device."""
@@ -185,7 +235,14 @@ class Backend:
                 f"the bundle was made for a CPU, and {device.name} is none; give --device as cpu:CORES, or {REBUILD}"
             )
         if made.device == "cuda" and here.device == "cpu":
-            raise BundleError(f"the bundle was made for a GPU ({made.processor}), and there is none here; {REBUILD}")
+            reason = self.idle_gpu(device) or f"there is none here; {REBUILD}"
+            raise BundleError(f"the bundle was made for a GPU ({made.processor}), and {reason}")
+        if made.device == "cpu" and here.device == "cuda":  # a CPU's bundle runs on the CPU where there is a GPU too
+            here = this_machine(lambda: False)
+        try:
+            self.check_computes(manifest.precision, here)
+        except BackendError as error:
+            raise BundleError(f"the bundle does not fit this machine: {error}") from None
         self.check_bundle(manifest, here)
 
 

@@ -11,13 +11,19 @@ from flashdiff.engines.backends.base import ONNX, Backend, CompiledPart, Compile
 from flashdiff.engines.bundle import Machine, Manifest, Precision
 from flashdiff.engines.runtime.device import Device
 from flashdiff.engines.runtime.threads import cpu_threads
-from flashdiff.errors import BackendError, BundleError
+from flashdiff.errors import BackendError, install
+
+_CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+_GPU_EXTRA = "onnxruntime-gpu"
 
 
 def _open_parts(folder: Path, manifest: Manifest, device: Device) -> CompilePart:
     import onnxruntime as ort
 
-    on_gpu = [("CUDAExecutionProvider", {"device_id": device.gpu_index})] if manifest.machine.device == "cuda" else []
+    providers: list[Any] = [_CPU]
+    if manifest.machine.device == "cuda":
+        ort.preload_dlls()  # CUDA and cuDNN, where pip installed them
+        providers = [(_CUDA, {"device_id": device.gpu_index, "use_tf32": 0}), _CPU]  # TF32 would round what convolutions read
 
     def compile_part(name: str, file: Path, dimensions: Mapping[str, int]) -> CompiledPart:
         part = manifest.parts[name]
@@ -26,9 +32,13 @@ def _open_parts(folder: Path, manifest: Manifest, device: Device) -> CompilePart
         # Every part and shape is a session with threads of its own: when idle ones spin, they take cores from the one that runs.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3  # errors; it warns of every float16 constant that it cannot fold on a CPU
+        if manifest.precision != "int8":  # a graph that was rounded for another library computes as it says
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         for dimension, value in dimensions.items():
             options.add_free_dimension_override_by_name(dimension, value)
-        session = ort.InferenceSession(str(file), options, providers=[*on_gpu, "CPUExecutionProvider"])
+        session = ort.InferenceSession(str(file), options, providers=providers)
+        if len(session.get_providers()) < len(providers):
+            raise BackendError(f"its CUDA provider did not start; CUDA and cuDNN come with {install(_GPU_EXTRA)}")
         names = [spec.name for spec in part.outputs]
 
         def run(inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
@@ -42,7 +52,7 @@ def _open_parts(folder: Path, manifest: Manifest, device: Device) -> CompilePart
 def _uses_gpu() -> bool:
     import onnxruntime as ort
 
-    return "CUDAExecutionProvider" in ort.get_available_providers()
+    return _CUDA in ort.get_available_providers()
 
 
 def _quantize(graph: Path, target: Path, rows: Sequence[Mapping[str, NDArray[Any]]], kept: Collection[str]) -> dict[str, float]:
@@ -51,7 +61,7 @@ def _quantize(graph: Path, target: Path, rows: Sequence[Mapping[str, NDArray[Any
     return quantize(graph, target, rows, kept)
 
 
-def _check_build(precision: Precision, here: Machine) -> None:
+def _check_precision(precision: Precision, here: Machine) -> None:
     if precision == "int8":
         if here.device == "cuda":
             raise BackendError("--precision int8: ONNX Runtime's is for CPUs, and this one runs on the GPU; take fp16 or bf16")
@@ -60,25 +70,18 @@ def _check_build(precision: Precision, here: Machine) -> None:
         raise BackendError("--precision bf16: ONNX Runtime has no bfloat16 convolutions on CPUs; take fp32, or openvino")
 
 
-def _check_bundle(manifest: Manifest, here: Machine) -> None:
-    try:
-        _check_build(manifest.precision, here)
-    except BackendError as error:
-        raise BundleError(f"the bundle does not fit this machine: {error}") from None
-
-
 RECORDS = (
     Backend(
         name="onnxruntime",
         extra="cpu",
         modules=("onnxruntime",),
-        packages=("onnxruntime",),
+        packages=("onnxruntime", "onnxruntime-gpu"),
         graph=ONNX,
-        quantize=_quantize,
+        quantize={"int8": _quantize},
         open_parts=_open_parts,
         uses_gpu=_uses_gpu,
-        check_build=_check_build,
-        check_bundle=_check_bundle,
+        gpu_extra=_GPU_EXTRA,
+        check_precision=_check_precision,
         lacks={
             "fp8": "no CPU computes in fp8, and ONNX Runtime has no convolutions in it; take fp32 or int8, or openvino in bf16"
         },

@@ -18,7 +18,7 @@ from flashdiff.engines.bundle import Machine, Manifest, Precision
 from flashdiff.engines.runtime.device import Device
 from flashdiff.engines.runtime.threads import cpu_threads
 from flashdiff.engines.shapes import bucket_shapes
-from flashdiff.errors import BackendError, BundleError, first_line, install
+from flashdiff.errors import BackendError, first_line, install
 
 if TYPE_CHECKING:
     from flashdiff.engines.parts import Part
@@ -123,13 +123,12 @@ def _quantize(graph: Path, target: Path, rows: Sequence[Mapping[str, NDArray[Any
     return quantize(graph, target, rows, kept)
 
 
-def _check_build(precision: Precision, here: Machine) -> None:
-    _check_processor(precision, here)
+def _check_build(precision: Precision, _: Machine) -> None:
     if precision == "int8" and importlib.util.find_spec("nncf") is None:
         raise BackendError(f"--precision int8 needs 'nncf', which is not here: {install('int8')}")
 
 
-def _check_processor(precision: Precision, here: Machine) -> None:
+def _check_precision(precision: Precision, here: Machine) -> None:
     if precision == "int8":
         check_int8(here)
     elif precision != "fp32" and not set(_CPU_FEATURES[precision]) & set(here.features):
@@ -139,16 +138,7 @@ def _check_processor(precision: Precision, here: Machine) -> None:
         )
 
 
-def _check_bundle(manifest: Manifest, here: Machine) -> None:
-    try:
-        _check_processor(manifest.precision, here)
-    except BackendError as error:
-        raise BundleError(f"the bundle does not fit this machine: {error}") from None
-
-
-_GRAPH = GraphForm(
-    name="OpenVINO", file="model.xml", packages=(*EXPORTERS, "openvino"), export=_export, as_float32=("bf16", "int8")
-)
+_GRAPH = GraphForm(name="OpenVINO", file="model.xml", packages=(*EXPORTERS, "openvino"), export=_export, as_float32=("bf16",))
 
 RECORDS = (
     Backend(
@@ -158,11 +148,11 @@ RECORDS = (
         telemetry=("openvino_telemetry",),  # of its converter, and of NNCF
         packages=("openvino",),
         graph=_GRAPH,
-        quantize=_quantize,
+        quantize={"int8": _quantize},
         quantizer_packages=("nncf",),
         open_parts=_open_parts,
+        check_precision=_check_precision,
         check_build=_check_build,
-        check_bundle=_check_bundle,
         lacks={"fp8": "no CPU computes in fp8, and OpenVINO converts it to float32 there; take bf16 or int8"},
         exact_rows_on_cpu=True,
         # It computes in bfloat16 with weights kept in float32; int8 is made next to the float32 graph, and a byte then stays.

@@ -1,27 +1,32 @@
 """TensorRT and TensorRT-RTX: each bucket of an ONNX graph becomes a plan, their word for an engine, for one kind of GPU."""
 
 import importlib.metadata
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any, Literal
+
+from numpy.typing import NDArray
 
 from flashdiff.components import Size
 from flashdiff.engines.backends import tensorrt_builder
-from flashdiff.engines.backends.base import ONNX, REBUILD, Backend, CompilePart, Export
-from flashdiff.engines.bundle import BackendName, BuildInputs, Machine, Manifest, PartFile, PartRecord, Precision
+from flashdiff.engines.backends.base import ONNX, REBUILD, Backend, CompilePart, Export, check_fp8
+from flashdiff.engines.bundle import QUANTIZED, BackendName, BuildInputs, Machine, Manifest, PartFile, PartRecord, Precision
 from flashdiff.engines.cache import cached, key_of
 from flashdiff.engines.runtime.device import Device
 from flashdiff.engines.shapes import bucket_shapes, dimensions_of
-from flashdiff.errors import BackendError, BundleError
-from flashdiff.files import cache_folder
+from flashdiff.errors import BackendError, BundleError, install
+from flashdiff.files import cache_folder, hash_files
 
 
 def compile_graph(
     part: PartRecord, export: Export, inputs: BuildInputs, folder: Path, report: Callable[[str], None]
 ) -> list[PartFile]:
     """Put a plan for every bucket in the place of the graph in `folder`."""
+    graph = hash_files(folder, [*folder.glob(f"{ONNX.file}*")])  # what was exported, or what it was rounded to
     files = [
-        _plan(part, export, inputs, folder, size, batch, report)
+        _plan(part, export, inputs, folder, graph, size, batch, report)
         for size in _sizes(part, export, inputs)
         for batch in inputs.batch_sizes
     ]
@@ -39,6 +44,7 @@ def _plan(
     export: Export,
     inputs: BuildInputs,
     folder: Path,
+    graph: str,
     size: Size | None,
     batch: int,
     report: Callable[[str], None],
@@ -46,7 +52,7 @@ def _plan(
     """The plan of one bucket: built when the cache has none, so a killed build resumes with the next plan."""
     shapes = bucket_shapes(part.inputs, dimensions_of(inputs.model, size, batch))
     deciding = {
-        "graph": export.key,
+        "graph": graph,
         "backend": inputs.backend,
         "versions": inputs.library_versions,
         "machine": inputs.machine.model_dump(mode="json"),
@@ -82,12 +88,31 @@ def _open_parts(folder: Path, manifest: Manifest, device: Device) -> CompilePart
     return open_parts(folder, manifest, device)
 
 
-def _check_build(backend: BackendName, _: Precision, here: Machine) -> None:
+def _quantize(
+    kind: Literal["int8", "fp8"],
+    graph: Path,
+    target: Path,
+    rows: Sequence[Mapping[str, NDArray[Any]]],
+    kept: Collection[str],
+) -> dict[str, float]:
+    from flashdiff.engines.backends.tensorrt_quantizer import quantize
+
+    return quantize(kind, graph, target, rows, kept)
+
+
+def _check_precision(precision: Precision, here: Machine) -> None:
+    if precision == "fp8" and here.device == "cuda":  # that there is no GPU is said of every precision
+        check_fp8(here)
+
+
+def _check_build(backend: BackendName, precision: Precision, here: Machine) -> None:
     if here.device == "cpu":
         raise BackendError(
             f"--backend {backend}: there is no NVIDIA GPU here to check the engine on, and nothing is published unchecked; "
             "build where it will serve, or take openvino"
         )
+    if precision in QUANTIZED and importlib.util.find_spec("onnxruntime") is None:
+        raise BackendError(f"--precision {precision} needs 'onnxruntime' to calibrate, which is not here: {install('cpu')}")
 
 
 def _check_bundle(package: str, manifest: Manifest, here: Machine) -> None:
@@ -118,16 +143,19 @@ RECORDS = tuple(
         packages=(library.package,),
         graph=ONNX,
         compile_graph=compile_graph,
+        quantize={"int8": partial(_quantize, "int8"), "fp8": partial(_quantize, "fp8")},
+        quantizer_packages=("onnxruntime",),
+        tried_by="onnxruntime",  # which takes float16 on CPUs, and no bfloat16
+        rest={"int8": "fp16", "fp8": "fp16"},
         open_parts=_open_parts,
         uses_gpu=lambda: True,
+        check_precision=_check_precision,
         check_build=partial(_check_build, name),
         check_runs=partial(tensorrt_builder.check_opens, name),
         check_bundle=partial(_check_bundle, library.package),
-        lacks=dict.fromkeys(
-            ("int8", "fp8"),
-            "TensorRT reads it off nodes of the graph that nvidia-modelopt writes, and the build has none; take bf16",
-        ),
         parallel_decode_on_gpu=True,
+        # In int8 and fp8 the graph is there twice for a while, rounded and not.
+        weight_bytes={"fp32": 4, "fp16": 2, "bf16": 2, "int8": 3, "fp8": 3},
         files_per_bucket=True,
     )
     for name, library in tensorrt_builder.LIBRARIES.items()

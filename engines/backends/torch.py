@@ -10,10 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flashdiff.engines.backends.base import REBUILD, Backend, CompilePart
-from flashdiff.engines.bundle import BuildInputs, Machine, Manifest, PartFile
+from flashdiff.engines.backends.base import REBUILD, Backend, CompilePart, check_fp8
+from flashdiff.engines.bundle import BuildInputs, Machine, Manifest, PartFile, Precision
 from flashdiff.engines.runtime.device import Device
-from flashdiff.engines.runtime.machine import this_machine
 from flashdiff.errors import BackendError, BundleError
 
 if TYPE_CHECKING:
@@ -28,6 +27,8 @@ REFERENCE, ADAPTER, ENCODER_FOLDER = "reference", "ip_adapter.safetensors", "ima
 """The folder of the IP-Adapter in it, the adapter's file there, and its image encoder's folder."""
 WEIGHTS = "weights.safetensors"
 """Next to the packages of a compiled part: its weights, by the packages' names for them."""
+_REST: dict[Precision, Precision] = {"fp8": "bf16"}
+"""Also what the weights are stored in: they are rounded when a bundle is opened."""
 
 
 def _save(
@@ -41,7 +42,8 @@ def _save(
 
     if inputs.precision != "fp32":
         for part in parts:
-            AtPrecision(part, inputs.precision)  # casts its weights: the file need not hold what the engine will not use
+            # It casts the weights: the file need not hold what the engine will not use.
+            AtPrecision(part, _REST.get(inputs.precision, inputs.precision))
     target = folder / MODEL
     for name, module in model.weights.items():
         module.save_pretrained(target / name, safe_serialization=True)
@@ -70,7 +72,9 @@ def _uses_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def _check_compile() -> None:
+def _check_compile(precision: Precision) -> None:
+    if precision == "fp8":
+        raise BackendError("--compile: it was never tried in fp8; take bf16, or leave it out")
     from torch._inductor import config
     from torch._inductor.cpp_builder import get_cpp_compiler
 
@@ -83,12 +87,15 @@ def _check_compile() -> None:
         ) from None
 
 
+def _check_precision(precision: Precision, here: Machine) -> None:
+    if precision == "fp8":
+        check_fp8(here)
+
+
 def _check_bundle(manifest: Manifest, here: Machine) -> None:
     if not manifest.compiled:
         return
     made = manifest.machine
-    if made.device == "cpu" and here.device == "cuda":  # a CPU's bundle runs on the CPU where there is a GPU too
-        here = this_machine(lambda: False)
     if made.system != here.system:
         raise BundleError(f"the bundle was compiled for {made.system}, this is {here.system}; {REBUILD}")
     if made.device == "cuda" and made.features != here.features:
@@ -108,12 +115,14 @@ RECORDS = (
         save=_save,
         open_parts=_open_parts,
         uses_gpu=_uses_gpu,
+        check_precision=_check_precision,
         check_compile=_check_compile,
         check_bundle=_check_bundle,
         lacks={
-            "int8": "torch's own modules compute in floating point, and torchao's kernels are not tried; take bf16, or openvino",
-            "fp8": "torch's own modules have no fp8, and torchao's kernels are not tried; take bf16",
+            "int8": "torch's own products of int8 have no scales, and torchao's kernels are not tried; take bf16, or openvino"
         },
+        rest=_REST,
+        weight_bytes={"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 2},
         parallel_decode_on_gpu=True,
         memory_per_bucket=False,
     ),

@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
 
+from flashdiff.engines.backends import find_backend
 from flashdiff.engines.backends.base import CompiledPart, CompilePart
 from flashdiff.engines.backends.torch import ADAPTER, CONTROLS, ENCODER_FOLDER, MODEL, REFERENCE, WEIGHTS
+from flashdiff.engines.backends.torch_fp8 import round_linears
 from flashdiff.engines.bundle import Manifest
 from flashdiff.engines.folding import fold_decoder
 from flashdiff.engines.parts import AtPrecision, no_reduced_precision, parts_of
@@ -24,7 +26,7 @@ from flashdiff.engines.shapes import bucket_shapes
 from flashdiff.families import load_base
 from flashdiff.families.control import with_controls
 from flashdiff.families.ip_adapter import Found, with_adapter
-from flashdiff.families.slots import with_slots
+from flashdiff.families.slots import layers_of, with_slots
 
 _WARM_UP_RUNS = 3
 _CHANNELS_LAST_ON_GPU = "denoiser"
@@ -74,11 +76,14 @@ def _modules(folder: Path, manifest: Manifest, device: torch.device) -> Callable
         model = with_adapter(family, model, Found(file=place / ADAPTER, encoder=place / ENCODER_FOLDER))
     controls = {control.name: folder / MODEL / CONTROLS / control.name for control in manifest.controls}
     model = with_slots(with_controls(family, model, controls), family, manifest.lora_slots, manifest.lora_rank)
+    precision = find_backend(manifest.backend).rest.get(manifest.precision, manifest.precision)
+    if manifest.precision == "fp8":
+        round_linears(model.network, [layer.name for layer in layers_of(model, family)])
     modules = {}
     for part in parts_of(family, model):
         if device.type == "cpu":  # on a GPU it was never timed
             fold_decoder(model, part)
-        module = (part.module if manifest.precision == "fp32" else AtPrecision(part, manifest.precision)).to(device)
+        module = (part.module if precision == "fp32" else AtPrecision(part, precision)).to(device)
         if _sums_exactly_in_nhwc(module) if device.type == "cpu" else part.name.startswith(_CHANNELS_LAST_ON_GPU):
             _to_channels_last(module)
         modules[part.name] = module

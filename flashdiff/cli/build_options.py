@@ -73,13 +73,13 @@ def add_build_arguments(
     to.add_argument(
         "--precision",
         choices=defaults.PRECISIONS,
-        help=f"default: {defaults.PRECISION}; int8 is for openvino and onnxruntime on CPUs, no backend has fp8 yet, and auto "
-        "builds those that run here, measures them and keeps one",
+        help=f"default: {defaults.PRECISION}; int8 is for openvino and onnxruntime on CPUs, and for TensorRT; fp8 for torch and "
+        "TensorRT on GPUs of compute capability 8.9 or later; auto builds those that run here, measures them and keeps one",
     )
     to.add_argument(
         "--calibration-prompts",
         metavar="FILE",
-        help="for int8 and auto: a text file with a prompt a line, like those that will be served; default for the embedded "
+        help="for int8, fp8 and auto: a text file with a prompt a line, like those that will be served; default for the embedded "
         "model: prompts of its world",
     )
     if "size" not in without:

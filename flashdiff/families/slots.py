@@ -39,7 +39,7 @@ def with_slots(model: TorchModel, family: ModelFamily, slots: int, rank: int) ->
     """The model with so many slots of that rank, which requests may fill."""
     if not slots:
         return model
-    plain, layers = unslotted(model.spec), _layers_of(model, family)
+    plain, layers = unslotted(model.spec), layers_of(model, family)
     matrices = _Matrices(layers, rank)
     for layer in layers:
         model.network.get_submodule(layer.name).register_forward_hook(matrices.add_to(layer.name))
@@ -56,13 +56,14 @@ def table_of(model: TorchModel, family: ModelFamily, rank: int) -> SlotTable:
         base=model.spec.name,
         base_hash=model.base_hash,
         rank=rank,
-        layers=_layers_of(model, family),
+        layers=layers_of(model, family),
         denoiser=family.lora_prefix,
         aliases={family.lora_prefix: aliases_of(model.network, is_denoiser=True), **{name: {} for name in encoders}},
     )
 
 
-def _layers_of(model: TorchModel, family: ModelFamily) -> tuple[SlotLayer, ...]:
+def layers_of(model: TorchModel, family: ModelFamily) -> tuple[SlotLayer, ...]:
+    """The layers of a model that take LoRAs."""
     modules = {name: module for name, module in model.network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
     shapes = {name: module.weight.shape for name, module in modules.items()}
     return slot_layers(shapes, family.lora_targets, family.slot_blocks)

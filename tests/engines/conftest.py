@@ -1,4 +1,4 @@
-"""Bundles of every family, built once a run."""
+"""Bundles of every family, built once a run, and GPUs that are not there."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +10,7 @@ from flashdiff.components import Size
 from flashdiff.engines.build import build_engine
 from flashdiff.engines.bundle import BackendName
 from flashdiff.engines.config import BuildOptions
+from flashdiff.engines.runtime import machine
 
 SIZES = (Size(32, 32), Size(48, 32))
 
@@ -27,3 +28,13 @@ def family_bundle(once: Callable[[str, Callable[[Path], object]], Path]) -> Call
         return once(f"families/{family}-{backend}", make)
 
     return build
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Gives this machine a GPU of a generation such as sm_89, which libraries use as far as they are installed for it."""
+
+    def install(generation: str) -> None:
+        monkeypatch.setattr(machine, "nvidia_gpu", lambda *_: ("A GPU", generation))
+
+    return install

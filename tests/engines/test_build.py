@@ -237,7 +237,7 @@ def test_a_precision_that_the_processor_lacks_is_refused(monkeypatch: pytest.Mon
     monkeypatch.setattr("flashdiff.engines.runtime.machine._cpu_info", lambda *_: "avx2")
     backend = find_backend("openvino")
     with pytest.raises(BackendError, match="--precision bf16: this processor has no such arithmetic"):
-        backend.check_build("bf16", backend.machine())
+        backend.check_precision("bf16", backend.machine())
 
 
 def test_a_backend_that_is_not_installed_is_named_with_its_cure(

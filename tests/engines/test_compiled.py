@@ -125,9 +125,13 @@ def test_a_better_processor_runs_it(inputs: BuildInputs) -> None:
     find_backend("torch").check_bundle(Manifest.model_construct(**fields), better)
 
 
-def test_a_bundle_for_cpus_is_checked_against_the_cpu_of_a_machine_with_a_gpu(inputs: BuildInputs) -> None:
+def test_a_bundle_for_cpus_is_checked_against_the_cpu_of_a_machine_with_a_gpu(
+    inputs: BuildInputs, on_gpu: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_gpu("sm_90")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     fields = {name: getattr(inputs, name) for name in BuildInputs.model_fields}
-    find_backend("torch").check_bundle(Manifest.model_construct(**fields), GPU)
+    find_backend("torch").check_machine(Manifest.model_construct(**fields))
 
 
 def test_buckets_share_one_copy_of_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

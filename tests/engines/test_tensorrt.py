@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from gpus import build_rtx_plan, denoiser_of, needs_rtx
 from onnx import TensorProto, helper, numpy_helper
 from tiny import MODELS, STUDENTS
 
@@ -13,34 +14,21 @@ from flashdiff.components import Size
 from flashdiff.engines.backends import tensorrt_builder
 from flashdiff.engines.backends.base import Export
 from flashdiff.engines.backends.tensorrt import compile_graph
-from flashdiff.engines.backends.tensorrt_builder import build_plan, check_opens, library
+from flashdiff.engines.backends.tensorrt_builder import check_opens, library
 from flashdiff.engines.bundle import BackendName, read_manifest
 from flashdiff.engines.runtime.machine import nvidia_gpu
 from flashdiff.errors import BackendError
 
 pytestmark = pytest.mark.slow
 
-needs_rtx = pytest.mark.skipif(
-    not __import__("importlib.util").util.find_spec("tensorrt_rtx"),
-    reason="tensorrt_rtx is not installed: pip install -e '.[dev]'",
-)
-
-
-def _build(graph: Path, shapes: dict[str, tuple[int, ...]], plan: Path, said: list[str] | None = None) -> None:
-    report = (said if said is not None else []).append
-    build_plan("tensorrt-rtx", graph, shapes, plan, timings=plan.parent / "timings", version_compatible=False, report=report)
-
 
 @needs_rtx
 @pytest.mark.parametrize("family", [*MODELS, *STUDENTS])
 def test_every_family_becomes_a_plan(family: str, family_bundle: Callable[[str, BackendName], Path], tmp_path: Path) -> None:
     bundle = family_bundle(family, "onnxruntime")
-    manifest = read_manifest(bundle)
-    part, size = manifest.parts["denoiser"], manifest.sizes[0]
-    _, height, width = manifest.model.latent_shape(size)
-    shapes = {t.name: t.shape_for({"batch": 2, "height": height, "width": width}) for t in part.inputs}
+    graph, shapes = denoiser_of(bundle)
     said: list[str] = []
-    _build(bundle / part.file_for(size, 2), shapes, tmp_path / "unet.plan", said)
+    build_rtx_plan(graph, shapes, tmp_path / "unet.plan", said)
     assert (tmp_path / "unet.plan").stat().st_size > 100_000
     assert said  # its phases
 
@@ -91,19 +79,19 @@ def _graph(path: Path, *, mixed: bool) -> Path:
 
 @needs_rtx
 def test_types_that_do_not_match_are_refused_with_the_builders_own_words(tmp_path: Path) -> None:
-    _build(_graph(tmp_path / "right.onnx", mixed=False), {"x": (2, 4)}, tmp_path / "right.plan")
+    build_rtx_plan(_graph(tmp_path / "right.onnx", mixed=False), {"x": (2, 4)}, tmp_path / "right.plan")
     with pytest.raises(BackendError, match=r"tensorrt-rtx cannot (read|build) .*: .*[Tt]ype"):
-        _build(_graph(tmp_path / "mixed.onnx", mixed=True), {"x": (2, 4)}, tmp_path / "mixed.plan")
+        build_rtx_plan(_graph(tmp_path / "mixed.onnx", mixed=True), {"x": (2, 4)}, tmp_path / "mixed.plan")
     assert not (tmp_path / "mixed.plan").exists()
 
 
 @needs_rtx
 def test_a_graph_with_other_inputs_or_none_at_all_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BackendError, match="the graph takes x, not latents"):
-        _build(_graph(tmp_path / "right.onnx", mixed=False), {"latents": (2, 4)}, tmp_path / "right.plan")
+        build_rtx_plan(_graph(tmp_path / "right.onnx", mixed=False), {"latents": (2, 4)}, tmp_path / "right.plan")
     (tmp_path / "empty.onnx").write_bytes(b"not a graph")
     with pytest.raises(BackendError, match="tensorrt-rtx cannot read"):
-        _build(tmp_path / "empty.onnx", {"x": (2, 4)}, tmp_path / "empty.plan")
+        build_rtx_plan(tmp_path / "empty.onnx", {"x": (2, 4)}, tmp_path / "empty.plan")
 
 
 @needs_rtx
