@@ -29,12 +29,12 @@ from flashdiff.engines.bundle import read_manifest
 from flashdiff.engines.runtime.engine import open_bundle
 from flashdiff.generate import generate
 from flashdiff.server.client import Client
-from flashdiff.server.replies import Control, Result
+from flashdiff.server.replies import Control, Reference, Result
 from flashdiff.tasks import check_order
 from flashdiff.zoo.control_images import control_image
 
 OUT = Path("demo")
-STUDENT, TEACHER = OUT / "student", OUT / "teacher"
+STUDENT, REFERRED, TEACHER = OUT / "student", OUT / "student-with-references", OUT / "teacher"
 TEACHER_STEPS, TEACHER_GUIDANCE = 50, 5.0
 PROMPTS = (
     "a green monster with horns, three eyes and a grin on a blue background",
@@ -45,6 +45,16 @@ PROMPTS = (
     "a blue square face with big eyes and a grin on an orange background",
     "a red robot with a siren on a white background",
     "a teal planet",
+)
+ELSEWHERE = (
+    "a monster on a purple background",
+    "a plant in a pot on a teal background",
+    "a planet on a red background",
+    "a robot on a cream background",
+    "a person on a blue background",
+    "a face on a pink background",
+    "a robot on a black background",
+    "a planet on a navy background",
 )
 OTHER_COLORS = {
     "green": "pink", "pink": "blue", "purple": "red", "yellow": "purple", "blue": "green", "red": "yellow", "teal": "red",
@@ -59,6 +69,8 @@ def main() -> None:
 
     say("1/5 Build the student's engine: the embedded model with its flash LoRA fused in, and an adapter that follows edges")
     flashdiff("build-engine", "avatars", "--lora", "avatars-flash", "--control", "edges=avatars-edges", "--out", str(STUDENT))
+    print("And once more, with an adapter that draws the figure of a reference")
+    flashdiff("build-engine", "avatars", "--lora", "avatars-flash", "--reference", "avatars-identity", "--out", str(REFERRED))
     say("2/5 Build the teacher's engine: the same model without it, guided")
     flashdiff("build-engine", "avatars", "--guidance", str(TEACHER_GUIDANCE), "--out", str(TEACHER))
 
@@ -72,6 +84,9 @@ def main() -> None:
         drawn = [Image.fromarray(control_image("edges", np.asarray(image.convert("RGB")))) for image in four]
         controls = [Control(name="edges", image=png(image)) for image in drawn]
         recoloured = ask(client, steps=4, prompts=[in_other_colors(prompt) for prompt in PROMPTS], seed=200, controls=controls)
+    with server(REFERRED) as address, Client(address) as client:
+        client.wait_until_ready(120)
+        elsewhere = ask(client, steps=4, prompts=ELSEWHERE, seed=300, references=[Reference(image=file) for file in files])
 
     say(f"4/5 The teacher's images: {TEACHER_STEPS} steps with guidance {TEACHER_GUIDANCE:g}, same prompts and seeds")
     began = time.monotonic()
@@ -82,6 +97,7 @@ def main() -> None:
     rows = [(f"teacher\n{TEACHER_STEPS} steps", fifty), ("student\n4 steps", four), ("student\n2 steps", two)]
     rows += [("4 steps, the\nmiddle anew", anew), ("4 steps from\nthe image on\nits left", others)]
     rows += [("4 steps in\nother colours\nby the edges\nof row 2", recoloured)]
+    rows += [("4 steps, the\nfigure of row 2\nelsewhere", elsewhere)]
     sheet(rows).save(OUT / "images.png")
 
     say("5/5 Latency, one image at a time: student at 1, 2, 4 steps against the teacher at 50, interleaved")
@@ -131,8 +147,9 @@ def ask(
     seed: int = 0,
     inputs: Sequence[Mapping[str, bytes]] = (),
     controls: Sequence[Control] = (),
+    references: Sequence[Reference] = (),
 ) -> list[Image.Image]:
-    """All prompts at once, as eight clients would, each with its images and its control."""
+    """All prompts at once, as eight clients would, each with its images, its control and its reference."""
 
     def generate(number: int) -> Result:
         return client.generate(
@@ -141,6 +158,7 @@ def ask(
             steps=steps,
             inputs=inputs[number] if inputs else {},
             controls=controls[number : number + 1],
+            reference=references[number] if references else None,
         )
 
     with ThreadPoolExecutor(len(prompts)) as pool:
@@ -192,7 +210,8 @@ def markdown(report: dict[str, Any], table: str) -> str:
     return f"""# flashdiff demo
 
 ![Teacher at {TEACHER_STEPS} steps above, student at 4 and 2 steps below; same prompts and seeds. Then the student's images of 4
-steps: their middle made anew, the image of the column on the left as the start, and other colours by their edges](images.png)
+steps: their middle made anew, the image of the column on the left as the start, other colours by their edges, and their figures
+on other backgrounds](images.png)
 
 Columns, from the left:
 

@@ -53,16 +53,17 @@ def decode_rows(components: Components, rows: Sequence[Row]) -> NDArray[np.float
     """
     tiling = decode_tiling(components.spec, rows[0].size)
     if tiling is None:
-        return _decoded(components, [row.latents for row in rows])
+        return decode_latents(components, [row.latents for row in rows])
     latents = [tile for row in rows for tile in tiling.cut_latents(row.latents)]
     most = tiles_at_once(tiling, len(rows), components.max_batch)
     chunks = [latents[start : start + most] for start in range(0, len(latents), most)]
-    tiles = [tile for chunk in chunks for tile in _decoded(components, chunk)]
+    tiles = [tile for chunk in chunks for tile in decode_latents(components, chunk)]
     count = len(tiling.places)
     return np.stack([tiling.blend(tiles[start : start + count], first_axis=1) for start in range(0, len(tiles), count)])
 
 
-def _decoded(components: Components, latents: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+def decode_latents(components: Components, latents: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """Images [B, 3, H, W] in [-1, 1] (not clipped) of latents [C, h, w] of one size; at most `max_batch` of them."""
     values = {"latents": stacked(latents)}
     for part in components.spec.parts_in(Phase.FINISH):
         values |= components.call(part.name, {name: values[name] for name in part.inputs})

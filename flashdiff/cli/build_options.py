@@ -49,8 +49,8 @@ def add_build_arguments(
         to.add_argument(
             "--reference",
             metavar="ADAPTER",
-            help="an IP-Adapter, with which requests may bring a reference image: a .safetensors file, or "
-            "owner/name/file[@revision] on the hub",
+            help="an IP-Adapter, with which requests may bring a reference image: a .safetensors file, "
+            "owner/name/file[@revision] on the hub, or the shipped avatars-identity",
         )
         to.add_argument(
             "--reference-encoder",

@@ -77,9 +77,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--task",
         metavar="NAME",
-        help="measure what the models make of images: inpainting, image_to_image, edit, upscaling, super_resolution, or control: "
-        "how closely they keep to edges or silhouettes. The originals are drawn by the embedded world's renderer, or come from "
-        "--images",
+        help="measure what the models make of images: inpainting, image_to_image, edit, upscaling, super_resolution; control: "
+        "how closely they keep to edges or silhouettes; identity and swap: how well they show the figure of a reference. The "
+        "originals are drawn by the embedded world's renderer, or come from --images",
     )
     parser.add_argument(
         "--parameter",
@@ -88,7 +88,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=NUMBER",
-        help="of --task, as strength=0.5; default: the task's. Of control the scale of each, as edges=1",
+        help="of --task, as strength=0.5; default: the task's. Of control the scale of each, as edges=1; of identity "
+        "and swap scale, the reference's",
     )
     parser.add_argument(
         "--images",

@@ -22,6 +22,7 @@ from flashdiff.evaluation.evaluate import (
     write_sheets,
 )
 from flashdiff.evaluation.features import feature_extractor, text_scorer
+from flashdiff.evaluation.identity import ReferredData, check_referred, referred_data, referred_prompts, round_trip
 from flashdiff.evaluation.images import (
     HELD_OUT,
     REAL,
@@ -36,7 +37,7 @@ from flashdiff.evaluation.images import (
     write_images,
 )
 from flashdiff.evaluation.protocols import CLIP, Meter, protocol_of, protocol_table, read_coco, run_protocol
-from flashdiff.evaluation.tasks import TaskData, check_task, parameter_option, task_data
+from flashdiff.evaluation.tasks import REFERRED, TaskData, check_task, parameter_option, task_data
 from flashdiff.families.base import TorchModel
 from flashdiff.files import new_folder, write_whole
 from flashdiff.lora import find_lora, fused_spec, load_fused, read_flash_info
@@ -216,7 +217,10 @@ def _select(options: EvaluateOptions, open_bundle: Callable[[Path], Components],
     taken = {REAL, selection.made.name if selection.made else REAL}
     for name, components, steps in opened:
         if options.task:
-            check_task(options.task, components.spec, name, dict(options.parameters))
+            if options.task in REFERRED:
+                check_referred(options.task, components.spec, name)
+            else:
+                check_task(options.task, components.spec, name, dict(options.parameters))
         for count in steps or (components.spec.sampler.default_steps,):
             for prompt in selection.prompts:
                 _check_request(components.spec, prompt, count, selection.task)
@@ -265,6 +269,8 @@ def _check_task_options(options: EvaluateOptions) -> None:
         if options.images or options.parameters:
             given = f"--images {options.images}" if options.images else parameter_option(*options.parameters[0])
             raise ConfigError(f"{given}: it is for --task; give one")
+    elif options.images and options.task in REFERRED:
+        raise ConfigError(f"--images {options.images}: the pictures of --task {options.task} are drawn; leave it out")
     elif options.images:
         if options.reference == WORLD or options.prompts != defaults.PROMPTS or options.seeds != defaults.IMAGES_PER_PROMPT:
             raise ConfigError(
@@ -284,19 +290,28 @@ def _select_requests(options: EvaluateOptions) -> _Selection:
             raise ConfigError(f"--images {options.images}: {len(originals) - len(prompts)} images have no caption")
         selection = _Selection(prompts, 1, real=replace(originals, name=REAL))
     else:
-        selection = _Selection(read_prompts(options.prompts, options.count), options.seeds)
+        prompts = read_prompts(options.prompts, options.count)
+        if options.task in REFERRED:
+            prompts = referred_prompts(options.task, prompts)
+        selection = _Selection(prompts, options.seeds)
         if options.task:
             selection.real = real_images(selection.prompts, selection.seeds, WORLD_SIZE)
     if options.task and selection.real:
-        selection.task = task_data(options.task, selection.real, dict(options.parameters))
+        data_of = referred_data if options.task in REFERRED else task_data
+        selection.task = data_of(options.task, selection.real, dict(options.parameters))
     return selection
 
 
 def _subjects(selection: _Selection, report: Callable[[str], None]) -> Iterator[Subject]:
     """The real images, then the subject's, then its teacher's."""
-    yield Subject(selection.real or real_images(selection.prompts, selection.seeds, WORLD_SIZE))
-    if selection.task and selection.task.unchanged:
-        yield Subject(selection.task.unchanged, of_task=selection.task.numbers_of_input)
+    real, task = selection.real or real_images(selection.prompts, selection.seeds, WORLD_SIZE), selection.task
+    if isinstance(task, ReferredData):
+        decoded = round_trip(selection.models[0][1], real)
+        yield from (Subject(images, of_task=task.numbers_of(images)) for images in (real, decoded))
+    else:
+        yield Subject(real)
+    if task and task.unchanged:
+        yield Subject(task.unchanged, of_task=task.numbers_of_input)
     if selection.made:
         name = selection.made.name if selection.made.name != REAL else f"{REAL} (subject)"
         yield Subject(replace(selection.made, name=name))
@@ -308,7 +323,7 @@ def _subjects(selection: _Selection, report: Callable[[str], None]) -> Iterator[
             steps=steps,
             name=title,
             report=report,
-            task=selection.task,
+            task=task,
         )
 
 

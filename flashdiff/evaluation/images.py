@@ -57,6 +57,8 @@ class Prompt:
 
     text: str
     scene: tuple[str, int] | None = None
+    background: str | None = None
+    """Of the scene, where it is not its own."""
 
 
 @dataclass(frozen=True)
@@ -116,14 +118,18 @@ def _world_prompts(count: int, seed: int, *, held_out: bool) -> list[Prompt]:
 
 
 def real_images(prompts: Sequence[Prompt], seeds: int, size: int) -> ImageSet:
-    """The images that the renderer draws for prompts of the embedded world: what they say as they say it, the rest at random."""
+    """The images that the renderer draws for prompts of the embedded world: what they say as they say it, the rest at random.
+
+    A figure on another background than its own is kept whole.
+    """
     from flashdiff.zoo.world import render
 
     wanted = [(index, prompt) for index, prompt in enumerate(prompts) for _ in range(seeds)]
     pixels = []
     for number, (_, prompt) in enumerate(wanted):
         assert prompt.scene
-        pixels.append(render(prompt.scene[0], _REAL_SEED + number, size, like=prompt.scene[1])[0])
+        kind, seed = prompt.scene
+        pixels.append(render(kind, _REAL_SEED + number, size, like=seed, background=prompt.background)[0])
     return ImageSet(REAL, np.stack(pixels), tuple(prompt for _, prompt in wanted))
 
 
@@ -133,7 +139,7 @@ def attributes_of(prompt: Prompt) -> dict[str, str]:
         return {}
     from flashdiff.zoo.world import describe
 
-    return describe(*prompt.scene).attributes
+    return describe(*prompt.scene, prompt.background).attributes
 
 
 # --- reading and writing ---------------------------------------------------------------------------------------------
@@ -214,6 +220,14 @@ def _read_folder(folder: Path) -> Iterator[_Found]:
         yield name, partial(read_file, path), prompt, seed
 
 
+def _known_background(word: str) -> str:
+    from flashdiff.zoo.world import BACKGROUND_COLORS
+
+    if word not in BACKGROUND_COLORS:
+        raise ValueError(f"a background is one of {', '.join(BACKGROUND_COLORS)}")
+    return word
+
+
 def _known_kind(scene: tuple[str, int]) -> tuple[str, int]:
     from flashdiff.zoo.world import KINDS
 
@@ -229,6 +243,7 @@ class _Entry(BaseModel):
     text: Annotated[str, Field(min_length=1)] | None = None
     seed: int = Field(0, ge=0, lt=2**64)
     scene: Annotated[tuple[str, int], AfterValidator(_known_kind)] | None = None
+    background: Annotated[str, AfterValidator(_known_background)] | None = None
 
 
 def read_metadata(folder: Path, caption: str | None = None) -> dict[str, tuple[Prompt | None, int]]:
@@ -240,7 +255,7 @@ def read_metadata(folder: Path, caption: str | None = None) -> dict[str, tuple[P
     try:
         for row in metadata_rows(folder):
             column = caption or next((name for name in CAPTIONS if name in row.values), "text")
-            values = {name: value for name, value in row.values.items() if name in ("file_name", "seed", "scene")}
+            values = {name: value for name, value in row.values.items() if name in ("file_name", "seed", "scene", "background")}
             with contextlib.suppress(KeyError):
                 values["text"] = value_at(row.values, column)
             try:
@@ -253,7 +268,7 @@ def read_metadata(folder: Path, caption: str | None = None) -> dict[str, tuple[P
             name = row.folder + PurePosixPath(entry.file_name.replace("\\", "/")).as_posix()
             if name in known:
                 raise EvaluationError(f"{row.where}: {name} has a row already; keep one of them")
-            known[name] = (None if entry.text is None else Prompt(entry.text, entry.scene), entry.seed)
+            known[name] = (None if entry.text is None else Prompt(entry.text, entry.scene, entry.background), entry.seed)
     except (OSError, ValueError) as error:
         raise EvaluationError(first_line(error)) from None
     return known
@@ -295,6 +310,7 @@ def write_images(images: ImageSet, folder: Path) -> None:
         entry: dict[str, Any] = {"file_name": name}
         if prompt:
             entry |= {"text": prompt.text} | ({"scene": list(prompt.scene)} if prompt.scene else {})
+            entry |= {"background": prompt.background} if prompt.background else {}
         if images.seeds:
             entry["seed"] = images.seeds[index]
         lines.append(json.dumps(entry))

@@ -38,6 +38,9 @@ _STEP, _STEP_OF_ORIGINAL = "step", "step of the original"
 _FROM_ANOTHER = (image_to_image.TASK.name, edit.TASK.name)
 CONTROL = "control"
 """Not a task of a model, but what its controls do to the text-to-image task."""
+IDENTITY, SWAP = "identity", "swap"
+REFERRED = (IDENTITY, SWAP)
+"""What its references do: see `evaluation.identity`."""
 _ENLARGED = (upscaling.TASK.name, super_resolution.TASK.name)
 
 _Inputs = Mapping[str, Pixels]
@@ -75,7 +78,7 @@ class TaskData:
         """What `numbers` reads of image `number` [H, W, 3]; `decode` gives it as it left the decoder."""
         original = self.originals.pixels[number]
         if self.is_enlarged:
-            return {PSNR: _psnr(image, original)}
+            return {PSNR: psnr(image, original)}
         if self.controls:
             return {
                 EDGES: _edge_f1(edges(image), edges(original)),
@@ -85,7 +88,7 @@ class TaskData:
             return {}
         mask = self.inputs[number]["mask"][..., 0] > 0
         return {
-            OUTSIDE: _psnr(decode()[~mask], original[~mask]),
+            OUTSIDE: psnr(decode()[~mask], original[~mask]),
             _STEP: _step_across(image, mask),
             _STEP_OF_ORIGINAL: _step_across(original, mask),
         }
@@ -119,7 +122,7 @@ def task_data(name: str, originals: ImageSet, parameters: Mapping[str, float]) -
     if name == CONTROL:
         return _controlled(originals, parameters)
     if name not in _MAKERS:
-        raise ConfigError(f"--task {name}: choose {', '.join((*_MAKERS, CONTROL))}")
+        raise ConfigError(f"--task {name}: choose {', '.join((*_MAKERS, CONTROL, *REFERRED))}")
     known = {parameter.name: parameter for parameter in TASKS[name].parameters}
     parameters = {key: known[key].check(value) if key in known else value for key, value in parameters.items()}
     if name == upscaling.TASK.name:
@@ -230,7 +233,7 @@ def _box(size: Size) -> NDArray[np.bool_]:
 _MASKS: tuple[Callable[[Size], NDArray[np.bool_]], ...] = (_upper_half, _box, lambda size: ~_box(size))
 
 
-def _psnr(ours: Pixels, theirs: Pixels) -> float:
+def psnr(ours: Pixels, theirs: Pixels) -> float:
     """In dB, of levels 0 to 255; at most 138."""
     return float(10 * np.log10(255**2 / max(1e-9, ((ours.astype(np.float64) - theirs) ** 2).mean())))
 

@@ -15,17 +15,19 @@ from torch import Tensor, nn
 
 from flashdiff.components import ModelSpec
 from flashdiff.errors import ModelError, first_line
-from flashdiff.families import all_families
+from flashdiff.families import ZOO, all_families
 from flashdiff.families.base import IpAdapter, ModelFamily, TorchModel
 from flashdiff.families.files import base_hash
 from flashdiff.families.hub import HubName, download_file, download_part, hub_name
 from flashdiff.families.loading import load_part, pipeline_class_of, read_config
 from flashdiff.families.networks import Library, files_of_network, find_network, hash_of_network
-from flashdiff.families.readers import Reader, Reading
+from flashdiff.families.readers import Reader, Reading, teach
 from flashdiff.families.settings import check_transformers_config
 from flashdiff.files import hash_file
 from flashdiff.references import referred, takes_reference
 
+FILE = "ip_adapter.safetensors"
+"""Of an adapter that ships with flashdiff."""
 ENCODER_FOLDER = "image_encoder"
 """Where published adapters have their image encoder."""
 
@@ -71,11 +73,14 @@ class Kind:
 
 
 def find_adapter(name: str, encoder: str | None) -> Found:
-    """The file of an adapter, which is a path or owner/name/file[@revision] on the hub, and the folder of its image encoder.
+    """The file of an adapter, and the folder of its image encoder.
 
+    The adapter is a path, one that ships with flashdiff, or owner/name/file[@revision] on the hub.
     Without an `encoder` it is the folder `image_encoder` next to the file. ModelError says what is not there.
     """
     option = f"--reference {name}"
+    if not Path(name).exists() and (ZOO / name / FILE).is_file():
+        name = str(ZOO / name / FILE)
     if name.endswith((".bin", ".pt", ".pth", ".ckpt")):
         raise ModelError(
             f"{option}: a pickle, which may run any program; take the .safetensors file of the same adapter, which is published "
@@ -350,8 +355,7 @@ class _Layers(nn.Module):
     def __init__(self, reader: Reader, network: Any, weights: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.keys, self.values = nn.ModuleList(), nn.ModuleList()
-        names = [f"{name}.processor" for name in reader.attentions(network)]
-        for index in range(len(names)):
+        for index in range(len(teach(reader, network))):
             for which, layers in (("to_k_ip", self.keys), ("to_v_ip", self.values)):
                 place = f"ip_adapter.{reader.number(index)}.{which}"
                 values = weights[f"{place}.weight"]
@@ -360,8 +364,6 @@ class _Layers(nn.Module):
                 if reader.has_biases:
                     layer.bias.data = weights[f"{place}.bias"]
                 layers.append(layer)
-        readers = {name: reader.processor(network.attn_processors[name], index) for index, name in enumerate(names)}
-        network.set_attn_processor({**network.attn_processors, **readers})
 
     def forward(self, tokens: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         return [layer(tokens) for layer in self.keys], [layer(tokens) for layer in self.values]

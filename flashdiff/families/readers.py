@@ -51,6 +51,15 @@ class Reader:
     """Pipelines of the family whose models take no reference."""
 
 
+def teach(reader: Reader, network: Any) -> list[str]:
+    """Let a network's attentions read a reference where they are given one; their names, in the order of an adapter's layers."""
+    names = list(reader.attentions(network))
+    processors = {f"{name}.processor": network.attn_processors[f"{name}.processor"] for name in names}
+    reading = {name: reader.processor(plain, index) for index, (name, plain) in enumerate(processors.items())}
+    network.set_attn_processor({**network.attn_processors, **reading})
+    return names
+
+
 class _CrossAttention:
     """A UNet's cross-attention, which reads a reference where there is one."""
 

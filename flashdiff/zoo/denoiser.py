@@ -1,7 +1,7 @@
 """The embedded model's UNet: made, and trained on the latents and captions of renders."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -79,13 +79,14 @@ class Batches:
     seed: int
     size: int
     caption_dropout: float
+    caption_of: Callable[[Scene, random.Random], str] = caption
 
     def draw(self, step: int) -> Batch:
         """The batch of an update: a function of the seed and the update alone."""
         rng, generator = step_generator(self.seed, step)
         words = random.Random(int(rng.integers(2**62)))
         chosen = rng.integers(0, len(self.scenes), self.size)
-        texts = ["" if words.random() < self.caption_dropout else caption(self.scenes[index], words) for index in chosen]
+        texts = ["" if words.random() < self.caption_dropout else self.caption_of(self.scenes[index], words) for index in chosen]
         hidden = self.text_encoder(token_ids(self.tokenizer, texts)).last_hidden_state
 
         rows = torch.from_numpy(chosen)

@@ -220,6 +220,10 @@ def attribute_words() -> dict[str, tuple[str, ...]]:
     return {name: (*sorted(found), *(() if name in always else (ABSENT,))) for name, found in words.items()}
 
 
+_NOT_OF_FIGURE = ("background", "star", "animation")
+"""The first letters of DiceBear's options that draw what is around a figure."""
+
+
 @dataclass(frozen=True)
 class Scene:
     """What one image shows, in words."""
@@ -256,25 +260,50 @@ def attribute_labels(scenes: Sequence[Scene]) -> dict[str, NDArray[np.int64]]:
 
 
 @cache
+def _definition(name: str) -> Any:
+    return json.loads((files("dicebear_styles") / f"{name}.json").read_text("utf-8"))
+
+
+@cache
 def _style(name: str) -> Any:
     from dicebear import Style
 
-    return Style(json.loads((files("dicebear_styles") / f"{name}.json").read_text("utf-8")))
+    return Style(_definition(name))
 
 
-def describe(kind_name: str, seed: int) -> Scene:
-    """The scene that `render` shows, without drawing it."""
-    return _scene(kind_name, seed, _avatar(kind_name, seed, None))
+def describe(kind_name: str, seed: int, background: str | None = None) -> Scene:
+    """The scene that `render` shows, without drawing it; with a word of its kind's `background`, on that."""
+    return _scene(kind_name, seed, _avatar(kind_name, seed, background=background))
 
 
-def _avatar(kind_name: str, seed: int, like: int | None) -> Any:
+def figure(kind_name: str, seed: int) -> dict[str, str]:
+    """What draws the figure of a seed, captioned or not: its variants and colours by DiceBear's names; `ABSENT` for no variant.
+
+    The background, with its stars, is not among them, and neither is where eyes, mouths and moons lie.
+    """
+    kind, record = KINDS[kind_name], _avatar(kind_name, seed).to_json()["options"]
+    parts = [name for name in _definition(kind.style)["components"] if not name.startswith(_NOT_OF_FIGURE)]
+    found = {f"{name}Variant": str(record.get(f"{name}Variant", ABSENT)) for name in parts}
+    colors = (name for name in record if name.endswith("Color") and not name.startswith(_NOT_OF_FIGURE))
+    return found | {name: record[name][0] for name in colors}
+
+
+def _avatar(kind_name: str, seed: int, like: int | None = None, background: str | None = None) -> Any:
     from dicebear import Avatar
 
     kind = KINDS[kind_name]
     options: dict[str, Any] = {"backgroundColor": list(kind.background.values())}
     options |= {name: list(OBJECT_COLORS.values()) for name in (kind.color, *kind.palettes)}
     options |= dict(kind.fixed)
-    if like is not None:
+    if background is not None:
+        options["backgroundColor"] = [kind.background[background]]
+    if like is not None and background is not None:
+        for name, value in figure(kind_name, like).items():
+            if value != ABSENT:
+                options[name] = [value]
+            if name.endswith("Variant"):
+                options[name.removesuffix("Variant") + "Probability"] = 0 if value == ABSENT else 100
+    elif like is not None:
         record = Avatar(_style(kind.style), {**options, "seed": str(like)}).to_json()["options"]
         named = ("backgroundColor", kind.color, "hatColor" if kind.hats else kind.color)
         options |= {name: record[name] for name in named if name in record}
@@ -296,17 +325,20 @@ def _scene(kind_name: str, seed: int, avatar: Any) -> Scene:
     )
 
 
-def render(kind_name: str, seed: int, size: int, like: int | None = None) -> tuple[NDArray[np.uint8], Scene]:
+def render(
+    kind_name: str, seed: int, size: int, like: int | None = None, background: str | None = None
+) -> tuple[NDArray[np.uint8], Scene]:
     """The image [size, size, 3] of one avatar and the scene it shows.
 
-    `like` names a seed whose colours and attributes are kept: only what captions do not mention is drawn from `seed`.
+    `like` names a seed whose colours and attributes are kept: only what captions do not mention is drawn from `seed`. With
+    `background`, a word of the kind's, all of its `figure` is kept, and stands on that.
     """
     import io
 
     import resvg_py
     from PIL import Image
 
-    avatar = _avatar(kind_name, seed, like)
+    avatar = _avatar(kind_name, seed, like, background)
     png = bytes(resvg_py.svg_to_bytes(svg_string=avatar.to_string(), width=size, height=size))
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGB")), _scene(kind_name, seed, avatar)
 
@@ -351,6 +383,11 @@ def full_caption(scene: Scene) -> str:
     thing = _thing(scene, said, scene.color)
     parts = f" with {_listing(list(said.values()))}" if said else ""
     return f"{_article(thing)}{parts} on {_article(scene.background)} background"
+
+
+def short_caption(scene: Scene) -> str:
+    """The caption that says the kind and the background alone."""
+    return f"{_article(_thing(scene, {}, ''))} on {_article(scene.background)} background"
 
 
 def _thing(scene: Scene, said: dict[str, str], color: str) -> str:

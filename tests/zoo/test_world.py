@@ -11,9 +11,11 @@ from flashdiff.zoo.world import (
     attribute_words,
     caption,
     describe,
+    figure,
     full_caption,
     render,
     scenes,
+    short_caption,
 )
 
 
@@ -75,6 +77,26 @@ def test_a_scene_can_be_drawn_again_with_other_chances(kind: str) -> None:
         others = [render(kind, 1000 + other, 64, like=seed) for other in range(4)]
         assert all(other.attributes == scene.attributes for _, other in others)
     assert any((image != first).any() for image, _ in others) or kind in ("planets", "voxel-art")
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_a_figure_can_be_drawn_on_another_background(kind: str) -> None:
+    for seed in range(8):
+        first, scene = render(kind, seed, 64)
+        word = next(word for word in KINDS[kind].background if word != scene.background)
+        moved = describe(kind, seed, word)
+        assert moved.attributes == {**scene.attributes, "background": word}
+        assert set(figure(kind, seed)) >= {f"{name}Variant" for name in KINDS[kind].phrases}
+        for chances in (1000, 1001):
+            image, found = render(kind, chances, 64, like=seed, background=word)
+            assert found.attributes == moved.attributes
+            assert f"#{image[1, 1, 0]:02x}{image[1, 1, 1]:02x}{image[1, 1, 2]:02x}" == BACKGROUND_COLORS[word]
+            same, _ = render(kind, chances, 64, like=seed, background=scene.background)
+            if kind not in ("planets", "moods"):  # theirs have places of their own
+                np.testing.assert_array_equal(same, first)
+        text = short_caption(moved)
+        assert text.endswith(f" {word} background")
+        assert scene.color == word or scene.color not in text.split()
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
