@@ -31,7 +31,7 @@ from flashdiff.generate import generate
 from flashdiff.server.client import Client
 from flashdiff.server.replies import Control, Reference, Result
 from flashdiff.tasks import check_order
-from flashdiff.zoo.control_images import control_image
+from flashdiff.zoo.control_images import CONTROLS
 
 OUT = Path("demo")
 STUDENT, REFERRED, TEACHER = OUT / "student", OUT / "student-with-references", OUT / "teacher"
@@ -67,23 +67,29 @@ def main() -> None:
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir()
 
-    say("1/5 Build the student's engine: the embedded model with its flash LoRA fused in, and an adapter that follows edges")
-    flashdiff("build-engine", "avatars", "--lora", "avatars-flash", "--control", "edges=avatars-edges", "--out", str(STUDENT))
+    say(
+        "1/5 Build the student's engine: the embedded model with its flash LoRA fused in, and networks for edges and small pictures"
+    )
+    options = [option for name in ("edges", "tile") for option in ("--control", f"{name}=avatars-{name}")]
+    flashdiff("build-engine", "avatars", "--lora", "avatars-flash", *options, "--out", str(STUDENT))
     print("And once more, with an adapter that draws the figure of a reference")
     flashdiff("build-engine", "avatars", "--lora", "avatars-flash", "--reference", "avatars-identity", "--out", str(REFERRED))
     say("2/5 Build the teacher's engine: the same model without it, guided")
     flashdiff("build-engine", "avatars", "--guidance", str(TEACHER_GUIDANCE), "--out", str(TEACHER))
 
-    say(f"3/5 Serve the student and request {len(PROMPTS)} images over gRPC, all at once: of prompts, from images, by edges")
+    say(f"3/5 Serve the student and request {len(PROMPTS)} images over gRPC, all at once: of prompts, from images, by controls")
     with server(STUDENT) as address, Client(address) as client:
         client.wait_until_ready(120)
         four, two = ask(client, steps=4), ask(client, steps=2)
         files = [png(image) for image in four]
         anew = ask(client, steps=4, seed=100, inputs=[{"image": file, "mask": png(middle(four[0].size))} for file in files])
         others = ask(client, steps=4, inputs=[{"image": file} for file in files[-1:] + files[:-1]])
-        drawn = [Image.fromarray(control_image("edges", np.asarray(image.convert("RGB")))) for image in four]
-        controls = [Control(name="edges", image=png(image)) for image in drawn]
-        recoloured = ask(client, steps=4, prompts=[in_other_colors(prompt) for prompt in PROMPTS], seed=200, controls=controls)
+        drawn = [Image.fromarray(CONTROLS["edges"](np.asarray(image.convert("RGB")))) for image in four]
+        edges = [Control(name="edges", image=png(image)) for image in drawn]
+        recoloured = ask(client, steps=4, prompts=[in_other_colors(prompt) for prompt in PROMPTS], seed=200, controls=edges)
+        small = [image.convert("RGB").reduce(2) for image in four]
+        tiles = [Control(name="tile", image=png(image)) for image in small]
+        enlarged = ask(client, steps=4, seed=300, controls=tiles)
     with server(REFERRED) as address, Client(address) as client:
         client.wait_until_ready(120)
         elsewhere = ask(client, steps=4, prompts=ELSEWHERE, seed=300, references=[Reference(image=file) for file in files])
@@ -97,6 +103,7 @@ def main() -> None:
     rows = [(f"teacher\n{TEACHER_STEPS} steps", fifty), ("student\n4 steps", four), ("student\n2 steps", two)]
     rows += [("4 steps, the\nmiddle anew", anew), ("4 steps from\nthe image on\nits left", others)]
     rows += [("4 steps in\nother colours\nby the edges\nof row 2", recoloured)]
+    rows += [("row 2 at half\nthe size", small), ("4 steps,\nenlarged", enlarged)]
     rows += [("4 steps, the\nfigure of row 2\nelsewhere", elsewhere)]
     sheet(rows).save(OUT / "images.png")
 
@@ -210,8 +217,8 @@ def markdown(report: dict[str, Any], table: str) -> str:
     return f"""# flashdiff demo
 
 ![Teacher at {TEACHER_STEPS} steps above, student at 4 and 2 steps below; same prompts and seeds. Then the student's images of 4
-steps: their middle made anew, the image of the column on the left as the start, other colours by their edges, and their figures
-on other backgrounds](images.png)
+steps: their middle made anew, the image of the column on the left as the start, other colours by their edges, their size
+halved and doubled again, and their figures on other backgrounds](images.png)
 
 Columns, from the left:
 

@@ -43,7 +43,7 @@ def add_build_arguments(
             default=[],
             metavar="NAME=CONTROL",
             help="a ControlNet or T2I-adapter that requests may name so: a folder, owner/name[/folder][@revision] on the hub, or "
-            "the shipped avatars-edges and avatars-silhouettes; may be repeated",
+            "the shipped avatars-edges, avatars-silhouettes and avatars-tile; may be repeated",
         )
     if "reference" not in without:
         to.add_argument(

@@ -22,16 +22,16 @@ from flashdiff.evaluation.metrics import Interval, bootstrap, weighted_mean
 from flashdiff.orders import Pixels
 from flashdiff.tasks import TASKS, edit, image_to_image, inpainting, super_resolution, tasks_of, upscaling
 from flashdiff.tasks.base import GREY
-from flashdiff.zoo.control_images import CONTROLS, control_image, edges, silhouette
+from flashdiff.zoo.control_images import CONTROLS, TILE, edges, silhouette
 
 INPUT = "input"
 """The name of the row of images that no model changed."""
-OUTSIDE, SEAM, PSNR = "outside, dB", "seam", "PSNR, dB"
+OUTSIDE, SEAM, PSNR, SMALL = "outside, dB", "seam", "PSNR, dB", "made small, dB"
 EDGES, SILHOUETTES = "edges, F1 %", "silhouettes, IoU %"
-_MEANS = (PSNR, OUTSIDE, EDGES, SILHOUETTES)
+_MEANS = (PSNR, SMALL, OUTSIDE, EDGES, SILHOUETTES)
 """The numbers that are means over images."""
 _SCALE = 2.0
-"""Of an upscale, unless its parameter is given."""
+"""Of an upscale, unless its parameter is given, and of a tile."""
 _X4 = 4
 """Of the models that were trained for super-resolution."""
 _STEP, _STEP_OF_ORIGINAL = "step", "step of the original"
@@ -41,7 +41,7 @@ CONTROL = "control"
 IDENTITY, SWAP = "identity", "swap"
 REFERRED = (IDENTITY, SWAP)
 """What its references do: see `evaluation.identity`."""
-_ENLARGED = (upscaling.TASK.name, super_resolution.TASK.name)
+_STRENGTH = "strength"
 
 _Inputs = Mapping[str, Pixels]
 
@@ -55,37 +55,39 @@ class TaskData:
     unchanged: ImageSet | None
     """The images of the row `input`; None where a request brings none that could be returned."""
     parameters: Mapping[str, float]
-    is_enlarged: bool = False
+    enlarged: float | None = None
+    """How many times as wide and as high as a small image its result is; None where requests bring no small image."""
     controls: Mapping[str, float] = field(default_factory=dict)
     """The scales of the controls that each request brings, by name."""
 
     @cached_property
     def requests(self) -> list[dict[str, Any]]:
         """What each request brings, as `check_order` takes it."""
-        if not self.controls:
-            return [{"inputs": given, "parameters": self.parameters} for given in self.inputs]
         return [
             {
+                "inputs": given,
+                "parameters": self.parameters,
                 "controls": [
-                    ControlRequest(name=name, image=control_image(name, image), scale=scale)
-                    for name, scale in self.controls.items()
-                ]
+                    ControlRequest(name=name, image=CONTROLS[name](image), scale=scale) for name, scale in self.controls.items()
+                ],
             }
-            for image in self.originals.pixels
+            for given, image in zip(self.inputs, self.originals.pixels, strict=True)
         ]
 
     def of_image(self, number: int, image: Pixels, decode: Callable[[], Pixels]) -> dict[str, float]:
         """What `numbers` reads of image `number` [H, W, 3]; `decode` gives it as it left the decoder."""
         original = self.originals.pixels[number]
-        if self.is_enlarged:
-            return {PSNR: psnr(image, original)}
+        found: dict[str, float] = {}
+        if self.enlarged:
+            small, theirs = (_made_small(picture, self.enlarged) for picture in (image, original))
+            found |= {PSNR: psnr(image, original), SMALL: psnr(small, theirs)}
         if self.controls:
-            return {
+            found |= {
                 EDGES: _edge_f1(edges(image), edges(original)),
                 SILHOUETTES: _overlap(silhouette(image), silhouette(original)),
             }
         if "mask" not in self.inputs[number]:
-            return {}
+            return found
         mask = self.inputs[number]["mask"][..., 0] > 0
         return {
             OUTSIDE: psnr(decode()[~mask], original[~mask]),
@@ -96,7 +98,7 @@ class TaskData:
     def numbers(self, of_images: Sequence[Mapping[str, float]], groups: NDArray[np.int64]) -> dict[str, Interval]:
         """What only this task measures, by name, of the results of `of_image` [N] and the images' groups [N].
 
-        Where the task is to make a small image large: the PSNR to the original. With controls, of either name: the F1 of the
+        Where a small image is made large: the PSNR to the original, and the same of both made small. With controls: the F1 of the
         edges and the overlap of the silhouettes, in per cent, of the image and of its original. With a mask: the PSNR outside it
         before the original's pixels were put back, and the seam: the mean step of level across the mask's edge, divided by that
         of the originals in the same places; no seam where these have no step.
@@ -110,8 +112,8 @@ class TaskData:
 
     @property
     def numbers_of_input(self) -> dict[str, Interval]:
-        """The PSNR of the images that no model changed, where the task is to make them large."""
-        if not self.is_enlarged or not self.unchanged:
+        """The numbers of the images that no model changed, where they are small ones made large."""
+        if not self.enlarged or not self.unchanged:
             return {}
         of_images = [self.of_image(number, image, image.copy) for number, image in enumerate(self.unchanged.pixels)]
         return self.numbers(of_images, self.unchanged.groups)
@@ -131,8 +133,10 @@ def task_data(name: str, originals: ImageSet, parameters: Mapping[str, float]) -
         raise ConfigError(f"--task {name}: an image starts from that of another prompt; give two prompts at least")
     inputs, unchanged = _MAKERS[name](originals, parameters)
     assert set(inputs[0]) == set(TASKS[name].inputs)
-    of_input = ImageSet(INPUT, np.stack(unchanged), originals.prompts)
-    return TaskData(originals=originals, inputs=inputs, unchanged=of_input, parameters=parameters, is_enlarged=name in _ENLARGED)
+    enlarged = {upscaling.TASK.name: parameters.get("upscale"), super_resolution.TASK.name: _X4}.get(name)
+    return TaskData(
+        originals=originals, inputs=inputs, unchanged=_of_input(originals, unchanged), parameters=parameters, enlarged=enlarged
+    )
 
 
 def parameter_option(name: str, value: float) -> str:
@@ -146,7 +150,7 @@ def check_task(name: str, spec: ModelSpec, title: str, parameters: Mapping[str, 
         taken = controls_of(spec)
         if not taken:
             raise ConfigError(f"--task {name}: {title} takes no controls: give a bundle of build-engine --control")
-        if other := next((control for control in parameters if control not in taken), None):
+        if other := next((control for control in parameters if control not in (*taken, _STRENGTH)), None):
             raise ConfigError(f"{parameter_option(other, parameters[other])}: {title} takes {', '.join(taken)}")
         return
     known = [task.name for task in tasks_of(spec)]
@@ -154,15 +158,36 @@ def check_task(name: str, spec: ModelSpec, title: str, parameters: Mapping[str, 
         raise ConfigError(f"--task {name}: {title} does {', '.join(known)}")
 
 
-def _controlled(originals: ImageSet, scales: Mapping[str, float]) -> TaskData:
-    """Requests with control images of their originals, at these scales by name."""
+def _of_input(originals: ImageSet, unchanged: Sequence[Pixels]) -> ImageSet:
+    return ImageSet(INPUT, np.stack(unchanged), originals.prompts)
+
+
+def _controlled(originals: ImageSet, given: Mapping[str, float]) -> TaskData:
+    """Requests with control images of their originals, at these scales by name.
+
+    With a tile and a strength, a request starts from the tile's image too.
+    """
+    scales = {name: value for name, value in given.items() if name != _STRENGTH}
     if unknown := [name for name in scales if name not in CONTROLS]:
         raise ConfigError(
-            f"{parameter_option(unknown[0], scales[unknown[0]])}: of --task {CONTROL}, {' and '.join(CONTROLS)} can be drawn"
+            f"{parameter_option(unknown[0], scales[unknown[0]])}: of --task {CONTROL}, {', '.join(CONTROLS)} can be drawn"
         )
     if not scales:
         raise ConfigError(f"--task {CONTROL}: name a control and its scale, as --parameter {next(iter(CONTROLS))}=1")
-    return TaskData(originals=originals, inputs=[{}] * len(originals), unchanged=None, parameters={}, controls=scales)
+    parameters = {name: value for name, value in given.items() if name == _STRENGTH}
+    if TILE not in scales:
+        if parameters:
+            raise ConfigError(f"{parameter_option(_STRENGTH, given[_STRENGTH])}: of --task {CONTROL}, it is for {TILE}")
+        return TaskData(originals=originals, inputs=[{}] * len(originals), unchanged=None, parameters={}, controls=scales)
+    tiles = [CONTROLS[TILE](image) for image in originals.pixels]
+    return TaskData(
+        originals=originals,
+        inputs=[{"image": image} if parameters else {} for image in tiles],
+        unchanged=_of_input(originals, tiles),
+        parameters=parameters,
+        enlarged=_SCALE,
+        controls=scales,
+    )
 
 
 _Made = tuple[list[_Inputs], list[Pixels]]
@@ -205,10 +230,15 @@ def _small(originals: ImageSet, scale: float, option: str) -> _Made:
     inputs: list[_Inputs] = []
     unchanged: list[Pixels] = []
     for image in originals.pixels:
-        small = Image.fromarray(image).resize(side, Image.Resampling.LANCZOS)
-        inputs.append({"image": np.asarray(small)})
-        unchanged.append(np.asarray(small.resize((width, height), Image.Resampling.BICUBIC)))
+        small = _made_small(image, scale)
+        inputs.append({"image": small})
+        unchanged.append(np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)))
     return inputs, unchanged
+
+
+def _made_small(image: Pixels, scale: float) -> Pixels:
+    height, width, _ = image.shape
+    return np.asarray(Image.fromarray(image).resize((round(width / scale), round(height / scale)), Image.Resampling.LANCZOS))
 
 
 _MAKERS: dict[str, Callable[[ImageSet, Mapping[str, float]], _Made]] = {

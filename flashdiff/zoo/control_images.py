@@ -1,4 +1,4 @@
-"""Control images of the embedded world: the edges and the silhouette of a picture, by numpy and PIL alone.
+"""Control images of the embedded world: a picture's edges, its silhouette, or itself with less detail, by numpy and PIL alone.
 
     python -m flashdiff.zoo.control_images edges picture.png edges.png
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
 from flashdiff.errors import first_line
+from flashdiff.orders import Pixels
 from flashdiff.pictures import read_rgb
 from flashdiff.reading import MAX_BYTES, read_file
 
@@ -22,6 +23,8 @@ _EDGE = 40.0
 _FIGURE = 24
 """Levels of 255 by which a figure differs from its background in some channel."""
 _FILLED, _REACHED = 255, 128
+TILE = "tile"
+"""The control whose image is a small picture, enlarged."""
 
 
 def edges(picture: NDArray[np.uint8]) -> NDArray[np.bool_]:
@@ -67,14 +70,33 @@ def silhouette(picture: NDArray[np.uint8]) -> NDArray[np.bool_]:
     return np.asarray(page)[1:-1, 1:-1] != _REACHED
 
 
-CONTROLS: dict[str, Callable[[NDArray[np.uint8]], NDArray[np.bool_]]] = {"edges": edges, "silhouettes": silhouette}
-"""How a control's image is drawn from a picture, by the control's name."""
+def tile(
+    picture: Pixels,
+    shrink: Image.Resampling = Image.Resampling.LANCZOS,
+    enlarge: Image.Resampling = Image.Resampling.BICUBIC,
+    noise: NDArray[np.float32] | None = None,
+) -> Pixels:
+    """What half the size leaves of a picture [H, W, 3] of even sides: it is made small and enlarged again, with these filters.
+
+    `noise` [H / 2, W / 2, 3], in levels of 255, is added to the small picture.
+    """
+    height, width, _ = picture.shape
+    small = Image.fromarray(picture).resize((width // 2, height // 2), shrink)
+    if noise is not None:
+        small = Image.fromarray((np.asarray(small) + noise).round().clip(0, 255).astype(np.uint8))
+    return np.asarray(small.resize((width, height), enlarge))
 
 
-def control_image(name: str, picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The control [H, W, 3] of a picture [H, W, 3]: white on black."""
-    drawn = CONTROLS[name](picture)[..., None].repeat(3, 2)
-    return drawn.astype(np.uint8) * 255
+def _white_on_black(drawn: NDArray[np.bool_]) -> Pixels:
+    return drawn[..., None].repeat(3, 2).astype(np.uint8) * 255
+
+
+CONTROLS: dict[str, Callable[[Pixels], Pixels]] = {
+    "edges": lambda picture: _white_on_black(edges(picture)),
+    "silhouettes": lambda picture: _white_on_black(silhouette(picture)),
+    TILE: tile,
+}
+"""How a control's image [H, W, 3] is drawn from a picture [H, W, 3], by the control's name."""
 
 
 def main() -> None:
@@ -87,7 +109,7 @@ def main() -> None:
     try:
         picture = np.asarray(read_rgb(read_file(options.picture, MAX_BYTES)))
         at_fault = options.out
-        Image.fromarray(control_image(options.control, picture)).save(options.out)
+        Image.fromarray(CONTROLS[options.control](picture)).save(options.out)
     except Exception as error:  # pillow raises many kinds for damaged files and unknown suffixes
         raise SystemExit(f"control_images: error: {at_fault}: {first_line(error)}") from None
 

@@ -14,7 +14,7 @@ from flashdiff.errors import ConfigError, RequestError
 from flashdiff.evaluation.command import _as_options
 from flashdiff.evaluation.images import ImageSet, Prompt
 from flashdiff.evaluation.metrics import Interval
-from flashdiff.evaluation.tasks import EDGES, OUTSIDE, PSNR, SEAM, SILHOUETTES, TaskData, check_task, task_data
+from flashdiff.evaluation.tasks import EDGES, OUTSIDE, PSNR, SEAM, SILHOUETTES, SMALL, TaskData, check_task, task_data
 from flashdiff.families import family_of
 
 _PROMPTS = tuple(Prompt(f"prompt {number // 2}") for number in range(6))
@@ -98,6 +98,24 @@ def test_controls_are_drawn_from_the_originals_and_images_compared_with_them() -
     assert far[SILHOUETTES].value == pytest.approx(100 * (9 * 12 - 2 - 2) / (15 * 12 - 2 - 2), abs=2)
     blank = _numbers(data, np.full_like(originals.pixels, 60), originals.pixels)
     assert (blank[EDGES].value, blank[SILHOUETTES].value) == (0, 0)
+
+
+def test_tiles_are_compared_with_their_originals_and_may_be_started_from(originals: ImageSet) -> None:
+    data = task_data("control", originals, {"tile": 0.5})
+    ((control,),) = {tuple(request["controls"]) for request in data.requests[:1]}
+    assert (control.name, control.scale) == ("tile", 0.5)
+    assert np.array_equal(control.image, data.unchanged.pixels[0])
+    assert np.array_equal(data.unchanged.pixels, task_data("upscaling", originals, {}).unchanged.pixels)
+    assert (data.requests[0]["inputs"], data.requests[0]["parameters"]) == ({}, {})
+    exact, input_row = _numbers(data, originals.pixels, originals.pixels), data.numbers_of_input
+    assert set(exact) == set(input_row) == {PSNR, SMALL, EDGES, SILHOUETTES}
+    assert exact[PSNR].value > 100 > input_row[SMALL].value > input_row[PSNR].value
+    off_by_five = np.where(originals.pixels < 128, originals.pixels + 5, originals.pixels - 5)
+    assert _numbers(data, off_by_five, off_by_five)[PSNR].value == pytest.approx(20 * np.log10(255 / 5))
+
+    started = task_data("control", originals, {"tile": 0.0, "strength": 0.25})
+    assert started.requests[0]["parameters"] == {"strength": 0.25}
+    assert np.array_equal(started.requests[0]["inputs"]["image"], data.unchanged.pixels[0])
 
 
 def test_control_is_for_models_that_take_controls(tiny_base: Path) -> None:
@@ -190,7 +208,11 @@ def test_wrong_input_is_one_line(tiny_base: Path, photos: Path, tmp_path: Path, 
         (["--task", "control", *own, str(photos)], "--task control: name a control and its scale, as --parameter edges=1"),
         (
             ["--task", "control", *own, str(photos), "--parameter", "pose=1"],
-            "--parameter pose=1: of --task control, edges and silhouettes can be drawn",
+            "--parameter pose=1: of --task control, edges, silhouettes, tile can be drawn",
+        ),
+        (
+            ["--task", "control", *own, str(photos), "--parameter", "edges=1", "--parameter", "strength=0.5"],
+            "--parameter strength=0.5: of --task control, it is for tile",
         ),
         (["--task", "control", *own, str(photos), "--parameter", "edges=1"], "tiny takes no controls"),
         (["--images", str(photos), "--protocol", "coco2017-5k"], "it is for --task; give one"),
@@ -216,6 +238,7 @@ def test_small_images_are_enlarged_and_compared_with_their_originals(originals: 
         assert data.unchanged.pixels.shape == originals.pixels.shape
         exact, input_row = _numbers(data, originals.pixels, originals.pixels), data.numbers_of_input
         assert exact[PSNR].value > 100 > input_row[PSNR].value
+        assert exact[SMALL].value > 100 > input_row[SMALL].value
     off_by_five = np.where(originals.pixels < 128, originals.pixels + 5, originals.pixels - 5)
     assert _numbers(data, off_by_five, off_by_five)[PSNR].value == pytest.approx(20 * np.log10(255 / 5))
     assert task_data("upscaling", originals, {"upscale": 1.0}).numbers_of_input[PSNR].value > 100
