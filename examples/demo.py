@@ -67,9 +67,7 @@ def main() -> None:
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir()
 
-    say(
-        "1/5 Build the student's engine: the embedded model with its flash LoRA fused in, and networks for edges and small pictures"
-    )
+    say("1/5 Build the student's engine: the embedded model with its flash LoRA, and networks for edges and small pictures")
     options = [option for name in ("edges", "tile") for option in ("--control", f"{name}=avatars-{name}")]
     flashdiff("build-engine", "avatars", "--lora", "avatars-flash", *options, "--out", str(STUDENT))
     print("And once more, with an adapter that draws the figure of a reference")
