@@ -1,5 +1,5 @@
 # Everything a newcomer needs: `make demo` and `make test`. Both install into .venv first.
-.PHONY: audit coverage docs release lock sbom demo test test-fast test-slow test-long attack check stubs conformance bench-peers install clean
+.PHONY: audit coverage docs release lock sbom demo test test-fast test-slow test-long attack check stubs conformance bench-peers bench-real-cpu install clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -77,6 +77,19 @@ BUNDLE_NEEDS := openvino==2026.4.1 tokenizers pydantic pillow fpng==0.1.0
 bench-peers: $(VENV)/.installed $(LITSERVE)/.installed $(PYTRITON)/.installed $(BUNDLE)
 	$(BIN)/python benchmarks/peers/compare.py $(BUNDLE) --litserve $(LITSERVE)/bin/python --pytriton $(PYTRITON)/bin/python --json peers.json
 
+# SD1.5 at real size on this CPU: flashdiff, OpenVINO GenAI in an environment of its own, stock diffusers. Half an hour, 16 GiB.
+GENAI := .venv-genai
+PRECISION ?= fp32
+bench-real-cpu: $(VENV)/.installed $(GENAI)/.installed
+	$(BIN)/python benchmarks/peers/real_cpu.py --genai $(GENAI)/bin/python --precision $(PRECISION) --json real-cpu-$(PRECISION).json
+
+$(GENAI)/.installed:
+	@$(PYTHON) -m venv $(GENAI)
+	@# Where the index of CPU builds cannot be reached, pip takes CUDA's, 6 GB in all.
+	@-$(GENAI)/bin/pip install -qq --index-url https://download.pytorch.org/whl/cpu torch torchvision
+	@$(GENAI)/bin/pip install -qq openvino-genai==2026.4.1.0 'optimum-intel[openvino]==2.2.0' diffusers==0.39.0 pillow
+	@touch $@
+
 # Ray Serve and flashdiff, for tests/deploy/test_ray_serve.py and to try deploy/ray/serve.yaml.
 RAY := .venv-ray
 $(RAY)/.installed: pyproject.toml
@@ -111,7 +124,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(ORACLE) $(LITSERVE) $(PYTRITON) $(RAY) demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(ORACLE) $(LITSERVE) $(PYTRITON) $(GENAI) $(RAY) demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # What a serving machine installs, with hashes, for the Dockerfile and the audit. Run it when dependencies or constraints change.
 lock: $(VENV)/.installed

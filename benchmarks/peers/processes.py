@@ -68,7 +68,9 @@ def package_versions(python: Path, packages: Sequence[str]) -> dict[str, str]:
     try:
         found = subprocess.run([str(python), "-c", code, *packages], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
-        raise BackendError(f"{python} is not a Python with {', '.join(packages)}; `make bench-peers` makes one") from None
+        raise BackendError(
+            f"{python} is not a Python with {', '.join(packages)}; `make bench-peers` and `make bench-real-cpu` make them"
+        ) from None
     versions: dict[str, str] = json.loads(found)
     return versions
 

@@ -68,7 +68,7 @@ def make_controlnet(unet: Any, seed: int) -> Any:
 
     torch.manual_seed(seed)
     widths = unet.config.block_out_channels
-    network = ControlNetModel(
+    network: Any = ControlNetModel(
         in_channels=unet.config.in_channels, down_block_types=("DownBlock2D",) * len(widths), mid_block_type="UNetMidBlock2D",
         block_out_channels=widths, layers_per_block=unet.config.layers_per_block,
         cross_attention_dim=unet.config.cross_attention_dim, conditioning_embedding_out_channels=(16, 32, 64),

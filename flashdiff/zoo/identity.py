@@ -155,7 +155,8 @@ class Adapter(nn.Module):
 
     def forward(self, embeds: Tensor) -> Reading:
         tokens = self.image_proj["norm"](self.image_proj["proj"](embeds).unflatten(1, (_TOKENS, -1)))
-        keys, values = ([layers[which](tokens) for layers in self.ip_adapter.values()] for which in ("to_k_ip", "to_v_ip"))
+        layers = [self.ip_adapter.get_submodule(name) for name in self.ip_adapter]
+        keys, values = ([layer.get_submodule(which)(tokens) for layer in layers] for which in ("to_k_ip", "to_v_ip"))
         return Reading(keys, values, torch.ones(len(tokens), 1, 1))
 
 

@@ -72,5 +72,5 @@ def test_every_round_begins_with_another_server_and_the_table_has_median_and_ran
 
 def test_environment_without_the_peer_is_refused_before_anything_runs(student_bundle: Path) -> None:
     peer = Peer("Missing", "no_such_app", LITSERVE.connect, ("no-such-distribution",))
-    with pytest.raises(BackendError, match="is not a Python with no-such-distribution; `make bench-peers` makes one"):
+    with pytest.raises(BackendError, match="is not a Python with no-such-distribution; `make bench-peers` and"):
         run(student_bundle, [(peer, Path(sys.executable))], QUICK, lambda _: None)
