@@ -24,7 +24,8 @@ def main() -> None:
     options = parser.parse_args()
 
     pipeline = openvino_genai.Text2ImagePipeline(options.model)
-    pipeline.set_scheduler(openvino_genai.Scheduler.from_config(f"{options.model}/scheduler/scheduler_config.json", "lcm"))
+    scheduler = f"{options.model}/scheduler/scheduler_config.json"
+    pipeline.set_scheduler(openvino_genai.Scheduler.from_config(scheduler, openvino_genai.Scheduler.Type.LCM))
     pipeline.reshape(1, options.side, options.side, 1.0)
     pipeline.compile("CPU", INFERENCE_PRECISION_HINT=_HINTS[options.precision])
     for line in sys.stdin:

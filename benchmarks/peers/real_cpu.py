@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +109,8 @@ def _genai(python: Path, model: Path, precision: str) -> Iterator[Callable[[int,
         assert stdout
 
         def generate(seed: int, steps: int) -> StageTimes:
-            print(json.dumps({"seed": seed, "steps": steps}), file=stdin, flush=True)
+            with suppress(BrokenPipeError):
+                print(json.dumps({"seed": seed, "steps": steps}), file=stdin, flush=True)
             if not (line := stdout.readline()):
                 raise BackendError("GenAI's process ended; its output is above")
             return {"total": [json.loads(line)["ms"]]}
