@@ -47,7 +47,7 @@ from flashdiff.distill.costs import cost
 from flashdiff.distill.loop import distill
 from flashdiff.errors import ConfigError
 from flashdiff.evaluation.evaluate import Evaluator, Subject, make_images, measure
-from flashdiff.evaluation.features import feature_extractor, text_scorer
+from flashdiff.evaluation.features import feature_extractor, second_extractor, text_scorer
 from flashdiff.evaluation.images import WORLD, WORLD_SIZE, read_prompts, read_reference, real_images
 from flashdiff.families import find_base
 from flashdiff.families.files import base_hash
@@ -60,7 +60,7 @@ TEACHER = "teacher"
 _TEACHER_STEPS = 50
 _IMAGE_SEEDS = 2
 _PROMPT_SEED = 35_000_000  # of scenes that neither training nor `evaluate` uses
-METRICS = ("FID", "KID x1000", "large %", "small %", "text", "diversity")
+METRICS = ("FID", "second FID", "KID x1000", "large %", "small %", "text", "diversity")
 
 
 class Meter:
@@ -69,9 +69,10 @@ class Meter:
     def __init__(self, options: argparse.Namespace) -> None:
         self.prompts = read_prompts(WORLD, options.count, _PROMPT_SEED)
         reference = read_reference(WORLD, options.reference_count, WORLD_SIZE)
-        features, scorer = feature_extractor("avatars"), text_scorer("avatars")
-        self.evaluator = Evaluator(features, scorer, reference)
-        self.networks = [features.name, scorer.name]
+        features, second, scorer = feature_extractor(WORLD), second_extractor(WORLD), text_scorer(WORLD)
+        assert second
+        self.evaluator = Evaluator(features, scorer, reference, second)
+        self.networks = [features.name, second.name, scorer.name]
 
     def measure_real(self) -> dict[str, float]:
         """The metrics of real images, which a perfect model would reach."""
@@ -88,10 +89,12 @@ class Meter:
 
     def _metrics(self, subject: Subject) -> dict[str, float]:
         found, _ = measure(subject, self.evaluator)
+        assert found.second_fid
         assert found.kid
         assert found.text
         assert found.diversity
-        estimates = {"FID": found.fid, "KID x1000": found.kid, "text": found.text, "diversity": found.diversity}
+        estimates = {"FID": found.fid, "second FID": found.second_fid, "KID x1000": found.kid}
+        estimates |= {"text": found.text, "diversity": found.diversity}
         shares = {f"{name} %": 100 * found.attributes[name].value for name in ("large", "small")}
         return {**{name: estimate.value for name, estimate in estimates.items()}, **shares}
 

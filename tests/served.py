@@ -221,6 +221,6 @@ run_server(lambda: opener(), listen)
 def until(condition: Callable[[], bool], seconds: float = PATIENCE_S) -> None:
     """Wait for what must come; so long without it is a hang, on any machine."""
     deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds:.0f} s"
         time.sleep(0.01)
-    assert condition()

@@ -21,6 +21,8 @@ if __package__ in (None, ""):  # run as a file: imports start from the repositor
 
 from benchmarks.command import check_repeats, command_parser, result_file, run_command, show, write_results
 from benchmarks.environment import read_environment
+from benchmarks.markdown_table import markdown_table
+from benchmarks.measurements import Measurement
 from benchmarks.peers.processes import package_versions
 from benchmarks.real_size.base import make_base
 from benchmarks.real_size.stock_pipelines import pipeline_configuration
@@ -32,7 +34,6 @@ from benchmarks.timing.configurations import (
     stage_measurements,
     time_configurations,
 )
-from benchmarks.timing.speedup import summary
 from flashdiff.engines.bundle import read_manifest
 from flashdiff.engines.runtime.engine import open_bundle
 from flashdiff.errors import BackendError
@@ -45,6 +46,7 @@ _APP = Path(__file__).with_name("genai_app.py")
 
 def run(python: Path, *, precision: str, repeats: int, folder: Path, report: Callable[[str], None]) -> dict[str, Any]:
     """{"environment": ..., "rows": [...]}; models and engines are kept in `folder`, and made when they are missing."""
+    versions = package_versions(python, _PACKAGES)  # so that a missing one is reported now, not after minutes of building
     base, bundle, exported = folder / "sd15", folder / f"bundle-{precision}", folder / "genai"
     if not base.exists():
         make_base("sd15", base)
@@ -68,7 +70,7 @@ def run(python: Path, *, precision: str, repeats: int, folder: Path, report: Cal
         ]
         _do(str(python), "-c", command, *options)
 
-    environment = read_environment({"student": read_manifest(bundle)}) | {"genai": package_versions(python, _PACKAGES)}
+    environment = read_environment({"student": read_manifest(bundle)}) | {"genai": versions}
     engine, pipeline = open_bundle(bundle), _stock_pipeline(base, precision)
     with _genai(python, exported, precision) as generate:
         configurations = list[Configuration]()
@@ -79,8 +81,20 @@ def run(python: Path, *, precision: str, repeats: int, folder: Path, report: Cal
                 pipeline_configuration(pipeline, "diffusers", precision, steps, 1, guided=False),  # type: ignore[arg-type]
             ]
         measurements = stage_measurements(configurations, time_configurations(configurations, repeats, report))
-    report(summary(measurements))
+    report(table(measurements))
     return {"environment": environment, "rows": measurements}
+
+
+def table(measurements: Sequence[Measurement]) -> str:
+    """A line per pipeline and number of steps: medians, and how many times as long as flashdiff it takes."""
+    medians = {(one["model"], one["steps"], one["stage"]): one["median_ms"] for one in measurements}
+    lines = []
+    for model, steps, stage in medians:
+        if stage == "total":
+            step, total = medians.get((model, steps, "denoise_step")), medians[model, steps, stage]
+            ratio = total / medians["flashdiff", steps, stage]
+            lines.append([model, steps, f"{step:.0f}" if step else "", f"{total:.0f}", f"{ratio:.2f}x"])
+    return markdown_table(("pipeline", "steps", "one step, ms", "image, ms", "relative to flashdiff"), lines)
 
 
 def _do(*command: str) -> None:

@@ -21,7 +21,7 @@ from flashdiff.evaluation.evaluate import (
     warnings_for,
     write_sheets,
 )
-from flashdiff.evaluation.features import feature_extractor, text_scorer
+from flashdiff.evaluation.features import feature_extractor, second_extractor, text_scorer
 from flashdiff.evaluation.identity import ReferredData, check_referred, referred_data, referred_prompts, round_trip
 from flashdiff.evaluation.images import (
     HELD_OUT,
@@ -97,7 +97,8 @@ def evaluate(options: EvaluateOptions, *, open_bundle: Callable[[Path], Componen
     of_world = options.reference == WORLD
     if options.prompts not in (WORLD, HELD_OUT) and of_world:
         raise ConfigError("--prompts names a file: name a --reference too, a folder of real images or webdataset shards")
-    features = feature_extractor(options.features or ("avatars" if of_world else "inception"))
+    features_name = options.features or ("avatars" if of_world else "inception")
+    features, second = feature_extractor(features_name), second_extractor(features_name)
     scorer_name = options.text or ("avatars" if of_world else None)
     scorer = text_scorer(scorer_name) if scorer_name else None
     with _as_options(dict(options.parameters)):
@@ -107,7 +108,7 @@ def evaluate(options: EvaluateOptions, *, open_bundle: Callable[[Path], Componen
         selection.real, reference = _real_part(reference)
     report(f"reference: {options.reference}, {len(reference)} images")
     with new_folder(options.out) if options.out else nullcontext() as folder:
-        evaluator = Evaluator(features, scorer, reference)
+        evaluator = Evaluator(features, scorer, reference, second)
         measurements = []
         for subject in _subjects(selection, report):
             measurement, which = measure(subject, evaluator)
@@ -118,6 +119,7 @@ def evaluate(options: EvaluateOptions, *, open_bundle: Callable[[Path], Componen
                 write_images(subject.images, folder / "images" / subject.images.name)
         result = Report(
             features=features.name,
+            second_features=second.name if second else None,
             feature_dimension=features.dimension,
             resize=features.resize,
             text_scorer=scorer.name if scorer else None,

@@ -48,6 +48,8 @@ class Measurement(Record):
     images: int
     fid: Interval
     """Frechet distance to the reference, in the named features; FID where they are Inception's."""
+    second_fid: Interval | None
+    """The same in the second features, where there are some."""
     kid: Interval | None
     """1000 times the kernel distance to the reference; it needs images of two prompts."""
     text: Interval | None
@@ -71,6 +73,7 @@ class Report(Record):
     """All measurements and what they were made with."""
 
     features: str
+    second_features: str | None
     feature_dimension: int
     resize: str
     text_scorer: str | None
@@ -97,12 +100,22 @@ class Evaluator:
     features: FeatureExtractor
     text_scorer: TextScorer | None
     reference: ImageSet
+    second: FeatureExtractor | None = None
+    """Another network, so that no gain is one network's taste."""
     reference_features: NDArray[np.float32] = field(init=False)
 
     def __post_init__(self) -> None:
         _need_two(self.reference)
         self.reference_features = self.features(self.reference.pixels)
         self.moments = Moments.of(self.reference_features)
+        self.second_moments = Moments.of(self.second(self.reference.pixels)) if self.second else None
+
+    def second_fid(self, images: ImageSet) -> Interval | None:
+        """The Frechet distance in the second features; None without them."""
+        if self.second is None or self.second_moments is None:
+            return None
+        features, moments = self.second(images.pixels), self.second_moments
+        return bootstrap(lambda w: frechet_distance(moments, Moments.of(features, w)), images.groups)
 
 
 def make_images(
@@ -157,6 +170,7 @@ def measure(subject: Subject, evaluator: Evaluator) -> tuple[Measurement, NDArra
         name=images.name,
         images=len(images),
         fid=bootstrap(lambda w: frechet_distance(evaluator.moments, Moments.of(features, w)), groups),
+        second_fid=evaluator.second_fid(images),
         kid=bootstrap(lambda w: 1000 * kid(w), groups) if groups.max() else None,
         text=_mean(text, groups),
         text_shuffled=None if shuffled is None else weighted_mean(shuffled),
@@ -236,12 +250,14 @@ def warnings_for(evaluator: Evaluator, counts: Iterable[int]) -> tuple[str, ...]
 def markdown(report: Report) -> str:
     """The report as tables: one line a subject, then one line an attribute."""
     has_latents = any(m.latent_std is not None for m in report.rows)
-    head = ["", "images", "FID", "KID x1000", "text", "(shuffled)", "diversity", "nearest"]
+    second = ["second FID"] if report.second_features else []
+    head = ["", "images", "FID", *second, "KID x1000", "text", "(shuffled)", "diversity", "nearest"]
     own = list(dict.fromkeys(name for m in report.rows for name in m.of_task))
     lines = [[*head, *own, *(["latents: mean, std"] if has_latents else [])]]
     for m in report.rows:
         shuffled = "-" if m.text_shuffled is None else f"{m.text_shuffled:.1f}"
-        cells = [m.name, str(m.images), m.fid, m.kid, m.text, shuffled, m.diversity, m.nearest, *map(m.of_task.get, own)]
+        distances = [m.fid, *([m.second_fid] if second else []), m.kid]
+        cells = [m.name, str(m.images), *distances, m.text, shuffled, m.diversity, m.nearest, *map(m.of_task.get, own)]
         drift = "-" if m.latent_std is None else f"{m.latent_mean:.3f}, {m.latent_std:.3f}"
         lines.append([_cell(value) for value in (*cells, *([drift] if has_latents else []))])
     text = _table(lines)
@@ -252,9 +268,10 @@ def markdown(report: Report) -> str:
             title = f"**{name}**" if name in ("large", "small") else name
             shares.append([title, *(_percent(m.attributes.get(name)) for m in report.rows)])
         text += "\n\n" + _table(shares)
+    again = f", and {report.second_features}" if report.second_features else ""
     scored = f"; text: {report.text_scorer}" if report.text_scorer else ""
     text += (
-        f"\n\nFeatures: {report.features}, {report.feature_dimension} a picture, resized: {report.resize}{scored}. "
+        f"\n\nFeatures: {report.features}{again}, {report.feature_dimension} a picture, resized: {report.resize}{scored}. "
         f"Reference: {report.reference}, {report.reference_images} images. "
         "± is the 95 % interval of a bootstrap over prompts, - where there is but one; shares stand with their score interval."
     )

@@ -1,6 +1,6 @@
 """Networks that turn images into features and texts into scores, chosen by name.
 
-avatars              the embedded world's own probe and dual encoder, shipped
+avatars              the embedded world's own probes and dual encoder, shipped
 inception[:FOLDER]   Inception-v3 of 2015-12-05 through clean-fid; FOLDER holds inception-2015-12-05.pt
 clip[:MODEL]         a CLIP model through transformers, a directory or a hub id; pickscore is clip:yuvalkirstain/PickScore_v1
 image-reward         ImageReward-v1.0 through the package image-reward
@@ -22,6 +22,9 @@ from PIL import Image
 from flashdiff.errors import EvaluationError, first_line
 from flashdiff.files import hash_file
 from flashdiff.reading import open_file
+from flashdiff.zoo.evaluators import FOLDER, SIZE, Probe, load_dual_encoder, load_identity_probe, load_probe
+from flashdiff.zoo.images import to_input
+from flashdiff.zoo.world import attribute_words
 
 _BATCH = 64
 _INCEPTION_FILE = "inception-2015-12-05.pt"
@@ -64,10 +67,15 @@ def feature_extractor(name: str) -> FeatureExtractor:
     """The extractor of that name; EvaluationError says what to install or where to put it."""
     kind, _, place = name.partition(":")
     if kind == "avatars":
-        return _avatars_features()
+        return _probed("probe", load_probe())
     if kind == "inception":
         return _inception(Path(place) if place else Path(torch.hub.get_dir()) / "checkpoints")
     raise EvaluationError(f"--features {name}: choose avatars or inception[:FOLDER]")
+
+
+def second_extractor(name: str) -> FeatureExtractor | None:
+    """Next to the extractor of that name a network of another form, seed and data; None where there is none."""
+    return _probed("identity_probe", load_identity_probe()) if name == "avatars" else None
 
 
 def text_scorer(name: str) -> TextScorer:
@@ -87,10 +95,6 @@ def text_scorer(name: str) -> TextScorer:
 
 def attribute_reader() -> Callable[[NDArray[np.uint8]], dict[str, list[str]]]:
     """Reads off images [N, H, W, 3] of the embedded world the word of every attribute, by its probe."""
-    from flashdiff.zoo.evaluators import load_probe
-    from flashdiff.zoo.images import to_input
-    from flashdiff.zoo.world import attribute_words
-
     probe, words = load_probe(), attribute_words()
 
     @torch.no_grad()
@@ -101,11 +105,8 @@ def attribute_reader() -> Callable[[NDArray[np.uint8]], dict[str, list[str]]]:
     return read
 
 
-def _avatars_features() -> FeatureExtractor:
-    from flashdiff.zoo.evaluators import FOLDER, SIZE, load_probe
-    from flashdiff.zoo.images import to_input
-
-    probe = load_probe()
+def _probed(name: str, probe: Probe) -> FeatureExtractor:
+    """The features of a probe of the embedded world, `name`.safetensors."""
 
     @torch.no_grad()
     def extract(images: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -113,7 +114,7 @@ def _avatars_features() -> FeatureExtractor:
         return features
 
     return FeatureExtractor(
-        name=f"avatars probe {hash_file(FOLDER / 'probe.safetensors')[:12]}",
+        name=f"avatars {name.replace('_', ' ')} {hash_file(FOLDER / f'{name}.safetensors')[:12]}",
         dimension=probe.features.out_features,
         resize=f"none at {SIZE}x{SIZE}, else PIL bicubic with antialiasing to it",
         extract=extract,
@@ -121,9 +122,6 @@ def _avatars_features() -> FeatureExtractor:
 
 
 def _avatars_scorer() -> TextScorer:
-    from flashdiff.zoo.evaluators import FOLDER, load_dual_encoder
-    from flashdiff.zoo.images import to_input
-
     encoder = load_dual_encoder()
 
     @torch.no_grad()
@@ -136,8 +134,6 @@ def _avatars_scorer() -> TextScorer:
 
 
 def _world_sized(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    from flashdiff.zoo.evaluators import SIZE
-
     if images.shape[1:3] == (SIZE, SIZE):
         return images
     resized = [Image.fromarray(image).resize((SIZE, SIZE), Image.Resampling.BICUBIC) for image in images]

@@ -10,39 +10,31 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
 from torch import Tensor, nn
 
 from flashdiff.components import ModelSpec
-from flashdiff.config import Record, parse_record
 from flashdiff.controls import steered, unsteered
-from flashdiff.errors import ConfigError, ModelError, first_line
+from flashdiff.errors import ModelError, first_line
 from flashdiff.families import ZOO
 from flashdiff.families.base import ModelFamily, TorchModel
 from flashdiff.families.codec import shift_of
 from flashdiff.families.control_kinds import ControlKind
 from flashdiff.families.files import base_hash
 from flashdiff.families.loading import load_part, read_config
+from flashdiff.families.made_for import MadeFor
 from flashdiff.families.networks import find_network, hash_of_network
-from flashdiff.families.prints import shared_precision
 from flashdiff.families.settings import check_config, check_types, default_settings
-from flashdiff.lora import hashes_of
 from flashdiff.lora_requests import unslotted
-from flashdiff.reading import read_json
 
 RECORD = "control.json"
 """The file in a network's folder that says what it was trained for; published networks have none."""
 
 
-class ControlInfo(Record):
-    """What control.json holds: enough to refuse another base of the same form."""
+class ControlInfo(MadeFor):
+    """What control.json holds."""
 
     control: str
     """What its images show, such as edges."""
-    base: str
-    base_hash: str
-    base_prints: dict[str, str] = Field(default={}, max_length=10)
-    """Names of the base's weights as they are when rounded to a precision."""
 
 
 def find_control(name: str, place: str) -> Path:
@@ -80,22 +72,9 @@ def check_control(name: str, folder: Path, family: ModelFamily, base: Path, spec
         if _plain(own) != _plain(wanted):
             hashes = f"the control is {hash_of_network(folder)[:12]}, the base {base_hash(base)[:12]}"
             raise ModelError(f"{option} was made for another base: its {setting} is {own}, {spec.name} needs {wanted} ({hashes})")
-    info = read_control_info(folder)
-    if info and info.base_hash not in hashes_of(base, base_hash(base)) and shared_precision(base, info.base_prints) is None:
-        hashes = f"'{info.base}' with hash {info.base_hash[:12]}, but {spec.name} has hash {base_hash(base)[:12]}"
-        raise ModelError(f"{option} was made for another base: {hashes} (the control is {hash_of_network(folder)[:12]})")
+    if info := ControlInfo.read(folder / RECORD):
+        info.check(option, f"the control is {hash_of_network(folder)[:12]}", base, spec)
     return class_name
-
-
-def read_control_info(folder: Path) -> ControlInfo | None:
-    """The control.json of a network's folder, None where there is none; ModelError when it cannot be read."""
-    path = folder / RECORD
-    try:
-        return parse_record(read_json(path), ControlInfo, source=str(path)) if path.is_file() else None
-    except OSError as error:
-        raise ModelError(f"{path}: cannot read: {error.strerror}") from None
-    except (ValueError, ConfigError) as error:
-        raise ModelError(f"{path} is damaged: {error}") from None
 
 
 def _needs(

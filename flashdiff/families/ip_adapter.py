@@ -20,6 +20,7 @@ from flashdiff.families.base import IpAdapter, ModelFamily, TorchModel
 from flashdiff.families.files import base_hash
 from flashdiff.families.hub import HubName, download_file, download_part, hub_name
 from flashdiff.families.loading import load_part, pipeline_class_of, read_config
+from flashdiff.families.made_for import MadeFor
 from flashdiff.families.networks import Library, files_of_network, find_network, hash_of_network
 from flashdiff.families.readers import Reader, Reading, teach
 from flashdiff.families.settings import check_transformers_config
@@ -28,6 +29,8 @@ from flashdiff.references import referred, takes_reference
 
 FILE = "ip_adapter.safetensors"
 """Of an adapter that ships with flashdiff."""
+RECORD = "reference.json"
+"""The file next to an adapter that says what base it was trained for; published adapters have none."""
 ENCODER_FOLDER = "image_encoder"
 """Where published adapters have their image encoder."""
 
@@ -79,7 +82,8 @@ def find_adapter(name: str, encoder: str | None) -> Found:
     Without an `encoder` it is the folder `image_encoder` next to the file. ModelError says what is not there.
     """
     option = f"--reference {name}"
-    if not Path(name).exists() and (ZOO / name / FILE).is_file():
+    shipped = sorted(path.parent.name for path in ZOO.glob(f"*/{FILE}"))
+    if not Path(name).exists() and name in shipped:
         name = str(ZOO / name / FILE)
     if name.endswith((".bin", ".pt", ".pth", ".ckpt")):
         raise ModelError(
@@ -92,7 +96,8 @@ def find_adapter(name: str, encoder: str | None) -> Found:
     elif file.is_dir():
         raise ModelError(f"{option}: a folder; give the adapter's .safetensors file in it")
     elif not file.is_file():
-        raise ModelError(f"{option}: there is no such file; give a .safetensors file, or owner/name/file on the hub")
+        names = "".join(f"'{own}', " for own in shipped)
+        raise ModelError(f"{option}: there is no such file; give a .safetensors file, {names}or owner/name/file on the hub")
     if file.suffix != ".safetensors":
         raise ModelError(f"{option}: an IP-Adapter is a .safetensors file")
     return Found(file=file, encoder=_find_encoder(option, file, None if Path(name).exists() else on_hub, encoder))
@@ -125,7 +130,7 @@ def encoder_hash(folder: Path) -> str:
 
 
 def check_adapter(found: Found, family: ModelFamily, base: Path, spec: ModelSpec) -> Kind:
-    """What an adapter is; ModelError for one that does not fit the base or the encoder, with both shapes."""
+    """What an adapter is; ModelError for one that does not fit the base or the encoder, with both shapes or hashes."""
     option = f"--reference {found.file}"
     if not family.references:
         taking = ", ".join(other.name for other in all_families() if other.references)
@@ -171,6 +176,8 @@ def check_adapter(found: Found, family: ModelFamily, base: Path, spec: ModelSpec
     known = {key for key in wanted if key.startswith("ip_adapter.")}
     if further := sorted(key for key in shapes if key.startswith("ip_adapter.") and key not in known):
         raise ModelError(f"{option} was made for another base: {spec.name} has no layer for its {further[0]}")
+    if made_for := MadeFor.read(found.file.parent / RECORD):
+        made_for.check(option, f"the adapter is {hash_file(found.file)[:12]}", base, spec)
     return Kind(name=name, tokens=(tokens, width), side=encoder["image_size"])
 
 

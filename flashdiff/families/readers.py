@@ -96,14 +96,15 @@ class _JointAttention:
         image_rotary_emb: Any = None,
         ip_hidden_states: Reading | None = None,
     ) -> tuple[Tensor, ...]:
+        if ip_hidden_states is None:
+            plain: tuple[Tensor, ...] = self.plain(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+            return plain
         queries: list[Tensor] = []  # [B, N, heads, C / heads], as the plain processor computes them
         hook = attn.norm_q.register_forward_hook(lambda _, inputs, output: queries.append(output))
         try:
             output: tuple[Tensor, ...] = self.plain(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         finally:
             hook.remove()
-        if ip_hidden_states is None:
-            return output
         return *output, ip_hidden_states.found(self.index, queries[0].transpose(1, 2))
 
 

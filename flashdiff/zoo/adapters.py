@@ -24,8 +24,6 @@ from flashdiff.checkpoint import step_generator
 from flashdiff.errors import FlashdiffError, TrainingError
 from flashdiff.families import find_base
 from flashdiff.families.control import RECORD, ControlInfo
-from flashdiff.families.files import base_hash
-from flashdiff.families.prints import prints_of
 from flashdiff.files import new_folder, write_whole
 from flashdiff.locks import sole_user
 from flashdiff.orders import Pixels
@@ -172,8 +170,7 @@ def _fit_embedding(name: str, network: Any, controls: Tensor, batches: Batches, 
 
 def export(target: Path, network: Any, name: str) -> None:
     """Write the network as diffusers has it, weights in half precision, with the record of its base."""
-    base = find_base(BASE)
-    info = ControlInfo(control=name, base=BASE, base_hash=base_hash(base), base_prints=prints_of(base))
+    info = ControlInfo.of(BASE, find_base(BASE), control=name)
     with new_folder(target) as folder:
         network.half().save_pretrained(folder)
         write_whole(folder / RECORD, info.model_dump_json(indent=2) + "\n")
@@ -186,7 +183,7 @@ def main() -> None:
     options = parser.parse_args()
     try:
         train(options.control, options.out, RECIPES[options.control])
-    except FlashdiffError as error:
+    except (FlashdiffError, OSError) as error:
         raise SystemExit(f"adapters: error: {error}") from None
 
 

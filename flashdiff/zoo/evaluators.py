@@ -50,7 +50,7 @@ _MAX_WORDS = 40
 _Network = TypeVar("_Network", bound=nn.Module)
 
 
-class _Probe(nn.Module):
+class Probe(nn.Module):
     """Images [B, 3, 64, 64] in [-1, 1] to features [B, 128] and, for every attribute, the logits of its words.
 
     Features have mean 0 and variance 1 over real renders, so that distances between them have a scale.
@@ -74,14 +74,14 @@ class _Probe(nn.Module):
         return (features - self.feature_mean) / self.feature_std, logits
 
 
-class AttributeProbe(_Probe):
+class AttributeProbe(Probe):
     """Convolutions, whose 8x8 map is not pooled: eyes and mouths have their places."""
 
     def __init__(self) -> None:
         super().__init__(_trunk((32, 64, 96)), 96 * 8 * 8, tuple(attribute_words()))
 
 
-class IdentityProbe(_Probe):
+class IdentityProbe(Probe):
     """Of all attributes but the background, by another form: a transformer reads 64 tokens, and learned queries gather them.
 
     It judges whether an image shows what a reference does, next to networks that were trained to carry that.
@@ -230,7 +230,7 @@ def train_identity_probe(out: Path) -> IdentityProbe:
     return probe
 
 
-def _fit_probe(name: str, probe: _Probe, out: Path, seed: int, renders: tuple[int, int], held_back_seed: int) -> None:
+def _fit_probe(name: str, probe: Probe, out: Path, seed: int, renders: tuple[int, int], held_back_seed: int) -> None:
     images, scenes = rendered(out / "renders", tuple(KINDS), *renders, SIZE)
     held_back, held_back_scenes = rendered(out / "renders", tuple(KINDS), held_back_seed, _HELD_BACK_IMAGES, SIZE)
     labels = {name: torch.from_numpy(found) for name, found in attribute_labels(scenes).items()}
@@ -281,7 +281,7 @@ def roughened(pixels: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def probe_accuracy(probe: _Probe, images: NDArray[np.uint8], scenes: Sequence[Scene]) -> dict[str, float]:
+def probe_accuracy(probe: Probe, images: NDArray[np.uint8], scenes: Sequence[Scene]) -> dict[str, float]:
     """Share of right readings per attribute, in [0, 1], among the scenes whose kind has it; `images` are [N, H, W, 3]."""
     labels = attribute_labels(scenes)
     logits = [probe(to_input(images[start : start + 256]))[1] for start in range(0, len(images), 256)]
@@ -298,7 +298,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     try:
         train(parser.parse_args().out)
-    except FlashdiffError as error:
+    except (FlashdiffError, OSError) as error:
         raise SystemExit(f"evaluators: error: {error}") from None
 
 

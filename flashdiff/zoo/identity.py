@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from flashdiff.checkpoint import step_generator
 from flashdiff.errors import FlashdiffError, TrainingError
 from flashdiff.families import find_base
-from flashdiff.families.ip_adapter import ENCODER_FOLDER, FILE, as_clip_normalizes
+from flashdiff.families.ip_adapter import ENCODER_FOLDER, FILE, RECORD, as_clip_normalizes
+from flashdiff.families.made_for import MadeFor
 from flashdiff.families.readers import UNET_READER, Reading, teach
-from flashdiff.files import new_folder
+from flashdiff.files import new_folder, write_whole
 from flashdiff.locks import sole_user
 from flashdiff.zoo.denoiser import Batches
 from flashdiff.zoo.evaluators import naming_loss, roughened
@@ -205,12 +206,13 @@ def train(out: Path, encoder: StageRecipe, adapter: StageRecipe, *, figures: int
 
 
 def export(target: Path, encoder: Any, adapter: Adapter) -> None:
-    """Write an IP-Adapter as it is published, with its image encoder next to it, weights in half precision."""
+    """Write an IP-Adapter as it is published, weights in half precision, with its image encoder and the record of its base."""
     from safetensors.torch import save_file
 
     with new_folder(target) as folder:
         save_file({name: values.half().contiguous() for name, values in adapter.state_dict().items()}, folder / FILE)
         encoder.half().save_pretrained(folder / ENCODER_FOLDER)
+        write_whole(folder / RECORD, MadeFor.of(BASE, find_base(BASE)).model_dump_json(indent=2) + "\n")
 
 
 def main() -> None:
@@ -219,7 +221,7 @@ def main() -> None:
     options = parser.parse_args()
     try:
         train(options.out, ENCODER, ADAPTER)
-    except FlashdiffError as error:
+    except (FlashdiffError, OSError) as error:
         raise SystemExit(f"identity: error: {error}") from None
 
 

@@ -134,7 +134,7 @@ def main() -> None:
     options = parser.parse_args()
     try:
         train(load_recipe(options.recipe, ZooRecipe), options.out)
-    except FlashdiffError as error:
+    except (FlashdiffError, OSError) as error:
         raise SystemExit(f"train: error: {error}") from None
 
 

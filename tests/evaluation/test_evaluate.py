@@ -21,7 +21,7 @@ from flashdiff.engines.runtime.engine import open_bundle
 from flashdiff.errors import ConfigError, EvaluationError
 from flashdiff.evaluation.command import EvaluateOptions, _select
 from flashdiff.evaluation.evaluate import Evaluator, Measurement, Subject, measure
-from flashdiff.evaluation.features import attribute_reader, feature_extractor, text_scorer
+from flashdiff.evaluation.features import attribute_reader, feature_extractor, second_extractor, text_scorer
 from flashdiff.evaluation.images import ImageSet, Prompt, attributes_of, read_images, read_prompts, real_images
 from flashdiff.evaluation.metrics import share
 from flashdiff.zoo.images import rendered
@@ -34,7 +34,7 @@ PROMPTS = read_prompts("avatars", 150)
 def evaluator(tmp_path_factory: pytest.TempPathFactory) -> Evaluator:
     pixels, _ = rendered(tmp_path_factory.mktemp("renders"), tuple(KINDS), 0, 600, 64)
     reference = ImageSet("reference", pixels, (None,) * len(pixels))
-    return Evaluator(feature_extractor("avatars"), text_scorer("avatars"), reference)
+    return Evaluator(feature_extractor("avatars"), text_scorer("avatars"), reference, second_extractor("avatars"))
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +67,7 @@ def test_distances_are_lowest_for_real_images_and_grow_with_damage(
 ) -> None:
     measured = [floor, *(measure(_changed(real, change), evaluator)[0] for change in damage)]
     assert all(a.fid.value < b.fid.value for a, b in itertools.pairwise(measured))
+    assert all(a.second_fid.value < b.second_fid.value for a, b in itertools.pairwise(measured))
     assert all(a.kid.value < b.kid.value for a, b in itertools.pairwise(measured))
     assert measured[-1].attributes["small"].value < measured[0].attributes["small"].value
 

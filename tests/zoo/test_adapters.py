@@ -18,7 +18,7 @@ from flashdiff.controls import DENOISER, ControlRequest
 from flashdiff.errors import ModelError, TrainingError
 from flashdiff.evaluation.images import read_prompts, real_images
 from flashdiff.families import ZOO, family_of, find_base, load_base
-from flashdiff.families.control import RECORD, check_control, find_control, read_control_info, with_controls
+from flashdiff.families.control import RECORD, ControlInfo, check_control, find_control, with_controls
 from flashdiff.families.files import base_hash
 from flashdiff.generate import generate
 from flashdiff.lora import load_fused
@@ -102,7 +102,7 @@ def test_control_images_are_a_function_of_the_picture(control: str, tmp_path: Pa
 @CONTROL
 def test_the_shipped_networks_load_in_stock_diffusers_and_name_their_base(control: str) -> None:
     folder, base = find_control(control, f"avatars-{control}"), find_base("avatars")
-    info = read_control_info(folder)
+    info = ControlInfo.read(folder / RECORD)
     assert info
     assert (info.control, info.base, info.base_hash) == (control, "avatars", base_hash(base))
     assert info.base_hash[:12] in (folder / "README.md").read_text()
@@ -217,7 +217,7 @@ def test_the_recipe_trains_and_writes_a_network(control: str, tmp_path: Path) ->
     adapters.train(control, tmp_path, recipe, pictures=6)
     form = ControlNetModel if control == TILE else T2IAdapter
     written = form.from_pretrained(tmp_path / f"avatars-{control}")
-    info = read_control_info(tmp_path / f"avatars-{control}")
+    info = ControlInfo.read(tmp_path / f"avatars-{control}" / RECORD)
     assert info
     assert info.base_hash == base_hash(find_base("avatars"))
     before = recipe.make(load_base("avatars")[1].network, recipe.seed).state_dict()

@@ -1,5 +1,7 @@
 """The shipped IP-Adapter, its recipe on a toy scale, and the pairs of renders that it learns from."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from flashdiff.components import Components
-from flashdiff.errors import TrainingError
+from flashdiff.errors import ModelError, TrainingError
 from flashdiff.evaluation.identity import judge
 from flashdiff.families import ZOO, family_of, find_base
-from flashdiff.families.ip_adapter import check_adapter, find_adapter, with_adapter
+from flashdiff.families.files import base_hash
+from flashdiff.families.ip_adapter import FILE, RECORD, check_adapter, find_adapter, with_adapter
 from flashdiff.generate import generate, generate_rows
 from flashdiff.lora import load_fused
 from flashdiff.noise import image_noise
@@ -60,6 +63,23 @@ def referred() -> tuple[Components, Components]:
     """The embedded model, plain and with its adapter."""
     family, model = load_fused("avatars", (), SamplingOptions(sampler="ddim", guidance=5.0))
     return model, with_adapter(family, model, find_adapter("avatars-identity", None))
+
+
+def test_an_adapter_of_another_base_is_refused_with_both_hashes(tmp_path: Path) -> None:
+    base, folder = find_base("avatars"), shutil.copytree(ZOO / "avatars-identity", tmp_path / "adapter")
+    family, found = family_of(base), find_adapter(str(folder / FILE), None)
+    spec, record = family.read_spec(base), json.loads((folder / RECORD).read_text())
+    (folder / RECORD).write_text(json.dumps({**record, "base_hash": "f" * 64, "base_prints": {}}))
+    hashes = rf"'avatars' with hash f{{12}}, but avatars has hash {base_hash(base)[:12]} \(the adapter is \w{{12}}\)"
+    with pytest.raises(ModelError, match=rf"another base: {hashes}"):
+        check_adapter(found, family, base, spec)
+    (folder / RECORD).unlink()
+    assert check_adapter(found, family, base, spec)  # as published adapters are: by its shapes
+
+
+def test_a_misspelt_adapter_lists_those_that_ship() -> None:
+    with pytest.raises(ModelError, match=r"avatars-identit: there is no such file; .* 'avatars-identity', or owner/name/file"):
+        find_adapter("avatars-identit", None)
 
 
 @pytest.fixture(scope="module")
