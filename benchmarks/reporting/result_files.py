@@ -77,5 +77,7 @@ def _section_of(file: Path, found: Mapping[str, Any], measurements: Sequence[Mea
             raise ConfigError(f"{file}: measurements of an older load.py, which did not record the cores; measure them again")
         return "load"
     if common_names >= {"model", "steps", "stage", "median_ms"}:
+        if all(one["model"] != "teacher" for one in measurements):
+            raise ConfigError(f"{file}: no measurement of a teacher, and the report compares with one")
         return "latency"
     raise ConfigError(f"{file}: the report has no section for its measurements")

@@ -38,7 +38,7 @@ def test_page_starts_with_the_summary_table(files: list[Path], tmp_path: Path) -
     "file", sorted((Path(__file__).parents[3] / "benchmarks" / "results").glob("*.json")), ids=lambda file: file.name
 )
 def test_committed_results_are_drawn_or_refused_by_name(file: Path, tmp_path: Path) -> None:
-    if any(kind in file.name for kind in ("latency", "load", "matrix", "peers", "scaling")):
+    if any(kind in file.name for kind in ("latency", "load", "peers", "scaling")):
         write_page(read_results([file]), [], tmp_path / "report")
         assert len(list((tmp_path / "report").glob("*.png"))) == 1
     else:
