@@ -102,7 +102,7 @@ def _check(control: ControlRequest) -> None:
     _, start, end = _numbers(control)
     for name, share in (("start", start), ("end", end)):
         if not 0 <= share <= 1:
-            raise RequestError(f"{field_name}.{name}", share, "it must be between 0 and 1")
+            raise RequestError(f"{field_name}.{name}", float(f"{share:g}"), "it must be between 0 and 1")
     if start >= end:
         raise RequestError(f"{field_name}.start", control.start, f"it must be below the end, {control.end:g}")
     if control.image is None:
@@ -142,7 +142,7 @@ def check_steps(controls: Mapping[str, Control], steps: int) -> None:
     for name, control in controls.items():
         if not _counts(control, steps).any():
             share = f"{control.start:g} and {control.end:g}"
-            raise RequestError(f"controls.{name}.end", control.end, f"no step of the {steps} lies between {share}")
+            raise RequestError(f"controls.{name}.end", float(f"{control.end:g}"), f"no step of the {steps} lies between {share}")
 
 
 def _counts(control: Control, steps: int) -> NDArray[np.bool_]:

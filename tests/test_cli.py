@@ -58,6 +58,10 @@ def test_wrong_input_of_every_command(
         (("generate", student_bundle, "x", "-o", tmp_path / "x.png", "--strength", 0.5), "it needs an image (image_to_image)"),
         (("generate", student_bundle, "x", "-o", tmp_path / "x.png", "--noise-level", 20), "noise_level: 20.0 is not allowed"),
         (("generate", student_bundle, "x", "-o", tmp_path / "x.png", "--image", tmp_path / "none.png"), "No such file"),
+        (("generate", student_bundle, "x", "-o", tmp_path / "x.png", "--mask", empty, "--mask", empty), "'mask' is given twice"),
+        (("generate", student_bundle, "x", "-o", tmp_path / "x.png", "--control", "a=b:1:x"), "--control a=b:1:x: there is no"),
+        (("generate", student_bundle, "x", "-o", tmp_path / "x.png", "--reference", "b:x"), "--reference b:x: there is no such"),
+        (("build-engine", "avatars", "--reference", "a", "--reference", "b", "--out", out), "--reference is given twice"),
     ]
     for arguments, message in cases:
         assert message in _run(capsys, *arguments), arguments
@@ -86,6 +90,26 @@ def test_an_empty_value_is_refused_and_means_no_default(
     capsys: pytest.CaptureFixture[str], name: str, arguments: tuple[str, ...]
 ) -> None:
     assert f"error: {name} '': give a value, or leave it out" in _run(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("serve", "b", "--port", "abc"),
+            "argument --port: invalid int value: 'abc'; `flashdiff serve --help` lists the options",
+        ),
+        (("serve", "b", "--nope"), "unrecognized arguments: --nope; `flashdiff --help` lists the options"),
+        (("distill",), "the following arguments are required: RECIPE; `flashdiff distill --help` lists the options"),
+    ],
+)
+def test_a_wrong_option_is_refused_in_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"flashdiff: error: {message}\n"
 
 
 def test_an_empty_prompt_is_refused_as_a_prompt(student_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

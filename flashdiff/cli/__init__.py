@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import flashdiff
 from flashdiff.cli import build_engine, distill, evaluate, generate, inspect, plan, serve
@@ -21,7 +21,11 @@ class _Command(Protocol):
 
 
 class _Parser(argparse.ArgumentParser):
-    """Refuses an empty value, which a script's unset variable leaves: it would mean a default, or the working directory."""
+    """Refuses in one line; an empty value too, which a script's unset variable leaves and which would mean a default, or the
+    working directory."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(_refuse(f"{message}; `{self.prog} --help` lists the options"))
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> object:
         is_own = action.nargs != argparse.PARSER  # else the command's parser gets the values

@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "base",
         metavar="BASE|RECIPE",
         help="a diffusers model directory, a hub id (owner/name[@revision]), the embedded model 'avatars'; or a .toml recipe, "
-        "with --out alone",
+        "which takes only --out and --dry-run besides",
     )
     parser.add_argument("--out", type=Path, required=True, help="the bundle folder to make, or to bring up to date")
     add_build_arguments(parser)

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from flashdiff import defaults
-from flashdiff.cli.shared import add_sampling_arguments, listed
+from flashdiff.cli.shared import Once, add_sampling_arguments, listed
 from flashdiff.engines.backends import BACKENDS
 from flashdiff.errors import ConfigError
 
@@ -48,6 +48,7 @@ def add_build_arguments(
     if "reference" not in without:
         to.add_argument(
             "--reference",
+            action=Once,
             metavar="ADAPTER",
             help="an IP-Adapter, with which requests may bring a reference image: a .safetensors file, "
             "owner/name/file[@revision] on the hub, or the shipped avatars-identity",
@@ -97,8 +98,8 @@ def add_build_arguments(
     to.add_argument(
         "--compile",
         action="store_true",
-        help="with --backend torch: compile every part to machine code, which runs on this kind of machine and version of torch "
-        "alone; takes minutes, and a C++ compiler",
+        help="with --backend torch: compile every part to machine code for this kind of machine and this version of torch; takes "
+        "minutes and needs a C++ compiler",
     )
     to.add_argument(
         "--guidance", type=float, help="scale for a model that is not a flash student; 1 or less: none; default: the family's"
@@ -108,7 +109,7 @@ def add_build_arguments(
         action=argparse.BooleanOptionalAction,
         help="compare an image with the stock diffusers pipeline of the model before publishing; default: yes",
     )
-    add_sampling_arguments(parser, with_steps="steps" not in without)
+    add_sampling_arguments(parser, with_steps="steps" not in without, with_presets=group is None)
 
 
 def add_base_arguments(to: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:

@@ -25,8 +25,8 @@ def run(options: argparse.Namespace) -> None:
     """Train a flash LoRA, or a whole model (`student = "full"`): the base's guided result in one to four steps. The same command
     resumes a killed run.
 
-    Every key of a recipe is explained in docs/distillation.md and where it is declared: distill/config.py and
-    distill/losses/settings.py.
+    docs/distillation.md introduces recipes. Every key is explained where it is declared: distill/config.py,
+    flashdiff/schedule.py ([grid]) and distill/losses/settings.py ([loss]).
     """
     if options.out is None and not options.dry_run:
         raise ConfigError("give --out FOLDER for the student, or --dry-run")

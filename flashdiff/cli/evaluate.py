@@ -23,7 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", metavar="N[,N...]", help="steps to measure SUBJECT at, a row each; default: the model's")
     parser.add_argument("--teacher", metavar="BASE", help="a bundle or model to measure as well")
     parser.add_argument(
-        "--teacher-steps", default=listed(defaults.TEACHER_STEPS), metavar="N[,N...]", help="default: %(default)s"
+        "--teacher-steps",
+        default=listed(defaults.TEACHER_STEPS),
+        metavar="N[,N...]",
+        help="steps to measure the teacher at; default: %(default)s",
     )
     parser.add_argument(
         "--guidance",
@@ -36,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompts",
         default=defaults.PROMPTS,
         metavar="FILE",
-        help="a text file, one prompt a line; or prompts of the embedded world: %(default)s (default), avatars-held-out",
+        help="a text file, one prompt a line, with --reference; or prompts of the embedded world: %(default)s (default), "
+        "avatars-held-out",
     )
     parser.add_argument("--count", type=int, default=defaults.PROMPT_COUNT, help="prompts to use at most; default: %(default)s")
     parser.add_argument(
@@ -55,12 +59,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="reference images at most, evenly spaced; default: %(default)s",
     )
     parser.add_argument(
-        "--features", metavar="NAME", help="avatars, inception[:FOLDER]; default: avatars for its reference, else inception"
+        "--features",
+        metavar="NAME",
+        help="avatars, inception[:FOLDER]; default: avatars with --reference avatars, else inception",
     )
     parser.add_argument(
         "--text",
         metavar="NAME",
-        help="avatars, clip[:MODEL], pickscore, image-reward, hpsv2; default: avatars for its reference, else none",
+        help="avatars, clip[:MODEL], pickscore, image-reward, hpsv2; default: avatars with --reference avatars, else none",
     )
     parser.add_argument(
         "--protocol",
@@ -78,8 +84,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--task",
         metavar="NAME",
         help="measure what the models make of images: inpainting, image_to_image, edit, upscaling, super_resolution; control: "
-        "how closely they keep to edges or silhouettes; identity and swap: how well they show the figure of a reference. The "
-        "originals are drawn by the embedded world's renderer, or come from --images",
+        "how closely they keep to edges, silhouettes or a small picture (tile); identity and swap: how well they show the "
+        "figure of a reference. The originals are drawn by the embedded world's renderer or, but for identity and swap, come "
+        "from --images",
     )
     parser.add_argument(
         "--parameter",
@@ -88,8 +95,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=NUMBER",
-        help="of --task, as strength=0.5; default: the task's. Of control the scale of each, as edges=1; of identity "
-        "and swap scale, the reference's",
+        help="of --task, as strength=0.5; default: the task's. Of control the scale of each, as edges=1, and with "
+        "tile a strength; of identity and swap scale, the reference's",
     )
     parser.add_argument(
         "--images",

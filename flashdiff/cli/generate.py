@@ -1,6 +1,7 @@
 """`flashdiff generate`."""
 
 import argparse
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 from flashdiff import defaults
 from flashdiff.cli.build_options import OF_REQUESTS, add_build_arguments, refuse_without_base
 from flashdiff.cli.bundles import bundle_of_base, find_bundles
-from flashdiff.cli.shared import assignment, parse_control
+from flashdiff.cli.shared import Once, assignment, parse_control
 from flashdiff.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -43,13 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--out", type=Path, required=True, help="a .png, .jpg or .webp file; --count N makes NAME-0, NAME-1, ..."
     )
-    parser.add_argument("--steps", type=int, help="default: the model's")
+    parser.add_argument("--steps", type=int, help="steps of the sampler; default: the model's")
     parser.add_argument("--seed", type=int, default=defaults.SEED, help="default: %(default)s; image i has seed + i")
-    parser.add_argument("--size", metavar="WxH", help="default: the model's")
+    parser.add_argument("--size", metavar="WxH", help="image size; default: the model's")
     parser.add_argument(
         "--truncate-prompt", action="store_true", help="cut a prompt to the tokens that the model takes, in place of refusing it"
     )
-    parser.add_argument("--count", type=int, default=defaults.COUNT, help="default: %(default)s")
+    parser.add_argument("--count", type=int, default=defaults.COUNT, help="number of images; default: %(default)s")
     parser.add_argument(
         "--image",
         dest="inputs",
@@ -100,10 +101,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NAME=FILE[:SCALE[:START[:END]]]",
         help="an image that steers the steps, for a bundle that was built with controls; its scale is 0 to 2, default "
-        f"{defaults.CONTROL_SCALE:g}; it counts from START to END, shares of the steps",
+        f"{defaults.CONTROL_SCALE:g}; it counts from START to END, shares of the steps; may be repeated",
     )
     parser.add_argument(
         "--reference",
+        action=Once,
         metavar="FILE[:SCALE]",
         help="an image that goes with the prompt, for a bundle that was built with an IP-Adapter; its scale is 0 to 2, default "
         f"{defaults.REFERENCE_SCALE:g}",
@@ -117,7 +119,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a LoRA for this request alone, a .safetensors file or a folder, for a bundle that was built with --lora-slots; its "
         f"scale is up to {defaults.MAX_LORA_SCALE:g} either way, default {defaults.LORA_SCALE:g}; may be repeated",
     )
-    building = parser.add_argument_group("a model that is no bundle yet", "built into the cache, when it is not up to date there")
+    building = parser.add_argument_group(
+        "build from a base", "the bundle is kept in the cache, and reused while it is up to date"
+    )
     building.add_argument(
         "--base",
         action=_base_before(prompt),
@@ -164,6 +168,9 @@ def run(options: argparse.Namespace) -> None:
         raise ConfigError(f"--out {options.out}: there is no folder {options.out.parent}")
     # Before a bundle is built, which takes minutes.
     size = parse_sizes(options.size)[0] if options.size else None
+    for given in (options.inputs, options.parameters):
+        if twice := [name for name, count in Counter(name for name, _ in given).items() if count > 1]:
+            raise ConfigError(f"'{twice[0]}' is given twice; an image and a number of a task have one value")
     inputs = readers({name: read_file(path, MAX_BYTES) for name, path in options.inputs})
     controls = [_control(text) for text in options.controls]
     reference = _reference(options.reference) if options.reference is not None else None
@@ -199,7 +206,7 @@ def _control(text: str) -> "ControlRequest":
     from flashdiff.server.images import control_request
 
     name, value = parse_control(text, "FILE[:SCALE[:START[:END]]]")
-    file, numbers = _file_and_numbers(value, len(_NUMBERS))
+    file, numbers = _file_and_numbers(f"--control {name}=", value, _NUMBERS)
     return control_request(name, read_file(file, MAX_BYTES), **dict(zip(_NUMBERS, numbers, strict=False)))
 
 
@@ -210,21 +217,23 @@ def _reference(text: str) -> "ReferenceRequest":
 
     if not text:
         raise ConfigError("--reference '': give FILE[:SCALE]")
-    file, numbers = _file_and_numbers(text, 1)
+    file, numbers = _file_and_numbers("--reference ", text, _NUMBERS[:1])
     return reference_request(read_file(file, MAX_BYTES), scale=numbers[0] if numbers else None)
 
 
-def _file_and_numbers(text: str, most: int) -> tuple[Path, list[float]]:
-    """`FILE[:NUMBER]...`, of a file whose name may itself hold colons."""
-    numbers: list[float] = []
-    while len(numbers) < most and not Path(text).exists():
-        file, is_there, last = text.rpartition(":")
+def _file_and_numbers(option: str, text: str, names: Sequence[str]) -> tuple[Path, list[float]]:
+    """`FILE[:NUMBER]...`, of a file whose name may itself hold colons; ConfigError names the option where there is none."""
+    file, numbers = text, list[float]()
+    while len(numbers) < len(names) and not Path(file).exists():
+        start, is_there, last = file.rpartition(":")
         try:
             numbers.insert(0, float(last if is_there else ""))
         except ValueError:
             break
-        text = file
-    return Path(text), numbers
+        file = start
+    if not Path(file).exists():
+        raise ConfigError(f"{option}{text}: there is no such file; numbers may follow its name ({':'.join(names)})")
+    return Path(file), numbers
 
 
 def _lora_file(text: str) -> tuple[Path, float]:

@@ -41,8 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LIST",
         help="GPUs by number (0,1) or core sets (cpu:0-3,cpu:4-7), each with a copy of the models; default: one GPU or all cores",
     )
-    parser.add_argument("--host", default=defaults.HOST, help="or unix:/PATH, a socket for gRPC; default: %(default)s")
-    parser.add_argument("--port", type=int, default=defaults.PORT, help="default: %(default)s; 0 takes a free one")
+    parser.add_argument(
+        "--host", default=defaults.HOST, help="address to listen on, or unix:/PATH, a socket for gRPC; default: %(default)s"
+    )
+    parser.add_argument("--port", type=int, default=defaults.PORT, help="gRPC port; default: %(default)s; 0 takes a free one")
     parser.add_argument(
         "--http-port",
         type=int,
@@ -75,7 +77,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shared-memory", action="store_true", help="let Triton clients on this machine pass tensors through shared memory"
     )
-    parser.add_argument("--metrics-host", default=defaults.HOST, metavar="HOST", help="default: %(default)s")
+    parser.add_argument(
+        "--metrics-host", default=defaults.HOST, metavar="HOST", help="address of --metrics-port; default: %(default)s"
+    )
     parser.add_argument(
         "--metrics-port", type=int, metavar="PORT", help="Prometheus metrics, and /healthz and /readyz; plain HTTP; default: none"
     )
@@ -91,16 +95,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.0,
         metavar="SECONDS",
-        help="before that, how long to take requests while not ready, until balancers have noticed; default: %(default)s",
+        help="after SIGTERM, keep accepting requests for this long while reporting NOT_SERVING, so that balancers notice; "
+        "default: %(default)s",
     )
     parser.add_argument(
         "--max-connection-age",
         type=float,
         metavar="SECONDS",
-        help="close gRPC connections of that age, so that clients find new replicas; their calls have --drain; default: never",
+        help="close gRPC connections after this time, so that clients find new replicas; calls under way get --drain seconds; "
+        "default: never",
     )
     parser.add_argument("--log-format", choices=defaults.LOG_FORMATS, default="text", help="default: %(default)s")
-    building = parser.add_argument_group("a model that is no bundle yet", "built into the cache, when it is not up to date there")
+    building = parser.add_argument_group(
+        "build from a base", "the bundle is kept in the cache, and reused while it is up to date"
+    )
     building.add_argument(
         "--base",
         metavar="BASE",

@@ -53,15 +53,30 @@ def assignment(kind: Callable[[str], T]) -> Callable[[str], tuple[str, T]]:
     return read
 
 
-def add_sampling_arguments(parser: argparse.ArgumentParser, *, with_steps: bool = True) -> None:
-    """How a published few-step student is sampled."""
+class Once(argparse.Action):
+    """Stores a value, and refuses a second one, of which there might have been several."""
+
+    def __call__(self, parser: object, namespace: argparse.Namespace, values: object, option: str | None = None) -> None:
+        if getattr(namespace, self.dest) is not None:
+            raise ConfigError(f"{option} is given twice, and there can be but one")
+        setattr(namespace, self.dest, values)
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser, *, with_steps: bool = True, with_presets: bool = False) -> None:
+    """How a published few-step student is sampled; `with_presets` lists them all."""
+    presets = "sampling settings published with a student"
+    presets += f": {', '.join(PRESETS)}" if with_presets else ", such as sdxl-lightning-4; `build-engine --help` lists them"
     few = parser.add_argument_group("few-step students that flashdiff did not train")
-    few.add_argument("--preset", metavar="NAME", help=f"all of the below, as the authors say: {', '.join(PRESETS)}")
+    few.add_argument("--preset", metavar="NAME", help=presets)
     few.add_argument("--sampler", choices=defaults.SAMPLERS, help="default: what the base's scheduler says, else ode")
-    few.add_argument("--spacing", choices=defaults.SPACINGS, help="of the times, for euler, ddim and flow-euler")
+    few.add_argument(
+        "--spacing", choices=defaults.SPACINGS, help="timestep spacing, for euler, euler-ancestral, ddim and flow-euler"
+    )
     few.add_argument("--timesteps", metavar="N[,N...]", help="the student's own times, noisiest first, such as 999,749,499,249")
     few.add_argument("--eta", type=float, help="share of fresh noise, 0 to 1, for ddim, tcd (its gamma) and flow-euler")
-    few.add_argument("--shift", type=float, help="a flow's, at every size; default: the base's")
+    few.add_argument(
+        "--shift", type=float, help="noise-level shift of a flow-matching model, the same at every size; default: the base's"
+    )
     few.add_argument("--prediction", choices=defaults.PREDICTIONS, help="what the network predicts; default: as the base")
     if with_steps:
         few.add_argument("--steps", type=int, metavar="N", help="of requests that do not say; default: the preset's, else 4")

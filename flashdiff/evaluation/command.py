@@ -37,7 +37,7 @@ from flashdiff.evaluation.images import (
     write_images,
 )
 from flashdiff.evaluation.protocols import CLIP, Meter, protocol_of, protocol_table, read_coco, run_protocol
-from flashdiff.evaluation.tasks import REFERRED, TaskData, check_task, parameter_option, task_data
+from flashdiff.evaluation.tasks import REFERRED, TaskData, check_name, check_task, parameter_option, task_data
 from flashdiff.families.base import TorchModel
 from flashdiff.files import new_folder, write_whole
 from flashdiff.lora import find_lora, fused_spec, load_fused, read_flash_info
@@ -256,7 +256,7 @@ def _check_request(spec: ModelSpec, prompt: Prompt, steps: int, task: TaskData |
     try:
         check_order(spec, prompt=prompt.text, steps=steps, **task.requests[0])
     except RequestError as error:
-        if error.field not in task.inputs[0]:
+        if error.field not in (*task.inputs[0], *(f"controls.{name}.image" for name in task.controls)):
             raise
         raise ConfigError(f"--task: {error}; the images are made of --images, or drawn with {WORLD_SIZE} pixels") from None
 
@@ -267,6 +267,8 @@ def _check_task_options(options: EvaluateOptions) -> None:
         raise ConfigError(
             f"--task {options.task}: --protocol {options.protocol} measures text to image alone; leave one of them out"
         )
+    if options.task:
+        check_name(options.task)
     if options.task is None:
         if options.images or options.parameters:
             given = f"--images {options.images}" if options.images else parameter_option(*options.parameters[0])
@@ -279,6 +281,8 @@ def _check_task_options(options: EvaluateOptions) -> None:
                 f"--images {options.images}: its captions are the prompts, an image each; give --reference, a folder of other "
                 "images, and neither --prompts nor --seeds"
             )
+    elif options.task in REFERRED and options.prompts not in (WORLD, HELD_OUT):
+        raise ConfigError(f"--prompts {options.prompts}: --task {options.task} is for {WORLD} or {HELD_OUT}")
     elif options.prompts not in (WORLD, HELD_OUT):
         raise ConfigError(f"--task {options.task}: give --images, a folder of images with captions, in place of --prompts")
 

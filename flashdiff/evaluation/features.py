@@ -66,7 +66,7 @@ class TextScorer:
 def feature_extractor(name: str) -> FeatureExtractor:
     """The extractor of that name; EvaluationError says what to install or where to put it."""
     kind, _, place = name.partition(":")
-    if kind == "avatars":
+    if name == "avatars":
         return _probed("probe", load_probe())
     if kind == "inception":
         return _inception(Path(place) if place else Path(torch.hub.get_dir()) / "checkpoints")
@@ -81,7 +81,7 @@ def second_extractor(name: str) -> FeatureExtractor | None:
 def text_scorer(name: str) -> TextScorer:
     """The scorer of that name; EvaluationError says what to install or where to put it."""
     kind, _, place = name.partition(":")
-    if kind == "avatars":
+    if name == "avatars":
         return _avatars_scorer()
     if kind == "clip":
         return _clip(place or _CLIP)

@@ -46,7 +46,7 @@ def referred_prompts(task: str, prompts: Sequence[Prompt]) -> list[Prompt]:
     The background is not the figure's own: that of the picture that receives it for `swap`, else one at random.
     """
     scenes = [prompt.scene for prompt in prompts if prompt.scene]
-    receivers, changed = _receivers(scenes), []
+    receivers, changed = _receivers(scenes) if task == SWAP else {}, []
     for kind, seed in scenes:
         own = describe(kind, seed).background
         others = [word for word in KINDS[kind].background if word != own]
@@ -60,6 +60,8 @@ def _receivers(scenes: Sequence[_Scene]) -> dict[_Scene, _Scene]:
     of_kind: dict[str, list[_Scene]] = {}
     for scene in dict.fromkeys(scenes):
         of_kind.setdefault(scene[0], []).append(scene)
+    if any(len(same) == 1 for same in of_kind.values()):
+        raise ConfigError(f"--task {SWAP}: a figure goes into another's picture, and a kind has but one; give a larger --count")
     return {scene: after for same in of_kind.values() for scene, after in zip(same, [*same[1:], same[0]], strict=True)}
 
 
@@ -150,7 +152,7 @@ class ReferredData(TaskData):
             outside = given["mask"][..., 0] == 0
             return {INSIDE: share, OUTSIDE: psnr(decode()[outside], given["image"][outside])}
         distances = np.square(self._features - judged.features).sum(1)
-        rank = 1 + int((distances < distances[number]).sum())
+        rank = 1 + len(np.unique(self.originals.groups[distances < distances[number]]))
         return {SHOWN: share, FOUND_FIRST: 100.0 * (rank == 1), RANK: float(rank)}
 
     def numbers(self, of_images: Sequence[Mapping[str, float]], groups: NDArray[np.int64]) -> dict[str, Interval]:
@@ -212,9 +214,12 @@ def _drawn(scene: _Scene) -> Pixels:
 
 
 def check_referred(task: str, spec: ModelSpec, title: str) -> None:
-    """ConfigError for a model that takes no reference, or none in a mask."""
+    """ConfigError for a model that takes no reference, or none in a mask, or makes images of another size."""
     if not takes_reference(spec):
         raise ConfigError(f"--task {task}: {title} takes no reference: give a bundle of build-engine --reference")
+    if spec.sizes[0] != (WORLD_SIZE, WORLD_SIZE):
+        drawn = f"the pictures are drawn with {WORLD_SIZE}x{WORLD_SIZE} pixels"
+        raise ConfigError(f"--task {task}: {title} makes images of {spec.sizes[0]}, and {drawn}")
     if task == SWAP:
         check_task(inpainting.TASK.name, spec, title, {})
 

@@ -101,13 +101,12 @@ class TaskData:
         Where a small image is made large: the PSNR to the original, and the same of both made small. With controls: the F1 of the
         edges and the overlap of the silhouettes, in per cent, of the image and of its original. With a mask: the PSNR outside it
         before the original's pixels were put back, and the seam: the mean step of level across the mask's edge, divided by that
-        of the originals in the same places; no seam where these have no step.
+        of the originals in the same places; no seam where none of these has a step.
         """
         values = {name: np.array([of[name] for of in of_images]) for name in of_images[0]}
         found = {name: bootstrap(partial(weighted_mean, values[name]), groups) for name in _MEANS if name in values}
-        if _STEP in values and values[_STEP_OF_ORIGINAL].all():
-            ours, theirs = values[_STEP], values[_STEP_OF_ORIGINAL]
-            found[SEAM] = bootstrap(lambda weights: weighted_mean(ours, weights) / weighted_mean(theirs, weights), groups)
+        if _STEP in values and values[_STEP_OF_ORIGINAL].any():
+            found[SEAM] = bootstrap(partial(_ratio, values[_STEP], values[_STEP_OF_ORIGINAL]), groups)
         return found
 
     @property
@@ -119,12 +118,23 @@ class TaskData:
         return self.numbers(of_images, self.unchanged.groups)
 
 
+def _ratio(ours: NDArray[np.float64], theirs: NDArray[np.float64], weights: NDArray[np.float64] | None) -> float:
+    """That of the means of values [N], counted as often as weights [N] say; NaN over a mean of 0."""
+    mean = weighted_mean(theirs, weights)
+    return weighted_mean(ours, weights) / mean if mean else np.nan
+
+
+def check_name(task: str) -> None:
+    """ConfigError for what is no task to measure."""
+    if task not in (names := (*_MAKERS, CONTROL, *REFERRED)):
+        raise ConfigError(f"--task {task}: choose {', '.join(names)}")
+
+
 def task_data(name: str, originals: ImageSet, parameters: Mapping[str, float]) -> TaskData:
     """The inputs of the task for every original; ConfigError for a task whose inputs cannot be made from one."""
+    check_name(name)
     if name == CONTROL:
         return _controlled(originals, parameters)
-    if name not in _MAKERS:
-        raise ConfigError(f"--task {name}: choose {', '.join((*_MAKERS, CONTROL, *REFERRED))}")
     known = {parameter.name: parameter for parameter in TASKS[name].parameters}
     parameters = {key: known[key].check(value) if key in known else value for key, value in parameters.items()}
     if name == upscaling.TASK.name:
@@ -208,8 +218,12 @@ def _masked(originals: ImageSet, _: Mapping[str, float]) -> _Made:
 def _of_another_prompt(originals: ImageSet, _: Mapping[str, float]) -> _Made:
     """Every image starts from the original of the next prompt."""
     groups = originals.groups
-    others = np.roll(originals.pixels, -int((groups == groups[0]).sum()), axis=0)
-    return [{"image": image} for image in others], list(others)
+    members = [np.flatnonzero(groups == group) for group in range(groups.max() + 1)]
+    others = []
+    for number, group in enumerate(groups):
+        place, those = int(np.searchsorted(members[group], number)), members[(group + 1) % len(members)]
+        others.append(originals.pixels[those[place % len(those)]])
+    return [{"image": image} for image in others], others
 
 
 def _upscaled(originals: ImageSet, parameters: Mapping[str, float]) -> _Made:
@@ -225,7 +239,7 @@ def _small(originals: ImageSet, scale: float, option: str) -> _Made:
     """The originals made smaller; without a model they are enlarged by PIL's bicubic filter."""
     _, height, width, _ = originals.pixels.shape
     side = Size(round(width / scale), round(height / scale))
-    if (side.width * scale, side.height * scale) != (width, height):
+    if upscaling.enlarged(side, scale) != (width, height):
         raise ConfigError(f"{option}: originals of {width}x{height} cannot be made {scale:g} times smaller; use another size")
     inputs: list[_Inputs] = []
     unchanged: list[Pixels] = []

@@ -34,7 +34,9 @@ class MadeFor(Record):
             return parse_record(read_json(path), cls, source=str(path)) if path.is_file() else None
         except OSError as error:
             raise ModelError(f"{path}: cannot read: {error.strerror}") from None
-        except (ValueError, ConfigError) as error:
+        except ConfigError as error:  # which names the file
+            raise ModelError(str(error)) from None
+        except ValueError as error:
             raise ModelError(f"{path} is damaged: {error}") from None
 
     def check(self, option: str, own: str, base: Path, spec: ModelSpec) -> None:

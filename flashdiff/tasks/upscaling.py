@@ -25,6 +25,11 @@ _MAX_SIDE = 16383
 """WebP's longest."""
 
 
+def enlarged(size: Size, scale: float) -> Size:
+    """The size of a picture that is enlarged: halves up, also of a scale that float32 made a little smaller."""
+    return Size(*(int(scale * side * (1 + 2**-23) + 0.5) for side in size))
+
+
 class _Upscaling(Task):
     name = "upscaling"
     inputs = ("image",)
@@ -40,8 +45,7 @@ class _Upscaling(Task):
         if order.controls:
             raise RequestError("controls", ", ".join(order.controls), "an upscale takes none")
         scale, picture = order.parameters["upscale"], Image.fromarray(order.inputs["image"])
-        # Halves up, also of a scale that float32 made a little smaller.
-        size = Size(*(int(scale * side * (1 + 2**-23) + 0.5) for side in picture.size))
+        size = enlarged(Size(*picture.size), scale)
         becomes = f"{picture.width}x{picture.height} would become {size}"
         if size.width * size.height > MAX_PIXELS or max(size) > _MAX_SIDE:
             raise RequestError("upscale", scale, f"{becomes}; at most {MAX_PIXELS} pixels are made, and {_MAX_SIDE} a side")

@@ -99,7 +99,7 @@ def test_the_embedded_model_is_measured_with_references() -> None:
     family, model = load_base("avatars")
     components = with_adapter(family, model, find_adapter("avatars-identity", None))
     for task in ("identity", "swap"):
-        data = _data(task, 6, scale=0.5)
+        data = _data(task, 12, scale=0.5)
         assert {request["reference"].scale for request in data.requests} == {0.5}
         check_referred(task, components.spec, "avatars")
         prompts = [prompt for prompt in data.originals.prompts if prompt]
@@ -109,15 +109,32 @@ def test_the_embedded_model_is_measured_with_references() -> None:
     assert np.abs(decoded.pixels.astype(int) - data.originals.pixels).mean() < 4
 
 
+def test_a_rank_counts_figures_whatever_the_number_of_seeds() -> None:
+    prompts = referred_prompts("identity", read_prompts("avatars", 6))
+    ranks = []
+    for seeds in (1, 3):
+        data = referred_data("identity", real_images(prompts, seeds, 64), {})
+        ranks.append([data.of_image(seeds * n, data.references[seeds * ((n + 1) % 6)], lambda: None)[RANK] for n in range(6)])  # type: ignore[arg-type,return-value]
+    assert ranks[0] == ranks[1]
+    assert max(ranks[0]) > 1
+
+
 def test_what_cannot_be_measured_is_refused(tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match="--parameter strength=1: --task swap has scale alone"):
-        _data("swap", 6, strength=1.0)
+        _data("swap", 12, strength=1.0)
     with pytest.raises(RequestError, match=r"scale: 3\.0 is not allowed; it must be between 0 and 2"):
         _data("identity", 6, scale=3.0)
     spec = family_of(tiny_base).read_spec(tiny_base)
     with pytest.raises(ConfigError, match="--task swap: tiny takes no reference: give a bundle of build-engine --reference"):
         check_referred("swap", spec, "tiny")
-    check_referred("swap", referred(spec, (4, 32), 16), "tiny")
+    taking = referred(spec, (4, 32), 16)
+    check_referred("swap", taking.model_copy(update={"sizes": (Size(64, 64),)}), "tiny")
+    with pytest.raises(ConfigError, match="--task identity: tiny makes images of 96x96, and the pictures are drawn with 64x64"):
+        check_referred("identity", taking.model_copy(update={"sizes": (Size(96, 96),)}), "tiny")
+    with pytest.raises(ConfigError, match="--task swap: a figure goes into another's picture, and a kind has but one"):
+        _data("swap", 7)
+    assert cli.main(["evaluate", str(tiny_base), "--task", "swap", "--prompts", "p.txt", "--reference", "y"]) == 2
+    assert "--prompts p.txt: --task swap is for avatars or avatars-held-out" in capsys.readouterr().err
     assert cli.main(["evaluate", str(tiny_base), "--task", "identity", "--images", "x", "--reference", "y"]) == 2
     assert "the pictures of --task identity are drawn" in capsys.readouterr().err
 

@@ -45,6 +45,9 @@ def test_images_start_from_those_of_another_prompt(originals: ImageSet) -> None:
     assert np.array_equal(data.unchanged.pixels, originals.pixels[[2, 3, 4, 5, 0, 1]])
     assert data.requests[0]["parameters"] == {"strength": 0.5}
     assert data.of_image(0, originals.pixels[0], originals.pixels[0].copy) == {}
+    in_turns = ImageSet("real", originals.pixels[:4], tuple(originals.prompts[place] for place in (0, 2, 0, 2)))
+    others = task_data("image_to_image", in_turns, {}).inputs
+    assert np.array_equal([given["image"] for given in others], originals.pixels[[1, 0, 3, 2]])
     with pytest.raises(ConfigError, match="give two prompts at least"):
         task_data("image_to_image", originals.part(np.arange(2), "one prompt"), {})
 
@@ -63,6 +66,13 @@ def test_a_seam_and_changes_outside_the_mask_are_measured() -> None:
     # Downwards the step is 8 - 40 below the mask and 8 + 40 above it, sideways 40 in place of 0.
     ours, theirs = zip(*(_steps(data, number) for number in range(3)), strict=True)
     assert seen[SEAM].value == pytest.approx(sum(ours) / sum(theirs))
+
+
+def test_a_flat_original_among_others_leaves_the_seam() -> None:
+    levels = np.broadcast_to(np.arange(16, dtype=np.uint8)[:, None, None] * 8, (3, 16, 16, 3)).copy()
+    levels[0] = 90
+    originals = ImageSet("real", levels, _PROMPTS[::2])
+    assert _numbers(task_data("inpainting", originals, {}), levels, levels)[SEAM].value == 1
 
 
 def test_flat_originals_have_no_seam() -> None:
@@ -243,6 +253,8 @@ def test_small_images_are_enlarged_and_compared_with_their_originals(originals: 
     assert _numbers(data, off_by_five, off_by_five)[PSNR].value == pytest.approx(20 * np.log10(255 / 5))
     assert task_data("upscaling", originals, {"upscale": 1.0}).numbers_of_input[PSNR].value > 100
     assert task_data("super_resolution", originals, {"noise_level": 600}).parameters == {"noise_level": 600}  # a base may know it
+    square = ImageSet("real", np.zeros((1, 64, 64, 3), np.uint8), _PROMPTS[:1])
+    assert task_data("upscaling", square, {"upscale": 1.6}).inputs[0]["image"].shape == (40, 40, 3)
     for wrong in (0.0, -2.0, float("nan")):
         with pytest.raises(RequestError, match=r"upscale: .* it must be between 1 and 8"):
             task_data("upscaling", originals, {"upscale": wrong})
