@@ -21,8 +21,8 @@ from flashdiff.engines.bundle import (
     write_manifest,
 )
 from flashdiff.engines.cache import cached
-from flashdiff.engines.calibration import Samples, sample
-from flashdiff.engines.choose import choose_precision
+from flashdiff.engines.calibration import Samples, check_tokens, sample
+from flashdiff.engines.choose import BUILDING, PUBLISHED, choose_precision
 from flashdiff.engines.config import BuildOptions, parse_batches, parse_sizes
 from flashdiff.engines.describe import describe_errors, describe_quality, describe_quantization, describe_stock
 from flashdiff.engines.parts import Part, parts_of
@@ -40,7 +40,7 @@ from flashdiff.families.codec import shift_of
 from flashdiff.families.control import with_controls
 from flashdiff.families.ip_adapter import with_adapter
 from flashdiff.families.slots import table_of, with_slots
-from flashdiff.files import hash_file, new_folder, write_whole
+from flashdiff.files import counted, hash_file, new_folder, write_whole
 from flashdiff.lora import fuse
 from flashdiff.lora_requests import slots_of
 
@@ -69,7 +69,7 @@ def _build(plan: BuildPlan, report: Callable[[str], None]) -> Manifest:
         report(f"{options.out} is up to date: the same base, LoRAs, options, code and libraries; nothing to do")
         return plan.previous
     for reason in plan.changes:
-        report(f"building because {reason}")
+        report(f"{BUILDING} {reason}")
     report(f"backend: {plan.machine}")
 
     watch = _Stopwatch(report)
@@ -81,7 +81,7 @@ def _build(plan: BuildPlan, report: Callable[[str], None]) -> Manifest:
             assert torch.samples
             manifest, findings = quantize_denoiser(manifest, folder, torch.samples, torch.reference, report)
             watch.lap("quantize", f"{describe_quantization(manifest)}; {describe_errors(manifest.model, findings.errors)}")
-        if plan.backend.graph:
+        if plan.backend.compile_graph:
             manifest = manifest.model_copy(update={"parts": _compile(plan, manifest, folder, watch)})
         engine = Engine(folder, manifest)
         if findings is None or plan.backend.compile_graph:
@@ -108,7 +108,7 @@ def _build(plan: BuildPlan, report: Callable[[str], None]) -> Manifest:
             }
         ).sealed()
         write_manifest(folder, manifest)
-    report(f"published {options.out} (bundle {manifest.bundle_hash[:12]})")
+    report(f"{PUBLISHED} {options.out} (bundle {manifest.bundle_hash[:12]})")
     return manifest
 
 
@@ -127,6 +127,7 @@ def _from_torch(plan: BuildPlan, folder: Path, watch: "_Stopwatch") -> tuple[Man
     """All that torch is needed for: the exported parts in `folder`, a manifest of them, and what they will be compared with."""
     options = plan.options
     model = plan.family.load(plan.folder, plan.spec)
+    check_tokens(model, plan.prompts)
     if plan.vae:
         model = with_vae(model, plan.vae)
     model = with_controls(plan.family, with_adapter(plan.family, model, plan.adapter), plan.controls)
@@ -148,7 +149,7 @@ def _from_torch(plan: BuildPlan, folder: Path, watch: "_Stopwatch") -> tuple[Man
     if plan.prompts:
         with on_gpu(parts):
             samples = sample(model, plan.prompts)
-        watch.lap("run", f"{len(samples.images)} images of the calibration prompts in torch")
+        watch.lap("run", f"{counted(len(samples.images), 'image')} of the calibration prompts in torch")
     stock: StockReference | str = NOT_COMPARED
     if options.compare_stock:
         stock = run_stock(plan.family, model, plan.folder, parts, plan.vae)
@@ -186,17 +187,15 @@ def _export(
 
 
 def _compile(plan: BuildPlan, manifest: Manifest, folder: Path, watch: "_Stopwatch") -> dict[str, PartRecord]:
-    """The exported parts as the backend's own files, where it does not read the graph itself."""
+    """The exported parts as the files of a backend that does not read the graph itself."""
+    assert plan.backend.compile_graph
     parts = {}
     for name, part in manifest.parts.items():
         files: list[PartFile] = []
-        for export, graph in zip((export for export in plan.exports if export.part == name), part.files, strict=True):
-            if compile_graph := plan.backend.compile_graph:
-                place = _place(export)
-                compiled = compile_graph(part, export, plan.inputs, folder / place, watch.note)
-                files += [file.model_copy(update={"file": (place / file.file).as_posix()}) for file in compiled]
-            else:
-                files.append(graph)
+        for export in (export for export in plan.exports if export.part == name):
+            place = _place(export)
+            compiled = plan.backend.compile_graph(part, export, plan.inputs, folder / place, watch.note)
+            files += [file.model_copy(update={"file": (place / file.file).as_posix()}) for file in compiled]
             watch.lap("compile", f"{name} for {plan.backend.name}{_at(export)}")
         parts[name] = part.model_copy(update={"files": tuple(files)})
     return parts

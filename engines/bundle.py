@@ -293,6 +293,8 @@ class BuildInputs(GrownRecord):
 
 
 class Manifest(BuildInputs):
+    LATER: ClassVar[frozenset[str]] = BuildInputs.LATER | {"candidates"}
+
     schema_version: int
     flashdiff_version: str
     latent_codec: LatentCodec
@@ -306,6 +308,8 @@ class Manifest(BuildInputs):
     quality: Quality | None = None
     chosen: str = ""
     """Why `--precision auto` chose the precision; empty where the precision was given."""
+    candidates: tuple[Precision, ...] = ()
+    """Those that it could build."""
     stock: StockComparison | str = ""
     """The comparison with the stock pipeline, or why there is none."""
     step_costs: tuple[BucketCost, ...]
@@ -339,6 +343,7 @@ class Manifest(BuildInputs):
             "max_error": {},
             "quality": None,
             "chosen": "",
+            "candidates": (),
             "stock": "",
             "checksum": "",
         }

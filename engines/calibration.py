@@ -75,18 +75,22 @@ def _read(file: Path) -> tuple[Prompt, ...]:
     return prompts
 
 
-def sample(components: Components, prompts: Sequence[Prompt]) -> Samples:
-    """An image of each prompt, and the denoiser's inputs on the way to the first ones.
+def check_tokens(components: Components, prompts: Sequence[Prompt]) -> None:
+    """BundleError for a prompt of more tokens than the model takes."""
+    for prompt in prompts:
+        try:
+            components.tokenize([prompt.text])
+        except RequestError as error:
+            allowed = error.allowed.replace("truncate_prompt cuts it", "shorten it in the file")
+            raise BundleError(f"--calibration-prompts: '{prompt.text}': {allowed}") from None
 
-    BundleError for a prompt that does not fit.
-    """
+
+def sample(components: Components, prompts: Sequence[Prompt]) -> Samples:
+    """An image of each prompt, whose tokens fit, and the denoiser's inputs on the way to the first ones."""
     recorder = _Recorder(components, components.spec.denoisers[0].name)
     orders = orders_of(components.spec, prompts)
-    try:
-        first = generate(recorder, orders[:CALIBRATING])
-        rest = generate(components, orders[CALIBRATING:])
-    except RequestError as error:  # more tokens than the model takes
-        raise BundleError(f"--calibration-prompts: {error}") from None
+    first = generate(recorder, orders[:CALIBRATING])
+    rest = generate(components, orders[CALIBRATING:])
     images = tuple(image for of_order in (*first, *rest) for image in of_order)
     return Samples(prompts=tuple(prompts), steps=orders[0].steps, rows=tuple(recorder.rows), images=images)
 

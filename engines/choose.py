@@ -9,11 +9,14 @@ from flashdiff.engines.bundle import MANIFEST, Manifest, Precision, Quality, rea
 from flashdiff.engines.config import BuildOptions
 from flashdiff.engines.plan import BuildPlan, describe, plan_build
 from flashdiff.engines.reference import sample_image
+from flashdiff.engines.requirements import free_bytes
 from flashdiff.engines.runtime.engine import Engine, usual_ms
 from flashdiff.errors import BackendError, BundleError
-from flashdiff.files import new_folder
+from flashdiff.files import new_folder, shown_bytes
 
-_ORDER: tuple[Precision, ...] = ("fp32", "bf16", "fp16", "int8", "fp8")
+BUILDING, PUBLISHED = "building because", "published"
+"""How two lines of a build begin, which name its folder."""
+_ORDER: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8", "fp8")
 """From the most exact one."""
 WORTH = 1.1
 """How many times as fast a precision must be as a more exact one to be chosen over it."""
@@ -49,13 +52,18 @@ def choose_precision(
     plans, reasons = plan_candidates(options)
     for reason in reasons:
         report(f"auto: {reason}")
+
+    def report_build(line: str) -> None:
+        if not line.startswith((BUILDING, PUBLISHED)):  # of a folder that will be gone
+            report(line)
+
     with new_folder(options.out, BundleError, replace=True) as folder:
         built: dict[Precision, tuple[Path, Manifest]] = {}
         for precision in plans:
             report(f"auto: building {precision}")
             place = folder / precision
             try:
-                built[precision] = place, build(plan_build(_given(options, precision, place), with_quality=True), report)
+                built[precision] = place, build(plan_build(_given(options, precision, place), with_quality=True), report_build)
             except (BackendError, BundleError) as error:
                 if precision == "fp32":
                     raise
@@ -69,7 +77,7 @@ def choose_precision(
             path.rename(folder / path.name)
         for precision in plans:
             shutil.rmtree(folder / precision, ignore_errors=True)
-        manifest = manifest.model_copy(update={"chosen": chosen}).sealed()
+        manifest = manifest.model_copy(update={"chosen": chosen, "candidates": tuple(plans)}).sealed()
         write_manifest(folder, manifest)
     report(f"published {options.out} (bundle {manifest.bundle_hash[:12]})")
     return manifest
@@ -90,12 +98,20 @@ def plan_candidates(options: BuildOptions) -> tuple[dict[Precision, BuildPlan], 
 
 
 def describe_choice(options: BuildOptions) -> Iterator[str]:
-    """What would be built, for people: the plan of the most exact precision, and what would be built in addition."""
+    """What would be built, for people: the plan of the most exact precision, with what all of them take together."""
     if previous := up_to_date(options):
         yield f"to do        nothing: {options.out} is up to date ({previous.precision}, chosen before)"
         return
     plans, reasons = plan_candidates(options)
-    yield from describe(plans["fp32"])
+    needed = [plan.requirements for plan in plans.values()]
+    yield from (line for line in describe(plans["fp32"]) if not line.startswith(("disk ", "time ", "to do ")))
+    disk: dict[Path, int] = {}
+    for one in needed:
+        for place, size in one.disk_bytes.items():
+            disk[place] = disk.get(place, 0) + size
+    for place, size in disk.items():
+        yield f"disk         {shown_bytes(size)} at most in {place} ({shown_bytes(free_bytes(place))} free)"
+    yield f"time         about {sum(one.seconds for one in needed):.0f} s, and calibration (an estimate; one core, small models)"
     yield f"auto         builds {', '.join(plans)} in turn, measures them, and keeps one"
     for reason in reasons:
         yield f"auto         {reason}"
@@ -109,8 +125,9 @@ def up_to_date(options: BuildOptions) -> Manifest | None:
         previous = read_manifest(options.out)
     except BundleError:
         return None
-    same = previous.chosen and not plan_build(_given(options, previous.precision, options.out), with_quality=True).changes
-    return previous if same else None
+    if not previous.chosen or plan_build(_given(options, previous.precision, options.out), with_quality=True).changes:
+        return None
+    return previous if tuple(plan_candidates(options)[0]) == previous.candidates else None
 
 
 def best_of(candidates: list[Candidate]) -> Candidate:

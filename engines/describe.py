@@ -6,7 +6,8 @@ from pathlib import Path
 from flashdiff.components import ModelSpec
 from flashdiff.engines.backends import find_backend
 from flashdiff.engines.bundle import Manifest, Quality, StockComparison, replaced_by
-from flashdiff.errors import BundleError
+from flashdiff.errors import BackendError, BundleError
+from flashdiff.files import counted
 
 
 def describe(bundle: Path, manifest: Manifest) -> Iterator[str]:
@@ -84,7 +85,7 @@ def describe_quantization(manifest: Manifest) -> str:
 
 def describe_quality(quality: Quality) -> str:
     """How near the images are to float32's, in one line."""
-    line = f"{quality.images} images of {quality.steps} steps: {quality.psnr:.1f} dB from torch in float32"
+    line = f"{counted(quality.images, 'image')} of {counted(quality.steps, 'step')}: {quality.psnr:.1f} dB from torch in float32"
     if quality.attributes:
         line += "; large attributes {1:.1%}, in float32 {0:.1%}".format(*quality.attributes)
     if quality.kid:
@@ -136,6 +137,6 @@ def _machine(manifest: Manifest) -> str:
 def _fit(manifest: Manifest) -> str:
     try:
         find_backend(manifest.backend).check_machine(manifest)
-    except BundleError as error:
+    except (BackendError, BundleError) as error:
         return f"no: {error}"
     return "yes"

@@ -44,7 +44,7 @@ from flashdiff.families.ip_adapter import ENCODER_FOLDER, Found, check_adapter, 
 from flashdiff.families.loading import size_limits
 from flashdiff.families.networks import files_of_network, hash_of_network
 from flashdiff.families.slots import layers_of_base
-from flashdiff.files import hash_file, hash_files, shown_bytes
+from flashdiff.files import counted, hash_file, hash_files, shown_bytes
 from flashdiff.lora import (
     check_base,
     find_lora,
@@ -147,6 +147,8 @@ def plan_build(options: BuildOptions, *, with_quality: bool = False) -> BuildPla
                 f"--compile: it is for --backend torch; what {backend.name} runs is always compiled by its library"
             )
         backend.check_compile(precision)
+    if options.version_compatible and not backend.has_version_compatible:
+        raise BackendError(f"--version-compatible: it is for TensorRT's plans, and not for --backend {backend.name}")
     folder = find_base(options.base, variant=options.variant, config=options.config)
     family = family_of(folder)
     loras = tuple((find_lora(name), weight) for name, weight in options.loras)
@@ -252,7 +254,7 @@ def describe(plan: BuildPlan) -> Iterator[str]:
     yield f"backend      {plan.machine}"
     yield f"sampler      {describe_sampler(spec)}"
     if inputs.calibration:
-        yield f"calibration  {inputs.calibration.prompts} prompts of {inputs.calibration.source}"
+        yield f"calibration  {counted(inputs.calibration.prompts, 'prompt')} of {inputs.calibration.source}"
     for warning in plan.warnings:
         yield f"warning      {warning}"
     yield f"fingerprint  {inputs.fingerprint[:12]}"
@@ -437,15 +439,15 @@ def _is_installed(name: str) -> bool:
 
 
 def _code_hash() -> str:
-    """Of what decides how a model is loaded, fused, exported, compiled and checked."""
+    """Of what decides how a model is loaded, fused, exported, compiled, calibrated and checked."""
     root = Path(flashdiff.__file__).parent
+    folders, modules = ("engines", "families", "samplers", "tasks"), (
+        "controls", "generate", "noise", "parts", "prediction", "references", "rows", "sampling", "schedule",
+        "tensor_file", "text",
+    )  # fmt: skip
     files = [
-        *(root / "engines").rglob("*.py"),
-        *(root / "families").glob("*.py"),
+        *(file for folder in folders for file in (root / folder).rglob("*.py")),
         *root.glob("lora*.py"),
-        root / "parts.py",
-        root / "tensor_file.py",
-        root / "controls.py",
-        root / "references.py",
+        *(root / f"{name}.py" for name in modules),
     ]
     return hash_files(root, files)

@@ -42,8 +42,12 @@ def quantize_denoiser(
         noise = noise or rounded
         quantization = Quantization(part=part, rows=len(samples.rows), layers=len(rounded), kept=tuple(kept), tries=tries)
         manifest = manifest.model_copy(update={"quantization": quantization})
-        findings = measure_errors(expected, Engine(folder, _tried(manifest, backend)), manifest)
-        flaw = findings.flaw(manifest.model)
+        try:
+            findings = measure_errors(expected, Engine(folder, _tried(manifest, backend)), manifest)
+            flaw = findings.flaw(manifest.model)
+        except BundleError as error:  # such as values that are not finite
+            flaw = str(error).removesuffix("; the bundle is not published")
+            continue
         if flaw is None:
             shutil.rmtree(plain.parent)
             return manifest, findings

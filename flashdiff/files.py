@@ -231,6 +231,11 @@ def cache_folder() -> Path:
         raise ConfigError("this user has no home directory: set XDG_CACHE_HOME to a folder that may be written") from None
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 image`, `2 images`."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def shown_bytes(size: float) -> str:
     """A number of bytes for people: `310 MB`, `1.3 GB`."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"

@@ -324,7 +324,7 @@ def test_the_command_line_reads_controls(tmp_path: Path) -> None:
         np.testing.assert_array_equal(control.image(Size(32, 32)), EDGES)
     with pytest.raises(ConfigError, match=r"--control 'edges': give NAME=FILE"):
         _control("edges")
-    with pytest.raises(OSError, match="No such file"):
+    with pytest.raises(ConfigError, match=r"--control edges=nowhere.png:0.5: there is no such file"):
         _control("edges=nowhere.png:0.5")
 
 

@@ -451,7 +451,7 @@ def test_the_command_line_reads_a_reference(tmp_path: Path, capsys: pytest.Captu
         assert callable(reference.image)
         np.testing.assert_array_equal(reference.image(Size(IMAGE_SIDE, IMAGE_SIDE)), FACE)
     for text in ("", "nowhere.png:0.5", "nowhere.png:x"):
-        with pytest.raises((ConfigError, OSError), match=r"give FILE\[:SCALE\]|No such file"):
+        with pytest.raises((ConfigError, OSError), match=r"give FILE\[:SCALE\]|there is no such file"):
             _reference(text)
     command = ["generate", "--base", "nowhere", "x", "-o", str(tmp_path / "x.png"), "--reference", str(tmp_path / "face.png")]
     assert cli.main(command) == 2

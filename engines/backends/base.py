@@ -77,8 +77,13 @@ QuantizeGraph = Callable[[Path, Path, Sequence[Mapping[str, NDArray[Any]]], Coll
 Returns the noise by rounded layer: how far rounding moves what is rounded there, root mean square, as a share of its own.
 BackendError when it cannot."""
 
-NOISE_ROWS = 8
-"""Rows that a quantized graph's noise is measured on."""
+_NOISE_ROWS = 8
+
+
+def noise_rows(rows: Sequence[Mapping[str, NDArray[Any]]]) -> list[Mapping[str, NDArray[Any]]]:
+    """The rows that a quantized graph's noise is measured on: spread over all, which come step by step."""
+    return [rows[place] for place in np.linspace(0, len(rows) - 1, min(_NOISE_ROWS, len(rows))).astype(int)]
+
 
 _FP8_SINCE = (8, 9)
 """The compute capability of the first GPUs with fp8: Ada, then Hopper and Blackwell."""
@@ -160,6 +165,8 @@ class Backend:
     """BackendError when this machine cannot build, or not run and so not check, what would be built at a precision."""
     check_compile: Callable[[Precision], None] | None = None
     """BackendError when this machine cannot compile its parts ahead of time, at a precision; None: it has no `--compile`."""
+    has_version_compatible: bool = False
+    """Whether `--version-compatible` means something to it."""
     lacks: Mapping[str, str] = field(default_factory=dict)
     """Precisions that it has on no machine, and why."""
     check_runs: Callable[[], None] = _always
@@ -189,8 +196,10 @@ class Backend:
             for module in self.modules:
                 importlib.import_module(module)
         except ImportError as error:
-            needed = f"backend '{self.name}' needs '{error.name}', which is not here"
-            raise BackendError(f"{needed}: {install(self.extra)}") from None
+            raise self._lacks_module(error) from None
+
+    def _lacks_module(self, error: ImportError) -> BackendError:
+        return BackendError(f"backend '{self.name}' needs '{error.name}', which is not here: {install(self.extra)}")
 
     def precision_of(self, manifest: Manifest, part: str) -> Precision:
         """A part's own: int8 and fp8 are the denoiser's alone."""
@@ -207,8 +216,15 @@ class Backend:
         return "fp32" if made_of in self.graph.as_float32 else made_of
 
     def machine(self, device: Device = DEFAULT_DEVICE) -> Machine:
-        """Where it would run here."""
-        return this_machine(self.uses_gpu, device.gpu_index)
+        """Where it would run here; BackendError where there is a GPU and its library is missing."""
+
+        def uses_gpu() -> bool:
+            try:
+                return self.uses_gpu()
+            except ImportError as error:
+                raise self._lacks_module(error) from None
+
+        return this_machine(uses_gpu, device.gpu_index)
 
     def check_computes(self, precision: Precision, here: Machine) -> None:
         """BackendError where it has no such precision, or not on this machine."""
@@ -232,7 +248,7 @@ class Backend:
             raise BundleError(f"the bundle was made for a GPU ({made.processor}), and {device.name} is not one; {REBUILD}")
         if device.gpu is not None and made.device == "cpu":
             raise BundleError(
-                f"the bundle was made for a CPU, and {device.name} is none; give --device as cpu:CORES, or {REBUILD}"
+                f"the bundle was made for a CPU, and {device.name} is not one; give --device as cpu:CORES, or {REBUILD}"
             )
         if made.device == "cuda" and here.device == "cpu":
             reason = self.idle_gpu(device) or f"there is none here; {REBUILD}"

@@ -10,7 +10,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper
 
-from flashdiff.engines.backends.base import NOISE_ROWS
+from flashdiff.engines.backends.base import noise_rows
 
 LAYERS = ("Conv", "Gemm", "MatMul")
 """The kinds of nodes that are rounded."""
@@ -68,7 +68,7 @@ def noise_of(file: Path, rows: Rows) -> dict[str, float]:
                 helper.make_node("ReduceMean", [f"{kind}_{index}_squared"], [f"{kind}_{index}_mean"], keepdims=0),
             ]
     names = [f"{kind}_{index}_mean" for kind in ("moved", "before") for index in range(len(ends))]
-    moved, own = np.split(measure(file, nodes, names, rows[:: max(1, len(rows) // NOISE_ROWS)]), 2, axis=1)
+    moved, own = np.split(measure(file, nodes, names, noise_rows(rows)), 2, axis=1)
     means = np.sqrt(np.mean(moved / (own + np.float32(1e-12)), axis=0))
     noise = dict(zip(ends, map(float, means), strict=True))
     return {layer: max(noise[name] for name in names) for layer, names in layers.items()}

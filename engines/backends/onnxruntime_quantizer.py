@@ -30,7 +30,7 @@ def quantize(graph: Path, target: Path, rows: Sequence[Mapping[str, NDArray[Any]
                 activation_type=QuantType.QUInt8,  # with weights in QInt8 what processors multiply
                 weight_type=QuantType.QInt8,
                 use_external_data_format=True,
-                extra_options={"DedicatedQDQPair": True},  # otherwise `kept` layers read what is rounded for others
+                extra_options={"DedicatedQDQPair": True},  # of a tensor that several rounded layers read
             )
         return noise_of(target, rows)
     except Exception as error:  # of ONNX, of ONNX Runtime, or a disk that is full

@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flashdiff.engines.backends.base import NOISE_ROWS
+from flashdiff.engines.backends.base import noise_rows
 from flashdiff.errors import BackendError, first_line
+
+_REARRANGING = ("Broadcast", "Concat", "Interpolate", "Pad", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 
 
 def quantize(graph: Path, target: Path, rows: Sequence[Mapping[str, NDArray[Any]]], kept: Collection[str]) -> dict[str, float]:
@@ -33,7 +35,7 @@ def quantize(graph: Path, target: Path, rows: Sequence[Mapping[str, NDArray[Any]
                 subset_size=len(rows),
                 ignored_scope=nncf.IgnoredScope(names=sorted(kept)),
             )
-        noise = _noise(model, _layers(model), rows[:: max(1, len(rows) // NOISE_ROWS)])
+        noise = _noise(model, _layers(model), noise_rows(rows))
         name_nodes(model)
         ov.save_model(model, str(target), compress_to_fp16=False)
     except Exception as error:  # of NNCF, of OpenVINO, or a disk that is full
@@ -57,7 +59,7 @@ def _consumers(node: Any) -> Iterator[str]:
         consumer = port.get_node()
         if consumer.get_type_name() in ("Convolution", "GroupConvolution", "MatMul", "ScaledDotProductAttention"):
             yield consumer.get_friendly_name()
-        elif consumer.get_type_name() in ("Reshape", "Transpose", "Concat", "Interpolate", "Unsqueeze", "Squeeze"):
+        elif consumer.get_type_name() in _REARRANGING:
             yield from _consumers(consumer)
 
 

@@ -58,6 +58,7 @@ def _plan(
         "machine": inputs.machine.model_dump(mode="json"),
         "shapes": shapes,
         "version_compatible": inputs.version_compatible,
+        "code": inputs.code,
     }
     file = f"batch{batch}.plan" if size is None else f"batch{batch}-{size}.plan"
 
@@ -144,7 +145,7 @@ RECORDS = tuple(
         graph=ONNX,
         compile_graph=compile_graph,
         quantize={"int8": partial(_quantize, "int8"), "fp8": partial(_quantize, "fp8")},
-        quantizer_packages=("onnxruntime",),
+        quantizer_packages=("onnxruntime", "onnxruntime-gpu"),
         tried_by="onnxruntime",  # which takes float16 on CPUs, and no bfloat16
         rest={"int8": "fp16", "fp8": "fp16"},
         open_parts=_open_parts,
@@ -157,6 +158,7 @@ RECORDS = tuple(
         # In int8 and fp8 the graph is there twice for a while, rounded and not.
         weight_bytes={"fp32": 4, "fp16": 2, "bf16": 2, "int8": 3, "fp8": 3},
         files_per_bucket=True,
+        has_version_compatible=True,
     )
     for name, library in tensorrt_builder.LIBRARIES.items()
 )

@@ -83,7 +83,7 @@ def _check_compile(precision: Precision) -> None:
     except Exception:  # its own class of error, and whatever a broken compiler gives
         tried = config.cpp.cxx[-1]  # $CXX, or the system's usual one
         raise BackendError(
-            f"--compile needs a C++ compiler, and '{tried}' is none here: install g++, set $CXX, or leave it out"
+            f"--compile needs a C++ compiler, and '{tried}' is not one: install g++, set $CXX, or leave it out"
         ) from None
 
 

@@ -222,6 +222,7 @@ def test_several_loras_are_fused_each_by_its_weight(tiny_base: Path, flash_lora:
         ({"base": "avatars"}, LoraError, "build it with its own base"),
         ({"loras": (), "batch_sizes": (1,)}, BundleError, "--batch must reach 2: guidance evaluates the network twice a step"),
         ({"backend": "tensorrt"}, BackendError, "no NVIDIA GPU here to check the engine on"),
+        ({"version_compatible": True}, BackendError, "--version-compatible: it is for TensorRT's plans, and not for --backend"),
         ({"backend": "onnxruntime", "precision": "bf16"}, BackendError, "no bfloat16 convolutions on CPUs; take fp32"),
     ],
 )

@@ -14,15 +14,17 @@ import pytest
 
 from flashdiff import cli
 from flashdiff.engines import choose
+from flashdiff.engines import quantize as quantize_module
 from flashdiff.engines.backends import find_backend
+from flashdiff.engines.backends.base import noise_rows
 from flashdiff.engines.build import build_engine
 from flashdiff.engines.bundle import Manifest, Quality, read_manifest, write_manifest
 from flashdiff.engines.calibration import MAX_PROMPTS, find_prompts, sample
-from flashdiff.engines.choose import Candidate, best_of, choose_precision, plan_candidates
+from flashdiff.engines.choose import _ORDER, Candidate, best_of, choose_precision, plan_candidates
 from flashdiff.engines.config import BuildOptions
 from flashdiff.engines.plan import plan_build
 from flashdiff.engines.quality import _psnr
-from flashdiff.engines.quantize import _noisiest
+from flashdiff.engines.quantize import _noisiest, quantize_denoiser
 from flashdiff.engines.runtime.engine import open_bundle
 from flashdiff.engines.verify import PART_ERROR
 from flashdiff.errors import BackendError, BundleError
@@ -113,6 +115,51 @@ def test_prompts_that_cannot_calibrate_are_refused(tiny_base: Path, tmp_path: Pa
     assert not (tmp_path / "b").exists()
 
 
+def test_a_prompt_of_too_many_tokens_is_refused_before_anything_is_run(tiny_base: Path, tmp_path: Path) -> None:
+    file, said = tmp_path / "prompts.txt", list[str]()
+    file.write_text("a dog\n" + "word " * 30)
+    options = {"base": str(tiny_base), "backend": "onnxruntime", "precision": "int8", "calibration_prompts": file}
+    with pytest.raises(
+        BundleError, match=r"--calibration-prompts: 'word .*': it has \d+ tokens, at most 16 fit; shorten it in the"
+    ):
+        build_engine(BuildOptions.model_validate({**options, "out": tmp_path / "b"}), said.append)
+    assert not any(line.startswith(("fuse", "run")) for line in said)
+
+
+def test_the_rows_of_the_noise_are_of_all_steps() -> None:
+    rows = [{"times": np.array([time])} for _ in range(4) for time in (999, 749, 499, 249) for _ in range(8)]
+    chosen = [int(row["times"][0]) for row in noise_rows(rows)]
+    assert len(chosen) == 8
+    assert {*chosen} == {999, 749, 499, 249}
+    assert len(noise_rows(rows[:3])) == 3
+
+
+def test_a_rounded_graph_of_values_that_are_not_finite_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+
+    def rounded(plain: Path, graph: Path, rows: object, kept: Any) -> dict[str, float]:
+        tried.append(len(kept))
+        return {f"layer {number}": number / 10 for number in range(10)}
+
+    def errors(*_: object) -> Any:
+        if tried[-1] < 3:
+            raise BundleError("denoiser returned values that are not finite at batch 1; the bundle is not published")
+        return SimpleNamespace(flaw=lambda _: None)
+
+    backend = SimpleNamespace(quantize={"int8": rounded}, rest={"int8": "fp32"}, tried_by=None)
+    model = SimpleNamespace(denoisers=[SimpleNamespace(name="denoiser")])
+    file, said = SimpleNamespace(file="denoiser/model.xml"), list[str]()
+    manifest = SimpleNamespace(backend="x", precision="int8", model=model, parts={"denoiser": SimpleNamespace(files=[file])})
+    manifest.model_copy = lambda update: manifest
+    (tmp_path / "denoiser").mkdir()
+    (tmp_path / "denoiser" / "model.xml").write_text("")
+    for name, stand_in in (("find_backend", lambda _: backend), ("Engine", lambda *_: None), ("measure_errors", errors)):
+        monkeypatch.setattr(quantize_module, name, stand_in)
+    quantize_denoiser(manifest, tmp_path, SimpleNamespace(rows=[]), None, said.append)  # type: ignore[arg-type]
+    assert tried == [0, 1, 3]
+    assert said[0] == "denoiser returned values that are not finite at batch 1: trying again with 1 of 10 layers in fp32"
+
+
 @pytest.mark.parametrize(("name", "message"), [("", "Is a directory"), ("a\0b", "embedded null"), ("pipe", "a pipe or device")])
 def test_a_path_that_is_no_file_of_prompts_is_refused(tmp_path: Path, name: str, message: str) -> None:
     os.mkfifo(tmp_path / "pipe")
@@ -173,6 +220,7 @@ def _candidate(precision: Any, ms: float, psnr: float = 40.0, lost: float = 0.0)
         ([_candidate("fp32", 10), _candidate("bf16", 9.5), _candidate("int8", 9.4)], "fp32"),
         ([_candidate("fp32", 10), _candidate("bf16", 8), _candidate("int8", 2, psnr=20)], "bf16"),
         ([_candidate("fp32", 10), _candidate("int8", 2, lost=0.03)], "fp32"),
+        ([_candidate(name, ms) for name, ms in zip(_ORDER, (10, 5.4, 5.8, 9, 9), strict=True)], "fp16"),  # nearer than bf16
     ],
 )
 def test_auto_takes_the_fastest_precision_that_is_good_enough(candidates: list[Candidate], best: str) -> None:
@@ -183,10 +231,11 @@ def test_auto_publishes_one_of_those_that_pass_and_then_leaves_it(
     student_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Builds are stood in for by copies of one bundle."""
+    missing = {"fp16", "fp8"}
 
     def plan(options: BuildOptions, *, with_quality: bool) -> Any:
         assert with_quality
-        if options.precision in ("fp16", "fp8"):
+        if options.precision in missing:
             raise BackendError(f"--precision {options.precision}: not on this processor")
         return SimpleNamespace(options=options, changes=[])
 
@@ -211,6 +260,8 @@ def test_auto_publishes_one_of_those_that_pass_and_then_leaves_it(
     assert read_manifest(out) == chosen
     assert choose_precision(options, build, said.append) == chosen
     assert "chosen before from the same inputs; nothing to do" in said[-1]
+    missing.discard("fp16")  # which can be built from now on
+    assert choose_precision(options, build, said.append).candidates == ("fp32", "fp16", "bf16", "int8")
 
 
 def test_auto_goes_on_without_a_precision_that_cannot_be_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +272,7 @@ def test_auto_goes_on_without_a_precision_that_cannot_be_built(tmp_path: Path, m
 
     monkeypatch.setattr(choose, "plan_build", plan)
     plans, reasons = plan_candidates(BuildOptions(base="x", precision="auto", out=tmp_path / "b"))
-    assert [*plans] == ["fp32", "bf16", "fp16", "fp8"]
+    assert [*plans] == ["fp32", "fp16", "bf16", "fp8"]
     assert reasons == ["without int8: pixart has a network a size, and one is calibrated; give one --size"]
 
 

@@ -1,5 +1,6 @@
 """ONNX Runtime's CUDA provider: what is asked of a library that is installed for GPUs, and what is said where none is."""
 
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from flashdiff.engines.backends import find_backend
 from flashdiff.engines.bundle import read_manifest
 from flashdiff.engines.config import BuildOptions
+from flashdiff.engines.describe import describe
 from flashdiff.engines.plan import plan_build
 from flashdiff.engines.runtime.engine import Engine
 from flashdiff.errors import BackendError, BundleError
@@ -68,6 +70,24 @@ def test_onnx_runtime_for_gpus_runs_a_bundle_on_the_gpu(
     monkeypatch.setattr(_Session, "starts", True)
     Engine(teacher_bundle, read_manifest(teacher_bundle)).call("decoder", {"latents": latents})
     assert _Session.asked == ["CPUExecutionProvider"]
+
+
+def test_a_gpu_whose_library_is_missing_is_one_line(
+    teacher_bundle: Path,
+    on_gpu: Callable[[str], None],
+    tiny_base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    on_gpu("sm_80")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    missing = r"backend 'onnxruntime' needs 'onnxruntime', which is not here: pip install"
+    manifest = made_on_gpu(teacher_bundle, "onnxruntime", "fp16", "sm_80")
+    with pytest.raises(BackendError, match=missing):
+        find_backend("onnxruntime").check_machine(manifest)
+    with pytest.raises(BackendError, match=missing):
+        plan_build(BuildOptions(base=str(tiny_base), backend="onnxruntime", out=tmp_path / "b"))
+    assert any(line.startswith("fits here    no: backend 'onnxruntime' needs") for line in describe(teacher_bundle, manifest))
 
 
 def test_onnx_runtime_for_cpus_says_what_to_install_for_a_gpu(

@@ -12,6 +12,7 @@ from flashdiff.engines.backends import BACKENDS, find_backend
 from flashdiff.engines.build import build_engine
 from flashdiff.engines.bundle import BackendName
 from flashdiff.engines.config import BuildOptions
+from flashdiff.engines.plan import plan_build
 from flashdiff.engines.runtime.device import parse_devices
 from flashdiff.engines.runtime.engine import Engine, open_bundle
 from flashdiff.engines.runtime.machine import count_gpus
@@ -40,7 +41,7 @@ def _orders(engine: Engine, count: int = 2) -> list[Order]:
     return [check_order(engine.spec, prompt=f"prompt {index}", seed=index, steps=2) for index in range(count)]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8", "fp8", "bf16 compiled"])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_family_passes_the_gate_on_the_gpu_and_repeats_itself(
@@ -48,9 +49,23 @@ def test_every_family_passes_the_gate_on_the_gpu_and_repeats_itself(
 ) -> None:
     _needs(backend)
     base, sizes = FAMILIES[family](tmp_path / family), (Size(32, 32), Size(48, 32))
+    precision, is_compiled = precision.removesuffix(" compiled"), precision.endswith(" compiled")
+    is_quantized, prompts = precision in ("int8", "fp8"), tmp_path / "prompts.txt"
+    prompts.write_text("a dog\na cat\n")
     options = BuildOptions(
-        base=str(base), out=tmp_path / "b", backend=backend, precision=precision, batch_sizes=(2, 4), sizes=sizes
+        base=str(base),
+        out=tmp_path / "b",
+        backend=backend,
+        precision=precision,
+        compile=is_compiled,
+        batch_sizes=(2, 4),
+        sizes=sizes[: 1 if is_quantized else 2],
+        calibration_prompts=prompts if is_quantized else None,
     )
+    try:
+        plan_build(options)
+    except BackendError as error:
+        pytest.skip(str(error))  # it does not have this precision, or compiles nothing
     manifest = build_engine(options, print)  # verified against torch, graphs captured and replayed
     assert manifest.machine.device == "cuda"
     engine = open_bundle(tmp_path / "b")
