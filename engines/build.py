@@ -27,7 +27,7 @@ from flashdiff.engines.config import BuildOptions, parse_batches, parse_sizes
 from flashdiff.engines.describe import describe_errors, describe_quality, describe_quantization, describe_stock
 from flashdiff.engines.parts import Part, parts_of
 from flashdiff.engines.plan import BuildPlan, plan_build
-from flashdiff.engines.quality import measure_quality
+from flashdiff.engines.quality import decoder_psnr, measure_quality
 from flashdiff.engines.quantize import quantize_denoiser
 from flashdiff.engines.reference import Reference, on_gpu, run_reference
 from flashdiff.engines.runtime.engine import Engine
@@ -128,6 +128,7 @@ def _from_torch(plan: BuildPlan, folder: Path, watch: "_Stopwatch") -> tuple[Man
     options = plan.options
     model = plan.family.load(plan.folder, plan.spec)
     check_tokens(model, plan.prompts)
+    own_decoder = model.decoder
     if plan.vae:
         model = with_vae(model, plan.vae)
     model = with_controls(plan.family, with_adapter(plan.family, model, plan.adapter), plan.controls)
@@ -145,6 +146,10 @@ def _from_torch(plan: BuildPlan, folder: Path, watch: "_Stopwatch") -> tuple[Man
     parts = parts_of(plan.family, model)
     expected = run_reference(model, parts, options.batch_sizes)
     watch.lap("run", "every part, and an image of each size, in torch")
+    vae_psnr = None
+    if plan.vae:
+        vae_psnr = decoder_psnr(model, own_decoder, expected.images)
+        watch.lap("run", f"the same images by the base's own decoder: {vae_psnr:.1f} dB apart")
     samples = None
     if plan.prompts:
         with on_gpu(parts):
@@ -166,7 +171,8 @@ def _from_torch(plan: BuildPlan, folder: Path, watch: "_Stopwatch") -> tuple[Man
     if plan.inputs.lora_slots:
         write_whole(folder / SLOTS, table_of(model, plan.family, plan.inputs.lora_rank).model_dump_json() + "\n")
     plan.check_sources()
-    return _manifest(plan, model, parts, files), _Torch(reference=expected, stock=stock, samples=samples)
+    manifest = _manifest(plan, model, parts, files).model_copy(update={"vae_psnr": vae_psnr})
+    return manifest, _Torch(reference=expected, stock=stock, samples=samples)
 
 
 def _export(

@@ -293,7 +293,7 @@ class BuildInputs(GrownRecord):
 
 
 class Manifest(BuildInputs):
-    LATER: ClassVar[frozenset[str]] = BuildInputs.LATER | {"candidates"}
+    LATER: ClassVar[frozenset[str]] = BuildInputs.LATER | {"candidates", "vae_psnr"}
 
     schema_version: int
     flashdiff_version: str
@@ -304,6 +304,9 @@ class Manifest(BuildInputs):
     max_error: dict[str, float]
     """Difference to torch in float32 found before publishing: see `flashdiff.engines.verify`."""
     max_error_allowed: dict[str, float]
+    vae_psnr: float | None = None
+    """Of an autoencoder in the place of the base's own: decibels between what both decoders make of the same latents, in torch,
+    over an image of each size."""
     quantization: Quantization | None = None
     quality: Quality | None = None
     chosen: str = ""
@@ -341,6 +344,7 @@ class Manifest(BuildInputs):
         measured: dict[str, object] = {
             "step_costs": (),
             "max_error": {},
+            "vae_psnr": None,
             "quality": None,
             "chosen": "",
             "candidates": (),

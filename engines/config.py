@@ -29,7 +29,7 @@ class BuildRecipe(SamplingOptions):
     config: Name | None = None
     """Of a base that is a single file: a model directory or hub id with its configuration; None: what diffusers takes it for."""
     vae: Name | None = None
-    """Folder or hub id of an autoencoder in the place of the base's own."""
+    """Folder or hub id of an autoencoder in the place of the base's own, or `tiny`: the family's small one."""
     controls: tuple[tuple[str, str], ...] = Field((), max_length=8)
     """Name, and folder or hub id, of ControlNets and T2I-adapters that requests may use."""
     reference: str | None = None

@@ -19,7 +19,8 @@ def describe(bundle: Path, manifest: Manifest) -> Iterator[str]:
     )
     yield f"base         {manifest.base} ({model.family}, {manifest.base_hash[:12]})"
     if manifest.vae:
-        yield f"autoencoder  {manifest.vae.name} ({manifest.vae.weights_hash[:12]})"
+        apart = "" if manifest.vae_psnr is None else f", {manifest.vae_psnr:.1f} dB from the base's own decoder"
+        yield f"autoencoder  {manifest.vae.name} ({manifest.vae.weights_hash[:12]}){apart}"
     for lora in manifest.loras:
         yield f"LoRA         {lora.name} x {lora.weight:g} ({lora.weights_hash[:12]})"
     for control in manifest.controls:

@@ -35,7 +35,7 @@ from flashdiff.engines.requirements import Requirements, count_parameters, estim
 from flashdiff.errors import BackendError, BundleError
 from flashdiff.evaluation.images import Prompt
 from flashdiff.families import family_of, find_base
-from flashdiff.families.autoencoders import check_vae, find_vae
+from flashdiff.families.autoencoders import check_vae, vae_for
 from flashdiff.families.base import ModelFamily
 from flashdiff.families.control import check_control, find_control, reads_latents
 from flashdiff.families.files import base_files, base_hash
@@ -152,7 +152,7 @@ def plan_build(options: BuildOptions, *, with_quality: bool = False) -> BuildPla
     folder = find_base(options.base, variant=options.variant, config=options.config)
     family = family_of(folder)
     loras = tuple((find_lora(name), weight) for name, weight in options.loras)
-    vae = find_vae(options.vae) if options.vae else None
+    vae = vae_for(options.vae, family, folder) if options.vae else None
     controls = {name: find_control(name, place) for name, place in options.controls}
     adapter = find_adapter(options.reference, options.reference_encoder) if options.reference else None
     sources = witness(_sources(folder, vae, controls, adapter, loras))

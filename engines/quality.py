@@ -1,15 +1,19 @@
-"""What a precision costs in quality: an engine's images of the calibration prompts against those of torch in float32."""
+"""What a precision costs in quality, by images of the calibration prompts against torch's in float32, and another decoder."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
-from flashdiff.components import Components
+from flashdiff.components import Components, Size
 from flashdiff.engines.bundle import Quality
 from flashdiff.engines.calibration import Samples, orders_of
-from flashdiff.generate import generate
+from flashdiff.engines.reference import sample_image
+from flashdiff.families.base import TorchModel
+from flashdiff.generate import generate, to_pixels
 from flashdiff.orders import Pixels
 
 _REFERENCES = 1000
@@ -23,6 +27,13 @@ def measure_quality(components: Components, samples: Samples) -> Quality:
     if any(prompt.scene is None for prompt in samples.prompts):
         return quality
     return quality.model_copy(update=_of_world(samples, made))
+
+
+def decoder_psnr(model: TorchModel, own: nn.Module, images: Mapping[Size, NDArray[np.float32]]) -> float:
+    """Between `sample_image` at each size and the same with the decoder `own`, in decibels of images in 8 bits."""
+    other = replace(model, decoder=own)
+    pairs = [(to_pixels(image)[0], to_pixels(sample_image(other, model.spec, size))[0]) for size, image in images.items()]
+    return _psnr(*zip(*pairs, strict=True))
 
 
 def _psnr(made: Sequence[Pixels], expected: Sequence[Pixels]) -> float:

@@ -26,7 +26,7 @@ from flashdiff.components import ModelSpec
 from flashdiff.config import Record, parse_record
 from flashdiff.errors import ConfigError, LoraError, first_line
 from flashdiff.families import ZOO, family_of, find_base
-from flashdiff.families.autoencoders import check_vae, find_vae, with_vae
+from flashdiff.families.autoencoders import check_vae, vae_for, with_vae
 from flashdiff.families.base import GUIDANCE, ModelFamily, TorchModel
 from flashdiff.families.files import hash_of_all
 from flashdiff.families.hub import download_lora, hub_name, name_of
@@ -250,12 +250,12 @@ def load_fused(
     """A base model with its LoRAs fused, each multiplied by its weight (1: as trained), sampled as `fused_spec` says.
 
     Bundles hold this model, and evaluations measure it. `variant` and `config` are those of `find_base`, `vae` that of
-    `find_vae`. Raises what `find_base`, `find_vae`, `fused_spec` and `fuse` raise.
+    `vae_for`. Raises what `find_base`, `vae_for`, `fused_spec` and `fuse` raise.
     """
     folder = find_base(base, variant=variant, config=config)
     family = family_of(folder)
     spec = fused_spec(family.read_spec(folder), [folder, *(lora for lora, _ in loras)], sampling or SamplingOptions())
-    autoencoder = find_vae(vae) if vae else None
+    autoencoder = vae_for(vae, family, folder) if vae else None
     if autoencoder:
         check_vae(autoencoder, family, spec)
     model = family.load(folder, spec)

@@ -12,14 +12,16 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from tiny import FAMILIES, open_stock
 
+from flashdiff import cli
 from flashdiff.components import Size
 from flashdiff.engines.build import build_engine
 from flashdiff.engines.config import BuildOptions
 from flashdiff.engines.describe import describe
 from flashdiff.engines.plan import plan_build
+from flashdiff.engines.reference import sample_image
 from flashdiff.engines.runtime.engine import open_bundle
 from flashdiff.errors import ModelError
-from flashdiff.families import family_of, load_base
+from flashdiff.families import autoencoders, family_of, load_base
 from flashdiff.families.autoencoders import check_vae, find_vae, with_vae
 from flashdiff.generate import generate, generate_rows
 from flashdiff.noise import image_noise
@@ -139,6 +141,34 @@ def test_what_does_not_fit_is_refused_by_option_and_value(tmp_path: Path) -> Non
     assert "'_class_name' is 'VQModel'" in refused(tmp_path / "wide")
 
 
+@pytest.mark.parametrize(("name", "small"), [("sd15", "taesd"), ("sdxl", "taesdxl"), ("sd3", "taesd3"), ("flux", "taef1")])
+def test_tiny_is_the_familys_small_autoencoder(
+    name: str, small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, named = FAMILIES[name](tmp_path / "base"), list[str]()
+    other = _make(tmp_path / "other", "tiny", CHANNELS[name])
+
+    def find(option: str, found: str, **_: object) -> Path:
+        named.append(found)
+        return other
+
+    monkeypatch.setattr(autoencoders, "find_network", find)
+    command = ["build-engine", str(base), "--decoder", "tiny", "--batch", "2", "--dry-run", "--out", str(tmp_path / "out")]
+    assert cli.main(command) == 0
+    assert named == [f"madebyollin/{small}"]
+    assert f"autoencoder  {other}" in capsys.readouterr().out
+    shutil.rmtree(base / "vae")
+    other.rename(base / "vae")
+    assert cli.main(command) == 2
+    assert "--vae tiny: the base's own is an AutoencoderTiny already; leave it out" in capsys.readouterr().err
+
+
+def test_tiny_is_refused_where_none_is_known(tmp_path: Path) -> None:
+    base = FAMILIES["sana"](tmp_path / "base")
+    with pytest.raises(ModelError, match="--vae tiny: none is known for the family sana; give a folder or a hub id"):
+        plan_build(BuildOptions(base=str(base), vae="tiny", out=tmp_path / "out"))
+
+
 @pytest.mark.parametrize("kind", ["kl", "tiny"])
 def test_a_torch_bundle_keeps_it_with_its_own_settings(tmp_path: Path, kind: str) -> None:
     base, vae = FAMILIES["sd15"](tmp_path / "base"), _make(tmp_path / "other-vae", kind, 4)
@@ -169,8 +199,14 @@ def test_the_bundle_names_it_and_exports_nothing_else_anew(tmp_path: Path) -> No
     assert manifest.vae is not None
     assert manifest.vae.name == "other-vae"
     assert manifest.latent_codec.scale == 1
-    assert any(line.startswith("autoencoder  other-vae") for line in describe(tmp_path / "out", manifest))
     _, model = load_base(str(base))
+    size = model.spec.sizes[0]
+    images = [sample_image(of, model.spec, size)[0].transpose(1, 2, 0) for of in (model, with_vae(model, vae))]
+    levels = [np.round((np.clip(image, -1, 1) + 1) * 127.5) for image in images]
+    psnr = 10 * np.log10(255**2 / np.mean(np.square(levels[0] - levels[1])))
+    assert manifest.vae_psnr == pytest.approx(psnr, abs=0.01)
+    (line,) = (line for line in describe(tmp_path / "out", manifest) if line.startswith("autoencoder  other-vae"))
+    assert line.endswith(f", {psnr:.1f} dB from the base's own decoder")
     order = check_order(model.spec, prompt=PROMPT, seed=3, steps=2)
     ours = generate(open_bundle(tmp_path / "out"), [order])[0][0]
     expected = generate(with_vae(model, vae), [order])[0][0]

@@ -11,10 +11,24 @@ from flashdiff.families.loading import load_vae, read_config
 from flashdiff.families.networks import find_network
 from flashdiff.families.settings import AUTOENCODERS, check_network
 
+TINY = "tiny"
+_SMALL = "AutoencoderTiny"
+
 
 def find_vae(name: str) -> Path:
     """The folder of an autoencoder: a path, that of a base which has one, or owner/name[/folder][@revision] on the hub."""
     return find_network(f"--vae {name}", name, what="autoencoder", inside=("vae",))
+
+
+def vae_for(name: str, family: ModelFamily, base: Path) -> Path:
+    """`find_vae`; TINY names the small autoencoder that was distilled from that of the family."""
+    if name != TINY:
+        return find_vae(name)
+    if family.small_vae is None:
+        raise ModelError(f"--vae {TINY}: none is known for the family {family.name}; give a folder or a hub id")
+    if read_config(base, "vae").get("_class_name") == _SMALL:
+        raise ModelError(f"--vae {TINY}: the base's own is an {_SMALL} already; leave it out")
+    return find_vae(family.small_vae)
 
 
 def check_vae(folder: Path, family: ModelFamily, spec: ModelSpec) -> None:

@@ -86,6 +86,8 @@ class ModelFamily:
     """The classes of diffusers' networks that its denoiser can be steered by: see `control`."""
     references: Reader | None = None
     """How its denoiser reads a reference; None: no IP-Adapter fits it. See `ip_adapter`."""
+    small_vae: str | None = None
+    """Hub id of the autoencoder in TAESD's form that was distilled from its own: `--vae tiny`."""
     is_flow: bool = False
     """Whether its scheduler is a rectified flow's."""
     read_spec: Callable[[Path], ModelSpec]

@@ -278,6 +278,7 @@ FAMILY = ModelFamily(
     float32_inputs=(GUIDANCE,),
     size_step=lambda _: 2,  # a token is a patch of 2x2
     default_guidance=1.0,  # none but the embedded one
+    small_vae="madebyollin/taef1",
     default_steps=28,
     networks={
         "transformer": {"FluxTransformer2DModel": "FluxTransformer2DModel"},

@@ -84,7 +84,7 @@ def _load(folder: Path, spec: ModelSpec) -> TorchModel:
     )
 
 
-def pixart_family(name: str, pipeline_class: str, *, tokens: int) -> ModelFamily:
+def pixart_family(name: str, pipeline_class: str, *, tokens: int, small_vae: str) -> ModelFamily:
     """A family of PixArt's form, whose pipeline reads so many tokens of a prompt."""
 
     @explain_bad_settings
@@ -112,6 +112,7 @@ def pixart_family(name: str, pipeline_class: str, *, tokens: int) -> ModelFamily
         size_step=lambda transformer: int(transformer["patch_size"]),
         lora_writer="StableDiffusion3Pipeline",  # the same file layout; PixArt's own pipeline has no writer
         default_guidance=4.5,
+        small_vae=small_vae,
         default_steps=20,
         networks={
             "transformer": dict.fromkeys(("PixArtTransformer2DModel", "Transformer2DModel"), "PixArtTransformer2DModel"),
@@ -125,4 +126,4 @@ def pixart_family(name: str, pipeline_class: str, *, tokens: int) -> ModelFamily
     return family
 
 
-FAMILY = pixart_family("pixart", "PixArtAlphaPipeline", tokens=120)
+FAMILY = pixart_family("pixart", "PixArtAlphaPipeline", tokens=120, small_vae="madebyollin/taesd")

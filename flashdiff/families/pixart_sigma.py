@@ -2,4 +2,4 @@
 
 from flashdiff.families.pixart import pixart_family
 
-FAMILY = pixart_family("pixart-sigma", "PixArtSigmaPipeline", tokens=300)
+FAMILY = pixart_family("pixart-sigma", "PixArtSigmaPipeline", tokens=300, small_vae="madebyollin/taesdxl")

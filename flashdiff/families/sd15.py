@@ -106,6 +106,7 @@ FAMILY = ModelFamily(
     references=UNET_READER,
     size_step=unet_size_step,
     default_guidance=7.5,
+    small_vae="madebyollin/taesd",
     default_steps=50,
     networks={
         "unet": {"UNet2DConditionModel": "UNet2DConditionModel"},

@@ -174,6 +174,7 @@ FAMILY = ModelFamily(
     size_step=lambda transformer: int(transformer["patch_size"]),
     largest_side=lambda transformer: int(transformer["pos_embed_max_size"] * transformer["patch_size"]),
     default_guidance=7.0,
+    small_vae="madebyollin/taesd3",
     default_steps=28,
     networks={
         "transformer": {"SD3Transformer2DModel": "SD3Transformer2DModel"},

@@ -118,6 +118,7 @@ FAMILY = ModelFamily(
     references=UNET_READER,
     size_step=unet_size_step,
     default_guidance=5.0,
+    small_vae="madebyollin/taesdxl",
     default_steps=50,
     networks={
         "unet": {"UNet2DConditionModel": "UNet2DConditionModel"},

@@ -209,6 +209,7 @@ FAMILY = ModelFamily(
     largest_side=lambda transformer: 2 * min(transformer["axes_lens"][1:]),
     stock_call=lambda guidance: {"guidance_scale": guidance - 1},  # it counts from 0
     default_guidance=6.0,  # the stock pipeline counts it from 0: its 5
+    small_vae="madebyollin/taef1",
     default_steps=50,
     networks={
         "transformer": {"ZImageTransformer2DModel": "ZImageTransformer2DModel"},

@@ -38,7 +38,7 @@ BASE, NAME = "avatars", "avatars-identity"
 FIGURES = 16_000
 SIZE = 64
 ENCODER = StageRecipe(batch_size=32, images=64_000, learning_rate=3e-3)
-ADAPTER = StageRecipe(batch_size=16, images=24_000, learning_rate=3e-3)
+ADAPTER = StageRecipe(batch_size=16, images=64_000, learning_rate=3e-3)
 _TOKENS = 4  # of the plain form
 _ENCODER_SEED, _ADAPTER_SEED = 79, 80
 _HELD_BACK_SEED, _HELD_BACK = 9_000_000, 600
