@@ -42,6 +42,7 @@ from flashdiff.families.files import base_files, base_hash
 from flashdiff.families.hub import name_of
 from flashdiff.families.ip_adapter import ENCODER_FOLDER, Found, check_adapter, encoder_files, encoder_hash, find_adapter
 from flashdiff.families.loading import size_limits
+from flashdiff.families.made_for import MadeFor
 from flashdiff.families.networks import files_of_network, hash_of_network
 from flashdiff.families.slots import layers_of_base
 from flashdiff.files import counted, hash_file, hash_files, shown_bytes
@@ -49,7 +50,6 @@ from flashdiff.lora import (
     check_base,
     find_lora,
     fused_spec,
-    hashes_of,
     lora_files,
     lora_hash,
     lora_name,
@@ -175,7 +175,7 @@ def plan_build(options: BuildOptions, *, with_quality: bool = False) -> BuildPla
                 f"--precision int8, fp8 and auto need images of prompts, and {spec.name} makes no image of a prompt alone; "
                 "take fp32, fp16 or bf16"
             )
-        is_world = base_hash(find_base(_EMBEDDED)) in hashes_of(folder, hash_of_base)
+        is_world = MadeFor.of(_EMBEDDED, find_base(_EMBEDDED)).is_in(folder)
         calibration, prompts = find_prompts(options.calibration_prompts, is_world=is_world)
     rank = (options.lora_rank or defaults.LORA_RANK) if options.lora_slots else 0
     spec = _with_slots(spec, folder, family, options, rank)

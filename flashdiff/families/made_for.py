@@ -39,9 +39,13 @@ class MadeFor(Record):
         except ValueError as error:
             raise ModelError(f"{path} is damaged: {error}") from None
 
+    def is_in(self, base: Path) -> bool:
+        """Whether a folder holds the base, a full student of it, or a copy in another precision."""
+        return self.base_hash in hashes_of(base, base_hash(base)) or shared_precision(base, self.base_prints) is not None
+
     def check(self, option: str, own: str, base: Path, spec: ModelSpec) -> None:
         """ModelError, with both hashes, for another base; `own` names the adapter, as 'the control is 0123456789ab'."""
-        if self.base_hash in hashes_of(base, base_hash(base)) or shared_precision(base, self.base_prints):
+        if self.is_in(base):
             return
         hashes = f"'{self.base}' with hash {self.base_hash[:12]}, but {spec.name} has hash {base_hash(base)[:12]}"
         raise ModelError(f"{option} was made for another base: {hashes} ({own})")

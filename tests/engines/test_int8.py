@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from flashdiff import cli
 from flashdiff.engines import choose
@@ -186,6 +187,17 @@ def test_a_whole_student_of_the_embedded_model_is_calibrated_on_its_world(tmp_pa
     shutil.copy(find_lora("avatars-flash") / FLASH, student)
     plan = plan_build(BuildOptions(base=str(student), backend="openvino", precision="int8", out=tmp_path / "b"))
     assert plan.inputs.base_hash != base_hash(find_base("avatars"))
+    assert plan.inputs.calibration
+    assert plan.inputs.calibration.source == "avatars"
+
+
+@pytest.mark.usefixtures("any_processor")
+@pytest.mark.skipif(importlib.util.find_spec("nncf") is None, reason="needs nncf")
+def test_a_copy_of_the_embedded_model_in_bfloat16_is_calibrated_on_its_world(tmp_path: Path) -> None:
+    copy = shutil.copytree(find_base("avatars"), tmp_path / "copy")
+    for file in copy.rglob("*.safetensors"):
+        save_file({name: values.bfloat16() for name, values in load_file(file).items()}, file)
+    plan = plan_build(BuildOptions(base=str(copy), backend="openvino", precision="int8", out=tmp_path / "b"))
     assert plan.inputs.calibration
     assert plan.inputs.calibration.source == "avatars"
 
