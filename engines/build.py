@@ -148,8 +148,8 @@ def _from_torch(plan: BuildPlan, folder: Path, watch: "_Stopwatch") -> tuple[Man
     watch.lap("run", "every part, and an image of each size, in torch")
     vae_psnr = None
     if plan.vae:
-        vae_psnr = decoder_psnr(model, own_decoder, expected.images)
-        watch.lap("run", f"the same images by the base's own decoder: {vae_psnr:.1f} dB apart")
+        vae_psnr = decoder_psnr(model, parts, own_decoder)
+        watch.lap("run", f"an image of each size by both decoders: {vae_psnr:.1f} dB apart")
     samples = None
     if plan.prompts:
         with on_gpu(parts):

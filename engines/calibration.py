@@ -87,7 +87,7 @@ def check_tokens(components: Components, prompts: Sequence[Prompt]) -> None:
 
 def sample(components: Components, prompts: Sequence[Prompt]) -> Samples:
     """An image of each prompt, whose tokens fit, and the denoiser's inputs on the way to the first ones."""
-    recorder = _Recorder(components, components.spec.denoisers[0].name)
+    recorder = Recorder(components, components.spec.denoisers[0].name)
     orders = orders_of(components.spec, prompts)
     first = generate(recorder, orders[:CALIBRATING])
     rest = generate(components, orders[CALIBRATING:])
@@ -110,7 +110,7 @@ def orders_of(spec: ModelSpec, prompts: Sequence[Prompt]) -> list[Order]:
         raise BundleError(f"--calibration-prompts: {error}") from None
 
 
-class _Recorder:
+class Recorder:
     """`Components` that keep the inputs of one of their parts."""
 
     def __init__(self, components: Components, part: str) -> None:

@@ -1,17 +1,18 @@
 """What a precision costs in quality, by images of the calibration prompts against torch's in float32, and another decoder."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from flashdiff.components import Components, Size
+from flashdiff.components import Components
 from flashdiff.engines.bundle import Quality
-from flashdiff.engines.calibration import Samples, orders_of
-from flashdiff.engines.reference import sample_image
+from flashdiff.engines.calibration import Recorder, Samples, orders_of
+from flashdiff.engines.parts import Part
+from flashdiff.engines.reference import on_gpu, sample_image
 from flashdiff.families.base import TorchModel
 from flashdiff.generate import generate, to_pixels
 from flashdiff.orders import Pixels
@@ -29,11 +30,20 @@ def measure_quality(components: Components, samples: Samples) -> Quality:
     return quality.model_copy(update=_of_world(samples, made))
 
 
-def decoder_psnr(model: TorchModel, own: nn.Module, images: Mapping[Size, NDArray[np.float32]]) -> float:
-    """Between `sample_image` at each size and the same with the decoder `own`, in decibels of images in 8 bits."""
-    other = replace(model, decoder=own)
-    pairs = [(to_pixels(image)[0], to_pixels(sample_image(other, model.spec, size))[0]) for size, image in images.items()]
-    return _psnr(*zip(*pairs, strict=True))
+@torch.inference_mode()
+def decoder_psnr(model: TorchModel, parts: Sequence[Part], own: nn.Module) -> float:
+    """Between what the model's decoder and `own` make of the latents of an image of each size, in decibels of 8-bit images."""
+    recorder, made = Recorder(model, "decoder"), list[tuple[Pixels, Pixels]]()
+    with on_gpu(parts):
+        for size in model.spec.sizes:
+            sample_image(recorder, model.spec, size)
+        place = next(model.decoder.parameters()).device
+        for row in recorder.rows:
+            latents = torch.from_numpy(row["latents"]).to(place)
+            ours, theirs = (to_pixels(decoder.to(place)(latents).cpu().numpy())[0] for decoder in (model.decoder, own))
+            made.append((ours, theirs))
+    own.to("cpu")
+    return _psnr(*zip(*made, strict=True))
 
 
 def _psnr(made: Sequence[Pixels], expected: Sequence[Pixels]) -> float:
