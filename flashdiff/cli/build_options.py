@@ -125,8 +125,9 @@ def add_base_arguments(to: argparse.ArgumentParser | argparse._ArgumentGroup) ->
         "that it lacks; default: the one that diffusers finds on the hub",
     )
     to.add_argument(
-        "--vae",
         "--decoder",
+        "--vae",
+        dest="vae",
         metavar="FOLDER",
         help="an autoencoder in the place of the base's own: a folder, a hub id (owner/name), or tiny, the small one of TAESD's "
         "form for the base's family",

@@ -85,7 +85,7 @@ def test_only_torch_has_it(tiny_base: Path, flash_lora: Path, tmp_path: Path) ->
 def test_a_machine_without_a_compiler_is_refused_before_any_work(tiny_base: Path, flash_lora: Path, tmp_path: Path) -> None:
     from torch._inductor import config, cpp_builder
 
-    refused = pytest.raises(BackendError, match=r"^--compile needs a C\+\+ compiler, and '.*no-compiler' is none here")
+    refused = pytest.raises(BackendError, match=r"^--compile needs a C\+\+ compiler, and '.*no-compiler' is not one")
     cpp_builder.cpp_compiler_search.cache_clear()
     with config.patch("cpp.cxx", (None, str(tmp_path / "no-compiler"))), refused:
         plan_build(_options(tiny_base, flash_lora, tmp_path / "out"))

@@ -76,7 +76,7 @@ def test_a_gpu_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -
 def test_a_bundle_runs_on_the_kind_of_device_that_it_was_made_for(student_bundle: Path) -> None:
     manifest = open_bundle(student_bundle).manifest
     backend = find_backend(manifest.backend)
-    with pytest.raises(BundleError, match="the bundle was made for a CPU, and cuda:1 is none"):
+    with pytest.raises(BundleError, match="the bundle was made for a CPU, and cuda:1 is not one"):
         backend.check_machine(manifest, Device(name="cuda:1", gpu=1))
     on_gpu = manifest.model_copy(update={"machine": manifest.machine.model_copy(update={"device": "cuda"})})
     with pytest.raises(BundleError, match=r"the bundle was made for a GPU \(.*\), and cpu:0 is not one"):
