@@ -2,7 +2,7 @@
 
     python benchmarks/ablation.py --out ablation --scale 0.05 --only distillation,+adversarial,paper,lcm,ours
     python benchmarks/ablation.py --out ablation --scale 0.05          # the rest; finished runs are kept
-    python benchmarks/ablation.py --out audit --scale 0.25 --only audit  # what an audit of the method asked for
+    python benchmarks/ablation.py --out audit --scale 0.05 --only audit  # what an audit of the method asked for
 
 Each of the first two should take an hour on two cores. That is an estimate, not a measurement: 4.1 ms per forward pass of a
 sample, 30 s per model and number of steps to evaluate, and 5 minutes once for the teacher, renders and their encoding. The table
