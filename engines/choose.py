@@ -118,7 +118,7 @@ def describe_choice(options: BuildOptions) -> Iterator[str]:
 
 
 def up_to_date(options: BuildOptions) -> Manifest | None:
-    """The bundle at `out`, where it was chosen before and its build would change nothing."""
+    """The bundle at `out`, where it was chosen before, its build would change nothing, and no further precision can be built."""
     if not (options.out / MANIFEST).is_file():
         return None
     try:
@@ -127,7 +127,16 @@ def up_to_date(options: BuildOptions) -> Manifest | None:
         return None
     if not previous.chosen or plan_build(_given(options, previous.precision, options.out), with_quality=True).changes:
         return None
-    return previous if tuple(plan_candidates(options)[0]) == previous.candidates else None
+    further = [precision for precision in _ORDER if precision not in previous.candidates]
+    return None if any(_can_build(options, precision) for precision in further) else previous
+
+
+def _can_build(options: BuildOptions, precision: Precision) -> bool:
+    try:
+        plan_build(_given(options, precision, options.out), with_quality=True)
+    except (BackendError, BundleError):
+        return False
+    return True
 
 
 def best_of(candidates: list[Candidate]) -> Candidate:

@@ -30,7 +30,6 @@ def measure_quality(components: Components, samples: Samples) -> Quality:
     return quality.model_copy(update=_of_world(samples, made))
 
 
-@torch.inference_mode()
 def decoder_psnr(model: TorchModel, parts: Sequence[Part], own: nn.Module) -> float:
     """Between what the model's decoder and `own` make of the latents of an image of each size, in decibels of 8-bit images."""
     recorder, made = Recorder(model, "decoder"), list[tuple[Pixels, Pixels]]()
@@ -38,9 +37,11 @@ def decoder_psnr(model: TorchModel, parts: Sequence[Part], own: nn.Module) -> fl
         for size in model.spec.sizes:
             sample_image(recorder, model.spec, size)
         place = next(model.decoder.parameters()).device
+        own.to(place)
         for row in recorder.rows:
             latents = torch.from_numpy(row["latents"]).to(place)
-            ours, theirs = (to_pixels(decoder.to(place)(latents).cpu().numpy())[0] for decoder in (model.decoder, own))
+            with torch.inference_mode():  # not around the moves: parameters would become inference tensors
+                ours, theirs = (to_pixels(decoder(latents).cpu().numpy())[0] for decoder in (model.decoder, own))
             made.append((ours, theirs))
     own.to("cpu")
     return _psnr(*zip(*made, strict=True))

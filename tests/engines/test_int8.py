@@ -18,6 +18,7 @@ from flashdiff.engines import choose
 from flashdiff.engines import quantize as quantize_module
 from flashdiff.engines.backends import find_backend
 from flashdiff.engines.backends.base import noise_rows
+from flashdiff.engines.backends.openvino_quantizer import _layers
 from flashdiff.engines.build import build_engine
 from flashdiff.engines.bundle import Manifest, Quality, read_manifest, write_manifest
 from flashdiff.engines.calibration import MAX_PROMPTS, find_prompts, sample
@@ -125,6 +126,18 @@ def test_a_prompt_of_too_many_tokens_is_refused_before_anything_is_run(tiny_base
     ):
         build_engine(BuildOptions.model_validate({**options, "out": tmp_path / "b"}), said.append)
     assert not any(line.startswith(("fuse", "run")) for line in said)
+
+
+def test_layers_are_found_behind_nodes_that_only_rearrange() -> None:
+    ov, ops = pytest.importorskip("openvino"), pytest.importorskip("openvino.opset13")
+    given = ops.parameter([2, 4], np.float32)
+    ends = (ops.constant(np.float32(value)) for value in (0, 1, 0, 1))
+    rounded = ops.fake_quantize(given, *ends, levels=256)
+    padded = ops.pad(rounded, np.array([0, 0]), np.array([1, 0]), "constant", ops.constant(np.float32(1)))  # Sana's attention
+    product = ops.matmul(ops.broadcast(padded, np.array([1, 3, 4])), ops.constant(np.ones((4, 2), np.float32)), False, False)
+    product.set_friendly_name("product")
+    found = _layers(ov.Model([ops.result(product)], [given], "model"))
+    assert {name: len(nodes) for name, nodes in found.items()} == {"product": 1}
 
 
 def test_the_rows_of_the_noise_are_of_all_steps() -> None:
