@@ -3,13 +3,12 @@
 import argparse
 import json
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from flashdiff.errors import ConfigError, FlashdiffError
-from flashdiff.files import write_whole
+from flashdiff.files import check_target, write_whole
 
 
 def command_parser(module_docstring: str | None) -> argparse.ArgumentParser:
@@ -19,16 +18,10 @@ def command_parser(module_docstring: str | None) -> argparse.ArgumentParser:
 
 def result_file(text: str) -> Path:
     """The type of an option that names a result file, for argparse: checks before anything is measured that it can be written."""
-    path = Path(text)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+        return check_target(Path(text))
     except OSError as error:
         raise argparse.ArgumentTypeError(f"cannot write {text}: {error.strerror}") from None
-    if path.is_dir():
-        raise argparse.ArgumentTypeError(f"cannot write {text}: it is a folder")
-    return path
 
 
 def check_repeats(repeats: int) -> None:

@@ -27,7 +27,7 @@ from flashdiff.errors import ConfigError
 from flashdiff.evaluation.command import EvaluateOptions, evaluate
 from flashdiff.evaluation.images import REAL
 
-_METRICS = ("fid", "kid", "text", "diversity")
+_METRICS = ("fid", "second_fid", "kid", "text", "diversity")
 
 
 def run(
@@ -96,7 +96,8 @@ def _title(name: str, steps: int) -> str:
 
 
 def _metrics_of(subject: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: subject[name] for name in _METRICS} | {name: subject["attributes"][name] for name in ("large", "small")}
+    found = {name: subject.get(name) for name in _METRICS}  # files of before had no second distance
+    return found | {name: subject["attributes"][name] for name in ("large", "small")}
 
 
 def read_evaluation(file: Path) -> dict[str, Any]:
@@ -128,7 +129,7 @@ def main() -> int:
     parser.add_argument("--teacher", type=Path, required=True, metavar="BUNDLE")
     parser.add_argument("--steps", default="1,2,3,4", metavar="N[,N...]", help="of the student; default: %(default)s")
     parser.add_argument("--teacher-steps", default="50,25,8,4,2", metavar="N[,N...]", help="default: %(default)s")
-    parser.add_argument("--count", type=int, default=150, help="prompts, two seeds each; default: %(default)s")
+    parser.add_argument("--count", type=int, help="prompts, two seeds each; default: 150")
     parser.add_argument("--evaluation", type=Path, metavar="FILE", help="read the quality from this file instead of measuring it")
     parser.add_argument("--repeats", type=int, default=20, help="of the timing; default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="a few images: exercises the code, the numbers mean nothing")
@@ -138,14 +139,17 @@ def main() -> int:
 
 
 def _measure(options: argparse.Namespace) -> None:
-    if options.count < 2 or options.repeats < 1:
+    if options.evaluation and options.count is not None:
+        raise ConfigError(f"--count {options.count}: --evaluation {options.evaluation} has its images; leave one of them out")
+    count = 150 if options.count is None else options.count
+    if count < 2 or options.repeats < 1:
         raise ConfigError("--count takes numbers from 2 on, --repeats from 1")
     results = run(
         options.student,
         options.teacher,
         steps=[1] if options.quick else parse_numbers("--steps", options.steps),
         teacher_steps=[2] if options.quick else parse_numbers("--teacher-steps", options.teacher_steps),
-        count=2 if options.quick else options.count,
+        count=2 if options.quick else count,
         repeats=1 if options.quick else options.repeats,
         evaluation_file=options.evaluation,
         report=lambda line: print(line, file=sys.stderr),

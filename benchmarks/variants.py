@@ -42,6 +42,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ours+roles-critic": {
         "loss": {"distribution_matching": {"first_step": False, "fake_score": "lora", "decoupled": True}},
     },
+    # Every step learns its own part of the trajectory, without and with a fake score that learns the student's samples.
+    "ours+own-step": {"loss": {"distribution_matching": {"own_step": True}}},
+    "ours+own-step-critic": {"loss": {"distribution_matching": {"own_step": True, "fake_score": "lora"}}},
 }
 """Changes of the recipe by variant. Under `phases` are values by phase; the last one holds for all later phases."""
 
@@ -51,8 +54,11 @@ BY_TEXT = Branches(contrasts=({},), weights=lambda guidance: Task().weights(guid
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "all": tuple(VARIANTS),
-    "audit": ("ours", "ours+k16", "ours+constant", "ours+fresh", "ours+whitened", "ours+roles", "ours+roles-critic"),
-}
+    "audit": (
+        "ours", "ours+k16", "ours+constant", "ours+fresh", "ours+whitened", "ours+roles", "ours+roles-critic",
+    ),
+    "own-step": ("ours", "ours+own-step", "ours+own-step-critic"),
+}  # fmt: skip
 """Variants under one name."""
 
 

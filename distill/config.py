@@ -46,10 +46,18 @@ class DataRecipe(GrownRecord):
     buckets: bool = False
     """Train each image at the nearest of several aspect ratios, one per batch, instead of cropping all to the base's size."""
 
+    @property
+    def is_prompts(self) -> bool:
+        """Whether these are prompts alone, without images."""
+        return self.source.endswith(".txt")
+
     @model_validator(mode="after")
     def _calls_images_apart(self) -> Self:
         if twice := called_twice(self.further_images.values()):
             raise ValueError(twice)
+        for name in ("image_column", "caption_column", "further_images", "buckets"):
+            if self.is_prompts and getattr(self, name):
+                raise ValueError(f"data.{name}: '{self.source}' has one prompt a line, and nothing else; leave it out")
         return self
 
 
@@ -69,7 +77,7 @@ class LoraRecipe(GrownRecord):
     """The LoRA's output is scaled by alpha / rank."""
     targets: tuple[str, ...] = Field((), max_length=10_000)
     """Names, or endings of names, of the layers that get a LoRA; empty: the family's, which are the attention projections, and
-    in PixArt most linear layers; `["all"]`: every linear layer and convolution."""
+    in transformers most other linear layers as well; `["all"]`: every linear layer and convolution."""
     ranks: Mapping[Name, Annotated[int, Field(ge=1, le=4096)]] = {}
     """Other ranks, of layers by their names or endings of names: `{ "ff.net.2" = 16 }`. Their outputs are scaled like others."""
     dora: bool = False
@@ -341,6 +349,16 @@ class Recipe(GrownRecord):
         }
         if self.int8_base and (other := next((name for name, is_given in others.items() if is_given), None)):
             raise ValueError(f"int8_base does not go together with {other}, which reads or trains the network's own weights")
+        if later := [phase.updates for phase in self.phases[1:] if phase.updates < self.ramp_updates]:
+            raise ValueError(
+                f"ramp_updates must not be longer than a later phase ({later[0]} updates), and is {self.ramp_updates}"
+            )
+        if self.grid.modes == 1 and not self.loss.settings("distribution_matching").first_step:
+            raise ValueError("loss.distribution_matching.first_step = false leaves a student of one step nothing to match")
+        if self.data.is_prompts and self.target == "consistency" and any(phase.weights["adversarial"] for phase in self.phases):
+            raise ValueError(
+                "target = 'consistency' of prompts alone gives the adversarial loss no real samples; set it to 'solution'"
+            )
         names = [control.name for control in self.controls]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise ValueError(f"controls.name '{twice}' is given twice")

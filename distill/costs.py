@@ -106,8 +106,8 @@ def teacher_evaluations(recipe: Recipe, phase: Phase, branches: Branches) -> flo
 def target_cost(recipe: Recipe, phase: Phase, branches: Branches) -> float:
     """Forward passes per sample and update for its input and target: the teacher's, and the student's where they draw on it."""
     student = float(recipe.target == "consistency")
-    if phase.backward_simulation:  # the first step, and half of the later ones before the start
-        student += phase.backward_simulation * _roll_out(recipe, phase)
+    # Of a roll-out the first step, and half of the later ones before the start; prompts alone have no other inputs.
+    student += (1.0 if recipe.data.is_prompts else phase.backward_simulation) * _roll_out(recipe, phase)
     return teacher_evaluations(recipe, phase, branches) + student / recipe.target_uses
 
 
@@ -127,8 +127,9 @@ def checkpoint_cost(recipe: Recipe, branches: Branches) -> float:
 
 
 def held_out_cost(recipe: Recipe, branches: Branches) -> int:
-    """Evaluations of the network for the teacher's solutions of the held-out images, which start at the modes in turn."""
-    modes = recipe.grid.mode_indices()
+    """Evaluations of the network for the teacher's solutions of the held-out samples, which start at the modes in turn; prompts
+    alone start at the first."""
+    modes = recipe.grid.mode_indices()[: 1 if recipe.data.is_prompts else None]
     steps = sum(recipe.grid.solver_steps - modes[number % len(modes)] for number in range(recipe.keep_best))
     return branches.evaluations(sum(recipe.guidance) / 2) * steps
 

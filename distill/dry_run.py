@@ -9,6 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from flashdiff.distill import processes
 from flashdiff.distill.bases import load_trained_base
+from flashdiff.distill.checks import check_run
 from flashdiff.distill.conditions import ImageConditions
 from flashdiff.distill.config import Recipe
 from flashdiff.distill.costs import held_out_cost, target_cost, teacher_evaluations, update_cost
@@ -23,10 +24,14 @@ _GIB = 2**30
 
 
 def dry_run(recipe: Recipe) -> Iterator[str]:
-    """Describe the run in lines, from the loaded base; nothing is trained or written. ConfigError when it could not start."""
+    """Describe the run in lines, from the loaded base; nothing is trained or written, and no data are read.
+
+    ConfigError or TrainingError when it could not start.
+    """
     processes.check_split(recipe.batch_size, recipe.accumulate, shard_base=recipe.shard_base)
     family, model = load_trained_base(recipe)
     images = ImageConditions(model, recipe)
+    check_run(model, recipe)
     if recipe.int8_base:
         round_to_int8(model.network)
     kind_of(recipe).insert(model, family, recipe)

@@ -19,6 +19,7 @@ from flashdiff.distill import processes
 from flashdiff.distill.bases import hashes_of_networks, load_trained_base
 from flashdiff.distill.batch import MicroBatch, Targets
 from flashdiff.distill.checkpoints import RECIPE, WEIGHTS, checkpoint_path, checkpoints
+from flashdiff.distill.checks import check_run
 from flashdiff.distill.conditions import ImageConditions
 from flashdiff.distill.config import Recipe
 from flashdiff.distill.costs import RemainingTime
@@ -96,13 +97,7 @@ def _run(recipe: Recipe, out: Path, work: Path, pools: Path | None) -> None:
         processes.main_first(lambda: _check_weights(work, weights))
         shared = SharedPools(pools, recipe, [*weights.values()]) if pools and processes.count() == 1 else None
         images = ImageConditions(model, recipe)
-        if model.spec.prediction == "trigflow":
-            raise TrainingError(f"{recipe.base} is a consistency student already, and no teacher; distil the base it comes from")
-        trained = model.spec.sampler.schedule.num_train_timesteps
-        if recipe.grid.num_train_timesteps != trained:
-            raise TrainingError(
-                f"grid.num_train_timesteps is {recipe.grid.num_train_timesteps}, the base was trained on {trained}: set that"
-            )
+        check_run(model, recipe)
         place(model, recipe)
         _log.info("reading up to %d samples of '%s'", recipe.data.images, recipe.data.source)
         data = load_dataset(recipe.data, model, batch_size=recipe.batch_size, seed=recipe.seed, wanted=images.wanted)
@@ -117,8 +112,6 @@ def _run(recipe: Recipe, out: Path, work: Path, pools: Path | None) -> None:
             raise TrainingError(f"{changed} changed while the run read it; start again when the base stays as it is")
         if processes.device().type != "cpu":
             model.text_encoder.to("cpu", torch.float32)  # from here on only previews use it
-        if processes.is_main():  # now that base and data are known to be good: a recipe with a mistyped name can be mended
-            _save_recipe(work, recipe, weights)
         kind_of(recipe).insert(model, family, recipe)
         kind_of(recipe).keep_teacher(model)
         objective = Objective(model, family, recipe, images)
@@ -131,6 +124,8 @@ def _run(recipe: Recipe, out: Path, work: Path, pools: Path | None) -> None:
         _log.info("training %d parameters from update %d of %d", student.parameter_count, student.update, recipe.updates)
         held_out = HeldOut(model, objective.branches, apart, recipe, images, work) if recipe.keep_best else None
         tracker = open_tracker(recipe, work, student.update) if processes.is_main() else None
+        if processes.is_main():  # now that all of the recipe is known to be good: one with a mistake can be mended
+            _save_recipe(work, recipe, weights)
         try:
             _train(model, student, objective, data, held_out, images, recipe, work, tracker, shared)
         finally:
@@ -348,7 +343,7 @@ def _save_progress(
             sheet = preview(model, sampler, guidance, requests, stage.advance, negative_prompt=negative)
         if tracker:
             save_image(sheet, work / "previews" / f"{student.update:06d}.png")
-            tracker.image(student.update, sheet)
+            tracker.image(student.update - 1, sheet)  # the update that this checkpoint's numbers have
     processes.wait()
 
 
@@ -430,7 +425,8 @@ def _check_recipe(work: Path, recipe: Recipe) -> None:
         if not isinstance(before.pop(WEIGHTS, {}), dict):
             raise ValueError(f"'{WEIGHTS}' is no JSON object")
         names = dict.fromkeys((*values, *before))  # keys at their defaults may be in one of them alone
-        changed = [name for name in names if name not in _SAME_RESULT and before.get(name) != values.get(name)]
+        same = {*_SAME_RESULT} - ({"checkpoint_every"} if recipe.keep_best else set())  # the best is one of the checkpoints
+        changed = [name for name in names if name not in same and before.get(name) != values.get(name)]
         if changed:
             raise TrainingError(
                 f"{work} holds a run of another recipe, which differs in {', '.join(changed)}; choose another --out or remove it"

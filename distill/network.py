@@ -31,10 +31,17 @@ def add_lora(model: TorchModel, family: ModelFamily, recipe: LoraRecipe, *, seed
     if tuple(targets) == EVERY_LAYER:
         layers = {key.replace(".base_layer", "") for key, module in model.network.named_modules() if _takes_lora(key, module)}
         targets = sorted(layers)
+    elif unknown := next((key for key in recipe.targets if not _names_layer(key, model.network)), None):
+        raise ConfigError(f"lora.targets: no layer is called '{unknown}', nor ends in it")
     add_adapter(model, targets, rank=recipe.rank, alpha=recipe.alpha, seed=seed, name=name, dora=recipe.dora, ranks=recipe.ranks)
 
 
 EVERY_LAYER = ("all",)
+
+
+def _names_layer(target: str, network: nn.Module) -> bool:
+    """Whether a layer has this name, or one that ends in it; its own name is that of its parent once it has a LoRA."""
+    return any(f".{key}".endswith(f".{target}") for key, _ in network.named_modules())
 
 
 def _takes_lora(name: str, module: nn.Module) -> bool:

@@ -47,7 +47,7 @@ class Objective:
             family=family,
             tap=partial(Tap, model, family, runs_whole=recipe.shard_base),
             branches=self.branches,
-            num_train_timesteps=recipe.grid.num_train_timesteps,
+            grid=recipe.grid,
             guidance=recipe.guidance,
             seed=recipe.seed,
             add_adapter=add,

@@ -150,6 +150,9 @@ def _card(info: FlashInfo, recipe: Recipe, images: ImageConditions, run: str, us
     if is_lora:
         of = f"{share:.1f} % of the denoiser's {info.network_parameters:,}"
         trained = f"{info.lora_parameters:,} parameters, {of}, trained with"
+    modes = recipe.grid.modes
+    made_for = "1 step" if modes == 1 else f"1 to {modes} steps"
+    counts = ",".join(str(count) for count in (4, 2, 1) if count <= modes)
     losses = ", ".join(term.title for term in recipe.terms())
     guidance = " to ".join(f"{scale:g}" for scale in dict.fromkeys(info.guidance))
     grids = "; ".join(f"{count}: {times}" for count, times in info.inference.items())
@@ -176,9 +179,9 @@ teacher takes {recipe.grid.solver_steps} solver steps with guidance {guidance}.
 {read}Recipe hash {info.recipe_hash[:12]}, base hash {info.base_hash[:12]}.
 
 {run}
-To measure its quality: `flashdiff evaluate BUNDLE{measured} --steps 4,2 --teacher TEACHER_BUNDLE`.
+To measure its quality: `flashdiff evaluate BUNDLE{measured} --steps {counts} --teacher TEACHER_BUNDLE`.
 
-Made for 1 to {recipe.grid.modes} steps, **guidance off**, at these timesteps:
+Made for {made_for}, **guidance off**, at these timesteps:
 {grids}.
 
 With flashdiff: `{build}`.{further if is_lora else ""} With diffusers:

@@ -12,14 +12,19 @@ _FILES = (WEIGHTS, KOHYA, FLASH, WORKFLOW, "README.md")
 _TOKEN = "set HF_TOKEN, or run `hf auth login`, with a token that may write there"
 
 
-def open_repository(text: str) -> HubName:
-    """The repository `owner/name`; one that is not there is made, and private. Called before a run, to find a missing right then.
-
-    ConfigError for another form; TrainingError when the hub refuses.
-    """
+def repository_name(text: str) -> HubName:
+    """`owner/name`; ConfigError for another form."""
     name = hub_name(text)
     if name is None or name.file or name.revision:
         raise ConfigError(f"--push {text}: give a repository on the hub as owner/name")
+    return name
+
+
+def open_repository(name: HubName) -> None:
+    """Make a repository that is not there, a private one. Called before a run, to find a missing right then.
+
+    TrainingError when the hub refuses.
+    """
     import huggingface_hub
 
     try:
@@ -27,7 +32,6 @@ def open_repository(text: str) -> HubName:
         huggingface_hub.HfApi().auth_check(name.repository, write=True)  # one that is there may be readable alone
     except Exception as error:  # of the network and of the hub's library
         raise _refused(name, error) from None
-    return name
 
 
 def push(out: Path, name: HubName) -> str:

@@ -86,6 +86,8 @@ def read_samples(recipe: DataRecipe, size: Size, seed: int, damage: Damage, furt
     elif source.is_dir():
         saved = saved_files(source)
         files = [path for path in visible(source, *SHARDS) if path.name not in METADATA] if saved is None else saved
+        if recipe.image_column and not files:
+            raise TrainingError(f"data.image_column is for tables and shards, and '{source}' is a folder of images; leave it out")
         samples = _files(files, columns, damage) if files else _folder(source, columns, damage)
     elif source.is_file() and source.suffix in SHARDS:
         samples = _files([source], columns, damage)

@@ -26,7 +26,7 @@ class Student:
     def __init__(self, model: TorchModel, recipe: Recipe) -> None:
         self.parameters = kind_of(recipe).parameters(model.network)
         self._exchange = Exchange(model.network, self.parameters)
-        self.optimizer = _optimizer(recipe)(self.parameters.values(), lr=recipe.learning_rate, weight_decay=0.0)
+        self.optimizer = optimizer_of(recipe)(self.parameters.values(), lr=recipe.learning_rate, weight_decay=0.0)
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.anchor: dict[str, Tensor] = {}
         """The average when the present pool was made, if the pool draws on it: a resumed run then makes the same pool."""
@@ -128,7 +128,8 @@ class Student:
         self.optimizer.load_state_dict(state["optimizer"])
 
 
-def _optimizer(recipe: Recipe) -> Any:
+def optimizer_of(recipe: Recipe) -> Any:
+    """The class of the student's optimizer; ConfigError where it cannot run here."""
     if recipe.optimizer == "adamw":  # fused, it needs no room for intermediate results
         return partial(torch.optim.AdamW, fused=True) if recipe.student == "full" else torch.optim.AdamW
     if processes.device().type != "cuda":

@@ -83,7 +83,8 @@ def _build_adversarial(setup: "Setup", settings: AdversarialSettings) -> "Studen
 
 def _distribution_matching_cost(settings: DistributionMatchingSettings) -> Cost:
     critic = TRAINED_PASS * settings.critic_updates if settings.fake_score == "lora" else 0
-    return Cost(in_use=1, guided=1 + settings.decoupled, throughout=critic)  # the fake score, and the teacher's
+    # The fake score's, the teacher's guided one and, where that is at another time, its conditional one.
+    return Cost(in_use=1 + settings.decoupled, guided=1, throughout=critic)
 
 
 def _build_distribution_matching(setup: "Setup", settings: DistributionMatchingSettings) -> "StudentLoss":

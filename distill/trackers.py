@@ -2,6 +2,7 @@
 
 import secrets
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,14 +29,17 @@ class Tracker(Protocol):
 
 
 def open_tracker(recipe: Recipe, work: Path, update: int) -> Tracker:
-    """The recipe's tracker from `update` on: points that a killed run logged after it are replaced. ConfigError when the
-    tracker's package is missing."""
+    """The recipe's tracker from `update` on: points that a killed run logged after it are replaced."""
+    check_tracker(recipe.tracker)
+    return (_TensorBoard if recipe.tracker == "tensorboard" else _WandB)(recipe, work, update)
+
+
+def check_tracker(name: str) -> None:
+    """ConfigError when the package of the tracker is missing."""
     try:
-        return (_TensorBoard if recipe.tracker == "tensorboard" else _WandB)(recipe, work, update)
+        import_module({"tensorboard": "tensorboardX", "wandb": "wandb"}[name])
     except ImportError as error:
-        raise ConfigError(
-            f"tracker '{recipe.tracker}' needs '{error.name}', which is not installed: pip install {error.name}"
-        ) from None
+        raise ConfigError(f"tracker '{name}' needs '{error.name}', which is not installed: pip install {error.name}") from None
 
 
 class _TensorBoard:

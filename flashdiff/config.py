@@ -68,7 +68,15 @@ def parse_record(values: Mapping[str, Any], record: type[R], *, source: str) -> 
     try:
         return record.model_validate(values)
     except ValidationError as error:
-        problems = "; ".join(_problem(item, record) for item in error.errors(include_url=False))
+        found = error.errors(include_url=False)
+        # A list whose items are at fault counts as too short as well.
+        faults = [
+            item
+            for item in found
+            if item["type"] != "too_short"
+            or not any(o is not item and o["loc"][: len(item["loc"])] == item["loc"] for o in found)
+        ]
+        problems = "; ".join(_problem(item, record) for item in faults)
         raise ConfigError(f"{source}: {problems}") from None
 
 

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from errno import EISDIR
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO
@@ -177,6 +178,16 @@ def _escaped(name: str) -> str:
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
+
+
+def check_target(path: Path) -> Path:
+    """The path, of a file to be written at the end of long work: checks, and makes its folder; OSError where it cannot be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
+    if path.is_dir():
+        raise IsADirectoryError(EISDIR, "it is a folder")
+    return path
 
 
 def write_whole(path: Path, content: bytes | str | Callable[[BinaryIO], object]) -> None:

@@ -140,7 +140,7 @@ class Adversarial(StudentLoss):
 
     def _judged_times(self, draws: Draws) -> Tensor:
         """One of the settings' times for each sample [B]."""
-        last = self._setup.num_train_timesteps - 1
+        last = self._setup.grid.num_train_timesteps - 1
         choices = torch.tensor([round(share * last) for share in self._settings.times])
         chosen = draws.integers(0, len(choices))
         return choices.to(chosen.device)[chosen]

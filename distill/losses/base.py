@@ -17,6 +17,7 @@ from flashdiff.distill.processes import Draws
 from flashdiff.errors import NotFiniteError
 from flashdiff.families.base import ModelFamily, TorchModel
 from flashdiff.sampling import renoise
+from flashdiff.schedule import Grid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,7 @@ class Setup:
     """(shares=...) -> the taps at these blocks of the network; without, the family's own."""
     branches: Branches
     """Of the teacher's guidance."""
-    num_train_timesteps: int
+    grid: Grid
     guidance: tuple[float, float]
     """Range of the teacher's guidance scale."""
     seed: int

@@ -58,12 +58,18 @@ def _scripted(file: str) -> Any:
         path = download_file(on_hub) if on_hub else Path(file)
         with open_file(path) as opened, warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit, which such files are saved in
-            return torch.jit.load(opened, map_location="cpu")
+            network = torch.jit.load(opened, map_location="cpu")
+            with torch.no_grad():
+                distances = network(*torch.zeros(2, 1, 3, 64, 64))
+            if distances.numel() != 1:
+                raise ValueError(f"for a batch of one it returns {distances.numel()} numbers")
+            return network
     except ModelError as error:
         raise ConfigError(f"loss.distillation.network: {error}") from None
     except Exception as error:  # torch has many kinds for files that are no TorchScript
         raise ConfigError(
-            f"loss.distillation.network '{file}': no TorchScript file that can be read ({first_line(error)})"
+            f"loss.distillation.network '{file}': no TorchScript file that maps two batches of images to distances "
+            f"({first_line(error)})"
         ) from None
 
 

@@ -77,7 +77,7 @@ class Distillation(StudentLoss):
 
     def _perceptual(self, batch: MicroBatch) -> Tensor:
         setup, conditioning = self._setup, batch.targets.conditioning
-        times = batch.draws.integers(0, setup.num_train_timesteps)
+        times = batch.draws.integers(0, setup.grid.num_train_timesteps)
         student, teacher = renoise_alike(setup.model, batch.draws, times, batch.x0, batch.targets.x0)
         with as_teacher(setup.model):
             (student_features,) = self._tap(student, times, conditioning)

@@ -61,8 +61,14 @@ class DistributionMatching(StudentLoss):
         x0, conditioning = batch.x0, batch.targets.conditioning
         low, high = settings.guidance or setup.guidance
         guidance = low + (high - low) * batch.draws.uniform()
-        first, last = (round(share * (setup.num_train_timesteps - 1)) for share in settings.times)
-        tau = batch.draws.integers(first, last + 1)
+        first, last = (round(share * (setup.grid.num_train_timesteps - 1)) for share in settings.times)
+        starts = batch.targets.times
+        ends = self._next_times(starts) if settings.own_step else torch.zeros_like(starts)
+        if settings.own_step:
+            low_tau, high_tau = ends.clamp(min=first), starts.clamp(max=last)
+            tau = (low_tau + batch.draws.uniform() * (high_tau - low_tau).clamp(min=0)).long()
+        else:
+            tau = batch.draws.integers(first, last + 1)
         noise = batch.draws.normal(x0.shape[1:])
         with torch.no_grad():
             x_tau = renoise(x0, noise, *levels(model, tau))
@@ -70,9 +76,9 @@ class DistributionMatching(StudentLoss):
                 if setup.branches.are_an_input:
                     teacher = predict_x0(model, x_tau, tau, guided(conditioning, guidance))
                 elif settings.decoupled:
-                    conditional, _ = self._conditional_and_guided(x_tau, tau, conditioning, guidance)
+                    conditional = predict_x0(model, x_tau, tau, conditioning)
                     # Guidance is compared where there is less noise than the student started from.
-                    tau_guidance = (batch.draws.uniform() * batch.targets.times).long().clamp(min=first)
+                    tau_guidance = (ends + batch.draws.uniform() * (starts - ends)).long().clamp(min=first)
                     x_guidance = renoise(x0, noise, *levels(model, tau_guidance))
                     plain, led = self._conditional_and_guided(x_guidance, tau_guidance, conditioning, guidance)
                     teacher = conditional + (led - plain)
@@ -82,9 +88,15 @@ class DistributionMatching(StudentLoss):
                 fake = predict_x0(model, x_tau, tau, conditioning)
         if settings.first_step:
             return distribution_matching_loss(x0, fake, teacher)
-        later = (batch.targets.times < setup.num_train_timesteps - 1).view(-1, 1, 1, 1)
+        later = (starts < setup.grid.num_train_timesteps - 1).view(-1, 1, 1, 1)
         # Where fake and teacher agree, the loss is 0: samples that start from pure noise count, but are not moved.
         return distribution_matching_loss(x0, torch.where(later, fake, teacher), teacher)
+
+    def _next_times(self, times: Tensor) -> Tensor:
+        """The first inference time [B] after each of the start times [B]; 0 after the last."""
+        grid = self._setup.grid
+        after = torch.tensor([*grid.inference_times(grid.modes), 0], device=times.device).expand(len(times), -1)
+        return torch.where(after < times[:, None], after, 0).amax(1)
 
     def _conditional_and_guided(
         self, x_t: Tensor, times: Tensor, conditioning: Mapping[str, Tensor], guidance: Tensor
@@ -107,7 +119,7 @@ class DistributionMatching(StudentLoss):
 
     def _critic_loss(self, batch: MicroBatch) -> Tensor:
         """Denoising (Ho et al. 2020) of the student's samples: the score of the student's distribution."""
-        times = batch.draws.integers(0, self._setup.num_train_timesteps)
+        times = batch.draws.integers(0, self._setup.grid.num_train_timesteps)
         alpha, sigma = levels(self._setup.model, times)
         x_t = renoise(batch.x0, batch.draws.normal(batch.x0.shape[1:]), alpha, sigma)
         error = predict_x0(self._setup.model, x_t, times, batch.targets.conditioning) - batch.x0

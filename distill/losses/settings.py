@@ -67,7 +67,7 @@ class AdversarialSettings(GrownRecord):
 
 
 class DistributionMatchingSettings(GrownRecord):
-    LATER: ClassVar[frozenset[str]] = frozenset({"first_step", "guidance"})
+    LATER: ClassVar[frozenset[str]] = frozenset({"first_step", "guidance", "own_step"})
 
     fake_score: Literal["student", "lora"] = "student"
     """The score of the student's distribution: the student's own (the paper), or that of a LoRA trained on its samples."""
@@ -79,6 +79,9 @@ class DistributionMatchingSettings(GrownRecord):
     """Take the guidance part of the gradient only at less noise than the student's input has (2511.22677)."""
     times: tuple[Share, Share] = (0.02, 0.98)
     """Range of the noise levels at which scores are compared, as shares of the schedule."""
+    own_step: bool = False
+    """Compare them only between a sample's start and the next inference step, where sampling goes on from it, so that every step
+    learns its own part (trajectory distribution matching, 2503.06674)."""
     first_step: bool = True
     """Whether samples that start from pure noise are matched too. Without them the first step, which settles what an image shows,
     keeps the teacher's variety, and the later ones its quality (role-separated matching, 2602.03139)."""
@@ -88,7 +91,12 @@ class DistributionMatchingSettings(GrownRecord):
     @model_validator(mode="after")
     def _ranges_rise(self) -> Self:
         if self.times[0] >= self.times[1]:
-            raise ValueError(f"times must be two rising shares, not {self.times}")
+            raise ValueError(f"loss.distribution_matching.times must be two rising shares, not {self.times}")
+        if self.own_step and self.times != type(self).model_fields["times"].default:
+            raise ValueError("loss.distribution_matching.times: own_step settles it; leave it out")
+        for name in ("critic_updates", "critic_learning_rate"):
+            if self.fake_score == "student" and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"loss.distribution_matching.{name} is for fake_score = 'lora'; leave it out")
         if self.guidance and not 0 <= self.guidance[0] <= self.guidance[1] <= 100:
             raise ValueError(
                 f"loss.distribution_matching.guidance must be two rising positive numbers up to 100, not {self.guidance}"

@@ -38,17 +38,19 @@ def run(options: argparse.Namespace) -> None:
     from flashdiff.distill import processes
     from flashdiff.distill.dry_run import dry_run
     from flashdiff.distill.loop import distill
-    from flashdiff.distill.push import open_repository, push
+    from flashdiff.distill.push import open_repository, push, repository_name
     from flashdiff.distill.speed import summary
 
     quiet_libraries()
     if not processes.is_main():
         logging.getLogger("flashdiff").setLevel(logging.WARNING)  # only the main process reports progress
+    repository = repository_name(options.push) if options.push and processes.is_main() else None
     if options.dry_run:
         for line in dry_run(recipe):
             print(line)
         return
-    repository = open_repository(options.push) if options.push and processes.is_main() else None
+    if repository:
+        open_repository(repository)
     trained = distill(recipe, options.out)
     if processes.is_main():
         for line in summary(options.out / "training") if trained else ():

@@ -61,12 +61,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--features",
         metavar="NAME",
-        help="avatars, inception[:FOLDER]; default: avatars with --reference avatars, else inception",
+        help="avatars, inception[:FOLDER], dino[:MODEL]; default: avatars with --reference avatars, else inception",
     )
     parser.add_argument(
         "--text",
         metavar="NAME",
-        help="avatars, clip[:MODEL], pickscore, image-reward, hpsv2; default: avatars with --reference avatars, else none",
+        help="avatars, clip[:MODEL], pickscore, aesthetic[:FOLDER], image-reward, hpsv2; default: avatars with --reference "
+        "avatars, else none",
     )
     parser.add_argument(
         "--protocol",
@@ -78,7 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scores",
         metavar="NAME[,NAME...]",
-        help="further columns of --protocol, where their packages are installed: pickscore, image-reward, hpsv2",
+        help="further columns of --protocol: pickscore, aesthetic, image-reward, hpsv2, and dino[:MODEL] for the diversity of a "
+        "prompt's images",
     )
     parser.add_argument(
         "--task",

@@ -21,7 +21,7 @@ from flashdiff.evaluation.evaluate import (
     warnings_for,
     write_sheets,
 )
-from flashdiff.evaluation.features import feature_extractor, second_extractor, text_scorer
+from flashdiff.evaluation.features import check_features, check_scorer, dino, feature_extractor, second_extractor, text_scorer
 from flashdiff.evaluation.identity import ReferredData, check_referred, referred_data, referred_prompts, round_trip
 from flashdiff.evaluation.images import (
     HELD_OUT,
@@ -39,7 +39,7 @@ from flashdiff.evaluation.images import (
 from flashdiff.evaluation.protocols import CLIP, Meter, protocol_of, protocol_table, read_coco, run_protocol
 from flashdiff.evaluation.tasks import REFERRED, TaskData, check_name, check_task, parameter_option, task_data
 from flashdiff.families.base import TorchModel
-from flashdiff.files import new_folder, write_whole
+from flashdiff.files import check_target, new_folder, write_whole
 from flashdiff.lora import find_lora, fused_spec, load_fused, read_flash_info
 from flashdiff.reading import read_json
 from flashdiff.samplers.options import SamplingOptions
@@ -90,6 +90,13 @@ class EvaluateOptions:
 def evaluate(options: EvaluateOptions, *, open_bundle: Callable[[Path], Components], report: Callable[[str], None]) -> str:
     """Measure and write what the options ask for; the Markdown report."""
     _check_task_options(options)
+    if options.teacher_steps != defaults.TEACHER_STEPS and not options.teacher:
+        raise ConfigError(f"--teacher-steps {','.join(map(str, options.teacher_steps))}: it is for --teacher; give one")
+    if options.json_file:
+        try:
+            check_target(options.json_file)
+        except OSError as error:
+            raise ConfigError(f"--json {options.json_file}: cannot be written: {error.strerror}") from None
     if options.protocol:
         return _evaluate_protocol(options, open_bundle=open_bundle, report=report)
     if options.scores:
@@ -98,14 +105,17 @@ def evaluate(options: EvaluateOptions, *, open_bundle: Callable[[Path], Componen
     if options.prompts not in (WORLD, HELD_OUT) and of_world:
         raise ConfigError("--prompts names a file: name a --reference too, a folder of real images or webdataset shards")
     features_name = options.features or ("avatars" if of_world else "inception")
-    features, second = feature_extractor(features_name), second_extractor(features_name)
     scorer_name = options.text or ("avatars" if of_world else None)
-    scorer = text_scorer(scorer_name) if scorer_name else None
+    check_features(features_name)  # the networks themselves, which may be downloaded, come after the models
+    if scorer_name:
+        check_scorer(scorer_name)
     with _as_options(dict(options.parameters)):
         selection = _select(options, open_bundle, report)
     reference = read_reference(options.reference, options.reference_count, WORLD_SIZE)
     if not selection.task and not selection.is_drawable:
-        selection.real, reference = _real_part(reference)
+        selection.real, reference = _real_part(reference, selection.count)
+    features, second = feature_extractor(features_name), second_extractor(features_name)
+    scorer = text_scorer(scorer_name) if scorer_name else None
     report(f"reference: {options.reference}, {len(reference)} images")
     with new_folder(options.out) if options.out else nullcontext() as folder:
         evaluator = Evaluator(features, scorer, reference, second)
@@ -151,9 +161,15 @@ def _evaluate_protocol(
         )
     if _holds_images(Path(options.subject)):
         raise ConfigError(f"{options.subject} is a folder of images: --protocol {protocol.name} is for models")
+    dinos = [name for name in options.scores if name.partition(":")[0] == "dino"]
+    if len(dinos) > 1:
+        raise ConfigError(f"--scores {','.join(options.scores)}: give dino once")
+    check_features(options.features or "inception")
+    check_scorer(options.text or CLIP)
+    for name in options.scores:
+        if name not in dinos:
+            check_scorer(name, "--scores")
     coco = read_coco(protocol, Path(options.prompts), Path(options.reference))
-    scorers = tuple(text_scorer(name) for name in (options.text or CLIP, *options.scores))
-    features = feature_extractor(options.features or "inception")
     loras = tuple((find_lora(name), weight) for name, weight in options.loras)
     sampling = options.sampling.model_copy(update={"guidance": None if options.teacher else options.guidance})
     title = " + ".join([Path(options.subject).resolve().name, *(folder.name for folder, _ in loras)])
@@ -164,8 +180,18 @@ def _evaluate_protocol(
     models = [(name, model, count) for name, model, steps in opened for count in steps or (model.spec.sampler.default_steps,)]
     for _, model, count in models:
         check_order(model.spec, prompt=coco.captions[0], steps=count, truncate_prompt=True)
-    keep = options.out / "features" if options.out else None
-    found = run_protocol(Meter(protocol=protocol, features=features, scorers=scorers, keep=keep, report=report), coco, models)
+    meter = Meter(
+        protocol=protocol,
+        features=feature_extractor(options.features or "inception"),
+        scorers=(
+            text_scorer(options.text or CLIP),
+            *(text_scorer(name, "--scores") for name in options.scores if name not in dinos),
+        ),
+        diversity=dino(dinos[0].partition(":")[2], "--scores dino") if dinos else None,
+        keep=options.out / "features" if options.out else None,
+        report=report,
+    )
+    found = run_protocol(meter, coco, models)
     if options.out:
         write_whole(options.out / "report.md", protocol_table(found) + "\n")
     if options.json_file:
@@ -185,6 +211,11 @@ class _Selection:
     task: TaskData | None = None
 
     @property
+    def count(self) -> int:
+        """How many images each subject has."""
+        return len(self.made) if self.made else len(self.prompts) * self.seeds
+
+    @property
     def is_drawable(self) -> bool:
         """Whether the renderer can draw the prompts."""
         return bool(self.prompts) and all(prompt.scene for prompt in self.prompts)
@@ -197,8 +228,7 @@ def _select(options: EvaluateOptions, open_bundle: Callable[[Path], Components],
     if _holds_images(Path(options.subject)):
         if options.task:
             raise ConfigError(f"--task {options.task}: {options.subject} is a folder of images; it is for models")
-        if options.loras or options.steps:
-            raise ConfigError(f"{options.subject} is a folder of images: --lora and --steps are for models")
+        _refuse_model_options(options)
         _refuse_base_options(options, "a folder of images")
         made = read_images(Path(options.subject))
         prompts = list(dict.fromkeys(prompt for prompt in made.prompts if prompt))
@@ -212,7 +242,10 @@ def _select(options: EvaluateOptions, open_bundle: Callable[[Path], Components],
         opened.append((name, _open_subject(options, loras, sampling, open_bundle), options.steps))
     if options.teacher:
         if not selection.prompts:
-            raise ConfigError(f"{options.subject} has no prompts that the teacher could draw: give --prompts FILE")
+            raise ConfigError(
+                f"{options.subject} has no prompts that the teacher could draw: give each image a caption (metadata.jsonl or "
+                ".txt), or leave out --teacher"
+            )
         components = _open_teacher(options, options.teacher, loras, open_bundle, report)
         opened.append((Path(options.teacher).resolve().name, components, options.teacher_steps))
 
@@ -333,13 +366,31 @@ def _subjects(selection: _Selection, report: Callable[[str], None]) -> Iterator[
         )
 
 
-def _real_part(reference: ImageSet) -> tuple[ImageSet, ImageSet]:
-    """A reference that no renderer can draw more of, in two halves: the real row, and the reference of every subject."""
+def _real_part(reference: ImageSet, count: int) -> tuple[ImageSet, ImageSet]:
+    """A reference that no renderer can draw more of, in two parts: the real row, and the reference of every subject.
+
+    The real row has as many images as a subject, `count`, because a Frechet distance depends on it; at most half.
+    """
     if len(reference) < 4:
         raise EvaluationError(f"the reference holds {len(reference)} images; give at least 4")
     order = np.random.default_rng(0).permutation(len(reference))
-    half = len(reference) // 2
-    return reference.part(order[:half], REAL), reference.part(order[half:], reference.name)
+    real = max(2, min(count, len(reference) // 2))
+    return reference.part(order[:real], REAL), reference.part(order[real:], reference.name)
+
+
+def _refuse_model_options(options: EvaluateOptions) -> None:
+    """ConfigError for what says how images are made, where the subject is a folder of images."""
+    given = {
+        "--lora": options.loras,
+        "--steps": options.steps,
+        "--sampler and its group": options.sampling != SamplingOptions(),
+        "--guidance without --teacher": options.guidance is not None and not options.teacher,
+        "--prompts": options.prompts != defaults.PROMPTS,
+        "--count": options.count != defaults.PROMPT_COUNT,
+        "--seeds": options.seeds != defaults.IMAGES_PER_PROMPT,
+    }
+    if found := next((name for name, is_given in given.items() if is_given), None):
+        raise ConfigError(f"{options.subject} is a folder of images: {found} is for models; leave it out")
 
 
 def _refuse_base_options(options: EvaluateOptions, subject: str) -> None:

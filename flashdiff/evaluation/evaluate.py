@@ -171,7 +171,7 @@ def measure(subject: Subject, evaluator: Evaluator) -> tuple[Measurement, NDArra
         images=len(images),
         fid=bootstrap(lambda w: frechet_distance(evaluator.moments, Moments.of(features, w)), groups),
         second_fid=evaluator.second_fid(images),
-        kid=bootstrap(lambda w: 1000 * kid(w), groups) if groups.max() else None,
+        kid=bootstrap(lambda w: 1000 * kid(w), groups, least=3) if groups.max() else None,  # two give one value, or none
         text=_mean(text, groups),
         text_shuffled=None if shuffled is None else weighted_mean(shuffled),
         diversity=_mean(spread, groups),
@@ -196,18 +196,25 @@ def _mean(values: NDArray[np.floating] | None, groups: NDArray[np.int64]) -> Int
 
 
 def _text_scores(images: ImageSet, scorer: TextScorer | None) -> tuple[NDArray[np.floating] | None, NDArray[np.floating] | None]:
-    """Scores of every image with its own prompt, and with another prompt of the set drawn at random."""
-    if scorer is None or any(prompt is None for prompt in images.prompts):
+    """Scores of every image with its own prompt, and with another prompt of the set drawn at random; NaN without a prompt."""
+    said = np.array([prompt is not None for prompt in images.prompts])
+    if scorer is None or not said.any():
         return None, None
     texts = [prompt.text for prompt in images.prompts if prompt]
-    own = scorer(images.pixels, texts)
+
+    def scores(texts: Sequence[str]) -> NDArray[np.floating]:
+        found = np.full(len(images), np.nan)
+        found[said] = scorer(images.pixels[said], texts)
+        return found
+
+    own = scores(texts)
     different = list(dict.fromkeys(texts))
     if len(different) == 1:
         return own, None
     steps = np.random.default_rng(0).integers(1, len(different), len(texts))
     place = {text: index for index, text in enumerate(different)}
     others = [different[(place[text] + int(step)) % len(different)] for text, step in zip(texts, steps, strict=True)]
-    return own, scorer(images.pixels, others)
+    return own, scores(others)
 
 
 def _attributes(images: ImageSet, groups: NDArray[np.int64]) -> dict[str, Interval]:
@@ -271,9 +278,9 @@ def markdown(report: Report) -> str:
     again = f", and {report.second_features}" if report.second_features else ""
     scored = f"; text: {report.text_scorer}" if report.text_scorer else ""
     text += (
-        f"\n\nFeatures: {report.features}{again}, {report.feature_dimension} a picture, resized: {report.resize}{scored}. "
+        f"\n\nFeatures: {report.features}{again}, {report.feature_dimension} an image, resized: {report.resize}{scored}. "
         f"Reference: {report.reference}, {report.reference_images} images. "
-        "± is the 95 % interval of a bootstrap over prompts, - where there is but one; shares stand with their score interval."
+        "± is the 95 % interval of a bootstrap over prompts, - where there are too few; shares stand with their score interval."
     )
     return "\n\n".join([text, *(f"**Warning:** {warning}." for warning in report.warnings)])
 

@@ -2,7 +2,9 @@
 
 avatars              the embedded world's own probes and dual encoder, shipped
 inception[:FOLDER]   Inception-v3 of 2015-12-05 through clean-fid; FOLDER holds inception-2015-12-05.pt
+dino[:MODEL]         a DINOv2 model through transformers, a directory or a hub id
 clip[:MODEL]         a CLIP model through transformers, a directory or a hub id; pickscore is clip:yuvalkirstain/PickScore_v1
+aesthetic[:FOLDER]   LAION's aesthetic predictor on CLIP ViT-L/14; FOLDER holds that CLIP and aesthetic-model.pth
 image-reward         ImageReward-v1.0 through the package image-reward
 hpsv2                HPSv2.1 through the package hpsv2
 """
@@ -12,7 +14,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,10 +31,13 @@ _BATCH = 64
 _INCEPTION_FILE = "inception-2015-12-05.pt"
 _CLIP = "openai/clip-vit-base-patch16"
 _PICKSCORE = "yuvalkirstain/PickScore_v1"
+_DINO = "facebook/dinov2-large"
+_AESTHETIC = ("openai/clip-vit-large-patch14", "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth")
+"""The CLIP, and the repository and file of what reads its image embedding."""
 
 
 def _device() -> torch.device:
-    """Where Inception and CLIP run."""
+    """Where Inception, DINOv2 and CLIP run."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -53,7 +57,8 @@ class FeatureExtractor:
 
 @dataclass(frozen=True)
 class TextScorer:
-    """How well images [B, H, W, 3] fit their texts: 100 times the cosine [B], as CLIPScore without its factor (2104.08718)."""
+    """How well images [B, H, W, 3] fit their texts: 100 times the cosine [B], as CLIPScore without its factor (2104.08718), or
+    how much a model of people's taste likes them."""
 
     name: str
     score: Callable[[NDArray[np.uint8], Sequence[str]], NDArray[np.float32]]
@@ -63,14 +68,29 @@ class TextScorer:
         return np.concatenate([self.score(images[s : s + _BATCH], texts[s : s + _BATCH]) for s in starts])
 
 
+def check_features(name: str) -> None:
+    """EvaluationError for a name that `feature_extractor` does not know; loads nothing."""
+    if name != "avatars" and name.partition(":")[0] not in ("inception", "dino"):
+        raise EvaluationError(f"--features {name}: choose avatars, inception[:FOLDER] or dino[:MODEL]")
+
+
+def check_scorer(name: str, option: str = "--text") -> None:
+    """EvaluationError for a name that `text_scorer` does not know; loads nothing."""
+    if name not in ("avatars", "pickscore", *_PREFERENCES) and name.partition(":")[0] not in ("clip", "aesthetic"):
+        raise EvaluationError(
+            f"{option} {name}: choose avatars, clip[:MODEL], pickscore, aesthetic[:FOLDER], {' or '.join(_PREFERENCES)}"
+        )
+
+
 def feature_extractor(name: str) -> FeatureExtractor:
     """The extractor of that name; EvaluationError says what to install or where to put it."""
+    check_features(name)
     kind, _, place = name.partition(":")
-    if name == "avatars":
+    if kind == "avatars":
         return _probed("probe", load_probe())
-    if kind == "inception":
-        return _inception(Path(place) if place else Path(torch.hub.get_dir()) / "checkpoints")
-    raise EvaluationError(f"--features {name}: choose avatars or inception[:FOLDER]")
+    if kind == "dino":
+        return dino(place, "--features dino")
+    return _inception(Path(place) if place else Path(torch.hub.get_dir()) / "checkpoints")
 
 
 def second_extractor(name: str) -> FeatureExtractor | None:
@@ -78,19 +98,15 @@ def second_extractor(name: str) -> FeatureExtractor | None:
     return _probed("identity_probe", load_identity_probe()) if name == "avatars" else None
 
 
-def text_scorer(name: str) -> TextScorer:
-    """The scorer of that name; EvaluationError says what to install or where to put it."""
+def text_scorer(name: str, option: str = "--text") -> TextScorer:
+    """The scorer of that name, which `option` gives; EvaluationError says what to install or where to put it."""
+    check_scorer(name, option)
     kind, _, place = name.partition(":")
-    if name == "avatars":
+    if kind == "avatars":
         return _avatars_scorer()
-    if kind == "clip":
-        return _clip(place or _CLIP)
-    if name == "pickscore":
-        return _clip(_PICKSCORE)
-    if name in _PREFERENCES:
-        module, package, rate = _PREFERENCES[name]
-        return _preference(name, module, package, rate)
-    raise EvaluationError(f"--text {name}: choose avatars, clip[:MODEL], pickscore, {' or '.join(_PREFERENCES)}")
+    if kind in ("clip", "pickscore"):
+        return _clip(_PICKSCORE if kind == "pickscore" else place or _CLIP, option)
+    return _aesthetic(place, option) if kind == "aesthetic" else _preference(name, option)
 
 
 def attribute_reader() -> Callable[[NDArray[np.uint8]], dict[str, list[str]]]:
@@ -172,15 +188,42 @@ def _inception(folder: Path) -> FeatureExtractor:
     return FeatureExtractor(f"inception {hash_file(file)[:12]}", 2048, resize, extract)
 
 
-def _clip(model: str) -> TextScorer:
+def dino(model: str, option: str) -> FeatureExtractor:
+    """The class token of DINOv2 after its last norm: what FD-DINOv2 compares (2306.04675). EvaluationError names `option`.
+
+    `model` is a directory or a hub id; without it, ViT-L/14.
+    """
+    from transformers import AutoImageProcessor, Dinov2Model
+
+    model = model or _DINO
+    try:
+        network = Dinov2Model.from_pretrained(model, dtype=torch.float32).eval().to(_device())
+        processor = AutoImageProcessor.from_pretrained(model)
+    except Exception as error:  # network errors and those of damaged files come as many kinds
+        raise EvaluationError(
+            f"{option}: no DINOv2 model '{model}', neither a directory nor on the hub ({first_line(error)}); "
+            "name a transformers directory: dino:FOLDER"
+        ) from None
+
+    @torch.no_grad()
+    def extract(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        inputs = processor(images=[Image.fromarray(image) for image in images], return_tensors="pt").to(_device())
+        features: NDArray[np.float32] = network(**inputs).pooler_output.cpu().numpy()
+        return features
+
+    return FeatureExtractor(f"dino {model}", network.config.hidden_size, "as the model's image processor does", extract)
+
+
+def _clip(model: str, option: str) -> TextScorer:
     from transformers import CLIPModel, CLIPProcessor
 
     try:
-        network, processor = CLIPModel.from_pretrained(model).eval().to(_device()), CLIPProcessor.from_pretrained(model)
+        network = CLIPModel.from_pretrained(model, dtype=torch.float32).eval().to(_device())
+        processor = CLIPProcessor.from_pretrained(model)
     except Exception as error:  # as above
         raise EvaluationError(
-            f"--text clip: no CLIP model '{model}', neither a directory nor on the hub ({first_line(error)}); "
-            "name a transformers directory: --text clip:FOLDER"
+            f"{option} clip: no CLIP model '{model}', neither a directory nor on the hub ({first_line(error)}); "
+            f"name a transformers directory: {option} clip:FOLDER"
         ) from None
 
     @torch.no_grad()
@@ -194,29 +237,78 @@ def _clip(model: str) -> TextScorer:
     return TextScorer(f"clip {model}", score)
 
 
-def _image_reward(package: Any) -> Callable[[str, Image.Image], float]:
-    model = package.load("ImageReward-v1.0")
+def _aesthetic(folder: str, option: str) -> TextScorer:
+    """LAION's improved aesthetic predictor: how much people like an image, from 1 to 10, whatever its text."""
+    from huggingface_hub import hf_hub_download
+    from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+
+    clip, repository, name = _AESTHETIC
+    try:
+        network = CLIPVisionModelWithProjection.from_pretrained(folder or clip, dtype=torch.float32).eval().to(_device())
+        processor = CLIPImageProcessor.from_pretrained(folder or clip)
+        file = Path(folder) / name if folder else Path(hf_hub_download(repository, name))
+        with open_file(file) as opened:
+            weights = torch.load(opened, map_location=_device(), weights_only=True)
+        # The dropouts between its linear layers do nothing here.
+        layers = [(weights[f"layers.{index}.weight"], weights[f"layers.{index}.bias"]) for index in (0, 2, 4, 6, 7)]
+    except Exception as error:  # as above
+        raise EvaluationError(
+            f"{option} aesthetic: cannot read the predictor and its CLIP ({first_line(error)}); name a folder that holds CLIP "
+            f"ViT-L/14 as transformers saves it, and {name}: {option} aesthetic:FOLDER"
+        ) from None
+
+    @torch.no_grad()
+    def score(images: NDArray[np.uint8], texts: Sequence[str]) -> NDArray[np.float32]:
+        inputs = processor(images=[Image.fromarray(image) for image in images], return_tensors="pt").to(_device())
+        values = network(**inputs).image_embeds
+        values = values / values.norm(dim=1, keepdim=True)
+        for weight, bias in layers:
+            values = torch.nn.functional.linear(values, weight.float(), bias.float())
+        scores: NDArray[np.float32] = values[:, 0].cpu().numpy()
+        return scores
+
+    return TextScorer("aesthetic", score)
+
+
+def _image_reward() -> Callable[[str, Image.Image], float]:
+    model = import_module("ImageReward").load("ImageReward-v1.0")
     return lambda text, picture: float(model.score(text, picture))
 
 
-def _hps(package: Any) -> Callable[[str, Image.Image], float]:
-    return lambda text, picture: 100 * float(package.score(picture, text, hps_version="v2.1")[0])
+def _hps() -> Callable[[str, Image.Image], float]:
+    """As `hpsv2.score`, which reads its weights again at every call."""
+    from huggingface_hub import hf_hub_download
+
+    parts, files = import_module("hpsv2.img_score"), import_module("hpsv2.utils").hps_version_map
+    parts.initialize_model()
+    model, preprocess, tokenizer = parts.model_dict["model"], parts.model_dict["preprocess_val"], parts.get_tokenizer("ViT-H-14")
+    weights = torch.load(hf_hub_download("xswu/HPSv2", files["v2.1"]), map_location=_device())["state_dict"]
+    model.load_state_dict(weights)
+    model.to(_device()).eval()
+
+    @torch.no_grad()
+    def rate(text: str, picture: Image.Image) -> float:
+        with torch.autocast(_device().type, enabled=_device().type == "cuda"):
+            output = model(preprocess(picture)[None].to(_device()), tokenizer([text]).to(_device()))
+        return 100 * float((output["image_features"] * output["text_features"]).sum())
+
+    return rate
 
 
-_PREFERENCES: dict[str, tuple[str, str, Callable[[Any], Callable[[str, Image.Image], float]]]] = {
-    "image-reward": ("ImageReward", "image-reward", _image_reward),
-    "hpsv2": ("hpsv2", "hpsv2", _hps),
-}
-"""Models of what people prefer: the module, the package that has it, and how it rates an image."""
+_PREFERENCES: dict[str, Callable[[], Callable[[str, Image.Image], float]]] = {"image-reward": _image_reward, "hpsv2": _hps}
+"""Models of what people prefer by the package that has them: how each rates an image."""
 
 
-def _preference(name: str, module: str, package: str, rate: Callable[[Any], Callable[[str, Image.Image], float]]) -> TextScorer:
+def _preference(name: str, option: str) -> TextScorer:
     try:
-        rated = rate(import_module(module))
-    except ImportError as error:
-        raise EvaluationError(f"--text {name} needs '{error.name}', which is not installed: pip install {package}") from None
+        rated = _PREFERENCES[name]()
+        rated("a picture", Image.new("RGB", (64, 64)))  # before thousands of images are made
+    except ModuleNotFoundError as error:
+        raise EvaluationError(
+            f"{option} {name} needs '{error.name}', which is not installed: pip install --no-deps {name}, and what it imports"
+        ) from None
     except Exception as error:  # weights that cannot be had come as many kinds
-        raise EvaluationError(f"--text {name}: the package {package} cannot load its model ({first_line(error)})") from None
+        raise EvaluationError(f"{option} {name}: the package {name} cannot load or run its model ({first_line(error)})") from None
 
     def score(images: NDArray[np.uint8], texts: Sequence[str]) -> NDArray[np.float32]:
         return np.array([rated(text, Image.fromarray(image)) for image, text in zip(images, texts, strict=True)], np.float32)

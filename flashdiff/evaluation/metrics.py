@@ -17,6 +17,9 @@ Array = NDArray[np.float64]
 
 BOOTSTRAP_DRAWS = 100
 
+_MOST_GROUPS = 8192
+"""The most groups whose kernel matrix is kept: half a gigabyte."""
+
 
 class Interval(Record):
     """A statistic's value and its 95 % confidence interval; `low` and `high` are None where too few prompts count for one."""
@@ -73,19 +76,38 @@ class KernelDistance:
 
     def __init__(self, features: NDArray[np.floating], reference: NDArray[np.floating], groups: NDArray[np.int64]) -> None:
         parts = np.array_split(reference, 1 + len(reference) // 500)
-        self.within = _kernel(features, features)
-        self.within[groups[:, None] == groups[None, :]] = 0
         self.across = sum(_kernel(features, part).sum(1) for part in parts) / len(reference)
         own = ((reference.astype(np.float64) ** 2).sum(1) / reference.shape[1] + 1) ** 3
         total = sum(_kernel(part, reference).sum() for part in parts) - own.sum()
         self.reference = float(total / (len(reference) * (len(reference) - 1)))
         self.groups = np.unique(groups, return_inverse=True)[1]
+        self.sizes = np.bincount(self.groups).astype(np.float64)
+        order = np.argsort(self.groups, kind="stable")
+        starts = np.concatenate([[0], np.cumsum(self.sizes)[:-1]]).astype(int)
+        # By group, a part of them at a time: all pairs of 40,000 images would take 13 GB.
+        self.within = np.zeros((len(starts), len(starts))) if len(starts) <= _MOST_GROUPS else None
+        self.sums = np.zeros(len(starts))
+        for members in np.array_split(np.arange(len(starts)), 1 + len(features) // 500):
+            rows = order[np.isin(self.groups[order], members)]
+            if not len(rows):
+                continue
+            by_group = np.add.reduceat(_kernel(features[rows], features[order]), starts, axis=1)
+            by_group = np.add.reduceat(by_group, np.searchsorted(self.groups[rows], members), axis=0)
+            by_group[np.arange(len(members)), members] = 0
+            self.sums[members] = by_group.sum(1)
+            if self.within is not None:
+                self.within[members] = by_group
 
     def __call__(self, weights: Array | None = None) -> float:
-        w = np.ones(len(self.within)) if weights is None else weights
-        pairs = w.sum() ** 2 - (np.bincount(self.groups, weights=w) ** 2).sum()
-        within = w @ self.within @ w / pairs if pairs else float("nan")
-        return float(within + self.reference - 2 * (w @ self.across) / w.sum())
+        """The distance; `weights` [N] says how often each image counts, alike within a group."""
+        w = np.ones(len(self.groups)) if weights is None else weights
+        counts = np.bincount(self.groups, weights=w) / self.sizes
+        pairs = w.sum() ** 2 - ((counts * self.sizes) ** 2).sum()
+        if self.within is None:  # to first order in how far the counts are from one, which is exact for all ones
+            within = self.sums @ (2 * counts - 1)
+        else:
+            within = counts @ self.within @ counts
+        return float((within / pairs if pairs else float("nan")) + self.reference - 2 * (w @ self.across) / w.sum())
 
 
 def _kernel(a: NDArray[np.floating], b: NDArray[np.floating]) -> Array:
@@ -130,12 +152,15 @@ def distances(a: NDArray[np.floating], b: NDArray[np.floating]) -> Array:
     return result
 
 
-def bootstrap(statistic: Callable[[Array | None], float], groups: NDArray[np.int64], *, seed: int = 0) -> Interval:
+def bootstrap(
+    statistic: Callable[[Array | None], float], groups: NDArray[np.int64], *, least: int = 2, seed: int = 0
+) -> Interval:
     """The statistic with its 95 % interval: images of one group (a prompt's), numbered by `groups` [N], are drawn together.
 
     `statistic` maps how often each image counts, [N], or None for once each, to a number.
     The interval is the value plus or minus 1.96 bootstrap standard errors, and not the draws' percentiles: a draw holds
-    fewer different images than the set, and distances between distributions grow when it does. One group has no interval.
+    fewer different images than the set, and distances between distributions grow when it does. Fewer than `least` groups have no
+    interval.
     """
     value = statistic(None)
     _, index = np.unique(groups, return_inverse=True)
@@ -146,7 +171,7 @@ def bootstrap(statistic: Callable[[Array | None], float], groups: NDArray[np.int
         for _ in range(BOOTSTRAP_DRAWS)
     ]
     known = np.array(draws)[np.isfinite(draws)]
-    if count < 2 or len(known) < 2:
+    if count < least or len(known) < 2:
         return Interval(value=value, low=None, high=None)
     error = 1.96 * float(known.std(ddof=1))
     return Interval(value=value, low=value - error, high=value + error)

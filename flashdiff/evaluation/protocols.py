@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,7 @@ from flashdiff.files import write_whole
 from flashdiff.generate import generate
 from flashdiff.orders import Pixels
 from flashdiff.pictures import read_rgb
-from flashdiff.reading import read_file, read_json
+from flashdiff.reading import open_file, read_file, read_json
 from flashdiff.tasks import check_order
 
 PATCH = 299
@@ -29,6 +30,7 @@ PATCH = 299
 CLIP = "clip:laion/CLIP-ViT-g-14-laion2B-s12B-b42K"
 """The default text scorer. It reads captions as they are; DMD2 puts "A photo depicts " before them."""
 _CHUNK = 500
+_DIVERSITY_PROMPTS, _DIVERSITY_SEEDS = 200, 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +86,8 @@ def read_coco(protocol: Protocol, annotations: Path, folder: Path) -> Coco:
         captions: dict[int, tuple[int, str]] = {}
         for entry in values["annotations"]:
             said = (int(entry["id"]), " ".join(str(entry["caption"]).split()))
+            if not said[1]:
+                continue
             captions[int(entry["image_id"])] = min(said, captions.get(int(entry["image_id"]), said))
     except OSError as error:
         raise EvaluationError(f"--prompts {annotations}: cannot be read: {error.strerror}") from None
@@ -138,6 +142,8 @@ class Meter:
     protocol: Protocol
     features: FeatureExtractor
     scorers: tuple[TextScorer, ...]
+    diversity: FeatureExtractor | None = None
+    """Features whose distances between images of one prompt are measured; None: none are."""
     keep: Path | None
     """A folder where measured chunks stay, so that a killed run goes on; None: nowhere."""
     report: Callable[[str], None]
@@ -156,7 +162,20 @@ class Meter:
         drawn = ""
         if self.keep:  # another model of the same name draws another image
             drawn = hashlib.sha256(make(0, 1)[0][0].tobytes()).hexdigest()[:12]
-        return self._in_chunks(len(coco.captions), make, f"{name}, {steps} steps", f"{coco.prompts_hash} {drawn}")
+        return self._in_chunks(len(coco.captions), make, _title(name, steps), f"{coco.prompts_hash} {drawn}", with_scores=True)
+
+    def measure_diversity(self, components: Components, coco: Coco, *, steps: int) -> float | None:
+        """100 times the mean cosine distance between images of one prompt, the first of the captions; None where not measured."""
+        if self.diversity is None:
+            return None
+        distances = []
+        for number, text in enumerate(coco.captions[:_DIVERSITY_PROMPTS]):
+            seeds = [number + len(coco.captions) * again for again in range(_DIVERSITY_SEEDS)]
+            orders = [check_order(components.spec, prompt=text, seed=seed, steps=steps, truncate_prompt=True) for seed in seeds]
+            features = self.diversity(np.stack([image for images in generate(components, orders) for image in images]))
+            unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+            distances.append(1 - (unit @ unit.T)[np.triu_indices(len(unit), 1)].mean())
+        return 100 * float(np.mean(distances))
 
     def measure_real(self, coco: Coco) -> Measured:
         """The real images, without scores: their captions are not of interest here."""
@@ -164,30 +183,36 @@ class Meter:
         def read(start: int, end: int) -> tuple[list[Pixels], Sequence[str]]:
             return [_read(file) for file in coco.files[start:end]], ()
 
-        return self._in_chunks(len(coco.files), read, "real", _mark(coco.files))
+        return self._in_chunks(len(coco.files), read, "real", _mark(coco.files), with_scores=False)
 
     def _in_chunks(
-        self, count: int, make: Callable[[int, int], tuple[list[Pixels], Sequence[str]]], name: str, mark: str
+        self,
+        count: int,
+        make: Callable[[int, int], tuple[list[Pixels], Sequence[str]]],
+        name: str,
+        mark: str,
+        *,
+        with_scores: bool,
     ) -> Measured:
         found: list[Measured] = []
         for start in range(0, count, _CHUNK):
             end = min(start + _CHUNK, count)
-            file = self._file(f"{name} {mark} {start} {end}")
+            file, kept = self._file(f"{name} {mark} {start} {end}", with_scores), None
             if file and file.exists():
-                with np.load(file) as saved:
-                    found.append(Measured(**{key: saved[key] for key in ("whole", "patches", "scores")}))
-            else:
-                found.append(self._measure(*make(start, end)))
+                kept = _load(file)
+            if kept is None:
+                kept = self._measure(*make(start, end))
                 if file:
-                    values = vars(found[-1])
+                    values = vars(kept)
                     write_whole(file, lambda opened, values=values: np.savez(opened, **values))  # type: ignore[misc]
+            found.append(kept)
             self.report(f"{name}: {end} of {count} images")
         joined = {key: np.concatenate([getattr(part, key) for part in found]) for key in ("whole", "patches", "scores")}
         return Measured(**joined)
 
-    def _file(self, name: str) -> Path | None:
-        networks = [self.features.name, *(scorer.name for scorer in self.scorers)]
-        digest = hashlib.sha256(" ".join([self.protocol.name, str(self.protocol.size), *networks, name]).encode()).hexdigest()
+    def _file(self, name: str, with_scores: bool) -> Path | None:
+        networks = [self.features.name, *(scorer.name for scorer in self.scorers if with_scores)]
+        digest = hashlib.sha256(" ".join([str(self.protocol.size), *networks, name]).encode()).hexdigest()
         return self.keep / f"{digest[:32]}.npz" if self.keep else None
 
     def _measure(self, images: list[Pixels], texts: Sequence[str]) -> Measured:
@@ -196,6 +221,19 @@ class Meter:
         scores = [scorer(np.stack(images), texts) for scorer in self.scorers] if texts else []
         columns = np.stack(scores, axis=1) if scores else np.zeros((len(images), 0))
         return Measured(whole=whole, patches=patches, scores=columns.astype(np.float32))
+
+
+def _title(name: str, steps: int) -> str:
+    return f"{name}, {steps} step{'s' if steps > 1 else ''}"
+
+
+def _load(file: Path) -> Measured | None:
+    """A chunk that was measured before; None where its file is damaged."""
+    try:
+        with open_file(file) as opened, np.load(opened) as saved:
+            return Measured(**{key: saved[key] for key in ("whole", "patches", "scores")})
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+        return None
 
 
 def _mark(files: Sequence[Path]) -> str:
@@ -224,6 +262,8 @@ class ProtocolRow(Record):
     patch_fid: float
     scores: dict[str, float]
     """The mean of every scorer by its name."""
+    diversity: float | None
+    """100 times the mean cosine distance between images of one prompt; None where it was not measured."""
 
 
 class ProtocolReport(Record):
@@ -236,6 +276,8 @@ class ProtocolReport(Record):
     size: int
     features: str
     resize: str
+    diversity: str | None
+    """The features of its column."""
     rows: tuple[ProtocolRow, ...]
 
 
@@ -249,8 +291,9 @@ def run_protocol(meter: Meter, coco: Coco, models: Sequence[tuple[str, Component
         found = meter.measure_model(components, coco, steps=steps, name=name)
         means = {scorer.name: float(mean) for scorer, mean in zip(meter.scorers, found.scores.mean(axis=0), strict=True)}
         fid, patch_fid = frechet_distance(Moments.of(found.whole), whole), frechet_distance(Moments.of(found.patches), patches)
-        rows.append(ProtocolRow(name=name, steps=steps, fid=fid, patch_fid=patch_fid, scores=means))
-        meter.report(f"{name}, {steps} steps: FID {fid:.2f}, patch-FID {patch_fid:.2f}")
+        diversity = meter.measure_diversity(components, coco, steps=steps)
+        rows.append(ProtocolRow(name=name, steps=steps, fid=fid, patch_fid=patch_fid, scores=means, diversity=diversity))
+        meter.report(f"{_title(name, steps)}: FID {fid:.2f}, patch-FID {patch_fid:.2f}")
     return ProtocolReport(
         protocol=meter.protocol.name,
         prompts=len(coco.captions),
@@ -259,6 +302,7 @@ def run_protocol(meter: Meter, coco: Coco, models: Sequence[tuple[str, Component
         size=meter.protocol.size,
         features=meter.features.name,
         resize=meter.features.resize,
+        diversity=meter.diversity.name if meter.diversity else None,
         rows=tuple(rows),
     )
 
@@ -266,14 +310,22 @@ def run_protocol(meter: Meter, coco: Coco, models: Sequence[tuple[str, Component
 def protocol_table(report: ProtocolReport) -> str:
     """The report as papers show it: a line for each model and number of steps."""
     scorers = list(report.rows[0].scores) if report.rows else []
-    lines = [["model", "steps", "FID", "patch-FID", *scorers], ["---"] * (4 + len(scorers))]
+    head = ["model", "steps", "FID", "patch-FID", *scorers, *(["DINO diversity"] if report.diversity else [])]
+    lines = [head, ["---"] * len(head)]
     for row in report.rows:
-        scores = [f"{row.scores[name]:.2f}" for name in scorers]
-        lines.append([row.name, str(row.steps), f"{row.fid:.2f}", f"{row.patch_fid:.2f}", *scores])
+        numbers = [row.fid, row.patch_fid, *(row.scores[name] for name in scorers)]
+        numbers += [] if row.diversity is None else [row.diversity]
+        lines.append([row.name, str(row.steps), *(f"{number:.2f}" for number in numbers)])
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    diverse = (
+        f" Diversity: 100 times the mean cosine distance between {_DIVERSITY_SEEDS} images of a prompt, over the first "
+        f"{min(_DIVERSITY_PROMPTS, report.prompts)} prompts, in the features of {report.diversity}."
+        if report.diversity
+        else ""
+    )
     return (
         f"{table}\n\n{report.protocol}: {report.prompts} prompts (list {report.prompts_hash}), one image each, against "
         f"{report.reference_images} real images; both cropped to the square in the middle and resized to {report.size} by PIL's "
-        f"Lanczos filter, then as the features want it: {report.resize}. Patch-FID: {PATCH}x{PATCH} in the middle, not resized. "
-        f"Features: {report.features}."
+        f"Lanczos filter, then as the features want it: {report.resize}. Patch-FID: {PATCH}x{PATCH} in the middle, not resized; "
+        f"of a smaller image its largest square, enlarged. Features: {report.features}.{diverse}"
     )

@@ -1,13 +1,15 @@
 """The embedded model's UNet: made, and trained on the latents and captions of renders."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from flashdiff.checkpoint import step_generator
@@ -80,12 +82,16 @@ class Batches:
     size: int
     caption_dropout: float
     caption_of: Callable[[Scene, random.Random], str] = caption
+    shares: NDArray[np.float64] | None = None
+    """How likely each scene is drawn [N]; None: all alike."""
+    focus: tuple[int, int] | None = None
+    """Half of the times are drawn between these two, and with them; None: all times are alike."""
 
     def draw(self, step: int) -> Batch:
         """The batch of an update: a function of the seed and the update alone."""
         rng, generator = step_generator(self.seed, step)
         words = random.Random(int(rng.integers(2**62)))
-        chosen = rng.integers(0, len(self.scenes), self.size)
+        chosen = rng.choice(len(self.scenes), self.size, p=self.shares)
         texts = ["" if words.random() < self.caption_dropout else self.caption_of(self.scenes[index], words) for index in chosen]
         hidden = self.text_encoder(token_ids(self.tokenizer, texts)).last_hidden_state
 
@@ -94,6 +100,9 @@ class Batches:
         noise = torch.randn(x0.shape, generator=generator)
         alphas, sigmas = _levels()
         t = torch.randint(0, len(alphas), (len(chosen),), generator=generator)
+        if self.focus:
+            narrow = torch.randint(self.focus[0], self.focus[1] + 1, t.shape, generator=generator)
+            t = torch.where(torch.rand(t.shape, generator=generator) < 0.5, narrow, t)
         alpha, sigma = alphas[t][:, None, None, None], sigmas[t][:, None, None, None]
         x_t, v = alpha * x0 + sigma * noise, alpha * noise - sigma * x0
         return Batch(rows, x_t.contiguous(memory_format=torch.channels_last), t, hidden, v)
@@ -103,6 +112,14 @@ class Batches:
 def _levels() -> tuple[Tensor, Tensor]:
     alphas, sigmas = (torch.from_numpy(values).float() for values in SCHEDULE.levels(list(range(SCHEDULE.num_train_timesteps))))
     return alphas, sigmas
+
+
+def _shares(scenes: Sequence[Scene], kind_weights: Mapping[str, float]) -> NDArray[np.float64] | None:
+    if not kind_weights:
+        return None
+    weights = np.array([kind_weights.get(scene.kind, 1.0) for scene in scenes])
+    shares: NDArray[np.float64] = weights / weights.sum()
+    return shares
 
 
 def train_unet(
@@ -124,14 +141,18 @@ def train_unet(
     stage = recipe.denoiser
     of_channels = channel_weights(latents) if stage.channel_weights == "whitened" else torch.ones(1)
     of_places = place_weights(details, stage.detail_weight)
+    in_bfloat16 = stage.precision == "bfloat16"
+    network = torch.compile(unet) if in_bfloat16 else unet
     batches = Batches(
         text_encoder, tokenizer, latents, scale, scenes, seed=recipe.seed + 1, size=stage.batch_size,
-        caption_dropout=stage.caption_dropout,
+        caption_dropout=stage.caption_dropout, shares=_shares(scenes, stage.kind_weights), focus=stage.focus,
     )  # fmt: skip
 
     def loss_of(step: int) -> Tensor:
         batch = batches.draw(step)
-        error = unet(batch.x_t, batch.t, batch.hidden).sample - batch.v
+        with torch.autocast("cpu", torch.bfloat16, enabled=in_bfloat16):
+            output = network(batch.x_t, batch.t, batch.hidden).sample
+        error = output.float() - batch.v
         return (of_channels * of_places[batch.rows] * error.square()).mean()
 
     fit("denoiser", unet, loss_of, stage, out, ema_decay=stage.ema_decay, report=lambda: "")

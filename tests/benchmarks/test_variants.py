@@ -39,3 +39,7 @@ def test_the_audits_variants_differ_from_ours_in_one_thing_each() -> None:
     assert made["ours+whitened"].loss.settings("distillation").kind == "whitened"
     for name in ("ours+roles", "ours+roles-critic"):
         assert not made[name].loss.settings("distribution_matching").first_step
+    made = {name: make_variant(recipe, name, 0, 1.0) for name in GROUPS["own-step"]}
+    for name in ("ours+own-step", "ours+own-step-critic"):
+        assert made[name].loss.settings("distribution_matching").own_step
+    assert made["ours+own-step"].updates == made["ours"].updates

@@ -1,6 +1,8 @@
 """What a dry run says of a recipe."""
 
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from flashdiff.distill import processes
 from flashdiff.distill.config import Recipe, bundled_recipe
 from flashdiff.distill.dry_run import activation_bytes, dry_run
 from flashdiff.distill.network import run_network
-from flashdiff.errors import ConfigError
+from flashdiff.errors import ConfigError, FlashdiffError
 from flashdiff.families import load_base
 from flashdiff.lora import add_adapter
 
@@ -126,3 +128,28 @@ def test_a_dry_run_refuses_what_a_run_would_refuse(tiny_base: Path, monkeypatch:
     with pytest.raises(ConfigError, match="batch_size 2 cannot be split over 4 processes; make it a multiple of 4"):
         next(dry_run(tiny_recipe(tiny_base)))
     assert "1 samples at a time" in "\n".join(dry_run(tiny_recipe(tiny_base, shard_base=True, batch_size=4)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimizer": "adamw_8bit"}, "optimizer 'adamw_8bit' needs an NVIDIA GPU"),
+        ({"tracker": "wandb"}, "tracker 'wandb' needs 'wandb', which is not installed"),
+        (
+            {"grid": {"solver_steps": 4, "num_train_timesteps": 500}},
+            "num_train_timesteps is 500, the base was trained on 1000",
+        ),
+        ({"preview_prompts": ("very " * 70,)}, r"preview_prompts: .* it has \d+ tokens, at most 16 fit; shorten it"),
+        (
+            {"lora": {"rank": 2, "alpha": 4, "targets": ("to_q", "to_kk")}},
+            "lora.targets: no layer is called 'to_kk', nor ends in it",
+        ),
+        ({"lora": {"rank": 2, "alpha": 4, "targets": ("all", "to_q")}}, "lora.targets: no layer is called 'all', nor ends in it"),
+    ],
+)
+def test_a_dry_run_refuses_what_base_and_machine_cannot_do(
+    changes: dict[str, Any], message: str, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(FlashdiffError, match=message):
+        list(dry_run(tiny_recipe(tiny_base, **changes)))

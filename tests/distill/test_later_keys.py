@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from pydantic import ValidationError
 from recipes import image_folder, killed_at, tiny_recipe
 from safetensors.torch import load_file
 from tiny import FAMILIES, open_stock
 from torch import Tensor
 
 from flashdiff import checkpoint, cli
-from flashdiff.config import load_recipe
+from flashdiff.config import load_recipe, parse_record
 from flashdiff.distill import loop, objective, previews, processes, step
 from flashdiff.distill.batch import MicroBatch, Targets
 from flashdiff.distill.checkpoints import checkpoint_path, checkpoints
@@ -277,6 +278,9 @@ def test_lpips_is_a_torchscript_file_or_the_packages(
     with torch.no_grad():
         images = [model.decoder(latents).clamp(-1, 1) for latents in (batch.x0, batch.targets.x0)]
     torch.testing.assert_close(of_file.detach(), (images[0] - images[1]).abs().mean())
+    torch.jit.trace(lambda image: image.mean(), torch.zeros(1, 3, 64, 64)).save(str(file))
+    with pytest.raises(ConfigError, match=r"no TorchScript file that maps two batches of images to distances"):
+        _distillation(model, tiny_base, batch, kind="lpips", network=str(file))
     file.write_bytes(b"no network")
     with pytest.raises(ConfigError, match=r"loss\.distillation\.network '.*lpips\.pt': no TorchScript file"):
         _distillation(model, tiny_base, batch, kind="lpips", network=str(file))
@@ -705,3 +709,36 @@ def test_the_held_out_distance_is_that_of_the_averaged_student_from_the_teachers
     (tmp_path / "best.pt").unlink()
     with pytest.raises(TrainingError, match=r"best\.pt is missing, which holds the best student"):
         again.best()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ramp_updates": 9, "phases": [ONE[0], {**ONE[0], "updates": 8}]}, "ramp_updates must not be longer than a later"),
+        (
+            {"grid": {"solver_steps": 4, "modes": 1}, "phases": [{**ONE[0], "mode_weights": [1]}],
+             "loss": {"distribution_matching": {"first_step": False}}},
+            "first_step = false leaves a student of one step nothing to match",
+        ),
+        (
+            {"data": {"source": "prompts.txt"}, "target": "consistency", "phases": [{**ONE[0], "adversarial": 0.1}]},
+            "target = 'consistency' of prompts alone gives the adversarial loss no real samples",
+        ),
+        ({"data": {"source": "prompts.txt", "buckets": True}}, "data.buckets: 'prompts.txt' has one prompt a line"),
+        ({"loss": {"distribution_matching": {"critic_updates": 3}}}, "critic_updates is for fake_score = 'lora'"),
+        ({"loss": {"distribution_matching": {"own_step": True, "times": (0.3, 0.5)}}}, "times: own_step settles it"),
+        ({"loss": {"distribution_matching": {"times": (0.9, 0.1)}}}, r"distribution_matching\.times must be two rising"),
+    ],
+)  # fmt: skip
+def test_keys_that_would_do_nothing_are_refused(changes: dict[str, Any], message: str, tiny_base: Path) -> None:
+    with pytest.raises(ValidationError, match=message):
+        tiny_recipe(tiny_base, **changes)
+
+
+def test_a_fault_in_the_only_phase_is_one_fault(tmp_path: Path) -> None:
+    values = tiny_recipe(tmp_path).model_dump()
+    with pytest.raises(ConfigError) as caught:
+        parse_record({**values, "phases": [{**values["phases"][0], "updates": 0}]}, Recipe, source="recipe")
+    assert str(caught.value) == "recipe: 'phases.0.updates' = 0: input should be greater than or equal to 1"
+    with pytest.raises(ConfigError, match=r"'phases' = .*: tuple should have at least 1 item"):
+        parse_record({**values, "phases": []}, Recipe, source="recipe")

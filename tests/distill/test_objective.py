@@ -18,7 +18,7 @@ from flashdiff.distill.batch import MicroBatch, Targets
 from flashdiff.distill.config import Recipe
 from flashdiff.distill.loop import distill
 from flashdiff.distill.losses import distribution_matching
-from flashdiff.distill.losses.distribution_matching import FAKE_SCORE
+from flashdiff.distill.losses.distribution_matching import FAKE_SCORE, DistributionMatching
 from flashdiff.distill.objective import Objective
 from flashdiff.distill.processes import Draws
 from flashdiff.distill.step import student_x0
@@ -71,7 +71,7 @@ def _micro_batch(batch: Targets, x0: Tensor) -> MicroBatch:
         ({}, [2, 2, 2, 4, 2], [2, 2, 2]),
         ({"distillation": "perceptual"}, [2, 2, 2, 2, 2, 4, 2], [2, 2, 2]),
         ({"adversarial": {"r1_weight": 0}}, [2, 2, 2, 4, 2], [2, 2]),
-        ({"distribution_matching": {"decoupled": True}}, [2, 2, 2, 4, 4, 2], [2, 2, 2]),
+        ({"distribution_matching": {"decoupled": True}}, [2, 2, 2, 2, 4, 2], [2, 2, 2]),
         ({"distribution_matching": {"fake_score": "lora", "critic_updates": 3}}, [2, 2, 2, 4, 2], [2, 2, 2, 2, 2, 2]),
     ],
 )
@@ -107,7 +107,11 @@ def test_every_loss_reaches_the_student_alone(kind: str, model: TorchModel, tiny
         assert all(f".{ADAPTER}." in key for key in touched), name
 
 
-@pytest.mark.parametrize("settings", [{}, {"fake_score": "lora"}, {"decoupled": True}], ids=["student", "lora", "decoupled"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"fake_score": "lora"}, {"decoupled": True}, {"own_step": True}],
+    ids=["student", "lora", "decoupled", "own step"],
+)
 def test_distribution_matching_moves_samples_from_the_fake_score_to_the_guided_teachers(
     settings: dict[str, Any], model: TorchModel, tiny_base: Path, batch: Targets
 ) -> None:
@@ -123,7 +127,9 @@ def test_distribution_matching_moves_samples_from_the_fake_score_to_the_guided_t
 
     draws = _micro_batch(batch, x0).draws  # the same numbers, in the order of the method
     guidance = 2.0 + 2.0 * draws.uniform().view(-1, 1, 1, 1)
-    tau = draws.integers(20, 980)
+    own_step = settings.get("own_step", False)  # from 999 to 749, and from 499 to 249
+    ends, starts = batch.times - 250, batch.times.clamp(max=979)
+    tau = (ends + draws.uniform() * (starts - ends)).long() if own_step else draws.integers(20, 980)
     noise = draws.normal(x0.shape[1:])
     alphas, sigmas = (torch.from_numpy(of).float() for of in model.spec.sampler.schedule.levels(list(range(1000))))
     teacher_model = load_base(str(tiny_base))[1]  # as it was before any LoRA
@@ -148,6 +154,13 @@ def test_distribution_matching_moves_samples_from_the_fake_score_to_the_guided_t
     expected = 0.3 * 2 * difference / scale / x0.numel()
     assert expected.abs().max() > 1e-5
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_every_step_is_matched_down_to_the_next_one(model: TorchModel, tiny_base: Path) -> None:
+    """Of four steps; between them start the samples that steer clear of the modes."""
+    loss = _objective(model, tiny_base)._losses["distribution_matching"]
+    assert isinstance(loss, DistributionMatching)
+    assert loss._next_times(torch.tensor([999, 874, 749, 500, 249, 124])).tolist() == [749, 749, 499, 499, 0, 0]
 
 
 @pytest.mark.parametrize("decoupled", [False, True])

@@ -10,7 +10,7 @@ from huggingface_hub import constants
 
 from flashdiff import cli
 from flashdiff.distill.comfyui import WORKFLOW, workflow
-from flashdiff.distill.push import open_repository, push
+from flashdiff.distill.push import open_repository, push, repository_name
 from flashdiff.errors import ConfigError, TrainingError
 from flashdiff.families import load_base
 from flashdiff.lora import read_flash_info
@@ -27,7 +27,9 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
 
 
 def test_a_finished_lora_is_pushed_with_its_card_and_nothing_of_the_training(hub: Hub, flash_lora: Path) -> None:
-    address = push(flash_lora, open_repository("owner/flash-tiny"))
+    name = repository_name("owner/flash-tiny")
+    open_repository(name)
+    address = push(flash_lora, name)
     assert address == f"{hub.url}/owner/flash-tiny"
     files = hub.pushed["owner/flash-tiny"]
     assert set(files) == {WEIGHTS, KOHYA, FLASH, WORKFLOW, "README.md"}
@@ -41,18 +43,18 @@ def test_what_the_hub_refuses_shows_in_one_line_before_the_training(
 ) -> None:
     for name in ("flash", "owner/name/file", "owner/name@main"):
         with pytest.raises(ConfigError, match=f"--push {name}: give a repository on the hub as owner/name"):
-            open_repository(name)
+            repository_name(name)
     assert hub.requests == []
     hub.read_only = "other/flash"
     with pytest.raises(
         TrainingError, match=r"--push other/flash: the hub did not take it \(it answered with status 403: set HF_TOKEN"
     ):
-        open_repository("other/flash")
+        open_repository(repository_name("other/flash"))
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     with pytest.raises(
         TrainingError, match=r"--push owner/flash: the hub did not take it \(it answered with status 401: set HF_TOKEN"
     ):
-        open_repository("owner/flash")
+        open_repository(repository_name("owner/flash"))
     assert cli.main(["distill", "avatars.toml", "--out", str(tmp_path / "out"), "--push", "owner/flash"]) == 2
     assert "\n" not in capsys.readouterr().err.strip()
     assert not (tmp_path / "out").exists()

@@ -104,6 +104,9 @@ def test_after_ten_updates_a_run_tells_how_long_the_rest_takes_and_so_does_one_t
     assert "by the first 10: about 0:00:14 to go" in caplog.text
 
 
+ADVERSARIAL = {"updates": 4, "mode_weights": (1, 1, 1, 1), "adversarial": 1.0}
+
+
 @pytest.mark.parametrize(
     ("problem", "changes", "said"),
     [
@@ -151,6 +154,40 @@ def test_a_missing_tracker_is_named(tiny_base: Path, tmp_path: Path, monkeypatch
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match="tracker 'wandb' needs 'wandb', which is not installed"):
         distill(tiny_recipe(tiny_base, tracker="wandb"), tmp_path / "out")
+
+
+def test_a_recipe_with_a_mistake_is_mended_in_the_same_place(tiny_base: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="taps"):
+        distill(tiny_recipe(tiny_base, phases=[ADVERSARIAL], loss={"adversarial": {"taps": [0.5]}}), tmp_path / "out")
+    distill(tiny_recipe(tiny_base), tmp_path / "out")
+
+
+def test_previews_and_their_numbers_have_rising_steps_on_wandb(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W&B ignores a step that is lower than one before."""
+    steps: list[int] = []
+    run = SimpleNamespace(log=lambda values, step: steps.append(step), finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: run, Image=lambda sheet: sheet))
+    distill(tiny_recipe(tiny_base, tracker="wandb", preview_prompts=["a dog"]), tmp_path / "out")
+    assert steps == sorted(steps)
+
+
+def test_copies_among_the_checkpoints_are_left_alone(tiny_base: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "out" / "training" / "checkpoints" / "good.pt"
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(b"a copy of somebody's")
+    distill(tiny_recipe(tiny_base), tmp_path / "out")
+    assert sorted(path.name for path in kept.parent.iterdir()) == ["000004.pt", "good.pt"]
+
+
+def test_the_best_checkpoint_depends_on_when_there_are_checkpoints(tiny_base: Path, tmp_path: Path) -> None:
+    work = tmp_path / "training"
+    work.mkdir()
+    loop._save_recipe(work, tiny_recipe(tiny_base, keep_best=2), {})
+    loop._check_recipe(work, tiny_recipe(tiny_base, keep_best=2, checkpoints_keep=3))
+    with pytest.raises(TrainingError, match="another recipe, which differs in checkpoint_every"):
+        loop._check_recipe(work, tiny_recipe(tiny_base, keep_best=2, checkpoint_every=2))
 
 
 def test_a_run_on_wandb_goes_on_in_its_own_curve_and_another_in_the_same_place_does_not(

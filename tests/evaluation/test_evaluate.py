@@ -7,6 +7,7 @@ import tarfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -325,10 +326,10 @@ def test_wrong_input_is_one_line(tmp_path: Path, folder: Path, tiny_base: Path, 
         (["avatars", "--count", "0"], "--count 0"),
         (["avatars", "--prompts", tmp_path / "none.txt", *reference], "nor a readable text file"),
         (["avatars", "--prompts", prompts], "name a --reference too"),
-        (["avatars", "--features", "resnet"], "choose avatars or inception"),
-        (["avatars", "--features", "avatars:other"], "--features avatars:other: choose avatars or inception"),
+        (["avatars", "--features", "resnet"], "choose avatars, inception[:FOLDER] or dino[:MODEL]"),
+        (["avatars", "--features", "avatars:other"], "--features avatars:other: choose avatars, inc"),
         (["avatars", "--text", f"clip:{tmp_path}"], "no CLIP model"),
-        ([folder, "--steps", "2", *reference], "--lora and --steps are for models"),
+        ([folder, "--steps", "2", *reference], "--steps is for models"),
         ([folder, "--variant", "fp16", *reference], "--variant fp16: it is for a base, and "),
         (["avatars", "--variant", "fp16"], "--variant fp16: "),
         (["avatars", "--revision", "main"], "--revision main: it is for a base on the hub, owner/name, and avatars is none"),
@@ -346,7 +347,7 @@ def test_wrong_input_is_one_line(tmp_path: Path, folder: Path, tiny_base: Path, 
         ),
     ]
     for arguments, said in cases:
-        few = [] if "--count" in arguments else ["--count", "2"]
+        few = ["--count", "2"] if arguments[0] == "avatars" and "--count" not in arguments else []
         assert cli.main(["evaluate", *(str(argument) for argument in arguments), *few]) == 2, arguments
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith("flashdiff: error: "), arguments
@@ -360,3 +361,98 @@ def test_inception_that_cannot_be_had_says_where_to_put_it(tmp_path: Path, capsy
     error = capsys.readouterr().err
     assert "put the file there" in error
     assert error.count("\n") == 1
+
+
+def _tiny_clip(folder: Path) -> Any:
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "projection_dim": 16}
+    torch.manual_seed(0)
+    config = CLIPConfig(text_config=sizes, vision_config={**sizes, "image_size": 32, "patch_size": 8}, projection_dim=16)
+    network = CLIPModel(config).eval()
+    network.save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    return network
+
+
+def test_the_aesthetic_predictor_reads_clips_image_embedding(tmp_path: Path) -> None:
+    """LAION's: linear layers and dropouts in turn, on the embedding of unit length."""
+    network, images = _tiny_clip(tmp_path), np.random.default_rng(0).integers(0, 255, (3, 40, 48, 3), dtype=np.uint8)
+    widths = (16, 8, 6, 4, 2, 1)
+    dropouts = (torch.nn.Dropout(0.2), torch.nn.Dropout(0.2), torch.nn.Dropout(0.1))
+    linear = [torch.nn.Linear(*pair) for pair in itertools.pairwise(widths)]
+    layers = torch.nn.Sequential(
+        linear[0], dropouts[0], linear[1], dropouts[1], linear[2], dropouts[2], linear[3], linear[4]
+    ).eval()
+    torch.save({f"layers.{name}": values for name, values in layers.state_dict().items()}, tmp_path / "aesthetic-model.pth")
+    found = text_scorer(f"aesthetic:{tmp_path}")(images, ["", "", ""])
+    from transformers import CLIPImageProcessor
+
+    pixels = CLIPImageProcessor.from_pretrained(tmp_path)(images=[Image.fromarray(images[1])], return_tensors="pt")
+    with torch.no_grad():
+        embedding = network.visual_projection(network.vision_model(**pixels).pooler_output)
+        expected = layers(embedding / embedding.norm())
+    assert found[1] == pytest.approx(expected.item(), abs=1e-5)
+    (tmp_path / "aesthetic-model.pth").unlink()
+    with pytest.raises(
+        EvaluationError, match=r"--text aesthetic: cannot read the predictor and its CLIP .* aesthetic-model\.pth: "
+    ):
+        text_scorer(f"aesthetic:{tmp_path}")
+
+
+def test_a_clip_in_half_precision_computes_in_float32(tmp_path: Path, tiny_base: Path) -> None:
+    from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+    _tiny_clip(tmp_path)
+    CLIPModel.from_pretrained(tmp_path, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    tokenizer = CLIPTokenizer.from_pretrained(tiny_base / "tokenizer")
+    CLIPProcessor(CLIPImageProcessor.from_pretrained(tmp_path), tokenizer).save_pretrained(tmp_path)
+    assert text_scorer(f"clip:{tmp_path}")(np.zeros((2, 32, 32, 3), np.uint8), ["a dog", "a cat"]).dtype == np.float32
+
+
+def test_dino_comes_from_a_local_directory(tmp_path: Path) -> None:
+    from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
+
+    torch.manual_seed(0)
+    config = Dinov2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+    network = Dinov2Model(config).eval()
+    network.save_pretrained(tmp_path)
+    processor = BitImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 28, "width": 28})
+    processor.save_pretrained(tmp_path)
+    images = np.random.default_rng(0).integers(0, 255, (3, 40, 48, 3), dtype=np.uint8)
+    extractor = feature_extractor(f"dino:{tmp_path}")
+    with torch.no_grad():
+        expected = network(**processor(images=[Image.fromarray(images[2])], return_tensors="pt")).last_hidden_state[0, 0]
+    assert extractor.dimension == 32
+    np.testing.assert_allclose(extractor(images)[2], expected, atol=1e-5)
+
+
+def test_images_without_captions_have_no_part_in_the_text_score(evaluator: Evaluator) -> None:
+    pixels = evaluator.reference.pixels[:6]
+    all_said = ImageSet("all", pixels[:5], tuple(Prompt(f"a {word} planet") for word in ("red", "blue", "green", "pink", "teal")))
+    some = ImageSet("some", pixels, (*all_said.prompts, None))
+    assert measure(Subject(some), evaluator)[0].text.value == pytest.approx(measure(Subject(all_said), evaluator)[0].text.value)
+
+
+def test_the_kernel_distance_of_two_prompts_has_no_interval(evaluator: Evaluator) -> None:
+    two = ImageSet("two", evaluator.reference.pixels[:4], (Prompt("a"), Prompt("a"), Prompt("b"), Prompt("b")))
+    kid = measure(Subject(two), evaluator)[0].kid
+    assert kid is not None
+    assert (kid.low, kid.high) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--guidance", "3"), "--guidance without --teacher is for models; leave it out"),
+        (("--sampler", "ddim"), "--sampler and its group is for models; leave it out"),
+        (("--count", "2"), "--count is for models; leave it out"),
+        (("--seeds", "7"), "--seeds is for models; leave it out"),
+        (("--prompts", "avatars-held-out"), "--prompts is for models; leave it out"),
+    ],
+)
+def test_a_folder_of_images_takes_no_options_of_models(
+    options: tuple[str, str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["evaluate", str(folder), *options]) == 2
+    assert message in capsys.readouterr().err

@@ -1,6 +1,12 @@
+import sys
+import warnings
+from unittest.mock import MagicMock
+
 import numpy as np
 import pytest
+import torch
 
+from flashdiff.evaluation import metrics
 from flashdiff.evaluation.metrics import (
     KernelDistance,
     Moments,
@@ -62,6 +68,58 @@ def test_the_kernel_distance_is_the_sum_over_pairs_it_claims_to_be() -> None:
     yy = np.mean([k(y[i], y[j]) for i in range(9) for j in range(9) if i != j])
     xy = np.mean([k(a, b) for a in x for b in y])
     assert KernelDistance(x, y, np.arange(7))() == pytest.approx(xx + yy - 2 * xy)
+
+
+@pytest.mark.filterwarnings("ignore:Metric `Kernel Inception Distance` will save")
+def test_the_distances_are_those_of_torchmetrics() -> None:
+    from torchmetrics.image.fid import FrechetInceptionDistance
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    rng = np.random.default_rng(7)
+    real, made = (rng.integers(0, 256, (count, 3, 2, 2), dtype=np.uint8) // part for count, part in ((80, 1), (60, 2)))
+
+    class Pixels(torch.nn.Module):
+        num_features = 12
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return images.flatten(1).float() / 64
+
+    features = [images.reshape(len(images), -1).astype(np.float32) / 64 for images in (made, real)]
+    frechet = FrechetInceptionDistance(Pixels()).set_dtype(torch.float64)
+    kernel = KernelInceptionDistance(Pixels(), subsets=1, subset_size=60)
+    for metric in (frechet, kernel):
+        metric.update(torch.from_numpy(real[:60] if metric is kernel else real), real=True)
+        metric.update(torch.from_numpy(made), real=False)
+    assert frechet_distance(*map(Moments.of, features)) == pytest.approx(float(frechet.compute()), rel=1e-5)
+    assert KernelDistance(features[0], features[1][:60], np.arange(60))() == pytest.approx(float(kernel.compute()[0]), rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:The `disp` argument is deprecated")  # of scipy, by clean-fid
+def test_the_distances_are_those_of_clean_fid(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("cleanfid", reason="pip install --no-deps clean-fid==0.1.35")
+    for name in ("torchvision", "torchvision.transforms"):  # which its arithmetic does not use, and which is not installed
+        monkeypatch.setitem(sys.modules, name, MagicMock())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from cleanfid import fid
+    rng = np.random.default_rng(8)
+    made, real = rng.normal(size=(60, 12)), rng.normal(0.3, 1.2, size=(60, 12))
+    a, b = Moments.of(made), Moments.of(real)
+    theirs = fid.frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
+    assert frechet_distance(a, b) == pytest.approx(theirs, rel=1e-6)
+    theirs = fid.kernel_distance(real, made, num_subsets=1, max_subset_size=60)
+    assert KernelDistance(made, real, np.arange(60))() == pytest.approx(theirs, rel=1e-6)
+
+
+def test_the_kernel_distance_of_many_groups_is_the_same_and_its_interval_near_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(9)
+    features, reference, groups = rng.normal(size=(900, 4)), rng.normal(0.2, 1, size=(700, 4)), np.arange(900) // 3
+    whole = KernelDistance(features, reference, groups)
+    monkeypatch.setattr(metrics, "_MOST_GROUPS", 10)
+    without = KernelDistance(features, reference, groups)
+    assert without() == pytest.approx(whole())
+    exact, near = (bootstrap(distance, groups) for distance in (whole, without))
+    assert near.high - near.low == pytest.approx(exact.high - exact.low, rel=0.1)
 
 
 def test_weights_count_images_as_copies_would() -> None:

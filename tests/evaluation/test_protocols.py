@@ -1,5 +1,6 @@
 """The papers' protocols on a stand-in for COCO: a fixed list, the sizes, and numbers worked out by hand."""
 
+import itertools
 import json
 import shutil
 import sys
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from flashdiff import cli
@@ -118,6 +120,43 @@ def test_a_killed_run_goes_on_and_another_model_of_the_name_starts_anew(
     assert run_protocol(meter, data, [("tiny", student, 2)]).rows != first.rows
 
 
+def test_a_damaged_file_of_kept_features_is_measured_again(coco: tuple[Path, Path], tmp_path: Path) -> None:
+    meter = Meter(protocol=TINY, features=FEATURES, scorers=(LENGTHS,), keep=tmp_path / "kept", report=lambda _: None)
+    data = read_coco(TINY, *coco)
+    first = meter.measure_real(data).whole
+    (file,) = (tmp_path / "kept").iterdir()
+    file.write_bytes(file.read_bytes()[:100])
+    assert np.array_equal(meter.measure_real(data).whole, first)
+    other = Meter(protocol=TINY, features=FEATURES, scorers=(), keep=tmp_path / "kept", report=lambda _: None)
+    other.measure_real(data)  # scores are none of real images
+    assert list((tmp_path / "kept").iterdir()) == [file]
+
+
+def test_images_of_one_prompt_differ_by_their_mean_cosine_distance(coco: tuple[Path, Path], tiny_base: Path) -> None:
+    _, model = load_base(str(tiny_base))
+    data = read_coco(TINY, *coco)
+    meter = Meter(protocol=TINY, features=FEATURES, scorers=(), diversity=FEATURES, keep=None, report=lambda _: None)
+    found = run_protocol(meter, data, [("tiny", model, 1)])
+    distances = []
+    for number, text in enumerate(data.captions):
+        orders = [check_order(model.spec, prompt=text, seed=number + 6 * again, steps=1) for again in range(5)]
+        means = _means(np.stack([images[0] for images in generate(model, orders)]))
+        cosines = [a @ b / np.sqrt(a @ a * (b @ b)) for a, b in itertools.combinations(means, 2)]
+        distances.append(1 - np.mean(cosines))
+    assert found.rows[0].diversity == pytest.approx(100 * np.mean(distances), rel=1e-3)
+    assert "| DINO diversity |" in protocol_table(found)
+
+
+def test_blank_captions_are_passed_over(coco: tuple[Path, Path]) -> None:
+    file, folder = coco
+    values = json.loads(file.read_text())
+    for entry in values["annotations"]:
+        if entry["id"] == 200:  # the first caption of the first image
+            entry["caption"] = " \n"
+    file.write_text(json.dumps(values))
+    assert "another" in read_coco(Protocol(name="all", prompts=8, size=16), file, folder).captions
+
+
 def test_real_images_that_changed_are_measured_again(coco: tuple[Path, Path], tmp_path: Path) -> None:
     meter = Meter(protocol=TINY, features=FEATURES, scorers=(), keep=tmp_path / "kept", report=lambda _: None)
     data = read_coco(TINY, *coco)
@@ -147,7 +186,14 @@ def test_the_command_writes_the_papers_table(
     assert [row["steps"] for row in json.loads((tmp_path / "numbers.json").read_text())["rows"]] == [2, 1]
     for more, message in (
         (["--count", "7"], "--count 7: tiny-6 settles it"),
-        (["--scores", "aesthetic"], "--text aesthetic: choose avatars, clip[:MODEL], pickscore, image-reward or hpsv2"),
+        (
+            ["--scores", "beauty"],
+            "--scores beauty: choose avatars, clip[:MODEL], pickscore, aesthetic[:FOLDER], image-reward or hp",
+        ),
+        (["--scores", "dino,dino"], "--scores dino,dino: give dino once"),
+        (["--scores", f"dino:{folder}"], f"--scores dino: no DINOv2 model '{folder}', neither a directory nor on the hub"),
+        (["--teacher-steps", "4"], "--teacher-steps 4: it is for --teacher; give one"),
+        (["--json", str(folder)], f"--json {folder}: cannot be written: it is a folder"),
         (["--reference", "avatars"], "--protocol tiny-6: give --prompts captions_val20XX.json and --reference FOLDER"),
         (["--protocol", "coco"], "--protocol coco: choose coco2014-30k, coco2014-10k, coco2017-5k, tiny-6"),
         (["--protocol", "coco2017-5k"], "coco2017-5k needs captions of 5000 images, the file has 8"),
@@ -170,18 +216,42 @@ def test_a_set_that_is_not_whole_is_refused(coco: tuple[Path, Path]) -> None:
         protocol_of("nothing")
 
 
-def test_preferences_come_from_their_packages_or_are_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+class _Hps(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, image: torch.Tensor, text: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"image_features": self.weight * image, "text_features": text}
+
+
+def test_preferences_come_from_their_packages_or_are_refused_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     images, texts = np.full((2, 8, 8, 3), 7, np.uint8), ["a", "abc"]
     rate = SimpleNamespace(score=lambda text, picture: len(text) + picture.width)
     monkeypatch.setitem(sys.modules, "ImageReward", SimpleNamespace(load=lambda name: rate))
     assert text_scorer("image-reward")(images, texts).tolist() == [9, 11]
-    monkeypatch.setitem(
-        sys.modules,
-        "hpsv2",
-        SimpleNamespace(score=lambda picture, text, hps_version: [len(text) / 100 if hps_version == "v2.1" else 0]),
+    network, loaded = _Hps(), tmp_path / "HPS_v2.1.pt"
+    torch.save({"state_dict": {"weight": torch.tensor(0.5)}}, loaded)
+    parts = SimpleNamespace(
+        initialize_model=lambda: None,
+        model_dict={"model": network, "preprocess_val": lambda picture: torch.tensor([float(picture.width)])},
+        get_tokenizer=lambda name: lambda texts: torch.tensor([[float(len(texts[0]))]]),
     )
-    assert text_scorer("hpsv2")(images, texts).tolist() == pytest.approx([1, 3])
-    monkeypatch.setitem(sys.modules, "hpsv2", None)
-    with pytest.raises(EvaluationError, match="--text hpsv2 needs 'hpsv2', which is not installed: pip install hpsv2"):
+    for name, module in (
+        ("", SimpleNamespace()),
+        (".img_score", parts),
+        (".utils", SimpleNamespace(hps_version_map={"v2.1": "x"})),
+    ):
+        monkeypatch.setitem(sys.modules, f"hpsv2{name}", module)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repository, file: str(loaded))
+    assert text_scorer("hpsv2")(images, texts).tolist() == pytest.approx([400, 1200])  # 100 x 0.5 x width x length
+    rate.score = lambda text, picture: 1 / 0
+    with pytest.raises(EvaluationError, match=r"--scores image-reward: .* cannot load or run its model \(division by zero\)"):
+        text_scorer("image-reward", "--scores")
+    for name in ("hpsv2", "hpsv2.img_score"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(
+        EvaluationError, match=r"--text hpsv2 needs 'hpsv2.*', which is not installed: pip install --no-deps hpsv2"
+    ):
         text_scorer("hpsv2")
     assert Coco(captions=("a",), files=()).prompts_hash != Coco(captions=("b",), files=()).prompts_hash

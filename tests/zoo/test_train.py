@@ -1,5 +1,6 @@
 """The embedded model's recipe, on a toy scale: the code paths, not the quality."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,13 @@ def test_a_killed_training_goes_on_and_makes_the_same_model(first_run: Path, tmp
 
 
 def test_training_goes_on_from_another_models_denoiser(first_run: Path, tmp_path: Path) -> None:
-    keys = {"init_from": str(first_run / "model"), "layers_per_block": 2, "channel_weights": "whitened", "detail_weight": 4.0}
+    keys: dict[str, Any] = {
+        "init_from": str(first_run / "model"),
+        "layers_per_block": 2,
+        "channel_weights": "whitened",
+        "detail_weight": 4.0,
+    }
+    keys |= {"kind_weights": {"planets": 2.0}, "focus": (30, 450)}
     recipe = RECIPE.model_copy(update={"denoiser": RECIPE.denoiser.model_copy(update=keys)})
     train(recipe, tmp_path / "whole")
     _train_killed_once(recipe, tmp_path / "broken", saves=1)
@@ -102,6 +109,22 @@ def test_training_goes_on_from_another_models_denoiser(first_run: Path, tmp_path
     for part in (VAE, TEXT):
         assert _equal(_weights(tmp_path / "whole", part), _weights(first_run, part)), part
     assert set(_weights(tmp_path / "whole", UNET)) > set(_weights(first_run, UNET))
+
+
+def test_a_denoiser_that_computes_in_bfloat16_has_the_loss_of_one_in_float32(
+    first_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without compiling, which takes minutes here and is torch's own."""
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda network: compiled.append(network) or network)
+    losses = []
+    for precision in ("float32", "bfloat16"):
+        keys = {"init_from": str(first_run / "model"), "precision": precision}
+        train(RECIPE.model_copy(update={"denoiser": RECIPE.denoiser.model_copy(update=keys)}), tmp_path / precision)
+        losses.append([float(loss) for loss in re.findall(r"loss (\S+)", capsys.readouterr().out)])
+    assert len(compiled) == 1
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
+    assert not _equal(_weights(tmp_path / "float32", UNET), _weights(tmp_path / "bfloat16", UNET))
 
 
 @pytest.mark.parametrize(
