@@ -65,6 +65,12 @@ class AdversarialSettings(GrownRecord):
     """Transformer blocks whose outputs the discriminator sees, each with a head of its own, as shares of their number: 0.5, 0.75
     and 0.99 are usual. Empty: the block in the middle, which alone is there in a UNet."""
 
+    @model_validator(mode="after")
+    def _has_what_its_penalty_needs(self) -> Self:
+        if not self.r1_weight and self.r1_sigma != type(self).model_fields["r1_sigma"].default:
+            raise ValueError("loss.adversarial.r1_sigma does nothing where r1_weight is 0; leave it out")
+        return self
+
 
 class DistributionMatchingSettings(GrownRecord):
     LATER: ClassVar[frozenset[str]] = frozenset({"first_step", "guidance", "own_step"})

@@ -727,6 +727,7 @@ def test_the_held_out_distance_is_that_of_the_averaged_student_from_the_teachers
         ({"data": {"source": "prompts.txt", "buckets": True}}, "data.buckets: 'prompts.txt' has one prompt a line"),
         ({"loss": {"distribution_matching": {"critic_updates": 3}}}, "critic_updates is for fake_score = 'lora'"),
         ({"loss": {"distribution_matching": {"own_step": True, "times": (0.3, 0.5)}}}, "times: own_step settles it"),
+        ({"loss": {"adversarial": {"r1_weight": 0, "r1_sigma": 0.2}}}, "r1_sigma does nothing where r1_weight is 0"),
         ({"loss": {"distribution_matching": {"times": (0.9, 0.1)}}}, r"distribution_matching\.times must be two rising"),
     ],
 )  # fmt: skip

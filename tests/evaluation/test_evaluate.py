@@ -138,7 +138,18 @@ def test_a_model_a_bundle_and_their_images_give_the_same_numbers(
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a dog\na cat\n\na cow\n")
     common = ["--reference", str(folder), "--features", "avatars", "--text", "avatars"]
-    model = ["evaluate", str(tiny_base), "--prompts", str(prompts), "--lora", str(flash_lora), "--steps", "2,1", "--out", str(tmp_path / "out")]
+    model = [
+        "evaluate",
+        str(tiny_base),
+        "--prompts",
+        str(prompts),
+        "--lora",
+        str(flash_lora),
+        "--steps",
+        "2,1",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     teacher = ["--teacher", str(tiny_base), "--teacher-steps", "3", "--guidance", "2", "--json", str(tmp_path / "model.json")]
     assert cli.main([*model, *teacher, *common]) == 0
     table = capsys.readouterr().out
