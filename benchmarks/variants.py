@@ -70,6 +70,7 @@ def make_variant(recipe: Recipe, name: str, seed: int, scale: float) -> Recipe:
     phases = [{**phase.model_dump(), "updates": max(1, round(phase.updates * share))} for phase in changed.phases]
     settings = {
         "phases": phases,
+        "ramp_updates": min([round(recipe.ramp_updates * share), *(phase["updates"] for phase in phases[1:])]),
         "warmup_updates": round(recipe.warmup_updates * sum(phase["updates"] for phase in phases) / recipe.updates),
         "checkpoint_every": max(1, sum(phase["updates"] for phase in phases) // 4),
         "preview_prompts": (),

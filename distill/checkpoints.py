@@ -12,7 +12,7 @@ def checkpoint_path(work: Path, update: int) -> Path:
 
 
 def checkpoints(work: Path) -> list[Path]:
-    """The checkpoints in `work`, oldest first: by number, because names grow longer after 999,999 updates. Files of other names,
-    such as a copy that somebody keeps there, are none."""
+    """The checkpoints in `work`, oldest first: by number, because names grow longer after 999,999 updates. Other files,
+    such as a copy kept there under another name, are ignored."""
     found = [path for path in (work / "checkpoints").glob("*.pt") if path.stem.isdecimal()]
     return sorted(found, key=lambda path: int(path.stem))

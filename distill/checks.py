@@ -1,5 +1,6 @@
 """What a recipe needs of its base and of this machine, checked before data are read."""
 
+from flashdiff.distill import processes
 from flashdiff.distill.config import Recipe
 from flashdiff.distill.student import optimizer_of
 from flashdiff.distill.trackers import check_tracker
@@ -17,7 +18,8 @@ def check_run(model: TorchModel, recipe: Recipe) -> None:
             f"grid.num_train_timesteps is {recipe.grid.num_train_timesteps}, the base was trained on {trained}: set that"
         )
     optimizer_of(recipe)
-    check_tracker(recipe.tracker)
+    if processes.is_main():
+        check_tracker(recipe.tracker)
     for prompt in recipe.preview_prompts:
         try:
             model.tokenize([prompt])

@@ -353,8 +353,12 @@ class Recipe(GrownRecord):
             raise ValueError(
                 f"ramp_updates must not be longer than a later phase ({later[0]} updates), and is {self.ramp_updates}"
             )
-        if self.grid.modes == 1 and not self.loss.settings("distribution_matching").first_step:
-            raise ValueError("loss.distribution_matching.first_step = false leaves a student of one step nothing to match")
+        matches = any(phase.weights["distribution_matching"] for phase in self.phases)
+        if self.grid.modes == 1 and matches and not self.loss.settings("distribution_matching").first_step:
+            raise ValueError(
+                "loss.distribution_matching.first_step = false leaves a student of one step almost nothing to match: nine "
+                "samples in ten start from pure noise"
+            )
         if self.data.is_prompts and self.target == "consistency" and any(phase.weights["adversarial"] for phase in self.phases):
             raise ValueError(
                 "target = 'consistency' of prompts alone gives the adversarial loss no real samples; set it to 'solution'"

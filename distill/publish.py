@@ -152,7 +152,7 @@ def _card(info: FlashInfo, recipe: Recipe, images: ImageConditions, run: str, us
         trained = f"{info.lora_parameters:,} parameters, {of}, trained with"
     modes = recipe.grid.modes
     made_for = "1 step" if modes == 1 else f"1 to {modes} steps"
-    counts = ",".join(str(count) for count in (4, 2, 1) if count <= modes)
+    counts = ",".join(str(count) for count in sorted({modes, min(2, modes), 1}, reverse=True))
     losses = ", ".join(term.title for term in recipe.terms())
     guidance = " to ".join(f"{scale:g}" for scale in dict.fromkeys(info.guidance))
     grids = "; ".join(f"{count}: {times}" for count, times in info.inference.items())

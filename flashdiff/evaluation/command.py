@@ -92,15 +92,17 @@ def evaluate(options: EvaluateOptions, *, open_bundle: Callable[[Path], Componen
     _check_task_options(options)
     if options.teacher_steps != defaults.TEACHER_STEPS and not options.teacher:
         raise ConfigError(f"--teacher-steps {','.join(map(str, options.teacher_steps))}: it is for --teacher; give one")
-    if options.json_file:
-        try:
+    if options.json_file and not (options.out and options.json_file.resolve().is_relative_to(options.out.resolve())):
+        try:  # a file in the folder --out is checked with that
             check_target(options.json_file)
         except OSError as error:
             raise ConfigError(f"--json {options.json_file}: cannot be written: {error.strerror}") from None
     if options.protocol:
         return _evaluate_protocol(options, open_bundle=open_bundle, report=report)
     if options.scores:
-        raise ConfigError(f"--scores {','.join(options.scores)}: it is for --protocol; give one of them as --text")
+        raise ConfigError(
+            f"--scores {','.join(options.scores)}: it is for --protocol; without it, give a score as --text, or dino as --features"
+        )
     of_world = options.reference == WORLD
     if options.prompts not in (WORLD, HELD_OUT) and of_world:
         raise ConfigError("--prompts names a file: name a --reference too, a folder of real images or webdataset shards")
@@ -383,7 +385,7 @@ def _refuse_model_options(options: EvaluateOptions) -> None:
     given = {
         "--lora": options.loras,
         "--steps": options.steps,
-        "--sampler and its group": options.sampling != SamplingOptions(),
+        "--sampler or an option of its group": options.sampling != SamplingOptions(),
         "--guidance without --teacher": options.guidance is not None and not options.teacher,
         "--prompts": options.prompts != defaults.PROMPTS,
         "--count": options.count != defaults.PROMPT_COUNT,

@@ -198,6 +198,8 @@ def _mean(values: NDArray[np.floating] | None, groups: NDArray[np.int64]) -> Int
 def _text_scores(images: ImageSet, scorer: TextScorer | None) -> tuple[NDArray[np.floating] | None, NDArray[np.floating] | None]:
     """Scores of every image with its own prompt, and with another prompt of the set drawn at random; NaN without a prompt."""
     said = np.array([prompt is not None for prompt in images.prompts])
+    if scorer and not scorer.reads_text:
+        return scorer(images.pixels, [""] * len(images)), None
     if scorer is None or not said.any():
         return None, None
     texts = [prompt.text for prompt in images.prompts if prompt]

@@ -57,15 +57,20 @@ class FeatureExtractor:
 
 @dataclass(frozen=True)
 class TextScorer:
-    """How well images [B, H, W, 3] fit their texts: 100 times the cosine [B], as CLIPScore without its factor (2104.08718), or
-    how much a model of people's taste likes them."""
+    """How well images [B, H, W, 3] fit their texts: 100 times the cosine [B], as CLIPScore without its factor (2104.08718), or a
+    preference model's score."""
 
     name: str
     score: Callable[[NDArray[np.uint8], Sequence[str]], NDArray[np.float32]]
+    reads_text: bool = True
 
     def __call__(self, images: NDArray[np.uint8], texts: Sequence[str]) -> NDArray[np.float32]:
         starts = range(0, len(images), _BATCH)
         return np.concatenate([self.score(images[s : s + _BATCH], texts[s : s + _BATCH]) for s in starts])
+
+
+_DIVERSITY = {"--text": (), "--scores": ("dino[:MODEL]",)}
+"""What the options of scores take besides."""
 
 
 def check_features(name: str) -> None:
@@ -77,9 +82,8 @@ def check_features(name: str) -> None:
 def check_scorer(name: str, option: str = "--text") -> None:
     """EvaluationError for a name that `text_scorer` does not know; loads nothing."""
     if name not in ("avatars", "pickscore", *_PREFERENCES) and name.partition(":")[0] not in ("clip", "aesthetic"):
-        raise EvaluationError(
-            f"{option} {name}: choose avatars, clip[:MODEL], pickscore, aesthetic[:FOLDER], {' or '.join(_PREFERENCES)}"
-        )
+        *others, last = ("avatars", "clip[:MODEL]", "pickscore", "aesthetic[:FOLDER]", *_PREFERENCES, *_DIVERSITY[option])
+        raise EvaluationError(f"{option} {name}: choose {', '.join(others)} or {last}")
 
 
 def feature_extractor(name: str) -> FeatureExtractor:
@@ -193,11 +197,13 @@ def dino(model: str, option: str) -> FeatureExtractor:
 
     `model` is a directory or a hub id; without it, ViT-L/14.
     """
-    from transformers import AutoImageProcessor, Dinov2Model
+    from transformers import AutoImageProcessor, AutoModel
 
     model = model or _DINO
     try:
-        network = Dinov2Model.from_pretrained(model, dtype=torch.float32).eval().to(_device())
+        network = AutoModel.from_pretrained(model, dtype=torch.float32).eval().to(_device())
+        if network.config.model_type not in ("dinov2", "dinov2_with_registers"):
+            raise ValueError(f"it is a {network.config.model_type}")
         processor = AutoImageProcessor.from_pretrained(model)
     except Exception as error:  # network errors and those of damaged files come as many kinds
         raise EvaluationError(
@@ -267,7 +273,7 @@ def _aesthetic(folder: str, option: str) -> TextScorer:
         scores: NDArray[np.float32] = values[:, 0].cpu().numpy()
         return scores
 
-    return TextScorer("aesthetic", score)
+    return TextScorer("aesthetic", score, reads_text=False)
 
 
 def _image_reward() -> Callable[[str, Image.Image], float]:

@@ -103,11 +103,18 @@ class KernelDistance:
         w = np.ones(len(self.groups)) if weights is None else weights
         counts = np.bincount(self.groups, weights=w) / self.sizes
         pairs = w.sum() ** 2 - ((counts * self.sizes) ** 2).sum()
-        if self.within is None:  # to first order in how far the counts are from one, which is exact for all ones
-            within = self.sums @ (2 * counts - 1)
+        if self.within is None:
+            within = self._first_order(counts)
         else:
-            within = counts @ self.within @ counts
-        return float((within / pairs if pairs else float("nan")) + self.reference - 2 * (w @ self.across) / w.sum())
+            within = counts @ self.within @ counts / pairs if pairs else float("nan")
+        return float(within + self.reference - 2 * (w @ self.across) / w.sum())
+
+    def _first_order(self, counts: Array) -> float:
+        """The mean over pairs, to first order in how far the groups' counts are from one; exact where all are one."""
+        images, sizes, total = len(self.groups), self.sizes, self.sums.sum()
+        pairs = images**2 - (sizes**2).sum()
+        change = 2 * self.sums / pairs - total / pairs**2 * (2 * images * sizes - 2 * sizes**2)
+        return float(total / pairs + (counts - 1) @ change)
 
 
 def _kernel(a: NDArray[np.floating], b: NDArray[np.floating]) -> Array:

@@ -5,6 +5,7 @@ Images are measured a chunk at a time and never kept, so that 30,000 of them tak
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from zipfile import BadZipFile
@@ -148,8 +149,8 @@ class Meter:
     """A folder where measured chunks stay, so that a killed run goes on; None: nowhere."""
     report: Callable[[str], None]
 
-    def measure_model(self, components: Components, coco: Coco, *, steps: int, name: str) -> Measured:
-        """Images of all captions, image i from seed i."""
+    def measure_model(self, components: Components, coco: Coco, *, steps: int, name: str) -> tuple[Measured, float | None]:
+        """Images of all captions, image i from seed i; and the diversity, where it is measured."""
 
         def make(start: int, end: int) -> tuple[list[Pixels], Sequence[str]]:
             texts = coco.captions[start:end]
@@ -159,15 +160,27 @@ class Meter:
             ]
             return [image for images in generate(components, orders) for image in images], texts
 
-        drawn = ""
-        if self.keep:  # another model of the same name draws another image
-            drawn = hashlib.sha256(make(0, 1)[0][0].tobytes()).hexdigest()[:12]
-        return self._in_chunks(len(coco.captions), make, _title(name, steps), f"{coco.prompts_hash} {drawn}", with_scores=True)
-
-    def measure_diversity(self, components: Components, coco: Coco, *, steps: int) -> float | None:
-        """100 times the mean cosine distance between images of one prompt, the first of the captions; None where not measured."""
+        # Another model of the same name draws another image.
+        drawn = hashlib.sha256(make(0, 1)[0][0].tobytes()).hexdigest()[:12] if self.keep else ""
+        found = self._in_chunks(len(coco.captions), make, _title(name, steps), f"{coco.prompts_hash} {drawn}", with_scores=True)
         if self.diversity is None:
-            return None
+            return found, None
+        mark = f"{_title(name, steps)} {coco.prompts_hash} {drawn} {self.diversity.name}"
+        return found, self._kept_number(mark, lambda: self._diversity(components, coco, steps))
+
+    def _kept_number(self, mark: str, measure: Callable[[], float]) -> float:
+        file = self._file(mark, with_scores=False)
+        if file and (file := file.with_suffix(".txt")).exists():
+            with suppress(ValueError):  # a damaged file
+                return float(file.read_text())
+        found = measure()
+        if file:
+            write_whole(file, repr(found))
+        return found
+
+    def _diversity(self, components: Components, coco: Coco, steps: int) -> float:
+        """100 times the mean cosine distance between images of one prompt, over the first captions."""
+        assert self.diversity
         distances = []
         for number, text in enumerate(coco.captions[:_DIVERSITY_PROMPTS]):
             seeds = [number + len(coco.captions) * again for again in range(_DIVERSITY_SEEDS)]
@@ -288,10 +301,9 @@ def run_protocol(meter: Meter, coco: Coco, models: Sequence[tuple[str, Component
     del real
     rows = []
     for name, components, steps in models:
-        found = meter.measure_model(components, coco, steps=steps, name=name)
+        found, diversity = meter.measure_model(components, coco, steps=steps, name=name)
         means = {scorer.name: float(mean) for scorer, mean in zip(meter.scorers, found.scores.mean(axis=0), strict=True)}
         fid, patch_fid = frechet_distance(Moments.of(found.whole), whole), frechet_distance(Moments.of(found.patches), patches)
-        diversity = meter.measure_diversity(components, coco, steps=steps)
         rows.append(ProtocolRow(name=name, steps=steps, fid=fid, patch_fid=patch_fid, scores=means, diversity=diversity))
         meter.report(f"{_title(name, steps)}: FID {fid:.2f}, patch-FID {patch_fid:.2f}")
     return ProtocolReport(

@@ -83,9 +83,9 @@ class Batches:
     caption_dropout: float
     caption_of: Callable[[Scene, random.Random], str] = caption
     shares: NDArray[np.float64] | None = None
-    """How likely each scene is drawn [N]; None: all alike."""
+    """How likely each scene is drawn [N]; None: all are equally likely."""
     focus: tuple[int, int] | None = None
-    """Half of the times are drawn between these two, and with them; None: all times are alike."""
+    """Half of the times are drawn from this range, both ends included; None: all times are equally likely."""
 
     def draw(self, step: int) -> Batch:
         """The batch of an update: a function of the seed and the update alone."""

@@ -65,9 +65,9 @@ class DenoiserRecipe(StageRecipe, GrownRecord):
     detail_weight: float = Field(1, ge=1, le=1000)
     """How much more errors count where an image shows, or could show, a pattern, a surface, a ring or a beard."""
     kind_weights: Mapping[KindName, Annotated[float, Field(gt=0, le=1000)]] = {}
-    """How often scenes of a kind are drawn, where it is not 1."""
+    """How often scenes of a kind are drawn, relative to the others; 1 for kinds not named."""
     focus: tuple[Annotated[int, Field(ge=0, le=999)], Annotated[int, Field(ge=0, le=999)]] | None = None
-    """Half of the times are drawn between these two, and with them; None: all times are alike."""
+    """Half of the times are drawn from this range, both ends included; None: all times are equally likely."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """`bfloat16` compiles the network and multiplies in bfloat16, weights and averages staying in float32: 1.4 times as fast on
     two cores with AMX, and slower on cores without it."""
@@ -92,7 +92,7 @@ class ZooRecipe(Record):
     def _fits_together(self) -> Self:
         if unknown := next((kind for kind in self.denoiser.kind_weights if kind not in self.world.kinds), None):
             raise ValueError(
-                f"denoiser.kind_weights has '{unknown}', which is none of world.kinds ({', '.join(self.world.kinds)})"
+                f"denoiser.kind_weights has '{unknown}', which is not one of world.kinds ({', '.join(self.world.kinds)})"
             )
         if not 1 <= self.vae.crop <= self.world.image_size:
             raise ValueError(f"vae.crop must be at most world.image_size ({self.world.image_size}), not {self.vae.crop}")

@@ -435,7 +435,17 @@ def test_dino_comes_from_a_local_directory(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = network(**processor(images=[Image.fromarray(images[2])], return_tensors="pt")).last_hidden_state[0, 0]
     assert extractor.dimension == 32
+    _tiny_clip(tmp_path / "clip")
+    with pytest.raises(EvaluationError, match=r"--features dino: no DINOv2 model '.*clip', .* \(it is a clip\)"):
+        feature_extractor(f"dino:{tmp_path / 'clip'}")
     np.testing.assert_allclose(extractor(images)[2], expected, atol=1e-5)
+
+
+def test_the_numbers_may_lie_in_the_folder_of_the_results(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "results"
+    command = ["evaluate", str(folder), "--reference", str(folder), "--features", "avatars", "--out", str(out)]
+    assert cli.main([*command, "--json", str(out / "numbers.json")]) == 0
+    assert {"report.md", "numbers.json"} <= {path.name for path in out.iterdir()}
 
 
 def test_images_without_captions_have_no_part_in_the_text_score(evaluator: Evaluator) -> None:
@@ -456,7 +466,7 @@ def test_the_kernel_distance_of_two_prompts_has_no_interval(evaluator: Evaluator
     ("options", "message"),
     [
         (("--guidance", "3"), "--guidance without --teacher is for models; leave it out"),
-        (("--sampler", "ddim"), "--sampler and its group is for models; leave it out"),
+        (("--sampler", "ddim"), "--sampler or an option of its group is for models; leave it out"),
         (("--count", "2"), "--count is for models; leave it out"),
         (("--seeds", "7"), "--seeds is for models; leave it out"),
         (("--prompts", "avatars-held-out"), "--prompts is for models; leave it out"),

@@ -132,10 +132,12 @@ def test_a_damaged_file_of_kept_features_is_measured_again(coco: tuple[Path, Pat
     assert list((tmp_path / "kept").iterdir()) == [file]
 
 
-def test_images_of_one_prompt_differ_by_their_mean_cosine_distance(coco: tuple[Path, Path], tiny_base: Path) -> None:
+def test_images_of_one_prompt_differ_by_their_mean_cosine_distance(
+    coco: tuple[Path, Path], tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, model = load_base(str(tiny_base))
     data = read_coco(TINY, *coco)
-    meter = Meter(protocol=TINY, features=FEATURES, scorers=(), diversity=FEATURES, keep=None, report=lambda _: None)
+    meter = Meter(protocol=TINY, features=FEATURES, scorers=(), diversity=FEATURES, keep=tmp_path / "kept", report=lambda _: None)
     found = run_protocol(meter, data, [("tiny", model, 1)])
     distances = []
     for number, text in enumerate(data.captions):
@@ -145,6 +147,8 @@ def test_images_of_one_prompt_differ_by_their_mean_cosine_distance(coco: tuple[P
         distances.append(1 - np.mean(cosines))
     assert found.rows[0].diversity == pytest.approx(100 * np.mean(distances), rel=1e-3)
     assert "| DINO diversity |" in protocol_table(found)
+    monkeypatch.setattr(Meter, "_diversity", lambda *_: 0 / 0)
+    assert run_protocol(meter, data, [("tiny", model, 1)]) == found  # kept
 
 
 def test_blank_captions_are_passed_over(coco: tuple[Path, Path]) -> None:
@@ -188,7 +192,7 @@ def test_the_command_writes_the_papers_table(
         (["--count", "7"], "--count 7: tiny-6 settles it"),
         (
             ["--scores", "beauty"],
-            "--scores beauty: choose avatars, clip[:MODEL], pickscore, aesthetic[:FOLDER], image-reward or hp",
+            "--scores beauty: choose avatars, clip[:MODEL], pickscore, aesthetic[:FOLDER], image-reward, hps",
         ),
         (["--scores", "dino,dino"], "--scores dino,dino: give dino once"),
         (["--scores", f"dino:{folder}"], f"--scores dino: no DINOv2 model '{folder}', neither a directory nor on the hub"),
