@@ -101,7 +101,8 @@ def evaluate(options: EvaluateOptions, *, open_bundle: Callable[[Path], Componen
         return _evaluate_protocol(options, open_bundle=open_bundle, report=report)
     if options.scores:
         raise ConfigError(
-            f"--scores {','.join(options.scores)}: it is for --protocol; without it, give a score as --text, or dino as --features"
+            f"--scores {','.join(options.scores)}: it is for --protocol; without it, give a score as --text, or "
+            "dino as --features"
         )
     of_world = options.reference == WORLD
     if options.prompts not in (WORLD, HELD_OUT) and of_world:
