@@ -159,7 +159,7 @@ def plan_build(options: BuildOptions, *, with_quality: bool = False) -> BuildPla
     spec = fused_spec(family.read_spec(folder), [folder, *(lora for lora, _ in loras)], options)
     hash_of_base = base_hash(folder)
     if vae:
-        check_vae(vae, family, spec)
+        check_vae(vae, family, spec, folder)
     kinds = {name: check_control(name, place, family, folder, spec) for name, place in controls.items()}
     kind = check_adapter(adapter, family, folder, spec) if adapter else None
     of_base = check_base(folder, hash_of_base, [lora for lora, _ in loras])

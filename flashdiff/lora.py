@@ -257,7 +257,7 @@ def load_fused(
     spec = fused_spec(family.read_spec(folder), [folder, *(lora for lora, _ in loras)], sampling or SamplingOptions())
     autoencoder = vae_for(vae, family, folder) if vae else None
     if autoencoder:
-        check_vae(autoencoder, family, spec)
+        check_vae(autoencoder, family, spec, folder)
     model = family.load(folder, spec)
     if autoencoder:
         model = with_vae(model, autoencoder)
@@ -406,6 +406,10 @@ class LoraFile:
         return scaling_of(self.settings, part, module)
 
 
+_TEXT_PROJECTION = re.compile(r"(text_encoders?[._]|lora_te).*text_projection")
+"""ComfyUI's extracted LoRAs have it of CLIPs whose pooled output no base uses."""
+
+
 def read_lora(lora: Path, model: TorchModel, family: ModelFamily) -> LoraFile:
     """A LoRA's tensors, each with its place in this model; LoraError for the first that has none."""
     file = weights_file(lora)
@@ -426,8 +430,15 @@ def read_lora(lora: Path, model: TorchModel, family: ModelFamily) -> LoraFile:
     names = LayerNames(modules, family.lora_prefix, comfyui_names(parts))
     layers: dict[tuple[str, str], dict[str, Tensor]] = {}
     keys: dict[tuple[str, str], str] = {}
+    unused = []
     for key, value in weights.items():
-        place = names.find(key, str(file))
+        try:
+            place = names.find(key, str(file))
+        except LoraError:
+            if not _TEXT_PROJECTION.match(key):
+                raise
+            unused.append(key)
+            continue
         layer = layers.setdefault((place.part, place.module), {})
         if place.role in layer:
             raise LoraError(f"{file}: '{key}' and another tensor are for the same place")
@@ -437,6 +448,10 @@ def read_lora(lora: Path, model: TorchModel, family: ModelFamily) -> LoraFile:
             raise LoraError(f"{file}: '{key}' has the type {value.dtype} and the shape {list(value.shape)}, which no LoRA has")
         layer[place.role] = value.float()
         keys.setdefault((place.part, place.module), key)
+    if unused:
+        _log.warning("%s: '%s' is left out: no text encoder of this base has a projection there", file, unused[0])
+    if not layers:
+        raise LoraError(f"{file} holds no layer that this base has")
     for at, layer in layers.items():
         if problem := check_layer(layer) or check_rank(layer):
             raise LoraError(f"{file}: '{keys[at]}': {problem}")

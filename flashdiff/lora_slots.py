@@ -32,7 +32,7 @@ from flashdiff.lora_kinds import DECOMPOSED, check_layer, scaling_of
 from flashdiff.lora_names import LayerNames, changes_text
 from flashdiff.lora_original_names import FUSED
 from flashdiff.reading import parse_json, read_file
-from flashdiff.tensor_file import parse_tensors
+from flashdiff.tensor_file import UnreadTypeError, parse_tensors
 
 _FUSE = "fuse it into a bundle with build-engine --lora"
 _MAX_BYTES = 2 << 30
@@ -141,6 +141,8 @@ def read_slot_lora(file: Path, table: SlotTable, source: str) -> SlotLora:
         tensors, metadata = parse_tensors(content)
         settings = dict(parse_json(metadata.get(SETTINGS_KEY, "{}")) or {})
         flash = _flash_info(file, metadata)
+    except UnreadTypeError as error:
+        raise LoraError(f"{source}: {error}") from None
     except (ValueError, TypeError) as error:
         raise LoraError(f"{source} is damaged: {error}") from None
     digest = hashlib.sha256(content)

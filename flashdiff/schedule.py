@@ -35,6 +35,9 @@ class NoiseSchedule(Record):
         """From a diffusers scheduler's config; ConfigError names `source` when it is of another kind."""
         if config.get("trained_betas"):
             raise ConfigError(f"{source}: the scheduler's trained_betas is not supported")
+        if config.get("beta_start") is None:
+            kind = config.get("_class_name", "scheduler")
+            raise ConfigError(f"{source}: this {kind} has no beta_start; schedulers without betas are not supported")
         optional = {name for name, field in cls.model_fields.items() if not field.is_required()} - {"num_train_timesteps"}
         given = {name: config.get(name) for name in cls.model_fields if name in config or name not in optional}
         return parse_record(given, cls, source=source)

@@ -10,8 +10,12 @@ from numpy.typing import NDArray
 from flashdiff.reading import parse_json
 
 _MAX_HEADER_BYTES = 100_000_000  # as safetensors has it
-_KINDS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-"""bfloat16 is the upper half of a float32."""
+_KINDS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I32": "<i4", "I64": "<i8"}
+"""bfloat16 is the upper half of a float32; whole numbers are read one at a time, as kohya's scripts write an alpha."""
+
+
+class UnreadTypeError(ValueError):
+    """A tensor of a type that is not read here, in a file that may be whole."""
 
 
 def parse_tensors(content: bytes) -> tuple[dict[str, NDArray[np.float32]], dict[str, str]]:
@@ -42,7 +46,9 @@ def _tensor(name: str, entry: Any, data: memoryview) -> NDArray[np.float32]:
         kind, shape, (start, end) = str(entry["dtype"]), list(entry["shape"]), entry["data_offsets"]
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"'{name[:80]}' lacks its type, shape or place") from None
-    if kind not in _KINDS:
+    if kind.startswith("F8"):
+        raise UnreadTypeError(f"'{name[:80]}' has the type {kind[:20]}, which slots do not read; save it in float16")
+    if kind not in _KINDS or (kind.startswith("I") and shape not in ([], [1])):
         raise ValueError(f"'{name[:80]}' has the type {kind[:20]}, which no LoRA has")
     numbers = [*shape, start, end]
     if not all(isinstance(number, int) and not isinstance(number, bool) and number >= 0 for number in numbers):

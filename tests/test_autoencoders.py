@@ -1,6 +1,7 @@
 """`--vae`: every family with another autoencoder makes the images of its stock pipeline with that autoencoder."""
 
 import inspect
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def test_images_are_those_of_the_stock_pipeline_with_that_autoencoder(tmp_path: 
     base = FAMILIES[name](tmp_path / name)
     folder = find_vae(str(_make(tmp_path / "other", kind, CHANNELS[name])))
     family, model = load_base(str(base))
-    check_vae(folder, family, model.spec)
+    check_vae(folder, family, model.spec, base)
     spec = model.spec
     ours = generate_rows(with_vae(model, folder), [check_order(spec, prompt=PROMPT, seed=3, steps=2)])[0][0][1]
 
@@ -121,7 +122,7 @@ def test_a_family_with_an_autoencoder_of_its_own_refuses_others(tmp_path: Path, 
         plan_build(BuildOptions(base=str(base), out=tmp_path / "out", vae=str(vae)))
 
 
-def test_what_does_not_fit_is_refused_by_option_and_value(tmp_path: Path) -> None:
+def test_what_does_not_fit_is_refused_by_option_and_value(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     base = FAMILIES["sd15"](tmp_path / "base")
 
     def refused(vae: object) -> str:
@@ -137,6 +138,11 @@ def test_what_does_not_fit_is_refused_by_option_and_value(tmp_path: Path) -> Non
     assert said in refused(_make(tmp_path / "wide", "kl", 8))
     said = "its latents have 4 channels and 2 pixels a cell, those of base have 4 and 4"
     assert said in refused(_make(tmp_path / "short", "tiny", 4, levels=2))
+    scaled = Path(shutil.copytree(base / "vae", tmp_path / "scaled"))
+    config = json.loads((scaled / "config.json").read_text())
+    (scaled / "config.json").write_text(json.dumps({**config, "scaling_factor": 0.13025}))
+    plan_build(BuildOptions(base=str(base), out=tmp_path / "out", vae=str(scaled)))
+    assert f"its scaling_factor is 0.13025, that of base is {config['scaling_factor']:g}; where it was made for" in caplog.text
     (tmp_path / "wide" / "config.json").write_text('{"_class_name": "VQModel"}')
     assert "'_class_name' is 'VQModel'" in refused(tmp_path / "wide")
 

@@ -364,6 +364,25 @@ def test_alpha_may_be_a_whole_number_as_kohyas_scripts_write_it(bases: dict[str,
     _same_weights(ours, stock, untouched, ["unet"])
 
 
+def test_a_projection_that_a_clip_lacks_is_left_out(
+    bases: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """ComfyUI's extracted LoRAs have one for every CLIP."""
+    weights = {f"{LAYER}.{ending}": value for ending, value in _factors(torch.zeros(32, 32)).items()}
+    save_file(weights, tmp_path / "plain.safetensors")
+    more = {f"text_encoders.clip_l.transformer.text_projection.lora_{side}.weight": torch.ones(2, 2) for side in ("up", "down")}
+    save_file({**weights, **more}, tmp_path / "extracted.safetensors")
+    plain, extracted = (
+        load_fused(str(bases["sd15"]), [(tmp_path / f"{name}.safetensors", 1.0)], None)[1] for name in ("plain", "extracted")
+    )
+    for one, other in zip(plain.network.parameters(), extracted.network.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert "is left out: no text encoder of this base has a projection there" in caplog.text
+    save_file(more, tmp_path / "nothing.safetensors")
+    with pytest.raises(LoraError, match="holds no layer that this base has"):
+        load_fused(str(bases["sd15"]), [(tmp_path / "nothing.safetensors", 1.0)], None)
+
+
 def test_an_alpha_that_is_no_number_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
     factors = _factors(torch.zeros(32, 32))
     for alpha in (torch.tensor(True), torch.ones(3), torch.ones(0)):

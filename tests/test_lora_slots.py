@@ -79,6 +79,14 @@ def test_a_file_becomes_matrices_padded_to_the_rank(tmp_path: Path) -> None:
     assert (lora.rank, lora.layers, len(lora.values)) == (4, 2, 4 * (3 * 6 + 10))
 
 
+@pytest.mark.parametrize("alpha", [np.array(4, dtype=np.int64), np.array([4], dtype=np.int32)])
+def test_an_alpha_may_be_a_whole_number(tmp_path: Path, alpha: NDArray[np.integer]) -> None:
+    tensors = {**_pair("q", 3), "unet.q.alpha": alpha}
+    found = read_slot_lora(_save(tmp_path, tensors), TABLE, "a")
+    down, up = (tensors[f"unet.q.lora_{side}.weight"] for side in "AB")
+    np.testing.assert_allclose(_change(found.values, "q"), 2 * up @ down, rtol=1e-5)
+
+
 def test_kohyas_names_convolutions_of_1x1_and_joined_matrices(tmp_path: Path) -> None:
     down, up, joined = _values(2, 6), _values(5, 2), _values(3 + 2, 2)
     tensors = {
@@ -133,7 +141,12 @@ def _header(entry: object, data: bytes = b"\0" * 8, name: str = "a") -> bytes:
         ((4).to_bytes(8, "little") + b"null", "no object"),
         ((2).to_bytes(8, "little") + b"{x", "Expecting property name"),
         (_header(7), "lacks its type"),
-        (_header({"dtype": "I64", "shape": [1], "data_offsets": [0, 8]}), "has the type I64"),
+        (_header({"dtype": "I64", "shape": [2], "data_offsets": [0, 16]}, b"\0" * 16), "has the type I64, which no LoRA has"),
+        (_header({"dtype": "BOOL", "shape": [1], "data_offsets": [0, 1]}), "has the type BOOL, which no LoRA has"),
+        (
+            _header({"dtype": "F8_E4M3", "shape": [8], "data_offsets": [0, 8]}),
+            "has the type F8_E4M3, which slots do not",
+        ),
         (_header({"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}), "does not fit its bytes"),
         (_header({"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}), "does not fit its bytes"),
         (_header({"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}), "no whole number"),

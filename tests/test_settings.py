@@ -8,6 +8,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+import transformers
 from tiny import FAMILIES, STUDENTS, make_tiny_upscaler
 
 from flashdiff.components import ModelSpec, Size
@@ -102,7 +103,8 @@ def test_an_unknown_setting_is_refused_by_file_and_name(bases: dict[str, Path], 
         ("flux", "vae/config.json", {"_class_name": "VQModel"}, "'_class_name' is 'VQModel'"),
         ("sd15", "text_encoder/config.json", {"use_attention_mask": True}, "'use_attention_mask' = true"),
         ("sd15", "scheduler/scheduler_config.json", {"clip_sample": True}, "'clip_sample' is true"),
-        ("sd15", "scheduler/scheduler_config.json", {"clip_sample": ...}, "'clip_sample' is true"),  # DDIM's default
+        ("sd15", "scheduler/scheduler_config.json", {"clip_sample": ...}, "'clip_sample' is true, the default that counts where"),
+        ("sd15", "scheduler/scheduler_config.json", {"beta_start": ...}, "this DDIMScheduler has no beta_start"),
         ("pixart", "scheduler/scheduler_config.json", {"thresholding": True}, "'thresholding' is true"),
         ("flux", "scheduler/scheduler_config.json", {"invert_sigmas": True}, "'invert_sigmas' is true"),
         ("sd3", "scheduler/scheduler_config.json", {"use_karras_sigmas": True}, "'use_karras_sigmas' is true"),
@@ -178,6 +180,27 @@ def test_a_value_with_another_meaning_is_refused_by_name(
             {"output_past": True, "dense_act_fn": "gelu_new", "is_gated_act": True, "use_cache": True},
         ),
         ("sd15", "unet/config.json", {"_name_or_path": "x", "num_class_embeds": None, "encoder_hid_dim": None}),
+        # As transformers 4 wrote them: Qwen3, Gemma 2, Qwen2.5-VL; and Qwen-Image's transformer.
+        ("z-image", "text_encoder/config.json", {"rope_theta": 1000000, "rope_scaling": None}),
+        ("flux2-klein", "text_encoder/config.json", {"rope_theta": 1000000, "rope_scaling": None}),
+        (
+            "sana",
+            "text_encoder/config.json",
+            {"rope_theta": 10000.0, "hidden_act": "gelu_pytorch_tanh", "cache_implementation": "hybrid"},
+        ),
+        (
+            "qwen-image",
+            "text_encoder/config.json",
+            {
+                "image_token_id": 151655,
+                "video_token_id": 151656,
+                "vision_start_token_id": 151652,
+                "vision_end_token_id": 151653,
+                "vision_token_id": 151654,
+                "rope_theta": 1000000.0,
+            },
+        ),
+        ("qwen-image", "transformer/config.json", {"pooled_projection_dim": 768}),
         (
             "sd15",
             "model_index.json",
@@ -187,6 +210,12 @@ def test_a_value_with_another_meaning_is_refused_by_name(
 )
 def test_settings_of_published_bases_are_known(bases: dict[str, Path], family: str, path: str, settings: dict[str, Any]) -> None:
     assert _spec_with(bases[family], path, **settings).family == family
+
+
+@pytest.mark.parametrize("kind", ["Qwen3Config", "Gemma2Config", "Qwen2_5_VLTextConfig"])
+def test_transformers_reads_the_older_name_of_a_rotation_s_base(kind: str) -> None:
+    read = getattr(transformers, kind).from_dict({"rope_theta": 54321.0})
+    assert read.rope_parameters["rope_theta"] == 54321.0
 
 
 def test_a_setting_at_its_classs_default_is_known_and_at_another_value_is_not(bases: dict[str, Path]) -> None:

@@ -1,5 +1,6 @@
 """Single-file checkpoints: converted to the directory that they were made of, and refused in one line where they cannot be."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny import FAMILIES
 
 from flashdiff.errors import ModelError
-from flashdiff.families import find_base, load_base
+from flashdiff.families import family_of, find_base, load_base
 from flashdiff.families.prints import prints_of
 from flashdiff.lora import load_fused
 
@@ -119,6 +120,36 @@ def test_parts_that_a_checkpoint_lacks_come_with_its_configuration(base: Path, s
     _assert_same(_weights(base), _weights(find_base(str(file), config=str(base))))
     with pytest.raises(ModelError, match=f"{file} has no text_encoder, and neither has {settings}: give --config"):
         find_base(str(file), config=str(settings))
+
+
+def test_a_part_that_a_checkpoint_lacks_may_be_a_variant(base: Path, tmp_path: Path) -> None:
+    file = _checkpoint(base, tmp_path / "bare.safetensors", without="cond_stage_model")
+    variant = Path(shutil.copytree(base, tmp_path / "variant"))
+    for weights in variant.glob("*/*.safetensors"):
+        weights.rename(weights.with_suffix(".fp16.safetensors"))
+    _assert_same(_weights(base), _weights(find_base(str(file), config=str(variant))))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "metadata", "name"),
+    [
+        (("v_pred",), {}, "prediction_type"),
+        ((), {"modelspec.prediction_type": "v"}, "prediction_type"),
+        (("v_pred", "ztsnr"), {}, "rescale_betas_zero_snr"),
+    ],
+)
+def test_a_checkpoint_that_predicts_velocities_needs_a_scheduler_that_says_so(
+    tensors: tuple[str, ...], metadata: dict[str, str], name: str, base: Path, settings: Path, tmp_path: Path
+) -> None:
+    file = _checkpoint(base, tmp_path / "velocity.safetensors")
+    save_file({**load_file(file), **{tensor: torch.zeros(0) for tensor in tensors}}, file, metadata)
+    scheduler = settings / "scheduler" / "scheduler_config.json"
+    wanted = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": "ztsnr" in tensors}
+    scheduler.write_text(json.dumps({**json.loads(scheduler.read_text()), **wanted, name: "epsilon"}))
+    with pytest.raises(ModelError, match=f"it says that its scheduler's {name} is .*, which that of .* is not; give --config"):
+        find_base(str(file), config=str(settings))
+    scheduler.write_text(json.dumps({**json.loads(scheduler.read_text()), **wanted}))
+    assert family_of(found := find_base(str(file), config=str(settings))).read_spec(found).prediction == "v_prediction"
 
 
 def test_an_sdxl_is_read_with_the_text_encoders_of_its_configuration(tmp_path: Path) -> None:

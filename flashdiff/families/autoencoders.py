@@ -1,5 +1,7 @@
 """Another autoencoder than a base's own: found, checked against the base, and put in its place."""
 
+import logging
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,10 +11,12 @@ from flashdiff.families.base import ModelFamily, TorchModel
 from flashdiff.families.codec import Decoder, Encoder, latent_factor
 from flashdiff.families.loading import load_vae, read_config
 from flashdiff.families.networks import find_network
-from flashdiff.families.settings import AUTOENCODERS, check_network
+from flashdiff.families.settings import AUTOENCODERS, check_network, default_settings
+
+_log = logging.getLogger(__name__)
 
 TINY = "tiny"
-_SMALL = "AutoencoderTiny"
+_SMALL, _LARGE = "AutoencoderTiny", "AutoencoderKL"
 
 
 def find_vae(name: str) -> Path:
@@ -31,8 +35,11 @@ def vae_for(name: str, family: ModelFamily, base: Path) -> Path:
     return find_vae(family.small_vae)
 
 
-def check_vae(folder: Path, family: ModelFamily, spec: ModelSpec) -> None:
-    """ModelError for an autoencoder whose latents are not those that the base's network was trained on."""
+def check_vae(folder: Path, family: ModelFamily, spec: ModelSpec, base: Path | None = None) -> None:
+    """ModelError for an autoencoder whose latents are not those that the model was trained on.
+
+    Where only their scale differs from that of the autoencoder of `base`, a warning; None: it is not compared.
+    """
     if family.networks["vae"] is not AUTOENCODERS:
         raise ModelError(f"--vae {folder}: a model of the family {family.name} runs with its own autoencoder alone")
     config = read_config(folder.parent, folder.name)
@@ -46,6 +53,15 @@ def check_vae(folder: Path, family: ModelFamily, spec: ModelSpec) -> None:
             f"--vae {folder}: its latents have {channels} channels and {factor} pixels a cell, those of {spec.name} have "
             f"{spec.latent_channels} and {spec.latent_factor}; give an autoencoder that was made for this model"
         )
+    own = read_config(base, "vae") if base else {}
+    defaults = default_settings(_LARGE)
+    for name in ("scaling_factor", "shift_factor"):
+        theirs, ours = ((values.get(name, defaults[name]) or 0) for values in (config, own))
+        if {config.get("_class_name"), own.get("_class_name")} == {_LARGE} and not math.isclose(theirs, ours, rel_tol=1e-3):
+            _log.warning(
+                "--vae %s: its %s is %g, that of %s is %g; where it was made for another model, images are noise",
+                *(folder, name, theirs, spec.name, ours),
+            )
 
 
 def with_vae(model: TorchModel, folder: Path) -> TorchModel:

@@ -9,7 +9,7 @@ import inspect
 import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from types import NoneType, UnionType
+from types import MappingProxyType, NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
 from flashdiff.errors import ModelError
@@ -34,8 +34,8 @@ UNET: Fixed = {
 AUTOENCODERS = {name: name for name in ("AutoencoderKL", "AutoencoderTiny")}
 """Of every family: classes of a vae, each loaded as itself."""
 
-_DERIVED = {"AutoencoderTiny": {"block_out_channels"}}
-"""Settings that a class writes though it does not read them: they repeat others."""
+_DERIVED = {"AutoencoderTiny": {"block_out_channels"}, "QwenImageTransformer2DModel": {"pooled_projection_dim"}}
+"""Settings that a class writes, or once wrote, though it does not read them: they repeat others, or never did anything."""
 
 VAE: Fixed = {"latents_mean": (None,), "latents_std": (None,)}
 """Latents are shifted and scaled by one number each."""
@@ -90,9 +90,16 @@ _TRANSFORMERS = {
     "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size",
     "bad_words_ids", "num_return_sequences", "output_scores", "return_dict_in_generate", "forced_bos_token_id",
     "forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens",
-    "begin_suppress_tokens", "_attn_implementation_autoset",
+    "begin_suppress_tokens", "_attn_implementation_autoset", "cache_implementation",
+    "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "vision_token_id", "in_chans",
+    "spatial_patch_size",
+    "rope_theta", "rope_scaling",
 }  # fmt: skip
-"""Settings of training and text generation, which transformers once wrote into every configuration."""
+"""Settings of training, text generation and pictures, which transformers once wrote into every configuration; and the last two,
+which it reads by these older names of theirs, `rope_parameters` now."""
+
+_UNREAD = {"Gemma2Config": {"hidden_act"}}
+"""Settings of a class of transformers that its files have and it does not read: Gemma 2 computes with `hidden_activation`."""
 
 
 def check_settings(folder: Path, family: "ModelFamily", configs: Mapping[str, Mapping[str, Any]]) -> None:
@@ -116,7 +123,7 @@ def check_network(path: str, family: "ModelFamily", part: str, config: Mapping[s
     fixed, defaults = family.fixed.get(part, {}), default_settings(written)
     known = _OWN | default_settings(classes[written]).keys() | _DERIVED.get(written, set())
     implied = {name: defaults[name] for name in fixed if name in defaults}
-    _check(path, {**implied, **config}, known, fixed, defaults)
+    _check(path, config, known, fixed, defaults, implied)
     if part == "vae":
         _check_scale(path, config)
 
@@ -128,7 +135,7 @@ def check_transformers_config(path: str, config: Mapping[str, Any], kind: str) -
     """
     import transformers
 
-    _check(path, config, _TRANSFORMERS | _OWN | _config_names(kind), {}, {})
+    _check(path, config, _TRANSFORMERS | _OWN | _config_names(kind) | _UNREAD.get(kind, set()), {}, {})
     for part, inner in getattr(transformers, kind).sub_configs.items():
         if isinstance(found := config.get(part), Mapping):
             _check(f"{path}: {part}", found, _TRANSFORMERS | _OWN | frozenset(inner().to_dict()), {}, {})
@@ -183,14 +190,23 @@ def _check_scale(path: str, config: Mapping[str, Any]) -> None:
             raise ModelError(f"{path}: '{name}' is {_shown(value)}; it must be {wanted}, the one that the autoencoder came with")
 
 
-def _check(path: str, config: Mapping[str, Any], known: Collection[str], fixed: Fixed, defaults: Mapping[str, Any]) -> None:
-    for name, value in config.items():
+def _check(
+    path: str,
+    config: Mapping[str, Any],
+    known: Collection[str],
+    fixed: Fixed,
+    defaults: Mapping[str, Any],
+    implied: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """`implied` are the values of settings that the file may leave out."""
+    for name, value in {**implied, **config}.items():
         if name in fixed:
             if not any(type(value) is type(one) and value == one for one in fixed[name]) and not (
                 value == 0 and 0 in fixed[name]
             ):
                 values = " or ".join(map(_shown, fixed[name]))
-                raise ModelError(f"{path}: '{name}' is {_shown(value)}, which is not supported; {values} is")
+                source = "" if name in config else ", the default that counts where it is left out"
+                raise ModelError(f"{path}: '{name}' is {_shown(value)}{source}, which is not supported; {values} is")
         elif name not in known and not (name in defaults and _same(value, defaults[name])):
             raise ModelError(
                 f"{path}: nothing reads the setting '{name}' = {_shown(value)}, so images might be wrong; "
@@ -203,7 +219,7 @@ def _check_scheduler(path: str, config: Mapping[str, Any], *, is_flow: bool) -> 
     fixed = {**_OFF, **_FLOW_OFF, **_FLOW_ON} if is_flow else _OFF
     implied = {name: defaults[name] for name in ("clip_sample", "thresholding", *_FLOW_ON) if name in fixed and name in defaults}
     known = _OWN | _WALK | (_FLOW if is_flow else _SCHEDULE)
-    _check(path, {**implied, **config}, known, fixed, defaults)
+    _check(path, config, known, fixed, defaults, implied)
 
 
 def _check_pipeline(path: str, family: "ModelFamily", config: Mapping[str, Any]) -> None:

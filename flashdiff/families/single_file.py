@@ -5,7 +5,7 @@ import importlib
 import importlib.metadata
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from flashdiff.errors import FlashdiffError, ModelError, first_line
 from flashdiff.families import family_of
 from flashdiff.families.files import INDEX, networks_of, read_index
 from flashdiff.families.hub import download_config, hub_name
+from flashdiff.families.views import plain_view
 from flashdiff.files import cache_folder, hash_file, hash_files, new_folder
+from flashdiff.reading import read_json
 
 _VAE = ("first_stage_model.", "vae.")
 _PREFIXES = {
@@ -68,7 +70,10 @@ def directory_of(file: Path, config: str | None) -> Path:
 def _config_folder(file: Path, config: str | None) -> Path:
     """The directory with the configuration of a checkpoint: the one given, else what diffusers takes it for, from the hub."""
     if config is not None and Path(config).is_dir():
-        return Path(config)
+        try:
+            return plain_view(Path(config), None)  # parts that the checkpoint lacks may be there as a variant
+        except ModelError:  # it has configurations alone
+            return Path(config)
     repository = config or _repository_of(file)
     on_hub = hub_name(repository)
     if on_hub is None:
@@ -97,6 +102,7 @@ def _convert(
     import diffusers
 
     sizes, dtype = _header(file)
+    _check_prediction(file, settings, sizes)
     prefixes = _PREFIXES[pipeline_class]
     given: dict[str, Any] = {"safety_checker": None} if pipeline_class == "StableDiffusionPipeline" else {}
     for part in prefixes:
@@ -124,6 +130,25 @@ def _convert(
         if "meta tensor" in why:
             why = "it lacks weights that this asks for; give --config with the configuration of this very model"
         raise ModelError(f"{file}: diffusers cannot read it with the configuration of {settings}: {why}") from None
+
+
+def _check_prediction(file: Path, settings: Path, names: Collection[str]) -> None:
+    """ModelError for a checkpoint that says that it predicts velocities, with settings that say something else.
+
+    The tensors `v_pred` and `ztsnr` (zero terminal SNR) say so to ComfyUI, `modelspec.prediction_type` to others; diffusers reads
+    none of them.
+    """
+    with safetensors.safe_open(file, "pt") as opened:
+        spec = (opened.metadata() or {}).get("modelspec.prediction_type")
+    scheduler = read_json(settings / "scheduler" / "scheduler_config.json")
+    wanted: dict[str, str | bool] = {"prediction_type": "v_prediction"} if "v_pred" in names or spec == "v" else {}
+    wanted |= {"rescale_betas_zero_snr": True} if "ztsnr" in names else {}
+    for name, value in wanted.items():
+        if scheduler.get(name) != value:
+            raise ModelError(
+                f"{file}: it says that its scheduler's {name} is {value}, which that of {settings} is not; "
+                "give --config with the configuration of this very model"
+            )
 
 
 def _check_filled(file: Path, settings: Path, part: str, model: Any) -> None:

@@ -25,6 +25,11 @@ def recognised(scheduler: Mapping[str, Any], source: str) -> dict[str, Any]:
         refuse(scheduler, source, "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
         if scheduler.get("interpolation_type", "linear") != "linear":
             raise ConfigError(f"{source}: interpolation_type = {scheduler['interpolation_type']!r} is not supported")
+        for setting, followed in (("final_sigmas_type", "zero"), ("timestep_type", "discrete")):
+            if scheduler.get(setting, followed) != followed:
+                raise ConfigError(
+                    f"{source}: the scheduler's {setting} = {scheduler[setting]!r} is not supported; set it to {followed!r}"
+                )
         return {"kind": euler[name], "spacing": "trailing"}
     if name in ("LCMScheduler", "TCDScheduler"):
         refuse(scheduler, source, "thresholding", *(["clip_sample"] if name == "LCMScheduler" else []))
