@@ -235,7 +235,7 @@ def _spec_with(base: Path, path: str, **settings: Any) -> ModelSpec:
         ("unet/config.json", {"time_cond_proj_dim": 8}, "'time_cond_proj_dim' is 8"),
         ("unet/config.json", {"in_channels": 8}, "the unet takes 8 channels, .* networks that take 7"),
         ("vae/config.json", {"scaling_factor": 0.18215}, "'scaling_factor' is 0.18215, which is not supported; 0.08333 is"),
-        ("vae/config.json", {"scaling_factor": ...}, "'scaling_factor' is 0.18215, which is not supported; 0.08333 is"),
+        ("vae/config.json", {"scaling_factor": ...}, "'scaling_factor' is 0.18215, the default that counts"),
         ("model_index.json", {"max_noise_level": -1}, "'max_noise_level' is -1"),
         ("model_index.json", {"max_noise_level": "350"}, "'max_noise_level' is '350'"),
         ("low_res_scheduler/scheduler_config.json", {"_class_name": "EulerDiscreteScheduler"}, "EulerDiscreteScheduler"),
