@@ -174,7 +174,8 @@ def test_a_model_a_bundle_and_their_images_give_the_same_numbers(
         row.pop("latent_std")
     assert again == rows["tiny + flash, 2 steps"]
 
-    assert cli.main(["evaluate", str(student_bundle), "--steps", "2", *common, "--json", str(tmp_path / "bundle.json")]) == 0
+    bundle_command = ["evaluate", str(student_bundle), "--steps", "2", "--prompts", str(prompts)]
+    assert cli.main([*bundle_command, *common, "--json", str(tmp_path / "bundle.json")]) == 0
     bundle = json.loads((tmp_path / "bundle.json").read_text())["rows"][1]
     assert bundle["fid"]["value"] == pytest.approx(again["fid"]["value"], rel=1e-2)
 
