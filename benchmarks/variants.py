@@ -54,11 +54,9 @@ BY_TEXT = Branches(contrasts=({},), weights=lambda guidance: Task().weights(guid
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "all": tuple(VARIANTS),
-    "audit": (
-        "ours", "ours+k16", "ours+constant", "ours+fresh", "ours+whitened", "ours+roles", "ours+roles-critic",
-    ),
+    "audit": ("ours", "ours+k16", "ours+constant", "ours+fresh", "ours+whitened", "ours+roles", "ours+roles-critic"),
     "own-step": ("ours", "ours+own-step", "ours+own-step-critic"),
-}  # fmt: skip
+}
 """Variants under one name."""
 
 

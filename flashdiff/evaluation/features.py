@@ -69,10 +69,6 @@ class TextScorer:
         return np.concatenate([self.score(images[s : s + _BATCH], texts[s : s + _BATCH]) for s in starts])
 
 
-_DIVERSITY = {"--text": (), "--scores": ("dino[:MODEL]",)}
-"""What the options of scores take besides."""
-
-
 def check_features(name: str) -> None:
     """EvaluationError for a name that `feature_extractor` does not know; loads nothing."""
     if name != "avatars" and name.partition(":")[0] not in ("inception", "dino"):
@@ -82,7 +78,8 @@ def check_features(name: str) -> None:
 def check_scorer(name: str, option: str = "--text") -> None:
     """EvaluationError for a name that `text_scorer` does not know; loads nothing."""
     if name not in ("avatars", "pickscore", *_PREFERENCES) and name.partition(":")[0] not in ("clip", "aesthetic"):
-        *others, last = ("avatars", "clip[:MODEL]", "pickscore", "aesthetic[:FOLDER]", *_PREFERENCES, *_DIVERSITY[option])
+        diversity = ["dino[:MODEL]"] if option == "--scores" else []
+        *others, last = ("avatars", "clip[:MODEL]", "pickscore", "aesthetic[:FOLDER]", *_PREFERENCES, *diversity)
         raise EvaluationError(f"{option} {name}: choose {', '.join(others)} or {last}")
 
 
