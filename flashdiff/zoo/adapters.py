@@ -29,7 +29,7 @@ from flashdiff.locks import sole_user
 from flashdiff.orders import Pixels
 from flashdiff.zoo.control_images import CONTROLS, TILE, tile
 from flashdiff.zoo.denoiser import Batch, Batches
-from flashdiff.zoo.fit import StageRecipe, fit
+from flashdiff.zoo.fit import StageRecipe, device, fit
 from flashdiff.zoo.images import render_cache, rendered
 from flashdiff.zoo.initial import load_parts
 from flashdiff.zoo.vae import encode_all
@@ -113,11 +113,12 @@ def train(name: str, out: Path, recipe: ControlRecipe, *, pictures: int = defaul
         images, scenes = rendered(render_cache(), tuple(KINDS), 0, pictures, 64)
         controls = _controls(name, images, recipe)
         batches = Batches(
-            parts.text_encoder, parts.tokenizer, encode_all(parts.vae, images), parts.vae.config.scaling_factor, scenes,
+            parts.text_encoder.to(device()), parts.tokenizer,
+            encode_all(parts.vae, images), parts.vae.config.scaling_factor, scenes,
             seed=recipe.seed, size=recipe.stage.batch_size, caption_dropout=_CAPTION_DROPOUT,
         )  # fmt: skip
-        parts.unet.to(memory_format=torch.channels_last)
         network = recipe.make(parts.unet, recipe.seed)
+        parts.unet.to(device(), memory_format=torch.channels_last)
         if recipe.embedding:
             _fit_embedding(name, network, controls, batches, recipe.embedding, out)
 
@@ -140,8 +141,8 @@ def _controls(name: str, images: NDArray[np.uint8], recipe: ControlRecipe) -> Te
 
 
 def _as_input(controls: Tensor) -> Tensor:
-    """Control images [B, C, H, W] as networks take them, in [0, 1]."""
-    return controls.float().div(255).contiguous(memory_format=torch.channels_last)
+    """Control images [B, C, H, W] as networks take them: in [0, 1], where networks are fitted."""
+    return controls.float().div(255).contiguous(memory_format=torch.channels_last).to(device())
 
 
 def _residuals(network: Any, batch: Batch, image: Tensor) -> dict[str, Any]:
@@ -163,7 +164,8 @@ def _fit_embedding(name: str, network: Any, controls: Tensor, batches: Batches, 
 
     def loss_of(step: int) -> Tensor:
         rows = step_generator(batches.seed, step)[0].integers(0, len(controls), stage.batch_size)
-        return (read(_as_input(controls[rows])) - batches.latents[rows] * batches.scale).square().mean()
+        latents = batches.latents[rows].to(device()) * batches.scale
+        return (read(_as_input(controls[rows])) - latents).square().mean()
 
     fit(f"{name}-embedding", read, loss_of, stage, out, ema_decay=_EMA_DECAY, report=lambda: "")
 

@@ -2,8 +2,9 @@
 
 import random
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from flashdiff.checkpoint import step_generator
 from flashdiff.schedule import NoiseSchedule
-from flashdiff.zoo.fit import fit
+from flashdiff.zoo.fit import device, fit
 from flashdiff.zoo.recipe import ZooRecipe
 from flashdiff.zoo.text_encoder import token_ids
 from flashdiff.zoo.world import Scene, caption
@@ -59,7 +60,7 @@ class Batch(NamedTuple):
     """What one update regresses: v-prediction (Salimans & Ho 2022, eq. 9) of text-conditioned latents."""
 
     rows: Tensor
-    """Which scenes these are [B]."""
+    """Which scenes these are [B], on the CPU."""
     x_t: Tensor
     t: Tensor
     hidden: Tensor
@@ -69,9 +70,10 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Batches:
-    """Draws the batches of a training of the denoiser, or of a network that steers it."""
+    """Draws the batches of a training of the denoiser, or of a network that steers it, on `fit.device()`."""
 
     text_encoder: Any
+    """On that device."""
     tokenizer: Any
     latents: Tensor
     """Of the scenes [N, C, h, w]."""
@@ -93,7 +95,7 @@ class Batches:
         words = random.Random(int(rng.integers(2**62)))
         chosen = rng.choice(len(self.scenes), self.size, p=self.shares)
         texts = ["" if words.random() < self.caption_dropout else self.caption_of(self.scenes[index], words) for index in chosen]
-        hidden = self.text_encoder(token_ids(self.tokenizer, texts)).last_hidden_state
+        hidden = self.text_encoder(token_ids(self.tokenizer, texts).to(device())).last_hidden_state
 
         rows = torch.from_numpy(chosen)
         x0 = self.latents[rows] * self.scale
@@ -105,7 +107,8 @@ class Batches:
             t = torch.where(torch.rand(t.shape, generator=generator) < 0.5, narrow, t)
         alpha, sigma = alphas[t][:, None, None, None], sigmas[t][:, None, None, None]
         x_t, v = alpha * x0 + sigma * noise, alpha * noise - sigma * x0
-        return Batch(rows, x_t.contiguous(memory_format=torch.channels_last), t, hidden, v)
+        x_t = x_t.contiguous(memory_format=torch.channels_last)
+        return Batch(rows, x_t.to(device()), t.to(device()), hidden, v.to(device()))
 
 
 @cache
@@ -139,20 +142,22 @@ def train_unet(
     says where `detail_weight` counts.
     """
     stage = recipe.denoiser
-    of_channels = channel_weights(latents) if stage.channel_weights == "whitened" else torch.ones(1)
+    of_channels = (channel_weights(latents) if stage.channel_weights == "whitened" else torch.ones(1)).to(device())
     of_places = place_weights(details, stage.detail_weight)
     in_bfloat16 = stage.precision == "bfloat16"
     network = torch.compile(unet) if in_bfloat16 else unet
+    rounded = partial(torch.autocast, device().type, torch.bfloat16) if in_bfloat16 else nullcontext
     batches = Batches(
-        text_encoder, tokenizer, latents, scale, scenes, seed=recipe.seed + 1, size=stage.batch_size,
+        text_encoder.to(device()), tokenizer, latents, scale, scenes, seed=recipe.seed + 1, size=stage.batch_size,
         caption_dropout=stage.caption_dropout, shares=_shares(scenes, stage.kind_weights), focus=stage.focus,
     )  # fmt: skip
 
     def loss_of(step: int) -> Tensor:
         batch = batches.draw(step)
-        with torch.autocast("cpu", torch.bfloat16, enabled=in_bfloat16):
+        with rounded():
             output = network(batch.x_t, batch.t, batch.hidden).sample
         error = output.float() - batch.v
-        return (of_channels * of_places[batch.rows] * error.square()).mean()
+        return (of_channels * of_places[batch.rows].to(device()) * error.square()).mean()
 
     fit("denoiser", unet, loss_of, stage, out, ema_decay=stage.ema_decay, report=lambda: "")
+    text_encoder.cpu()

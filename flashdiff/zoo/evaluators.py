@@ -24,7 +24,7 @@ from torch.nn import functional
 from flashdiff.checkpoint import step_generator
 from flashdiff.errors import FlashdiffError, TrainingError
 from flashdiff.files import new_folder
-from flashdiff.zoo.fit import StageRecipe, fit
+from flashdiff.zoo.fit import StageRecipe, device, fit
 from flashdiff.zoo.images import rendered, to_input
 from flashdiff.zoo.world import ABSENT, KINDS, Scene, attribute_labels, attribute_words, caption
 
@@ -111,7 +111,7 @@ class DualEncoder(nn.Module):
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """Unit vectors [B, 96] of texts, from their first words."""
-        ids = torch.tensor([_word_ids(text) for text in texts])
+        ids = torch.tensor([_word_ids(text) for text in texts], device=self.places.device)
         filled = ids != _PAD
         hidden = self.text(self.words(ids) + self.places, src_key_padding_mask=~filled)
         return functional.normalize((hidden * filled[:, :, None]).sum(1), dim=-1)
@@ -238,7 +238,7 @@ def _fit_probe(name: str, probe: Probe, out: Path, seed: int, renders: tuple[int
     def loss_of(step: int) -> Tensor:
         rng, generator = step_generator(seed, step)
         chosen = rng.integers(0, len(images), _RECIPES[name].batch_size)
-        return naming_loss(probe(roughened(to_input(images[chosen]), generator))[1], labels, chosen)
+        return naming_loss(probe(roughened(to_input(images[chosen]), generator).to(device()))[1], labels, chosen)
 
     fit(name, probe, loss_of, _RECIPES[name], out, ema_decay=0.998, report=lambda: "")
     with torch.no_grad():
@@ -256,10 +256,10 @@ def _fit_dual_encoder(dual: DualEncoder, out: Path) -> None:
         rng, generator = step_generator(_SEED + 1, step)
         words = random.Random(int(rng.integers(2**62)))
         chosen = rng.integers(0, len(images), _RECIPES["dual_encoder"].batch_size)
-        seen = dual.encode_images(roughened(to_input(images[chosen]), generator))
+        seen = dual.encode_images(roughened(to_input(images[chosen]), generator).to(device()))
         read = dual.encode_texts([caption(scenes[index], words) for index in chosen])
         logits = dual.log_scale.clamp(max=4.6).exp() * seen @ read.T
-        pairs = torch.arange(len(chosen))
+        pairs = torch.arange(len(chosen), device=device())
         return (functional.cross_entropy(logits, pairs) + functional.cross_entropy(logits.T, pairs)) / 2
 
     fit("dual_encoder", dual, loss_of, _RECIPES["dual_encoder"], out, ema_decay=0.998, report=lambda: "")
@@ -267,7 +267,10 @@ def _fit_dual_encoder(dual: DualEncoder, out: Path) -> None:
 
 def naming_loss(logits: Mapping[str, Tensor], labels: Mapping[str, Tensor], chosen: NDArray[np.int64]) -> Tensor:
     """Cross-entropy [] an image of logits [B, words] by name, where the labels [N] of the chosen rows [B] are not -1."""
-    losses = [functional.cross_entropy(of, labels[name][chosen], ignore_index=-1, reduction="sum") for name, of in logits.items()]
+    losses = [
+        functional.cross_entropy(of, labels[name][chosen].to(of.device), ignore_index=-1, reduction="sum")
+        for name, of in logits.items()
+    ]
     return torch.stack(losses).sum() / len(chosen)
 
 

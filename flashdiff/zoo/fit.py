@@ -17,6 +17,11 @@ from flashdiff.errors import TrainingError, first_line
 _CHECKPOINT_EVERY = 250
 
 
+def device() -> torch.device:
+    """What networks are fitted on: an NVIDIA GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 class StageRecipe(Record):
     batch_size: int = Field(ge=1, le=2**20)
     images: int = Field(ge=1, le=10**12)
@@ -37,9 +42,11 @@ def fit(
 ) -> None:
     """Minimise `loss_of(update)`, a scalar [], in place; with `ema_decay` (per update) the averaged weights remain in the model.
 
+    Losses are of `device()`, where the model is while it learns; it ends on the CPU.
+
     The state is kept in `out/<name>.pt`: a killed run resumes from there, and a finished one returns at once.
     """
-    model.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    model.to(device(), memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     optimizer = Optimizer(model, stage.learning_rate)
     average = {key: value.clone() for key, value in model.state_dict().items()} if ema_decay else {}
     checkpoint, step = out / f"{name}.pt", 0
@@ -48,7 +55,7 @@ def fit(
         try:
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
-            average, step = state["average"], int(state["step"])
+            average, step = {key: value.to(device()) for key, value in state["average"].items()}, int(state["step"])
         except Exception as error:  # a file that torch can load, but of something else
             raise TrainingError(f"{checkpoint} is no checkpoint of this run ({first_line(error)}); remove it") from None
 
@@ -76,7 +83,7 @@ def fit(
             print(f"{name} {step}/{total} loss {running:.4f} {rate:.0f} images/s, {left:.1f} min left {report()}", flush=True)
     if ema_decay:
         model.load_state_dict(average)
-    model.eval()
+    model.cpu().eval()
 
 
 class Optimizer:

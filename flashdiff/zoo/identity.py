@@ -28,7 +28,7 @@ from flashdiff.files import new_folder, write_whole
 from flashdiff.locks import sole_user
 from flashdiff.zoo.denoiser import Batches
 from flashdiff.zoo.evaluators import naming_loss, roughened
-from flashdiff.zoo.fit import StageRecipe, fit
+from flashdiff.zoo.fit import StageRecipe, device, fit
 from flashdiff.zoo.images import Pairs, render_cache, rendered_pairs, to_input
 from flashdiff.zoo.initial import load_parts
 from flashdiff.zoo.vae import encode_all
@@ -113,7 +113,8 @@ def train_encoder(pairs: Pairs, out: Path, recipe: StageRecipe) -> _Namer:
     def loss_of(step: int) -> Tensor:
         rng, generator = step_generator(_ENCODER_SEED, step)
         chosen = rng.integers(0, len(pairs.images), recipe.batch_size)
-        return naming_loss(namer(roughened(to_input(pairs.images[chosen]), generator))[1], labels, chosen)
+        pictures = roughened(to_input(pairs.images[chosen]), generator).to(device())
+        return naming_loss(namer(pictures)[1], labels, chosen)
 
     fit("encoder", namer, loss_of, recipe, out, ema_decay=_EMA_DECAY, report=lambda: "")
     return namer.requires_grad_(False)
@@ -158,7 +159,7 @@ class Adapter(nn.Module):
         tokens = self.image_proj["norm"](self.image_proj["proj"](embeds).unflatten(1, (_TOKENS, -1)))
         layers = [self.ip_adapter.get_submodule(name) for name in self.ip_adapter]
         keys, values = ([layer.get_submodule(which)(tokens) for layer in layers] for which in ("to_k_ip", "to_v_ip"))
-        return Reading(keys, values, torch.ones(len(tokens), 1, 1))
+        return Reading(keys, values, torch.ones(len(tokens), 1, 1, device=tokens.device))
 
 
 def _caption(scene: Scene, rng: random.Random) -> str:
@@ -169,18 +170,19 @@ def train_adapter(pairs: Pairs, embeds: Tensor, out: Path, recipe: StageRecipe) 
     """An adapter for embeddings [2 N, D] of the pairs' pictures."""
     parts = load_parts(find_base(BASE))
     batches = Batches(
-        parts.text_encoder, parts.tokenizer, encode_all(parts.vae, pairs.images), parts.vae.config.scaling_factor, pairs.scenes,
+        parts.text_encoder.to(device()), parts.tokenizer,
+        encode_all(parts.vae, pairs.images), parts.vae.config.scaling_factor, pairs.scenes,
         seed=_ADAPTER_SEED, size=recipe.batch_size, caption_dropout=_CAPTION_DROPOUT, caption_of=_caption,
     )  # fmt: skip
-    parts.unet.to(memory_format=torch.channels_last)
     adapter = Adapter(parts.unet, embeds.shape[1])
+    parts.unet.to(device(), memory_format=torch.channels_last)
 
     def loss_of(step: int) -> Tensor:
         batch = batches.draw(step)
         rng, _ = step_generator(_ADAPTER_SEED + 1, step)
         kept = torch.from_numpy(rng.random(len(batch.rows)) >= _REFERENCE_DROPOUT)
         others = (batch.rows + len(embeds) // 2) % len(embeds)
-        reading = adapter(embeds[others] * kept[:, None])
+        reading = adapter((embeds[others] * kept[:, None]).to(device()))
         output = parts.unet(batch.x_t, batch.t, **reading.next_to({"encoder_hidden_states": batch.hidden})).sample
         return (output - batch.v).square().mean()
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flashdiff.checkpoint import step_generator
-from flashdiff.zoo.fit import fit
+from flashdiff.zoo.fit import device, fit
 from flashdiff.zoo.recipe import ZooRecipe
 from flashdiff.zoo.world import Scene, attribute_labels, attribute_words, caption, full_caption
 
@@ -104,14 +104,14 @@ def train_text_encoder(text_encoder: Any, tokenizer: Any, scenes: Sequence[Scene
     stage = recipe.text
     torch.manual_seed(recipe.seed + 3)
     reader = CaptionReader(stage.width)
-    labels = {name: torch.from_numpy(found) for name, found in attribute_labels(scenes).items()}
+    labels = {name: torch.from_numpy(found).to(device()) for name, found in attribute_labels(scenes).items()}
 
     def loss_of(step: int) -> Tensor:
         rng, _ = step_generator(recipe.seed + 2, step)
         words = random.Random(int(rng.integers(2**62)))
         chosen = rng.integers(0, len(scenes), stage.batch_size)
         texts = [caption(scenes[index], words) for index in chosen]
-        logits = reader(text_encoder(token_ids(tokenizer, texts)).last_hidden_state)
+        logits = reader(text_encoder(token_ids(tokenizer, texts).to(device())).last_hidden_state)
         losses = [
             torch.nn.functional.cross_entropy(logits[name], labels[name][chosen], ignore_index=-1, reduction="sum")
             for name in logits
@@ -121,7 +121,8 @@ def train_text_encoder(text_encoder: Any, tokenizer: Any, scenes: Sequence[Scene
     @torch.no_grad()
     def report() -> str:
         """Share of attributes read right off captions that say everything."""
-        logits = reader(text_encoder(token_ids(tokenizer, [full_caption(scene) for scene in scenes[:500]])).last_hidden_state)
+        ids = token_ids(tokenizer, [full_caption(scene) for scene in scenes[:500]])
+        logits = reader(text_encoder(ids.to(device())).last_hidden_state)
         right = [(logits[name].argmax(1) == labels[name][:500])[labels[name][:500] >= 0] for name in logits]
         return f"{torch.cat(right).float().mean():.3f} read"
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flashdiff.checkpoint import step_generator
-from flashdiff.zoo.fit import fit
+from flashdiff.zoo.fit import device, fit
 from flashdiff.zoo.images import to_input
 from flashdiff.zoo.recipe import ZooRecipe
 
@@ -36,12 +36,12 @@ def train_vae(vae: Any, images: NDArray[np.uint8], held_back: NDArray[np.uint8],
 
     def loss_of(step: int) -> Tensor:
         rng, generator = step_generator(recipe.seed, step)
-        pixels = to_input(images[rng.integers(0, len(images), stage.batch_size)])
+        pixels = to_input(images[rng.integers(0, len(images), stage.batch_size)]).to(device())
         if step < full_from:
             top, left = rng.integers(0, pixels.shape[-1] - stage.crop + 1, 2)
             pixels = pixels[:, :, top : top + stage.crop, left : left + stage.crop]
         latents = vae.encode(pixels).latents
-        noisy = latents + stage.latent_noise * torch.randn(latents.shape, generator=generator)
+        noisy = latents + stage.latent_noise * torch.randn(latents.shape, generator=generator).to(device())
         error = vae.decode(noisy).sample - pixels
         return error.abs().mean() + 2 * error.square().mean() + 1e-3 * latents.square().mean()
 
@@ -57,6 +57,6 @@ def encode_all(vae: Any, images: NDArray[np.uint8]) -> Tensor:
 @torch.no_grad()
 def reconstruction_psnr(vae: Any, images: NDArray[np.uint8]) -> float:
     """PSNR in dB of encode and decode, over all pixels of images [N, H, W, 3]."""
-    pixels = to_input(images)
+    pixels = to_input(images).to(vae.device)
     decoded = torch.cat([vae.decode(vae.encode(part).latents).sample for part in pixels.split(128)])
     return float(-10 * torch.log10(((decoded.clamp(-1, 1) - pixels) / 2).square().mean()))
