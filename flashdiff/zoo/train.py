@@ -2,9 +2,9 @@
 
     python -m flashdiff.zoo.train flashdiff/zoo/avatars.toml --out runs/avatars
 
-It runs on an NVIDIA GPU where there is one. With `denoiser.init_from`, training starts from that model's denoiser, and its other parts are kept.
-The same command resumes a killed run. The random numbers of an update depend on the
-seed and the update alone, so a resumed run equals an uninterrupted one.
+It runs on an NVIDIA GPU where there is one. With `denoiser.init_from`, training starts from that model's denoiser, and its other
+parts are kept. The same command resumes a killed run. The random numbers of an update depend on the seed and the update alone, so
+a resumed run equals an uninterrupted one.
 """
 
 import argparse
