@@ -7,6 +7,7 @@ drawn would teach the denoiser to draw it unasked.
 
 import io
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,19 @@ from numpy.typing import NDArray
 
 from flashdiff.zoo.world import KINDS, OBJECT_COLORS, Scene, _style
 
+_CHUNK = 1000
 _FAINT = {"critters": ("pattern",), "sprouts": ("pattern",), "planets": ("surface", "ring"), "voxel-art": ("beard",)}
 
 
 def detail_places(images: NDArray[np.uint8], scenes: Sequence[Scene], cells: int) -> NDArray[np.bool_]:
     """Which of the cells [N, cells, cells] of images [N, H, W, 3] hold a faint attribute, or would if the scene had it."""
+    parts = [slice(start, start + _CHUNK) for start in range(0, len(scenes), _CHUNK)]
+    with ProcessPoolExecutor() as pool:
+        jobs = [pool.submit(_places, images[part], scenes[part], cells) for part in parts]
+        return np.concatenate([job.result() for job in jobs])
+
+
+def _places(images: NDArray[np.uint8], scenes: Sequence[Scene], cells: int) -> NDArray[np.bool_]:
     places = np.zeros((len(scenes), cells, cells), np.bool_)
     for place, image, scene in zip(places, images, scenes, strict=True):
         if scene.kind in _FAINT:
