@@ -117,6 +117,8 @@ def export(target: Path, vae: Any, tokenizer: Any, text_encoder: Any, unet: Any)
         pipeline.save_pretrained(folder)
         # AutoencoderTiny derives block_out_channels, and warns on loading when it is given.
         _edit_config(folder / "vae", lambda config: config.pop("block_out_channels"))
+        for part in ("vae", "unet"):  # of a part that was loaded, diffusers writes the folder
+            _edit_config(folder / part, lambda config: config.pop("_name_or_path", None))
         # Left at float16, transformers would load a half-precision text encoder next to diffusers' float32 UNet.
         _edit_config(folder / "text_encoder", lambda config: config.update(dtype="float32"))
 

@@ -106,6 +106,8 @@ def test_training_goes_on_from_another_models_denoiser(first_run: Path, tmp_path
     train(recipe, tmp_path / "whole")
     _train_killed_once(recipe, tmp_path / "broken", saves=1)
     assert _equal(_weights(tmp_path / "whole", UNET), _weights(tmp_path / "broken", UNET))
+    configs = [path.read_text() for path in (tmp_path / "whole" / "model").rglob("*.json")]
+    assert not any(str(first_run) in text for text in configs)  # no folder of the machine that trained it
     for part in (VAE, TEXT):
         assert _equal(_weights(tmp_path / "whole", part), _weights(first_run, part)), part
     assert set(_weights(tmp_path / "whole", UNET)) > set(_weights(first_run, UNET))
