@@ -420,8 +420,10 @@ def _text_of(bundle: Path) -> str | None:
 
 def _check_files(bundle: Path, manifest: Manifest, hash_of: Callable[[Path, str], str]) -> None:
     for name, expected in manifest.files.items():
-        path = bundle / name
-        if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(bundle)):
+        path, parts = bundle / name, PurePosixPath(name)
+        # By its name too: a copy of the bundle has no links that bring a way up back inside.
+        climbs = parts.is_absolute() or ".." in parts.parts
+        if climbs or not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(bundle)):
             raise BundleError(f"{bundle}/{MANIFEST} names a file outside the bundle: {name}")
         if not path.is_file():
             raise BundleError(f"{bundle} is incomplete: {name} is missing; {_REBUILD}")

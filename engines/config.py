@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from flashdiff import defaults
 from flashdiff.components import MAX_SIDE, Size
@@ -63,6 +63,11 @@ class BuildRecipe(SamplingOptions):
         if self.batch_sizes[-1] > MAX_BATCH:
             raise ValueError(f"batch_sizes go up to {MAX_BATCH}, not {self.batch_sizes[-1]}")
         return self
+
+    @field_validator("sizes")
+    @classmethod
+    def _sizes_differ(cls, sizes: tuple[Size, ...]) -> tuple[Size, ...]:
+        return tuple(dict.fromkeys(sizes))
 
     @model_validator(mode="after")
     def _prompts_calibrate(self) -> Self:

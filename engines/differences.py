@@ -28,6 +28,9 @@ def differences(old: BuildInputs, new: BuildInputs) -> Iterator[str]:
             yield f"LoRA {name} was trained anew: {before[name].weights_hash[:12]} -> {after[name].weights_hash[:12]}"
         elif before[name].weight != after[name].weight:
             yield f"LoRA {name}: weight {before[name].weight:g} -> {after[name].weight:g}"
+    listed = [[(lora.weights_hash, lora.weight) for lora in inputs.loras] for inputs in (old, new)]
+    if before == after and listed[0] != listed[1]:  # two have one name, or the order is another
+        yield "LoRAs, their order or their weights changed"
     for field in (
         "guidance",
         "backend",
@@ -42,6 +45,8 @@ def differences(old: BuildInputs, new: BuildInputs) -> Iterator[str]:
         then, now = getattr(old, field), getattr(new, field)
         if then != now:
             yield f"{field.replace('_', ' ')}: {_words(then)} -> {_words(now)}"
+    if old.model.decode_tile != new.model.decode_tile:
+        yield f"decode tile: {_words(old.model.decode_tile)} -> {_words(new.model.decode_tile)}"
     for field in SamplingOptions.model_fields:
         then, now = getattr(old.sampling, field), getattr(new.sampling, field)
         if then != now:

@@ -118,7 +118,7 @@ class BuildPlan:
         if self.previous.fingerprint == self.inputs.fingerprint:
             skipped = self.previous.stock == NOT_COMPARED and self.options.compare_stock
             return ["it was not compared with the stock pipeline"] if skipped else []
-        return list(differences(self.previous, self.inputs))
+        return list(differences(self.previous, self.inputs)) or ["its options changed"]
 
     def check_sources(self) -> None:
         """BundleError when a file of the base or of a LoRA was edited or replaced since: the hashes would name other bytes."""

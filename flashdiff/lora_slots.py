@@ -150,6 +150,8 @@ def read_slot_lora(file: Path, table: SlotTable, source: str) -> SlotLora:
         own = _peft_settings(file.parent / PEFT_CONFIG, source)
         settings = {f"{table.denoiser}.{key}": value for key, value in own.items()}
         digest.update(repr(sorted(map(str, own.items()))).encode())
+    else:
+        _check_settings(file, settings, source)
     _check_flash(flash, table, source)
     layers, keys = _by_layer(tensors, table, source)
     values, rank = np.zeros(table.values, dtype=np.float32), 0
@@ -165,10 +167,17 @@ def read_slot_lora(file: Path, table: SlotTable, source: str) -> SlotLora:
 def _peft_settings(file: Path, source: str) -> dict[str, Any]:
     try:
         settings = peft_settings(file)
-        check_peft_settings(file, settings)
     except LoraError as error:  # a server's clients learn none of its paths
         raise LoraError(f"{source}: {str(error).replace(f'{file.parent}/', '')}") from None
+    _check_settings(file, settings, source)
     return settings
+
+
+def _check_settings(file: Path, settings: Mapping[str, Any], source: str) -> None:
+    try:
+        check_peft_settings(file, settings)
+    except LoraError as error:  # as above
+        raise LoraError(f"{source}: {str(error).replace(f'{file.parent}/', '')}") from None
 
 
 def _flash_info(file: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:

@@ -87,6 +87,15 @@ def test_an_alpha_may_be_a_whole_number(tmp_path: Path, alpha: NDArray[np.intege
     np.testing.assert_allclose(_change(found.values, "q"), 2 * up @ down, rtol=1e-5)
 
 
+def test_settings_of_a_files_metadata_that_changed_the_base_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "pissa.safetensors"
+    safetensors.numpy.save_file(
+        _pair("q", 3), file, metadata={"lora_adapter_metadata": json.dumps({"unet.init_lora_weights": "pissa"})}
+    )
+    with pytest.raises(LoraError, match=r"^a: pissa\.safetensors: init_lora_weights is 'pissa'"):
+        read_slot_lora(file, TABLE, "a")
+
+
 def test_kohyas_names_convolutions_of_1x1_and_joined_matrices(tmp_path: Path) -> None:
     down, up, joined = _values(2, 6), _values(5, 2), _values(3 + 2, 2)
     tensors = {

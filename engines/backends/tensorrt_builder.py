@@ -85,6 +85,7 @@ def build_plan(
         raise BackendError(f"{backend} cannot read {graph.parent.name}: {(problems or logger.errors or ['no reason given'])[0]}")
 
     config = builder.create_builder_config()
+    config.clear_flag(trt.BuilderFlag.TF32)  # it is on by default, and off by more than float32's verification allows
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, _WORKSPACE_BYTES)
     config.progress_monitor = _monitor(trt, report)
     if version_compatible:

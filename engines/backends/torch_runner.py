@@ -23,7 +23,7 @@ from flashdiff.engines.parts import AtPrecision, no_reduced_precision, parts_of
 from flashdiff.engines.runtime.device import Device
 from flashdiff.engines.runtime.threads import cpu_threads
 from flashdiff.engines.shapes import bucket_shapes
-from flashdiff.families import load_base
+from flashdiff.families import family_of
 from flashdiff.families.control import with_controls
 from flashdiff.families.ip_adapter import Found, with_adapter
 from flashdiff.families.slots import layers_of, with_slots
@@ -70,7 +70,10 @@ def open_parts(folder: Path, manifest: Manifest, on: Device) -> CompilePart:
 def _modules(folder: Path, manifest: Manifest, device: torch.device) -> Callable[[str, Path], Module]:
     """The parts' own modules by name, for all buckets the same."""
     transformers.utils.logging.disable_progress_bar()  # it would draw bars between a server's lines
-    family, model = load_base(str(folder / MODEL))
+    family = family_of(folder / MODEL)
+    spec = family.read_spec(folder / MODEL)
+    # Parts hold the sampler's times, noise levels and guidance: those of the build, which the model's files do not say.
+    model = family.load(folder / MODEL, spec.model_copy(update={"sampler": manifest.model.sampler}))
     if manifest.reference:
         place = folder / MODEL / REFERENCE
         model = with_adapter(family, model, Found(file=place / ADAPTER, encoder=place / ENCODER_FOLDER))

@@ -20,6 +20,7 @@ _CPU_FEATURES = (
     "amx_int8",
     "asimd",
     "asimddp",
+    "asimdhp",
     "sve",
     "bf16",
 )

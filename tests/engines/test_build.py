@@ -21,6 +21,7 @@ from flashdiff.engines.build import build_engine
 from flashdiff.engines.bundle import read_manifest
 from flashdiff.engines.cache import cached, is_cached
 from flashdiff.engines.config import BuildOptions
+from flashdiff.engines.differences import differences
 from flashdiff.engines.plan import describe, plan_build
 from flashdiff.engines.runtime.engine import open_bundle
 from flashdiff.errors import BackendError, BundleError, ConfigError, FlashdiffError, LoraError, ModelError
@@ -77,6 +78,25 @@ def test_a_dry_run_says_what_why_and_at_what_cost_and_writes_nothing(options: di
 )
 def test_every_rebuild_says_what_changed(options: dict[str, Any], changes: dict[str, Any], reason: str) -> None:
     assert f"to do        {reason}" in _lines(**options | changes)
+
+
+def test_a_size_given_twice_counts_once(options: dict[str, Any]) -> None:
+    assert BuildOptions(**options | {"sizes": (Size(64, 32), Size(32, 32), Size(64, 32))}).sizes == (Size(64, 32), Size(32, 32))
+
+
+def test_loras_of_one_name_are_told_apart(options: dict[str, Any]) -> None:
+    inputs = plan_build(BuildOptions(**options)).inputs
+    (lora,) = inputs.loras
+    other = lora.model_copy(update={"weights_hash": "0" * 64, "weight": 0.5})
+    old = inputs.model_copy(update={"loras": (lora, other)})
+    new = inputs.model_copy(update={"loras": (lora.model_copy(update={"weight": -1.0}), other)})
+    assert list(differences(old, new)) == ["LoRAs, their order or their weights changed"]
+
+
+def test_another_decode_tile_is_a_change(options: dict[str, Any]) -> None:
+    old = plan_build(BuildOptions(**options)).inputs
+    new = old.model_copy(update={"model": old.model.model_copy(update={"decode_tile": 64})})
+    assert list(differences(old, new)) == ["decode tile: default -> 64"]
 
 
 def test_changed_weights_libraries_and_code_are_noticed(

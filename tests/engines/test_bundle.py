@@ -166,9 +166,15 @@ def test_a_manifest_changed_by_hand_is_refused(copy: Path) -> None:
         open_bundle(copy)
 
 
-@pytest.mark.parametrize("name", ["../outside.bin", "/etc/hostname", "denoiser/link.bin"])
+@pytest.mark.parametrize(
+    "name", ["../outside.bin", "/etc/hostname", "denoiser/link.bin", "deep/../../inside.bin", "{copy}/inside.bin"]
+)
 def test_paths_that_point_outside_the_bundle_are_refused(copy: Path, name: str) -> None:
-    manifest = read_manifest(copy)
+    """Or would in a copy of it."""
+    manifest, name = read_manifest(copy), name.format(copy=copy)
+    (copy / "inside.bin").write_bytes(b"its own")
+    (copy / "a" / "b").mkdir(parents=True)
+    (copy / "deep").symlink_to(copy / "a" / "b")
     (copy.parent / "outside.bin").write_bytes(b"secret")
     (copy / "denoiser" / "link.bin").symlink_to(copy.parent / "outside.bin")
     write_manifest(copy, manifest.model_copy(update={"files": {**manifest.files, name: hash_file(copy / name)}}))

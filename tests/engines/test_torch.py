@@ -1,13 +1,16 @@
 """The torch backend: a bundle of safetensors and JSON that makes torch's own images."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from tiny import MODELS
 from torch import nn
 
 from flashdiff.engines.backends.torch_runner import _sums_exactly_in_nhwc
 from flashdiff.engines.build import build_engine
+from flashdiff.engines.bundle import read_manifest
 from flashdiff.engines.config import BuildOptions
 from flashdiff.engines.runtime.engine import Engine, open_bundle
 from flashdiff.generate import generate
@@ -32,6 +35,15 @@ def test_it_makes_the_images_of_the_fused_model_in_torch(engine: Engine, tiny_ba
     _, model = load_fused(str(tiny_base), [(flash_lora, 1.0)], None)
     order = check_order(engine.spec, prompt="a dog", seed=3)
     np.testing.assert_array_equal(generate(engine, [order])[0][0], generate(model, [order])[0][0])
+
+
+def test_it_keeps_the_builds_guidance_and_shift(tmp_path: Path) -> None:
+    """The model's own files say others; the gate compares each part."""
+    changes: dict[str, dict[str, Any]] = {"flux": {"guidance": 2.0}, "sd3": {"sampler": "ode", "shift": 1.0}}
+    for family, options in changes.items():
+        base, out = MODELS[family](tmp_path / family), tmp_path / f"{family}-bundle"
+        build_engine(BuildOptions(base=str(base), out=out, backend="torch", batch_sizes=(1, 2), **options), print)
+        assert max(read_manifest(out).max_error.values()) < 1e-4
 
 
 def test_a_network_with_group_norm_keeps_its_layout_on_a_cpu() -> None:
