@@ -17,6 +17,7 @@ from served import serving
 
 from flashdiff import cli
 from flashdiff.engines import backends
+from flashdiff.engines.backends import base, openvino
 from flashdiff.engines.backends.base import ONNX, Backend, CompiledPart, CompilePart
 from flashdiff.engines.build import build_engine
 from flashdiff.engines.bundle import Machine, Manifest, Precision, read_manifest
@@ -114,3 +115,8 @@ def test_it_gets_the_gpu_that_each_engine_is_for(bundle: Path, monkeypatch: pyte
 def test_the_command_line_offers_it_and_it_refuses_what_it_cannot_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["build-engine", "avatars", "--backend", "numpy", "--precision", "bf16", "--out", str(tmp_path / "b")]) == 2
     assert "--precision bf16: numpy on cpu takes fp32" in capsys.readouterr().err
+
+
+def test_a_machine_names_every_feature_that_a_precision_may_need() -> None:
+    needed = {feature for features in openvino._CPU_FEATURES.values() for feature in features} | {*base._INT8_FEATURES}
+    assert needed <= {*machine._CPU_FEATURES}
