@@ -47,6 +47,12 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def any_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor of every precision, for what is planned or refused without such an engine being run."""
+    monkeypatch.setattr("flashdiff.engines.runtime.machine._cpu_info", lambda *_: "avx2 avx512_vnni avx512_bf16 avx512_fp16")
+
+
 @pytest.fixture(scope="session")
 def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
     """Makes a folder with `make(folder)` once a run, whichever of pytest's parallel processes needs it first."""

@@ -106,7 +106,7 @@ def test_an_image_is_the_same_whatever_is_made_with_it(base: Path) -> None:
         for latents, _ in _made(model, order)
     ]
     for one, wanted in zip(together, alone, strict=True):
-        np.testing.assert_allclose(one, wanted, atol=1e-5, rtol=0)
+        np.testing.assert_allclose(one, wanted, atol=1e-4, rtol=0)
     assert min(np.abs(one - two).max() for one, two in itertools.pairwise(alone)) > 0.05
 
 
@@ -263,6 +263,7 @@ def test_the_schedule_of_the_small_image_is_part_of_the_base(base: Path, spec: M
     assert ModelSpec.model_validate_json(spec.model_dump_json()) == spec
 
 
+@pytest.mark.usefixtures("any_processor")
 def test_what_is_not_made_for_it_is_refused_in_one_line(base: Path, tmp_path: Path) -> None:
     from flashdiff.families.control import check_control
 

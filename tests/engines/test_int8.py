@@ -40,12 +40,6 @@ from flashdiff.lora_files import FLASH
 _INT8 = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"}
 
 
-@pytest.fixture
-def any_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plans alone: they refuse the same on a processor without int8."""
-    monkeypatch.setattr("flashdiff.engines.runtime.machine._cpu_info", lambda *_: "avx2 avx512_vnni avx512_bf16")
-
-
 @pytest.mark.parametrize(
     ("backend", "precision", "reason"),
     [
@@ -117,6 +111,7 @@ def test_prompts_that_cannot_calibrate_are_refused(tiny_base: Path, tmp_path: Pa
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.usefixtures("any_processor")
 def test_a_prompt_of_too_many_tokens_is_refused_before_anything_is_run(tiny_base: Path, tmp_path: Path) -> None:
     file, said = tmp_path / "prompts.txt", list[str]()
     file.write_text("a dog\n" + "word " * 30)
@@ -252,6 +247,7 @@ def test_auto_takes_the_fastest_precision_that_is_good_enough(candidates: list[C
     assert best_of(candidates).precision == best
 
 
+@pytest.mark.usefixtures("any_processor")
 def test_auto_publishes_one_of_those_that_pass_and_then_leaves_it(
     student_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
