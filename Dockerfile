@@ -3,7 +3,8 @@
 #   docker run -p 127.0.0.1:50051:50051 -v $PWD/bundle:/bundle:ro flashdiff
 # With HTTP, and the page at http://127.0.0.1:8000:
 #   docker run -p 127.0.0.1:50051:50051 -p 127.0.0.1:8000:8000 -e FLASHDIFF_HTTP_PORT=8000 -v $PWD/bundle:/bundle:ro flashdiff
-# On an NVIDIA GPU (never tried). TensorRT's libraries come from NVIDIA's index; EXTRAS=http,tensorrt-rtx needs none but the public one.
+# On an NVIDIA GPU (never tried): EXTRAS=http,distill for torch's bundles, the default there, and http,tensorrt-rtx need the public
+# index alone; TensorRT's libraries come from NVIDIA's.
 #   docker build -t flashdiff:latest-cuda --build-arg BASE=nvidia/cuda:13.0.1-runtime-ubuntu24.04 --build-arg EXTRAS=http,tensorrt \
 #     --build-arg PIP_EXTRA_INDEX_URL=https://pypi.nvidia.com .
 #   docker run --gpus all -p 127.0.0.1:50051:50051 -v $PWD/bundle:/bundle:ro flashdiff:latest-cuda

@@ -27,6 +27,7 @@ from flashdiff.generate import prepare
 from flashdiff.noise import SEED_LIMIT, image_seed
 from flashdiff.orders import Order, Pixels
 from flashdiff.parts import NOISE_LEVEL
+from flashdiff.pictures import Background
 from flashdiff.references import ENCODER, ReferenceRequest, takes_reference
 from flashdiff.rows import branches_of
 from flashdiff.tasks import check_order, edit, inpainting, super_resolution, task_for, trained_task
@@ -47,6 +48,8 @@ class WantedImage:
     """Pixels of each side, as an image encoder reads it; None: it has the sample's size."""
     shrunk: int = 1
     """How many times smaller than the sample it is, in width and height."""
+    behind: Background = "white"
+    """What is seen where it is transparent, as in a request."""
     check: Callable[[Pixels], None] | None = None
     """Raises a RequestError for pixels [H, W, 3] that no request could bring."""
 
@@ -128,8 +131,8 @@ class ImageConditions:
             is_own = MASK in self.task.inputs or taken != size
             wanted[IMAGE] = WantedImage(further=None if is_own else SOURCE, shrunk=size.width // taken.width)
         if MASK in self.task.inputs and self._masks.image == "further":
-            wanted[MASK] = WantedImage(further=MASK, check=self._check_mask)
-        wanted |= {name: WantedImage(further=name) for name in self._controls}
+            wanted[MASK] = WantedImage(further=MASK, behind="black", check=self._check_mask)
+        wanted |= {name: WantedImage(further=name, behind="black") for name in self._controls}
         if reference := self._recipe.reference:
             assert takes_reference(spec)
             side = spec.part(ENCODER).side

@@ -21,7 +21,7 @@ from flashdiff.distill import processes
 from flashdiff.distill.conditions import WantedImage
 from flashdiff.distill.config import DataRecipe
 from flashdiff.distill.progress import Stage
-from flashdiff.distill.sources import Damage, Sample, decoded, image_size, opened_rgb, read_samples
+from flashdiff.distill.sources import Damage, Sample, decoded, fitted, image_size, opened_rgb, read_samples
 from flashdiff.errors import RequestError, TrainingError, first_line
 from flashdiff.evaluation.images import DAMAGED_IMAGE
 from flashdiff.families.base import TorchModel
@@ -237,7 +237,7 @@ class _Cache:
         pixels = {
             name: _named(
                 self._pixels,
-                *(_bytes_of(_file_of(sample, kind)) or b"", str(kind.side or kind.size(size))),
+                *(_bytes_of(_file_of(sample, kind)) or b"", str(kind.side or kind.size(size)), kind.behind),
                 *([self._model.base_hash] if kind.check else []),  # what is there has passed this base's check
             )
             for name, kind in wanted.items()
@@ -252,7 +252,8 @@ class _Cache:
             if image is None or _is_whole(item.pixels[name]):
                 continue
             with _about(sample, kind):
-                pixels = as_clip_reads(opened_rgb(image), kind.side) if kind.side else decoded(image, kind.size(size))
+                picture = opened_rgb(image, kind.behind)
+                pixels = as_clip_reads(picture, kind.side) if kind.side else fitted(picture, kind.size(size))
             try:
                 if kind.check:
                     kind.check(pixels)

@@ -20,7 +20,7 @@ from flashdiff.distill.remote import SHARDS, fetched, is_remote, remote_shards
 from flashdiff.distill.tables import Columns, saved_files, table_rows
 from flashdiff.errors import EvaluationError, TrainingError, first_line
 from flashdiff.evaluation.images import DAMAGED_SHARD, WORLD, read_metadata
-from flashdiff.pictures import read_rgb, size_of
+from flashdiff.pictures import Background, read_rgb, size_of
 from flashdiff.reading import lines_of, open_file, read_file, read_text
 
 _log = logging.getLogger(__name__)
@@ -112,12 +112,17 @@ def image_size(image: bytes | NDArray[np.uint8]) -> tuple[int, int]:
 
 def decoded(image: bytes | NDArray[np.uint8], size: Size) -> NDArray[np.uint8]:
     """RGB pixels [H, W, 3] of `size`, the image centre-cropped to its proportions. Raises as `image_size` does."""
-    return np.array(ImageOps.fit(opened_rgb(image), size, Image.Resampling.LANCZOS))
+    return fitted(opened_rgb(image), size)
 
 
-def opened_rgb(image: bytes | NDArray[np.uint8]) -> Image.Image:
+def fitted(picture: Image.Image, size: Size) -> NDArray[np.uint8]:
+    """A picture's pixels [H, W, 3] as those of `size`, cropped at the centre to its proportions."""
+    return np.array(ImageOps.fit(picture, size, Image.Resampling.LANCZOS))
+
+
+def opened_rgb(image: bytes | NDArray[np.uint8], behind: Background = "white") -> Image.Image:
     """The picture of an image file or of pixels [H, W, 3], in RGB. Raises as `image_size` does."""
-    return Image.fromarray(image) if isinstance(image, np.ndarray) else read_rgb(image)
+    return Image.fromarray(image) if isinstance(image, np.ndarray) else read_rgb(image, behind)
 
 
 def _renders(count: int, size: Size, seed: int) -> Iterator[Sample]:

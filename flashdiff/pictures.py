@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +11,9 @@ from PIL import Image
 
 from flashdiff.components import Size
 from flashdiff.picture_files import cut_down
+
+Background = Literal["white", "black"]
+"""What is seen where a picture is transparent: white, as a page shows it; black, where a mask or a control has nothing."""
 
 MAX_PIXELS = 16_384 * 16_384
 """Of a picture in a file of one's own."""
@@ -30,11 +34,11 @@ _GREY_16 = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 """Modes of 16-bit grey; Pillow opens such a PNG as "I" or as "I;16", by its version."""
 
 
-def to_rgb(picture: Image.Image) -> Image.Image:
+def to_rgb(picture: Image.Image, behind: Background = "white") -> Image.Image:
     """The picture in 8-bit RGB.
 
-    Transparent parts are put on white: what is stored behind them is not meant to be seen. 16 bits are scaled to 8, which
-    Pillow would cut off. ValueError for floating-point pixels, whose range is not known.
+    Transparent parts are put on the color `behind` them: what is stored there is not meant to be seen. 16 bits are scaled
+    to 8, which Pillow would cut off. ValueError for floating-point pixels, whose range is not known.
     """
     if picture.mode == "F":
         raise ValueError("its pixels are floating-point numbers")
@@ -42,11 +46,11 @@ def to_rgb(picture: Image.Image) -> Image.Image:
         levels = np.asarray(picture).astype(np.int64).clip(0, 65535)
         grey = ((levels + 128) // 257).astype(np.uint8)
         if isinstance(transparent := picture.info.get("transparency"), int):
-            grey[levels == transparent] = 255
+            grey[levels == transparent] = 255 if behind == "white" else 0
         return Image.fromarray(grey).convert("RGB")
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", picture.size, behind), picture).convert("RGB")
     return picture.convert("RGB")
 
 
@@ -86,10 +90,10 @@ def size_of(file: bytes, max_pixels: int = MAX_PIXELS) -> Size:
     return Size(height, width) if orientation in _ON_THEIR_SIDE else Size(width, height)
 
 
-def read_rgb(file: bytes) -> Image.Image:
+def read_rgb(file: bytes, behind: Background = "white") -> Image.Image:
     """The first picture of a file of one's own, upright, in RGB; errors as in `opened` and `to_rgb`."""
     with opened(file) as image:
-        return to_rgb(image)
+        return to_rgb(image, behind)
 
 
 @contextmanager

@@ -1,15 +1,18 @@
 """Where a server listens: a host and a port, or the file of a unix socket; and why it cannot."""
 
 import errno
+import re
 import socket
 import stat
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from flashdiff.errors import ConfigError
 from flashdiff.server.names import LOOPBACK
 
 _UNIX = "unix:"
 _LONGEST_PATH = 107  # bytes of a socket's path, by the system
+_DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 def is_unix(host: str) -> bool:
@@ -82,3 +85,22 @@ def _check_socket(path: Path) -> None:
         }
         reason = remedies.get(error.errno or 0, f"{error.strerror or error}; choose another --host")
         raise ConfigError(f"cannot listen on unix:{path}: {reason}") from None
+
+
+def is_origin(text: str) -> bool:
+    """Whether `as_sent` makes of it what a browser could send as `Origin`."""
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError:
+        return False
+    is_whole = text.lower() == f"{parts.scheme}://{parts.netloc}".lower()
+    is_name = re.fullmatch(r"[^\s*@]+", parts.netloc) is not None and bool(parts.hostname)
+    return is_whole and is_name and parts.scheme in _DEFAULT_PORTS and port != 0
+
+
+def as_sent(origin: str) -> str:
+    """An origin as browsers write it: in lower case, and without the port that its scheme has anyway."""
+    origin = origin.lower()
+    parts = urlsplit(origin)
+    return f"{parts.scheme}://{parts.netloc.rpartition(':')[0]}" if parts.port == _DEFAULT_PORTS[parts.scheme] else origin

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import gc
 import logging
-import re
 import signal
 import time
 from collections.abc import Collection
@@ -22,7 +21,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 from flashdiff import defaults
 from flashdiff.errors import BackendError, ConfigError
 from flashdiff.proto.v1 import image_pb2, image_pb2_grpc, triton_pb2
-from flashdiff.server.addresses import check_free, is_local, is_unix, shown
+from flashdiff.server.addresses import check_free, is_local, is_origin, is_unix, shown
 from flashdiff.server.auth import Tokens
 from flashdiff.server.calls import Calls
 from flashdiff.server.certificates import Certificates, certificates
@@ -51,6 +50,7 @@ _MOST_S = 7 * 24 * 3600
 _OPTIONS = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", 4 * 1024 * 1024),  # a request is a prompt, some numbers and perhaps images
+    ("grpc.compression_enabled_algorithms_bitset", 1),  # none: gRPC would unpack a message before it knows its length
     ("grpc.max_concurrent_streams", 500),  # of one connection
     ("grpc.server_handshake_timeout_ms", 10_000),  # a silent connection is closed
     ("grpc.max_connection_idle_ms", 600_000),  # frees replies that are not read as well: see `unread`
@@ -59,7 +59,6 @@ _OPTIONS = [
     ("grpc.http2.min_ping_interval_without_data_ms", 4_000),  # many clients ping every 5 s; those more often are cut off
     ("grpc.keepalive_permit_without_calls", 1),
 ]
-_ORIGIN = re.compile(r"https?://[^/\s]+")
 _SERVICES = (image_pb2.DESCRIPTOR.services_by_name["ImageService"].full_name, TRITON_SERVICE)
 
 _log = logging.getLogger(__name__)
@@ -119,7 +118,7 @@ class Listen:
                 raise ConfigError(f"{option} {seconds:g}: give seconds from {least} to {_MOST_S}")
         self._check_ports_differ()
         for origin in self.allowed_origins:
-            if not _ORIGIN.fullmatch(origin):
+            if not is_origin(origin):
                 raise ConfigError(f"--allow-origin {origin}: give scheme://host or scheme://host:port, as browsers send it")
 
     def _check_ports_differ(self) -> None:

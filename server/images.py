@@ -14,7 +14,7 @@ from flashdiff.controls import ControlRequest
 from flashdiff.errors import RequestError
 from flashdiff.orders import Pixels
 from flashdiff.picture_files import UnreadableError
-from flashdiff.pictures import as_clip_reads, opened, size_of, to_rgb
+from flashdiff.pictures import Background, as_clip_reads, opened, size_of, to_rgb
 from flashdiff.references import ReferenceRequest
 from flashdiff.server.names import ImageFormat
 from flashdiff.tasks import Reader
@@ -57,19 +57,19 @@ def enlarge(picture: Pixels, factor: int) -> Pixels:
     return np.array(Image.fromarray(picture).resize((factor * width, factor * height), Image.Resampling.BICUBIC))
 
 
-def decode_image(file: bytes, size: Size | None, name: str = "image") -> Pixels:
+def decode_image(file: bytes, size: Size | None, name: str = "image", behind: Background = "white") -> Pixels:
     """The RGB picture [H, W, 3] of a PNG, JPEG or WebP file, scaled to fill `size` (Lanczos) and cropped at the centre.
 
-    Without a size it stays as it is.
+    Without a size it stays as it is. Where it is transparent, `behind` is seen.
     RequestError for any other file, by the `name` that the request gives it.
     """
     with _refused(file, name), opened(file, MAX_PIXELS) as image:
-        rgb = to_rgb(image)
+        rgb = to_rgb(image, behind)
     return np.array(ImageOps.fit(rgb, size, Image.Resampling.LANCZOS) if size else rgb)
 
 
 def readers(files: Mapping[str, bytes]) -> dict[str, Reader]:
-    """`decode_image` of each file, as `check_order` takes it.
+    """`decode_image` of each file, as `check_order` takes it; a mask that is transparent replaces nothing there.
 
     RequestError when a mask and the image that it belongs to have different sizes: scaled and cropped, they would not fit.
     """
@@ -77,15 +77,17 @@ def readers(files: Mapping[str, bytes]) -> dict[str, Reader]:
         image, mask = (_size_of(files[name], name) for name in ("image", "mask"))
         if image != mask:
             raise RequestError("mask", str(mask), f"it must be as large as the image, {image}")
-    return {name: partial(decode_image, file, name=name) for name, file in files.items()}
+    behind: dict[str, Background] = {"mask": "black"}
+    return {name: partial(decode_image, file, name=name, behind=behind.get(name, "white")) for name, file in files.items()}
 
 
 def control_request(
     name: str, file: bytes, *, scale: float | None = None, start: float | None = None, end: float | None = None
 ) -> ControlRequest:
-    """A control whose image is read as all others are, as `check_order` takes it; without a file it is refused there."""
+    """A control whose image is read as a mask is, as `check_order` takes it; without a file it is refused there."""
     given = {key: value for key, value in (("scale", scale), ("start", start), ("end", end)) if value is not None}
-    return ControlRequest(name=name, image=partial(decode_image, file, name=f"controls.{name}.image") if file else None, **given)
+    image = partial(decode_image, file, name=f"controls.{name}.image", behind="black") if file else None
+    return ControlRequest(name=name, image=image, **given)
 
 
 def reference_request(file: bytes, *, scale: float | None = None) -> ReferenceRequest:
@@ -107,12 +109,12 @@ def _size_of(file: bytes, name: str) -> Size:
 def white_where_transparent(file: bytes, name: str = "mask") -> bytes:
     """A PNG that is white where the picture of the file is transparent, and black where it is opaque.
 
-    RequestError for a file that no picture can be read from, or whose picture cannot be transparent.
+    RequestError for a file that no picture can be read from, or whose picture is transparent nowhere.
     """
     with _refused(file, name), opened(file, MAX_PIXELS) as image:
-        if "A" not in image.getbands() and "transparency" not in image.info:
-            raise RequestError(name, f"{len(file)} bytes", "it must be transparent where the image is to be edited")
         alpha = image.convert("RGBA").getchannel("A")
+    if alpha.getextrema() == (255, 255):
+        raise RequestError(name, f"{len(file)} bytes", "it must be transparent where the image is to be edited")
     return _with_pillow(np.asarray(ImageOps.invert(alpha)), "PNG", compress_level=1)
 
 

@@ -11,6 +11,7 @@ from flashdiff.errors import DeadlineError
 from flashdiff.lora_requests import LoraRequest
 from flashdiff.orders import Order, Pixels
 from flashdiff.references import ReferenceRequest
+from flashdiff.server.caps import network_of
 from flashdiff.server.image_threads import ImageThreads
 from flashdiff.server.images import readers
 from flashdiff.server.jobs import Finished, Step, Timings, pixel_bytes
@@ -146,7 +147,7 @@ class Requests:
             model,
             order,
             None if request.timeout_s is None else request.timeout_s - reading_s,
-            client=client,
+            client=network_of(client),
             priority=request.priority,
             on_step=on_step if request.wants_steps and not order.tiling else None,  # a step of a tile shows no image
             files_s=self._files_s(order, request),
@@ -170,7 +171,7 @@ class Requests:
     async def estimate(self, model: Model, request: ImageRequest, client: str) -> Estimate:
         """What the request would take now."""
         order = await self._order(model, request, client)
-        own_ms = self._worker.estimate_ms(model, order, client=client, priority=request.priority)
+        own_ms = self._worker.estimate_ms(model, order, client=network_of(client), priority=request.priority)
         return Estimate(own_ms + 1000 * self._files_s(order, request), self._worker.pending_images)
 
     async def _order(self, model: Model, request: ImageRequest, client: str) -> Order:

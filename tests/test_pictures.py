@@ -10,12 +10,14 @@ import pytest
 from PIL import Image, ImageOps
 
 from flashdiff.components import Size
-from flashdiff.distill.sources import decoded, image_size
+from flashdiff.distill.sources import decoded, fitted, image_size, opened_rgb
 from flashdiff.evaluation.images import read_images
 from flashdiff.pictures import to_rgb
-from flashdiff.server.images import decode_image
+from flashdiff.server.images import control_request, decode_image, readers
 
 SIZE = Size(8, 8)
+STROKES = np.zeros((8, 8), dtype=np.uint8)
+STROKES[2:4] = 255
 
 
 def _file(picture: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -87,6 +89,24 @@ def test_all_readers_see_what_a_viewer_shows(file: bytes, color: tuple[int, int,
     (evaluated,) = read_images(tmp_path).pixels
     for pixels in (decode_image(file, SIZE), decoded(file, SIZE), evaluated):
         np.testing.assert_allclose(pixels.astype(int), _all(color), atol=1)
+
+
+@pytest.mark.parametrize(
+    "strokes",
+    [
+        _file(Image.fromarray(np.dstack([np.full((8, 8, 3), 255), STROKES]).astype(np.uint8))),
+        _file(Image.fromarray(np.dstack([np.full((8, 8), 255), STROKES]).astype(np.uint8), "LA"), "WEBP", lossless=True),
+        _png_16(np.where(STROKES > 0, 65535, 7), 0, 7),
+    ],
+)
+def test_white_strokes_on_a_transparent_canvas_are_a_mask_and_a_control(strokes: bytes) -> None:
+    """As where a page draws a mask: stock pipelines read what a canvas stores behind transparency, which is black."""
+    wanted = np.repeat(STROKES[:, :, None], 3, 2)
+    steered = control_request("edges", strokes).image
+    assert steered
+    for pixels in (readers({"mask": strokes})["mask"](SIZE), steered(SIZE), fitted(opened_rgb(strokes, "black"), SIZE)):
+        np.testing.assert_array_equal(pixels, wanted)
+    np.testing.assert_array_equal(readers({"image": strokes})["image"](SIZE), 255)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])

@@ -92,7 +92,8 @@ class _Parts:
         name = options.get(b"name", b"").decode("utf-8", "replace")
         if not name:
             raise HttpError(400, "a part of the form has no name")
-        self._found.append((name, b"filename" in options, b"".join(self._data)))
+        has_file = b"filename" in options or b"filename*=" in self._disposition.lower()  # the second is not among the options
+        self._found.append((name, has_file, b"".join(self._data)))
 
     def _finish(self) -> None:
         self.is_whole = True

@@ -96,10 +96,10 @@ class Front:
         except MemoryError:
             error = OutOfMemoryError("there is not enough memory for this now")
         except Exception:
-            _log.exception("a request of %s failed", call.method)
+            _log.exception("a request of %s failed", _path_of(scope))
             error = BackendError("internal error")
         finally:
-            call.method = route.path if isinstance(route := scope.get("route"), Route) else call.method
+            call.method = _path_of(scope) or call.method
         if error is None:
             return
         note_error(error)
@@ -121,6 +121,12 @@ class Front:
                 task.cancel()
                 with suppress(asyncio.CancelledError, Exception):  # what the work raised has been raised above
                     await task
+
+
+def _path_of(scope: Scope) -> str:
+    """The path of the route that took a request, as it is written in the table of routes; empty before."""
+    route = scope.get("route")
+    return route.path if isinstance(route, Route) else ""
 
 
 _ROUTING = {404: "there is no such path; /openapi.json lists them", 405: "this path does not take that method"}

@@ -6,6 +6,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -35,6 +36,7 @@ from flashdiff.server.models import Model
 from flashdiff.server.requests import Reply, Requests
 
 _LARGE_BYTES = 256 * 1024  # of images: to write these as JSON is too long for the event loop
+_OF_STREAMS = {"cache-control": "no-store", "x-accel-buffering": "no"}  # nginx would hold events back
 
 
 class ImagesApi:
@@ -88,6 +90,8 @@ class ImagesApi:
     async def _show_model(self, request: Request) -> Response:
         """One model."""
         name = request.path_params["name"]
+        if not name:
+            raise HTTPException(404)
         return JSONResponse(write_model(name, self._model(name), self._started, await self._requests.loras.names()))
 
     def _model(self, name: object) -> Model:
@@ -102,7 +106,7 @@ class ImagesApi:
         created = int(time.time())
         if asked.stream:
             events = self._events(model, asked, first, updates, created, exchange, names)
-            return Streaming(events, media_type="text/event-stream", headers={"cache-control": "no-store"})
+            return Streaming(events, media_type="text/event-stream", headers=_OF_STREAMS)
         assert isinstance(first, Reply)
         return Closing(await self._written(write_images, first, created), updates, media_type="application/json")
 

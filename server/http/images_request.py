@@ -72,12 +72,27 @@ class ImagesRequest:
 def read_json(body: bytes) -> dict[str, Any]:
     """The object that a body holds; HttpError for anything else."""
     try:
-        value = json.loads(body, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        value = _parsed(body.decode())
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and UnicodeEncodeError are ValueErrors
         where = f": {error}" if isinstance(error, json.JSONDecodeError) else ""
         raise HttpError(400, f"the body is not valid JSON{where}") from None
     if not isinstance(value, dict):
         raise HttpError(400, f"the body is a JSON {type(value).__name__}, but must be an object")
+    return value
+
+
+def _parsed(text: str) -> Any:
+    """The value of a JSON text; a ValueError for any other and for NaN.
+
+    RequestError for a member with half of a surrogate pair, which json reads, but no text can be written with.
+    """
+    value = json.loads(text, parse_constant=_refuse_constant)
+    if "\\u" in text:
+        for name, member in value.items() if isinstance(value, dict) else [("", value)]:
+            try:
+                json.dumps([name, member], ensure_ascii=False).encode()
+            except UnicodeEncodeError:
+                raise RequestError(ascii(name)[1:-1], ascii(member)[:80], "it must be Unicode text") from None
     return value
 
 
@@ -180,7 +195,7 @@ def read_form_value(name: str, text: str) -> Any:
             case "flag":
                 return {"true": True, "false": False}[text.lower()]
             case "controls" | "reference" | "loras":
-                return json.loads(text, parse_constant=_refuse_constant)
+                return _parsed(text)
     except (ValueError, KeyError, RecursionError):
         pass
     return text

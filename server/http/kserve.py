@@ -91,7 +91,10 @@ class KServeApi:
     async def _load(self, request: Request) -> Response:
         """Load a model of the repository."""
         message = pb.RepositoryModelLoadRequest(model_name=request.path_params["name"])
-        for name in _given(request).get("parameters") or {}:
+        parameters = _given(request).get("parameters") or {}
+        if not isinstance(parameters, dict):
+            raise TensorError("parameters must be an object")
+        for name in parameters:
             message.parameters[name].string_param = ""  # refused by the service, whatever it is
         await self._service.RepositoryModelLoad(message)
         return Response(status_code=200)

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 from starlette.responses import Response
 
+from flashdiff.server.addresses import as_sent
 from flashdiff.server.http.errors import HttpError
 from flashdiff.server.names import LOOPBACK
 
@@ -19,7 +20,7 @@ class Origins:
     """Checks the `Host` and `Origin` of requests to a server that listens on `host`."""
 
     def __init__(self, host: str, allowed: Collection[str]) -> None:
-        self._allowed = frozenset(origin.lower() for origin in allowed)
+        self._allowed = frozenset(as_sent(origin) for origin in allowed)
         self._hosts = {*LOOPBACK, *(urlsplit(origin).hostname for origin in self._allowed)} if host in LOOPBACK else None
 
     def check(self, headers: Mapping[str, str]) -> None:

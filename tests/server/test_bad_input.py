@@ -49,6 +49,17 @@ def test_a_prompt_of_100_megabytes_is_refused_and_the_next_is_served(running: Ru
     assert client.generate("x", timeout_s=10).images
 
 
+@pytest.mark.parametrize("method", [*METHODS, "grpc.health.v1.Health/Check"])
+def test_a_compressed_message_is_refused_before_it_is_unpacked(running: Running, method: str) -> None:
+    """The limit of a message's length counts its bytes as sent: a few kilobytes could become gigabytes."""
+    with (
+        grpc.insecure_channel(running.address, compression=grpc.Compression.Gzip) as channel,
+        pytest.raises(grpc.RpcError) as caught,
+    ):
+        list(channel.stream_stream(f"/{method}")(iter([message(METHODS[0], "w" * 100_000)]), timeout=60))
+    assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
+
+
 @pytest.mark.parametrize("method", METHODS[:3])  # in the fourth an error is an answer
 def test_a_prompt_as_long_as_a_message_can_be_names_the_prompt(running: Running, method: str) -> None:
     with grpc.insecure_channel(running.address) as channel, pytest.raises(grpc.RpcError) as caught:

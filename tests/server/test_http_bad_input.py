@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import socket
 import threading
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from served import FakeComponents, Running, serving, until
 from flashdiff.errors import ConfigError
 from flashdiff.server.app import Listen
 from flashdiff.server.http import bodies, listener
+from flashdiff.server.http.errors import HttpError
+from flashdiff.server.http.origins import Origins
 from flashdiff.server.images import encode_image
 
 GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
@@ -61,6 +64,8 @@ def _refused(response: httpx.Response, status: int, param: str | None = None) ->
         ({"prompt": " "}, "prompt"),
         ({"prompt": 1}, "prompt"),
         ({"prompt": "\ud800"}, "prompt"),
+        ({"prompt": "x", "model": "\ud800"}, "model"),
+        ({"prompt": "x", "\udc00": 1}, r"\udc00"),
         ({"prompt": "x", "model": 1}, "model"),
         ({"prompt": "x", "n": 0}, "n"),
         ({"prompt": "x", "n": 17}, "n"),
@@ -105,6 +110,7 @@ def test_a_field_that_is_wrong_is_named(client: httpx.Client, fields: dict[str, 
         b'{"prompt": NaN}',
         b'{"n": ' + b"9" * 5000 + b"}",
         b"prompt=x",
+        b'{"prompt": "\xed\xa0\x80"}',
     ],
 )
 def test_a_body_that_is_no_json_object_is_refused(client: httpx.Client, body: bytes) -> None:
@@ -121,6 +127,7 @@ def test_a_wrong_content_type_or_encoding_method_or_path_is_refused(client: http
     _refused(client.get(GENERATIONS), 405)
     _refused(client.post("/v1/images/variations", content=body, headers=JSON), 404)
     _refused(client.get("/v1/../../etc/passwd"), 404)
+    _refused(client.get("/v1/models/"), 404)
 
 
 @pytest.mark.parametrize("given", ["0", "-1", "1.5", "soon", "", "9" * 99, "\u0661"])
@@ -268,9 +275,28 @@ def test_a_browser_may_ask_first_for_an_allowed_page(client: httpx.Client) -> No
     assert client.options(GENERATIONS, headers={**headers, "origin": "https://evil.example"}).status_code == 403
 
 
+@pytest.mark.parametrize(
+    ("allowed", "sent"),
+    [("https://X.example:443", "https://x.example"), ("http://x:80", "http://x"), ("http://x:443", "http://x:443")],
+)
+def test_an_allowed_origin_may_name_the_port_that_its_scheme_has(allowed: str, sent: str) -> None:
+    Origins("0.0.0.0", [allowed]).check({"host": "server", "origin": sent})
+    with pytest.raises(HttpError, match="may not use this server"):
+        Origins("0.0.0.0", [allowed]).check({"host": "server", "origin": f"{sent}8"})
+
+
 def test_an_origin_that_is_none_is_said() -> None:
-    with pytest.raises(ConfigError, match=r"--allow-origin friend\.example: give scheme://host"):
-        Listen(http_port=0, allowed_origins=("friend.example",))
+    for origin in (
+        "friend.example",
+        "http://[x",
+        "https://*.example",
+        "https://x:port",
+        "https://x:0",
+        "https://x/",
+        "https://a@x",
+    ):
+        with pytest.raises(ConfigError, match=rf"--allow-origin {re.escape(origin)}: give scheme://host"):
+            Listen(http_port=0, allowed_origins=(origin,))
     with pytest.raises(ConfigError, match="give --http-port"):
         Listen(allowed_origins=(FRIEND,))
 

@@ -175,6 +175,8 @@ _GOOD = {"name": "PROMPT", "shape": [1], "datatype": "BYTES", "data": ["x"]}
         (json.dumps({"inputs": [_GOOD, {**_GOOD, "name": "SEED", "datatype": "UINT64", "data": [-1]}]}).encode(), None),
         (json.dumps({"inputs": [_GOOD], "parameters": {"a": {}}}).encode(), None),
         (json.dumps({"inputs": [_GOOD], "parameters": {"binary_data_output": 1}}).encode(), None),
+        (json.dumps({"inputs": [_GOOD], "outputs": [{"name": "IMAGES", "parameters": {"binary_data": 1}}]}).encode(), None),
+        (json.dumps({"inputs": [_GOOD], "id": "\ud800"}).encode(), None),
         (json.dumps({"inputs": [{**_GOOD, "parameters": {"binary_data_size": 99}}]}).encode(), None),
         (json.dumps({"inputs": [{**_GOOD, "parameters": {"binary_data_size": -1}}]}).encode(), None),
         (json.dumps({"inputs": [_GOOD]}).encode(), "99999"),
@@ -191,6 +193,12 @@ def test_a_body_that_is_no_request_is_refused(
     assert response.status_code == 400
     assert isinstance(response.json()["error"], str)
     assert "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize("parameters", [5, ["x"], "x"])
+def test_parameters_that_are_no_object_are_refused(running: Running, parameters: object) -> None:
+    response = httpx.post(f"{running.url}/v2/repository/models/fake/load", json={"parameters": parameters})
+    assert (response.status_code, response.json()) == (400, {"error": "parameters must be an object"})
 
 
 def test_files_are_those_of_the_format(stock: triton.InferenceServerClient) -> None:
