@@ -95,20 +95,33 @@ class AtPrecision(nn.Module):
     """A part that computes in a lower precision and is float32 outside, so that callers need not know.
 
     Weights are cast where they lie, so that a large part is never held twice; buffers (tables of noise levels and positions)
-    are not: float16 has no 999.5.
+    are not: float16 has no 999.5. Neither are weights that their library keeps in float32 next to float16: of T5's layers `wo`,
+    whose outputs float16 cannot hold.
     """
 
     def __init__(self, part: Part, precision: Precision) -> None:
         super().__init__()
         self.module, self._dtype = part.module, DTYPES[precision]
         self._cast = [t.dtype == "float32" and t.name not in (*part.float32_inputs, "times") for t in part.inputs]
+        kept = _kept_in_float32(part.module) if precision == "fp16" else ()
         for parameter in part.module.parameters():
-            parameter.data = parameter.data.to(self._dtype)
+            if not any(parameter is other for other in kept):
+                parameter.data = parameter.data.to(self._dtype)
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         """The part's outputs [B, ...] as float32, of its inputs [B, ...] in their usual types."""
         outputs = self.module(*(x.to(self._dtype) if cast else x for x, cast in zip(inputs, self._cast, strict=True)))
         return tuple(values.float() for values in outputs) if isinstance(outputs, tuple) else outputs.float()
+
+
+def _kept_in_float32(module: nn.Module) -> list[nn.Parameter]:
+    """The weights in layers that transformers and diffusers leave in float32 when they load a model in float16."""
+    return [
+        parameter
+        for model in module.modules()
+        for name, parameter in model.named_parameters()
+        if not {*(getattr(model, "_keep_in_fp32_modules", None) or ())}.isdisjoint(name.split("."))
+    ]
 
 
 def random_inputs(model: TorchModel, part: Part, batch: int, size: Size, generator: torch.Generator) -> tuple[Tensor, ...]:

@@ -20,7 +20,7 @@ from flashdiff.engines.build import build_engine
 from flashdiff.engines.bundle import BackendName, TensorSpec
 from flashdiff.engines.config import BuildOptions
 from flashdiff.engines.export import export_onnx
-from flashdiff.engines.parts import AtPrecision, Part, parts_of
+from flashdiff.engines.parts import AtPrecision, Part, parts_of, random_inputs
 from flashdiff.engines.plan import plan_build
 from flashdiff.engines.runtime.engine import open_bundle
 from flashdiff.errors import BundleError
@@ -127,6 +127,23 @@ def test_tables_of_noise_levels_are_not_rounded_with_the_weights(family: str, tm
     for name, table in part.module.named_buffers():
         if name in tables:
             torch.testing.assert_close(table, tables[name], atol=0, rtol=0)
+
+
+def test_layers_of_t5_whose_outputs_float16_cannot_hold_stay_float32(tmp_path: Path) -> None:
+    """As transformers loads T5 in float16; published ones reach beyond its 65,504."""
+    family, model = load_base(str(FAMILIES["pixart"](tmp_path / "pixart")))
+    part = next(part for part in parts_of(family, model) if part.name == "text_encoder")
+    large = [weight for name, weight in part.module.named_parameters() if ".wo." in name]
+    with torch.no_grad():
+        for weight in large:
+            weight.mul_(1e7)
+    inputs = random_inputs(model, part, 2, model.spec.sizes[0], torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = part.module(*inputs)
+        made = AtPrecision(part, "fp16")(*inputs)
+    assert large
+    assert {weight.dtype for weight in part.module.parameters()} == {torch.float16, torch.float32}
+    torch.testing.assert_close(made, wanted, atol=0.01, rtol=0.01)
 
 
 @pytest.mark.parametrize(
