@@ -29,6 +29,8 @@ class Part:
     """Inputs that a lower precision leaves as they are: see `ModelFamily`."""
     fixed_size: bool = False
     """Whether one export serves one image size alone."""
+    exceeds_float16: bool = False
+    """Whether it stays in float32 where the precision is float16, as in its diffusers pipeline."""
 
     @property
     def is_spatial(self) -> bool:
@@ -59,6 +61,7 @@ def parts_of(family: ModelFamily, model: TorchModel) -> list[Part]:
     def tensors(names: Iterable[str]) -> tuple[TensorSpec, ...]:
         return tuple(TensorSpec(name=n, dtype="int64" if n in whole else "float32", shape=shapes[n]) for n in names)
 
+    upcast = family.upcasts_vae and getattr(model.weights["vae"].config, "force_upcast", False)
     parts = []
     for part in spec.parts:
         module, inputs = model.module(part.name), tensors(part.inputs)
@@ -73,6 +76,7 @@ def parts_of(family: ModelFamily, model: TorchModel) -> list[Part]:
                 tensors(part.outputs),
                 float32_inputs=family.float32_inputs if is_denoiser else (),
                 fixed_size=family.fixed_size and is_denoiser,
+                exceeds_float16=upcast and family.weights_of(part.name)[0] == "vae",
             )
         )
     return parts
@@ -101,7 +105,7 @@ class AtPrecision(nn.Module):
 
     def __init__(self, part: Part, precision: Precision) -> None:
         super().__init__()
-        self.module, self._dtype = part.module, DTYPES[precision]
+        self.module, self._dtype = part.module, DTYPES["fp32" if part.exceeds_float16 and precision == "fp16" else precision]
         self._cast = [t.dtype == "float32" and t.name not in (*part.float32_inputs, "times") for t in part.inputs]
         kept = _kept_in_float32(part.module) if precision == "fp16" else ()
         for parameter in part.module.parameters():

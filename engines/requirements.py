@@ -20,6 +20,8 @@ from flashdiff.families.networks import files_of_network
 from flashdiff.files import cache_folder, shown_bytes
 from flashdiff.references import ENCODER
 
+_MOST_BYTES = {"text_encoder": 3, "encoder": 4, "decoder": 4}
+"""Of a weight in float16, by part: some of T5's layers and all of some autoencoders stay in float32."""
 _COMPILING_S = 60
 """Of a small part at one bucket by torch's inductor."""
 
@@ -101,7 +103,8 @@ def _disk_bytes(
     buckets: int,
     out: Path,
 ) -> dict[Path, int]:
-    weights = {part: count * backend.weight_bytes[inputs.precision] for part, count in parameters.items()}
+    usual, most = backend.weight_bytes[inputs.precision], _MOST_BYTES if inputs.precision == "fp16" else {}
+    weights = {part: count * max(usual, most.get(part, 0)) for part, count in parameters.items()}
     copies = buckets if backend.files_per_bucket else 1
     sizes = {part: len([export for export in exports if export.part == part]) for part in weights}
     bundle = sum(weights[part] * max(copies, sizes[part]) for part in weights)

@@ -107,6 +107,8 @@ class Listen:
             raise ConfigError("--no-auth contradicts --tokens and --tls-client-ca")
         if self.http_port is None and (self.allowed_origins or self.aliases):
             raise ConfigError("--allow-origin and --alias are for HTTP: give --http-port")
+        if self.metrics_port is None and self.metrics_host != defaults.HOST:
+            raise ConfigError("--metrics-host is for --metrics-port: give it")
         if is_unix(self.host) and self.http_port is not None:
             raise ConfigError(f"--host {self.host}: HTTP is served on a host and port alone; leave --http-port out")
         for option, seconds, least in (

@@ -94,7 +94,7 @@ def write_request(
     image_format: ImageFormat = "png",
     quality: int | None = None,
     priority: Priority = "normal",
-    image: bytes = b"",
+    image: bytes | None = None,
     strength: float | None = None,
     noise_level: float | None = None,
     upscale: float | None = None,
@@ -129,9 +129,13 @@ def write_request(
     of_controls = {f"controls.{control.name}.image": control.image for control in controls}
     if reference:
         of_controls["reference.image"] = reference.image
-    for name, file in {"image": image, **(inputs or {}), **of_controls}.items():
+    if image is not None:
+        of_controls["image"] = image
+    for name, file in {**(inputs or {}), **of_controls}.items():
         if not isinstance(file, bytes):
             raise RequestError(name, file, "it must be the bytes of an image file")
+    if image == b"":  # on the wire, no image
+        raise RequestError("image", "0 bytes", "it must be the bytes of an image file")
     if strength is not None and not 0 < strength <= 1:
         raise RequestError("strength", strength, "it must be above 0 and at most 1")
     if priority not in PRIORITY_NUMBERS:
@@ -152,7 +156,7 @@ def write_request(
         truncate_prompt=truncate_prompt,
         quality=quality or 0,
         priority=PRIORITY_NUMBERS[priority],
-        image=image,
+        image=image or b"",
         strength=strength or 0.0,
         noise_level=noise_level,
         upscale=upscale,

@@ -1,12 +1,15 @@
 """Bases as they come: which files of one are loaded and hashed, variants, shards and pickles; and how a base is known again."""
 
+import io
 import json
 import shutil
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tiny import FAMILIES, make_tiny_sd15
 
 from flashdiff.errors import LoraError, ModelError
@@ -203,3 +206,25 @@ def test_a_model_is_named_after_its_repository_in_the_hubs_cache(tiny_base: Path
 
     snapshot = Path(shutil.copytree(tiny_base, tmp_path / "models--owner--tiny-model" / "snapshots" / ("0" * 40)))
     assert family_of(snapshot).read_spec(snapshot).name == "tiny-model"
+
+
+def test_a_tokenizer_of_t5_may_be_sentencepieces_file_alone(tmp_path: Path) -> None:
+    """As published before tokenizer.json."""
+    base = FAMILIES["pixart"](tmp_path / "pixart")
+    written = io.BytesIO()
+    lines = ["a red robot on a blue background", "a cactus in a pink pot", "three eyes and a grin"]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines * 20), model_writer=written, vocab_size=60, hard_vocab_limit=False,
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
+    )  # fmt: skip
+    shutil.rmtree(base / "tokenizer")
+    (base / "tokenizer").mkdir()
+    (base / "tokenizer" / "spiece.model").write_bytes(written.getvalue())
+    (base / "tokenizer" / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "T5Tokenizer", "model_max_length": 512, "extra_ids": 0})
+    )
+    _, model = load_base(str(base))
+    ids = [int(number) for number in model.tokenizer(["a pink robot"])["input_ids"][0] if number]
+    pieces = [piece.piece for piece in ModelProto.FromString(written.getvalue()).pieces]
+    assert "".join(pieces[number] for number in ids) == "\u2581a\u2581pink\u2581robot</s>"
+    assert 1 < len(ids) < len("a pink robot")

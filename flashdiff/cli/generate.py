@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--steps", type=int, help="steps of the sampler; default: the model's")
     parser.add_argument("--seed", type=int, default=defaults.SEED, help="default: %(default)s; image i has seed + i")
+    parser.add_argument("--negative-prompt", metavar="PROMPT", help="what images should not show, for a model with guidance")
     parser.add_argument("--size", metavar="WxH", help="image size; default: the model's")
     parser.add_argument(
         "--truncate-prompt", action="store_true", help="cut a prompt to the tokens that the model takes, in place of refusing it"
@@ -157,6 +158,7 @@ def run(options: argparse.Namespace) -> None:
     from flashdiff.engines.config import parse_sizes
     from flashdiff.engines.runtime.engine import open_bundle
     from flashdiff.generate import generate
+    from flashdiff.noise import image_seed
     from flashdiff.reading import MAX_BYTES, read_file
     from flashdiff.server.images import FORMAT_OF_SUFFIX, encode_image, readers
     from flashdiff.tasks import check_order
@@ -167,7 +169,9 @@ def run(options: argparse.Namespace) -> None:
     if not options.out.parent.is_dir():
         raise ConfigError(f"--out {options.out}: there is no folder {options.out.parent}")
     # Before a bundle is built, which takes minutes.
-    size = parse_sizes(options.size)[0] if options.size else None
+    sizes = parse_sizes(options.size) if options.size else [None]
+    if len(sizes) > 1:
+        raise ConfigError(f"--size {options.size}: give one, an image has no other")
     for given in (options.inputs, options.parameters):
         if twice := [name for name, count in Counter(name for name, _ in given).items() if count > 1]:
             raise ConfigError(f"'{twice[0]}' is given twice; an image and a number of a task have one value")
@@ -182,8 +186,9 @@ def run(options: argparse.Namespace) -> None:
         prompt=prompt,
         seed=options.seed,
         steps=options.steps,
-        size=size,
+        size=sizes[0],
         count=options.count,
+        negative_prompt=options.negative_prompt or "",
         truncate_prompt=options.truncate_prompt,
         inputs=inputs,
         parameters=dict(options.parameters),
@@ -197,7 +202,7 @@ def run(options: argparse.Namespace) -> None:
             path.write_bytes(encode_image(pixels, image_format))
         except OSError as error:
             raise ConfigError(f"{path}: cannot write: {error.strerror or error}") from None
-        print(f"{path}  {order.whole_size}  steps {order.steps}  seed {order.seed + index}")
+        print(f"{path}  {order.whole_size}  steps {order.steps}  seed {image_seed(order.seed, index)}")
 
 
 def _control(text: str) -> "ControlRequest":

@@ -88,6 +88,8 @@ class ModelFamily:
     """How its denoiser reads a reference; None: no IP-Adapter fits it. See `ip_adapter`."""
     small_vae: str | None = None
     """Hub id of the autoencoder in TAESD's form that was distilled from its own: `--vae tiny`."""
+    upcasts_vae: bool = False
+    """Whether its diffusers pipeline computes an autoencoder with `force_upcast` in float32 where the rest is in float16."""
     is_flow: bool = False
     """Whether its scheduler is a rectified flow's."""
     read_spec: Callable[[Path], ModelSpec]

@@ -107,6 +107,7 @@ FAMILY = ModelFamily(
     },
     further_files=(f"{_LOW_RES_SCHEDULER}/scheduler_config.json",),
     pipeline_settings=("max_noise_level",),
+    upcasts_vae=True,
     fixed={
         "unet": {
             **{name: values for name, values in UNET.items() if name != "num_class_embeds"},

@@ -119,6 +119,7 @@ FAMILY = ModelFamily(
     size_step=unet_size_step,
     default_guidance=5.0,
     small_vae="madebyollin/taesdxl",
+    upcasts_vae=True,
     default_steps=50,
     networks={
         "unet": {"UNet2DConditionModel": "UNet2DConditionModel"},

@@ -1,5 +1,6 @@
 """Every family through export, both CPU engines and the gate, on tiny random models; and a test for each known trap."""
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -144,6 +145,25 @@ def test_layers_of_t5_whose_outputs_float16_cannot_hold_stay_float32(tmp_path: P
     assert large
     assert {weight.dtype for weight in part.module.parameters()} == {torch.float16, torch.float32}
     torch.testing.assert_close(made, wanted, atol=0.01, rtol=0.01)
+
+
+@pytest.mark.parametrize(("says", "dtype"), [(True, torch.float32), (False, torch.float16)])
+def test_an_autoencoder_that_its_pipeline_upcasts_stays_float32(says: bool, dtype: torch.dtype, tmp_path: Path) -> None:
+    """SDXL's own says so; the repaired one, `sdxl-vae-fp16-fix`, does not."""
+    base = FAMILIES["sdxl"](tmp_path / "sdxl")
+    config = base / "vae" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"force_upcast": says}))
+    family, model = load_base(str(base))
+    parts = {part.name: AtPrecision(part, "fp16") for part in parts_of(family, model)}
+    dtypes = {name: {weight.dtype for weight in module.parameters()} for name, module in parts.items()}
+    assert dtypes == {
+        "text_encoder": {torch.float16},
+        "denoiser": {torch.float16},
+        "encoder": {dtype},
+        "decoder": {dtype},
+    }
+    latents = torch.zeros(1, 4, 4, 4)
+    assert parts["decoder"](latents).dtype == torch.float32
 
 
 @pytest.mark.parametrize(
