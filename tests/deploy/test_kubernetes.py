@@ -27,7 +27,7 @@ yaml = pytest.importorskip("yaml")
 
 PLACE = Path(__file__).parents[2] / "deploy" / "kubernetes"
 OVERLAYS = sorted(path.name for path in (PLACE / "overlays").iterdir())
-_CUSTOM = {"ScaledObject", "ServiceMonitor", "InferenceService"}
+_CUSTOM = {"ScaledObject", "ServiceMonitor", "PodMonitor", "InferenceService"}
 _POLICY, _SERVICE = "NetworkPolicy", "Service"
 Object = dict[str, Any]
 
@@ -221,12 +221,17 @@ def test_a_value_that_kubernetes_would_refuse_is_found(spoil: Callable[[Object],
         _validate(deployment)
 
 
+@pytest.mark.parametrize(("overlay", "protocol"), [("cpu", "kubernetes.io/h2c"), ("full", "https")])
+def test_services_say_whether_grpc_is_encrypted(overlay: str, protocol: str) -> None:
+    ports = [port for one in _built(overlay) if one["kind"] == "Service" for port in one["spec"]["ports"]]
+    assert {port["appProtocol"] for port in ports if port["name"] == "grpc"} == {protocol}
+
+
+_OPERATOR = "@kubernetes-models/prometheus-operator"
 _PACKAGES = {
     "ScaledObject": ("@kubernetes-models/keda@2.0.0", "@kubernetes-models/keda/keda.sh/v1alpha1/ScaledObject"),
-    "ServiceMonitor": (
-        "@kubernetes-models/prometheus-operator@6.0.0",
-        "@kubernetes-models/prometheus-operator/monitoring.coreos.com/v1/ServiceMonitor",
-    ),
+    "ServiceMonitor": (f"{_OPERATOR}@6.0.0", f"{_OPERATOR}/monitoring.coreos.com/v1/ServiceMonitor"),
+    "PodMonitor": (f"{_OPERATOR}@6.0.0", f"{_OPERATOR}/monitoring.coreos.com/v1/PodMonitor"),
 }
 
 
@@ -234,12 +239,12 @@ _PACKAGES = {
 def test_objects_of_keda_and_the_prometheus_operator_have_their_schemas(tmp_path: Path) -> None:
     if not shutil.which("npm") or not shutil.which("node"):
         pytest.skip("npm and node are not installed")
-    packages = [package for package, _ in _PACKAGES.values()]
+    packages = sorted({package for package, _ in _PACKAGES.values()})
     command = ["npm", "install", "--no-audit", "--no-fund", "--fetch-retries=0", "--prefix", str(tmp_path), *packages]
     installed = subprocess.run(command, capture_output=True, text=True)
     if installed.returncode:
         pytest.skip(f"npm cannot install the schemas: {installed.stderr.strip().splitlines()[:1]}")
-    objects = {one["kind"]: one for one in _built("full") if one["kind"] in _PACKAGES}
+    objects = {one["kind"]: one for one in [*_built("full"), *_built("kserve")] if one["kind"] in _PACKAGES}
     assert objects.keys() == _PACKAGES.keys()
     for kind, (_, module) in _PACKAGES.items():
         script = (
