@@ -34,7 +34,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ours+adversarial": {"phases": {"adversarial": (0.02, 0.05)}},
     "ours+critic": {"loss": {"distribution_matching": {"fake_score": "lora"}}},
     # What the audit of the method found, and the newer papers say.
-    "ours+k16": {"grid": {"solver_steps": 16}},
+    "ours+k8": {"grid": {"solver_steps": 8}},
     "ours+constant": {"learning_rate_decay": 0.0},
     "ours+fresh": {"pool_batches": 64, "target_uses": 2},
     "ours+whitened": {"loss": {"distillation": "whitened"}},
@@ -54,7 +54,7 @@ BY_TEXT = Branches(contrasts=({},), weights=lambda guidance: Task().weights(guid
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "all": tuple(VARIANTS),
-    "audit": ("ours", "ours+k16", "ours+constant", "ours+fresh", "ours+whitened", "ours+roles", "ours+roles-critic"),
+    "audit": ("ours", "ours+k8", "ours+constant", "ours+fresh", "ours+whitened", "ours+roles", "ours+roles-critic"),
     "own-step": ("ours", "ours+own-step", "ours+own-step-critic"),
 }
 """Variants under one name."""

@@ -35,7 +35,7 @@ from flashdiff.zoo.control_images import CONTROLS
 
 OUT = Path("demo")
 STUDENT, REFERRED, TEACHER = OUT / "student", OUT / "student-with-references", OUT / "teacher"
-TEACHER_STEPS, TEACHER_GUIDANCE = 50, 5.0
+TEACHER_STEPS, TEACHER_GUIDANCE = 50, 3.0
 PROMPTS = (
     "a green monster with horns, three eyes and a grin on a blue background",
     "a cactus in a pink pot with happy eyes on a cream background",

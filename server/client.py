@@ -59,7 +59,7 @@ class Options(TypedDict, total=False):
     image_format: ImageFormat
     quality: int | None
     priority: Priority
-    image: bytes
+    image: bytes | None
     strength: float | None
     noise_level: float | None
     """A whole number, for a model that upscales the image."""

@@ -49,7 +49,7 @@ def test_a_bare_name_finds_the_bundled_recipe_unless_there_is_such_a_file(
         ("base = ", "# base = ", r"'base' is missing"),
         ("guidance = [", "guidance = [5.0, 3.0]  # [", r"guidance must be two rising positive numbers"),
         ("mode_weights = [0.4, 0.2, 0.2, 0.2]", "mode_weights = [1]", r"mode_weights must be 4 numbers"),
-        ("solver_steps = 8", "solver_steps = 10", r"solver_steps must be a multiple"),
+        ("solver_steps = 16", "solver_steps = 18", r"solver_steps must be a multiple"),
         ("base = ", "base ", r"not a TOML file"),
     ],
 )

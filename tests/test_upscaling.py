@@ -202,7 +202,7 @@ def test_every_protocol_enlarges(running: Running) -> None:
         ({"upscale": float("inf")}, "upscale: inf is not allowed; it must be between 1 and 8"),
         ({"upscale": 0.0}, "upscale: 0.0 is not allowed; it must be between 1 and 8"),
         ({"upscale": 2.0, "parameters": {"upscale": 3.0}}, "upscale: 2.0 is not allowed; it is given twice"),
-        ({"upscale": 2.0, "image": b""}, "upscale: 2.0 is not allowed; it needs an image"),
+        ({"upscale": 2.0, "image": None}, "upscale: 2.0 is not allowed; it needs an image"),
         ({"upscale": 2.0, "image": b"GIF89a"}, "image: '6 bytes' is not allowed"),
         ({"upscale": 2.0, "inputs": {"mask": FILE}}, "upscale: 2.0 is not allowed; it needs an image alone"),
     ],

@@ -71,7 +71,7 @@ def test_what_files_take_counts_against_the_deadline_while_it_is_known(asking: A
 
 
 def test_reading_an_image_counts_in_the_timings_and_against_the_deadline(asking: Asking, monkeypatch: pytest.MonkeyPatch) -> None:
-    def slow_read(file: bytes, size: object, name: str) -> Pixels:
+    def slow_read(file: bytes, size: object, name: str, behind: str) -> Pixels:
         asking.clock.now += 0.5
         return np.zeros((64, 64, 3), dtype=np.uint8)
 
@@ -90,7 +90,7 @@ def test_reading_an_image_counts_in_the_timings_and_against_the_deadline(asking:
 def test_a_deadline_that_passes_while_images_are_read_ends_the_request(asking: Asking, monkeypatch: pytest.MonkeyPatch) -> None:
     go = threading.Event()
 
-    def held(file: bytes, size: object, name: str) -> Pixels:
+    def held(file: bytes, size: object, name: str, behind: str) -> Pixels:
         assert go.wait(600)
         return np.zeros((64, 64, 3), dtype=np.uint8)
 
